@@ -1,0 +1,24 @@
+"""Pre-trains the embedded demo backbone: `python src/pretrain.py output=my.safetensors` (see configs/pretrain.yaml)."""
+
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from visprompt.compose import check_words, one_sentence_errors
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="pretrain")
+def main(cfg: DictConfig) -> None:
+    """Hands the settings over as plain values."""
+    with one_sentence_errors():
+        from visprompt.lit.pretrain import PretrainRecipe, pretrain  # late: a wrong word is answered at once
+
+        settings: dict[Any, Any] = OmegaConf.to_object(cfg)  # type: ignore[assignment]  # a mapping at the top
+        progress = settings.pop("progress")
+        pretrain(PretrainRecipe(**settings), progress)
+
+
+if __name__ == "__main__":
+    check_words("pretrain")
+    main()

@@ -1,0 +1,20 @@
+"""Tunes a frozen backbone on one task or several: `python src/train.py data=demo/digits method=vpt_deep`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from visprompt.compose import check_words, one_sentence_errors
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Returns the mean score over the tasks, for Hydra's sweepers."""
+    with one_sentence_errors():
+        from visprompt import loop  # imported late: a wrong word is said before torch is loaded
+
+        return loop.train(cfg)
+
+
+if __name__ == "__main__":
+    check_words("train")
+    main()

@@ -1,0 +1,153 @@
+"""What knows Hydra: composing the config of each task, and saying in one sentence what is wrong with a command line.
+
+A composed *job* is a plain config of one run: its `task` is set, everything is resolved, and the recipe's table is gone.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from visprompt.data import catalog
+from visprompt.errors import UserError, unknown
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+
+
+def _row(key: str, *, _root_: DictConfig) -> Any:
+    """`${row:lr}`: a value of the recipe's table, from the row of the task, else from the default row."""
+    rows = _root_.recipe.rows
+    default = rows.default
+    row = rows[_root_.task] if _root_.task in rows else default
+    return row[key] if key in row else default[key]
+
+
+OmegaConf.register_new_resolver("row", _row)
+OmegaConf.register_new_resolver("project_root", lambda: str(ROOT))
+OmegaConf.register_new_resolver("pid", os.getpid)
+
+
+def check_words(config_name: str) -> None:
+    """Composes the command line before Hydra does, to name the nearest valid word for one that is wrong.
+
+    Args:
+        config_name: The entry point's primary config.
+
+    Raises:
+        SystemExit: A group option or key is unknown; one sentence says so.
+    """
+    arguments = sys.argv[1:]
+    if any(argument.startswith("-") for argument in arguments):
+        return  # a flag of Hydra's own, such as --help or --multirun: its commas are no single values
+    with one_sentence_errors(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            compose(config_name, arguments, return_hydra_config=True)
+        except MissingConfigException as error:
+            raise _unknown_option(error) from error
+        except (ConfigCompositionException, OmegaConfBaseException) as error:
+            raise _unknown_key(config_name, arguments, error) from error
+
+
+def _unknown_option(error: MissingConfigException) -> UserError:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    top = group.split("/")[0]
+    if not error.options or not (CONFIGS / top).is_dir() or not top:
+        return UserError(str(error).replace("\n", " "))
+    below = (path.relative_to(CONFIGS / top).with_suffix("") for path in (CONFIGS / top).rglob("*.yaml"))
+    return unknown(top, f"{group}/{option}".removeprefix(f"{top}/"), [path.as_posix() for path in below])
+
+
+def _unknown_key(config_name: str, arguments: Sequence[str], error: Exception) -> UserError:
+    groups = [a for a in arguments if (CONFIGS / a.lstrip("+~").partition("=")[0].partition("@")[0]).is_dir()]
+    keys = set(_keys(compose(config_name, groups)))
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        if argument not in groups and key[:1].isalpha() and not key.startswith("hydra") and key not in keys:
+            return unknown("key", key, keys)
+    return UserError(str(error).replace("\n", " "))
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in cfg:
+        yield f"{prefix}{key}"
+        if OmegaConf.is_dict(cfg._get_node(key)) and not OmegaConf.is_missing(cfg, key):
+            yield from _keys(cfg[key], f"{prefix}{key}.")
+
+
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """Prints a `UserError` as its sentence, without a traceback, and exits with status 2.
+
+    Ctrl-C exits with 130 and says how to go on. In a multirun the error goes on to Hydra, which runs the other jobs.
+    """
+    try:
+        yield
+    except UserError as error:
+        if HydraConfig.initialized() and HydraConfig.get().mode and HydraConfig.get().mode.name == "MULTIRUN":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to go on from the last whole epoch", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception:
+        # Hydra would cut the traceback to its own taste
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[DictConfig]:
+    """Composes one job for each task of a command line.
+
+    Args:
+        cfg: What `@hydra.main` composed. A job that was composed before is returned as it is.
+        extra: Overrides beyond those of the command line.
+
+    Returns:
+        Jobs in the order of `tasks`; one job where only `data` is given.
+
+    Raises:
+        UserError: `data=` together with `tasks=`, or an unknown task.
+    """
+    if cfg.task is not None:
+        return [cfg]
+    hydra = HydraConfig.get()
+    overrides = [o for o in hydra.overrides.task if not o.startswith("tasks=")] + list(extra)
+    given = [o for o in overrides if o.lstrip("+").startswith("data=")]
+    if cfg.tasks is None:
+        return [_job(hydra.job.config_name, overrides)]
+    if given:
+        raise UserError(f"{given[0]} and tasks={cfg.tasks} both name the data: give one of them")
+    tasks = catalog.resolve(OmegaConf.to_object(cfg.tasks) if OmegaConf.is_list(cfg.tasks) else cfg.tasks)
+    return [_job(hydra.job.config_name, [*overrides, f"data={spec.config}", "tasks=null"]) for spec in tasks]
+
+
+def _job(config_name: str, overrides: list[str]) -> DictConfig:
+    cfg = compose(config_name, overrides, return_hydra_config=True)
+    choice = cfg.hydra.runtime.choices.data
+    with open_dict(cfg):
+        del cfg.hydra
+    cfg.task = choice.rpartition("/")[2]
+    OmegaConf.resolve(cfg)
+    with open_dict(cfg):
+        del cfg.recipe.rows
+    return cfg
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Lets `jobs` compose outside an entry point, as tests and notebooks do."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield

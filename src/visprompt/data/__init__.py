@@ -1,0 +1,1 @@
+"""Tasks: the catalog of their facts, readers, datasets, batches, and the Lightning data modules on top."""

@@ -1,0 +1,189 @@
+"""All of Lightning's data behaviour, once: which split set is trained on, which is scored, loaders, device transfer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch.utils.data import DataLoader
+
+from visprompt.data.batches import GlobalBatches
+from visprompt.data.dataset import Batch, TicketDataset, as_is
+from visprompt.data.pixels import normalise
+from visprompt.errors import UserError, unknown
+
+
+class TaskDataModule(L.LightningDataModule, ABC):
+    """One task under one split; subclasses say what the data is, this class how it is fed.
+
+    `split=tune` trains on the training set and scores the validation set: a test loader does not exist.
+    `split=final` has no held-out images and reads the test set.
+
+    Attributes:
+        task: Id of the task.
+        source: Where the data came from, as results record it.
+        augments: Whether training images differ between epochs.
+        train_sets: The split sets trained on, by split.
+        val_set: The split set that `split=tune` scores.
+    """
+
+    task: str
+    source: str
+    augments: bool = False
+    train_sets: Mapping[str, tuple[str, ...]]
+    val_set: str
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        split: str,
+        seed: int,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        accumulate: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            batch_size: Global: images per optimiser step, on all devices and in all accumulation steps together.
+            split: "tune" or "final".
+            seed: Seed of the order and the augmentation.
+            image_size: Side of the images that the backbone reads, in pixels.
+            mean: Per channel, of pixels in 0..1.
+            std: Per channel, of pixels in 0..1.
+            accumulate: Micro steps per optimiser step; the trainer's `accumulate_grad_batches`.
+            num_workers: Processes that load data; 0 loads in the main process.
+            pin_memory: Whether loaders copy to page-locked memory.
+
+        Raises:
+            UserError: If there is no such split.
+        """
+        super().__init__()
+        if split not in self.train_sets:
+            raise unknown("split", split, self.train_sets)
+        self.batch_size, self.split, self.seed, self.image_size = batch_size, split, seed, image_size
+        self.mean, self.std = tuple(float(v) for v in mean), tuple(float(v) for v in std)
+        self.accumulate, self.num_workers, self.pin_memory = accumulate, num_workers, pin_memory
+
+    @property
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what the data is."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Number of images of each split set."""
+
+    @abstractmethod
+    def open_sets(self, sets: tuple[str, ...]) -> TicketDataset:
+        """Returns the images of some split sets, one set after the other, as one dataset."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Tells the trainer where nothing is held out; the images themselves are opened when first asked for."""
+        if self.trainer is not None and self.split == "final":
+            self.trainer.limit_val_batches = 0  # or Lightning starts a validation of no loaders, and warns about it
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What happens to pixels between file and backbone, as plain JSON values; `pixels.to_input` follows it."""
+        return {
+            "size": self.image_size,
+            "resize": "squash",
+            "short_side": None,
+            "interpolation": "bilinear",
+            "crop": None,
+            "flip": 0.0,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @cached_property
+    def train_dataset(self) -> TicketDataset:
+        """The images trained on under this split."""
+        return self.open_sets(self.train_sets[self.split])
+
+    @cached_property
+    def val_dataset(self) -> TicketDataset:
+        """The images scored by `split=tune`."""
+        return self.open_sets((self.val_set,))
+
+    @cached_property
+    def test_dataset(self) -> TicketDataset:
+        """The test images.
+
+        Raises:
+            UserError: Under `split=tune`, so that no choice can see them.
+        """
+        if self.split == "tune":
+            raise UserError(
+                f"split=tune has no test set (it scores {self.val_set}): use split=final to score the test set"
+            )
+        return self.open_sets(("test",))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled training images in global batches."""
+        return self._loader(self.train_dataset, training=True)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """The validation images; nothing under `split=final`, which holds none out."""
+        return self._loader(self.val_dataset) if self.split == "tune" else []
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The test images, each on one rank, none twice.
+
+        Raises:
+            UserError: Under `split=tune`.
+        """
+        return self._loader(self.test_dataset)
+
+    def feature_dataloader(self) -> DataLoader[Batch]:
+        """All training images in order, on every rank, without augmentation: for features that are computed once."""
+        return self._loader(self.train_dataset, everywhere=True)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Makes floating-point input of the pixels on the device; what is floating point already is left alone."""
+        if batch.images.is_floating_point():
+            return batch
+        return batch._replace(images=normalise(batch.images, self.image_size, self.mean, self.std))
+
+    def _loader(self, dataset: TicketDataset, training: bool = False, everywhere: bool = False) -> DataLoader[Batch]:
+        trainer = None if everywhere else self.trainer
+        batches = GlobalBatches(
+            num_rows=len(dataset),
+            batch_size=self.batch_size,
+            rank=trainer.global_rank if trainer else 0,
+            world=trainer.world_size if trainer else 1,
+            accumulate=self.accumulate,
+            seed=self.seed,
+            epoch=self._epoch,
+            training=training,
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=as_is,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # its own: a loader would draw from the global stream that dropout reads
+        )
+
+    def _epoch(self) -> int:
+        return 0 if self.trainer is None else self.trainer.current_epoch

@@ -1,0 +1,26 @@
+"""What a user did wrong, said in one sentence: what is wrong, where, and what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """An error that its message explains in full; entry points print the message alone, without a traceback."""
+
+
+def unknown(kind: str, word: str, choices: Iterable[str]) -> UserError:
+    """Builds the error for a word that is not among the valid ones.
+
+    Args:
+        kind: What the word should have named, for example "task".
+        word: What was given.
+        choices: The valid words.
+
+    Returns:
+        The error to raise: it names the nearest valid choices first, or all of them where none is near.
+    """
+    names = sorted(set(choices))
+    near = get_close_matches(word.lower(), names, n=3, cutoff=0.5)
+    if near:
+        return UserError(f"unknown {kind} {word!r}: did you mean {' or '.join(near)}? (all: {', '.join(names)})")
+    return UserError(f"unknown {kind} {word!r}: choose one of {', '.join(names)}")

@@ -1,0 +1,134 @@
+"""Processes of one machine: a run on several devices as a process group, and ranks that end with their parent.
+
+Lightning's own launcher starts rank 1 only at the first fit, and its observer kills rank 0 when a child fails; here the
+parent starts every rank of one run, so that it alone decides which runs there are and a failed run takes no other along.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_PARENT = "VISPROMPT_PARENT"
+_REASON = "VISPROMPT_REASON"
+_POLL = 0.2  # seconds between two looks at the ranks
+_GRACE = 10.0  # seconds that ranks get to end by themselves
+
+
+class RanksFailed(Exception):
+    """A run's process group ended with an error; the message is the reason its rank gave."""
+
+
+def starts_ranks(devices: int) -> bool:
+    """Whether this process should start the ranks of a run: several local devices, and nobody else started them."""
+    external = ("LOCAL_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
+    return devices > 1 and not any(name in os.environ for name in external)
+
+
+def run_ranks(command: Sequence[str], world: int) -> None:
+    """Runs a command once for each rank and waits for all of them.
+
+    Args:
+        command: Program and arguments.
+        world: Number of ranks.
+
+    Raises:
+        RanksFailed: A rank failed; all others are ended then.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        reason = Path(folder) / "reason"
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            base = os.environ | _group_env(world) | {_REASON: str(reason)}
+            for rank in range(world):
+                ranks.append(subprocess.Popen(command, env=base | {"LOCAL_RANK": str(rank)}, process_group=0))
+            code = _wait(ranks)
+        except BaseException:
+            _end(ranks)
+            raise
+        if code:
+            raise RanksFailed(reason.read_text() if reason.exists() else f"a rank ended with status {code}")
+
+
+def _group_env(world: int) -> Mapping[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    return {
+        "WORLD_SIZE": str(world),
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": threads,
+        _PARENT: str(os.getpid()),
+    }
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits until all have ended well or one has failed; ends the others then and returns the failed one's status."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [code for code in codes if code]
+        if failed:
+            # ranks that fail together should all say why before they are ended
+            time.sleep(1.0)
+            _end(ranks)
+            return failed[0]
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(_POLL)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Asks the ranks to end, then ends them with everything they started."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
+
+
+def end_with_parent() -> None:
+    """Ends this process when the parent that started it as a rank is gone; does nothing in any other process."""
+    parent = os.environ.get(_PARENT)
+    if parent is None:
+        return
+
+    def watch(pid: int) -> None:
+        while os.getppid() == pid:
+            time.sleep(_POLL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, args=(int(parent),), daemon=True).start()
+
+
+def is_rank() -> bool:
+    """Whether this process was started as a rank by `run_ranks`."""
+    return _PARENT in os.environ
+
+
+def give_reason(error: BaseException) -> None:
+    """Tells the parent, where there is one, in one sentence why this rank failed."""
+    path = os.environ.get(_REASON)
+    if path is not None and os.environ.get("LOCAL_RANK") == "0":
+        Path(path).write_text(str(error) or type(error).__name__)
+
+
+def rank_command(config_folder: Path) -> list[str]:
+    """The command of a rank: the training entry point on the config that lies in a run's folder."""
+    from visprompt.compose import ROOT
+
+    script = ROOT / "src" / "train.py"
+    return [sys.executable, str(script), "--config-path", str(config_folder), "--config-name", "config"]

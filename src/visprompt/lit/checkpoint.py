@@ -1,0 +1,148 @@
+"""Resume state without pickle: tensors as safetensors, everything else as JSON in the same file."""
+
+import csv
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from visprompt.errors import UserError
+from visprompt.state import write_atomically
+
+_KEY = "visprompt.resume"
+
+
+def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Replaces tensors by references, and dicts and tuples by forms that JSON gives back unchanged."""
+    if isinstance(value, torch.Tensor):
+        tensors[str(len(tensors))] = value.detach().cpu().clone()  # two entries may share memory
+        return {"tensor": str(len(tensors) - 1)}
+    if isinstance(value, dict):
+        return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_pack(v, tensors) for v in value]}
+    if isinstance(value, list):
+        return [_pack(v, tensors) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"resume state holds a {type(value).__name__}, which is neither a tensor nor plain data")
+
+
+def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Undoes `_pack`."""
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_unpack(v, tensors) for v in content)
+    return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
+
+
+class SafetensorsIO(CheckpointIO):
+    """Lightning checkpoints as one safetensors file each, written atomically."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes a checkpoint of tensors and plain data.
+
+        Args:
+            checkpoint: The tree to keep.
+            path: The file.
+            storage_options: Not used.
+
+        Raises:
+            TypeError: It holds something that is neither a tensor nor plain data.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        text = json.dumps(_pack(checkpoint, tensors))
+        tensors |= {"": torch.empty(0)} if not tensors else {}
+        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata={_KEY: text}))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint, its tensors on the CPU.
+
+        Raises:
+            UserError: The file is not readable.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+                text = (file.metadata() or {})[_KEY]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise UserError(f"{path} is not a readable resume state ({error}): delete it to start over") from error
+        checkpoint: dict[str, Any] = _unpack(json.loads(text), tensors)
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Deletes a checkpoint."""
+        Path(path).unlink(missing_ok=True)
+
+
+class ResumeCheckpoint(Checkpoint):
+    """Keeps what a run needs to go on: the curve as metrics.csv, and the resume state, both at the ends of epochs.
+
+    The rows of the curve lie in the resume state too, so that both always tell of the same epochs. (Lightning's CSV
+    logger deletes the file of a folder that is not empty.) Derived from `Checkpoint` so that Lightning runs it after
+    every other hook of an epoch's end.
+
+    Args:
+        folder: Where `state.safetensors` and `metrics.csv` are written.
+        every_n_epochs: How often the state is written; a killed run repeats at most so many epochs.
+
+    Attributes:
+        rows: Metrics of each epoch, by epoch.
+        seconds: Training time up to the last state, over all processes that worked on the run.
+    """
+
+    def __init__(self, folder: Path, every_n_epochs: int = 1) -> None:
+        self.path = folder / "state.safetensors"
+        self.csv = folder / "metrics.csv"
+        self.every_n_epochs = every_n_epochs
+        self.rows: dict[int, dict[str, float]] = {}
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curve and the time so far."""
+        return {"rows": self.rows, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the curve of the epochs before the resume."""
+        self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._since = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Adds the epoch's row; writes the state after every n-th epoch and after the last."""
+        epoch = trainer.current_epoch
+        now = time.monotonic()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
+        self.rows[epoch] = {"epoch": epoch, "step": trainer.global_step} | metrics
+        if trainer.is_global_zero:
+            self._write_csv()
+        if (epoch + 1) % self.every_n_epochs == 0 or epoch + 1 == trainer.max_epochs:
+            trainer.save_checkpoint(self.path)
+
+    def _write_csv(self) -> None:
+        columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows.values())
+        write_atomically(self.csv, lambda temporary: temporary.write_text(text.getvalue()))

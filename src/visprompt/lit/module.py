@@ -1,0 +1,173 @@
+"""The LightningModule: training, scoring, and what a diverged run looks like."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from visprompt.classifier import Classifier
+from visprompt.data.dataset import ArrayDataset, Batch
+from visprompt.optim import Recipe, build_optimizer
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class Diverged(Exception):
+    """The loss was not finite.
+
+    Attributes:
+        step: The first optimiser step at which it was not, counted from 0.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss is not finite at step {step}: lower recipe.lr")
+        self.step = step
+
+
+class TuningModule(L.LightningModule):
+    """Tunes a classifier by a recipe.
+
+    A checkpoint's `state_dict` is the tuned state alone. Every epoch seeds torch anew from (seed, epoch, rank), so that
+    a run resumed at an epoch draws the same dropout and no state of a generator has to be kept.
+
+    Args:
+        classifier: What is tuned.
+        recipe: How.
+        seed: Seed of the run.
+
+    Attributes:
+        scores: Figures of the last scoring, by metric name.
+        per_class: Accuracy of each class at the last scoring; None where a class has no image.
+    """
+
+    def __init__(self, classifier: Classifier, recipe: Recipe, seed: int) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.recipe = recipe
+        self.seed = seed
+        classes = classifier.head.out_features
+        self.train_loss, self.train_acc = MeanMetric(nan_strategy="disable"), MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.val_confusion = MulticlassConfusionMatrix(classes)
+        self.test_confusion = MulticlassConfusionMatrix(classes)
+        self.scores: dict[str, float] = {}
+        self.per_class: list[float | None] = []
+        self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of normalised images [B, 3, H, W], or of frozen features [B, width]."""
+        out: Tensor = self.classifier(images) if images.ndim == 4 else self.classifier.head(images)
+        return out
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The tuned state: a frozen backbone is never written."""
+        return self.classifier.tuned_state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+        """Loads a tuned state; a name that is missing or too much is an error."""
+        self.classifier.load_tuned_state(state_dict)
+
+    def configure_optimizers(self) -> Any:
+        """The recipe's optimiser with its schedule, stepped after every optimiser step."""
+        steps = max(1, int(self.trainer.estimated_stepping_batches) // max(1, self.trainer.max_epochs or 1))
+        optimizer, schedule = build_optimizer(self.classifier.tuned_parameters(), self.recipe, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Computes frozen features once, where an image's features can never change."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+        if self.classifier.frozen_features and not datamodule.augments:
+            datamodule.train_dataset = self._features(datamodule)
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds the noise of this epoch."""
+        text = f"{self.seed} {self.current_epoch} {self.global_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Weighted sum of the losses: the weights make it the mean over the true size of the global batch."""
+        logits = self(batch.images).float()
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        loss = (losses * batch.weights).sum()
+        step = torch.where(loss.isfinite(), _NEVER, self.global_step)
+        self._bad_step = torch.minimum(self._bad_step, step)
+        real = (batch.weights > 0).float()
+        self.train_loss.update(losses.detach(), real)
+        self.train_acc.update((logits.argmax(1) == batch.labels).float(), real)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Ends a diverged run before its checkpoint is written; on all ranks alike."""
+        bad_step = int(self.all_gather(self._bad_step).min())
+        if bad_step != _NEVER:
+            raise Diverged(bad_step)
+        self.log("train/loss", self.train_loss, prog_bar=True)
+        self.log("train/acc", self.train_acc, prog_bar=True)
+        self.log("lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores val200; exists in `split=tune` only."""
+        logits = self(batch.images).float()
+        self.val_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"))
+        self.val_confusion.update(logits.argmax(1), batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation figures."""
+        self.log("val/loss", self.val_loss)
+        self._score("val", self.val_confusion)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores test; read once, after the last epoch of a final run."""
+        self.test_confusion.update(self(batch.images).argmax(1), batch.labels)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test figures."""
+        self._score("test", self.test_confusion)
+
+    def _score(self, stage: str, confusion: MulticlassConfusionMatrix) -> None:
+        """Logs and keeps the accuracies of a split set."""
+        found = accuracies(confusion.compute())
+        confusion.reset()
+        self.per_class = found.pop("per_class")
+        self.scores = {f"{stage}/{name}": value for name, value in found.items()}
+        self.log_dict(self.scores, prog_bar=True)
+
+    def _features(self, datamodule: Any) -> ArrayDataset:
+        """The training rows as frozen features, in the order of the data set; every rank computes all of them."""
+        parts = []
+        self.classifier.eval()
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            for batch in datamodule.feature_dataloader():
+                moved = self._apply_batch_transfer_handler(batch)
+                parts.append(self.classifier.features(moved.images).float().cpu())
+        self.classifier.train()
+        return ArrayDataset(torch.cat(parts), datamodule.train_dataset.labels)
+
+
+def accuracies(confusion: Tensor) -> dict[str, Any]:
+    """Accuracy figures of a confusion matrix.
+
+    Args:
+        confusion: Counts [C, C], a row for every true class.
+
+    Returns:
+        acc (share of images), balanced_acc (mean over the classes that are present) and per_class (share of each
+        class, None where it has no image), count (images).
+    """
+    counts = confusion.sum(1)
+    hits = confusion.diagonal()
+    present = counts > 0
+    shares = hits[present].double() / counts[present]
+    per_class = [float(hits[c] / counts[c]) if present[c] else None for c in range(len(counts))]
+    return {
+        "acc": float(hits.sum().double() / counts.sum()),
+        "balanced_acc": float(shares.mean()),
+        "per_class": per_class,
+        "count": int(counts.sum()),
+    }

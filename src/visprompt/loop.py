@@ -1,0 +1,154 @@
+"""The loop over runs: each in this process, or on several local devices as a process group of its own."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from visprompt import compose, launch, measure
+from visprompt.errors import UserError
+from visprompt.results import Result, read_result
+from visprompt.run import Run, prepare, run_job
+from visprompt.state import write_atomically
+
+log = logging.getLogger(__name__)
+console = Console()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one job.
+
+    Attributes:
+        name: Task and method.
+        result: The result, None where the run failed.
+        reason: Why it failed, or diverged; empty otherwise.
+    """
+
+    name: str
+    result: Result | None
+    reason: str = ""
+
+
+def train(cfg: DictConfig) -> float:
+    """Trains every task of a command line.
+
+    Args:
+        cfg: What `@hydra.main` composed.
+
+    Returns:
+        Mean score over the tasks: val/acc in `split=tune`, else test/acc; -inf where one diverged.
+
+    Raises:
+        UserError: A run failed, or (outside a multirun) diverged; all others were run before this is said.
+    """
+    launch.end_with_parent()
+    if launch.is_rank():
+        try:
+            return run_job(prepare(cfg)).score
+        except BaseException as error:
+            launch.give_reason(error)
+            raise
+    outcomes = run_all(compose.jobs(cfg))
+    bad = [f"{o.name}: {o.reason}" for o in outcomes if o.result is None]
+    if not _in_multirun():
+        bad += [f"{o.name}: {o.reason}" for o in outcomes if o.result is not None and o.reason]
+    if bad:
+        raise UserError(f"{len(bad)} of {len(outcomes)} runs failed: " + "; ".join(bad))
+    return sum(o.result.score for o in outcomes if o.result) / len(outcomes)
+
+
+def run_all(jobs: Iterable[DictConfig]) -> list[Outcome]:
+    """Runs jobs one after the other; one that fails does not stop the others.
+
+    Args:
+        jobs: Composed jobs.
+
+    Returns:
+        An outcome for each, in their order.
+    """
+    outcomes = []
+    for cfg in jobs:
+        name = f"{cfg.task}/{cfg.method.name}"
+        try:
+            result = _run_one(cfg)
+        except (UserError, launch.RanksFailed) as error:
+            outcomes.append(Outcome(name, None, str(error)))
+        except Exception as error:
+            log.exception("%s failed", name)
+            outcomes.append(Outcome(name, None, f"{type(error).__name__}: {error}"))
+        else:
+            diverged = result.status == "diverged"
+            reason = f"the loss was not finite at step {result.diverged_step}: lower recipe.lr" if diverged else ""
+            outcomes.append(Outcome(name, result, reason))
+    return outcomes
+
+
+def _run_one(cfg: DictConfig) -> Result:
+    """Runs one job here, or on several devices, and shows what came of it."""
+    run = prepare(cfg)
+    stored = None if cfg.rerun else read_result(run.folder)
+    devices = local_devices(cfg.trainer)
+    if launch.starts_ranks(devices) and not (stored and not cfg.logger):
+        run.datamodule.prepare_data()  # once, before the ranks
+        write_atomically(run.folder / "config.yaml", lambda path: OmegaConf.save(cfg, path))
+        launch.run_ranks(launch.rank_command(run.folder), devices)
+        result = read_result(run.folder)
+        if result is None:
+            raise launch.RanksFailed(f"the ranks left no whole result in {run.folder}")
+    else:
+        result = run_job(run)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return result
+    if stored:
+        _say_skipped(stored)
+    show(result, run)
+    return result
+
+
+def local_devices(trainer: DictConfig) -> int:
+    """Number of devices of this machine that a trainer config asks for."""
+    devices = trainer.devices
+    if OmegaConf.is_list(devices):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    return int(devices)
+
+
+def _say_skipped(stored: Result) -> None:
+    commit, now = stored.versions["git_commit"], measure.git_commit()
+    other = f" (by commit {commit}; this is {now})" if commit != now else ""
+    console.print(f"finished before{other}, not run again: rerun=true runs it anew", highlight=False)
+
+
+def show(result: Result, run: Run) -> None:
+    """Prints a run's short table."""
+    table = Table(title=f"{result.task}, {result.method['name']}, split={result.split}, seed={result.seed}")
+    table.add_column("what")
+    table.add_column("figure", overflow="fold")
+    for name, value in result.metrics.items():
+        if name.startswith(("val/", "test/")) and "acc" in name:
+            table.add_row(name, f"{100 * value:.2f} %")
+    if result.status == "diverged":
+        table.add_row("status", f"diverged at step {result.diverged_step}")
+    tuned = result.tuned
+    table.add_row(
+        "tuned parameters",
+        f"{tuned['parameters']:,} ({100 * tuned['share']:.2f} % of the backbone) + head {tuned['head_parameters']:,}",
+    )
+    if "bytes" in tuned:
+        table.add_row("tuned state", f"{tuned['bytes'] / 1000:,.1f} kB")
+    table.add_row("training time", f"{result.time['train_s']:.1f} s")
+    table.add_row("peak memory", f"{result.peak_memory['bytes'] / 2**20:,.0f} MiB ({result.peak_memory['of']})")
+    table.add_row("folder", str(run.folder))
+    console.print(table)
+
+
+def _in_multirun() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN"

@@ -1,0 +1,60 @@
+"""What a run took and where: peak memory, versions, the process."""
+
+import os
+import platform
+import resource
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIBRARIES = ("torch", "torchvision", "timm", "lightning", "safetensors", "visprompt")
+
+
+def reset_peak_memory() -> None:
+    """Starts the measurement of this run's peak memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark to the present size
+    except OSError:
+        return  # elsewhere the mark is that of the process's whole life; `peak_memory` says so
+
+
+def peak_memory() -> dict[str, Any]:
+    """Peak memory since `reset_peak_memory`, bytes, with what was measured: the GPU's allocations, else the process."""
+    if torch.cuda.is_available():
+        return {"bytes": torch.cuda.max_memory_allocated(), "of": "GPU allocations"}
+    try:
+        status = Path("/proc/self/status").read_text()
+        kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+        return {"bytes": kib * 1024, "of": "process, this run"}
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "process, its whole life"}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the numbers."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
+
+
+def git_commit() -> str | None:
+    """Commit of the code, marked `+` where tracked files are changed; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        options = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], check=True, **options)  # type: ignore[call-overload]  # one dict of options for both
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], check=True, **options)  # type: ignore[call-overload]  # as above
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def this_process() -> str:
+    """Who is at work, for the message to another process."""
+    return f"process {os.getpid()} on {socket.gethostname()}"

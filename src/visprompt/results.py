@@ -1,0 +1,146 @@
+"""result.json: one run's record, its schema, and how several are read together."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from visprompt.errors import UserError
+from visprompt.state import write_atomically
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one run was and what came of it.
+
+    Attributes:
+        status: "finished", or "diverged" where the loss was not finite.
+        task: Task id, or the name of the user's own images.
+        method: Name and options.
+        recipe: How it was trained.
+        split: "tune" or "final".
+        seed: Seed of the run.
+        attempt: 0, and one more for each `rerun=true` that was completed.
+        precision: Lightning's precision.
+        data: Source, fingerprint, preprocessing, sizes of the split sets.
+        backbone: Name, options, weights' hash, and the blocks that carried prompt tokens in full.
+        metrics: Logged figures by name; accuracies are shares, not per cent.
+        per_class: Test (in tune: validation) accuracy by class name; null where a class has no image.
+        tuned: Parameters, head parameters, share of the backbone, bytes of the file, its checksum.
+        time: Seconds of training, and of the whole run; of the last process where a run was resumed.
+        peak_memory: Bytes, and what was measured.
+        machine: Device, devices, accumulation, threads.
+        versions: Libraries, Python, git commit.
+        diverged_step: The optimiser step at which the loss was not finite, else null.
+        tags: The user's own.
+        schema: Version of this record.
+    """
+
+    status: str
+    task: str
+    method: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    split: str
+    seed: int
+    attempt: int
+    precision: str
+    data: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    per_class: Mapping[str, float | None]
+    tuned: Mapping[str, Any]
+    time: Mapping[str, float]
+    peak_memory: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str | None]
+    diverged_step: int | None = None
+    tags: tuple[str, ...] = field(default=())
+    schema: int = SCHEMA
+
+    @property
+    def score(self) -> float:
+        """The figure this run is judged by: val/acc in `split=tune`, else test/acc; -inf where it diverged."""
+        if self.status == "diverged":
+            return float("-inf")
+        return self.metrics["val/acc" if self.split == "tune" else "test/acc"]
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Writes a run's result.json atomically."""
+    text = json.dumps(asdict(result), indent=1)
+    write_atomically(folder / "result.json", lambda temporary: temporary.write_text(text + "\n"))
+
+
+def read_result(folder: Path) -> Result | None:
+    """Reads a run's result.json.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The result, or None where the run has none that is whole: it is missing, cut, or its tuned state is.
+    """
+    try:
+        stored = json.loads((folder / "result.json").read_text())
+        names = {f.name for f in fields(Result)}
+        if stored["schema"] != SCHEMA or set(stored) != names or stored["status"] not in ("finished", "diverged"):
+            return None
+        result = Result(**stored | {"tags": tuple(stored["tags"])})
+        state = folder / "tuned.safetensors"
+        whole = result.status == "diverged" or state.stat().st_size == result.tuned["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return result if whole else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Scores of one method on one task over seeds.
+
+    Attributes:
+        scores: Test accuracies as shares, one for each seed.
+    """
+
+    scores: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.scores)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over the seeds (n - 1); 0 of a single seed."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}"
+
+
+def cell(results: Iterable[Result]) -> Cell:
+    """Puts runs together that differ in nothing but the seed.
+
+    Raises:
+        UserError: They differ in protocol, or one of them has no test score.
+    """
+    found = list(results)
+    alike = {json.dumps(_protocol(result), sort_keys=True) for result in found}
+    if len(alike) != 1 or found[0].split != "final":
+        raise UserError("runs that differ in more than the seed, or have no test score, are not averaged together")
+    return Cell(tuple(result.score for result in found))
+
+
+def _protocol(result: Result) -> dict[str, Any]:
+    names = ("task", "method", "recipe", "split", "precision", "data", "backbone")
+    return {name: getattr(result, name) for name in names}
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, its first column left-aligned, the others right-aligned."""
+    columns = list(header)
+    lines = [columns, [":--"] + ["--:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

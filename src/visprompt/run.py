@@ -1,0 +1,329 @@
+"""One run: its identity and folder, skip, resume or run anew, training, scoring, and what it leaves behind."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from filelock import FileLock, Timeout
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+
+from visprompt import measure
+from visprompt.backbones import Backbone, BackboneSpec, build_backbone
+from visprompt.classifier import Classifier
+from visprompt.data.datamodule import TaskDataModule
+from visprompt.errors import UserError, unknown
+from visprompt.lit.checkpoint import ResumeCheckpoint, SafetensorsIO
+from visprompt.lit.module import Diverged, TuningModule
+from visprompt.methods import build_method
+from visprompt.optim import Recipe
+from visprompt.results import Result, read_result, write_result
+from visprompt.state import TunedState, save_state, write_atomically
+
+SPLITS = ("tune", "final")
+# trainer settings that leave the numbers as they are; any other one is part of a run's identity
+_NEUTRAL_TRAINER = frozenset(
+    "_target_ accelerator devices num_nodes strategy accumulate_grad_batches enable_progress_bar enable_model_summary "
+    "check_val_every_n_epoch log_every_n_steps logger callbacks plugins profiler benchmark deterministic "
+    "default_root_dir sync_batchnorm inference_mode".split()
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job with its data and backbone, known well enough to have a folder.
+
+    Attributes:
+        cfg: The composed job.
+        datamodule: Its data.
+        backbone: Its backbone, shared by all runs of this process: copy its module before tuning it.
+        identity: What decides the numbers.
+        folder: logs/<task>/<method>/<hash of the identity>.
+    """
+
+    cfg: DictConfig
+    datamodule: TaskDataModule
+    backbone: Backbone
+    identity: Mapping[str, Any]
+    folder: Path
+
+
+def prepare(cfg: DictConfig) -> Run:
+    """Builds a job's data and backbone and finds its folder.
+
+    Args:
+        cfg: A composed job.
+
+    Returns:
+        The run; nothing is written and nothing trained yet.
+
+    Raises:
+        UserError: Data, weights or a word of the config are missing or wrong.
+    """
+    if cfg.split not in SPLITS:
+        raise unknown("split", str(cfg.split), SPLITS)
+    recipe = make_recipe(cfg)
+    backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), int(cfg.seed))
+    datamodule = instantiate(
+        cfg.data,
+        batch_size=recipe.batch_size,
+        split=cfg.split,
+        seed=cfg.seed,
+        image_size=backbone.image_size,
+        mean=backbone.mean,
+        std=backbone.std,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+    )
+    identity = {
+        "task": datamodule.task,
+        "data": {name: getattr(datamodule, name) for name in ("source", "fingerprint", "preprocessing")},
+        "backbone": backbone.record(),
+        "method": OmegaConf.to_container(cfg.method),
+        "recipe": asdict(recipe),
+        "split": cfg.split,
+        "seed": cfg.seed,
+        "precision": str(cfg.precision),
+        "trainer": {str(k): v for k, v in cfg.trainer.items() if k not in _NEUTRAL_TRAINER},
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()[:12]
+    folder = Path(cfg.paths.log_dir) / datamodule.task / cfg.method.name / digest
+    return Run(cfg, datamodule, backbone, identity, folder)
+
+
+def make_recipe(cfg: DictConfig) -> Recipe:
+    """The recipe of a composed job."""
+    return Recipe(**{f.name: cfg.recipe[f.name] for f in fields(Recipe)})
+
+
+@lru_cache(maxsize=1)
+def load_backbone(spec: str, seed: int) -> Backbone:
+    """Builds the backbone of a config given as JSON; the last one stays loaded for the next run."""
+    return build_backbone(BackboneSpec(**json.loads(spec)), seed)
+
+
+def build_classifier(cfg: DictConfig, backbone: Backbone, num_classes: int) -> Classifier:
+    """Backbone (copied), method and head of a job, drawn from the job's seed."""
+    L.seed_everything(int(cfg.seed), verbose=False)
+    module = deepcopy(backbone.module)
+    options: dict[str, Any] = OmegaConf.to_container(cfg.method)  # type: ignore[assignment]  # a mapping of words
+    return Classifier(module, build_method(options.pop("name"), module, **options), num_classes)
+
+
+def run_job(run: Run) -> Result:
+    """Runs a job in this process, which may be one rank of several: skips it, resumes it, or runs it.
+
+    Args:
+        run: What `prepare` returned.
+
+    Returns:
+        The result; the stored one where the run was finished before and `rerun` is not set.
+
+    Raises:
+        UserError: Another process holds the run, or something of the config is wrong.
+    """
+    resume = ResumeCheckpoint(run.folder / "resume", run.cfg.resume_every_n_epochs)
+    trainer = build_trainer(run.cfg, resume)
+    if trainer.world_size > 1:
+        trainer.strategy.setup_environment()  # rank 0 decides for all: the group is made before the decision
+    with _held(run, trainer) as attempt:
+        if attempt is not None:
+            return _train(run, trainer, resume, attempt)
+        stored = read_result(run.folder)
+        if stored is None:
+            raise UserError(f"{run.folder} changed while it was read: run the same command again")
+        for logger in build_loggers(run, stored.attempt, stored.tuned) if trainer.is_global_zero else ():
+            logger.log_metrics(dict(stored.metrics))
+            _close(logger)
+        return stored
+
+
+@contextmanager
+def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
+    """Holds the run's lock; yields on all ranks the number of the attempt to make, None where there is none."""
+    lock, holder = FileLock(run.folder / "lock"), run.folder / "holder"
+    attempt: int | None = None
+    trouble = ""
+    if trainer.is_global_zero:
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            holder.write_text(measure.this_process())
+            previous = read_result(run.folder)
+            if previous is None or run.cfg.rerun:
+                attempt = 0 if previous is None else previous.attempt + 1
+        except Timeout:
+            who = holder.read_text() if holder.exists() else "another process"
+            trouble = f"{who} is at work on this run in {run.folder}: wait for it, or end it"
+        except OSError as error:
+            trouble = f"cannot write to {run.folder}: {error}; choose another folder with paths.log_dir=..."
+    attempt, trouble = trainer.strategy.broadcast((attempt, trouble))
+    if trouble:
+        raise UserError(trouble)
+    try:
+        yield attempt
+    finally:
+        if trainer.is_global_zero:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+
+def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
+    """The trainer of a job, with the config's callbacks and those given."""
+    configured = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
+    plugins = [SafetensorsIO(), *(instantiate(plugin) for plugin in cfg.trainer.get("plugins") or [])]
+    settings = {k: v for k, v in cfg.trainer.items() if k != "plugins"}
+    trainer: L.Trainer = instantiate(
+        settings,
+        callbacks=[*configured, *callbacks],
+        plugins=plugins,
+        precision=cfg.precision,
+        max_epochs=cfg.recipe.epochs,
+        limit_val_batches=settings.get("limit_val_batches", 1.0) if cfg.split == "tune" else 0,
+        use_distributed_sampler=False,  # the data module deals the rows itself, none twice
+        num_sanity_val_steps=0,  # would draw from generators before the first epoch
+        logger=False,
+        enable_model_summary=False,
+        default_root_dir=cfg.paths.log_dir,
+        _convert_="all",
+    )
+    return trainer
+
+
+def build_loggers(run: Run, attempt: int, tuned: Mapping[str, Any]) -> list[Logger]:
+    """The config's loggers, with the run's config and tuned share as searchable fields.
+
+    Args:
+        run: The run.
+        attempt: Number of the attempt; every one is a W&B run of its own.
+        tuned: Counts of tuned parameters.
+    """
+    loggers = []
+    for config in (run.cfg.logger or {}).values():
+        extra: dict[str, Any] = {"save_dir": str(run.folder)}
+        if config._target_.endswith("WandbLogger"):
+            run_id = run.folder.name + (f"-r{attempt}" if attempt else "")
+            extra |= {"resume": "allow"} if "WANDB_RUN_ID" in os.environ else {"id": run_id, "resume": "allow"}
+            extra |= {"name": f"{run.datamodule.task}/{run.cfg.method.name}/{run.folder.name}"}
+        logger: Logger = instantiate(config, _convert_="all", **extra)
+        fields_: Any = OmegaConf.to_container(run.cfg)
+        logger.log_hyperparams(fields_ | {"task": run.datamodule.task, "tuned": dict(tuned)})
+        loggers.append(logger)
+    return loggers
+
+
+def _close(logger: Logger) -> None:
+    """Ends a logger, so that the next run of this process gets one of its own."""
+    logger.finalize("success")
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish()
+
+
+def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
+    """Trains and scores a run on all ranks; rank 0 leaves the folder finished."""
+    started = time.monotonic()
+    measure.reset_peak_memory()
+    cfg, datamodule = run.cfg, run.datamodule
+    module = TuningModule(build_classifier(cfg, run.backbone, datamodule.num_classes), make_recipe(cfg), cfg.seed)
+    if cfg.compile:
+        module.classifier.compile()  # in place: the names of its parameters stay
+    tuned = _tuned_counts(module.classifier)
+    if trainer.is_global_zero:
+        write_atomically(run.folder / "config.yaml", lambda path: OmegaConf.save(cfg, path))
+        trainer.loggers = build_loggers(run, attempt, tuned)
+    diverged = _fit_and_score(trainer, module, datamodule, resume)
+    for logger in trainer.loggers:
+        _close(logger)
+    result = Result(
+        status="finished" if diverged is None else "diverged",
+        **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
+        attempt=attempt,
+        data=run.identity["data"] | {"sizes": datamodule.sizes},
+        backbone=run.identity["backbone"] | {"carried_blocks": run.backbone.module.carried_blocks()},
+        metrics=_last_row(resume) | module.scores,
+        per_class=dict(zip(datamodule.class_names, module.per_class, strict=False)),
+        tuned=tuned,
+        time={"train_s": resume.seconds, "last_process_s": time.monotonic() - started},
+        peak_memory=measure.peak_memory(),
+        machine=_machine(trainer),
+        versions=measure.versions() | {"git_commit": measure.git_commit()},
+        diverged_step=diverged,
+        tags=tuple(cfg.tags),
+    )
+    return _finish(run, result, module.classifier) if trainer.is_global_zero else result
+
+
+def _fit_and_score(
+    trainer: L.Trainer, module: TuningModule, datamodule: TaskDataModule, resume: ResumeCheckpoint
+) -> int | None:
+    """Fits and scores once after the last epoch; returns the step at which the loss was not finite, else None."""
+    ckpt_path = str(resume.path) if resume.path.is_file() else None
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        if datamodule.split == "final":
+            trainer.test(module, datamodule=datamodule, verbose=False)
+        elif not module.scores:  # killed between the last epoch's state and its result
+            trainer.validate(module, datamodule=datamodule, verbose=False)
+    except Diverged as error:
+        return error.step
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None  # Lightning makes an exit of Ctrl-C
+        raise
+    return None
+
+
+def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
+    """Writes the tuned state, then the result that makes the run a finished one, and removes the resume state."""
+    folder = run.folder
+    if result.status == "finished":
+        checksum = save_state(
+            folder / "tuned.safetensors",
+            TunedState(
+                tensors=classifier.tuned_state(),
+                method=result.method,
+                task=result.task,
+                class_names=run.datamodule.class_names,
+                preprocessing=run.datamodule.preprocessing,
+                backbone=run.backbone.record(),
+                versions=measure.versions(),
+            ),
+        )
+        size = (folder / "tuned.safetensors").stat().st_size
+        result = replace(result, tuned=dict(result.tuned) | {"bytes": size, "sha256": checksum})
+    if (folder / "resume" / "metrics.csv").exists():
+        (folder / "resume" / "metrics.csv").replace(folder / "metrics.csv")
+    write_result(folder, result)
+    shutil.rmtree(folder / "resume", ignore_errors=True)
+    return result
+
+
+def _last_row(resume: ResumeCheckpoint) -> dict[str, float]:
+    row = resume.rows[max(resume.rows)] if resume.rows else {}
+    return {k: v for k, v in row.items() if "/" in k}
+
+
+def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
+    summary = classifier.summary()
+    return {"parameters": summary.tuned, "head_parameters": summary.head, "share": summary.share}
+
+
+def _machine(trainer: L.Trainer) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "devices": trainer.world_size,
+        "accumulation": trainer.accumulate_grad_batches,
+        "threads": torch.get_num_threads(),
+    }

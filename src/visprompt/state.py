@@ -1,0 +1,169 @@
+"""The tuned-state file: safetensors and a schema. Nothing else reads or writes it.
+
+All metadata lies as one JSON string under one key, because safetensors writes several keys in random order. The checksum
+covers the metadata and every tensor's name, type, shape and bytes.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from visprompt.errors import UserError
+
+SCHEMA = 1
+_KEY = "visprompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedState:
+    """Everything that one task adds to a frozen backbone.
+
+    Attributes:
+        tensors: What was tuned, by name.
+        method: The method's name and options.
+        task: Task id.
+        class_names: Names of the classes, in the order of the head's rows.
+        preprocessing: How images become the backbone's input.
+        backbone: The backbone's id, weights' hash and options.
+        versions: Versions of the libraries that wrote it.
+    """
+
+    tensors: Mapping[str, Tensor]
+    method: Mapping[str, Any]
+    task: str
+    class_names: tuple[str, ...]
+    preprocessing: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], also: str = "") -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256(also.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file so that it either stands complete under its name or not at all.
+
+    Args:
+        path: The file to write; its folder is made.
+        write: Writes the content to the path it is given.
+
+    Raises:
+        UserError: The file system refuses (full disk, read-only); what stood there before still stands.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise _refused(path, error) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # mkstemp makes files that their owner alone may read
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise _refused(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _refused(path: Path, error: Exception) -> UserError:
+    return UserError(f"cannot write {path}: {error}; free some space or choose another folder with paths.log_dir=...")
+
+
+def save_state(path: Path, state: TunedState) -> str:
+    """Writes a tuned state atomically.
+
+    Args:
+        path: The file, by custom `tuned.safetensors`.
+        state: What it holds.
+
+    Returns:
+        Its checksum, also stored in it.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    meta = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"} | {"schema": SCHEMA}
+    text = json.dumps(meta, sort_keys=True)
+    checksum = hash_tensors(tensors, also=text)
+    metadata = {_KEY: json.dumps({"sha256": checksum, "meta": text})}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    return checksum
+
+
+def load_state(path: Path) -> TunedState:
+    """Reads and verifies a tuned state.
+
+    Args:
+        path: The file, or the run's folder that holds `tuned.safetensors`.
+
+    Returns:
+        The state, its tensors on the CPU.
+
+    Raises:
+        UserError: There is no such file, it is no tuned state, of a newer schema, cut or changed.
+    """
+    path = path / "tuned.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"there is no tuned state at {path}: give a finished run's folder or its tuned.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        text, checksum = stored["meta"], stored["sha256"]
+        intact = hash_tensors(tensors, also=text) == checksum
+        meta = json.loads(text)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a readable tuned state ({error}): copy it again or rerun its task") from error
+    if not intact:
+        raise UserError(f"{path} is damaged: its checksum differs; copy it again or rerun its task")
+    if meta.pop("schema") != SCHEMA:
+        raise UserError(f"{path} was written by another version (schema is not {SCHEMA}): update visprompt to read it")
+    return TunedState(tensors=tensors, **meta | {"class_names": tuple(meta["class_names"])})
+
+
+def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
+    """Refuses a state that was tuned for something else.
+
+    Args:
+        state: The state to be loaded.
+        path: Where it came from, for the message.
+        **expected: Any of backbone (a mapping with name and sha256), method (a mapping), class_names; what is given
+            must equal the state's.
+
+    Raises:
+        UserError: Says what differs.
+    """
+    stored = asdict(state)
+    for key, value in expected.items():
+        if key == "backbone" and stored[key]["sha256"] != value["sha256"]:
+            raise UserError(
+                f"{path} was tuned on backbone {stored[key]['name']} (weights {stored[key]['sha256'][:12]}), "
+                f"not on {value['name']} (weights {value['sha256'][:12]}): load that backbone"
+            )
+        if key == "method" and dict(stored[key]) != dict(value):
+            raise UserError(f"{path} holds method {stored[key]}, not {dict(value)}: build that method")
+        if key == "class_names" and len(stored[key]) != len(value):
+            raise UserError(f"{path} has {len(stored[key])} classes, not {len(value)}: use data of the same classes")
+        if key == "class_names" and tuple(stored[key]) != tuple(value):
+            raise UserError(f"{path} has other class names than this data: use data of the same classes in its order")
