@@ -1,0 +1,1 @@
+"""Visual prompt tuning of frozen vision backbones."""

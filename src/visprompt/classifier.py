@@ -7,8 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from visprompt.errors import UserError
+from visprompt.errors import UserError, unknown
 from visprompt.methods import Method
+
+HEAD_INITS = ("vpt", "zeros")
+
+
+def _init_head(head: nn.Linear, how: str) -> None:
+    if how not in HEAD_INITS:
+        raise unknown("head_init", how, HEAD_INITS)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    if how == "vpt":  # the bias stands for probabilities of 1 %, whatever the number of classes
+        nn.init.kaiming_normal_(head.weight, mode="fan_out")
+        nn.init.constant_(head.bias, -math.log(99))
 
 
 @dataclass(frozen=True)
@@ -38,17 +50,16 @@ class Classifier(nn.Module):
         backbone: A backbone family's module: `forward(images, method) -> features [B, width]`, and `width`.
         method: What is tuned.
         num_classes: Width of the head (C).
+        head_init: "vpt", the released VPT code's, or "zeros".
     """
 
-    def __init__(self, backbone: nn.Module, method: Method, num_classes: int) -> None:
+    def __init__(self, backbone: nn.Module, method: Method, num_classes: int, head_init: str = "vpt") -> None:
         super().__init__()
         method.attach(backbone)
         self.backbone = backbone
         self.method = method
         self.head = nn.Linear(int(backbone.width), num_classes)  # type: ignore[arg-type]  # nn.Module hides the int
-        # the released VPT code's initial head: probabilities of about 1 % whatever the number of classes
-        nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
-        nn.init.constant_(self.head.bias, -math.log(99))
+        _init_head(self.head, head_init)
         self.tuned_names = method.tuned_names(self)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self.tuned_names)

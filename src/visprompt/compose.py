@@ -1,6 +1,6 @@
 """What knows Hydra: composing the config of each task, and saying in one sentence what is wrong with a command line.
 
-A composed *job* is a plain config of one run: its `task` is set, everything is resolved, and the recipe's table is gone.
+A composed *job* is a plain config of one run: its `task` is set, everything is resolved, the recipe's table is gone.
 """
 
 import os
@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,9 +29,8 @@ CONFIGS = ROOT / "configs"
 def _row(key: str, *, _root_: DictConfig) -> Any:
     """`${row:lr}`: a value of the recipe's table, from the row of the task, else from the default row."""
     rows = _root_.recipe.rows
-    default = rows.default
-    row = rows[_root_.task] if _root_.task in rows else default
-    return row[key] if key in row else default[key]
+    row = rows[_root_.task if _root_.task in rows else "default"]
+    return row[key] if key in row else rows.default[key]
 
 
 OmegaConf.register_new_resolver("row", _row)
@@ -79,7 +79,7 @@ def _unknown_key(config_name: str, arguments: Sequence[str], error: Exception) -
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in cfg:
+    for key in map(str, cfg):
         yield f"{prefix}{key}"
         if OmegaConf.is_dict(cfg._get_node(key)) and not OmegaConf.is_missing(cfg, key):
             yield from _keys(cfg[key], f"{prefix}{key}.")
@@ -94,7 +94,7 @@ def one_sentence_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if HydraConfig.initialized() and HydraConfig.get().mode and HydraConfig.get().mode.name == "MULTIRUN":
+        if in_multirun():
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -105,6 +105,11 @@ def one_sentence_errors() -> Iterator[None]:
         # Hydra would cut the traceback to its own taste
         traceback.print_exc()
         raise SystemExit(1) from None
+
+
+def in_multirun() -> bool:
+    """Whether Hydra runs this job as one of several (`-m`)."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[DictConfig]:
@@ -123,14 +128,15 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[DictConfig]:
     if cfg.task is not None:
         return [cfg]
     hydra = HydraConfig.get()
+    config_name = str(hydra.job.config_name)
     overrides = [o for o in hydra.overrides.task if not o.startswith("tasks=")] + list(extra)
     given = [o for o in overrides if o.lstrip("+").startswith("data=")]
     if cfg.tasks is None:
-        return [_job(hydra.job.config_name, overrides)]
+        return [_job(config_name, overrides)]
     if given:
         raise UserError(f"{given[0]} and tasks={cfg.tasks} both name the data: give one of them")
-    tasks = catalog.resolve(OmegaConf.to_object(cfg.tasks) if OmegaConf.is_list(cfg.tasks) else cfg.tasks)
-    return [_job(hydra.job.config_name, [*overrides, f"data={spec.config}", "tasks=null"]) for spec in tasks]
+    tasks = catalog.resolve(list(cfg.tasks) if OmegaConf.is_list(cfg.tasks) else str(cfg.tasks))
+    return [_job(config_name, [*overrides, f"data={spec.config}", "tasks=null"]) for spec in tasks]
 
 
 def _job(config_name: str, overrides: list[str]) -> DictConfig:

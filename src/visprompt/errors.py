@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LISTED = 40  # more choices than this (timm's backbones) would bury the sentence
+
 
 class UserError(Exception):
     """An error that its message explains in full; entry points print the message alone, without a traceback."""
@@ -17,10 +19,12 @@ def unknown(kind: str, word: str, choices: Iterable[str]) -> UserError:
         choices: The valid words.
 
     Returns:
-        The error to raise: it names the nearest valid choices first, or all of them where none is near.
+        The error to raise: it names the nearest valid choices first, and all of them unless they are too many to read.
     """
     names = sorted(set(choices))
     near = get_close_matches(word.lower(), names, n=3, cutoff=0.5)
+    listed = ", ".join(names[:_LISTED]) + (f" or {len(names) - _LISTED} more" if len(names) > _LISTED else "")
     if near:
-        return UserError(f"unknown {kind} {word!r}: did you mean {' or '.join(near)}? (all: {', '.join(names)})")
-    return UserError(f"unknown {kind} {word!r}: choose one of {', '.join(names)}")
+        rest = f" (all: {listed})" if len(names) <= _LISTED else ""
+        return UserError(f"unknown {kind} {word!r}: did you mean {' or '.join(near)}?{rest}")
+    return UserError(f"unknown {kind} {word!r}: choose one of {listed}")

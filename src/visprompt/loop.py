@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +55,7 @@ def train(cfg: DictConfig) -> float:
             raise
     outcomes = run_all(compose.jobs(cfg))
     bad = [f"{o.name}: {o.reason}" for o in outcomes if o.result is None]
-    if not _in_multirun():
+    if not compose.in_multirun():
         bad += [f"{o.name}: {o.reason}" for o in outcomes if o.result is not None and o.reason]
     if bad:
         raise UserError(f"{len(bad)} of {len(outcomes)} runs failed: " + "; ".join(bad))
@@ -148,7 +147,3 @@ def show(result: Result, run: Run) -> None:
     table.add_row("peak memory", f"{result.peak_memory['bytes'] / 2**20:,.0f} MiB ({result.peak_memory['of']})")
     table.add_row("folder", str(run.folder))
     console.print(table)
-
-
-def _in_multirun() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN"

@@ -1,7 +1,7 @@
 """The only place where a learning rate is scaled, warmed up or decayed, and where a weight decay is grouped.
 
-VPT (Jia et al., ECCV 2022, appendix A): lr = base * batch / 256, linear warm-up, cosine decay to zero, SGD with momentum
-0.9 for heads and prompts, AdamW for methods that tune the backbone; the bias of the last layer is not decayed.
+VPT (Jia et al., ECCV 2022, appendix A): lr = base * batch / 256, linear warm-up, cosine decay to zero, SGD with
+momentum 0.9 for heads and prompts, AdamW for methods that tune the backbone; the last layer's bias is not decayed.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from visprompt.classifier import HEAD_INITS
 from visprompt.errors import UserError, unknown
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -29,6 +30,7 @@ class Recipe:
         batch_size: Images of one optimiser step, over all devices and accumulation steps.
         epochs: Passes over the training images.
         warmup_epochs: Epochs of linear warm-up, fewer than `epochs`.
+        head_init: One of `HEAD_INITS`.
 
     Raises:
         UserError: A number lies outside its range or the optimiser is unknown.
@@ -42,8 +44,11 @@ class Recipe:
     batch_size: int
     epochs: int
     warmup_epochs: float
+    head_init: str = "vpt"
 
     def __post_init__(self) -> None:
+        if self.head_init not in HEAD_INITS:
+            raise unknown("recipe.head_init", self.head_init, HEAD_INITS)
         if self.optimizer not in OPTIMIZERS:
             raise unknown("recipe.optimizer", self.optimizer, OPTIMIZERS)
         if self.epochs < 1 or self.batch_size < 1:
@@ -52,8 +57,7 @@ class Recipe:
             )
         if not 0 <= self.warmup_epochs < self.epochs:
             raise UserError(
-                f"recipe.warmup_epochs={self.warmup_epochs:g} does not fit: "
-                f"give 0 to below recipe.epochs={self.epochs}"
+                f"recipe.warmup_epochs={self.warmup_epochs:g} does not fit: give 0 to below recipe.epochs={self.epochs}"
             )
         for name in ("lr", "head_lr", "weight_decay", "momentum"):
             value = getattr(self, name)

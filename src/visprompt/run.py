@@ -34,11 +34,11 @@ from visprompt.state import TunedState, save_state, write_atomically
 
 SPLITS = ("tune", "final")
 # trainer settings that leave the numbers as they are; any other one is part of a run's identity
-_NEUTRAL_TRAINER = frozenset(
-    "_target_ accelerator devices num_nodes strategy accumulate_grad_batches enable_progress_bar enable_model_summary "
-    "check_val_every_n_epoch log_every_n_steps logger callbacks plugins profiler benchmark deterministic "
-    "default_root_dir sync_batchnorm inference_mode".split()
-)
+_NEUTRAL_TRAINER = {
+    *("_target_", "accelerator", "devices", "num_nodes", "strategy", "plugins", "sync_batchnorm"),
+    *("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "deterministic", "benchmark"),
+    *("enable_progress_bar", "profiler", "inference_mode"),
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def build_classifier(cfg: DictConfig, backbone: Backbone, num_classes: int) -> C
     L.seed_everything(int(cfg.seed), verbose=False)
     module = deepcopy(backbone.module)
     options: dict[str, Any] = OmegaConf.to_container(cfg.method)  # type: ignore[assignment]  # a mapping of words
-    return Classifier(module, build_method(options.pop("name"), module, **options), num_classes)
+    method = build_method(options.pop("name"), module, **options)
+    return Classifier(module, method, num_classes, cfg.recipe.head_init)
 
 
 def run_job(run: Run) -> Result:

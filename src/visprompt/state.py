@@ -1,16 +1,17 @@
 """The tuned-state file: safetensors and a schema. Nothing else reads or writes it.
 
-All metadata lies as one JSON string under one key, because safetensors writes several keys in random order. The checksum
-covers the metadata and every tensor's name, type, shape and bytes.
+All metadata is one string under one key, because safetensors writes several keys in random order: a checksum over the
+metadata and every tensor's name, type, shape and bytes, then the metadata as JSON. The class names are one string of it,
+begun by the character that separates them: quotes, escaped twice, would add ten bytes to each of a thousand names.
 """
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from visprompt.errors import UserError
 
 SCHEMA = 1
 _KEY = "visprompt"
+_DIGITS = 64  # of a SHA-256 in hexadecimal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +105,24 @@ def save_state(path: Path, state: TunedState) -> str:
         Its checksum, also stored in it.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    meta = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"} | {"schema": SCHEMA}
-    text = json.dumps(meta, sort_keys=True)
+    meta = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"}
+    meta |= {"schema": SCHEMA, "class_names": _join(state.class_names)}
+    # a folder's name may hold bytes that are no Unicode: Python's escape of those is also JSON's
+    text = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace").decode()
     checksum = hash_tensors(tensors, also=text)
-    metadata = {_KEY: json.dumps({"sha256": checksum, "meta": text})}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={_KEY: checksum + text}))
     return checksum
+
+
+def _join(names: Sequence[str]) -> str:
+    """Class names as one string that begins with their separator, a character that none of them holds."""
+    taken = set("".join(names))
+    separator = next(c for c in map(chr, range(0x7F, 0xD800)) if c not in taken)
+    return "".join(separator + name for name in names)
+
+
+def _split(joined: str) -> tuple[str, ...]:
+    return tuple(joined[1:].split(joined[0])) if joined else ()
 
 
 def load_state(path: Path) -> TunedState:
@@ -128,18 +142,18 @@ def load_state(path: Path) -> TunedState:
         raise UserError(f"there is no tuned state at {path}: give a finished run's folder or its tuned.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
-            stored = json.loads((file.metadata() or {})[_KEY])
+            stored = (file.metadata() or {})[_KEY]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-        text, checksum = stored["meta"], stored["sha256"]
-        intact = hash_tensors(tensors, also=text) == checksum
-        meta = json.loads(text)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a readable tuned state ({error}): copy it again or rerun its task") from error
-    if not intact:
+    checksum, text = stored[:_DIGITS], stored[_DIGITS:]
+    if hash_tensors(tensors, also=text) != checksum:
         raise UserError(f"{path} is damaged: its checksum differs; copy it again or rerun its task")
-    if meta.pop("schema") != SCHEMA:
-        raise UserError(f"{path} was written by another version (schema is not {SCHEMA}): update visprompt to read it")
-    return TunedState(tensors=tensors, **meta | {"class_names": tuple(meta["class_names"])})
+    meta = json.loads(text)
+    schema = meta.pop("schema")
+    if schema != SCHEMA:
+        raise UserError(f"{path} is of schema {schema}, and this version reads {SCHEMA}: update visprompt to read it")
+    return TunedState(tensors=tensors, **meta | {"class_names": _split(meta["class_names"])})
 
 
 def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
@@ -154,16 +168,17 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
     Raises:
         UserError: Says what differs.
     """
-    stored = asdict(state)
     for key, value in expected.items():
-        if key == "backbone" and stored[key]["sha256"] != value["sha256"]:
+        stored = getattr(state, key)
+        if key == "backbone" and stored["sha256"] != value["sha256"]:
             raise UserError(
-                f"{path} was tuned on backbone {stored[key]['name']} (weights {stored[key]['sha256'][:12]}), "
+                f"{path} was tuned on backbone {stored['name']} (weights {stored['sha256'][:12]}), "
                 f"not on {value['name']} (weights {value['sha256'][:12]}): load that backbone"
             )
-        if key == "method" and dict(stored[key]) != dict(value):
-            raise UserError(f"{path} holds method {stored[key]}, not {dict(value)}: build that method")
-        if key == "class_names" and len(stored[key]) != len(value):
-            raise UserError(f"{path} has {len(stored[key])} classes, not {len(value)}: use data of the same classes")
-        if key == "class_names" and tuple(stored[key]) != tuple(value):
-            raise UserError(f"{path} has other class names than this data: use data of the same classes in its order")
+        if key == "method" and dict(stored) != dict(value):
+            raise UserError(f"{path} holds method {dict(stored)}, not {dict(value)}: build that method")
+        if key == "class_names" and len(stored) != len(value):
+            raise UserError(f"{path} has {len(stored)} classes, not {len(value)}: use data of the same classes")
+        if key == "class_names" and tuple(stored) != tuple(value):
+            old, new = next(pair for pair in zip(stored, value, strict=True) if pair[0] != pair[1])
+            raise UserError(f"{path} has class {old!r} where this data has {new!r}: use the same classes in its order")

@@ -1,12 +1,12 @@
 """Plain vision transformers of timm, re-driven block by block so that prompts can enter.
 
-Never compute what the loss cannot see. A block's output is read only for some of its tokens: where the next block drops
-or replaces the prompts, their outputs are not read; where the pooling takes the class token, the last block's outputs of
-all other tokens are not read. Tokens that are not read serve as keys and values only: K = LN(P) W_k + b_k,
+Never compute what the loss cannot see. A block's output is read only for some of its tokens: where the next block
+drops or replaces the prompts, their outputs are not read; where the pooling takes the class token, the last block's
+outputs of all other tokens are not read. Tokens that are not read serve as keys and values only: K = LN(P) W_k + b_k,
 V = LN(P) W_v + b_v. Their queries, attention, projection and MLP are left out, with the same logits and gradients.
 Prompts that all images share ([1, p, width]) give their keys and values once per step, not once per image.
 
-This holds for the block classes in `is_proven`, tested against timm's own forward. Every other block carries the tokens.
+This holds for the block classes in `is_proven`, tested against timm's own forward. Other blocks carry the tokens.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def read_block(block: Block, read: Tensor, context: Sequence[Tensor]) -> Tensor:
     Returns:
         The block's outputs for `read`, [B, n, width], equal to those of `block(cat([read, *context]))[:, :n]`.
     """
-    attn = block.attn
+    attn = cast(Attention, block.attn)
     normed = block.norm1(read)
     q, k, v = _heads(attn, normed, attn.qkv.weight, attn.qkv.bias)
     # rows [width:] of the joint projection are those of the keys and the values
@@ -93,7 +93,8 @@ class ViT(nn.Module):
 
     def __init__(self, model: nn.Module, exact: bool = True) -> None:
         super().__init__()
-        if not isinstance(model, VisionTransformer) or type(model).forward_features is not _FORWARD_FEATURES:
+        # exact class: a subclass may embed or pool in another way (timm's distilled one has two class tokens)
+        if type(model) is not VisionTransformer:
             raise UserError(f"backbone class {type(model).__name__} is not a plain timm VisionTransformer: choose one")
         if model.attn_pool is None and not model.global_pool:
             raise UserError("the backbone pools nothing: set backbone.global_pool to token, avg, avgmax or max")
@@ -161,6 +162,3 @@ class ViT(nn.Module):
         else:
             x = global_pool_nlc(x, pool_type=model.global_pool, num_prefix_tokens=0)
         return model.head_drop(model.fc_norm(x))
-
-
-_FORWARD_FEATURES = VisionTransformer.forward_features

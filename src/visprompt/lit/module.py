@@ -58,6 +58,7 @@ class TuningModule(L.LightningModule):
         self.test_confusion = MulticlassConfusionMatrix(classes)
         self.scores: dict[str, float] = {}
         self.per_class: list[float | None] = []
+        self._bad_step: Tensor
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class TuningModule(L.LightningModule):
         out: Tensor = self.classifier(images) if images.ndim == 4 else self.classifier.head(images)
         return out
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form for all
         """The tuned state: a frozen backbone is never written."""
         return self.classifier.tuned_state()
 
@@ -104,7 +105,7 @@ class TuningModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Ends a diverged run before its checkpoint is written; on all ranks alike."""
-        bad_step = int(self.all_gather(self._bad_step).min())
+        bad_step = int(torch.as_tensor(self.all_gather(self._bad_step)).min())
         if bad_step != _NEVER:
             raise Diverged(bad_step)
         self.log("train/loss", self.train_loss, prog_bar=True)
@@ -147,7 +148,7 @@ class TuningModule(L.LightningModule):
                 moved = self._apply_batch_transfer_handler(batch)
                 parts.append(self.classifier.features(moved.images).float().cpu())
         self.classifier.train()
-        return ArrayDataset(torch.cat(parts), datamodule.train_dataset.labels)
+        return ArrayDataset(torch.cat(parts).numpy(), datamodule.train_dataset.labels.numpy())
 
 
 def accuracies(confusion: Tensor) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class PhotoDataModule(L.LightningDataModule):
 
 def build_network(recipe: PretrainRecipe, classes: int) -> VisionTransformer:
     """The plain timm ViT of a recipe, from noise or from `recipe.init`; a `UserError` where that does not fit."""
-    shape = {"img_size": recipe.image_size, "patch_size": recipe.patch_size, "embed_dim": recipe.width}
+    shape: dict[str, Any] = {"img_size": recipe.image_size, "patch_size": recipe.patch_size, "embed_dim": recipe.width}
     shape |= {"depth": recipe.depth, "num_heads": recipe.heads, "num_classes": classes}
     net = VisionTransformer(**shape, patch_drop_rate=recipe.patch_dropout, drop_path_rate=recipe.drop_path)
     if recipe.init is None:

@@ -40,7 +40,7 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
         if option not in valid:
             raise unknown(f"option of method {name}", option, valid or ["(it has none)"])
     cls = factory.func if isinstance(factory, partial) else factory
-    missing = getattr(cls, "sites", frozenset()) - backbone.sites
+    missing: frozenset[str] = getattr(cls, "sites", frozenset()) - backbone.sites
     if missing:
         raise UserError(
             f"method {name} cannot work on this backbone: it needs the site {', '.join(sorted(missing))}, "

@@ -25,7 +25,7 @@ class Geometry(Protocol):
     width: int
     num_blocks: int
     patch_size: int
-    sites: frozenset[str]
+    sites: ClassVar[frozenset[str]]
 
 
 class Method(nn.Module):

@@ -1,4 +1,4 @@
-"""The two ends between which prompt tuning lies: linear probing and full fine-tuning (VPT, Jia et al., ECCV 2022, 4.1)."""
+"""The two ends of prompt tuning: a linear head, and everything. Jia et al., Visual Prompt Tuning, ECCV 2022, 4.1."""
 
 from typing import ClassVar
 

@@ -1,7 +1,7 @@
 """Visual prompt tuning. Jia et al., Visual Prompt Tuning, ECCV 2022, section 3.2, equations 4 to 8.
 
 Shallow: [x_1, Z_1, E_1] = L_1([x_0, P, E_0]), and the prompt outputs Z flow on through all blocks.
-Deep:    [x_i, _, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}]): every block has its own prompts, its prompt outputs are dropped.
+Deep:    [x_i, _, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}]): every block has its own prompts, whose outputs are dropped.
 
 Both are one class here: shallow is depth 1 with carry-over. Different from the released code: prompts stand behind the
 image tokens instead of behind the class token (attention without positions does not see the order), and tokens whose

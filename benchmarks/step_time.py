@@ -1,0 +1,227 @@
+"""Time and peak memory of a training step: exact prompts, carried prompts, no prompts.
+
+Three ways through the same frozen backbone, all with fused attention:
+
+- exact: VPT-deep whose prompts give keys and values only, and the last block computes only what is pooled
+  (`visprompt.backbones.vit`);
+- carried: the same prompts as tokens through every block, all tokens in the last block too (`vit.exact = False`), as
+  the papers' codes do; that the loss is the same is checked;
+- promptless: the exact path with a prompt of length 0. No token is added, yet gradients go as deep as prompts need,
+  into the first block's attention. (Linear probing would be no measure: its backward ends at the head.)
+
+A step is forward, loss and backward in training mode. The ways run alternately: exact, carried, promptless, exact ...;
+a ratio is taken within each such round; median, least and greatest are printed. The clock: CUDA events; on the CPU
+with one thread (OMP_NUM_THREADS=1) the process's CPU time, which other processes disturb least; with more, wall time.
+
+Memory is what a step adds at its peak to what lay there before. On CUDA it is what PyTorch allocates; on the CPU
+(Linux only) the high-water mark of a process of its own, after one step that is not counted.
+"""
+
+import argparse
+import ctypes
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import cast
+
+import torch
+from timm.layers import set_fused_attn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visprompt.backbones import DEMO, BackboneSpec, build_backbone
+from visprompt.backbones.vit import ViT
+from visprompt.classifier import Classifier
+from visprompt.errors import UserError
+from visprompt.measure import git_commit, versions
+from visprompt.methods import Geometry, build_method
+from visprompt.methods.baselines import Linear
+
+CLASSES = 100
+COMPARED = ((1, 0), (0, 2), (1, 2))  # of the ways exact, carried, promptless
+DROPOUT_ROW = (50, 0.1)  # under dropout the prompts' keys and values are made for every image, not once per step
+WARM_UP = {"cpu": 1, "cuda": 3}  # rounds that are not counted
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # of the loss, relative: exact and carried round differently
+Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way through the backbone; a length of 0 is the promptless pass."""
+
+    length: int = 0
+    dropout: float = 0.0
+    exact: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.length}, dropout {self.dropout}" if self.dropout else str(self.length)
+
+
+class Promptless(Linear):
+    """A prompt of length 0: gradients reach the first block's attention, where a prompt's own would leave it."""
+
+    def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
+        """The head, and one bias to end the gradients' way: a sum over tokens, next to free."""
+        return super().tuned_names(classifier) | {"backbone.model.blocks.0.attn.qkv.bias"}
+
+
+def make_vit(options: argparse.Namespace) -> tuple[ViT, int]:
+    """The frozen backbone, weights random unless it is the embedded one, and the side of its images in pixels."""
+    set_fused_attn(True)
+    backbone = build_backbone(BackboneSpec(name=options.backbone, pretrained=options.backbone == DEMO))
+    vit = backbone.module.to(options.device)
+    if vit.carried_blocks():
+        raise UserError(f"backbone {options.backbone} has blocks that take no exact path: choose a plain ViT")
+    return vit, backbone.image_size
+
+
+def make_step(variant: Variant, vit: ViT, side: int, options: argparse.Namespace) -> Step:
+    """A training step on random images; returns the loss and leaves no gradients behind."""
+    torch.manual_seed(0)
+    geometry, prompts = cast(Geometry, vit), {"num_tokens": variant.length, "dropout": variant.dropout}
+    method = build_method("vpt_deep", geometry, **prompts) if variant.length else Promptless(geometry)
+    classifier = Classifier(vit, method, CLASSES).to(options.device)
+    if options.compile:
+        classifier.compile()
+    images = torch.randn(options.batch, 3, side, side, device=options.device)
+    labels = torch.randint(CLASSES, (options.batch,), device=options.device)
+
+    def step() -> Tensor:
+        vit.exact = variant.exact
+        torch.manual_seed(0)  # the same dropout whichever the way
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
+            loss = F.cross_entropy(classifier(images), labels)
+        loss.backward()
+        classifier.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def seconds(step: Step, device: str) -> float:
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
+    step()
+    return clock() - begin
+
+
+def added_memory(variant: Variant, options: argparse.Namespace) -> float:
+    """MiB that a step adds at its peak."""
+    step = make_step(variant, *make_vit(options), options)
+    step()  # what the libraries take once is no part of a step
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what the first step freed would otherwise hide what the second one takes
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, at the present size
+    before = proc("self/status", "VmRSS")
+    step()
+    return (int(proc("self/status", "VmHWM").split()[0]) - int(before.split()[0])) / 1024  # "1234 kB"
+
+
+def proc(file: str, key: str) -> str:
+    lines = Path("/proc", file).read_text().splitlines()
+    return next(line.split(":")[1].strip() for line in lines if line.startswith(key))
+
+
+def memory_rows(variants: Sequence[Variant], options: argparse.Namespace) -> list[list[str]]:
+    def alone(variant: Variant) -> float:
+        if options.device == "cuda":
+            return added_memory(variant, options)
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as fresh:  # this process has built nothing so far
+            return fresh.submit(added_memory, variant, options).result()
+
+    none, rows = alone(Variant()), []
+    for variant in variants:
+        ways = [alone(variant), alone(replace(variant, exact=False)), none]
+        rows.append([str(variant), *(f"{mib:.1f}" for mib in ways), *(f"{ways[a] / ways[b]:.2f}" for a, b in COMPARED)])
+    return rows
+
+
+def time_rows(variants: Sequence[Variant], options: argparse.Namespace) -> list[list[str]]:
+    shared, rows = make_vit(options), []
+    none = make_step(Variant(), *make_vit(options), options)  # on its own ViT: there a bias asks for a gradient
+    for variant in variants:
+        torch.compiler.reset()  # a cache holds only a few graphs of one forward
+        exact, carried = (make_step(replace(variant, exact=on), *shared, options) for on in (True, False))
+        if not math.isclose(exact().item(), carried().item(), rel_tol=TOLERANCE[options.precision]):
+            raise UserError(f"{variant} prompts: the exact and the carried path do not compute the same loss")
+        count = WARM_UP[options.device] + options.pairs
+        rounds = [[seconds(way, options.device) * 1000 for way in (exact, carried, none)] for _ in range(count)]
+        rounds = rounds[-options.pairs :]
+        ratios = [[times[a] / times[b] for times in rounds] for a, b in COMPARED]
+        medians = [f"{median(way):.1f}" for way in zip(*rounds, strict=True)]
+        rows.append([str(variant), *medians, *(f"{median(r):.2f} [{min(r):.2f}, {max(r):.2f}]" for r in ratios)])
+        print(" | ".join(rows[-1]), file=sys.stderr)
+    return rows
+
+
+def table(unit: str, rows: Sequence[Sequence[str]]) -> str:
+    ways = [f"{way}, {unit}" for way in ("exact", "carried", "promptless")]
+    head = ["prompts", *ways, "carried / exact", "exact / promptless", "carried / promptless"]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---:"] * len(head), *rows))
+
+
+def circumstances(options: argparse.Namespace) -> str:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return ", ".join(
+        [
+            *(
+                options.backbone,
+                f"batch {options.batch}",
+                options.precision,
+                "compiled" if options.compile else "eager",
+            ),
+            *(f"{options.pairs} pairs on {options.device}: {proc('cpuinfo', 'model name')}", f"{os.cpu_count()} cores"),
+            *(f"{torch.get_num_threads()} thread(s)", gpu, f"commit {git_commit()}"),
+            *(f"{name} {versions()[name]}" for name in ("python", "torch", "timm")),
+        ]
+    )
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default=DEMO, help="the embedded one, or a timm ViT with random weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
+    parser.add_argument("--batch", type=int, help="64, or 4 for a timm ViT on the CPU")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 10, 50, 100, 200], help="prompts of a block")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args(arguments)
+    options.batch = options.batch or (4 if options.device == "cpu" and options.backbone != DEMO else 64)
+    if min(*options.lengths, options.pairs, options.batch) < 1:
+        parser.error("--lengths, --pairs and --batch start at 1")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    variants = [Variant(length) for length in options.lengths]
+    variants += [Variant(*DROPOUT_ROW)] if DROPOUT_ROW[0] in options.lengths else []
+    memory = memory_rows(variants, options)
+    times = time_rows(variants, options)
+    print(circumstances(options), table("ms", times), table("MiB", memory), sep="\n\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

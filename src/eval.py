@@ -1,0 +1,20 @@
+"""Scores a saved state on its test set: `python src/eval.py run=logs/<task>/<method>/<hash>`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from visprompt.compose import check_words, one_sentence_errors
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="eval")
+def main(cfg: DictConfig) -> float:
+    """Returns test/acc."""
+    with one_sentence_errors():
+        from visprompt import inference  # imported late: a wrong word is said before torch is loaded
+
+        return inference.evaluate(cfg)
+
+
+if __name__ == "__main__":
+    check_words("eval")
+    main()

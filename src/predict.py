@@ -1,0 +1,20 @@
+"""Labels a folder of images: `python src/predict.py state=logs/<task>/<method>/<hash> images=FOLDER`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from visprompt.compose import check_words, one_sentence_errors
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="predict")
+def main(cfg: DictConfig) -> None:
+    """Writes predictions.csv."""
+    with one_sentence_errors():
+        from visprompt import inference  # imported late: a wrong word is said before torch is loaded
+
+        inference.predict(cfg)
+
+
+if __name__ == "__main__":
+    check_words("predict")
+    main()

@@ -1,0 +1,20 @@
+"""Grid, choice on val200, seeds, table: `python src/tune.py experiment=demo_table`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from visprompt.compose import check_words, one_sentence_errors
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="tune")
+def main(cfg: DictConfig) -> float:
+    """Returns the mean test accuracy over methods and tasks."""
+    with one_sentence_errors():
+        from visprompt import protocol  # imported late: a wrong word is said before torch is loaded
+
+        return protocol.tune(cfg)
+
+
+if __name__ == "__main__":
+    check_words("tune")
+    main()

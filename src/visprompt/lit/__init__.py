@@ -1,0 +1,14 @@
+"""The Lightning side: module, callbacks, checkpoints. Importing it silences what Lightning says on every fit."""
+
+import logging
+import warnings
+
+# its lines come twice under Hydra's logging, and those below a warning repeat what the run's table says
+for _name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+# Lightning 2.6 asks torch's pytrees in the old way
+warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+# a frozen backbone stays in evaluation mode on purpose
+warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+# images are decoded once and lie in memory or in a memory map: more workers would not help
+warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
