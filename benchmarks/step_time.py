@@ -2,19 +2,16 @@
 
 Three ways through the same frozen backbone, all with fused attention:
 
-- exact: VPT-deep whose prompts give keys and values only, and the last block computes only what is pooled
-  (`visprompt.backbones.vit`);
+- exact: VPT-deep whose prompts give keys and values only, and the last block computes only what is pooled;
 - carried: the same prompts as tokens through every block, all tokens in the last block too (`vit.exact = False`), as
   the papers' codes do; that the loss is the same is checked;
 - promptless: the exact path with a prompt of length 0. No token is added, yet gradients go as deep as prompts need,
   into the first block's attention. (Linear probing would be no measure: its backward ends at the head.)
 
-A step is forward, loss and backward in training mode. The ways run alternately: exact, carried, promptless, exact ...;
-a ratio is taken within each such round; median, least and greatest are printed. The clock: CUDA events; on the CPU
-with one thread (OMP_NUM_THREADS=1) the process's CPU time, which other processes disturb least; with more, wall time.
-
-Memory is what a step adds at its peak to what lay there before. On CUDA it is what PyTorch allocates; on the CPU
-(Linux only) the high-water mark of a process of its own, after one step that is not counted.
+A step is forward, loss and backward in training mode. The ways run alternately; a ratio is taken within each round of
+the three; median [least, greatest] are printed. The clock: CUDA events; on the CPU with one thread (OMP_NUM_THREADS=1)
+the process's CPU time, which other processes disturb least; with more threads, wall time. Memory is what a step adds at its peak to what lay there before: on CUDA of what PyTorch allocates; on the CPU (Linux
+only) of what a process of its own holds, after one step that is not counted.
 """
 
 import argparse
@@ -29,7 +26,6 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import cast
 
 import torch
 from timm.layers import set_fused_attn
@@ -41,15 +37,12 @@ from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.measure import git_commit, versions
-from visprompt.methods import Geometry, build_method
+from visprompt.methods import build_method
 from visprompt.methods.baselines import Linear
 
 CLASSES = 100
 COMPARED = ((1, 0), (0, 2), (1, 2))  # of the ways exact, carried, promptless
-DROPOUT_ROW = (50, 0.1)  # under dropout the prompts' keys and values are made for every image, not once per step
-WARM_UP = {"cpu": 1, "cuda": 3}  # rounds that are not counted
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # of the loss, relative: exact and carried round differently
-Step = Callable[[], Tensor]
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # of the loss, relative: the paths round differently
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,9 @@ class Variant:
 
     def __str__(self) -> str:
         return f"{self.length}, dropout {self.dropout}" if self.dropout else str(self.length)
+
+
+DROPOUT_ROW = Variant(50, dropout=0.1)  # under dropout keys and values are made for every image, not once per step
 
 
 class Promptless(Linear):
@@ -82,11 +78,11 @@ def make_vit(options: argparse.Namespace) -> tuple[ViT, int]:
     return vit, backbone.image_size
 
 
-def make_step(variant: Variant, vit: ViT, side: int, options: argparse.Namespace) -> Step:
+def make_step(variant: Variant, vit: ViT, side: int, options: argparse.Namespace) -> Callable[[], Tensor]:
     """A training step on random images; returns the loss and leaves no gradients behind."""
     torch.manual_seed(0)
-    geometry, prompts = cast(Geometry, vit), {"num_tokens": variant.length, "dropout": variant.dropout}
-    method = build_method("vpt_deep", geometry, **prompts) if variant.length else Promptless(geometry)
+    prompts = {"num_tokens": variant.length, "dropout": variant.dropout}
+    method = build_method("vpt_deep", vit, **prompts) if variant.length else Promptless(vit)
     classifier = Classifier(vit, method, CLASSES).to(options.device)
     if options.compile:
         classifier.compile()
@@ -105,18 +101,18 @@ def make_step(variant: Variant, vit: ViT, side: int, options: argparse.Namespace
     return step
 
 
-def seconds(step: Step, device: str) -> float:
+def milliseconds(step: Callable[[], Tensor], device: str) -> float:
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         step()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1000
+        return start.elapsed_time(end)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     begin = clock()
     step()
-    return clock() - begin
+    return (clock() - begin) * 1000
 
 
 def added_memory(variant: Variant, options: argparse.Namespace) -> float:
@@ -130,14 +126,13 @@ def added_memory(variant: Variant, options: argparse.Namespace) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # what the first step freed would otherwise hide what the second one takes
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, at the present size
-    before = proc("self/status", "VmRSS")
+    resident = proc("self/status", "VmRSS")
     step()
-    return (int(proc("self/status", "VmHWM").split()[0]) - int(before.split()[0])) / 1024  # "1234 kB"
+    return (int(proc("self/status", "VmHWM").split()[0]) - int(resident.split()[0])) / 1024  # "1234 kB"
 
 
 def proc(file: str, key: str) -> str:
-    lines = Path("/proc", file).read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith(key))
+    return Path("/proc", file).read_text().partition(key)[2].partition("\n")[0].strip("\t :")
 
 
 def memory_rows(variants: Sequence[Variant], options: argparse.Namespace) -> list[list[str]]:
@@ -162,9 +157,10 @@ def time_rows(variants: Sequence[Variant], options: argparse.Namespace) -> list[
         exact, carried = (make_step(replace(variant, exact=on), *shared, options) for on in (True, False))
         if not math.isclose(exact().item(), carried().item(), rel_tol=TOLERANCE[options.precision]):
             raise UserError(f"{variant} prompts: the exact and the carried path do not compute the same loss")
-        count = WARM_UP[options.device] + options.pairs
-        rounds = [[seconds(way, options.device) * 1000 for way in (exact, carried, none)] for _ in range(count)]
-        rounds = rounds[-options.pairs :]
+        rounds = [
+            [milliseconds(way, options.device) for way in (exact, carried, none)] for _ in range(options.pairs + 1)
+        ]
+        del rounds[0]  # it warmed up
         ratios = [[times[a] / times[b] for times in rounds] for a, b in COMPARED]
         medians = [f"{median(way):.1f}" for way in zip(*rounds, strict=True)]
         rows.append([str(variant), *medians, *(f"{median(r):.2f} [{min(r):.2f}, {max(r):.2f}]" for r in ratios)])
@@ -178,24 +174,7 @@ def table(unit: str, rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---:"] * len(head), *rows))
 
 
-def circumstances(options: argparse.Namespace) -> str:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return ", ".join(
-        [
-            *(
-                options.backbone,
-                f"batch {options.batch}",
-                options.precision,
-                "compiled" if options.compile else "eager",
-            ),
-            *(f"{options.pairs} pairs on {options.device}: {proc('cpuinfo', 'model name')}", f"{os.cpu_count()} cores"),
-            *(f"{torch.get_num_threads()} thread(s)", gpu, f"commit {git_commit()}"),
-            *(f"{name} {versions()[name]}" for name in ("python", "torch", "timm")),
-        ]
-    )
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default=DEMO, help="the embedded one, or a timm ViT with random weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -206,18 +185,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args(arguments)
     options.batch = options.batch or (4 if options.device == "cpu" and options.backbone != DEMO else 64)
-    if min(*options.lengths, options.pairs, options.batch) < 1:
-        parser.error("--lengths, --pairs and --batch start at 1")
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    variants = [Variant(length) for length in options.lengths]
-    variants += [Variant(*DROPOUT_ROW)] if DROPOUT_ROW[0] in options.lengths else []
-    memory = memory_rows(variants, options)
-    times = time_rows(variants, options)
-    print(circumstances(options), table("ms", times), table("MiB", memory), sep="\n\n")
+    variants = [Variant(length) for length in options.lengths] + [DROPOUT_ROW] * (DROPOUT_ROW.length in options.lengths)
+    memory, times = memory_rows(variants, options), time_rows(variants, options)
+    how = f"batch {options.batch}, {options.precision}{', compiled' if options.compile else ''}, {options.pairs} pairs"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    where = f"{proc('cpuinfo', 'model name')}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {gpu}"
+    software = ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "timm"))
+    print(
+        f"{options.backbone} on {options.device}, {how}",
+        where,
+        software,
+        f"commit {git_commit()}",
+        sep="; ",
+        end="\n\n",
+    )
+    print(table("ms", times), table("MiB", memory), sep="\n\n")
 
 
 if __name__ == "__main__":

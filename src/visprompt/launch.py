@@ -1,7 +1,7 @@
 """Processes of one machine: a run on several devices as a process group, and ranks that end with their parent.
 
 Lightning's own launcher starts rank 1 only at the first fit, and its observer kills rank 0 when a child fails; here the
-parent starts every rank of one run, so that it alone decides which runs there are, and a failed one takes no other along.
+parent starts every rank of one run, so that it alone decides which runs there are and a failure takes no other along.
 """
 
 import os
