@@ -82,7 +82,8 @@ def measured(classifier: nn.Module, logits: Tensor) -> dict[str, Tensor]:
 
 def relative_error(a: Tensor, b: Tensor) -> float:
     """max |a - b| / max |b|."""
-    return float((a.float() - b.float()).abs().max() / b.float().abs().max())
+    a, b = a.detach().float(), b.detach().float()
+    return float((a - b).abs().max() / b.abs().max())
 
 
 def worst_error(a: dict[str, Tensor], b: dict[str, Tensor], names: Sequence[str] | None = None) -> float:

@@ -1,8 +1,8 @@
 """The tuned-state file: safetensors and a schema. Nothing else reads or writes it.
 
 All metadata is one string under one key, because safetensors writes several keys in random order: a checksum over the
-metadata and every tensor's name, type, shape and bytes, then the metadata as JSON. In it the class names are one string,
-begun by the character that separates them: quotes, escaped twice, would add ten bytes to each of a thousand names.
+metadata and every tensor's name, type, shape and bytes, then the metadata as JSON. Its class names are one string that
+begins with their separator: quotes, escaped twice, would add ten bytes to each of a thousand names.
 """
 
 import hashlib

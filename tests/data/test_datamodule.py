@@ -48,7 +48,8 @@ def test_unknown_split():
 
 
 def test_features_are_read_in_order_and_without_augmentation():
-    batches = list(loc(accumulate=4).feature_dataloader())
+    module = loc(accumulate=4)
+    batches = list(module.feature_dataloader(module.train_dataset))
     assert rows_of(batches) == list(range(1000))
     assert {len(batch.rows) for batch in batches} == {64, 1000 % 64}
 

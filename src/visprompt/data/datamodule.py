@@ -153,9 +153,9 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """
         return self._loader(self.test_dataset)
 
-    def feature_dataloader(self) -> DataLoader[Batch]:
-        """All training images in order, on every rank, without augmentation: for features that are computed once."""
-        return self._loader(self.train_dataset, everywhere=True)
+    def feature_dataloader(self, dataset: TicketDataset) -> DataLoader[Batch]:
+        """All images of a set in order, on every rank, without augmentation: for features that are computed once."""
+        return self._loader(dataset, everywhere=True)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Makes floating-point input of the pixels on the device; what is floating point already is left alone."""

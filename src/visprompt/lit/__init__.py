@@ -4,7 +4,7 @@ import logging
 import warnings
 
 # its lines come twice under Hydra's logging, and those below a warning repeat what the run's table says
-for _name in ("lightning.pytorch", "lightning.fabric"):
+for _name in ("lightning.pytorch", "lightning.fabric", "timm"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 # Lightning 2.6 asks torch's pytrees in the old way
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")

@@ -1,6 +1,7 @@
 """The LightningModule: training, scoring, and what a diverged run looks like."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from visprompt.classifier import Classifier
-from visprompt.data.dataset import ArrayDataset, Batch
+from visprompt.data.datamodule import TaskDataModule
+from visprompt.data.dataset import ArrayDataset, Batch, TicketDataset
 from visprompt.optim import Recipe, build_optimizer
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -76,15 +78,18 @@ class TuningModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The recipe's optimiser with its schedule, stepped after every optimiser step."""
-        steps = max(1, int(self.trainer.estimated_stepping_batches) // max(1, self.trainer.max_epochs or 1))
+        # Lightning's own estimate would load the data before frozen features can take its place
+        steps = math.ceil(len(self._datamodule.train_dataset) / self.recipe.batch_size)
         optimizer, schedule = build_optimizer(self.classifier.tuned_parameters(), self.recipe, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         """Computes frozen features once, where an image's features can never change."""
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+        datamodule = self._datamodule
         if self.classifier.frozen_features and not datamodule.augments:
-            datamodule.train_dataset = self._features(datamodule)
+            datamodule.train_dataset = self._features(datamodule.train_dataset)
+            if datamodule.split == "tune":
+                datamodule.val_dataset = self._features(datamodule.val_dataset)
 
     def on_train_epoch_start(self) -> None:
         """Seeds the noise of this epoch."""
@@ -139,16 +144,20 @@ class TuningModule(L.LightningModule):
         self.scores = {f"{stage}/{name}": value for name, value in found.items()}
         self.log_dict(self.scores, prog_bar=True)
 
-    def _features(self, datamodule: Any) -> ArrayDataset:
-        """The training rows as frozen features, in the order of the data set; every rank computes all of them."""
+    @property
+    def _datamodule(self) -> TaskDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+
+    def _features(self, dataset: TicketDataset) -> ArrayDataset:
+        """A data set as frozen features, in its order; every rank computes all of them."""
         parts = []
         self.classifier.eval()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            for batch in datamodule.feature_dataloader():
+            for batch in self._datamodule.feature_dataloader(dataset):
                 moved = self._apply_batch_transfer_handler(batch)
                 parts.append(self.classifier.features(moved.images).float().cpu())
         self.classifier.train()
-        return ArrayDataset(torch.cat(parts).numpy(), datamodule.train_dataset.labels.numpy())
+        return ArrayDataset(torch.cat(parts).numpy(), dataset.labels.numpy())
 
 
 def accuracies(confusion: Tensor) -> dict[str, Any]:

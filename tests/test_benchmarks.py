@@ -1,0 +1,88 @@
+"""The benchmark of a step runs and prints what its documentation shows; how long anything takes is never asserted."""
+
+import argparse
+import importlib
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--backbone", "test_vit", "--batch", "2", "--pairs", "1", "--lengths", "1", "50"]
+HEAD = ["exact, {}", "carried, {}", "promptless, {}", "carried / exact", "exact / promptless", "carried / promptless"]
+
+
+@pytest.fixture
+def step_time(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("step_time")
+
+
+def tables(text):
+    """Tables of a Markdown text: cells by row and column name."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|\n?)+", text, re.M):
+        head, _, *rows = ([cell.strip() for cell in line.strip("| \n").split(" | ")] for line in block.splitlines())
+        found.append({row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows})
+    return found
+
+
+def options(**given):
+    defaults = {"backbone": "test_vit", "device": "cpu", "precision": "fp32", "batch": 2, "compile": False}
+    return argparse.Namespace(**defaults | given)
+
+
+def test_it_prints_time_and_memory_of_every_length_with_finite_ratios(step_time, capsys):
+    step_time.main(TINY)
+    out = capsys.readouterr().out
+    assert out.startswith("test_vit on cpu, batch 2, fp32, 1 pairs; ")
+    assert f"1 thread(s), {'no GPU' if not torch.cuda.is_available() else ''}" in out
+    assert f"torch {torch.__version__.partition('+')[0]}" in out
+    times, memory = tables(out)
+    for table, unit in ((times, "ms"), (memory, "MiB")):
+        assert list(table) == ["1", "50", "50, dropout 0.1"]
+        for row in table.values():
+            assert list(row) == [column.format(unit) for column in HEAD]
+            numbers = [float(number) for cell in row.values() for number in re.findall(r"[^\s\[\],]+", cell)]
+            assert all(math.isfinite(number) and number > 0 for number in numbers)
+    for row in times.values():
+        exact, carried = float(row["exact, ms"]), float(row["carried, ms"])
+        assert [float(n) for n in re.findall(r"[\d.]+", row["carried / exact"])] == pytest.approx(
+            [carried / exact] * 3, abs=0.05
+        )
+
+
+def test_longer_carried_prompts_take_more_memory_than_exact_ones(step_time):
+    added = [step_time.memory_rows([step_time.Variant(200)], options(batch=8))[0][column] for column in (1, 2)]
+    assert float(added[1]) > 1.2 * float(added[0])
+
+
+def test_the_promptless_pass_reaches_the_first_block_and_no_weight(step_time, monkeypatch):
+    reached = []
+    monkeypatch.setattr(step_time.Classifier, "zero_grad", lambda self: reached.append(self))
+    vit, side = step_time.make_vit(options())
+    step_time.make_step(step_time.Variant(), vit, side, options())()
+    grads = {name for name, p in reached[0].named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert grads == {"head.weight", "head.bias", "backbone.model.blocks.0.attn.qkv.bias"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_exact_and_carried_steps_compute_the_same_loss(step_time, dropout):
+    given, (vit, side) = options(), step_time.make_vit(options())
+    ways = [step_time.make_step(step_time.Variant(50, dropout, exact), vit, side, given) for exact in (True, False)]
+    exact, carried = (way().item() for way in ways)
+    assert exact == pytest.approx(carried, rel=1e-5)
+
+
+def test_a_backbone_that_takes_no_exact_path_is_refused(step_time):
+    with pytest.raises(step_time.UserError, match="blocks that take no exact path: choose a plain ViT"):
+        step_time.make_vit(options(backbone="vit_pwee_patch16_reg1_gap_256"))
+
+
+def test_the_committed_tables_are_of_this_form():
+    committed = tables((ROOT / "benchmarks" / "README.md").read_text())
+    assert committed
+    for table in committed:
+        assert list(table) == ["1", "10", "50", "100", "200", "50, dropout 0.1"]
