@@ -25,6 +25,7 @@ from visprompt.errors import UserError
 SCHEMA = 1
 _KEY = "visprompt"
 _DIGITS = 64  # of a SHA-256 in hexadecimal
+_SHAPING = ("image_size", "global_pool", "kwargs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +163,8 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
     Args:
         state: The state to be loaded.
         path: Where it came from, for the message.
-        **expected: Any of backbone (a mapping with name and sha256), method (a mapping), class_names; what is given
-            must equal the state's.
+        **expected: Any of backbone (its record), method (a mapping), class_names; what is given must equal the state's,
+            of the backbone what decides its features.
 
     Raises:
         UserError: Says what differs.
@@ -175,6 +176,11 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
                 f"{path} was tuned on backbone {stored['name']} (weights {stored['sha256'][:12]}), "
                 f"not on {value['name']} (weights {value['sha256'][:12]}): load that backbone"
             )
+        for option in _SHAPING if key == "backbone" else ():  # the same weights make other features
+            if stored.get(option) != value.get(option):
+                raise UserError(
+                    f"{path} was tuned with backbone.{option}={stored.get(option)}, not {value.get(option)}: set it so"
+                )
         if key == "method" and dict(stored) != dict(value):
             raise UserError(f"{path} holds method {dict(stored)}, not {dict(value)}: build that method")
         if key == "class_names" and len(stored) != len(value):

@@ -128,10 +128,11 @@ def test_a_dynamic_model_takes_images_of_another_size(size, prefix):
     assert worst_error(measured(deep, deep(x)), measured(deep, naive_logits(deep, x))) < FLOAT32
 
 
+@pytest.mark.parametrize("patch_drop_rate", [0.0, 0.5])
 @pytest.mark.parametrize("options", [{}, {"drop_path": 0.5}], ids=["default", "half the branches"])
-def test_full_tuning_gives_timms_own_features_and_gradients_in_training(options):
+def test_full_tuning_gives_timms_own_features_and_gradients_in_training(options, patch_drop_rate):
     """Stochastic depth is drawn per image, whatever tokens are read: one seed skips the same branches everywhere."""
-    model, x = tiny_model(), images(6)
+    model, x = tiny_model(patch_drop_rate=patch_drop_rate), images(6)
     results = []
     for exact in (True, False, None):
         classifier = tiny_classifier("full", bool(exact), model, **options)

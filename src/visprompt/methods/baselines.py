@@ -36,9 +36,10 @@ class Full(Method):
         blocks = list(backbone.get_submodule("model.blocks").children())
         for i, block in enumerate(blocks):
             rate = self.drop_path * i / max(1, len(blocks) - 1)
-            for name, _ in list(block.named_children()):
-                if name.startswith("drop_path"):
-                    setattr(block, name, DropPath(rate) if rate else nn.Identity())
+            for name, _ in list(block.named_modules()):
+                parent, _, child = name.rpartition(".")
+                if child.startswith("drop_path"):
+                    setattr(block.get_submodule(parent), child, DropPath(rate) if rate else nn.Identity())
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
         """Every parameter."""
