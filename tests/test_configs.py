@@ -1,0 +1,79 @@
+"""Every file of every config group composes, and the debug modes really run."""
+
+import pytest
+
+from cli import ROOT, composed, frozen, tiny
+from visprompt import compose, run
+from visprompt.data.catalog import TASKS
+from visprompt.methods import METHODS
+
+CONFIGS = ROOT / "configs"
+GROUPS = ("backbone", "callbacks", "data", "debug", "logger", "method", "recipe", "trainer")
+NEEDS = {"data/folder": ["data.root=x"], "backbone/timm": ["backbone.name=vit_tiny_patch16_224"]}
+PARTS = {"recipe/base", "debug/base"}  # other files are built on them
+
+
+def options(group):
+    found = (path.relative_to(CONFIGS / group).with_suffix("").as_posix() for path in (CONFIGS / group).rglob("*.yaml"))
+    return [(group, option) for option in sorted(found) if f"{group}/{option}" not in PARTS]
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for group in GROUPS for pair in options(group)])
+def test_every_option_composes_into_a_job(group, option):
+    needed = [f"method={option}"] if group == "recipe" else NEEDS.get(f"{group}/{option}", [])
+    with composed("train", f"{group}={option}", *needed) as cfg:
+        (job,) = compose.jobs(cfg)
+    assert job.task
+    assert "rows" not in job.recipe
+
+
+@pytest.mark.parametrize("option", [option for _, option in options("experiment")])
+def test_every_experiment_composes_and_is_short(option):
+    text = (CONFIGS / "experiment" / f"{option}.yaml").read_text()
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert len(text.splitlines()) - len(header) <= 8
+    assert header[0] == "# @package _global_"
+    assert [line.split(":")[0] for line in header[1:4]] == ["# command", "# expected", "# time"]
+    script = header[1].split("python src/")[1].split(".py")[0]
+    assert f"experiment={option}" in header[1]
+    with composed(script, f"experiment={option}") as cfg:
+        assert len(compose.jobs(cfg)) >= 1
+
+
+def test_methods_configs_and_recipes_have_the_same_names():
+    names = {path.stem for path in (CONFIGS / "method").glob("*.yaml")}
+    assert names == set(METHODS)
+    assert names == {path.stem for path in (CONFIGS / "recipe").glob("*.yaml")} - {"base"}
+
+
+def test_every_task_of_the_catalog_has_a_config_and_no_config_is_without_a_task():
+    found = {
+        path.relative_to(CONFIGS / "data").with_suffix("").as_posix() for path in (CONFIGS / "data").rglob("*.yaml")
+    }
+    assert found == {spec.config for spec in TASKS.values()} | {"folder"}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_row_of_a_recipe_names_its_source(method):
+    from omegaconf import OmegaConf
+
+    rows = OmegaConf.load(CONFIGS / "recipe" / f"{method}.yaml").rows
+    assert all(row.source for row in rows.values())
+    assert set(rows) - {"default"} <= set(TASKS)
+
+
+@frozen
+@pytest.mark.parametrize(
+    ("mode", "epochs"), [("fdr", 1), ("limit", 3), ("overfit", 20), ("profiler", 1)], ids=lambda value: str(value)
+)
+def test_debug_modes_run_in_a_folder_of_their_own(tmp_path, mode, epochs, monkeypatch):
+    given = [a for a in tiny(tmp_path, "callbacks=none") if not a.startswith(("recipe.", "paths."))]
+    monkeypatch.chdir(tmp_path)
+    with composed("train", *given, f"debug={mode}", f"paths.root_dir={tmp_path}") as cfg:
+        (job,) = compose.jobs(cfg)
+    assert job.paths.log_dir == f"{tmp_path}/logs/debug"
+    assert job.rerun
+    result = run.run_job(run.prepare(job))
+    assert result.status == "finished"
+    assert 0 <= result.metrics["test/acc"] <= 1
+    assert job.recipe.epochs == epochs or mode == "fdr"

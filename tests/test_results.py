@@ -1,0 +1,102 @@
+"""result.json: what is whole, what may be averaged, and how it is shown."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from visprompt.errors import UserError
+from visprompt.results import Cell, Result, cell, markdown_table, read_result, write_result
+
+
+def make(**changes):
+    values = {
+        "status": "finished",
+        "task": "digits",
+        "method": {"name": "vpt_deep", "num_tokens": 4},
+        "recipe": {"lr": 0.1},
+        "split": "final",
+        "seed": 1,
+        "attempt": 0,
+        "precision": "32-true",
+        "data": {"source": "scikit-learn"},
+        "backbone": {"name": "tiny"},
+        "metrics": {"train/loss": 0.5, "test/acc": 0.75},
+        "per_class": {"0": 0.5, "1": None},
+        "tuned": {"bytes": 3},
+        "time": {"train_s": 1.0},
+        "peak_memory": {"bytes": 1, "of": "process, this run"},
+        "machine": {"devices": 1},
+        "versions": {"git_commit": None},
+    }
+    return Result(**values | changes)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    (tmp_path / "tuned.safetensors").write_bytes(b"abc")
+    write_result(tmp_path, make(tags=("a", "b")))
+    assert read_result(tmp_path) == make(tags=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder, stored: (folder / "tuned.safetensors").unlink(),
+        lambda folder, stored: (folder / "tuned.safetensors").write_bytes(b"ab"),
+        lambda folder, stored: (folder / "result.json").write_text(json.dumps(stored)[:-9]),
+        lambda folder, stored: (folder / "result.json").write_text(json.dumps(stored | {"schema": 2})),
+        lambda folder, stored: (folder / "result.json").write_text(json.dumps(stored | {"more": 1})),
+        lambda folder, stored: (folder / "result.json").write_text(json.dumps(stored | {"status": "nearly"})),
+        lambda folder, stored: (folder / "result.json").write_text("[]"),
+    ],
+)
+def test_what_is_not_whole_is_no_result(tmp_path, spoil):
+    (tmp_path / "tuned.safetensors").write_bytes(b"abc")
+    write_result(tmp_path, make())
+    spoil(tmp_path, json.loads((tmp_path / "result.json").read_text()))
+    assert read_result(tmp_path) is None
+
+
+def test_a_diverged_run_is_a_result_without_a_state(tmp_path):
+    write_result(tmp_path, make(status="diverged", diverged_step=7, metrics={}))
+    found = read_result(tmp_path)
+    assert found is not None
+    assert (found.diverged_step, found.score) == (7, float("-inf"))
+
+
+def test_a_run_is_judged_by_the_figure_of_its_split():
+    metrics = {"val/acc": 0.25, "test/acc": 0.75}
+    assert make(metrics=metrics).score == 0.75
+    assert make(metrics=metrics, split="tune").score == 0.25
+
+
+def test_a_cell_is_mean_and_sample_deviation():
+    found = cell([make(seed=s, metrics={"test/acc": a}) for s, a in ((1, 0.7), (2, 0.8), (3, 0.9))])
+    assert (found.mean, found.std) == (pytest.approx(0.8), pytest.approx(0.1))
+    assert str(found) == "80.0 ± 10.0"
+    assert str(Cell((0.5,))) == "50.0 ± 0.0"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"recipe": {"lr": 0.2}},
+        {"data": {"source": "folder"}},
+        {"precision": "bf16-mixed"},
+        {"method": {"name": "vpt_deep", "num_tokens": 5}},
+        {"backbone": {"name": "other"}},
+        {"task": "digits_loc"},
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(other):
+    with pytest.raises(UserError, match="not averaged together"):
+        cell([make(), replace(make(), seed=2, **other)])
+
+
+def test_validation_scores_are_never_tabulated():
+    with pytest.raises(UserError, match="have no test score"):
+        cell([make(split="tune", metrics={"val/acc": 0.5})])
+
+
+def test_a_markdown_table():
+    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| :-- | --: |\n| x | 1 |\n"
