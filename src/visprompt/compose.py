@@ -14,7 +14,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -30,6 +30,8 @@ def _row(key: str, *, _root_: DictConfig) -> Any:
     """`${row:lr}`: a value of the recipe's table, from the row of the task, else from the default row."""
     rows = _root_.recipe.rows
     row = rows[_root_.task if _root_.task in rows else "default"]
+    if key not in row and key not in rows.default:
+        raise UserError(f"the chosen recipe has no {key}: take the method's own recipe, or give {key} yourself")
     return row[key] if key in row else rows.default[key]
 
 
@@ -52,30 +54,70 @@ def check_words(config_name: str) -> None:
         return  # a flag of Hydra's own, such as --help or --multirun: its commas are no single values
     with one_sentence_errors(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
-            compose(config_name, arguments, return_hydra_config=True)
+            cfg = compose(config_name, arguments)
         except MissingConfigException as error:
             raise _unknown_option(error) from error
-        except (ConfigCompositionException, OmegaConfBaseException) as error:
+        except OverrideParseException as error:
+            raise UserError(f"an argument cannot be read: {_in_one_line(error)}") from error
+        except ValueError as error:
+            raise UserError(f"{_in_one_line(error)}: {' '.join(_choices(arguments))}") from error
+        except (HydraException, OmegaConfBaseException) as error:
             raise _unknown_key(config_name, arguments, error) from error
+        _check_added(config_name, arguments)
+        _check_complete(cfg)
+        if cfg.get("tasks") is not None:
+            _specs(cfg.tasks)
+
+
+def _specs(tasks: Any) -> list[catalog.TaskSpec]:
+    return catalog.resolve(list(tasks) if OmegaConf.is_list(tasks) else str(tasks))
 
 
 def _unknown_option(error: MissingConfigException) -> UserError:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     top = group.split("/")[0]
     if not error.options or not (CONFIGS / top).is_dir() or not top:
-        return UserError(str(error).replace("\n", " "))
+        return UserError(_in_one_line(error))
     below = (path.relative_to(CONFIGS / top).with_suffix("") for path in (CONFIGS / top).rglob("*.yaml"))
     return unknown(top, f"{group}/{option}".removeprefix(f"{top}/"), [path.as_posix() for path in below])
 
 
+def _choices(arguments: Sequence[str]) -> list[str]:
+    """Those arguments that choose an option of a config group."""
+    return [a for a in arguments if (CONFIGS / a.lstrip("+~").partition("=")[0].partition("@")[0]).is_dir()]
+
+
 def _unknown_key(config_name: str, arguments: Sequence[str], error: Exception) -> UserError:
-    groups = [a for a in arguments if (CONFIGS / a.lstrip("+~").partition("=")[0].partition("@")[0]).is_dir()]
+    groups = _choices(arguments)
     keys = set(_keys(compose(config_name, groups)))
     for argument in arguments:
         key = argument.partition("=")[0]
         if argument not in groups and key[:1].isalpha() and not key.startswith("hydra") and key not in keys:
             return unknown("key", key, keys)
-    return UserError(str(error).replace("\n", " "))
+    return UserError(_in_one_line(error))
+
+
+def _check_added(config_name: str, arguments: Sequence[str]) -> None:
+    """Refuses `+key=...` beside the known keys: nothing would read it. Below a known key its reader judges."""
+    added = [a.lstrip("+").partition("=")[0].partition(".")[0].partition("@")[0] for a in arguments if a[:1] == "+"]
+    known = {"hydra", *map(str, compose(config_name))} if added else set()
+    for key in added:
+        if key not in known and not (CONFIGS / key).is_dir():
+            raise unknown("key", key, known)
+
+
+def _check_complete(cfg: DictConfig) -> None:
+    """Refuses a config in which something that has no default was not given."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+    except OmegaConfBaseException as error:  # something else is made of it
+        raise UserError(str(error).splitlines()[0].rpartition("resolving interpolation: ")[2]) from error
+    if missing:
+        raise UserError(f"{missing[0]} has no default: give {missing[0]}=...")
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -129,22 +171,38 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[DictConfig]:
         return [cfg]
     hydra = HydraConfig.get()
     config_name = str(hydra.job.config_name)
-    overrides = [o for o in hydra.overrides.task if not o.startswith("tasks=")] + list(extra)
+    said: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${task} is for each job to resolve
+    overrides = [o for o in said if not o.startswith("tasks=")] + list(extra)
     given = [o for o in overrides if o.lstrip("+").startswith("data=")]
     if cfg.tasks is None:
-        return [_job(config_name, overrides)]
+        return [job(config_name, overrides)]
     if given:
         raise UserError(f"{given[0]} and tasks={cfg.tasks} both name the data: give one of them")
-    tasks = catalog.resolve(list(cfg.tasks) if OmegaConf.is_list(cfg.tasks) else str(cfg.tasks))
-    return [_job(config_name, [*overrides, f"data={spec.config}", "tasks=null"]) for spec in tasks]
+    return [job(config_name, [*overrides, f"data={spec.config}", "tasks=null"]) for spec in _specs(cfg.tasks)]
 
 
-def _job(config_name: str, overrides: list[str]) -> DictConfig:
-    cfg = compose(config_name, overrides, return_hydra_config=True)
+def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Composes one job.
+
+    Args:
+        config_name: A primary config, "train" for example.
+        overrides: What a command line would say; `tasks` is not among them.
+
+    Returns:
+        The job.
+
+    Raises:
+        UserError: An override does not fit this job, or a value that has no default is missing.
+    """
+    try:
+        cfg = compose(config_name, list(overrides), return_hydra_config=True)
+    except HydraException as error:
+        raise UserError(f"not every job can be composed ({' '.join(overrides)}): {_in_one_line(error)}") from error
     choice = cfg.hydra.runtime.choices.data
     with open_dict(cfg):
         del cfg.hydra
     cfg.task = choice.rpartition("/")[2]
+    _check_complete(cfg)
     OmegaConf.resolve(cfg)
     with open_dict(cfg):
         del cfg.recipe.rows
@@ -153,7 +211,7 @@ def _job(config_name: str, overrides: list[str]) -> DictConfig:
 
 @contextmanager
 def composing() -> Iterator[None]:
-    """Lets `jobs` compose outside an entry point, as tests and notebooks do."""
+    """Lets `job` compose outside an entry point, as tests and notebooks do."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         yield

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,15 @@ def evaluate(cfg: DictConfig) -> float:
         job.trainer, job.callbacks, job.logger = cfg.trainer, cfg.callbacks, None
         job.precision = cfg.precision or job.precision
         job.backbone.weights = cfg.weights or job.backbone.weights
+    if job.backbone.weights and not Path(job.backbone.weights).is_file():
+        raise UserError(f"there is no file of backbone weights at {job.backbone.weights}: give weights=FILE")
     prepared = run.prepare(job)
     check_fits(state, folder, method=OmegaConf.to_container(job.method), class_names=prepared.datamodule.class_names)
-    module = TuningModule(restore(state, folder, prepared.backbone), run.make_recipe(job), job.seed)
+    if prepared.datamodule.fingerprint != result.data["fingerprint"]:
+        raise UserError(f"the data of {folder} have changed since it was trained: its test set is another one now")
+    # a copy: the next run of this process gets the same backbone
+    backbone = replace(prepared.backbone, module=deepcopy(prepared.backbone.module))
+    module = TuningModule(restore(state, folder, backbone), run.make_recipe(job), job.seed)
     trainer = run.build_trainer(job)
     trainer.test(module, datamodule=prepared.datamodule, verbose=False)
     score = module.scores["test/acc"]
@@ -128,14 +135,16 @@ def predict(cfg: DictConfig) -> None:
     if not count:
         raise UserError(f"there is no image that can be read in {images}: give a folder of images")
     write_atomically(Path(cfg.output), lambda temporary: temporary.write_text(text.getvalue()))
-    console.print(f"{count} of {len(files)} files labelled: {cfg.output}", highlight=False)
+    console.print(f"{count} of {len(files)} files labelled: {cfg.output}", soft_wrap=True, highlight=False)
 
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise UserError(f"device={name} is no device: choose auto, cpu or cuda") from error
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
+        raise UserError(f"device={name} is no device of this machine: choose auto, cpu or cuda") from error
+    return device
 
 
 def _batches(
@@ -148,7 +157,7 @@ def _batches(
         try:
             inputs.append(to_input(decode(file), state.preprocessing))
         except BadImage as error:
-            console.print(f"left out: {file}: {error}", highlight=False)
+            console.print(f"left out: {file}: {error}", soft_wrap=True, highlight=False)
             continue
         names.append(file.relative_to(root).as_posix())
         if len(names) == size:

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _PARENT = "VISPROMPT_PARENT"
@@ -96,8 +97,10 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         try:
             rank.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
+            rank.kill()
+        with suppress(ProcessLookupError):  # nothing of its group is left
             os.killpg(rank.pid, signal.SIGKILL)
-            rank.wait()
+        rank.wait()
 
 
 def end_with_parent() -> None:
@@ -131,4 +134,6 @@ def rank_command(config_folder: Path) -> list[str]:
     from visprompt.compose import ROOT
 
     script = ROOT / "src" / "train.py"
-    return [sys.executable, str(script), "--config-path", str(config_folder), "--config-name", "config"]
+    # the config of a run says nothing to Hydra itself, which by default makes a folder of its own for every process
+    quiet = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+    return [sys.executable, str(script), "--config-path", str(config_folder), "--config-name", "config", *quiet]

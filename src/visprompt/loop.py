@@ -12,8 +12,7 @@ from rich.table import Table
 from visprompt import compose, launch, measure
 from visprompt.errors import UserError
 from visprompt.results import Result, read_result
-from visprompt.run import Run, prepare, run_job
-from visprompt.state import write_atomically
+from visprompt.run import Run, prepare, run_job, write_config
 
 log = logging.getLogger(__name__)
 console = Console()
@@ -93,10 +92,12 @@ def _run_one(cfg: DictConfig) -> Result:
     run = prepare(cfg)
     stored = None if cfg.rerun else read_result(run.folder)
     devices = local_devices(cfg.trainer)
-    if launch.starts_ranks(devices) and not (stored and not cfg.logger):
+    result: Result | None
+    if stored and not cfg.logger:
+        result = stored
+    elif launch.starts_ranks(devices):
         run.datamodule.prepare_data()  # once, before the ranks
-        write_atomically(run.folder / "config.yaml", lambda path: OmegaConf.save(cfg, path))
-        launch.run_ranks(launch.rank_command(run.folder), devices)
+        launch.run_ranks(launch.rank_command(write_config(run)), devices)
         result = read_result(run.folder)
         if result is None:
             raise launch.RanksFailed(f"the ranks left no whole result in {run.folder}")
@@ -145,5 +146,5 @@ def show(result: Result, run: Run) -> None:
         table.add_row("tuned state", f"{tuned['bytes'] / 1000:,.1f} kB")
     table.add_row("training time", f"{result.time['train_s']:.1f} s")
     table.add_row("peak memory", f"{result.peak_memory['bytes'] / 2**20:,.0f} MiB ({result.peak_memory['of']})")
-    table.add_row("folder", str(run.folder))
     console.print(table)
+    console.print(f"folder: {run.folder}", soft_wrap=True, highlight=False)  # in one piece, to be copied

@@ -48,7 +48,7 @@ def tune(cfg: DictConfig) -> float:
         for job in compose.jobs(cfg, [f"method={method}"]):
             scored = tune_one(job, list(cfg.seeds))
             failed += [f"{o.name}: {o.reason}" for o in scored if o.reason]
-            results = [o.result for o in scored if o.result is not None and o.result.status == "finished"]
+            results = [o.result for o in scored if o.result is not None and not o.reason and o.result.split == "final"]
             if len(results) == len(cfg.seeds):
                 cells[method, results[0].task] = cell(results)
     if cells:
@@ -68,13 +68,13 @@ def tune_one(job: DictConfig, seeds: Sequence[int]) -> list[Outcome]:
         seeds: Seeds of the final runs.
 
     Returns:
-        Outcomes of the final runs; those of the grid where all of it failed.
+        Outcomes of the final runs; those of the grid where one of its runs failed or all diverged.
     """
     points = grid_points(OmegaConf.to_container(job.recipe.grid))
     tried = run_all([_vary(job, point | {"split": "tune", "seed": GRID_SEED}) for point in points])
     chosen = choose([outcome.result for outcome in tried], points)
-    if chosen is None:
-        return tried
+    if chosen is None or any(outcome.result is None for outcome in tried):
+        return tried  # a choice among what happened to succeed would be another protocol
     console.print(f"{job.task}/{job.method.name}: chosen on validation: {chosen or 'the only point'}", highlight=False)
     return run_all([_vary(job, dict(chosen) | {"split": "final", "seed": seed}) for seed in seeds])
 
@@ -128,7 +128,9 @@ def choose(results: Sequence[Result | None], points: Sequence[Mapping[str, Any]]
 def _vary(job: DictConfig, values: Mapping[str, Any]) -> DictConfig:
     varied = job.copy()
     for key, value in values.items():
-        if OmegaConf.select(varied, key, throw_on_missing=False) is None and key not in ("recipe.head_lr",):
+        parent, _, name = key.rpartition(".")
+        holder = OmegaConf.select(varied, parent) if parent else varied
+        if name not in (holder or ()):  # its value may be null, as that of method.depth
             raise unknown("key of recipe.grid", key, ["recipe.lr", "recipe.weight_decay", "method.num_tokens"])
         OmegaConf.update(varied, key, value)
     return varied

@@ -30,7 +30,8 @@ class Result:
         backbone: Name, options, weights' hash, and the blocks that carried prompt tokens in full.
         metrics: Logged figures by name; accuracies are shares, not per cent.
         per_class: Test (in tune: validation) accuracy by class name; null where a class has no image.
-        tuned: Parameters, head parameters, share of the backbone, bytes of the file, its checksum.
+        tuned: Parameters, head parameters, share of the backbone, depth and length of prompts, bytes of the file, its
+            checksum.
         time: Seconds of training, and of the whole run; of the last process where a run was resumed.
         peak_memory: Bytes, and what was measured.
         machine: Device, devices, accumulation, threads.

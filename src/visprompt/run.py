@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from filelock import FileLock, Timeout
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
@@ -75,8 +76,10 @@ def prepare(cfg: DictConfig) -> Run:
     if cfg.split not in SPLITS:
         raise unknown("split", str(cfg.split), SPLITS)
     recipe = make_recipe(cfg)
-    backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), int(cfg.seed))
-    datamodule = instantiate(
+    seed = 0 if cfg.backbone.pretrained else int(cfg.seed)  # loaded weights are the same for every seed
+    backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), seed)
+    datamodule = _instantiate(
+        "data",
         cfg.data,
         batch_size=recipe.batch_size,
         split=cfg.split,
@@ -103,8 +106,29 @@ def prepare(cfg: DictConfig) -> Run:
 
 
 def make_recipe(cfg: DictConfig) -> Recipe:
-    """The recipe of a composed job."""
-    return Recipe(**{f.name: cfg.recipe[f.name] for f in fields(Recipe)})
+    """The recipe of a composed job.
+
+    Raises:
+        UserError: A key or a value of it is wrong.
+    """
+    names = {f.name for f in fields(Recipe)}
+    for key in set(map(str, cfg.recipe)) - names - {"grid", "rows"}:
+        raise unknown("key of recipe", key, names)
+    try:
+        return Recipe(**{name: cfg.recipe[name] for name in names})
+    except TypeError as error:
+        raise UserError(f"the recipe has a value that is no number: {error}; correct recipe.<key>=...") from error
+
+
+def _instantiate(what: str, config: Any, **given: Any) -> Any:
+    """Builds what a config names; a wrong word or a refusal becomes one sentence."""
+    try:
+        return instantiate(config, _convert_="all", **given)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{what} cannot be built: {reason}; correct {what}.<key>=...") from error
 
 
 @lru_cache(maxsize=1)
@@ -146,7 +170,7 @@ def run_job(run: Run) -> Result:
             raise UserError(f"{run.folder} changed while it was read: run the same command again")
         for logger in build_loggers(run, stored.attempt, stored.tuned) if trainer.is_global_zero else ():
             logger.log_metrics(dict(stored.metrics))
-            _close(logger)
+            _close(logger, "success")
         return stored
 
 
@@ -182,10 +206,11 @@ def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
 
 def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
     """The trainer of a job, with the config's callbacks and those given."""
-    configured = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
-    plugins = [SafetensorsIO(), *(instantiate(plugin) for plugin in cfg.trainer.get("plugins") or [])]
+    configured = [_instantiate("callbacks", callback) for callback in (cfg.callbacks or {}).values()]
+    plugins = [SafetensorsIO(), *(_instantiate("trainer", plugin) for plugin in cfg.trainer.get("plugins") or [])]
     settings = {k: v for k, v in cfg.trainer.items() if k != "plugins"}
-    trainer: L.Trainer = instantiate(
+    trainer: L.Trainer = _instantiate(
+        "trainer",
         settings,
         callbacks=[*configured, *callbacks],
         plugins=plugins,
@@ -197,7 +222,6 @@ def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
         logger=False,
         enable_model_summary=False,
         default_root_dir=cfg.paths.log_dir,
-        _convert_="all",
     )
     return trainer
 
@@ -217,18 +241,18 @@ def build_loggers(run: Run, attempt: int, tuned: Mapping[str, Any]) -> list[Logg
             run_id = run.folder.name + (f"-r{attempt}" if attempt else "")
             extra |= {"resume": "allow"} if "WANDB_RUN_ID" in os.environ else {"id": run_id, "resume": "allow"}
             extra |= {"name": f"{run.datamodule.task}/{run.cfg.method.name}/{run.folder.name}"}
-        logger: Logger = instantiate(config, _convert_="all", **extra)
+        logger: Logger = _instantiate("logger", config, **extra)
         fields_: Any = OmegaConf.to_container(run.cfg)
         logger.log_hyperparams(fields_ | {"task": run.datamodule.task, "tuned": dict(tuned)})
         loggers.append(logger)
     return loggers
 
 
-def _close(logger: Logger) -> None:
-    """Ends a logger, so that the next run of this process gets one of its own."""
-    logger.finalize("success")
+def _close(logger: Logger, status: str) -> None:
+    """Ends a logger as "success" or "failed", so that the next run of this process gets one of its own."""
+    logger.finalize(status)
     if isinstance(logger, WandbLogger):
-        logger.experiment.finish()
+        logger.experiment.finish(exit_code=int(status == "failed"))
 
 
 def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
@@ -241,11 +265,15 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         module.classifier.compile()  # in place: the names of its parameters stay
     tuned = _tuned_counts(module.classifier)
     if trainer.is_global_zero:
-        write_atomically(run.folder / "config.yaml", lambda path: OmegaConf.save(cfg, path))
+        write_config(run)
         trainer.loggers = build_loggers(run, attempt, tuned)
-    diverged = _fit_and_score(trainer, module, datamodule, resume)
-    for logger in trainer.loggers:
-        _close(logger)
+    status = "failed"
+    try:
+        diverged = _fit_and_score(trainer, module, datamodule, resume)
+        status = "success"
+    finally:
+        for logger in trainer.loggers:
+            _close(logger, status)
     result = Result(
         status="finished" if diverged is None else "diverged",
         **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
@@ -272,6 +300,8 @@ def _fit_and_score(
     ckpt_path = str(resume.path) if resume.path.is_file() else None
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        if not all(parameter.isfinite().all() for _, parameter in module.classifier.tuned_parameters()):
+            return trainer.global_step  # the last step spoilt them: the next loss would not be finite
         if datamodule.split == "final":
             trainer.test(module, datamodule=datamodule, verbose=False)
         elif not module.scores:  # killed between the last epoch's state and its result
@@ -283,6 +313,13 @@ def _fit_and_score(
             raise KeyboardInterrupt from None  # Lightning makes an exit of Ctrl-C
         raise
     return None
+
+
+def write_config(run: Run) -> Path:
+    """Writes a run's config beside its resume state, from where `_finish` takes it; returns the folder."""
+    folder = run.folder / "resume"
+    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(run.cfg, path))
+    return folder
 
 
 def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
@@ -303,9 +340,12 @@ def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
         )
         size = (folder / "tuned.safetensors").stat().st_size
         result = replace(result, tuned=dict(result.tuned) | {"bytes": size, "sha256": checksum})
-    if (folder / "resume" / "metrics.csv").exists():
-        (folder / "resume" / "metrics.csv").replace(folder / "metrics.csv")
+    for name in ("config.yaml", "metrics.csv"):
+        if (folder / "resume" / name).exists():
+            (folder / "resume" / name).replace(folder / name)
     write_result(folder, result)
+    if result.status == "diverged":
+        (folder / "tuned.safetensors").unlink(missing_ok=True)  # of an older result
     shutil.rmtree(folder / "resume", ignore_errors=True)
     return result
 
@@ -317,7 +357,10 @@ def _last_row(resume: ResumeCheckpoint) -> dict[str, float]:
 
 def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
     summary = classifier.summary()
-    return {"parameters": summary.tuned, "head_parameters": summary.head, "share": summary.share}
+    counts = {"parameters": summary.tuned, "head_parameters": summary.head, "share": summary.share}
+    prompts = getattr(classifier.method, "prompts", None)
+    # as they are: in the config a depth of all blocks is null
+    return counts if prompts is None else counts | {"depth": prompts.shape[0], "num_tokens": prompts.shape[1]}
 
 
 def _machine(trainer: L.Trainer) -> dict[str, Any]:

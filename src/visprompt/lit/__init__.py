@@ -10,5 +10,7 @@ for _name in ("lightning.pytorch", "lightning.fabric", "timm"):
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 # a frozen backbone stays in evaluation mode on purpose
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+# what is logged at the end of an epoch is the same on every rank already
+warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True\)`")
 # images are decoded once and lie in memory or in a memory map: more workers would not help
 warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")

@@ -15,15 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from visprompt.errors import UserError
-from visprompt.state import write_atomically
+from visprompt.state import hash_tensors, write_atomically
 
 _KEY = "visprompt.resume"
+_DIGITS = 64  # of a SHA-256 in hexadecimal
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """Replaces tensors by references, and dicts and tuples by forms that JSON gives back unchanged."""
     if isinstance(value, torch.Tensor):
-        tensors[str(len(tensors))] = value.detach().cpu().clone()  # two entries may share memory
+        # a copy, because two entries may share memory; safetensors takes contiguous ones only
+        tensors[str(len(tensors))] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": str(len(tensors) - 1)}
     if isinstance(value, dict):
         return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
@@ -67,7 +69,8 @@ class SafetensorsIO(CheckpointIO):
         tensors: dict[str, torch.Tensor] = {}
         text = json.dumps(_pack(checkpoint, tensors))
         tensors |= {"": torch.empty(0)} if not tensors else {}
-        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata={_KEY: text}))
+        meta = {_KEY: hash_tensors(tensors, also=text) + text}
+        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=meta))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -75,14 +78,17 @@ class SafetensorsIO(CheckpointIO):
         """Reads a checkpoint, its tensors on the CPU.
 
         Raises:
-            UserError: The file is not readable.
+            UserError: The file is not readable, or damaged.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-                text = (file.metadata() or {})[_KEY]
-        except (SafetensorError, OSError, KeyError) as error:
+                stored = (file.metadata() or {})[_KEY]
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is not a readable resume state ({error}): delete it to start over") from error
+        checksum, text = stored[:_DIGITS], stored[_DIGITS:]
+        if hash_tensors(tensors, also=text) != checksum:
+            raise UserError(f"{path} is damaged, its checksum differs: delete it to start over")
         checkpoint: dict[str, Any] = _unpack(json.loads(text), tensors)
         return checkpoint
 

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from visprompt.classifier import Classifier
@@ -30,6 +30,27 @@ class Diverged(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(f"the loss is not finite at step {step}: lower recipe.lr")
         self.step = step
+
+
+class Mean(Metric):
+    """Weighted mean over all ranks; a value that is not finite stays in it (torchmetrics' own drops it, or weights)."""
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weights: Tensor) -> None:
+        """Adds values [n] with their weights [n]."""
+        self.total = self.total + (values * weights).sum()
+        self.weight = self.weight + weights.sum()
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.total / self.weight
 
 
 class TuningModule(L.LightningModule):
@@ -54,8 +75,7 @@ class TuningModule(L.LightningModule):
         self.recipe = recipe
         self.seed = seed
         classes = classifier.head.out_features
-        self.train_loss, self.train_acc = MeanMetric(nan_strategy="disable"), MeanMetric()
-        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss, self.train_acc, self.val_loss = Mean(), Mean(), Mean()
         self.val_confusion = MulticlassConfusionMatrix(classes)
         self.test_confusion = MulticlassConfusionMatrix(classes)
         self.scores: dict[str, float] = {}
@@ -110,7 +130,7 @@ class TuningModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Ends a diverged run before its checkpoint is written; on all ranks alike."""
-        bad_step = int(torch.as_tensor(self.all_gather(self._bad_step)).min())
+        bad_step = int(torch.as_tensor(self.trainer.strategy.reduce(self._bad_step, reduce_op="min")))
         if bad_step != _NEVER:
             raise Diverged(bad_step)
         self.log("train/loss", self.train_loss, prog_bar=True)
@@ -120,7 +140,7 @@ class TuningModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Scores val200; exists in `split=tune` only."""
         logits = self(batch.images).float()
-        self.val_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"))
+        self.val_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"), batch.weights)
         self.val_confusion.update(logits.argmax(1), batch.labels)
 
     def on_validation_epoch_end(self) -> None:

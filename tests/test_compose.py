@@ -1,0 +1,216 @@
+"""Command lines: what they compose into, and the one sentence for one that is wrong."""
+
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from cli import composed
+from visprompt import compose
+from visprompt.data import catalog
+from visprompt.errors import UserError
+
+
+def jobs(*arguments, config="train", extra=()):
+    with composed(config, *arguments) as cfg:
+        return compose.jobs(cfg, extra)
+
+
+def said(capsys, monkeypatch, script, *arguments):
+    """What is printed for a wrong command line: one line, and status 2."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        compose.check_words(script)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        (
+            "method=vpt_dep",
+            "unknown method 'vpt_dep': did you mean vpt_deep? (all: full, linear, vpt_",
+        ),
+        ("data=demo/digit", "unknown data 'demo/digit': did you mean demo/digits"),
+        ("data=digits_loc", "unknown data 'digits_loc': did you mean demo/digits_loc"),
+        ("data=demo/", "unknown data 'demo/': "),
+        ("backbone=dmeo", "unknown backbone 'dmeo': did you mean demo?"),
+        ("experiment=demo_tabel", "unknown experiment 'demo_tabel': did you mean demo_table"),
+        ("trainer=cpuu", "unknown trainer 'cpuu': did you mean cpu"),
+        ("callbacks=no", "unknown callbacks 'no': did you mean none"),
+        ("logger=wandbb", "unknown logger 'wandbb': did you mean wandb?"),
+        ("debug=fdrr", "unknown debug 'fdrr': did you mean fdr?"),
+        ("recipe=vptdeep", "unknown recipe 'vptdeep': did you mean vpt_deep"),
+        ("splt=tune", "unknown key 'splt': did you mean split?"),
+        ("recipe.lrr=1", "unknown key 'recipe.lrr': did you mean recipe.lr"),
+        ("method.dropot=0.1", "unknown key 'method.dropot': did you mean method.dropout"),
+        ("trainer.device=2", "unknown key 'trainer.device': did you mean trainer.devices"),
+        ("data.root=x", "unknown key 'data.root': "),
+        ("+methd.num_tokens=3", "unknown key 'methd': did you mean method?"),
+        ("++sed=3", "unknown key 'sed': did you mean seed?"),
+        ("~callback", "Could not delete from config. 'callback' does not exist."),
+        ("hydra.runs=x", "Could not override 'hydra.runs'."),
+        ("recipe=[1", "an argument cannot be read: no viable alternative at input '[1'"),
+        ("tasks=digits,digits_loc", "Ambiguous value for argument 'tasks=digits,digits_loc'"),
+        ("logger=3", "Config group override must be a string or a list. Got int: logger=3"),
+        ("data=folder", "data.root has no default: give data.root=..."),
+        (
+            "recipe=linear",
+            "the chosen recipe has no num_tokens: take the method's own recipe, or give ",
+        ),
+        ("recipe=base", "Missing mandatory value: recipe.rows"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence_that_names_the_nearest(capsys, monkeypatch, argument, sentence):
+    assert f"error: {sentence}" in said(capsys, monkeypatch, "train", argument)
+
+
+def test_an_option_of_another_method_is_a_wrong_word(capsys, monkeypatch):
+    assert "unknown key 'method.num_tokens'" in said(
+        capsys, monkeypatch, "train", "method=linear", "method.num_tokens=5"
+    )
+    assert "unknown key 'method.drop_path'" in said(capsys, monkeypatch, "train", "method.drop_path=0.1")
+
+
+@pytest.mark.parametrize(("script", "key"), [("eval", "run"), ("predict", "images"), ("predict", "state")])
+def test_what_has_no_default_is_asked_for(capsys, monkeypatch, script, key):
+    others = [f"{other}=x" for other in ("images", "state") if script == "predict" and other != key]
+    assert said(capsys, monkeypatch, script, *others) == f"error: {key} has no default: give {key}=...\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("tasks=demo",),
+        ("+tasks=demo",),
+        ("tasks=[digits,demo]",),
+        ("data=folder", "data.root='/a b/c=d'"),
+        ("++backbone.kwargs={depth:2}",),
+        ("+trainer.limit_train_batches=3",),
+        ("~callbacks.progress_bar",),
+        ("hydra.run.dir=x",),
+        ("+hydra.job.env_set.A=1",),
+        ("--help",),
+        ("-m", "seed=1,2"),
+    ],
+)
+def test_a_right_command_line_passes_in_silence(capsys, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    compose.check_words("train")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_one_sentence_and_a_status_for_each_kind_of_end(capsys):
+    def status(error):
+        with pytest.raises(SystemExit) as end, compose.one_sentence_errors():
+            raise error
+        return end.value.code, capsys.readouterr().err
+
+    assert status(UserError("too small: make it larger")) == (2, "error: too small: make it larger\n")
+    code, text = status(KeyboardInterrupt())
+    assert (code, text.strip()) == (130, "interrupted: run the same command again to go on from the last whole epoch")
+    code, text = status(ZeroDivisionError("a mistake of this program"))
+    assert code == 1
+    assert text.startswith("Traceback")
+    assert text.endswith("ZeroDivisionError: a mistake of this program\n")
+
+
+def test_in_a_multirun_the_error_goes_on_to_hydra():
+    def fails():
+        with compose.one_sentence_errors():
+            raise UserError("too small")
+
+    with composed("train", "hydra.mode=MULTIRUN"), pytest.raises(UserError, match="too small"):
+        fails()
+    assert not compose.in_multirun()
+
+
+def test_the_default_job():
+    (job,) = jobs()
+    assert (job.task, job.tasks, job.split, job.seed, job.precision) == ("digits_loc", None, "final", 42, "32-true")
+    assert (job.method.name, job.data._target_) == ("vpt_deep", "visprompt.data.modules.DigitsLocDataModule")
+    assert "hydra" not in job
+    assert "rows" not in job.recipe
+    assert OmegaConf.to_container(job, resolve=False) == OmegaConf.to_container(job, resolve=True)
+    with composed("train", "seed=7") as cfg:
+        cfg.task = "digits"
+        assert compose.jobs(cfg) == [cfg], "what was composed before stands"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        ("demo", ["digits", "digits_crowded", "digits_loc"]),
+        ("digits_loc", ["digits_loc"]),
+        ("[digits_loc,digits]", ["digits_loc", "digits"]),
+        ("[digits_loc,demo]", ["digits_loc", "digits", "digits_crowded"]),
+        ("'digits_loc,digits'", ["digits_loc", "digits"]),
+        ("[places]", ["digits_loc"]),
+    ],
+)
+def test_tasks_are_ids_suites_and_aliases_each_once(tasks, expected, monkeypatch):
+    monkeypatch.setitem(catalog._ALIASES, "places", "digits_loc")
+    found = jobs(f"tasks={tasks}", "method=linear", "seed=5")
+    assert [job.task for job in found] == expected
+    assert [job.data._target_.lower() for job in found] == [
+        f"visprompt.data.modules.{task.replace('_', '')}datamodule" for task in expected
+    ]
+    assert {(job.method.name, job.seed, job.tasks) for job in found} == {("linear", 5, None)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("tasks=[]",), "tasks= is empty: name a task or a suite"),
+        (("tasks=''",), "tasks= is empty: name a task or a suite"),
+        (("tasks=digit_loc",), "unknown task 'digit_loc': did you mean digits_loc"),
+        (("tasks=[digits,dmo]",), "unknown task 'dmo': did you mean demo"),
+        (("tasks=demo", "data=demo/digits"), "data=demo/digits and tasks=demo both name the data: give one of them"),
+        (("data=folder", "data.root=x", "tasks=demo"), "data=folder and tasks=demo both name the data"),
+        (("tasks=demo", "method.num_tokens=${row:tokens}"), "the chosen recipe has no tokens: take the method's own"),
+    ],
+)
+def test_tasks_that_cannot_be_composed(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        jobs(*arguments)
+
+
+def test_a_key_that_only_some_jobs_know_is_one_sentence():
+    with pytest.raises(
+        UserError, match=r"not every job can be composed .*method=linear.*Could not override 'method.num"
+    ):
+        jobs("method.num_tokens=3", config="tune", extra=["method=linear"])
+
+
+ROWS = (
+    "++recipe.rows={default:{lr:1.0,batch_size:64,epochs:9},digits:{lr:3.0},other:{lr:5.0}}",
+    "++recipe.weight_decay=0",
+    "++recipe.optimizer=sgd",
+    "++recipe.head_lr=null",
+    "++recipe.warmup_epochs=0",
+    "++recipe.head_init=zeros",
+    "method=linear",
+)
+
+
+def test_a_value_comes_from_the_row_of_the_task_then_the_default_and_the_command_line_wins():
+    found = {job.task: job.recipe for job in jobs("tasks=demo", *ROWS)}
+    assert {task: recipe.lr for task, recipe in found.items()} == {"digits": 3, "digits_crowded": 1, "digits_loc": 1}
+    assert {recipe.epochs for recipe in found.values()} == {9}
+    assert {job.recipe.lr for job in jobs("tasks=demo", *ROWS, "recipe.lr=0.5")} == {0.5}
+
+
+def test_what_an_override_refers_to_is_looked_up_in_each_job():
+    found = jobs("tasks=[digits,digits_loc]", "tags=['${task}-${method.name}']")
+    assert [list(job.tags) for job in found] == [["digits-vpt_deep"], ["digits_loc-vpt_deep"]]
+
+
+def test_own_images_are_a_task_of_that_name():
+    (job,) = jobs("data=folder", "data.root=/x")
+    assert (job.task, job.data.root) == ("folder", "/x")

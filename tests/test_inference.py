@@ -1,0 +1,213 @@
+"""A saved state scores what its run scored, labels images as that score says, and fits nothing else."""
+
+import csv
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cli import composed, content, frozen, tiny_run
+from visprompt import inference, run
+from visprompt.data import demo, synthetic
+from visprompt.errors import UserError
+from visprompt.state import hash_tensors, load_state
+
+pytestmark = frozen
+METHODS = {
+    "vpt_deep": (),
+    "vpt_shallow": ("method=vpt_shallow",),
+    "linear": ("method=linear", "recipe.lr=0.4"),
+    "full": ("method=full", "recipe.lr=0.02"),
+}
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def trained(logs):
+    """The folder and result of a finished run with any options."""
+    done = {}
+
+    def get(*options):
+        if options not in done:
+            one = tiny_run(logs, "recipe.epochs=2", *options)
+            done[options] = one.folder, run.run_job(one)
+        return done[options]
+
+    return get
+
+
+def evaluate(folder, *arguments):
+    with composed("eval", f"run={folder}", "trainer=cpu", "callbacks=none", *arguments) as cfg:
+        return inference.evaluate(cfg)
+
+
+def predict(logs, folder, images, output, *arguments):
+    given = (f"state={folder}", f"images={images}", f"output={output}", "device=cpu", *arguments)
+    with composed("predict", f"weights={logs / 'weights.safetensors'}", *given) as cfg:
+        inference.predict(cfg)
+    with output.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eval_repeats_the_score_exactly_and_leaves_run_and_backbone_alone(logs, trained, method, capsys):
+    folder, result = trained(*METHODS[method])
+    before = content(folder)
+    backbone = tiny_run(logs).backbone
+    assert evaluate(folder) == result.metrics["test/acc"]
+    percent = f"{100 * result.metrics['test/acc']:.2f} %"
+    balanced = f"test/balanced_acc {100 * result.metrics['test/balanced_acc']:.2f} %"
+    said = " ".join(capsys.readouterr().out.split())
+    assert said == f"test/acc {percent} on 797 images (the run itself: {percent}), {balanced}"
+    assert content(folder) == before
+    assert hash_tensors(backbone.module.model.state_dict()) == backbone.sha256
+    assert not backbone.module.training
+
+
+def test_eval_takes_weights_that_lie_elsewhere(logs, trained, tmp_path):
+    folder, result = trained()
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    config = OmegaConf.load(moved / "config.yaml")
+    config.backbone.weights = "/on/another/machine.safetensors"
+    OmegaConf.save(config, moved / "config.yaml")
+    with pytest.raises(UserError, match=r"no file of backbone weights at /on/another/machine.* give weights=FILE"):
+        evaluate(moved)
+    assert evaluate(moved, f"weights={logs / 'weights.safetensors'}") == result.score
+
+
+def test_eval_on_own_images_and_refuses_when_they_have_changed(tmp_path):
+    root = synthetic.write_folder(tmp_path / "pets", per_class=5, splits=("train", "test"))
+    options = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=4")
+    one = tiny_run(tmp_path / "logs", *options)
+    result = run.run_job(one)
+    assert evaluate(one.folder) == result.score
+    shutil.copy(root / "test" / "cat" / "0000.png", root / "test" / "dog" / "more.png")
+    with pytest.raises(UserError, match=r"^the data of .* have changed since it was trained"):
+        evaluate(one.folder)
+
+
+def test_eval_refuses_what_has_no_test_score(trained, tmp_path):
+    with pytest.raises(UserError, match=r"there is no tuned state at .*: give a finished run's folder"):
+        evaluate(tmp_path)
+    folder, _ = trained("split=tune")
+    with pytest.raises(UserError, match=r"is a run of split=tune, which has no test set: give a run of split=final"):
+        evaluate(folder)
+    half = shutil.copytree(trained()[0], tmp_path / "half")
+    (half / "result.json").unlink()
+    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that its table named"):
+        evaluate(half)
+
+
+def other_weights(logs, folder):
+    tensors = load_file(logs / "weights.safetensors")
+    tensors["pos_embed"] = tensors["pos_embed"] + 1
+    save_file(tensors, folder / "other.safetensors")
+    return folder / "other.safetensors"
+
+
+def test_a_state_of_another_backbone_is_refused(logs, trained, tmp_path):
+    folder, result = trained()
+    other, hashed = other_weights(logs, tmp_path), result.backbone["sha256"][:12]
+    with pytest.raises(UserError, match=rf"was tuned on backbone \S+ \(weights {hashed}\), not on \S+ \(weights \w+\)"):
+        evaluate(folder, f"weights={other}")
+    with pytest.raises(UserError, match=rf"was tuned on backbone \S+ \(weights {hashed}\), not on"):
+        predict(logs, folder, synthetic.write_folder(tmp_path / "images"), tmp_path / "out.csv", f"weights={other}")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_state_of_another_method_or_of_other_classes_is_refused(trained, tmp_path):
+    folder, _ = trained()
+    for key, value, sentence in [
+        (
+            "method",
+            {"name": "linear"},
+            "holds method .*'vpt_deep'.*, not .*'linear'.*: build that method",
+        ),
+        ("data", {"_target_": "visprompt.data.modules.DigitsLocDataModule"}, "has 10 classes, not 16: use data of the"),
+    ]:
+        copy = shutil.copytree(folder, tmp_path / key)
+        config = OmegaConf.load(copy / "config.yaml")
+        config[key] = value
+        OmegaConf.save(config, copy / "config.yaml")
+        with pytest.raises(UserError, match=sentence):
+            evaluate(copy)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """The first test scans as files, in folders of their digits."""
+    root = tmp_path_factory.mktemp("scans")
+    images, labels, keys = demo.compose("digits", "test")
+    for image, label, key in list(zip(images, labels, keys, strict=True))[:150]:
+        (root / str(label)).mkdir(exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(root / str(label) / f"{key}.png")
+    return root
+
+
+def test_predict_says_of_each_scan_what_the_classifier_says(logs, trained, scans, tmp_path):
+    folder, _ = trained(*METHODS["full"])
+    rows = predict(logs, folder, scans, tmp_path / "new" / "out.csv", "batch_size=64")
+    assert list(rows[0]) == ["path", "class", "probability", *map(str, range(10))]
+    assert [row["path"] for row in rows] == sorted(path.relative_to(scans).as_posix() for path in scans.rglob("*.png"))
+    state = load_state(folder)
+    backbone = inference.backbone_of(state, str(logs / "weights.safetensors"))
+    classifier = inference.restore(state, folder, backbone)
+    images, _, keys = demo.compose("digits", "test")
+    with torch.no_grad():
+        expected = classifier((torch.from_numpy(images[:150]) / 255 - 0.5) / 0.5).softmax(1)
+    for row in rows:
+        shares = torch.tensor([float(row[str(digit)]) for digit in range(10)], dtype=torch.float64)
+        assert float(shares.sum()) == pytest.approx(1, abs=1e-5)
+        place = keys.index(row["path"].split("/")[1].removesuffix(".png"))
+        assert shares.tolist() == pytest.approx(expected[place].tolist(), abs=2e-6)
+        assert row["class"] == str(int(shares.argmax()))
+        assert float(row["probability"]) == float(shares.max())
+    assert 0.2 < sum(row["class"] == row["path"].split("/")[0] for row in rows) / len(rows) < 0.9
+
+
+def test_predict_names_what_it_leaves_out(logs, trained, tmp_path, capsys):
+    folder, _ = trained()
+    images = synthetic.write_folder(tmp_path / "images", ("a", "b"), 3)
+    (images / "broken.png").write_bytes((images / "a" / "0000.png").read_bytes()[:100])
+    (images / "notes.txt").write_text("no image")
+    (images / ".hidden.png").write_bytes(b"")
+    Image.new("L", (4, 4)).save(images / "b" / "dot.png")
+    rows = predict(logs, folder / "tuned.safetensors", images, tmp_path / "out.csv", "batch_size=2")
+    assert [row["path"] for row in rows] == [f"{name}/000{number}.png" for name in "ab" for number in range(3)]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[:2] for line in lines[:-1]] == [
+        ["left out", str(images / name)] for name in ("b/dot.png", "broken.png", "notes.txt")
+    ]
+    assert "less than 16 on the short side" in lines[0]
+    assert "cannot be decoded" in lines[1]
+    assert lines[-1] == f"6 of 9 files labelled: {tmp_path / 'out.csv'}"
+
+
+@pytest.mark.parametrize("spoil", [lambda images: None, lambda images: (images / "a.png").write_bytes(b"broken")])
+def test_predict_on_a_folder_without_images_is_one_sentence(logs, trained, tmp_path, spoil):
+    (tmp_path / "images").mkdir()
+    spoil(tmp_path / "images")
+    with pytest.raises(UserError, match=r"^there is no image that can be read in .*images: give a folder of images$"):
+        predict(logs, trained()[0], tmp_path / "images", tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("images=/nowhere",), "there is no folder /nowhere: correct images="),
+        (("state=/nowhere",), "there is no tuned state at /nowhere"),
+        (("device=gpu",), "device=gpu is no device of this machine: choose auto, cpu or cuda"),
+        (("weights=/nowhere",), "there is no file of backbone weights at /nowhere"),
+    ],
+)
+def test_predict_says_what_is_wrong(logs, trained, tmp_path, arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        predict(logs, trained()[0], tmp_path, tmp_path / "out.csv", *arguments)

@@ -1,0 +1,146 @@
+"""A run's process group: who starts it, how it fails, that nothing of it is left behind. The ranks here are light."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from cli import ROOT
+from visprompt import launch
+
+HEAD = f"import json, os, signal, subprocess, sys, time; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
+SLEEP = "time.sleep(60)"
+RANK = "rank = int(os.environ['LOCAL_RANK'])\n"
+WATCHED = "from visprompt import launch; launch.end_with_parent()\n"
+
+
+def script(*lines):
+    return [sys.executable, "-c", HEAD + RANK + "\n".join(lines)]
+
+
+def note(folder):
+    """A line with which a rank tells its process id and what it was given."""
+    names = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    value = f"dict({{n: os.environ[n] for n in {names}}}, pid=os.getpid(), group=os.getpgid(0))"
+    write = f"open(f'{folder}/new{{rank}}', 'w').write(json.dumps({value}))"
+    return f"{write}; os.rename(f'{folder}/new{{rank}}', f'{folder}/{{rank}}')"
+
+
+def noted(folder, count=2):
+    """What the ranks told, as soon as all have."""
+    limit = time.monotonic() + 20
+    while not all((folder / str(rank)).exists() for rank in range(count)):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(count)]
+
+
+def gone(pids, seconds=5.0):
+    """Whether processes end within some seconds."""
+    limit = time.monotonic() + seconds
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_every_rank_runs_once_in_a_group_of_its_own(tmp_path):
+    launch.run_ranks(script(note(tmp_path)), 3)
+    ranks = noted(tmp_path, 3)
+    assert [rank["LOCAL_RANK"] for rank in ranks] == ["0", "1", "2"]
+    assert {rank["WORLD_SIZE"] for rank in ranks} == {"3"}
+    assert {rank["NODE_RANK"] for rank in ranks} == {"0"}
+    assert len({(rank["MASTER_ADDR"], rank["MASTER_PORT"]) for rank in ranks}) == 1
+    assert {rank["OMP_NUM_THREADS"] for rank in ranks} == {"1"}, "what the user set stands"
+    assert all(rank["group"] == rank["pid"] for rank in ranks)
+
+
+def test_cores_are_shared_among_the_ranks_where_no_threads_are_given(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    launch.run_ranks(script(note(tmp_path)), 2)
+    assert {rank["OMP_NUM_THREADS"] for rank in noted(tmp_path)} == {"3"}
+
+
+def test_a_failed_rank_ends_the_others_and_its_reason_is_told(tmp_path):
+    fails = "if rank == 0: launch.give_reason(ValueError('no such colour')); sys.exit(2)"
+    started = time.monotonic()
+    with pytest.raises(launch.RanksFailed, match=r"^no such colour$"):
+        launch.run_ranks(script("from visprompt import launch", note(tmp_path), fails, SLEEP), 2)
+    assert time.monotonic() - started < 10
+    assert gone([rank["pid"] for rank in noted(tmp_path)], 0)
+
+
+@pytest.mark.parametrize(("rank", "end", "status"), [(1, "sys.exit(3)", 3), (0, "os.kill(os.getpid(), 9)", -9)])
+def test_a_rank_that_cannot_say_why_is_told_by_its_status(tmp_path, rank, end, status):
+    with pytest.raises(launch.RanksFailed, match=f"^a rank ended with status {status}$"):
+        launch.run_ranks(script(note(tmp_path), f"if rank == {rank}: {end}", SLEEP), 2)
+    assert gone([each["pid"] for each in noted(tmp_path)], 0)
+
+
+def test_what_a_rank_started_and_what_ignores_the_request_end_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_GRACE", 0.5)
+    child = f"child = subprocess.Popen([sys.executable, '-c', 'import time; {SLEEP}'])"
+    told = f"open('{tmp_path}/child' + str(rank), 'w').write(str(child.pid))"
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    dies = f"if rank == 0:\n  while not os.path.exists('{tmp_path}/1'): time.sleep(0.02)\n  os.kill(os.getpid(), 9)"
+    with pytest.raises(launch.RanksFailed):
+        launch.run_ranks(script(deaf, child, told, note(tmp_path), dies, SLEEP), 2)
+    children = [int((tmp_path / f"child{rank}").read_text()) for rank in range(2)]
+    assert gone([*children, *(rank["pid"] for rank in noted(tmp_path))], 2)
+
+
+def parent(folder):
+    """A process that starts two ranks, which sleep."""
+    ranks = script(WATCHED, note(folder), SLEEP)
+    code = f"{HEAD}from visprompt import launch\nlaunch.run_ranks({ranks!r}, 2)"
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_ranks_end_with_their_parent(tmp_path, number):
+    process = parent(tmp_path)
+    ranks = [rank["pid"] for rank in noted(tmp_path)]
+    process.send_signal(number)
+    assert process.wait(10) != 0
+    process.stderr.close()
+    assert gone(ranks)
+
+
+def test_another_process_is_not_watched(monkeypatch):
+    monkeypatch.setattr(launch.threading, "Thread", None)  # is not started
+    launch.end_with_parent()
+    assert not launch.is_rank()
+
+
+def test_only_rank_0_gives_a_reason(tmp_path, monkeypatch):
+    launch.give_reason(ValueError("nobody asked"))
+    monkeypatch.setenv("VISPROMPT_REASON", str(tmp_path / "reason"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    launch.give_reason(ValueError("mine"))
+    assert not (tmp_path / "reason").exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    launch.give_reason(KeyboardInterrupt())
+    assert (tmp_path / "reason").read_text() == "KeyboardInterrupt"
+
+
+def test_ranks_are_started_for_several_devices_unless_somebody_else_did(monkeypatch):
+    assert launch.starts_ranks(2)
+    assert not launch.starts_ranks(1)
+    for name in ("LOCAL_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "0")
+            assert not launch.starts_ranks(2)
+
+
+def test_a_rank_gets_the_runs_own_config_and_leaves_no_folder_of_hydras(tmp_path):
+    command = launch.rank_command(tmp_path)
+    assert command[:2] == [sys.executable, str(ROOT / "src" / "train.py")]
+    assert command[2:6] == ["--config-path", str(tmp_path), "--config-name", "config"]
+    assert {"hydra.run.dir=.", "hydra.output_subdir=null"} < set(command)

@@ -1,0 +1,200 @@
+"""The loop over tasks: every run once, a failed one named, a finished one shown, and ranks where there are devices."""
+
+import re
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from cli import composed, content, frozen, tiny, tiny_job
+from visprompt import launch, loop, run
+from visprompt.backbones import build_backbone
+from visprompt.errors import UserError
+from visprompt.results import read_result
+
+pytestmark = frozen
+SHORT = ("+trainer.limit_train_batches=2", "+trainer.limit_test_batches=1", "recipe.epochs=2", "callbacks=none")
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr(loop.console, "_width", 300)
+
+
+def train(logs, *arguments, **hydra):
+    with composed("train", *tiny(logs, *SHORT, *arguments, *(f"hydra.{k}={v}" for k, v in hydra.items()))) as cfg:
+        return loop.train(cfg)
+
+
+def figures(text):
+    """The tables that were printed: title, and figure by name."""
+    found = []
+    for line in text.splitlines():
+        if re.search(r"split=\w+, seed=\d+", line):
+            found.append((line.strip(), {}))
+        elif match := re.match(r"│ (\S.*?) +│ (.*?) +│$", line):
+            found[-1][1][match[1]] = match[2]
+    return found
+
+
+@pytest.fixture(scope="module")
+def demo(logs):
+    """Trains a suite once, and what it built and returned."""
+    built = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "build_backbone", lambda *given: built.append(given) or build_backbone(*given))
+        run.load_backbone.cache_clear()
+        return train(logs, "tasks=demo"), built
+
+
+def test_a_suite_is_trained_in_one_call_with_one_backbone(logs, demo):
+    score, built = demo
+    results = [read_result(path.parent) for path in sorted(logs.rglob("result.json"))]
+    assert [result.task for result in results] == ["digits", "digits_crowded", "digits_loc"]
+    assert score == pytest.approx(sum(result.metrics["test/acc"] for result in results) / 3)
+    assert len(built) == 1
+
+
+def test_the_same_call_again_trains_nothing_and_shows_the_scores(logs, demo, monkeypatch, capsys):
+    before = content(logs)
+    monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("a finished run was trained again"))
+    assert train(logs, "tasks=demo") == demo[0]
+    text = capsys.readouterr().out
+    assert text.count("finished before, not run again: rerun=true runs it anew") == 3
+    tables = figures(text)
+    assert [title for title, _ in tables] == [
+        f"{task}, vpt_deep, split=final, seed=0" for task in ("digits", "digits_crowded", "digits_loc")
+    ]
+    for (_, table), path in zip(tables, sorted(logs.rglob("result.json")), strict=True):
+        result = read_result(path.parent)
+        assert table["test/acc"] == f"{100 * result.metrics['test/acc']:.2f} %"
+        assert table["test/balanced_acc"] == f"{100 * result.metrics['test/balanced_acc']:.2f} %"
+        share, head = result.tuned["share"], result.tuned["head_parameters"]
+        assert table["tuned parameters"] == f"192 ({100 * share:.2f} % of the backbone) + head {head:,}"
+        assert table["tuned state"] == f"{result.tuned['bytes'] / 1000:,.1f} kB"
+        assert table["training time"] == f"{result.time['train_s']:.1f} s"
+        assert table["peak memory"].endswith(" MiB (process, this run)")
+        assert f"\nfolder: {path.parent}\n" in text
+    assert content(logs) == before
+
+
+def test_a_skip_names_the_commit_where_it_differs(logs, demo, monkeypatch, capsys):
+    monkeypatch.setattr(loop.measure, "git_commit", lambda: "0123456789ab")
+    train(logs, "tasks=digits")
+    commit = read_result(next(logs.glob("digits/*/*"))).versions["git_commit"]
+    assert f"finished before (by commit {commit}; this is 0123456789ab), not run again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(UserError("no ink: buy some"), "no ink: buy some"), (ValueError("odd"), "ValueError: odd")],
+)
+def test_a_failed_task_is_named_at_the_end_and_stops_no_other(tmp_path, monkeypatch, error, reason):
+    prepare = loop.prepare
+
+    def fails(cfg):
+        if cfg.task == "digits_crowded":
+            raise error
+        return prepare(cfg)
+
+    monkeypatch.setattr(loop, "prepare", fails)
+    with pytest.raises(UserError, match=f"^1 of 3 runs failed: digits_crowded/vpt_deep: {reason}$"):
+        train(tmp_path, "tasks=demo")
+    assert sorted(path.parts[-4] for path in tmp_path.rglob("result.json")) == ["digits", "digits_loc"]
+
+
+def test_a_diverged_run_fails_alone_and_scores_lowest_in_a_multirun(tmp_path):
+    wild = ("recipe.optimizer=sgd", "recipe.lr=1e30", "recipe.head_lr=null")
+    for _ in range(2):  # trained, then stored
+        with pytest.raises(
+            UserError, match=r"^1 of 1 runs failed: .*: the loss was not finite at step \d: lower"
+        ):
+            train(tmp_path, *wild)
+    assert train(tmp_path, *wild, mode="MULTIRUN") == float("-inf")
+    assert read_result(next(tmp_path.glob("digits/*/*"))).status == "diverged"
+
+
+def test_ctrl_c_goes_through(tmp_path, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "prepare", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "tasks=demo")
+
+
+def test_missing_weights_without_a_network_are_said_at_once(tmp_path):
+    job = tiny_job(tmp_path)
+    job.backbone = {**job.backbone, "name": "vit_base_patch16_224.orig_in21k", "weights": None, "kwargs": {}}
+    started = time.monotonic()
+    (outcome,) = loop.run_all([job])
+    assert time.monotonic() - started < 10
+    assert outcome.result is None
+    assert "are not on this machine and the hub cannot be reached: download https://" in outcome.reason
+    assert outcome.reason.endswith("copy it here and set backbone.weights=PATH")
+
+
+def test_several_devices_run_as_ranks_of_the_same_run(tmp_path, monkeypatch):
+    calls = []
+
+    def ranks(command, world):
+        folder = next(part for part in command if str(tmp_path) in part)
+        stored = OmegaConf.load(f"{folder}/config.yaml")
+        calls.append((world, stored.task))
+        stored.trainer.devices, stored.trainer.strategy = 1, "auto"
+        run.run_job(run.prepare(stored))
+
+    monkeypatch.setattr(launch, "run_ranks", ranks)
+    train(tmp_path, "trainer=ddp_sim", "tasks=[digits,digits_loc]")
+    assert calls == [(2, "digits"), (2, "digits_loc")]
+    train(tmp_path, "trainer=ddp_sim", "tasks=[digits,digits_loc]")
+    train(tmp_path, "trainer=cpu", "tasks=[digits,digits_loc]")
+    assert len(calls) == 2, "finished runs start no ranks, whatever the devices"
+    assert read_result(next(tmp_path.glob("digits/*/*"))) is not None
+
+
+def test_ranks_that_fail_or_leave_nothing_are_failed_runs(tmp_path, monkeypatch):
+    job = tiny_job(tmp_path, "trainer=ddp_sim")
+    monkeypatch.setattr(launch, "run_ranks", lambda *_: None)
+    assert loop.run_all([job])[0].reason.startswith("the ranks left no whole result in ")
+
+    def fails(*_):
+        raise launch.RanksFailed("a rank ended with status -9")
+
+    monkeypatch.setattr(launch, "run_ranks", fails)
+    assert loop.run_all([job])[0].reason == "a rank ended with status -9"
+
+
+def test_a_rank_runs_its_one_job_and_tells_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISPROMPT_PARENT", "1")
+    monkeypatch.setenv("VISPROMPT_REASON", str(tmp_path / "reason"))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(launch, "end_with_parent", lambda: None)
+    monkeypatch.setattr(loop, "run_all", None)  # is not called
+    job = tiny_job(tmp_path, *SHORT)
+    assert loop.train(job) == read_result(next(tmp_path.glob("digits/*/*"))).score
+    job.split = "test"
+    with pytest.raises(UserError):
+        loop.train(job)
+    assert (tmp_path / "reason").read_text().startswith("unknown split 'test': did you mean tune?")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "count"),
+    [
+        ({"devices": 3, "accelerator": "cpu"}, 3),
+        ({"devices": "2", "accelerator": "cpu"}, 2),
+        ({"devices": [0, 2, 3], "accelerator": "gpu"}, 3),
+        ({"devices": "auto", "accelerator": "cpu"}, 1),
+        ({"devices": "auto", "accelerator": "gpu"}, 4),
+        ({"devices": -1, "accelerator": "auto"}, 4),
+    ],
+)
+def test_number_of_local_devices(trainer, count, monkeypatch):
+    monkeypatch.setattr(loop.torch.cuda, "device_count", lambda: 4)
+    assert loop.local_devices(OmegaConf.create(trainer)) == count
