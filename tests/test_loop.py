@@ -111,9 +111,7 @@ def test_a_failed_task_is_named_at_the_end_and_stops_no_other(tmp_path, monkeypa
 def test_a_diverged_run_fails_alone_and_scores_lowest_in_a_multirun(tmp_path):
     wild = ("recipe.optimizer=sgd", "recipe.lr=1e30", "recipe.head_lr=null")
     for _ in range(2):  # trained, then stored
-        with pytest.raises(
-            UserError, match=r"^1 of 1 runs failed: .*: the loss was not finite at step \d: lower"
-        ):
+        with pytest.raises(UserError, match=r"^1 of 1 runs failed: .*: the loss was not finite at step \d: lower"):
             train(tmp_path, *wild)
     assert train(tmp_path, *wild, mode="MULTIRUN") == float("-inf")
     assert read_result(next(tmp_path.glob("digits/*/*"))).status == "diverged"

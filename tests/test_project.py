@@ -22,7 +22,16 @@ TOP_LEVEL = {
     *("requirements-uv.txt", "setup.cfg", "src", "tests", "uv.lock"),
 }
 # The only modules that may import Lightning, Hydra, OmegaConf or W&B.
-SHELL = {"lit", "data/datamodule.py", "data/modules.py", "compose.py", "run.py", "loop.py", "protocol.py", "reports"}
+SHELL = {
+    "lit",
+    "data/datamodule.py",
+    "data/modules.py",
+    "compose.py",
+    "run.py",
+    "loop.py",
+    "protocol.py",
+    "inference.py",
+}
 BLOCKED = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb")
 
 

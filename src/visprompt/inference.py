@@ -18,6 +18,7 @@ from visprompt.classifier import Classifier
 from visprompt.data.folder import BadImage, decode
 from visprompt.data.pixels import to_input
 from visprompt.errors import UserError
+from visprompt.lit.build import build_trainer
 from visprompt.lit.module import TuningModule
 from visprompt.methods import build_method
 from visprompt.results import read_result
@@ -92,7 +93,7 @@ def evaluate(cfg: DictConfig) -> float:
     # a copy: the next run of this process gets the same backbone
     backbone = replace(prepared.backbone, module=deepcopy(prepared.backbone.module))
     module = TuningModule(restore(state, folder, backbone), run.make_recipe(job), job.seed)
-    trainer = run.build_trainer(job)
+    trainer = build_trainer(job)
     trainer.test(module, datamodule=prepared.datamodule, verbose=False)
     score = module.scores["test/acc"]
     console.print(

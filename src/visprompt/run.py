@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,6 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from filelock import FileLock, Timeout
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from visprompt import measure
@@ -26,7 +22,8 @@ from visprompt.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, unknown
-from visprompt.lit.checkpoint import ResumeCheckpoint, SafetensorsIO
+from visprompt.lit.build import build, build_loggers, build_trainer, close
+from visprompt.lit.checkpoint import ResumeCheckpoint
 from visprompt.lit.module import Diverged, TuningModule
 from visprompt.methods import build_method
 from visprompt.optim import Recipe
@@ -78,7 +75,7 @@ def prepare(cfg: DictConfig) -> Run:
     recipe = make_recipe(cfg)
     seed = 0 if cfg.backbone.pretrained else int(cfg.seed)  # loaded weights are the same for every seed
     backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), seed)
-    datamodule = _instantiate(
+    datamodule = build(
         "data",
         cfg.data,
         batch_size=recipe.batch_size,
@@ -120,17 +117,6 @@ def make_recipe(cfg: DictConfig) -> Recipe:
         raise UserError(f"the recipe has a value that is no number: {error}; correct recipe.<key>=...") from error
 
 
-def _instantiate(what: str, config: Any, **given: Any) -> Any:
-    """Builds what a config names; a wrong word or a refusal becomes one sentence."""
-    try:
-        return instantiate(config, _convert_="all", **given)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{what} cannot be built: {reason}; correct {what}.<key>=...") from error
-
-
 @lru_cache(maxsize=1)
 def load_backbone(spec: str, seed: int) -> Backbone:
     """Builds the backbone of a config given as JSON; the last one stays loaded for the next run."""
@@ -168,9 +154,11 @@ def run_job(run: Run) -> Result:
         stored = read_result(run.folder)
         if stored is None:
             raise UserError(f"{run.folder} changed while it was read: run the same command again")
-        for logger in build_loggers(run, stored.attempt, stored.tuned) if trainer.is_global_zero else ():
+        for logger in (
+            build_loggers(run.cfg, run.folder, stored.attempt, stored.tuned) if trainer.is_global_zero else ()
+        ):
             logger.log_metrics(dict(stored.metrics))
-            _close(logger, "success")
+            close(logger, "success")
         return stored
 
 
@@ -204,57 +192,6 @@ def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
             lock.release()
 
 
-def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
-    """The trainer of a job, with the config's callbacks and those given."""
-    configured = [_instantiate("callbacks", callback) for callback in (cfg.callbacks or {}).values()]
-    plugins = [SafetensorsIO(), *(_instantiate("trainer", plugin) for plugin in cfg.trainer.get("plugins") or [])]
-    settings = {k: v for k, v in cfg.trainer.items() if k != "plugins"}
-    trainer: L.Trainer = _instantiate(
-        "trainer",
-        settings,
-        callbacks=[*configured, *callbacks],
-        plugins=plugins,
-        precision=cfg.precision,
-        max_epochs=cfg.recipe.epochs,
-        limit_val_batches=settings.get("limit_val_batches", 1.0) if cfg.split == "tune" else 0,
-        use_distributed_sampler=False,  # the data module deals the rows itself, none twice
-        num_sanity_val_steps=0,  # would draw from generators before the first epoch
-        logger=False,
-        enable_model_summary=False,
-        default_root_dir=cfg.paths.log_dir,
-    )
-    return trainer
-
-
-def build_loggers(run: Run, attempt: int, tuned: Mapping[str, Any]) -> list[Logger]:
-    """The config's loggers, with the run's config and tuned share as searchable fields.
-
-    Args:
-        run: The run.
-        attempt: Number of the attempt; every one is a W&B run of its own.
-        tuned: Counts of tuned parameters.
-    """
-    loggers = []
-    for config in (run.cfg.logger or {}).values():
-        extra: dict[str, Any] = {"save_dir": str(run.folder)}
-        if config._target_.endswith("WandbLogger"):
-            run_id = run.folder.name + (f"-r{attempt}" if attempt else "")
-            extra |= {"resume": "allow"} if "WANDB_RUN_ID" in os.environ else {"id": run_id, "resume": "allow"}
-            extra |= {"name": f"{run.datamodule.task}/{run.cfg.method.name}/{run.folder.name}"}
-        logger: Logger = _instantiate("logger", config, **extra)
-        fields_: Any = OmegaConf.to_container(run.cfg)
-        logger.log_hyperparams(fields_ | {"task": run.datamodule.task, "tuned": dict(tuned)})
-        loggers.append(logger)
-    return loggers
-
-
-def _close(logger: Logger, status: str) -> None:
-    """Ends a logger as "success" or "failed", so that the next run of this process gets one of its own."""
-    logger.finalize(status)
-    if isinstance(logger, WandbLogger):
-        logger.experiment.finish(exit_code=int(status == "failed"))
-
-
 def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
     """Trains and scores a run on all ranks; rank 0 leaves the folder finished."""
     started = time.monotonic()
@@ -266,14 +203,14 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     tuned = _tuned_counts(module.classifier)
     if trainer.is_global_zero:
         write_config(run)
-        trainer.loggers = build_loggers(run, attempt, tuned)
+        trainer.loggers = build_loggers(run.cfg, run.folder, attempt, tuned)
     status = "failed"
     try:
         diverged = _fit_and_score(trainer, module, datamodule, resume)
         status = "success"
     finally:
         for logger in trainer.loggers:
-            _close(logger, status)
+            close(logger, status)
     result = Result(
         status="finished" if diverged is None else "diverged",
         **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
