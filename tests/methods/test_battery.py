@@ -180,3 +180,8 @@ def test_a_backbone_without_the_site_is_named(name, site):
     with pytest.raises(UserError, match=message):
         build_method(name, pixels)
     assert build_method("linear", pixels).num_blocks == 1
+
+
+def test_a_word_where_a_number_belongs_is_one_sentence():
+    with pytest.raises(UserError, match="method vpt_deep has an option of the wrong kind"):
+        build_method("vpt_deep", VIT_B, num_tokens="abc")

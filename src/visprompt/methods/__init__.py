@@ -46,7 +46,10 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
             f"method {name} cannot work on this backbone: it needs the site {', '.join(sorted(missing))}, "
             f"and the backbone offers {', '.join(sorted(backbone.sites))}"
         )
-    return factory(backbone, **options)
+    try:
+        return factory(backbone, **options)
+    except TypeError as error:
+        raise UserError(f"method {name} has an option of the wrong kind ({error}): correct method.<key>=...") from error
 
 
 __all__ = ["METHODS", "Flow", "Geometry", "Method", "build_method"]
