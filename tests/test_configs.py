@@ -4,7 +4,7 @@ import pytest
 
 from cli import ROOT, composed, frozen, tiny
 from visprompt import compose, run
-from visprompt.data.catalog import TASKS
+from visprompt.data.catalog import SUITES, TASKS
 from visprompt.methods import METHODS
 
 CONFIGS = ROOT / "configs"
@@ -38,6 +38,12 @@ def test_every_experiment_composes_and_is_short(option):
     assert f"experiment={option}" in header[1]
     with composed(script, f"experiment={option}") as cfg:
         assert len(compose.jobs(cfg)) >= 1
+
+
+def test_the_table_of_the_readme_is_of_all_methods_on_all_demo_tasks():
+    with composed("tune", "experiment=demo_table") as cfg:
+        assert set(cfg.methods) == set(METHODS)
+        assert [job.task for job in compose.jobs(cfg)] == list(SUITES["demo"])
 
 
 def test_methods_configs_and_recipes_have_the_same_names():

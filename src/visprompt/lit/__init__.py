@@ -12,5 +12,7 @@ warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` i
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 # what is logged at the end of an epoch is the same on every rank already
 warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True\)`")
+# every figure is logged at the end of an epoch, whatever the interval of steps
+warnings.filterwarnings("ignore", message=r"The number of training batches \(\d+\) is smaller than the logging")
 # images are decoded once and lie in memory or in a memory map: more workers would not help
 warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
