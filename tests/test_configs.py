@@ -68,18 +68,36 @@ def test_every_row_of_a_recipe_names_its_source(method):
     assert set(rows) - {"default"} <= set(TASKS)
 
 
+DEBUG = {  # epochs, batches of an epoch, test images
+    "fdr": (1, 1, 64),
+    "limit": (3, 1, 64),
+    "overfit": (20, 3, 797),
+    "profiler": (1, 16, 797),
+}
+
+
 @frozen
-@pytest.mark.parametrize(
-    ("mode", "epochs"), [("fdr", 1), ("limit", 3), ("overfit", 20), ("profiler", 1)], ids=lambda value: str(value)
-)
-def test_debug_modes_run_in_a_folder_of_their_own(tmp_path, mode, epochs, monkeypatch):
+@pytest.mark.parametrize("mode", DEBUG)
+def test_debug_modes_run_in_a_folder_of_their_own(tmp_path, mode, monkeypatch):
+    epochs, batches, tested = DEBUG[mode]
+    seen, original = [], TuningModule.training_step
+
+    def note(self, batch, index):
+        seen.append((self.current_epoch, tuple(batch.rows.tolist())))
+        return original(self, batch, index)
+
+    monkeypatch.setattr(TuningModule, "training_step", note)
     given = [a for a in tiny(tmp_path, "callbacks=none") if not a.startswith(("recipe.", "paths."))]
-    monkeypatch.chdir(tmp_path)
     with composed("train", *given, f"debug={mode}", f"paths.root_dir={tmp_path}") as cfg:
         (job,) = compose.jobs(cfg)
     assert job.paths.log_dir == f"{tmp_path}/logs/debug"
     assert job.rerun
-    result = run.run_job(run.prepare(job))
+    one = run.prepare(job)
+    result = run.run_job(one)
     assert result.status == "finished"
-    assert 0 <= result.metrics["test/acc"] <= 1
-    assert job.recipe.epochs == epochs or mode == "fdr"
+    assert result.metrics["test/count"] == tested
+    assert [epoch for epoch, _ in seen] == [epoch for epoch in range(epochs) for _ in range(batches)]
+    if mode == "profiler":
+        assert "run_training_epoch" in (tmp_path / "logs" / "debug" / "fit-profile.txt").read_text()
+    else:
+        assert list((tmp_path / "logs").iterdir()) == [tmp_path / "logs" / "debug"]

@@ -172,6 +172,19 @@ def test_tune_scores_val200_and_never_test(whole, monkeypatch):
     assert len({row["val/loss"] for row in found}) == 3
 
 
+def test_tune_is_scored_after_the_last_epoch_however_often_it_looks(tmp_path, logs, whole):
+    one, result = whole("split=tune", "seed=3")
+    seldom = tiny_run(tmp_path, "split=tune", "seed=3", "trainer.check_val_every_n_epoch=2")
+    assert seldom.folder.name == one.folder.name
+    assert run.run_job(seldom).metrics == pytest.approx(result.metrics, rel=1e-6)
+    every, found = rows(one.folder), rows(seldom.folder)
+    assert found[1] == every[1]
+    for place in (0, 2):
+        assert {k: v for k, v in found[place].items() if v} == {
+            k: v for k, v in every[place].items() if not k.startswith("val/")
+        }
+
+
 def test_a_diverged_run_says_its_step_and_is_not_run_again(tmp_path, monkeypatch):
     one = tiny_run(tmp_path, "recipe.optimizer=sgd", "recipe.lr=1e30", "recipe.head_lr=null")
     result = run.run_job(one)

@@ -241,7 +241,7 @@ def _fit_and_score(
             return trainer.global_step  # the last step spoilt them: the next loss would not be finite
         if datamodule.split == "final":
             trainer.test(module, datamodule=datamodule, verbose=False)
-        elif not module.scores:  # killed between the last epoch's state and its result
+        elif module.scored_step != trainer.global_step:  # killed behind the last epoch, or that is not one to validate
             trainer.validate(module, datamodule=datamodule, verbose=False)
     except Diverged as error:
         return error.step

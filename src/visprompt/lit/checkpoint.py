@@ -138,7 +138,11 @@ class ResumeCheckpoint(Checkpoint):
         epoch = trainer.current_epoch
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
-        metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
+        validated = (epoch + 1) % (
+            trainer.check_val_every_n_epoch or 1
+        ) == 0  # else its figures are of an earlier epoch
+        found = sorted(trainer.callback_metrics.items())
+        metrics = {k: float(v) for k, v in found if validated or not k.startswith("val/")}
         self.rows[epoch] = {"epoch": epoch, "step": trainer.global_step} | metrics
         if trainer.is_global_zero:
             self._write_csv()

@@ -66,6 +66,7 @@ class TuningModule(L.LightningModule):
 
     Attributes:
         scores: Figures of the last scoring, by metric name.
+        scored_step: Number of optimiser steps at the last scoring.
         per_class: Accuracy of each class at the last scoring; None where a class has no image.
     """
 
@@ -79,6 +80,7 @@ class TuningModule(L.LightningModule):
         self.val_confusion = MulticlassConfusionMatrix(classes)
         self.test_confusion = MulticlassConfusionMatrix(classes)
         self.scores: dict[str, float] = {}
+        self.scored_step = -1
         self.per_class: list[float | None] = []
         self._bad_step: Tensor
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
@@ -145,8 +147,9 @@ class TuningModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation figures."""
-        self.log("val/loss", self.val_loss)
         self._score("val", self.val_confusion)
+        self.scores["val/loss"] = float(self.val_loss.compute())
+        self.log("val/loss", self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Scores test; read once, after the last epoch of a final run."""
@@ -162,6 +165,7 @@ class TuningModule(L.LightningModule):
         confusion.reset()
         self.per_class = found.pop("per_class")
         self.scores = {f"{stage}/{name}": value for name, value in found.items()}
+        self.scored_step = self.trainer.global_step
         self.log_dict(self.scores, prog_bar=True)
 
     @property
