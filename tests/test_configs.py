@@ -5,6 +5,7 @@ import pytest
 from cli import ROOT, composed, frozen, tiny
 from visprompt import compose, run
 from visprompt.data.catalog import SUITES, TASKS
+from visprompt.lit.module import TuningModule
 from visprompt.methods import METHODS
 
 CONFIGS = ROOT / "configs"

@@ -18,8 +18,8 @@ from visprompt.classifier import Classifier
 from visprompt.data.folder import BadImage, decode
 from visprompt.data.pixels import to_input
 from visprompt.errors import UserError
-from visprompt.lit.build import build_trainer
 from visprompt.lit.module import TuningModule
+from visprompt.lit.trainer import build_trainer
 from visprompt.methods import build_method
 from visprompt.results import read_result
 from visprompt.state import TunedState, check_fits, load_state, write_atomically

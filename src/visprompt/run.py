@@ -22,9 +22,9 @@ from visprompt.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, unknown
-from visprompt.lit.build import build, build_loggers, build_trainer, close
 from visprompt.lit.checkpoint import ResumeCheckpoint
 from visprompt.lit.module import Diverged, TuningModule
+from visprompt.lit.trainer import build, build_loggers, build_trainer, close
 from visprompt.methods import build_method
 from visprompt.optim import Recipe
 from visprompt.results import Result, read_result, write_result

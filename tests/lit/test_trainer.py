@@ -6,8 +6,8 @@ import wandb
 from cli import frozen, tiny_job, tiny_run
 from visprompt import run
 from visprompt.errors import UserError
-from visprompt.lit.build import build_trainer
 from visprompt.lit.module import TuningModule
+from visprompt.lit.trainer import build_trainer
 
 pytestmark = [frozen, pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging")]
 SHORT = ("+trainer.limit_train_batches=2", "+trainer.limit_test_batches=1", "recipe.epochs=2", "method.num_tokens=4")
