@@ -1,6 +1,7 @@
 """Small ViTs whose every part matters to the output, and prompt tuning as the paper's equations read."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,35 @@ from visprompt.methods import build_method
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 NUM_CLASSES = 5
 NUM_IMAGE = 17  # class token and 16 patches
+
+
+def geometry(
+    width: int = 32, num_blocks: int = 4, heads: int = 2, patch_size: int = 8, image_size: int = 32, **others: Any
+) -> Any:
+    """What a method may ask of a plain ViT with a class token; no model is built."""
+    side = image_size // patch_size
+    facts = {
+        "width": width,
+        "widths": (width,) * num_blocks,
+        "num_blocks": num_blocks,
+        "heads": (heads,) * num_blocks,
+        "grids": ((side, side),) * num_blocks,
+        "block_names": tuple(f"blocks.{i}" for i in range(num_blocks)),
+        "between_names": (None,) * num_blocks,
+        "final_names": ("norm", "fc_norm"),
+        "stem": "patch_embed.proj",
+        "model": nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})}),
+        "patch_size": patch_size,
+        "image_size": image_size,
+        "any_size": False,
+        "num_prefix": 1,
+        "has_class_token": True,
+        "sites": frozenset({"tokens", "weights", "pixels", "stream", "modules", "keys_values", "branches"}),
+    }
+    return SimpleNamespace(**facts | others)
+
+
+VIT_B_SIZE = {"width": 768, "num_blocks": 12, "heads": 12, "patch_size": 16, "image_size": 224}
 
 
 def tiny_model(seed: int = 0, **options: Any) -> VisionTransformer:

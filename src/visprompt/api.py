@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from visprompt.backbones import BackboneSpec, build_backbone
-from visprompt.backbones.vit import ViT
+from visprompt.backbones.families import family
+from visprompt.backbones.family import Family
 from visprompt.classifier import Classifier
 from visprompt.methods import build_method
 
@@ -34,9 +35,9 @@ def build(
         UserError: A name or option is unknown, or method and backbone do not fit.
     """
     if isinstance(backbone, str):
-        module: nn.Module = build_backbone(BackboneSpec(name=backbone)).module
+        module: Family = build_backbone(BackboneSpec(name=backbone)).module
     else:
         model = copy.deepcopy(backbone)
-        module = model if isinstance(model, ViT) else ViT(model)
+        module = model if isinstance(model, Family) else family(model)
     module.eval()
-    return Classifier(module, build_method(method, module, **options), num_classes, head_init)  # type: ignore[arg-type]  # a Geometry
+    return Classifier(module, build_method(method, module, **options), num_classes, head_init)

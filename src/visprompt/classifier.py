@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from visprompt.errors import UserError
-from visprompt.methods import Method
+from visprompt.methods import Geometry, Method
 from visprompt.methods.merge import merge
 
 
@@ -51,7 +52,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone: nn.Module, method: Method, num_classes: int, head_init: str = "vpt") -> None:
         super().__init__()
         self._backbone_size = sum(p.numel() for p in backbone.parameters())  # before a method puts its own into it
-        method.attach(backbone)
+        method.attach(cast(Geometry, backbone))
         self.num_classes = num_classes
         self.backbone = backbone
         self.method = method

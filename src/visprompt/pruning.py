@@ -213,7 +213,10 @@ def rewind(classifier: Classifier, folder: Path) -> None:
     if method.token_mask is not None:
         own = classifier.tuned_state()
         tensors |= {name: own[name] for name in ("token_mask", "segment_mask")}
-        tensors["prompts"] = method.kept(tensors["prompts"].to(own["prompts"].device))
+        names = [f"prompts.{layer}" for layer in range(method.depth) if f"prompts.{layer}" in own] or ["prompts"]
+        prompts = tensors["prompts"] if names == ["prompts"] else [tensors[name] for name in names]
+        left = method.kept(layer.to(own[names[0]].device) for layer in prompts)
+        tensors |= {"prompts": torch.stack(left)} if names == ["prompts"] else dict(zip(names, left, strict=True))
     classifier.load_tuned_state(tensors)
 
 

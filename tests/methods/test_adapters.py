@@ -1,20 +1,18 @@
 """Adapters: where each stands in the block, how it starts, what is dropped while it is trained."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tiny import NUM_CLASSES, images, measured, tiny_model, worst_error
+from tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.adapters import Adapter, AdapterPlus, AdaptFormer
 from visprompt.methods.base import Place
 
-VIT_B = SimpleNamespace(width=768, num_blocks=12, sites=frozenset({"branches"}))
+VIT_B = geometry(**VIT_B_SIZE)
 METHODS = [Adapter, AdaptFormer, AdapterPlus]
 MODELS = {
     "class token": {},

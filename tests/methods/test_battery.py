@@ -6,7 +6,6 @@ of the backbone itself.
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import visprompt
-from tiny import NUM_CLASSES, images, relative_error, tiny_classifier, tiny_model
+from tiny import NUM_CLASSES, geometry, images, relative_error, tiny_classifier, tiny_model
 from visprompt.backbones import DEMO
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
@@ -289,11 +288,11 @@ def test_unknown_words_name_the_nearest(name, options, message):
 
 
 def test_a_backbone_without_the_site_is_named():
-    pixels = SimpleNamespace(width=8, num_blocks=1, patch_size=4, sites=frozenset({"pixels"}))
+    pixels = geometry(sites=frozenset({"pixels"}))
     message = "method full cannot work on this backbone: it needs the site weights, and the backbone offers pixels"
     with pytest.raises(UserError, match=message):
         build_method("full", pixels)
-    assert build_method("linear", pixels).num_blocks == 1
+    assert build_method("linear", pixels).num_blocks == 4
 
 
 def test_a_word_where_a_number_belongs_is_one_sentence():
@@ -302,7 +301,9 @@ def test_a_word_where_a_number_belongs_is_one_sentence():
 
 
 def test_a_model_that_is_not_a_plain_vit_is_refused():
-    with pytest.raises(UserError, match="backbone class Linear is not a plain timm VisionTransformer"):
+    with pytest.raises(
+        UserError, match="backbone class Linear is driven by no family: choose a model of one of Vision"
+    ):
         visprompt.build(nn.Linear(2, 2), "linear", 3)
 
 

@@ -1,19 +1,17 @@
 """Convpass: the bypass convolves the grid of patches, and every other token alone."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tiny import NUM_CLASSES, SIZE, images, measured, tiny_model, worst_error
+from tiny import NUM_CLASSES, SIZE, VIT_B_SIZE, geometry, images, measured, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.base import Place
 from visprompt.methods.convpass import Convpass
 
-VIT_B = SimpleNamespace(width=768, num_blocks=12, num_prefix=1, grid=(14, 14), sites=frozenset({"branches"}))
+VIT_B = geometry(**VIT_B_SIZE)
 MODELS = {
     "class token": {},
     "average": {"global_pool": "avg", "class_token": False},
@@ -56,7 +54,7 @@ def naive_bypass(method, i, j, z, prefix, grid):
 def naive_logits(classifier, x):
     model, method, backbone = classifier.backbone.model, classifier.method, classifier.backbone
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-    where = (backbone.num_prefix, backbone.grid)
+    where = (backbone.num_prefix, backbone.grids[0])
     for i, block in enumerate(model.blocks):
         z = block.norm1(x)
         x = x + block.ls1(block.attn(z)) + naive_bypass(method, i, 0, z, *where)

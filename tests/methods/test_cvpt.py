@@ -1,21 +1,20 @@
 """CVPT: cross attention to prompts through frozen copies of the blocks' attention."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from tiny import NUM_CLASSES, images, measured, tiny_model, worst_error
+from tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.base import Flow
 from visprompt.methods.cvpt import CVPT
 
-TINY = SimpleNamespace(width=32, num_blocks=4, patch_size=8)
-VIT_B = SimpleNamespace(width=768, num_blocks=12, patch_size=16)
+TINY = geometry()
+VIT_B = geometry(**VIT_B_SIZE)
 BACKBONES = [
     {},
     {"global_pool": "avg", "class_token": False},

@@ -1,12 +1,10 @@
 """E^2VPT: prompts in both places, and masks that take out exactly what they say."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tiny import NUM_CLASSES, NUM_IMAGE, images, tiny_model
+from tiny import NUM_CLASSES, NUM_IMAGE, VIT_B_SIZE, geometry, images, tiny_model
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
@@ -14,8 +12,8 @@ from visprompt.methods import Flow
 from visprompt.methods.e2vpt import E2VPT
 
 SITES = frozenset({"tokens", "keys_values"})
-TINY = SimpleNamespace(width=32, num_blocks=4, num_heads=2, patch_size=8, sites=SITES)
-VIT_B = SimpleNamespace(width=768, num_blocks=12, num_heads=12, patch_size=16, sites=SITES)
+TINY = geometry()
+VIT_B = geometry(**VIT_B_SIZE)
 SHARED = {
     "token_mask": [1, 0, 1],
     "segment_mask": [[1, 0, 1, 1, 0, 0, 1, 0], [1] * 8, [0, 1, 0, 1, 1, 0, 0, 1]],

@@ -1,7 +1,6 @@
 """FacT: the update of the activations is that of the weights, from factors that all blocks share."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,14 +8,14 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from tiny import NUM_CLASSES, SIZE, images, measured, relative_error, tiny_model, worst_error
+from tiny import NUM_CLASSES, SIZE, VIT_B_SIZE, geometry, images, measured, relative_error, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.base import Wrapped
 from visprompt.methods.fact import FacT
 
-VIT_B = SimpleNamespace(width=768, num_blocks=12, sites=frozenset({"modules"}))
+VIT_B = geometry(**VIT_B_SIZE)
 MODELS = {
     "class token": {},
     "average, narrow": {"global_pool": "avg", "class_token": False, "mlp_ratio": 2.0},

@@ -1,21 +1,20 @@
 """Gated prompt tuning: the gate's two limits, and the attention's temperature."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch.nn import functional as F
 
-from tiny import NUM_CLASSES, images, measured, naive_features, tiny_model, worst_error
+from tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, naive_features, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.gated import GatedVPT
 
-TINY = SimpleNamespace(width=32, num_blocks=4, patch_size=8, sites=frozenset({"tokens"}))
-VIT_B = SimpleNamespace(width=768, num_blocks=12, patch_size=16, sites=frozenset({"tokens"}))
+TINY = geometry()
+VIT_B = geometry(**VIT_B_SIZE)
 BACKBONES = [
     {},
     {"global_pool": "avg", "class_token": False, "fc_norm": False},

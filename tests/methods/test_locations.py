@@ -1,14 +1,12 @@
 """Where prompts enter, each location against what its formula reads; what they count; pairs that cannot be."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn import functional as F
 from torchvision.transforms.functional import resize
 
-from tiny import images, measured, naive_features, tiny_classifier, tiny_model, worst_error
+from tiny import VIT_B_SIZE, geometry, images, measured, naive_features, tiny_classifier, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
@@ -16,9 +14,7 @@ from visprompt.methods.locations import pad
 from visprompt.methods.vpt import VPT
 
 SITES = frozenset({"tokens", "pixels", "modules"})
-VIT_B = SimpleNamespace(
-    width=768, num_blocks=12, patch_size=16, image_size=224, grid=(14, 14), num_prefix=1, sites=SITES
-)
+VIT_B = geometry(**VIT_B_SIZE)
 MODELS = {
     "class token": {},
     "average": {"global_pool": "avg", "class_token": False},
@@ -228,10 +224,10 @@ def test_pairs_that_cannot_be_are_one_sentence(options, message):
 
 
 def test_a_backbone_without_the_site_or_with_oblong_images_is_named():
-    sites = SimpleNamespace(**vars(VIT_B) | {"sites": frozenset({"tokens"})})
+    sites = geometry(**VIT_B_SIZE, sites=frozenset({"tokens"}))
     with pytest.raises(UserError, match=r"method.location=pad cannot work on this backbone: it needs the site pixels"):
         VPT(sites, location="pad", **SHALLOW)
     with pytest.raises(UserError, match="it needs the site pixels, and the backbone offers tokens"):
         VPT(sites, location="concat_channel", **SHALLOW)
     with pytest.raises(UserError, match=r"method.location=pad needs square images"):
-        VPT(SimpleNamespace(**vars(VIT_B) | {"grid": (14, 7)}), location="pad", **SHALLOW)
+        VPT(geometry(**VIT_B_SIZE, grids=((14, 7),) * 12), location="pad", **SHALLOW)

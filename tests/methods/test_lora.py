@@ -1,7 +1,6 @@
 """LoRA: the update of the activations is that of the weights, and merges into them."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +9,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from tiny import NUM_CLASSES, images, measured, relative_error, tiny_model, worst_error
+from tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, relative_error, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.base import Wrapped
 from visprompt.methods.lora import LoRA
 
-VIT_B = SimpleNamespace(width=768, num_blocks=12, sites=frozenset({"modules"}))
+VIT_B = geometry(**VIT_B_SIZE)
 MODELS = {
     "class token": {},
     "average": {"global_pool": "avg", "class_token": False},
@@ -156,7 +155,7 @@ def test_a_copy_is_tuned_by_its_own_parameters():
 
 
 def test_blocks_without_the_layer_are_named():
-    message = "method lora cannot work on this backbone: its ParallelScalingBlock has no linear layer attn.qkv from 32"
+    message = "method lora cannot work on this backbone: its ParallelScalingBlock has no linear layer attn.qkv; choose"
     with pytest.raises(UserError, match=message):
         build(model=tiny_model(block_fn=ParallelScalingBlock))
 

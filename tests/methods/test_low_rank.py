@@ -1,18 +1,16 @@
 """Low-rank prompts: VPT on a product of two matrices."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from tiny import NUM_CLASSES, images, measured, naive_features, tiny_model, worst_error
+from tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, naive_features, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.low_rank import LowRankVPT
 
-TINY = SimpleNamespace(width=32, num_blocks=4, patch_size=8, sites=frozenset({"tokens"}))
-VIT_B = SimpleNamespace(width=768, num_blocks=12, patch_size=16, sites=frozenset({"tokens"}))
+TINY = geometry()
+VIT_B = geometry(**VIT_B_SIZE)
 PLACES = [{}, {"depth": 1, "carry_over": True}, {"depth": 2}, {"depth": 2, "depth_from": "last"}]
 
 

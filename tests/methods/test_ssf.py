@@ -1,7 +1,6 @@
 """SSF: scaling and shifting behind a layer is scaling and shifting the layer."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from tiny import NUM_CLASSES, images, measured, relative_error, tiny_model, worst_error
+from tiny import NUM_CLASSES, geometry, images, measured, relative_error, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
+from visprompt.methods import build_method
 from visprompt.methods.base import Wrapped
 from visprompt.methods.ssf import SSF
 
@@ -155,11 +155,10 @@ def test_saved_keys_and_tuned_names(options, beside):
 
 
 def test_blocks_without_the_layers_are_named():
-    message = "method ssf cannot work on this backbone: its ParallelScalingBlock has no layer norm1; choose a backbone"
-    with pytest.raises(UserError, match=message):
-        build(model=tiny_model(block_fn=ParallelScalingBlock))
+    with pytest.raises(UserError, match="method ssf cannot work on this backbone: it needs the site modules"):
+        build_method("ssf", ViT(tiny_model(block_fn=ParallelScalingBlock)))
 
 
 def test_it_needs_the_site():
     assert SSF.sites == {"modules"}
-    assert SSF(SimpleNamespace(width=8, num_blocks=1)).state_dict() == {}
+    assert SSF(geometry()).state_dict() == {}

@@ -1,21 +1,17 @@
 """VAPT: prompts made of each image's own patch tokens."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tiny import NUM_CLASSES, images, measured, tiny_model, worst_error
+from tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.vapt import VAPT
 
-TINY = SimpleNamespace(width=32, num_blocks=4, patch_size=8, sites=frozenset({"tokens"}), num_prefix=1, grid=(4, 4))
-VIT_B = SimpleNamespace(
-    width=768, num_blocks=12, patch_size=16, sites=frozenset({"tokens"}), num_prefix=1, grid=(14, 14)
-)
+TINY = geometry()
+VIT_B = geometry(**VIT_B_SIZE)
 BACKBONES = [
     {},
     {"global_pool": "avg", "class_token": False},
@@ -116,7 +112,7 @@ def test_dropout_takes_whole_channels_of_the_map():
         (TINY, {"bottleneck": 0}, "method.bottleneck=0 is too small: give at least 1"),
         (TINY, {"num_tokens": 0}, "method.num_tokens=0 is too small"),
         (
-            SimpleNamespace(**vars(TINY) | {"grid": (1, 4)}),
+            geometry(grids=((1, 4),) * 4),
             {},
             r"vapt needs a grid of at least 2x2 patches: .* \(1, 4\)",
         ),

@@ -1,20 +1,18 @@
 """VFPT: which prompts are transformed and how, and that it is VPT-deep otherwise."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
-from tiny import NUM_CLASSES, images, measured, naive_features, tiny_model, worst_error
+from tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, naive_features, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.vfpt import VFPT
 from visprompt.methods.vpt import VPT
 
-TINY = SimpleNamespace(width=32, num_blocks=4, patch_size=8, sites=frozenset({"tokens"}))
-VIT_B = SimpleNamespace(width=768, num_blocks=12, patch_size=16, sites=frozenset({"tokens"}))
+TINY = geometry()
+VIT_B = geometry(**VIT_B_SIZE)
 
 
 def classifier(cls=VFPT, exact=True, model=None, **options):

@@ -1,17 +1,27 @@
 """VPT: where prompts enter, what becomes of their outputs, how they are drawn and dropped out."""
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tiny import NUM_IMAGE, SIZE, images, measured, naive_features, tiny_classifier, tiny_model, worst_error
+from tiny import (
+    NUM_IMAGE,
+    SIZE,
+    VIT_B_SIZE,
+    geometry,
+    images,
+    measured,
+    naive_features,
+    tiny_classifier,
+    tiny_model,
+    worst_error,
+)
 from visprompt.errors import UserError
 from visprompt.methods import Flow, build_method
 
-TINY = SimpleNamespace(width=32, num_blocks=4, patch_size=8, sites=frozenset({"tokens"}))
-VIT_B = SimpleNamespace(width=768, num_blocks=12, patch_size=16, sites=frozenset({"tokens"}))
+TINY = geometry()
+VIT_B = geometry(**VIT_B_SIZE)
 
 # E: prompts enter, k: what is there flows on, d: dropped
 FLOWS = [

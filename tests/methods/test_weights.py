@@ -75,7 +75,9 @@ def test_tuned_weights_give_what_timm_gives(method, options, model, expected):
     assert worst_error(found, reference, seen) < 1e-5
 
 
-@pytest.mark.parametrize(("method", "what"), [(Bias, "biases"), (VPTBias, "biases"), (LayerNorm, "layer norms")])
+@pytest.mark.parametrize(
+    ("method", "what"), [(Bias, "biases"), (VPTBias, "biases"), (LayerNorm, "layer or batch norms")]
+)
 def test_a_backbone_with_nothing_to_tune_is_named(method, what):
     model = tiny_model(norm_layer=RmsNorm)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""timm's ViT block, re-driven so that only what is read is computed and a method can enter.
+"""timm's residual blocks, re-driven so that only what is read is computed and a method can enter.
 
 A block's output is read only for some of its tokens: where the next block drops or replaces the prompts, their outputs
 are not read; where the pooling takes the class token, the last block's outputs of all other tokens are not. Tokens that
@@ -7,8 +7,8 @@ projection and MLP are left out, with the same logits and gradients. Prompts tha
 their keys and values once per step, not once per image.
 """
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from timm.layers import Attention, GluMlp, LayerNorm, Mlp, RmsNorm, SwiGLU
@@ -42,15 +42,27 @@ def _inside(module: nn.Module) -> nn.Module:
     return _inside(module.base) if isinstance(module, Wrapped) else module
 
 
+Rows = tuple[Tensor, Tensor]  # of keys and of values, each [heads, t, head_dim]
+Attend = Callable[[Any, Tensor, Sequence[Tensor], Rows | None], Tensor]
+
+
 def run_block(
-    block: Block, read: Tensor, context: Sequence[Tensor], method: Method | None = None, index: int = 0
+    block: Any,
+    read: Tensor,
+    context: Sequence[Tensor],
+    attend: Attend,
+    method: Method | None = None,
+    index: int = 0,
 ) -> Tensor:
-    """Outputs of a block for some of its tokens; the others give keys and values only.
+    """Outputs of a block x + Attention(LN(x)), then + MLP(LN(x)), for some of its tokens.
 
     Args:
-        block: A block for which `is_proven` holds.
+        block: A block whose class its family has proven.
         read: Tokens whose outputs are read, [B, n, width].
-        context: The other tokens of the sequence, in any number of parts [B or 1, m, width].
+        context: The other tokens of the sequence, in any number of parts [B or 1, m, width]; they give keys and values
+            only.
+        attend: The family's attention: of the block's `attn`, the normed tokens, the normed context and the method's
+            rows.
         method: Asked for rows of keys and values and for branches; None asks nobody.
         index: Of the block, for the method.
 
@@ -64,25 +76,34 @@ def run_block(
         return method.branch(place, index, x, normed) if method and place in places else 0.0
 
     normed = block.norm1(read)
-    attended = _attend(cast(Attention, block.attn), normed, [block.norm1(part) for part in context], method, index)
-    read = read + block.drop_path1(block.ls1(attended)) + branch(Place.ATTENTION, read, normed)
+    rows = method.keys_values(index) if method else None
+    attended = attend(block.attn, normed, [block.norm1(part) for part in context], rows)
+    read = read + block.drop_path1(_scaled(block, 1, attended)) + branch(Place.ATTENTION, read, normed)
     read = read + branch(Place.BETWEEN, read)
     normed = block.norm2(read)
     out = block.mlp(normed)
     out = out + branch(Place.OUTPUT, out)
-    read = read + block.drop_path2(block.ls2(out)) + branch(Place.MLP, read, normed)
+    read = read + block.drop_path2(_scaled(block, 2, out)) + branch(Place.MLP, read, normed)
     return read + branch(Place.AFTER, read)
 
 
-def _attend(attn: Attention, read: Tensor, context: Sequence[Tensor], method: Method | None, index: int) -> Tensor:
-    """Attention of normed tokens [B, n, width] over themselves, the context and the method's rows."""
+def _scaled(block: Any, which: int, x: Tensor) -> Tensor:
+    """A branch behind its layer scale: a module in a ViT's block, a vector or None in EVA's, nothing in Swin's."""
+    if hasattr(block, f"ls{which}"):
+        return cast(Tensor, getattr(block, f"ls{which}")(x))
+    gamma = getattr(block, f"gamma_{which}", None)
+    return x if gamma is None else gamma * x
+
+
+def attend(attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows | None) -> Tensor:
+    """Attention of a plain block: of normed tokens [B, n, width] over themselves, the context and the method's rows."""
     q, k, v = split_heads(attn, attn.qkv(read))
     keys, values = [attn.k_norm(k)], [v]
     for part in context:
         part_k, part_v = _keys_values(attn, part)
         keys.append(attn.k_norm(part_k))
         values.append(part_v)
-    if method and (rows := method.keys_values(index)):
+    if rows:
         keys.append(rows[0][None])
         values.append(rows[1][None])
     size = (len(read), -1, -1, -1)

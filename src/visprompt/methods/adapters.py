@@ -18,13 +18,12 @@ import math
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError, unknown
-from visprompt.methods.base import Geometry, Method, Place
+from visprompt.methods.base import Geometry, Method, Place, per_block
 
 _STD = 0.01  # of Adapter+'s truncated normal, which is cut at two of them
 
@@ -34,13 +33,13 @@ class Bottleneck(Method):
 
     Args:
         backbone: The backbone whose width and number of blocks shape the bottlenecks.
-        bottleneck: Width of a bottleneck (r).
+        bottleneck: Width of a bottleneck (r); None means an eighth of the block's.
 
     Attributes:
         down: [blocks, width, bottleneck], as PyTorch draws a linear layer: U(-1, 1) / sqrt(width).
         down_bias: [blocks, bottleneck], zero at first.
         up: [blocks, bottleneck, width], zero at first.
-        up_bias: [blocks, width], zero at first.
+        up_bias: [blocks, width], zero at first. Where the blocks' widths differ, each is a list over the blocks.
 
     Raises:
         UserError: The bottleneck is smaller than 1.
@@ -48,15 +47,14 @@ class Bottleneck(Method):
 
     sites: ClassVar[frozenset[str]] = frozenset({"branches"})
 
-    def __init__(self, backbone: Geometry, bottleneck: int) -> None:
+    def __init__(self, backbone: Geometry, bottleneck: int | None) -> None:
         super().__init__(backbone)
-        check_size("bottleneck", bottleneck)
-        blocks, width = self.num_blocks, backbone.width
-        bound = 1 / math.sqrt(width)
-        self.down = nn.Parameter(torch.empty(blocks, width, bottleneck).uniform_(-bound, bound))
-        self.down_bias = nn.Parameter(torch.zeros(blocks, bottleneck))
-        self.up = nn.Parameter(torch.zeros(blocks, bottleneck, width))
-        self.up_bias = nn.Parameter(torch.zeros(blocks, width))
+        sizes = [(width, width // 8 if bottleneck is None else bottleneck) for width in backbone.widths]
+        check_size("bottleneck", min(size for _, size in sizes))
+        self.down = per_block(sizes, _draw_linear)
+        self.down_bias = per_block([(size,) for _, size in sizes], nn.init.zeros_)
+        self.up = per_block([(size, width) for width, size in sizes], nn.init.zeros_)
+        self.up_bias = per_block([(width,) for width, _ in sizes], nn.init.zeros_)
 
     def squeeze(self, block: int, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         """Up(activation(Down(x))) of a block's tokens [B, n, width]."""
@@ -69,7 +67,7 @@ class Adapter(Bottleneck):
 
     Args:
         backbone: The backbone whose width and number of blocks shape the bottlenecks.
-        bottleneck: Width of a bottleneck (r); None means an eighth of the backbone's. The paper tries 8, 64 and 256.
+        bottleneck: Width of a bottleneck (r); None means an eighth of the block's. The paper tries 8, 64 and 256.
 
     Attributes:
         down: See `Bottleneck`, as for `down_bias`, `up` and `up_bias`.
@@ -81,7 +79,7 @@ class Adapter(Bottleneck):
     places: ClassVar[frozenset[Place]] = frozenset({Place.OUTPUT})
 
     def __init__(self, backbone: Geometry, bottleneck: int | None = None) -> None:
-        super().__init__(backbone, backbone.width // 8 if bottleneck is None else bottleneck)
+        super().__init__(backbone, bottleneck)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
         """Up(GELU(Down(x))) of the MLP's output x [B, n, width]."""
@@ -147,14 +145,21 @@ class AdapterPlus(Bottleneck):
         if init not in ("zero", "houlsby"):
             raise unknown("method.init", init, ("zero", "houlsby"))
         self.drop_path = DropPath(drop_path)
-        self.scale = nn.Parameter(torch.ones(self.num_blocks, backbone.width))
-        for weight in (self.down, self.up) if init == "houlsby" else (self.down,):
-            nn.init.trunc_normal_(weight, std=_STD, a=-2 * _STD, b=2 * _STD)
+        self.scale = per_block([(width,) for width in backbone.widths], nn.init.ones_)
+        for weights in (self.down, self.up) if init == "houlsby" else (self.down,):
+            for weight in [weights] if isinstance(weights, nn.Parameter) else weights:
+                nn.init.trunc_normal_(weight, std=_STD, a=-2 * _STD, b=2 * _STD)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
         """The scaled bottleneck of the stream x [B, n, width], zero for the images that skip it."""
         out: Tensor = self.drop_path(self.squeeze(block, x, F.gelu))
         return out * self.scale[block].to(out.dtype)  # under autocast the branch stays in its precision
+
+
+def _draw_linear(weight: Tensor) -> None:
+    """As PyTorch draws a linear layer: [..., inputs, outputs] from U(-1, 1) / sqrt(inputs)."""
+    bound = 1 / math.sqrt(weight.shape[-2])
+    weight.uniform_(-bound, bound)
 
 
 def check_size(name: str, value: int) -> None:

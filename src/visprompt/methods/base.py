@@ -3,20 +3,23 @@
 A backbone offers *sites*; a method names those it needs and answers when the backbone asks at one of them:
 
 - `weights`: the backbone's own parameters may be tuned;
-- `modules`: the linear layers and norms of its blocks may be wrapped (`attach`);
-- `pixels`: the images may be changed before the patch embedding (`pixels`), and that embedding may be wrapped;
+- `modules`: its convolutions, linear layers and norms may be wrapped (`attach`);
+- `pixels`: the images may be changed before the first convolution (`pixels`), and that one may be wrapped;
 - `tokens`: prompt tokens enter the sequence before a block (`token_flow`, `tokens`), image tokens may be shifted there
   (`shift`), and the pooling may read what it likes (`pool`);
 - `keys_values`: rows join the keys and values of an attention (`keys_values`);
-- `branches`: something is added at a place in a block (`places`, `branch`).
+- `branches`: something is added at a place in a block (`places`, `branch`);
+- `stream`: one sequence of one width runs through all blocks, and every attention sees the whole of it.
 
 From the answers alone the backbone decides what has to be computed.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from visprompt.errors import unknown
@@ -45,27 +48,53 @@ class Place(Enum):
 
 
 class Geometry(Protocol):
-    """What a method may ask of a backbone.
+    """What a method may ask of a backbone. Blocks are residual blocks, counted through all stages.
 
     Attributes:
-        width: Of a token (d).
-        num_blocks: Number of blocks (L).
-        num_heads: Of each attention (H).
-        patch_size: Side of a patch in pixels.
+        model: The model of timm that is driven, without its head.
+        width: Of the pooled features.
+        widths: Width of the tokens, or number of channels, in each block.
+        blocks: The blocks in their order.
+        heads: Heads of each block's attention; 0 where a method may not enter it, or there is none.
+        grids: Positions along height and width in each block, for images of the backbone's own size.
+        block_names: Each block's name in `model`.
+        between_names: What stands between a block and the one before it (a merging or downsampling) or None; the stem
+            and what follows it are before the first block.
+        final_names: Norms behind the last block.
+        stem: Name in `model` of the first convolution.
+        patch_size: Side in pixels of what that convolution sees.
         image_size: Side of the input in pixels.
+        any_size: Whether images of another side are taken too.
         num_prefix: Class and register tokens, which stand before the patch tokens.
-        grid: Patches along height and width.
+        has_class_token: Whether the first of them is a class token.
         sites: What it offers.
     """
 
+    model: nn.Module
     width: int
-    num_blocks: int
-    num_heads: int
+    widths: tuple[int, ...]
+    heads: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...]
+    block_names: tuple[str, ...]
+    between_names: tuple[str | None, ...]
+    final_names: tuple[str, ...]
+    stem: str
     patch_size: int
     image_size: int
+    any_size: bool
     num_prefix: int
-    grid: tuple[int, int]
+    has_class_token: bool
     sites: frozenset[str]
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks (L)."""
+        ...
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks in their order."""
+        ...
 
 
 class Method(nn.Module):
@@ -101,7 +130,7 @@ class Method(nn.Module):
         """The first block whose input or weights are tuned; what comes before gives the same tokens in every epoch."""
         return 0
 
-    def attach(self, backbone: nn.Module) -> None:
+    def attach(self, backbone: Geometry) -> None:
         """Changes the backbone's modules where the method needs it, once, before the first forward."""
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
@@ -191,6 +220,26 @@ def drop(dropout: nn.Dropout, prompts: Tensor, batch_size: int) -> Tensor:
         prompts = prompts.expand(batch_size, -1, -1)
     dropped: Tensor = dropout(prompts)
     return dropped
+
+
+def per_block(shapes: Sequence[tuple[int, ...]], draw: Callable[[Tensor], object]) -> nn.Parameter | nn.ParameterList:
+    """Makes a parameter of every block: one tensor where their shapes agree, a list where they do not.
+
+    Args:
+        shapes: Of each block's part.
+        draw: Fills a tensor in place: [blocks, *shape] where the shapes agree, else each [*shape].
+
+    Returns:
+        What `[i]` gives block i's part of, saved as `name` or as `name.<i>`.
+    """
+    if len(set(shapes)) == 1:
+        stacked = torch.empty(len(shapes), *shapes[0])
+        draw(stacked)
+        return nn.Parameter(stacked)
+    parts = [torch.empty(shape) for shape in shapes]
+    for part in parts:
+        draw(part)
+    return nn.ParameterList(parts)
 
 
 def split_heads(attn: Any, projected: Tensor) -> tuple[Tensor, ...]:

@@ -101,11 +101,11 @@ class _BatchNorm(nn.BatchNorm1d):
 
 
 class Partial(Method):
-    """Tunes the last blocks and the norm behind them, wherever the model has it (before or after the pooling).
+    """Tunes the last blocks, what joins them, and the norm behind them, before or after the pooling.
 
     Args:
         backbone: The backbone that is tuned.
-        num_blocks: Number of blocks (k).
+        num_blocks: Number of residual blocks (k), counted from the end through all stages.
 
     Raises:
         UserError: There are not as many blocks.
@@ -120,7 +120,10 @@ class Partial(Method):
             raise UserError(
                 f"method.num_blocks={num_blocks} does not fit: give 1 to {self.num_blocks}, the backbone's blocks"
             )
-        self._first = self.num_blocks - operator.index(num_blocks)
+        self._first = first = self.num_blocks - operator.index(num_blocks)
+        # what stands between two stages is tuned where both of its neighbours are
+        between = [name for name in backbone.between_names[first + 1 :] if name is not None]
+        self._names = (*backbone.block_names[first:], *between, *backbone.final_names)
 
     @property
     def first_block(self) -> int:
@@ -129,8 +132,7 @@ class Partial(Method):
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
         """The head, the last blocks, and the final norms."""
-        blocks = [f"blocks.{i}" for i in range(self._first, self.num_blocks)]
-        modules = [f"backbone.model.{name}" for name in (*blocks, "norm", "fc_norm")]
+        modules = [f"backbone.model.{name}" for name in self._names]
         tuned = (f"{m}.{name}" for m in modules for name, _ in classifier.get_submodule(m).named_parameters())
         return super().tuned_names(classifier) | frozenset(tuned)
 
@@ -157,15 +159,13 @@ class Full(Method):
             raise UserError(f"method.drop_path={drop_path} is not a probability: give a number from 0 to below 1")
         self.drop_path = drop_path
 
-    def attach(self, backbone: nn.Module) -> None:
+    def attach(self, backbone: Geometry) -> None:
         """Sets the stochastic depth of every residual branch that has one."""
-        blocks = list(backbone.get_submodule("model.blocks").children())
-        for i, block in enumerate(blocks):
-            rate = self.drop_path * i / max(1, len(blocks) - 1)
-            for name, _ in list(block.named_modules()):
-                parent, _, child = name.rpartition(".")
-                if child.startswith("drop_path"):
-                    setattr(block.get_submodule(parent), child, DropPath(rate) if rate else nn.Identity())
+        for i, block in enumerate(backbone.blocks):
+            rate = self.drop_path * i / max(1, self.num_blocks - 1)
+            for module in list(block.modules()):
+                for name in [name for name in vars(module) | module._modules if name.startswith("drop_path")]:
+                    setattr(module, name, DropPath(rate) if rate else nn.Identity())
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
         """Every parameter."""

@@ -44,7 +44,7 @@ class Convpass(Method):
         UserError: A number lies outside its range, or a word is unknown.
     """
 
-    sites: ClassVar[frozenset[str]] = frozenset({"branches"})
+    sites: ClassVar[frozenset[str]] = frozenset({"branches", "stream"})
     places: ClassVar[frozenset[Place]] = frozenset(_ORDER)
     fixed_size = True  # the convolution needs the grid of patches
     tokenwise: ClassVar[bool] = False
@@ -63,7 +63,7 @@ class Convpass(Method):
         check_probability("dropout", dropout)
         if init not in ("identity", "xavier"):
             raise unknown("method.init", init, ("identity", "xavier"))
-        self.num_prefix, self.grid = backbone.num_prefix, backbone.grid
+        self.num_prefix, self.grid = backbone.num_prefix, backbone.grids[0]
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
         stack, width = (self.num_blocks, len(_ORDER)), backbone.width

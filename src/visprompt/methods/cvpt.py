@@ -36,7 +36,7 @@ class CVPT(Method):
         UserError: A number lies outside its range.
     """
 
-    sites: ClassVar[frozenset[str]] = frozenset({"branches"})
+    sites: ClassVar[frozenset[str]] = frozenset({"branches", "stream"})
     places: ClassVar[frozenset[Place]] = frozenset({Place.BETWEEN})
 
     def __init__(self, backbone: Geometry, num_tokens: int = 10, dropout: float = 0.1) -> None:
@@ -50,10 +50,15 @@ class CVPT(Method):
         nn.init.xavier_uniform_(self.prompts)
         self._attentions: tuple[Attention, ...] = ()  # in a tuple, so that their parameters stay the backbone's alone
 
-    def attach(self, backbone: nn.Module) -> None:
+    def attach(self, backbone: Geometry) -> None:
         """Keeps every block's attention, whose frozen weights the prompts are read through."""
-        blocks = backbone.get_submodule("model.blocks").children()
-        self._attentions = tuple(cast(Attention, block.attn) for block in blocks)
+        attentions = [getattr(block, "attn", None) for block in backbone.blocks]
+        if any(type(attention) is not Attention for attention in attentions):
+            raise UserError(
+                f"method cvpt cannot work on this backbone: it reads its prompts through timm's plain attention, and "
+                f"a {type(backbone.blocks[0]).__name__} has another; choose a plain ViT"
+            )
+        self._attentions = tuple(cast(list[Attention], attentions))
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
         """CA(x, P_i) of the stream x [B, n, width] behind the attention of a block."""

@@ -10,14 +10,16 @@ instead of strided; only what is kept is a parameter.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from visprompt.errors import UserError, unknown
-from visprompt.methods.base import Flow, Geometry, Method, drop
+from visprompt.methods.base import Flow, Geometry, Method, drop, per_block
+from visprompt.methods.locations import vpt_bound
 
 KV_BLOCKS = ("all", "first_half", "last_half", "every_other")
 
@@ -49,7 +51,8 @@ class E2VPT(Method):
             kept values of each layer alone, [layers, n].
         kv_prompts: [kv layers, heads, T, width / heads], U(-v, v) with v = sqrt(6 / (T * width / heads)): the released
             code's kaiming-uniform, which takes all but the first dimension for the fan-in.
-        k_prompts, v_prompts: The same instead, where keys and values are separate.
+        k_prompts, v_prompts: The same instead, where keys and values are separate. Where the layers' widths differ,
+            each is a list over the layers.
         token_mask: bool [p] or [layers, p]; None where nothing is pruned.
         segment_mask: bool [p, S] or [layers, p, S], false for the segments of pruned tokens; None likewise.
         gates: Factors on the segments of each image's prompts [B, layers, p, S], set while importance is measured.
@@ -59,9 +62,9 @@ class E2VPT(Method):
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "keys_values"})
-    kv_prompts: nn.Parameter
-    k_prompts: nn.Parameter
-    v_prompts: nn.Parameter
+    kv_prompts: nn.Parameter | nn.ParameterList
+    k_prompts: nn.Parameter | nn.ParameterList
+    v_prompts: nn.Parameter | nn.ParameterList
     token_mask: Tensor | None
     segment_mask: Tensor | None
 
@@ -96,7 +99,8 @@ class E2VPT(Method):
         if not 0 <= dropout < 1:
             raise UserError(f"method.dropout={dropout} is not a probability: give a number from 0 to below 1")
         pruned = token_mask is not None or segment_mask is not None
-        _check_pruning(backbone.width, num_tokens, num_segments, prune or pruned)
+        widths = backbone.widths[:depth]
+        _check_pruning(widths, num_tokens, num_segments, prune or pruned)
         self.prune_tokens, self.prune_segments = list(prune_tokens or []), list(prune_segments or [])
         _check_percentages("prune_tokens", self.prune_tokens)
         _check_percentages("prune_segments", self.prune_segments)
@@ -105,18 +109,20 @@ class E2VPT(Method):
         self.kv_blocks = _blocks(kv_blocks, self.num_blocks) if num_kv_tokens else ()
         self.dropout = nn.Dropout(dropout)
         self.gates: Tensor | None = None
-        self._segment_width = backbone.width // num_segments
         self._set_masks(token_mask, segment_mask)
         if num_tokens:
-            bound = math.sqrt(6 / (3 * backbone.patch_size**2 + backbone.width))
             # all are drawn, so that those kept, and what is drawn after them, are those of the unpruned method
-            drawn = torch.empty(depth, num_tokens, backbone.width).uniform_(-bound, bound)
-            self.prompts = nn.Parameter(self.kept(drawn))
+            drawn = per_block([(num_tokens, width) for width in widths], partial(_draw_prompts, backbone.patch_size))
+            if pruned:
+                left = self.kept(drawn.data if isinstance(drawn, nn.Parameter) else [one.data for one in drawn])
+                stacked = isinstance(drawn, nn.Parameter)
+                drawn = nn.Parameter(torch.stack(left)) if stacked else nn.ParameterList(left)
+            self.prompts = drawn
         if num_kv_tokens:
-            shape = (len(self.kv_blocks), backbone.num_heads, num_kv_tokens, backbone.width // backbone.num_heads)
-            bound = math.sqrt(6 / (shape[2] * shape[3]))
+            sizes = [(backbone.heads[block], backbone.widths[block]) for block in self.kv_blocks]
+            shapes = [(heads, num_kv_tokens, width // heads) for heads, width in sizes]
             for name in ("kv_prompts",) if share_kv else ("k_prompts", "v_prompts"):
-                self.register_parameter(name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+                setattr(self, name, per_block(shapes, _draw_keys_values))
 
     @property
     def first_block(self) -> int:
@@ -152,13 +158,12 @@ class E2VPT(Method):
             return self.kv_prompts[layer], self.kv_prompts[layer]
         return self.k_prompts[layer], self.v_prompts[layer]
 
-    def kept(self, prompts: Tensor) -> Tensor:
-        """What the masks keep of prompts [layers, p, width]: [layers, n]; all of them where there are no masks."""
-        if self.segment_mask is None:
-            return prompts
-        parts = prompts.unflatten(-1, (self.num_segments, -1))
-        masks = self.segment_mask.expand(parts.shape[:3])
-        return torch.stack([layer[mask].flatten() for layer, mask in zip(parts, masks, strict=True)])
+    def kept(self, prompts: Iterable[Tensor]) -> list[Tensor]:
+        """What the masks keep of the prompts [p, width] of each layer, each [n]."""
+        assert self.segment_mask is not None
+        parts = [layer.unflatten(-1, (self.num_segments, -1)) for layer in prompts]
+        masks = self.segment_mask.expand(len(parts), -1, -1)
+        return [layer[mask].flatten() for layer, mask in zip(parts, masks, strict=True)]
 
     def _set_masks(self, tokens: Sequence[Any] | None, segments: Sequence[Any] | None) -> None:
         """Keeps the masks as buffers, which are saved beside the values."""
@@ -169,6 +174,9 @@ class E2VPT(Method):
             segment_mask = _mask("segment_mask", segments, (*shape, self.num_segments)) & token_mask.unsqueeze(-1)
             _check_left(token_mask, segment_mask)
         self._left = self.num_tokens if token_mask is None else int(token_mask.sum(-1).max())
+        self._segments_left = (
+            0 if segment_mask is None else int(segment_mask.flatten(-2).sum(-1).max())
+        )  # segments of a layer
         self.register_buffer("token_mask", token_mask)
         self.register_buffer("segment_mask", segment_mask)
 
@@ -184,10 +192,22 @@ class E2VPT(Method):
         if self.mask_per_layer:
             tokens, segments = tokens[layer], segments[layer]
         # indices from the saved masks themselves; a sort has a known length, and so no wait for the GPU
-        values = values.unflatten(-1, (-1, self._segment_width))
+        values = values.unflatten(-1, (self._segments_left, -1))
         parts = values.new_zeros(segments.numel(), values.shape[-1])
         parts = parts.index_copy(0, _first(segments.flatten(), len(values)), values)
         return parts.view(self.num_tokens, -1).index_select(0, _first(tokens, self._left))
+
+
+def _draw_prompts(patch_size: int, prompts: Tensor) -> None:
+    """VPT's rule for prompts [..., width]."""
+    bound = vpt_bound(patch_size, prompts.shape[-1])
+    prompts.uniform_(-bound, bound)
+
+
+def _draw_keys_values(prompts: Tensor) -> None:
+    """The released code's rule for key-value prompts [..., T, width / heads]."""
+    bound = math.sqrt(6 / math.prod(prompts.shape[-2:]))
+    prompts.uniform_(-bound, bound)
 
 
 def _first(mask: Tensor, count: int) -> Tensor:
@@ -212,13 +232,14 @@ def _blocks(which: str | Sequence[int], num_blocks: int) -> tuple[int, ...]:
     return tuple(sorted(which))
 
 
-def _check_pruning(width: int, num_tokens: int, num_segments: int, wanted: bool) -> None:
+def _check_pruning(widths: Sequence[int], num_tokens: int, num_segments: int, wanted: bool) -> None:
     """Refuses to prune what is not there or cannot be divided."""
     if num_segments < 1:
         raise UserError(f"method.num_segments={num_segments} is too small: give at least 1")
     if wanted and num_tokens == 0:
         raise UserError("method.num_tokens=0 leaves nothing to prune: give 1 or more, or method.prune=false")
-    if wanted and width % num_segments:
+    width = next((width for width in widths if width % num_segments), None)
+    if wanted and width is not None:
         raise UserError(
             f"method.num_segments={num_segments} does not divide the backbone's width {width}: give a divisor of it"
         )

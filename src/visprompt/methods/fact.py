@@ -49,7 +49,7 @@ class FacT(Method):
         UserError: A number lies outside its range, or the form is unknown.
     """
 
-    sites: ClassVar[frozenset[str]] = frozenset({"modules"})
+    sites: ClassVar[frozenset[str]] = frozenset({"modules", "stream"})
     can_merge: ClassVar[bool] = True
     sigma: nn.Parameter
     mix: nn.Parameter
@@ -70,7 +70,7 @@ class FacT(Method):
         if form == "tk":
             self.core = nn.Parameter(_uniform(math.sqrt(3) / rank, rank, rank, rank))
 
-    def attach(self, backbone: nn.Module) -> None:
+    def attach(self, backbone: Geometry) -> None:
         """Draws what depends on the MLP and wraps the four linear layers of every block.
 
         Raises:

@@ -44,7 +44,7 @@ class GatedVPT(VPT):
         UserError: A number lies outside its range, or the backbone has attentions without a place for a temperature.
     """
 
-    sites: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    sites: ClassVar[frozenset[str]] = frozenset({"tokens", "stream"})
 
     def __init__(
         self,
@@ -65,11 +65,11 @@ class GatedVPT(VPT):
         self.gates = nn.Parameter(torch.full((self.num_blocks - 1,), float(gate_init)))
         self.temperatures = nn.Parameter(torch.ones(self.num_blocks)) if temperature else None
 
-    def attach(self, backbone: nn.Module) -> None:
+    def attach(self, backbone: Geometry) -> None:
         """Divides every attention's queries by its temperature."""
         if self.temperatures is None:
             return
-        for i, block in enumerate(backbone.get_submodule("model.blocks").children()):
+        for i, block in enumerate(backbone.blocks):
             attention = getattr(block, "attn", block)  # timm's parallel blocks are their own attention
             if not hasattr(attention, "q_norm"):
                 raise UserError(

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visprompt.backbones.vit import ViT
+from visprompt.backbones.family import TokenFamily
 from visprompt.errors import UserError
-from visprompt.methods.base import Method
 from visprompt.methods.vpt import VPT
 
 _BATCH = 64
@@ -25,7 +24,7 @@ MAX_IMAGES = 800  # VTAB's train800; more would need memory and time, and add li
 PATCHES = 16  # of an image; with 800 images of ViT-B 39 MB a layer
 
 
-def initialise(method: VPT, backbone: ViT, images: Tensor | Iterable[Tensor], seed: int = 42) -> None:
+def initialise(method: VPT, backbone: TokenFamily, images: Tensor | Iterable[Tensor], seed: int = 42) -> None:
     """Writes a method's initial prompts, features of training images, in place.
 
     Args:
@@ -40,25 +39,27 @@ def initialise(method: VPT, backbone: ViT, images: Tensor | Iterable[Tensor], se
     """
     if not method.needs_images:
         return
-    layers, count, _ = method.prompts.shape
+    layers, count = len(method.prompts), method.prompts[0].shape[0]
     generator = torch.Generator().manual_seed(seed)
     by_class_token = method.init.startswith("cls")
     features = _class_tokens if by_class_token else _patch_tokens
-    rows = torch.stack([*_collect(features(method, backbone, batch, generator) for batch in _batches(images))], 1)
-    if rows.shape[1] < count:
+    parts = [features(method, backbone, batch, generator) for batch in _batches(images)]
+    rows = [torch.cat([part[layer].cpu() for part in parts]) for layer in range(layers)]
+    found = min(len(of_layer) for of_layer in rows)
+    if found < count:
         kind = "training images" if by_class_token else "patches"
         raise UserError(
-            f"method.init={method.init} takes {count} prompt tokens of as many {kind}, and there are {rows.shape[1]}: "
+            f"method.init={method.init} takes {count} prompt tokens of as many {kind}, and there are {found}: "
             "give method.num_tokens no larger than that, or method.init=random"
         )
-    chosen = torch.randperm(rows.shape[1], generator=generator)[:count]
+    chosen = torch.randperm(found, generator=generator)[:count]
     for layer in range(layers):
         if method.init == "patch_pool":
             values = _pooled(rows[layer], count)
         elif method.init == "patch_kmeans":
             values = _centres(rows[layer], count, seed)
         else:
-            values = rows[layer, chosen]
+            values = rows[layer][chosen]
         with torch.no_grad():
             method.prompts[layer].copy_(values)
 
@@ -73,43 +74,30 @@ def _batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
         left -= len(batch)
 
 
-def _collect(parts: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Rows [layers, d], one after another, of parts [n, layers, d]."""
-    for part in parts:
-        yield from part.cpu()
-
-
-def _tokens(backbone: ViT, images: Tensor) -> list[Tensor]:
-    """Tokens [B, n, width] before each block and behind the last, without any prompt."""
-    like = next(backbone.parameters())
-    x = backbone.embed(images.to(like.device, like.dtype), Method(backbone))
-    states = [x]
-    for block in backbone.model.blocks:
-        states.append(block(states[-1]))
-    return states
-
-
 @torch.no_grad()
-def _class_tokens(method: VPT, backbone: ViT, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Class tokens of images, [B, layers, width]: behind the final norm, or behind each prompted block."""
-    states = _tokens(backbone, images)
+def _class_tokens(method: VPT, backbone: TokenFamily, images: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Class tokens of images, [B, width] for each layer: behind the final norm, or behind each prompted block."""
+    states = backbone.states(images)
     layers = method.prompted_blocks[: len(method.prompts)]
     if method.init == "cls":
-        final: Tensor = backbone.model.norm(states[-1])[:, 0]
-        return final.unsqueeze(1).expand(-1, len(layers), -1)
-    return torch.stack([states[block + 1][:, 0] for block in layers], dim=1)
+        final: Tensor = backbone.model.get_submodule("norm")(states[-1])[:, 0]
+        return [final for _ in layers]
+    return [states[block + 1][:, 0] for block in layers]
 
 
 @torch.no_grad()
-def _patch_tokens(method: VPT, backbone: ViT, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Some patch tokens of each image before each prompted block, [B * PATCHES, layers, width]."""
-    states = _tokens(backbone, images)
-    layers = method.prompted_blocks[: len(method.prompts)]
-    num_patches = states[0].shape[1] - backbone.num_prefix
-    places = torch.stack([torch.randperm(num_patches, generator=generator)[:PATCHES] for _ in images])
-    index = (places + backbone.num_prefix).to(states[0].device)
-    rows = torch.arange(len(images), device=index.device)[:, None]
-    return torch.stack([states[block][rows, index] for block in layers], dim=2).flatten(0, 1)
+def _patch_tokens(method: VPT, backbone: TokenFamily, images: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Some patch tokens of each image before each prompted block, [B * n, width] for each layer, n up to `PATCHES`."""
+    states, index = backbone.states(images), {}
+    rows = torch.arange(len(images))[:, None]
+    layers = []
+    for block in method.prompted_blocks[: len(method.prompts)]:
+        tokens = states[block][:, backbone.num_prefix :]
+        if (count := tokens.shape[1]) not in index:  # the same places before all blocks of a stage
+            drawn = [torch.randperm(count, generator=generator)[:PATCHES] for _ in images]
+            index[count] = torch.stack(drawn)
+        layers.append(tokens[rows.to(tokens.device), index[count].to(tokens.device)].flatten(0, 1))
+    return layers
 
 
 def _pooled(rows: Tensor, count: int) -> Tensor:

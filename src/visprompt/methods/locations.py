@@ -36,16 +36,18 @@ def check_sites(location: str, backbone: Geometry) -> None:
     """
     site = _SITES.get(location, "tokens")
     if site not in backbone.sites:
+        fitting = [one for one in LOCATIONS if _SITES.get(one, "tokens") in backbone.sites]
+        advice = f"give method.location={' or '.join(fitting)}" if fitting else "choose another backbone"
         raise UserError(
-            f"method.location={location} cannot work on this backbone: it needs the site {site}, "
-            f"and the backbone offers {', '.join(sorted(backbone.sites))}"
+            f"method.location={location} cannot work on this backbone: it needs the site {site}, and the backbone "
+            f"offers {', '.join(sorted(backbone.sites))}; {advice}"
         )
 
 
-def tokens_at(location: str, num_tokens: int, backbone: Geometry) -> int:
-    """Number of vectors of a layer: `num_tokens` where they are prepended, else as many as the location has."""
+def tokens_at(location: str, num_tokens: int, backbone: Geometry, block: int) -> int:
+    """Number of vectors before a block: `num_tokens` where they are prepended, else as many as the location has."""
     if location == "add":
-        return math.prod(backbone.grid)
+        return math.prod(backbone.grids[block])
     return 1 if location == "add_one" else num_tokens
 
 
@@ -71,7 +73,7 @@ def draw_pixels(location: str, num_tokens: int, backbone: Geometry, pad_resize: 
     """
     side, patch = backbone.image_size, backbone.patch_size
     if location == "pad":
-        if backbone.grid[0] != backbone.grid[1]:
+        if backbone.grids[0][0] != backbone.grids[0][1]:
             raise UserError("method.location=pad needs square images: choose another location for this backbone")
         if pad_resize and 2 * num_tokens >= side:
             raise UserError(
@@ -79,13 +81,13 @@ def draw_pixels(location: str, num_tokens: int, backbone: Geometry, pad_resize: 
                 f"give less than {side / 2:g}, or method.pad_resize=false"
             )
         return torch.rand(4, 3, num_tokens, side - num_tokens + (0 if pad_resize else 2 * num_tokens))
-    bound = vpt_bound(patch, backbone.width)
+    bound = vpt_bound(patch, backbone.widths[0])
     shape = (num_tokens, 3, patch, patch) if location == "prepend_pixel" else (num_tokens, side, side)
     return torch.empty(shape).uniform_(-bound, bound)
 
 
-def check_padded_side(model: nn.Module, num_pixels: int) -> None:
-    """Refuses an image that grows beyond what a model takes.
+def check_padded_side(backbone: Geometry, num_pixels: int) -> None:
+    """Refuses an image that grows beyond what a backbone takes.
 
     A plain timm ViT takes images of its own side alone. Padding grows them to side + 2p, of which the patch embedding
     drops the remainder: below half a patch the side stays.
@@ -93,9 +95,8 @@ def check_padded_side(model: nn.Module, num_pixels: int) -> None:
     Raises:
         UserError: The side becomes another one, and the model was not built for that.
     """
-    patch_embed = model.get_submodule("patch_embed")
-    side, patch = int(patch_embed.img_size[0]), int(patch_embed.patch_size[0])  # type: ignore[index]  # pairs
-    if (side + 2 * num_pixels) // patch != side // patch and not getattr(model, "dynamic_img_size", False):
+    side, patch = backbone.image_size, backbone.patch_size
+    if (side + 2 * num_pixels) // patch != side // patch and not backbone.any_size:
         raise UserError(
             f"method.pad_resize=false with method.num_tokens={num_pixels} makes images of {side} pixels "
             f"{side + 2 * num_pixels} wide, which this backbone does not take: set "
@@ -112,7 +113,7 @@ def pad(images: Tensor, prompts: Tensor, resize: bool, patch_size: int) -> Tenso
             the same of the image turned by 90, 180 and 270 degrees. The four cover the frame once.
         resize: Shrink the images by 2p first, so that the side stays H; else it grows to H + 2p.
         patch_size: What is left of a side that it does not divide is dropped, right and below, as by the patch
-            embedding of the released code; timm's refuses it.
+            embedding of the released code; timm's refuses it. 1 drops nothing.
 
     Returns:
         [B, 3, side, side].

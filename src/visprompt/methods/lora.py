@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from visprompt.errors import UserError
 from visprompt.methods.adapters import check_probability, check_size
-from visprompt.methods.base import Geometry, Method, Wrapped
+from visprompt.methods.base import Geometry, Method, Wrapped, per_block
 
 
 class _Updates(Protocol):
@@ -77,7 +77,7 @@ class LoRA(Method):
 
     Attributes:
         a: [blocks, targets, rank, width], as PyTorch draws a linear layer: U(-1, 1) / sqrt(width).
-        b: [blocks, targets, width, rank], zero at first.
+        b: [blocks, targets, width, rank], zero at first. Both are lists over the blocks where their widths differ.
 
     Raises:
         UserError: A number lies outside its range, or a target is none.
@@ -104,19 +104,17 @@ class LoRA(Method):
         self.rank, self.targets = rank, targets
         self.scale = 1.0 if alpha is None else alpha / rank
         self.dropout = nn.Dropout(dropout)
-        bound = 1 / math.sqrt(backbone.width)
-        shape = (self.num_blocks, len(targets))
-        self.a = nn.Parameter(torch.empty(*shape, rank, backbone.width).uniform_(-bound, bound))
-        self.b = nn.Parameter(torch.zeros(*shape, backbone.width, rank))
+        self.a = per_block([(len(targets), rank, width) for width in backbone.widths], _draw_linear)
+        self.b = per_block([(len(targets), width, rank) for width in backbone.widths], nn.init.zeros_)
 
-    def attach(self, backbone: nn.Module) -> None:
+    def attach(self, backbone: Geometry) -> None:
         """Wraps the joint projection of every attention.
 
         Raises:
             UserError: There is none.
         """
-        width = self.a.shape[-1]
-        for i, block in enumerate(find_linears(backbone, ["attn.qkv"], "lora", (width, 3 * width))):
+        for i, block in enumerate(find_linears(backbone, ["attn.qkv"], "lora")):
+            check_joint(block, "lora")
             layer: nn.Linear = block.get_submodule("attn.qkv")  # type: ignore[assignment]  # found as one
             block.set_submodule("attn.qkv", Updated(layer, self, i))
 
@@ -125,23 +123,20 @@ class LoRA(Method):
         (block,) = where
         low = self.scale * F.linear(self.dropout(x), self.a[block].flatten(0, 1))  # of all targets in one product
         parts = {
-            target: F.linear(part, self.b[block, i])
+            target: F.linear(part, self.b[block][i])
             for i, (target, part) in enumerate(zip(self.targets, low.split(self.rank, dim=-1), strict=True))
         }
         nothing = torch.zeros_like(parts[self.targets[0]]) if len(parts) < 3 else None
         return torch.cat([parts.get(name, nothing) for name in "qkv"], dim=-1)  # type: ignore[misc]  # None only if unused
 
 
-def find_linears(
-    backbone: nn.Module, paths: Sequence[str], method: str, shape: tuple[int, int] | None = None
-) -> list[nn.Module]:
+def find_linears(backbone: Geometry, paths: Sequence[str], method: str) -> list[nn.Module]:
     """The blocks of a backbone, each of which has plain linear layers at some paths.
 
     Args:
-        backbone: A ViT.
+        backbone: Any.
         paths: Of the layers in a block, such as "attn.qkv".
         method: For the message.
-        shape: Inputs and outputs that each of them must have; None for any.
 
     Returns:
         The blocks in their order.
@@ -149,16 +144,36 @@ def find_linears(
     Raises:
         UserError: A block lacks such a layer.
     """
-    blocks = list(backbone.get_submodule("model.blocks").children())
+    blocks = backbone.blocks
     for block, path in itertools.product(blocks, paths):
         try:
             layer: nn.Module | None = block.get_submodule(path)
         except AttributeError:
             layer = None
-        if type(layer) is not nn.Linear or shape not in (None, (layer.in_features, layer.out_features)):
-            size = "" if shape is None else f" from {shape[0]} to {shape[1]}"
+        if type(layer) is not nn.Linear:
             raise UserError(
                 f"method {method} cannot work on this backbone: its {type(block).__name__} has no linear layer "
-                f"{path}{size}; choose a backbone of plain timm blocks"
+                f"{path}; choose a backbone of plain timm blocks"
             )
     return blocks
+
+
+def check_joint(block: nn.Module, method: str) -> None:
+    """Refuses a block whose joint projection does not give queries, keys and values of the tokens' own width.
+
+    Raises:
+        UserError: It gives others.
+    """
+    layer: nn.Linear = block.get_submodule("attn.qkv")  # type: ignore[assignment]  # found as one
+    width = layer.in_features
+    if layer.out_features != 3 * width:
+        raise UserError(
+            f"method {method} cannot work on this backbone: its {type(block).__name__} has no linear layer attn.qkv "
+            f"from {width} to {3 * width}; choose a backbone of plain timm blocks"
+        )
+
+
+def _draw_linear(weight: Tensor) -> None:
+    """As PyTorch draws a linear layer: [..., outputs, inputs] from U(-1, 1) / sqrt(inputs)."""
+    bound = 1 / math.sqrt(weight.shape[-1])
+    weight.uniform_(-bound, bound)

@@ -8,11 +8,13 @@ of W_q W_k^T X^T of each block, with r of its columns chosen at random) and keep
 training images and every block's input before training. A ~ N(0, 0.02^2) and B by Xavier are the released code's.
 """
 
-import torch
-from torch import Tensor, nn
+import math
+from typing import ClassVar
+
+from torch import Tensor
 
 from visprompt.errors import UserError
-from visprompt.methods.base import Geometry, drop
+from visprompt.methods.base import Geometry, drop, per_block
 from visprompt.methods.vpt import VPT
 
 
@@ -30,11 +32,13 @@ class LowRankVPT(VPT):
 
     Attributes:
         left: [depth, num_tokens, rank], N(0, 0.02^2).
-        right: [depth, rank, width], U(-v, v) with v = sqrt(6 / (rank + width)).
+        right: [depth, rank, width], U(-v, v) with v = sqrt(6 / (rank + width)); a list where the widths differ.
 
     Raises:
         UserError: A number lies outside its range, or a word is unknown.
     """
+
+    sites: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     def __init__(
         self,
@@ -49,19 +53,24 @@ class LowRankVPT(VPT):
         super().__init__(
             backbone, num_tokens=num_tokens, depth=depth, depth_from=depth_from, carry_over=carry_over, dropout=dropout
         )
-        largest = min(num_tokens, backbone.width)
+        widths = [backbone.widths[block] for block in self.prompted_blocks]
+        largest = min(num_tokens, *widths)
         if not 1 <= rank <= largest:
             raise UserError(
                 f"method.rank={rank} does not fit: give 1 to {largest}, the smaller of num_tokens and the width"
             )
         del self.prompts  # they are the product, never stored
-        self.left = nn.Parameter(0.02 * torch.randn(self.depth, num_tokens, rank))
-        self.right = nn.Parameter(torch.empty(self.depth, rank, backbone.width))
-        for matrix in self.right.data:
-            nn.init.xavier_uniform_(matrix)
+        self.left = per_block([(num_tokens, rank)] * self.depth, lambda left: left.normal_(0, 0.02))
+        self.right = per_block([(rank, width) for width in widths], _draw_right)
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
         own = block - self.first_block
         prompts = (self.left[own] @ self.right[own]).unsqueeze(0)
         return drop(self.dropout, prompts, len(x))
+
+
+def _draw_right(right: Tensor) -> None:
+    """Xavier's rule for each matrix [rank, width]."""
+    bound = math.sqrt(6 / sum(right.shape[-2:]))
+    right.uniform_(-bound, bound)

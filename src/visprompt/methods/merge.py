@@ -1,9 +1,8 @@
 """From a tuned classifier back to a plain timm model with the same logits."""
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from visprompt.errors import UserError
@@ -20,8 +19,7 @@ def merge(classifier: "Classifier") -> nn.Module:
         classifier: One whose method leaves nothing but other weights behind; it is not changed.
 
     Returns:
-        A timm `VisionTransformer` of its own memory, in evaluation mode, with the tuned weights and the classifier's
-        head as `head`.
+        A timm model of its own memory, in evaluation mode, with the tuned weights and the classifier's head.
 
     Raises:
         UserError: The method computes something that a plain model does not, or the head is more than one layer.
@@ -37,12 +35,14 @@ def merge(classifier: "Classifier") -> nn.Module:
             f"a head of class {type(classifier.head).__name__} cannot be merged: a timm model has one layer"
         )
     # a wrapper may point to its method: that one is read, not copied
-    model = copy.deepcopy(classifier.backbone.get_submodule("model"), {id(method): method})
-    assert type(model) is VisionTransformer  # the only family whose methods can merge
+    model: Any = copy.deepcopy(classifier.backbone.get_submodule("model"), {id(method): method})
     _unwrap(model)
     model.reset_classifier(classifier.num_classes)
-    model.head = copy.deepcopy(classifier.head)
-    return model.requires_grad_(True).eval()
+    fresh = model.get_classifier()
+    (name,) = (name for name, module in model.named_modules() if module is fresh)
+    model.set_submodule(name, copy.deepcopy(classifier.head))
+    merged: nn.Module = model.requires_grad_(True).eval()
+    return merged
 
 
 def _unwrap(model: nn.Module) -> None:

@@ -9,54 +9,41 @@ too (there, the average is); norms inside the attention (of queries and keys) ar
 """
 
 import copy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from timm.layers import RmsNorm
+from timm.layers import LayerNorm2d, RmsNorm
 from torch import Tensor, nn
 
 from visprompt.errors import UserError
-from visprompt.methods.base import Geometry, Method, Wrapped
+from visprompt.methods.base import Geometry, Method, Wrapped, per_block
 
 _STD = 0.02
-_IN_BLOCK = {
-    "norm1": "norm1",
-    "qkv": "attn.qkv",
-    "proj": "attn.proj",
-    "norm2": "norm2",
-    "fc1": "mlp.fc1",
-    "fc2": "mlp.fc2",
-}
-# beside the blocks; a model leaves out all but the first as nn.Identity
-_BESIDE = {
-    "patch": "patch_embed.proj",
-    "patch_norm": "patch_embed.norm",
-    "norm_pre": "norm_pre",
-    "norm": "norm",
-    "fc_norm": "fc_norm",
-}
+_NORMS = (nn.LayerNorm, RmsNorm, nn.modules.batchnorm._BatchNorm)
+_MAPS = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, LayerNorm2d)  # put out [B, channels, height, width]
+_SHORT = {"patch_embed_proj": "patch", "patch_embed_norm": "patch_norm"}
 
 
 class ScaledShifted(Wrapped):
     """A layer whose output is scaled and shifted channel by channel.
 
     Args:
-        base: A linear layer, a norm, or a convolution [B, channels, height, width].
+        base: A linear layer, a norm, or a convolution.
         method: Keeps gamma and beta.
         name: Of the two in the method.
-        block: Their row, where the method stacks those of all blocks.
+        row: Theirs, where the method keeps those of all blocks together.
     """
 
-    def __init__(self, base: nn.Module, method: "SSF", name: str, block: int | None = None) -> None:
+    def __init__(self, base: nn.Module, method: "SSF", name: str, row: int | None = None) -> None:
         super().__init__(base)
         self._method = (method,)  # in a tuple, so that its parameters are not registered here too
-        self._name, self._block = name, block
+        self._name, self._row = name, row
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer puts out, scaled and shifted."""
         out: Tensor = self.base(x)
         gamma, beta = (t.to(out.dtype) for t in self._pair())  # under autocast the output stays in its precision
-        if isinstance(self.base, nn.Conv2d):
+        if isinstance(self.base, _MAPS):
             gamma, beta = gamma[:, None, None], beta[:, None, None]
         return torch.addcmul(beta, out, gamma)
 
@@ -78,8 +65,9 @@ class ScaledShifted(Wrapped):
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         method, name = self._method[0], self._name
-        gamma, beta = method.gamma[name], method.beta[name]
-        return (gamma, beta) if self._block is None else (gamma[self._block], beta[self._block])
+        gamma: Any = method.gamma[name]
+        beta: Any = method.beta[name]
+        return (gamma, beta) if self._row is None else (gamma[self._row], beta[self._row])
 
 
 class SSF(Method):
@@ -89,8 +77,9 @@ class SSF(Method):
         backbone: The backbone; what its layers put out shapes the parameters, which are drawn in `attach`.
 
     Attributes:
-        gamma: By layer: `norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`, each [blocks, channels]; `patch`, `norm`, and
-            what else the model has of `patch_norm`, `norm_pre`, `fc_norm`, each [channels].
+        gamma: By layer. Of the blocks' layers, such as `norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`, each is [blocks,
+            channels], or a list over the blocks that have it where their channels differ; of those beside the blocks,
+            such as `patch` and `norm`, each is [channels].
         beta: The same.
     """
 
@@ -100,45 +89,56 @@ class SSF(Method):
 
     def __init__(self, backbone: Geometry) -> None:
         super().__init__(backbone)
-        self.width = backbone.width
         self.gamma, self.beta = nn.ParameterDict(), nn.ParameterDict()
 
-    def attach(self, backbone: nn.Module) -> None:
-        """Draws the parameters and wraps the layers.
+    def attach(self, backbone: Geometry) -> None:
+        """Draws the parameters and wraps the layers."""
+        model = backbone.model
+        inside: dict[str, list[str]] = {}
+        beside = []
+        for path, layer in model.named_modules():
+            if not _is_scaled(path, layer):
+                continue
+            block = next((name for name in backbone.block_names if path.startswith(f"{name}.")), None)
+            if block is None:
+                beside.append(path)
+            else:
+                inside.setdefault(path.removeprefix(f"{block}."), []).append(path)
+        for path, places in inside.items():
+            name = path.removeprefix("attn.").removeprefix("mlp.").replace(".", "_")
+            layers = [model.get_submodule(place) for place in places]
+            shapes = [(_channels(layer),) for layer in layers]
+            self.gamma[name] = per_block(shapes, _draw_gamma)
+            self.beta[name] = per_block(shapes, _draw_beta)
+            for row, (place, layer) in enumerate(zip(places, layers, strict=True)):
+                model.set_submodule(place, ScaledShifted(layer, self, name, row))
+        for path in beside:
+            name, layer = path.replace(".", "_"), model.get_submodule(path)
+            name = _SHORT.get(name, name)
+            channels = _channels(layer)
+            self.gamma[name] = nn.Parameter(torch.empty(channels).normal_(1, _STD))
+            self.beta[name] = nn.Parameter(torch.empty(channels).normal_(0, _STD))
+            model.set_submodule(path, ScaledShifted(layer, self, name))
 
-        Raises:
-            UserError: The backbone's blocks have other layers.
-        """
-        model = backbone.get_submodule("model")
-        blocks = list(model.get_submodule("blocks").children())
-        layers = {name: [self._find(block, path) for block in blocks] for name, path in _IN_BLOCK.items()}
-        for name, path in _IN_BLOCK.items():
-            self._draw(name, self.num_blocks, self._channels(layers[name][0]))
-            for i, block in enumerate(blocks):
-                block.set_submodule(path, ScaledShifted(layers[name][i], self, name, i))
-        for name, path in _BESIDE.items():
-            layer = model.get_submodule(path)
-            if not isinstance(layer, nn.Identity):
-                self._draw(name, self._channels(layer))
-                model.set_submodule(path, ScaledShifted(layer, self, name))
 
-    def _draw(self, name: str, *shape: int) -> None:
-        self.gamma[name] = nn.Parameter(torch.empty(shape).normal_(1, _STD))
-        self.beta[name] = nn.Parameter(torch.empty(shape).normal_(0, _STD))
+def _is_scaled(path: str, layer: nn.Module) -> bool:
+    """Whether a layer's output is scaled and shifted: not norms and gates inside an attention, not a pooling's."""
+    if path.startswith("attn_pool") or (".attn." in path and (isinstance(layer, _NORMS) or path.endswith(".gate"))):
+        return False
+    return isinstance(layer, (nn.Linear, nn.Conv2d, *_NORMS))
 
-    def _channels(self, layer: nn.Module) -> int:
-        if isinstance(layer, nn.Linear):
-            return layer.out_features
-        return layer.out_channels if isinstance(layer, nn.Conv2d) else self.width
 
-    def _find(self, block: nn.Module, path: str) -> nn.Module:
-        try:
-            layer = block.get_submodule(path)
-        except AttributeError:
-            layer = nn.Identity()
-        if isinstance(layer, nn.Identity):
-            raise UserError(
-                f"method ssf cannot work on this backbone: its {type(block).__name__} has no layer {path}; "
-                f"choose a backbone of plain timm blocks"
-            )
-        return layer
+def _channels(layer: Any) -> int:
+    """Channels that a layer puts out."""
+    for name in ("out_features", "out_channels", "num_features"):
+        if hasattr(layer, name):
+            return int(getattr(layer, name))
+    return int(layer.normalized_shape[-1])
+
+
+def _draw_gamma(gamma: Tensor) -> None:
+    gamma.normal_(1, _STD)
+
+
+def _draw_beta(beta: Tensor) -> None:
+    beta.normal_(0, _STD)

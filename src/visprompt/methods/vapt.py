@@ -11,6 +11,7 @@ Dropout2d) commutes with it. Its three dropout rates are one option; its default
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class VAPT(VPT):
         UserError: A number lies outside its range, or the grid is smaller than the kernel.
     """
 
+    sites: ClassVar[frozenset[str]] = frozenset({"tokens", "stream"})
     fixed_size = True  # every layer mixes a grid of that many patches
 
     def __init__(self, backbone: Geometry, num_tokens: int = 10, bottleneck: int = 8, dropout: float = 0.1) -> None:
@@ -52,10 +54,10 @@ class VAPT(VPT):
             raise UserError("method vapt has prompts of the image from the second block on: the backbone has only one")
         if bottleneck < 1:
             raise UserError(f"method.bottleneck={bottleneck} is too small: give at least 1")
-        if min(backbone.grid) < _KERNEL:
-            raise UserError(f"method vapt needs a grid of at least 2x2 patches: this one is {backbone.grid}")
+        if min(backbone.grids[0]) < _KERNEL:
+            raise UserError(f"method vapt needs a grid of at least 2x2 patches: this one is {backbone.grids[0]}")
         self._num_prefix, width, adaptive = backbone.num_prefix, backbone.width, self.num_blocks - 1
-        self._mixed = tuple(side - _KERNEL + 1 for side in backbone.grid)  # the map's sides behind the convolution
+        self._mixed = tuple(side - _KERNEL + 1 for side in backbone.grids[0])  # the map's sides behind the convolution
         self.norm_weight = nn.Parameter(torch.ones(adaptive, width))
         self.norm_bias = nn.Parameter(torch.zeros(adaptive, width))
         self.conv = nn.Parameter(torch.randn(adaptive, _KERNEL, _KERNEL))

@@ -8,6 +8,7 @@ as in `visprompt.methods.vpt`, and the two one-dimensional transforms are one ca
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class VFPT(VPT):
     Raises:
         UserError: A number lies outside its range, or a word is unknown.
     """
+
+    sites: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     def __init__(
         self,

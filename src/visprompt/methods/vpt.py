@@ -9,7 +9,8 @@ without positions does not see the order), tokens whose outputs nobody reads are
 `visprompt.backbones.vit`), and a depth of the last n blocks keeps every image token (the code drops the first p).
 """
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,25 @@ from torch.nn import functional as F
 
 from visprompt.errors import UserError, unknown
 from visprompt.methods import locations
-from visprompt.methods.base import POOLS, Flow, Geometry, Method, drop
+from visprompt.methods.base import POOLS, Flow, Geometry, Method, drop, per_block
 
 SHARED = ("none", "intra", "inter", "all")
 INITS = ("random", "cls", "cls_layer", "patch_sample", "patch_pool", "patch_kmeans")
+
+
+class Buffers(nn.Module):
+    """Tensors of different shapes that are saved and never tuned, by their index."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(str(i), tensor.detach())
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.get_buffer(str(index))
 
 
 class VPT(Method):
@@ -48,7 +64,8 @@ class VPT(Method):
 
     Attributes:
         prompts: [depth, num_tokens, width], U(-v, v) with v = sqrt(6 / (3 * patch^2 + width)) (the released code's);
-            with `project` h instead of width; a shared axis is 1. Other locations: `locations.draw_pixels`.
+            with `project` h instead of width; a shared axis is 1; a list over the layers where their widths (Swin's
+            stages) or numbers of patches (`add`) differ. Other locations: `locations.draw_pixels`.
         project: Linear(h -> width), weight kaiming-normal by fan-out, the bias PyTorch's own (the released code's).
         channel_embed: [width, num_tokens, patch, patch], the patch embedding of further channels.
 
@@ -56,8 +73,7 @@ class VPT(Method):
         UserError: A number lies outside its range, a word is unknown, or two options contradict each other.
     """
 
-    sites: ClassVar[frozenset[str]] = frozenset({"tokens"})
-    prompts: Tensor
+    prompts: Tensor | nn.ParameterList | Buffers
     channel_embed: Tensor
 
     def __init__(
@@ -88,9 +104,10 @@ class VPT(Method):
         _check_init(init, location, project, frozen)
         self.depth, self.carry_over, self.location, self.frozen = depth, carry_over, location, frozen
         self.pool, self.init, self.pad_resize = pool, init, pad_resize
-        self.num_tokens = locations.tokens_at(location, num_tokens, backbone)
-        self.patch_size = backbone.patch_size
+        self._counts = [locations.tokens_at(location, num_tokens, backbone, i) for i in range(self.num_blocks)]
+        self.num_tokens = self._counts[self._first]
         self.dropout = nn.Dropout(dropout)
+        self._check_widths(backbone, shared, project)
         self._draw(backbone, shared, project)
         self.project = None if project is None else _projection(project, backbone.width)
         if pool in ("prompt", "image_prompt") and not self._reaches_the_end():
@@ -100,27 +117,50 @@ class VPT(Method):
             )
         self._prefix = backbone.num_prefix if location in ("add", "add_one") else 0
         self._patch_embed: tuple[nn.Module, ...] = ()  # in a tuple: not a module of this method's
+        self._patch = backbone.patch_size if backbone.stem.startswith("patch_embed") else 1
+        self._step: dict[str, Any] = {}
 
     def _draw(self, backbone: Geometry, shared: str, project: int | None) -> None:
-        if self.location in locations.VECTORS:
-            layers = 1 if shared in ("inter", "all") else self.depth
-            tokens = 1 if shared in ("intra", "all") else self.num_tokens
-            width = backbone.width if project is None else project
-            bound = locations.vpt_bound(backbone.patch_size, width)
-            self._own("prompts", torch.empty(layers, tokens, width).uniform_(-bound, bound))
-            return
-        self._own("prompts", locations.draw_pixels(self.location, self.num_tokens, backbone, self.pad_resize))
-        if self.location == "concat_channel":
-            bound = locations.vpt_bound(backbone.patch_size, backbone.width)
-            shape = (backbone.width, self.num_tokens, backbone.patch_size, backbone.patch_size)
-            self._own("channel_embed", torch.empty(shape).uniform_(-bound, bound))
+        def draw(values: Tensor) -> None:
+            bound = locations.vpt_bound(backbone.patch_size, values.shape[-1])
+            values.uniform_(-bound, bound)
 
-    def _own(self, name: str, values: Tensor) -> None:
-        """Registers values as a parameter, or as a buffer where they are frozen: saved with the state, never tuned."""
-        if self.frozen:
-            self.register_buffer(name, values)
+        if self.location in locations.VECTORS:
+            shapes = [
+                (
+                    1 if shared in ("intra", "all") else self._counts[block],
+                    backbone.widths[block] if project is None else project,
+                )
+                for block in self.prompted_blocks
+            ]
+            self._own("prompts", per_block(shapes[:1] if shared in ("inter", "all") else shapes, draw))
+            return
+        count = self._counts[0]
+        self._own("prompts", nn.Parameter(locations.draw_pixels(self.location, count, backbone, self.pad_resize)))
+        if self.location == "concat_channel":
+            conv: nn.Conv2d = backbone.model.get_submodule(backbone.stem)  # type: ignore[assignment]  # the stem is one
+            bound = locations.vpt_bound(backbone.patch_size, conv.out_channels)
+            shape = (conv.out_channels, count, *conv.kernel_size)
+            self._own("channel_embed", nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+
+    def _own(self, name: str, values: nn.Parameter | nn.ParameterList) -> None:
+        """Registers values, as buffers where they are frozen: saved with the state, never tuned."""
+        if not self.frozen:
+            setattr(self, name, values)
+        elif isinstance(values, nn.ParameterList):
+            self.add_module(name, Buffers(values))
         else:
-            self.register_parameter(name, nn.Parameter(values))
+            self.register_buffer(name, values.data)
+
+    def _check_widths(self, backbone: Geometry, shared: str, project: int | None) -> None:
+        """Refuses to share between layers of different shapes."""
+        shapes = {(backbone.widths[block], self._counts[block]) for block in self.prompted_blocks}
+        if len(shapes) > 1 and (shared in ("inter", "all") or project is not None):
+            option = f"shared={shared}" if shared in ("inter", "all") else f"project={project}"
+            raise UserError(
+                f"method.{option} needs layers of one shape, and those of this backbone grow from stage to stage: give "
+                "method.shared=none or intra with method.project=null, or a method.depth within one stage"
+            )
 
     @property
     def first_block(self) -> int:
@@ -137,30 +177,30 @@ class VPT(Method):
         """Whether `inits.initialise` has to be called with training images before the first epoch."""
         return self.init != "random"
 
-    def attach(self, backbone: nn.Module) -> None:
-        """Puts further channels into the patch convolution, or checks what only the model itself can tell."""
-        model = backbone.get_submodule("model")
+    def attach(self, backbone: Geometry) -> None:
+        """Puts further channels into the first convolution, or checks what only the model itself can tell."""
         if self.pool == "cls" or self.init in ("cls", "cls_layer"):
             option = f"pool={self.pool}" if self.pool == "cls" else f"init={self.init}"
-            if not getattr(model, "has_class_token", True):
+            if not backbone.has_class_token:
                 raise UserError(f"method.{option} needs a class token, which this backbone does not have")
         if self.location == "pad" and not self.pad_resize:
-            locations.check_padded_side(model, self.num_tokens)
+            locations.check_padded_side(backbone, self.num_tokens)
         if self.location == "prepend_pixel":
-            self._patch_embed = (model.get_submodule("patch_embed"),)
+            self._patch_embed = (backbone.model.get_submodule("patch_embed"),)
         if self.location == "concat_channel":
-            patch_embed = model.get_submodule("patch_embed")
-            patch_embed.proj = locations.MoreChannels(patch_embed.get_submodule("proj"), self.more_channels)
+            conv: nn.Conv2d = backbone.model.get_submodule(backbone.stem)  # type: ignore[assignment]  # the stem is one
+            self._step = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+            backbone.model.set_submodule(backbone.stem, locations.MoreChannels(conv, self.more_channels))
 
     def more_channels(self) -> Tensor:
-        """What further channels add to the patches, [1, width, grid, grid]."""
-        return F.conv2d(self.prompts[None], self.channel_embed, stride=self.patch_size)
+        """What further channels add to the first convolution's maps, [1, channels, height, width]."""
+        return F.conv2d(self.prompts[None], self.channel_embed, **self._step)  # type: ignore[index, call-overload]  # one tensor here
 
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W], with a frame of prompts where the location is "pad"."""
         if self.location != "pad":
             return images
-        return locations.pad(images, self.prompts, self.pad_resize, self.patch_size)
+        return locations.pad(images, self.prompts, self.pad_resize, self._patch)  # type: ignore[arg-type]  # one tensor here
 
     def token_flow(self) -> tuple[Flow, ...]:
         """Own prompts enter before each prompted block; behind the last of them they are dropped or flow on."""
@@ -175,7 +215,7 @@ class VPT(Method):
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
         if self.location == "prepend_pixel":
-            return locations.patch_tokens(self._patch_embed[0], self.prompts)
+            return locations.patch_tokens(self._patch_embed[0], self.prompts)  # type: ignore[arg-type]  # one tensor here
         return self._vectors(block, len(x))
 
     def shift(self, block: int, x: Tensor) -> Tensor:
@@ -188,7 +228,8 @@ class VPT(Method):
 
     def _vectors(self, block: int, batch_size: int) -> Tensor:
         """The vectors of a block behind projection and dropout, [1 or B, p, width]."""
-        vectors = self.prompts.expand(self.depth, self.num_tokens, -1)[block - self._first]
+        own = self.prompts[block - self._first if len(self.prompts) > 1 else 0]
+        vectors = own.expand(self._counts[block], -1)
         if self.project is not None:
             vectors = self.project(vectors)
         vectors = vectors.unsqueeze(0)

@@ -4,11 +4,13 @@ Bias:       every bias. Ben Zaken et al., BitFit, ACL 2022; Cai et al., TinyTL, 
             Visual Prompt Tuning, ECCV 2022, section 4.1. That of the keys is among them, though softmax cannot see it:
             it lies in one tensor with those of queries and values.
 VPT + bias: the same with prompts, shallow or deep (Jia et al., appendix).
-LayerNorm:  scale and shift of every layer norm. De Min et al., On the Effectiveness of LayerNorm Tuning for Continual
-            Learning in Vision Transformers, ICCV workshops 2023.
+LayerNorm:  scale and shift of every layer norm, on a ResNet of every batch norm. De Min et al., On the Effectiveness of
+            LayerNorm Tuning for Continual Learning in Vision Transformers, ICCV workshops 2023; Frankle et al.,
+            Training BatchNorm and Only BatchNorm, ICLR 2021.
 
 The released VPT code takes every parameter that has "bias" somewhere in its name; here the last part of the name
-decides, which on a plain ViT is the same set.
+decides, which on a plain ViT is the same set. On Swin that code takes the tables of relative positions too, which are
+no biases in this sense; on its conv nets it trains the head alone, here the biases of norms and convolutions as well.
 """
 
 from typing import ClassVar
@@ -16,8 +18,10 @@ from typing import ClassVar
 from torch import nn
 
 from visprompt.errors import UserError
-from visprompt.methods.base import Method
+from visprompt.methods.base import Geometry, Method
 from visprompt.methods.vpt import VPT
+
+_NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 
 
 class Bias(Method):
@@ -30,9 +34,9 @@ class Bias(Method):
     sites: ClassVar[frozenset[str]] = frozenset({"weights"})
     can_merge: ClassVar[bool] = True
 
-    def attach(self, backbone: nn.Module) -> None:
+    def attach(self, backbone: Geometry) -> None:
         """Changes nothing; refuses a backbone without any bias."""
-        _require(bias_names(backbone), "biases")
+        _require(bias_names(backbone.model), "biases")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
         """The head and every bias of the backbone."""
@@ -53,10 +57,10 @@ class VPTBias(VPT):
         """0, whichever blocks have prompts: the biases below them are tuned too."""
         return 0
 
-    def attach(self, backbone: nn.Module) -> None:
+    def attach(self, backbone: Geometry) -> None:
         """Refuses a backbone without any bias."""
         super().attach(backbone)
-        _require(bias_names(backbone), "biases")
+        _require(bias_names(backbone.model), "biases")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
         """The head, the prompts and every bias of the backbone."""
@@ -64,32 +68,35 @@ class VPTBias(VPT):
 
 
 class LayerNorm(Method):
-    """Tunes scale and shift of every layer norm of the backbone, those inside an attention included.
+    """Tunes scale and shift of every layer norm of the backbone, those inside an attention included, or batch norm.
+
+    The statistics of a batch norm stay those of the pre-training.
 
     Raises:
-        UserError: `attach` finds no layer norm (other norms, such as the root-mean-square one, are not tuned).
+        UserError: `attach` finds no such norm (others, such as the root-mean-square one, are not tuned).
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"weights"})
     can_merge: ClassVar[bool] = True
 
-    def attach(self, backbone: nn.Module) -> None:
+    def attach(self, backbone: Geometry) -> None:
         """Changes nothing; refuses a backbone without any layer norm."""
-        _require(layer_norm_names(backbone), "layer norms")
+        _require(norm_names(backbone.model), "layer or batch norms")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head and the parameters of every layer norm of the backbone."""
-        return super().tuned_names(classifier) | _of_backbone(layer_norm_names(classifier.get_submodule("backbone")))
+        """The head and the parameters of every layer norm and batch norm of the backbone."""
+        return super().tuned_names(classifier) | _of_backbone(norm_names(classifier.get_submodule("backbone")))
 
 
 def bias_names(module: nn.Module) -> frozenset[str]:
-    """Names of all biases in a module."""
-    return frozenset(name for name, _ in module.named_parameters() if name.rpartition(".")[2] == "bias")
+    """Names of all biases in a module, those of EVA's queries and values (q_bias, v_bias) among them."""
+    last = ((name, name.rpartition(".")[2]) for name, _ in module.named_parameters())
+    return frozenset(name for name, own in last if own == "bias" or own.endswith("_bias"))
 
 
-def layer_norm_names(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters of all layer norms in a module."""
-    norms = [(name, norm) for name, norm in module.named_modules() if isinstance(norm, nn.LayerNorm)]
+def norm_names(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters of all layer norms and batch norms in a module."""
+    norms = [(name, norm) for name, norm in module.named_modules() if isinstance(norm, _NORMS)]
     return frozenset(f"{name}.{own}" for name, norm in norms for own, _ in norm.named_parameters(recurse=False))
 
 

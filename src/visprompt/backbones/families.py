@@ -1,0 +1,29 @@
+"""Which family drives a model of timm."""
+
+from torch import nn
+
+from visprompt.backbones.family import Family
+from visprompt.backbones.vit import ViT
+from visprompt.errors import UserError
+
+FAMILIES: tuple[type[Family], ...] = (ViT,)
+
+
+def family(model: nn.Module, exact: bool = True) -> Family:
+    """Wraps a model of timm into the family that drives it.
+
+    Args:
+        model: The model; its head is taken off.
+        exact: False carries the prompt tokens through every block, for comparison.
+
+    Returns:
+        The family's module.
+
+    Raises:
+        UserError: No family drives its class.
+    """
+    for cls in FAMILIES:
+        if type(model) is cls.model_class:  # a subclass may compute something else
+            return cls(model, exact)
+    known = ", ".join(cls.model_class.__name__ for cls in FAMILIES)
+    raise UserError(f"backbone class {type(model).__name__} is driven by no family: choose a model of one of {known}")
