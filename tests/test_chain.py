@@ -5,14 +5,17 @@ import shutil
 
 import pytest
 import torch
+import wandb
+from omegaconf import OmegaConf
 from PIL import Image
 
 from cli import equal, frozen, tensors, tiny_job
 from visprompt import chain, loop, pruning, run
+from visprompt.errors import UserError
 from visprompt.lit.module import TuningModule
 from visprompt.results import read_result
 
-pytestmark = frozen
+pytestmark = [frozen, pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging")]
 NAMES = {"prompts", "kv_prompts", "head.weight", "head.bias"}
 SHORT = (
     *("+trainer.limit_train_batches=2", "+trainer.limit_val_batches=2", "+trainer.limit_test_batches=1"),
@@ -256,10 +259,111 @@ def test_without_pruning_it_is_one_plain_run(tmp_path):
     assert chain.unpruned(job(tmp_path)) == plain, "a run that prunes nothing is the same for every grid"
 
 
+WILD = ("recipe.optimizer=sgd", "recipe.lr=1e30", "recipe.head_lr=null")
+
+
 def test_where_the_unpruned_run_diverges_nothing_is_pruned(tmp_path):
-    result = go(tmp_path, "split=final", "recipe.optimizer=sgd", "recipe.lr=1e30", "recipe.head_lr=null")
+    result = go(tmp_path, "split=final", *WILD)
     assert (result.status, result.split) == ("diverged", "tune")
     assert len(folders(tmp_path)) == 1
+
+
+def test_masks_of_an_older_result_do_not_outlive_it(logs, final, tmp_path):
+    _, found = record(logs)
+    old = run.prepare(job(tmp_path, "split=tune", *WILD)).folder / "masks.json"
+    old.parent.mkdir(parents=True)
+    old.write_text(json.dumps(found))
+    assert go(tmp_path, "split=tune", *WILD).status == "diverged"
+    assert not old.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "points"),
+    [
+        (("method.prune_segments=null",), [(2, 8), (4, 8)]),
+        (("method.prune_tokens=[]",), [(4, 4), (4, 6), (4, 8)]),
+        (("method.prune_tokens=null", "method.prune_segments=[]"), [(4, 8)]),
+    ],
+)
+def test_tokens_or_segments_can_be_pruned_alone(tmp_path, options, points):
+    assert chain._points(job(tmp_path, *options)) == [pruning.Point(*one) for one in points]
+
+
+def test_a_varied_job_is_a_copy_with_values_replaced_as_a_whole(tmp_path):
+    cfg = job(tmp_path)
+    before = OmegaConf.to_container(cfg)
+    varied = chain.vary(cfg, {"seed": 5, "backbone.kwargs": {"depth": 3}, "method.prune_tokens": [], "method.depth": 1})
+    assert (varied.seed, varied.backbone.kwargs, varied.method.prune_tokens) == (5, {"depth": 3}, [])
+    assert (varied.method.depth, varied.method.num_tokens) == (1, 4)
+    assert OmegaConf.to_container(cfg) == before
+    for key in ("recip", "recipe.lrr", "recip.lr", "recipe.lr.x", "method.prune_tokens.0"):
+        with pytest.raises(UserError, match=rf"^unknown key of recipe\.grid '{key}': "):
+            chain.vary(cfg, {key: 1})
+
+
+WANDB = ("logger=wandb", "logger.wandb.offline=true")
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The W&B runs that were begun: the id asked for (None: the agent's), the config, and what was logged."""
+    runs, original = [], wandb.init
+
+    def init(**given):
+        one = original(**given)
+        log, found = one.log, {"id": given.get("id"), "config": one.config, "logged": {}}
+        one.log = lambda metrics: found["logged"].update(metrics) or log(metrics)
+        runs.append(found)
+        return one
+
+    monkeypatch.setattr(wandb, "init", init)
+    return runs
+
+
+def test_every_link_is_a_wandb_run_of_its_own(logs, final, tmp_path, begun):
+    shutil.copytree(logs, tmp_path, dirs_exist_ok=True)
+    go(tmp_path, "split=tune", *WANDB)
+    assert sorted(one["id"] for one in begun) == [folder.name for folder, _ in links(tmp_path, "tune")]
+
+
+def test_under_an_agent_the_final_run_alone_reports(final, tmp_path, begun, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "agent-7")
+    result = go(tmp_path, "split=final", *WANDB)
+    assert len(folders(tmp_path)) == 4
+    (one,) = begun
+    assert (one["id"], one["config"]["split"]) == (None, "final")
+    assert one["config"]["method"]["token_mask"] == result.method["token_mask"]
+    assert one["logged"]["test/acc"] == result.metrics["test/acc"] == final.metrics["test/acc"]
+    assert "val/acc" not in one["logged"]
+
+
+def test_under_an_agent_the_chosen_point_alone_reports_and_is_not_trained_for_it(
+    logs, final, tmp_path, begun, monkeypatch
+):
+    shutil.copytree(logs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("WANDB_RUN_ID", "agent-7")
+    trained, original = [], run._train
+    monkeypatch.setattr(run, "_train", lambda *given: trained.append(1) or original(*given))
+    result = go(tmp_path, "split=tune", "rerun=true", *WANDB)
+    assert (len(trained), result.attempt) == (3, 1)
+    (one,) = begun
+    assert (one["id"], one["config"]["split"]) == (None, "tune")
+    assert one["config"]["method"]["token_mask"] == result.method["token_mask"]
+    assert one["logged"] == result.metrics
+
+
+def test_under_an_agent_a_chain_that_diverged_reports_too(tmp_path, begun, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "agent-7")
+    assert go(tmp_path, "split=final", *WANDB, *WILD).status == "diverged"
+    assert [one["id"] for one in begun] == [None]
+
+
+def test_under_an_agent_other_loggers_go_on(tmp_path, monkeypatch):
+    cfg = job(tmp_path, *WANDB, "+logger.tensorboard={_target_:lightning.pytorch.loggers.TensorBoardLogger}")
+    assert chain._silent(cfg) is cfg
+    monkeypatch.setenv("WANDB_RUN_ID", "agent-7")
+    assert list(chain._silent(cfg).logger) == ["tensorboard"]
+    assert list(cfg.logger) == ["wandb", "tensorboard"]
 
 
 def test_seeds_have_initial_values_and_masks_of_their_own(logs, final, tmp_path):

@@ -1,13 +1,13 @@
 """The protocol: what is tried, what is chosen and by which figure, and that the whole resumes."""
 
 import json
-from dataclasses import replace
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
 
 from cli import composed, frozen, tiny
-from visprompt import compose, loop, protocol, run
+from visprompt import chain, compose, loop, protocol, run
 from visprompt.errors import UserError
 from visprompt.results import read_result
 
@@ -62,46 +62,6 @@ def test_a_second_call_trains_nothing(logs, tuned, monkeypatch):
     assert tune(logs, "methods=[linear,vpt_deep]", "recipe.epochs=2") == tuned
 
 
-@pytest.fixture(scope="module")
-def example(logs, tuned):
-    return next(result for result in results(logs) if result.split == "tune" and result.method["name"] == "vpt_deep")
-
-
-def point(example, score, lr, decay, length):
-    recipe = {**example.recipe, "lr": lr, "weight_decay": decay}
-    method = {**example.method, "num_tokens": length}
-    return replace(example, metrics={"val/acc": score, "test/acc": 1 - score}, recipe=recipe, method=method)
-
-
-@pytest.mark.parametrize(
-    ("found", "chosen"),
-    [
-        ([(0.5, 1, 0.1, 5), (0.6, 9, 0.0, 50)], 1),  # the best on validation
-        ([(0.5, 2, 0.1, 5), (0.5, 1, 0.0, 50)], 1),  # then the smallest learning rate
-        ([(0.5, 1, 0.0, 5), (0.5, 1, 0.1, 50)], 1),  # then the largest weight decay
-        ([(0.5, 1, 0.1, 50), (0.5, 1, 0.1, 5)], 1),  # then the shortest prompt
-        ([(0.5, 1, 0.1, 5), (0.5, 1, 0.1, 5)], 0),
-    ],
-)
-def test_ties_on_validation_have_one_answer(example, found, chosen):
-    points = [{"index": i} for i in range(len(found))]
-    assert protocol.choose([point(example, *one) for one in found], points) == points[chosen]
-
-
-def test_a_diverged_or_failed_point_is_never_chosen(example):
-    diverged = replace(example, status="diverged", metrics={})
-    worst = point(example, 0.0, 1, 0.1, 5)
-    assert diverged.score == float("-inf")
-    assert protocol.choose([diverged, None, worst], [{"i": 0}, {"i": 1}, {"i": 2}]) == {"i": 2}
-    assert protocol.choose([diverged, None], [{"i": 0}, {"i": 1}]) is None
-
-
-def test_a_score_of_a_final_run_cannot_decide(logs, tuned):
-    final = next(result for result in results(logs) if result.split == "final")
-    with pytest.raises(UserError, match="split=final was offered to a choice: only val200 may decide"):
-        protocol.choose([final], [{}])
-
-
 def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeypatch):
     real = protocol.run_all
 
@@ -117,13 +77,29 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("methods=[]",), r"an empty protocol: give methods=\[\.\.\.\] and seeds=\[\.\.\.\] at least one entry each"),
-        (("seeds=[]",), "an empty protocol"),
+        (
+            ("methods=[]",),
+            r"methods=\[\] is no choice: give a list methods=\[\.\.\.\] of at least one entry, and none twice",
+        ),
+        (("methods=linear",), r"methods=linear is no choice: give a list methods=\[\.\.\.\]"),
+        (("seeds=[]",), r"seeds=\[\] is no choice"),
+        (("seeds=[1,2,1]",), r"seeds=\[1, 2, 1\] is no choice: .* none twice"),
+        (("seeds=3",), "seeds=3 is no choice"),
         (("methods=[linear]", "+method.depth=1"), r"unknown option of method linear 'depth'"),
         (("methods=[vpt_dep]",), "unknown method 'vpt_dep': did you mean vpt_deep"),
         (("++recipe.grid={recipe.lr:[]}",), r"recipe\.grid\.recipe\.lr=\[\] is no choice"),
         (("++recipe.grid={recipe.lrr:[1]}",), r"unknown key of recipe\.grid 'recipe\.lrr': did you mean recipe\.lr"),
         (("++recipe.grid={recip.lr:[1]}",), r"unknown key of recipe\.grid 'recip\.lr': did you mean recipe\.lr"),
+        (("++recipe.grid={recipe.lr.x:[1]}",), r"unknown key of recipe\.grid 'recipe\.lr\.x': did you mean recipe\.lr"),
+        (("recipe.grid=3",), r"recipe\.grid=3 is no grid: give dotted keys, each with a list of values"),
+        (
+            ("+recipe.grid={seed:[1,2]}",),
+            r"recipe\.grid\.seed is nothing to try, the protocol itself sets it: take it out of the grid",
+        ),
+        (
+            ("methods=[e2vpt]", "+recipe.grid={method.prune_tokens:[[20],[50]]}"),
+            r"recipe\.grid\.method\.prune_tokens is nothing to try",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(logs, arguments, message):
@@ -132,12 +108,27 @@ def test_bad_input_is_one_sentence(logs, arguments, message):
 
 
 def test_an_option_that_is_null_by_default_can_be_tried(logs):
-    with composed("tune", *tiny(logs, "callbacks=none", "+recipe.grid={method.depth:[1,2],seed:[3]}")) as cfg:
+    with composed("tune", *tiny(logs, "callbacks=none", "+recipe.grid={method.depth:[1,2],compile:[true]}")) as cfg:
         (job,) = compose.jobs(cfg)
     points = protocol.grid_points(OmegaConf.to_container(job.recipe.grid))
-    assert points == [{"recipe.lr": lr, "method.depth": d, "seed": 3} for lr in (0.2, 0.4) for d in (1, 2)]
-    assert [protocol._vary(job, one).method.depth for one in points] == [1, 2, 1, 2]
+    assert points == [{"recipe.lr": lr, "method.depth": d, "compile": True} for lr in (0.2, 0.4) for d in (1, 2)]
+    assert [chain.vary(job, one).method.depth for one in points] == [1, 2, 1, 2]
     assert job.method.depth is None
+
+
+def test_no_grid_is_one_point():
+    assert protocol.grid_points(None) == protocol.grid_points({}) == [{}]
+
+
+def test_results_that_cannot_be_averaged_leave_the_other_cells_as_they_are(logs, tuned, tmp_path):
+    shutil.copytree(logs, tmp_path, dirs_exist_ok=True)
+    found = [(path, json.loads(path.read_text())) for path in tmp_path.rglob("result.json")]
+    path, stored = next((p, s) for p, s in found if s["method"]["name"] == "linear" and s["split"] == "final")
+    path.write_text(json.dumps(stored | {"data": stored["data"] | {"form": "of an older version"}}))
+    with pytest.raises(UserError, match=r"^1 runs failed: digits/linear: runs that differ in more than the seed, .*"):
+        tune(tmp_path, "methods=[linear,vpt_deep]", "recipe.epochs=2")
+    (old, new) = ((folder / "table.md").read_text().splitlines() for folder in (logs, tmp_path))
+    assert new == [*old[:2], old[3]]
 
 
 def test_results_are_plain_json(logs, tuned):

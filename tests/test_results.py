@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from visprompt.errors import UserError
-from visprompt.results import Cell, Result, cell, markdown_table, read_result, write_result
+from visprompt.results import Cell, Result, cell, choose, markdown_table, read_result, write_result
 
 
 def make(**changes):
@@ -68,6 +68,39 @@ def test_a_run_is_judged_by_the_figure_of_its_split():
     metrics = {"val/acc": 0.25, "test/acc": 0.75}
     assert make(metrics=metrics).score == 0.75
     assert make(metrics=metrics, split="tune").score == 0.25
+
+
+def point(score, lr, decay, length):
+    """A run of a grid whose test score, if it were read, would turn the choice round."""
+    recipe, method = {"lr": lr, "weight_decay": decay}, {"name": "vpt_deep", "num_tokens": length}
+    return make(split="tune", recipe=recipe, method=method, metrics={"val/acc": score, "test/acc": 1 - score})
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        ([(0.5, 1, 0.1, 5), (0.6, 9, 0.0, 50)], 1),  # the best on validation
+        ([(0.5, 2, 0.1, 5), (0.5, 1, 0.0, 50)], 1),  # then the smallest learning rate
+        ([(0.5, 1, 0.0, 5), (0.5, 1, 0.1, 50)], 1),  # then the largest weight decay
+        ([(0.5, 1, 0.1, 50), (0.5, 1, 0.1, 5)], 1),  # then the shortest prompt
+        ([(0.5, 1, 0.1, 5), (0.5, 1, 0.1, 5)], 0),  # then the first
+    ],
+)
+def test_ties_on_validation_have_one_answer(found, chosen):
+    points = [{"index": i} for i in range(len(found))]
+    assert choose([point(*one) for one in found], points) is points[chosen]
+
+
+def test_a_diverged_or_failed_point_is_never_chosen():
+    diverged = make(split="tune", status="diverged", metrics={})
+    worst = point(0.0, 1, 0.1, 5)
+    assert choose([diverged, None, worst], "abc") == "c"
+    assert choose([diverged, None], "ab") is None
+
+
+def test_a_score_of_a_final_run_cannot_decide():
+    with pytest.raises(UserError, match="split=final was offered to a choice: only val200 may decide"):
+        choose([make()], [{}])
 
 
 def test_a_cell_is_mean_and_sample_deviation():

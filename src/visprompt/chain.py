@@ -6,9 +6,13 @@ values; val200 chooses, "nothing pruned" being one of the points. `split=final` 
 the masks that were chosen, trains on train800val200 and reads test once; where there are no masks yet it makes the tune
 chain first. A chain's own files lie in the folder of its own identity, in which no run lies, beside those of its runs:
 `initial.json`, `importance.json`, `masks.json`, `pruning.md`, `pruning.png`; initial values in `initial/` beside it.
+
+Every link is a W&B run of its own. Under a W&B agent, which has one W&B run for a whole command, only the link whose
+result is the chain's reports to it.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,9 +26,9 @@ from rich.console import Console
 from torch import Tensor
 
 from visprompt import measure, pruning
-from visprompt.errors import UserError
+from visprompt.errors import UserError, unknown
 from visprompt.pruning import Importance, Point
-from visprompt.results import Result, markdown_table
+from visprompt.results import Result, choose, markdown_table
 from visprompt.run import Run, build_classifier, prepare
 from visprompt.state import TunedState, load_state, write_atomically
 
@@ -48,6 +52,26 @@ def unpruned(job: DictConfig) -> dict[str, Any]:
     return {f"method.{name}": value for name, value in plain.items()} if prunes(job) else {}
 
 
+def vary(job: DictConfig, values: Mapping[str, Any]) -> DictConfig:
+    """A copy of a job with other values.
+
+    Args:
+        job: A composed job.
+        values: New values by dotted key; each replaces the old one as a whole.
+
+    Raises:
+        UserError: The job has no such key.
+    """
+    varied = job.copy()
+    for key, value in values.items():
+        parent, _, name = key.rpartition(".")
+        holder = OmegaConf.select(varied, parent) if parent else varied
+        if not OmegaConf.is_dict(holder) or name not in holder:  # its value may be null, as that of method.depth
+            raise unknown("key of recipe.grid", key, ["recipe.lr", "recipe.weight_decay", "method.num_tokens"])
+        OmegaConf.update(varied, key, value, merge=False)
+    return varied
+
+
 def run(job: DictConfig, run_one: RunOne) -> Result:
     """Runs a job, or the chain of runs that it stands for.
 
@@ -65,12 +89,14 @@ def run(job: DictConfig, run_one: RunOne) -> Result:
     if not prunes(job):
         return run_one(job)
     prepare(job)  # says what is wrong before anything is trained
-    tune = _vary(job, split="tune", rerun=bool(job.rerun and job.split == "tune"))
+    tune = vary(_silent(job), {"split": "tune", "rerun": bool(job.rerun and job.split == "tune")})
     folder = prepare(tune).folder
     found = _read(folder / "masks.json")
     if job.split == "tune" or found is None or not pruning.has_initial(folder.parent, found["initial"]):
-        result, found = _tune(tune, folder, run_one)
+        link, result, found = _tune(tune, folder, run_one)
         if job.split == "tune" or found is None:
+            if link.logger != job.logger:  # it was silent; it is finished, so that now it only reports
+                run_one(vary(link, {"logger": job.logger, "rerun": False}))
             return result
     link = _link(job, found["initial"], found["options"])
     result = run_one(link)
@@ -79,24 +105,35 @@ def run(job: DictConfig, run_one: RunOne) -> Result:
     return result
 
 
-def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[Result, dict[str, Any] | None]:
+def _silent(job: DictConfig) -> DictConfig:
+    """A job without W&B where all that this process runs would log into one W&B run, an agent's; else as it is."""
+    if "WANDB_RUN_ID" not in os.environ:
+        return job
+    loggers = (job.logger or {}).items()
+    return vary(job, {"logger": {name: one for name, one in loggers if not one._target_.endswith("WandbLogger")}})
+
+
+def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[DictConfig, Result, dict[str, Any] | None]:
     """Trains, scores, tries the prune grid and chooses.
 
     Returns:
-        The result of the chosen point, and what was found; None where the unpruned run diverged.
+        The link that was chosen, its result, and what was found; the unpruned one and None where that diverged.
     """
     initial = _initial(job, folder)
     points = _points(job)
     console.print(f"{job.task}/{job.method.name}: {len(points)} points of pruning, the unpruned first", highlight=False)
-    bare = _vary(job, **{"method.prune_tokens": None, "method.prune_segments": None})
+    bare = vary(job, {"method.prune_tokens": None, "method.prune_segments": None})
     first = _link(bare, initial)
     trained = run_one(first)
     if trained.status == "diverged":
-        return trained, None
+        (folder / "masks.json").unlink(missing_ok=True)  # of an older result
+        return first, trained, None
     found = _importance(first, trained, folder)
-    options = [{} if point == points[-1] else pruning.prune(found, point).options() for point in points]
-    results = [trained if not masks else run_one(_link(bare, initial, masks)) for masks in options]
-    best = _best(results)
+    options = [*(pruning.prune(found, point).options() for point in points[:-1]), {}]
+    links = [_link(bare, initial, masks) for masks in options]
+    results = [*(run_one(link) for link in links[:-1]), trained]
+    best = choose(results, range(len(results)))  # ties go to what keeps fewer tokens, then fewer segments: it is first
+    assert best is not None  # the unpruned one has not diverged
     scores = [result.score if result.status == "finished" else None for result in results]
     record = {
         "initial": initial,
@@ -108,21 +145,13 @@ def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[Result, dict[
     }
     _write(folder / "masks.json", record)
     _report(folder, results[best], record)
-    return results[best], record
-
-
-def _best(results: list[Result]) -> int:
-    """Index of the point that val200 chooses; ties go to what keeps least, which comes first."""
-    from visprompt.protocol import choose  # it imports the loop, which imports this module
-
-    chosen = choose(results, [{"index": index} for index in range(len(results))])
-    assert chosen is not None  # the unpruned one has not diverged
-    return int(chosen["index"])
+    return links[best], results[best], record
 
 
 def _points(job: DictConfig) -> list[Point]:
     method = job.method
-    tokens, segments = (list(method[name] or ()) for name in ("prune_tokens", "prune_segments"))
+    # without percentages of the one kind the other kind is tried alone
+    tokens, segments = (list(method[name] or (0,)) for name in ("prune_tokens", "prune_segments"))
     return pruning.grid(tokens, segments, method.num_tokens, method.num_segments)
 
 
@@ -182,14 +211,7 @@ def _batches(one: Run, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
 def _link(job: DictConfig, initial: str, masks: dict[str, Any] | None = None) -> DictConfig:
     """A run of the chain: it starts from the stored initial values, or from what the masks keep of them."""
     options = {"initial": initial} | (masks or {})
-    return _vary(job, **{f"method.{name}": value for name, value in options.items()})
-
-
-def _vary(job: DictConfig, **values: Any) -> DictConfig:
-    varied = job.copy()
-    for key, value in values.items():
-        OmegaConf.update(varied, key, value)
-    return varied
+    return vary(job, {f"method.{name}": value for name, value in options.items()})
 
 
 @contextmanager

@@ -1,16 +1,17 @@
-"""result.json: one run's record, its schema, and how several are read together."""
+"""result.json: one run's record, its schema, and how several are read together or chosen from."""
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from visprompt.errors import UserError
 from visprompt.state import write_atomically
 
 SCHEMA = 1
+_Point = TypeVar("_Point")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,34 @@ def read_result(folder: Path) -> Result | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return result if whole else None
+
+
+def choose(results: Sequence[Result | None], points: Sequence[_Point]) -> _Point | None:
+    """Chooses a point of a grid by its validation accuracy after the last epoch.
+
+    Ties, common on 200 images, go to the smallest learning rate, then the largest weight decay, then the shortest
+    prompt, then to the first. A point that failed or diverged is never chosen.
+
+    Args:
+        results: Results of runs of `split=tune`, None where a run failed.
+        points: What they were runs of, in the same order.
+
+    Returns:
+        The chosen point, None where every one failed.
+
+    Raises:
+        UserError: A result is not of `split=tune`.
+    """
+    candidates = []
+    for result, point in zip(results, points, strict=True):
+        if result is None or result.status == "diverged":
+            continue
+        if result.split != "tune":
+            raise UserError(f"a run of split={result.split} was offered to a choice: only val200 may decide")
+        length = result.method.get("num_tokens", 0)
+        rank = (result.score, -result.recipe["lr"], result.recipe["weight_decay"], -length)
+        candidates.append((rank, point))
+    return max(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
 
 @dataclass(frozen=True)
