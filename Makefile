@@ -47,8 +47,9 @@ check: $(STAMP)  ## ruff (lint and format) and mypy
 table: $(STAMP)  ## the README's table of the demo tasks: grid, choice, three seeds; goes on where it was stopped
 	$(RUN) src/tune.py experiment=demo_table $(ARGS)
 
-docs: $(STAMP)  ## the generated pages: docs/datasets.md
+docs: $(STAMP)  ## the generated pages: docs/datasets.md, docs/methods-by-backbones.md
 	$(RUN) -m visprompt.data.describe > docs/datasets.md
+	$(RUN) -m visprompt.methods.describe > docs/methods-by-backbones.md
 
 setup: $(STAMP)  ## only the environment, .venv, from the hashes in uv.lock; uv itself goes to .uv
 	@:

@@ -216,6 +216,8 @@ def test_between_task_and_default_stands_the_family_which_may_have_a_grid_of_its
     }
     assert found["dtd"].grid == found["cifar"].grid == {"recipe.lr": [2, 3]}
     assert found["digits"].grid == {"recipe.lr": [0.04, 0.4, 1.0]}
+    own = jobs("tasks=dtd", f"++recipe.rows={rows}", *ROWS[1:], "++recipe.grid={recipe.lr:[9.0]}")
+    assert [job.recipe.grid for job in own] == [{"recipe.lr": [9]}]  # a user's own grid stands above a row's
 
 
 def test_what_an_override_refers_to_is_looked_up_in_each_job():

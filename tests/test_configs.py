@@ -139,3 +139,13 @@ def test_debug_modes_run_in_a_folder_of_their_own(tmp_path, mode, monkeypatch):
         assert "run_training_epoch" in (tmp_path / "logs" / "debug" / "fit-profile.txt").read_text()
     else:
         assert list((tmp_path / "logs").iterdir()) == [tmp_path / "logs" / "debug"]
+
+
+@pytest.mark.parametrize(("method", "blocks", "total"), [("vpt_deep", 12, 1.18), ("vpt_shallow", 1, 1.04)])
+def test_the_lengths_give_the_papers_total_over_24_tasks_as_a_multiple_of_one_vit_b(method, blocks, total):
+    """Jia et al., Visual Prompt Tuning, table 1: one backbone, and for each task its prompts and head."""
+    tasks = [*SUITES["vtab_all"], *SUITES["fgvc"]]
+    with composed("train", f"method={method}", f"tasks=[{','.join(tasks)}]", "data='vtab/cifar'") as cfg:
+        lengths = {job.task: job.method.num_tokens for job in compose.jobs(cfg)}
+    tuned = sum(768 * blocks * lengths[task] + 769 * TASKS[task].num_classes for task in tasks)
+    assert round(1 + tuned / 85_798_656, 2) == total

@@ -244,7 +244,8 @@ def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
     _check_complete(cfg)
     OmegaConf.resolve(cfg)
     with open_dict(cfg):
-        cfg.recipe.grid = next((row.grid for row in _rows(cfg) if "grid" in row), cfg.recipe.grid)
+        if not any(override.lstrip("+").startswith("recipe.grid") for override in overrides):  # the user's own stands
+            cfg.recipe.grid = next((row.grid for row in _rows(cfg) if "grid" in row), cfg.recipe.grid)
         del cfg.recipe.rows
     return cfg
 

@@ -271,6 +271,7 @@ def test_dropout_is_drawn_for_every_image_over_what_is_left():
             r"method.prune_tokens=\[10, 100\] holds 100: give whole percentages from 0 to 99",
         ),
         ({"prune_segments": [0.5]}, r"method.prune_segments=\[0.5\] holds 0.5"),
+        ({"prune_tokens": 50}, r"method.prune_tokens=50 is no list: give \[50\]"),
         ({"token_mask": [1, 1]}, "method.token_mask does not fit: give 0 or 1 for each of 5"),
         ({"token_mask": [1, 1, 2, 1, 1]}, "method.token_mask does not fit"),
         ({"segment_mask": [[1], [1, 0]]}, "method.segment_mask does not fit: give 0 or 1 for each of 5 x 16"),

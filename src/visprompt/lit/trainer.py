@@ -67,7 +67,8 @@ def build_loggers(cfg: DictConfig, folder: Path, attempt: int, tuned: Mapping[st
             run_id = folder.name + (f"-r{attempt}" if attempt else "")
             # under a sweep's agent the agent's id stands
             extra |= {"resume": "allow"} if "WANDB_RUN_ID" in os.environ else {"id": run_id, "resume": "allow"}
-            extra |= {"name": f"{task}/{cfg.method.name}/{folder.name}"}
+            # the protocol changes the split of a composed job
+            extra |= {"name": f"{task}/{cfg.method.name}/{folder.name}", "job_type": cfg.split}
         logger: Logger = build("logger", config, **extra)
         settings: Any = OmegaConf.to_container(cfg)
         logger.log_hyperparams(settings | {"task": task, "tuned": dict(tuned)})

@@ -101,9 +101,8 @@ class E2VPT(Method):
         pruned = token_mask is not None or segment_mask is not None
         widths = backbone.widths[:depth]
         _check_pruning(widths, num_tokens, num_segments, prune or pruned)
-        self.prune_tokens, self.prune_segments = list(prune_tokens or []), list(prune_segments or [])
-        _check_percentages("prune_tokens", self.prune_tokens)
-        _check_percentages("prune_segments", self.prune_segments)
+        self.prune_tokens = _percentages("prune_tokens", prune_tokens)
+        self.prune_segments = _percentages("prune_segments", prune_segments)
         self.num_tokens, self.depth, self.carry_over = num_tokens, depth if num_tokens else 0, carry_over
         self.num_segments, self.mask_per_layer, self.initial = num_segments, mask_per_layer, initial
         self.kv_blocks = _blocks(kv_blocks, self.num_blocks) if num_kv_tokens else ()
@@ -245,10 +244,14 @@ def _check_pruning(widths: Sequence[int], num_tokens: int, num_segments: int, wa
         )
 
 
-def _check_percentages(name: str, values: Sequence[int]) -> None:
-    for value in values:
+def _percentages(name: str, values: Sequence[int] | None) -> list[int]:
+    """A list of percentages of which something is left; None means none."""
+    if values is not None and (not isinstance(values, Sequence) or isinstance(values, str)):
+        raise UserError(f"method.{name}={values} is no list: give [{values}], for example")
+    for value in values or []:
         if not isinstance(value, int) or not 0 <= value < 100:
-            raise UserError(f"method.{name}={list(values)} holds {value}: give whole percentages from 0 to 99")
+            raise UserError(f"method.{name}={list(values or [])} holds {value}: give whole percentages from 0 to 99")
+    return list(values or [])
 
 
 def _mask(name: str, given: Sequence[Any] | None, shape: tuple[int, ...]) -> Tensor:

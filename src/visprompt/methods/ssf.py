@@ -12,15 +12,16 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import LayerNorm2d, RmsNorm
+from timm.layers import LayerNorm2d, LayerNorm2dFp32, RmsNorm, RmsNorm2d
 from torch import Tensor, nn
 
 from visprompt.errors import UserError
 from visprompt.methods.base import Geometry, Method, Wrapped, per_block
 
 _STD = 0.02
-_NORMS = (nn.LayerNorm, RmsNorm, nn.modules.batchnorm._BatchNorm)
-_MAPS = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, LayerNorm2d)  # put out [B, channels, height, width]
+_NORMS_2D = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, LayerNorm2d, LayerNorm2dFp32, RmsNorm2d)
+_NORMS = (nn.LayerNorm, RmsNorm, *_NORMS_2D)
+_MAPS = (nn.Conv2d, *_NORMS_2D)  # put out [B, channels, height, width]
 _SHORT = {"patch_embed_proj": "patch", "patch_embed_norm": "patch_norm"}
 
 
@@ -54,7 +55,7 @@ class ScaledShifted(Wrapped):
         Raises:
             UserError: The layer cannot shift.
         """
-        if isinstance(self.base, RmsNorm):
+        if isinstance(self.base, (RmsNorm, RmsNorm2d)):
             raise UserError("method ssf does not merge into an RmsNorm, which cannot shift: keep the tuned state")
         layer, (gamma, beta) = copy.deepcopy(self.base), self._pair()
         weight: Tensor = torch.ones_like(gamma) if layer.weight is None else layer.weight  # type: ignore[assignment]  # a tensor
@@ -112,9 +113,12 @@ class SSF(Method):
             self.beta[name] = per_block(shapes, _draw_beta)
             for row, (place, layer) in enumerate(zip(places, layers, strict=True)):
                 model.set_submodule(place, ScaledShifted(layer, self, name, row))
+        inside_names = set(self.gamma.keys())
         for path in beside:
             name, layer = path.replace(".", "_"), model.get_submodule(path)
             name = _SHORT.get(name, name)
+            name = f"stem_{name}" if name in inside_names else name  # ResNet calls its first layers as those of a block
+            name = f"stem_{name}" if name in self.gamma else name  # a ResNet's own conv1, beside those of its blocks
             channels = _channels(layer)
             self.gamma[name] = nn.Parameter(torch.empty(channels).normal_(1, _STD))
             self.beta[name] = nn.Parameter(torch.empty(channels).normal_(0, _STD))
@@ -130,7 +134,7 @@ def _is_scaled(path: str, layer: nn.Module) -> bool:
 
 def _channels(layer: Any) -> int:
     """Channels that a layer puts out."""
-    for name in ("out_features", "out_channels", "num_features"):
+    for name in ("out_features", "out_channels", "num_features", "num_channels"):
         if hasattr(layer, name):
             return int(getattr(layer, name))
     return int(layer.normalized_shape[-1])

@@ -109,7 +109,7 @@ class VPT(Method):
         self.dropout = nn.Dropout(dropout)
         self._check_widths(backbone, shared, project)
         self._draw(backbone, shared, project)
-        self.project = None if project is None else _projection(project, backbone.width)
+        self.project = None if project is None else _projection(project, backbone.widths[self._first])
         if pool in ("prompt", "image_prompt") and not self._reaches_the_end():
             raise UserError(
                 f"method.pool={pool} reads prompts behind the last block, where there are none: let them enter or flow "
@@ -183,6 +183,8 @@ class VPT(Method):
             option = f"pool={self.pool}" if self.pool == "cls" else f"init={self.init}"
             if not backbone.has_class_token:
                 raise UserError(f"method.{option} needs a class token, which this backbone does not have")
+        if self.pool is not None and "tokens" not in backbone.sites:
+            raise UserError(f"method.pool={self.pool} reads tokens, and this backbone has none: give method.pool=null")
         if self.location == "pad" and not self.pad_resize:
             locations.check_padded_side(backbone, self.num_tokens)
         if self.location == "prepend_pixel":
