@@ -134,7 +134,7 @@ def test_missing_weights_without_a_network_are_said_at_once(tmp_path):
     assert time.monotonic() - started < 10
     assert outcome.result is None
     assert "are not on this machine and the hub cannot be reached: download https://" in outcome.reason
-    assert outcome.reason.endswith("copy it here and set backbone.weights=PATH")
+    assert outcome.reason.endswith("set backbone.weights=data/backbones/vit_base_patch16_224.orig_in21k.safetensors")
 
 
 def test_several_devices_run_as_ranks_of_the_same_run(tmp_path, monkeypatch):

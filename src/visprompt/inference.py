@@ -95,6 +95,6 @@ def _job(cfg: DictConfig, folder: Path) -> Any:
             job.method.weights = load_state(folder).method["weights"]
         if "download" in job.data:
             job.data.download = False  # scoring is no occasion to fetch 40 GB
-    if job.backbone.weights and not Path(job.backbone.weights).is_file():
+    if job.backbone.weights and not Path(job.backbone.weights).expanduser().exists():
         raise UserError(f"there is no file of backbone weights at {job.backbone.weights}: give weights=FILE")
     return job

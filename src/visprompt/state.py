@@ -174,7 +174,8 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
         if key == "backbone" and stored["sha256"] != value["sha256"]:
             raise UserError(
                 f"{path} was tuned on backbone {stored['name']} (weights {stored['sha256'][:12]}), "
-                f"not on {value['name']} (weights {value['sha256'][:12]}): load that backbone"
+                f"not on {value['name']} (weights {value['sha256'][:12]}): load that backbone, "
+                "with weights=FILE where it came from a file"
             )
         for option in _SHAPING if key == "backbone" else ():  # the same weights make other features
             if stored.get(option) != value.get(option):

@@ -1,0 +1,107 @@
+"""Google's `.npz` files of vision transformers (JAX, flax), as tensors under timm's names.
+
+The layout is that of Dosovitskiy et al.'s release (`orig_in21k`, `augreg`) and of its successor big_vision, whose
+layers are numbered otherwise and may be stacked. Flax keeps a linear layer as [in, out] and the projections of an
+attention by head: query, key and value as [in, heads, head_dim], the output as [heads, head_dim, out].
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PREFIXES = ("", "opt/target/", "params/", "params/img/")
+_WHOLE = {
+    "cls": "cls_token",
+    "pos_embedding": "pos_embed",
+    "Transformer/posembed_input/pos_embedding": "pos_embed",
+    "MAPHead_0/probe": "attn_pool.latent",
+}
+_BLOCK = r"Transformer/encoderblock_(\d+)/"
+_LAYERS = (
+    (r"embedding", r"patch_embed.proj"),
+    (r"Transformer/encoder_norm", r"norm"),
+    (_BLOCK + r"LayerNorm_0", r"blocks.\1.norm1"),
+    (_BLOCK + r"LayerNorm_[12]", r"blocks.\1.norm2"),
+    (_BLOCK + r"MultiHeadDotProductAttention_[01]/(query|key|value)", r"blocks.\1.attn.\2"),
+    (_BLOCK + r"MultiHeadDotProductAttention_[01]/out", r"blocks.\1.attn.proj"),
+    (_BLOCK + r"MlpBlock_[03]/Dense_0", r"blocks.\1.mlp.fc1"),
+    (_BLOCK + r"MlpBlock_[03]/Dense_1", r"blocks.\1.mlp.fc2"),
+    (r"MAPHead_0/LayerNorm_0", r"attn_pool.norm"),
+    (r"MAPHead_0/MultiHeadDotProductAttention_0/query", r"attn_pool.q"),
+    (r"MAPHead_0/MultiHeadDotProductAttention_0/(key|value)", r"attn_pool.\1"),
+    (r"MAPHead_0/MultiHeadDotProductAttention_0/out", r"attn_pool.proj"),
+    (r"MAPHead_0/MlpBlock_0/Dense_0", r"attn_pool.mlp.fc1"),
+    (r"MAPHead_0/MlpBlock_0/Dense_1", r"attn_pool.mlp.fc2"),
+)
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_JOINT = {
+    "attn.qkv.": ("attn.query.", "attn.key.", "attn.value."),
+    "attn_pool.kv.": ("attn_pool.key.", "attn_pool.value."),
+}
+
+
+def read_npz(file: Path) -> dict[str, Tensor]:
+    """Reads a file of weights.
+
+    Args:
+        file: The `.npz`; nothing pickled in it is read.
+
+    Returns:
+        Its tensors under timm's names; what has no place in a plain vision transformer keeps its own name.
+
+    Raises:
+        ValueError: It holds no vision transformer, or pickled objects.
+        OSError: It cannot be read.
+    """
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    start = next((prefix for prefix in _PREFIXES if f"{prefix}embedding/kernel" in arrays), None)
+    if start is None:
+        raise ValueError(f"it holds {', '.join(sorted(arrays)[:3]) or 'nothing'}, but no embedding/kernel of a ViT")
+    inside = {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
+    return _joined(dict(_renamed(name, array) for name, array in _unstacked(inside)))
+
+
+def _unstacked(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and arrays, where big_vision stacked the layers of all blocks those of each block."""
+    for name, array in arrays.items():
+        if "/encoderblock/" not in name:
+            yield name, array
+            continue
+        for i, part in enumerate(array):
+            yield name.replace("/encoderblock/", f"/encoderblock_{i}/"), part
+
+
+def _renamed(name: str, array: np.ndarray) -> tuple[str, Tensor]:
+    """An array's name in timm, and its tensor as PyTorch lays it out."""
+    tensor = torch.from_numpy(array)
+    if name in _WHOLE:
+        return _WHOLE[name], tensor
+    layer, _, leaf = name.rpartition("/")
+    for pattern, target in _LAYERS:
+        if leaf in _LEAVES and (match := re.fullmatch(pattern, layer)):
+            return f"{match.expand(target)}.{_LEAVES[leaf]}", _laid_out(layer, leaf, tensor)
+    return name.replace("/", "."), tensor
+
+
+def _laid_out(layer: str, leaf: str, tensor: Tensor) -> Tensor:
+    if leaf != "kernel":
+        return tensor.flatten()
+    if tensor.ndim == 4:  # a convolution, [height, width, in, out]
+        return tensor.permute(3, 2, 0, 1).contiguous()
+    flat = tensor.flatten(0, 1) if layer.endswith("/out") else tensor.flatten(1)
+    return flat.T.contiguous()
+
+
+def _joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with the projections of each attention joined as timm joins them, where none is missing."""
+    for joint, (first, *others) in _JOINT.items():
+        for name in [name for name in tensors if first in name]:
+            names = [name, *(name.replace(first, other) for other in others)]
+            if all(part in tensors for part in names):
+                tensors[name.replace(first, joint)] = torch.cat([tensors.pop(part) for part in names])
+    return tensors

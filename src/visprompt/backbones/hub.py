@@ -1,0 +1,89 @@
+"""Weights that timm names: in a cache of this machine, or fetched from where they are published."""
+
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import timm
+import torch
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
+from timm.models import PretrainedCfg
+
+from visprompt.errors import UserError
+
+_TIMEOUT = 3.0  # seconds; the hub's own client retries for a minute
+_NAMES = ("model.safetensors", "pytorch_model.bin")  # of hubs that do not say, best first
+
+
+def hub_file(name: str) -> Path:
+    """Finds the file of a timm model's pre-trained weights; looks at the network only where no cache holds it.
+
+    Args:
+        name: The model's name, with or without a pre-training tag.
+
+    Raises:
+        UserError: timm knows no weights for it, or they are not here and cannot be fetched; says what to do.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not (config.hf_hub_id or config.url):
+        tags = timm.list_models(f"{name.split('.')[0]}*", pretrained=True)
+        raise UserError(
+            f"timm has no pre-trained weights for backbone {name}: "
+            f"choose one of {', '.join(tags[:5]) or 'timm.list_models(pretrained=True)'}, or give backbone.weights=FILE"
+        )
+    names = (config.hf_hub_filename,) if config.hf_hub_filename else _NAMES
+    for file in names:
+        cached = try_to_load_from_cache(config.hf_hub_id, file) if config.hf_hub_id else str(_downloaded(config))
+        if isinstance(cached, str) and Path(cached).is_file():
+            return Path(cached)
+    url = f"{constants.ENDPOINT}/{config.hf_hub_id}/resolve/main/{names[0]}" if config.hf_hub_id else _address(config)
+    if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT if config.hf_hub_id else url):
+        raise _missing(name, url, "the hub cannot be reached")
+    try:
+        return _fetch(config, names)
+    except Exception as error:  # of the network, the disk or the hub
+        raise _missing(name, url, f"could not be fetched ({' '.join(str(error).split())[:200]})") from error
+
+
+def _address(config: PretrainedCfg) -> str:
+    return config.url if isinstance(config.url, str) else (config.url or ("",))[0]  # some come with a file's name
+
+
+def _downloaded(config: PretrainedCfg) -> Path:
+    """Where PyTorch's own hub keeps a file of a plain address."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(_address(config)).path).name
+
+
+def _fetch(config: PretrainedCfg, names: tuple[str, ...]) -> Path:
+    if not config.hf_hub_id:
+        file = _downloaded(config)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(_address(config), str(file))
+        return file
+    for name in names[:-1]:
+        try:
+            return Path(hf_hub_download(config.hf_hub_id, name))
+        except EntryNotFoundError:
+            continue  # an older hub without safetensors
+    return Path(hf_hub_download(config.hf_hub_id, names[-1]))
+
+
+def _missing(name: str, url: str, why: str) -> UserError:
+    place = f"data/backbones/{name}{''.join(Path(url).suffixes[-1:])}"
+    return UserError(
+        f"the weights of backbone {name} are not on this machine and {why}: download {url} "
+        f"on another machine, copy it here to {place} and set backbone.weights={place}"
+    )
+
+
+def _answers(address: str) -> bool:
+    """Whether a hub or its mirror (HF_ENDPOINT) answers, through a proxy where one is set."""
+    try:
+        urlopen(address, timeout=_TIMEOUT).close()
+    except HTTPError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,221 @@
+"""Weights of backbones: found on disk, read in the layouts they are published in, loaded whole or not at all.
+
+Layouts: what timm and torchvision save; MoCo v3, MAE, DINO, DINOv2, Swin and ConvNeXt as their authors published them;
+Google's `.npz`. timm's own filter of an architecture renames and resizes (position tables, patch embeddings) as for
+timm's own weights. Then every tensor of the model must be in the file and every tensor of the file in the model, apart
+from classifiers and what served the pre-training alone.
+"""
+
+import argparse
+import pickle
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file as read_safetensors
+from timm.models import clean_state_dict, vision_transformer
+from torch import Tensor, nn
+
+from visprompt.backbones.flax import read_npz
+from visprompt.errors import UserError
+
+# files that are in no hub of timm's, by the names they are published under
+PUBLISHED = {
+    "vit-b-300ep.pth.tar": "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar",
+    "linear-vit-b-300ep.pth.tar": "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/linear-vit-b-300ep.pth.tar",
+    "vit-s-300ep.pth.tar": "https://dl.fbaipublicfiles.com/moco-v3/vit-s-300ep/vit-s-300ep.pth.tar",
+}
+# a folder's weights are the first of these that it holds; else its only file with one of the suffixes
+_USUAL = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".tar")
+# where a checkpoint of training keeps the model, best first; and where that keeps its encoder: MoCo v3, DINO's teacher
+_CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+_ENCODERS = ("base_encoder.", "backbone.")
+_HEADS = ("head.", "head_dist.", "fc.", "pre_logits.", "attn_pool.")  # a model may be built without its pooling too
+_PRETRAINING = ("decoder_", "mask_token")  # MAE, DINOv2
+
+
+def find_file(weights: str | Path) -> Path:
+    """Finds the file of weights that a setting names.
+
+    Args:
+        weights: The file; or a folder that holds one: a snapshot of the Hugging Face cache, or its `models--...`.
+
+    Raises:
+        UserError: There is none, or several; says what to do.
+    """
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        return _file_in(_snapshot(path))
+    if not path.is_file():
+        remedy = "correct backbone.weights=..."
+        if path.name in PUBLISHED:
+            remedy = f"download {PUBLISHED[path.name]} to that place, or name another one by backbone.weights=FILE"
+        raise UserError(f"there is no file of backbone weights at {path}: {remedy}")
+    return path
+
+
+def _snapshot(folder: Path) -> Path:
+    """The snapshot that `main` names in a folder `models--...` of the cache; any other folder is itself the one."""
+    main = folder / "refs" / "main"
+    snapshots = sorted(path for path in (folder / "snapshots").glob("*") if path.is_dir())
+    if main.is_file() and (named := folder / "snapshots" / main.read_text().strip()) in snapshots:
+        return named
+    if len(snapshots) > 1:
+        names = ", ".join(path.name for path in snapshots)
+        raise UserError(f"{folder} has several snapshots ({names}): give one of their folders as backbone.weights=...")
+    return snapshots[0] if snapshots else folder
+
+
+def _file_in(folder: Path) -> Path:
+    for name in _USUAL:
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    if len(files) != 1:
+        found = ", ".join(path.name for path in files[:5]) or f"neither {_USUAL[0]} nor another one"
+        raise UserError(
+            f"the folder {folder} holds not one file of backbone weights but {found}: "
+            "give the file itself as backbone.weights=..."
+        )
+    return files[0]
+
+
+def load_file(model: nn.Module, path: str | Path) -> None:
+    """Loads a file of weights into a model of timm; every weight of the model is in the file, or nothing is loaded.
+
+    Position tables and patch embeddings of another size are resized. Classifiers that the model does not have are left
+    out, and what served the pre-training alone: MAE's decoder, MoCo v3's projector, predictor and momentum encoder.
+
+    Args:
+        model: The model, by custom without a classifier.
+        path: A file (.safetensors, Google's .npz; all others are read by `torch.load(weights_only=True)`) or a folder,
+            see `find_file`.
+
+    Raises:
+        UserError: There is no such file, it cannot be read, lacks weights, has others, or has them in other shapes.
+    """
+    file = find_file(path)
+    held, own = _encoder(_read(file)), model.state_dict()
+    try:
+        with redirect_stdout(None):  # the one of EVA prints what it passes over
+            tensors = dict(_filter(model)(dict(held), model))
+    except Exception as error:  # timm's filters take the layout and the number of tokens for granted
+        problems = _problems(held, own) if own.keys() & held.keys() else []
+        raise _unfit(file, model, [f"timm cannot convert its weights ({_in_short(error)})", *problems]) from error
+    tensors = {name: t for name, t in tensors.items() if name in own or not name.startswith(_left_out(model))}
+    problems = _problems(tensors, own)
+    if problems:
+        raise _unfit(file, model, problems)
+    model.load_state_dict(tensors, strict=False)  # counters of batches apart, nothing is missing
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """What a file holds, by name; of a checkpoint of training the model alone."""
+    try:
+        held = _READERS.get(file.suffix, _read_pickle)(file)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} is no file of weights or holds more than tensors, which could run code and is not read: "
+            "get it again, or save its state_dict() alone and set backbone.weights to that file"
+        ) from error
+    except Exception as error:  # each reader has exceptions of its own
+        raise UserError(
+            f"{file} cannot be read as backbone weights ({_in_short(error)}): it may be cut short or of another kind, "
+            "get it again or correct backbone.weights=..."
+        ) from error
+    for name in _CONTAINERS:
+        if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
+            held = held[name]
+            break
+    if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
+        raise UserError(f"{file} holds no weights by name but {type(held).__name__}: give its state_dict() instead")
+    return clean_state_dict(dict(held))
+
+
+def _read_pickle(file: Path) -> Any:
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training, beside its weights
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {".npz": read_npz, ".safetensors": read_safetensors}
+
+
+def _encoder(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without what stands beside the encoder, where a training kept it under a name of its own."""
+    for start in _ENCODERS:
+        inside = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+        if inside:
+            return inside
+    return tensors
+
+
+def _filter(model: nn.Module) -> Callable[[dict[str, Any], nn.Module], Mapping[str, Any]]:
+    """The filter that timm puts its own weights of a model's architecture through."""
+    name = str(_config(model).get("architecture"))
+    module = timm.model_entrypoint(name).__module__ if timm.is_model(name) else type(model).__module__
+    found: Any = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+    if found is None:  # ResNet: timm has torchvision's names
+        return lambda tensors, _: tensors
+    if found is not vision_transformer.checkpoint_filter_fn:
+        return found
+    options: dict[str, Any] = {"adapt_layer_scale": True}  # DeiT III; files of others have no such names
+    if "flexi" in name or "radio" in name:
+        options |= {"interpolation": "bilinear", "antialias": False}
+    if "radio" in name:
+        options["align_corners"] = name in ("vit_base_patch16_radio_v3", "vit_huge_patch16_radio_v3")
+    return partial(found, **options)
+
+
+def _config(model: nn.Module) -> Mapping[str, Any]:
+    """What timm knows of a model; nothing of one that was made by its class alone."""
+    return getattr(model, "pretrained_cfg", None) or {}
+
+
+def _left_out(model: nn.Module) -> tuple[str, ...]:
+    """How the names of tensors begin that a file may hold and a model may lack."""
+    classifiers = _config(model).get("classifier") or ()
+    named = (classifiers,) if isinstance(classifiers, str) else classifiers
+    return (*(f"{name}." for name in named), *_HEADS, *_PRETRAINING)
+
+
+def _problems(tensors: Mapping[str, Any], own: Mapping[str, Tensor]) -> list[str]:
+    """Why tensors do not fill a model, each in a few words; nothing where they do."""
+    # files from before batch norm counted its batches lack the counters, which nothing reads in evaluation
+    missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
+    extra = [name for name, tensor in tensors.items() if name not in own or not isinstance(tensor, Tensor)]
+    both = {name: tensor for name, tensor in tensors.items() if name not in extra}
+    misfits = [f"{n} [{_size(t)}], which is [{_size(own[n])}] here" for n, t in both.items() if t.shape != own[n].shape]
+    broken = [name for name, tensor in both.items() if not tensor.isfinite().all()]
+    return [
+        *([f"it lacks {len(missing)} of {len(own)} weights: {_some(missing)}"] if missing else []),
+        *([f"there is no place for {len(extra)} of its weights: {_some(extra)}"] if extra else []),
+        *([f"it has other shapes: {_some(misfits)}"] if misfits else []),
+        *([f"it has values that are not finite: {_some(broken)}"] if broken else []),
+    ]
+
+
+def _size(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _in_short(error: Exception) -> str:
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+
+
+def _unfit(file: Path, model: nn.Module, problems: Iterable[str]) -> UserError:
+    return UserError(
+        f"{file} does not fit this {type(model).__name__}: {'; '.join(problems)}; "
+        "check backbone.name, backbone.weights and backbone.kwargs"
+    )
