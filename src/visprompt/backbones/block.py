@@ -22,19 +22,25 @@ _TOKENWISE_NORMS = (nn.LayerNorm, LayerNorm, RmsNorm)
 _TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
 
-def is_proven(block: nn.Module) -> bool:
+def is_proven(block: Any, own: type[nn.Module] = Block, attentions: Sequence[type[nn.Module]] = (Attention,)) -> bool:
     """Whether `run_block` computes exactly what this block computes.
 
     Exact classes, not subclasses: a subclass may have changed its forward. Everything outside the attention must work
     token by token.
+
+    Args:
+        block: Any.
+        own: The class it must have.
+        attentions: The classes its `attn` may have: those that the family's attention equals.
     """
+    kind: type[nn.Module] = type(block)
     return (
-        type(block) is Block
-        and type(block.attn) is Attention
+        kind is own
+        and type(block.attn) in attentions
         and type(_inside(block.norm1)) in _TOKENWISE_NORMS
         and type(_inside(block.norm2)) in _TOKENWISE_NORMS
         and type(block.mlp) in _TOKENWISE_MLPS
-        and (block.attn.attn_drop.p == 0 or not block.attn.training)
+        and bool(block.attn.attn_drop.p == 0 or not block.attn.training)
     )
 
 
@@ -103,12 +109,30 @@ def attend(attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows 
         part_k, part_v = _keys_values(attn, part)
         keys.append(attn.k_norm(part_k))
         values.append(part_v)
+    return combine(attn, read, attn.q_norm(q), keys, values, rows)
+
+
+def combine(
+    attn: Any, read: Tensor, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: Rows | None
+) -> Tensor:
+    """What an attention of timm makes of its queries, keys and values.
+
+    Args:
+        attn: Its `scale`, `norm`, `gate`, `proj` and `proj_drop` are used.
+        read: The normed tokens that ask, [B, n, width].
+        q: Their queries, [B, heads, n, head_dim].
+        keys: In any number of parts, each [B or 1, heads, m, head_dim].
+        values: Likewise.
+        rows: The method's.
+
+    Returns:
+        [B, n, width].
+    """
     if rows:
-        keys.append(rows[0][None])
-        values.append(rows[1][None])
-    size = (len(read), -1, -1, -1)
-    all_keys, all_values = (torch.cat([p.to(v.dtype).expand(size) for p in parts], 2) for parts in (keys, values))
-    out = F.scaled_dot_product_attention(attn.q_norm(q), all_keys, all_values, scale=attn.scale)
+        keys, values = [*keys, rows[0][None]], [*values, rows[1][None]]
+    dtype, size = values[0].dtype, (len(read), -1, -1, -1)
+    all_keys, all_values = (torch.cat([p.to(dtype).expand(size) for p in parts], 2) for parts in (keys, values))
+    out = F.scaled_dot_product_attention(q, all_keys, all_values, scale=attn.scale)
     out = attn.norm(out.transpose(1, 2).flatten(2))
     if attn.gate is not None:
         out = out * attn.gate(read).sigmoid()

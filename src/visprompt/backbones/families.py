@@ -2,11 +2,14 @@
 
 from torch import nn
 
+from visprompt.backbones.convnet import ConvNeXt, ResNet
+from visprompt.backbones.eva import EVA
 from visprompt.backbones.family import Family
+from visprompt.backbones.swin import Swin
 from visprompt.backbones.vit import ViT
 from visprompt.errors import UserError
 
-FAMILIES: tuple[type[Family], ...] = (ViT,)
+FAMILIES: tuple[type[Family], ...] = (ViT, EVA, Swin, ConvNeXt, ResNet)
 
 
 def family(model: nn.Module, exact: bool = True) -> Family:

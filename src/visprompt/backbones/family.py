@@ -69,6 +69,10 @@ class Family(nn.Module):
         """Indices of the blocks that carry prompt tokens in full because their class is not proven."""
         return []
 
+    def pooling(self, pool: str | None) -> str:
+        """What the features are pooled of, in words for a record: a method's `pool`, or else timm's own word."""
+        return pool or str(getattr(self.model, "global_pool", "avg"))
+
     def forward(self, images: Tensor, method: Method) -> Tensor:
         """Pooled features of a batch.
 
@@ -82,11 +86,11 @@ class Family(nn.Module):
         return self.from_block(0, self.embed(images, method), method)
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """What the first block gets of images [B, 3, H, W]: tokens [B, n, width] or maps, flat, [B, channels, n]."""
+        """What the first block gets of images [B, 3, H, W]: tokens [B, n, width], or maps [B, channels, h, w]."""
         raise NotImplementedError
 
     def to_block(self, stop: int, images: Tensor, method: Method) -> Tensor:
-        """The same before block `stop`, at or below the method's `first_block`: nothing tuned is in it."""
+        """The same, maps flat, before block `stop`, at or below the method's `first_block`: nothing tuned is in it."""
         raise NotImplementedError
 
     def from_block(self, start: int, x: Tensor, method: Method) -> Tensor:

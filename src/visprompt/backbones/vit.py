@@ -3,7 +3,7 @@
 `block.run_block` leaves out the outputs that nobody reads. It is taken for the block classes in `block.is_proven`.
 """
 
-from typing import cast
+from typing import ClassVar, cast
 
 from timm.layers import global_pool_nlc
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -26,15 +26,17 @@ class ViT(TokenFamily):
         UserError: The model is of another class, or pools nothing.
     """
 
-    model_class = VisionTransformer
+    model_class: ClassVar[type[nn.Module]] = VisionTransformer
     model: VisionTransformer
     final_names = ("norm", "fc_norm")
     stem = "patch_embed.proj"
 
     def __init__(self, model: nn.Module, exact: bool = True) -> None:
         # exact class: a subclass may embed or pool in another way (timm's distilled one has two class tokens)
-        if type(model) is not VisionTransformer:
-            raise UserError(f"backbone class {type(model).__name__} is not a plain timm VisionTransformer: choose one")
+        if type(model) is not self.model_class:
+            own = self.model_class.__name__
+            raise UserError(f"backbone class {type(model).__name__} is not a plain timm {own}: choose one")
+        model = cast(VisionTransformer, model)
         if model.attn_pool is None and not model.global_pool:
             raise UserError("the backbone pools nothing: set backbone.global_pool to token, avg, avgmax or max")
         model.reset_classifier(0)
@@ -49,9 +51,9 @@ class ViT(TokenFamily):
         self.patch_size = model.patch_embed.patch_size[0]
         self.image_size = model.patch_embed.img_size[0]
         self.any_size = model.dynamic_img_size
-        self.num_prefix, self.has_class_token = model.num_prefix_tokens, model.has_class_token
+        self.num_prefix, self.has_class_token = model.num_prefix_tokens, model.cls_token is not None
         everywhere = {"tokens", "weights", "pixels", "stream"}
-        driven = {"modules", "keys_values", "branches"} if all(is_proven(block) for block in model.blocks) else set()
+        driven = {"modules", "keys_values", "branches"} if all(map(self.is_proven, model.blocks)) else set()
         self.sites = frozenset(everywhere | driven)
 
     @property
@@ -97,7 +99,11 @@ class ViT(TokenFamily):
             return rows[pool], pool in ("prompt", "image_prompt")
         if model.attn_pool is None and model.global_pool == "token":
             return slice(0, 1), False
-        return slice(0 if model.pool_include_prefix else model.num_prefix_tokens, num_image), False
+        return slice(0 if self._pools_prefix() else model.num_prefix_tokens, num_image), False
+
+    def _pools_prefix(self) -> bool:
+        """Whether a pooling over tokens reads class and register tokens with the patches."""
+        return self.model.pool_include_prefix
 
     def pool(self, x: Tensor, pool: str | None) -> Tensor:
         """Norms and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
