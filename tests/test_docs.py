@@ -13,6 +13,7 @@ from visprompt.backbones import BackboneSpec, build_backbone
 from visprompt.classifier import Classifier
 from visprompt.data import describe
 from visprompt.data.catalog import TASKS
+from visprompt.methods import describe as pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,3 +56,7 @@ def test_the_page_of_datasets_is_made_of_the_catalog():
         assert f"\n### {spec.id}\n" in page
         assert spec.licence in page
         assert all(file.name in page and file.sha256 in page and file.md5 in page for file in spec.files)
+
+
+def test_the_page_of_methods_by_backbones_is_made_by_trying_them():
+    assert (ROOT / "docs" / "methods-by-backbones.md").read_text() == pairs.markdown(), "run make docs"

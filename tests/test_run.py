@@ -92,6 +92,7 @@ def test_what_the_result_says(whole):
     assert stored["backbone"]["sha256"] == one.backbone.sha256
     assert "weights" not in stored["backbone"]
     assert stored["backbone"]["carried_blocks"] == []
+    assert stored["backbone"]["pooling"] == "token"
     assert set(stored["versions"]) == {
         *("python", "torch", "torchvision", "timm", "lightning", "safetensors", "visprompt", "git_commit")
     }

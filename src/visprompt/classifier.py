@@ -178,7 +178,8 @@ class Classifier(nn.Module):
 
     def _tuned_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Tuned parameters and the saved buffers of modules that hold one, both in the module's order."""
-        modules = {name.rpartition(".")[0] for name in self.tuned_names}
+        trained = self.method.trains_backbone  # frozen, batch norms keep the backbone's own statistics
+        modules = {n.rpartition(".")[0] for n in self.tuned_names if trained or not n.startswith("backbone.")}
         saved = self.state_dict(keep_vars=True)  # without the buffers that a module declares as not saved
         for name, tensor in saved.items():
             # a method's own buffers stand for what it does not tune: masks, frozen prompts

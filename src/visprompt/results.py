@@ -28,7 +28,7 @@ class Result:
         attempt: 0, and one more for each `rerun=true` that was completed.
         precision: Lightning's precision.
         data: Source, form (lossless or lossy), fingerprint, fraction, preprocessing, sizes of the split sets.
-        backbone: Name, options, weights' hash, and the blocks that carried prompt tokens in full.
+        backbone: Name, options, weights' hash, the blocks that carried prompt tokens in full, and what was pooled.
         metrics: Logged figures by name; accuracies are shares, not per cent.
         per_class: Test (in tune: validation) accuracy by class name; null where a class has no image.
         tuned: Parameters, head parameters, share of the backbone, parameters by name, multiplications and additions of
@@ -168,6 +168,7 @@ def _protocol(result: Result) -> dict[str, Any]:
     names = ("task", "method", "recipe", "split", "precision", "data", "backbone")
     found = {name: getattr(result, name) for name in names}
     own = ("token_mask", "segment_mask", "initial")  # what a seed's own chain of pruning found
+    found["backbone"] = {name: value for name, value in result.backbone.items() if name != "pooling"}  # it follows
     return found | {"method": {name: value for name, value in result.method.items() if name not in own}}
 
 

@@ -19,13 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt import measure, pruning
 from visprompt.backbones import Backbone, BackboneSpec, build_backbone
+from visprompt.backbones.family import Family
 from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, unknown
 from visprompt.lit.checkpoint import ResumeCheckpoint
 from visprompt.lit.module import Diverged, TuningModule
 from visprompt.lit.trainer import build, build_loggers, build_trainer, close
-from visprompt.methods import build_method
+from visprompt.methods import Method, build_method
 from visprompt.optim import Recipe
 from visprompt.results import Result, read_result, write_result
 from visprompt.state import TunedState, save_state, write_atomically
@@ -227,7 +228,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
         attempt=attempt,
         data=run.identity["data"] | {"form": datamodule.form, "sizes": datamodule.sizes},
-        backbone=run.identity["backbone"] | {"carried_blocks": run.backbone.module.carried_blocks()},
+        backbone=run.identity["backbone"] | _as_driven(run.backbone.module, module.classifier.method),
         metrics=_last_row(resume) | module.scores,
         per_class=dict(zip(datamodule.class_names, module.per_class, strict=False)),
         tuned=tuned,
@@ -313,6 +314,11 @@ def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
     # as they are: in the config a depth of all blocks is null
     shape = {name: getattr(classifier.method, name, None) for name in ("depth", "num_tokens", "kept_tokens")}
     return counts | {name: value for name, value in shape.items() if value is not None}
+
+
+def _as_driven(family: Family, method: Method) -> dict[str, Any]:
+    """How the backbone was driven: blocks that carried prompt tokens in full, and what was pooled."""
+    return {"carried_blocks": family.carried_blocks(), "pooling": family.pooling(method.pool)}
 
 
 def _machine(trainer: L.Trainer) -> dict[str, Any]:

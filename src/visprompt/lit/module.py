@@ -139,7 +139,9 @@ class TuningModule(L.LightningModule):
 
     def _check_batch_norm(self) -> None:
         """Refuses batch statistics of less than the whole batch; on GPUs the trainer synchronises them."""
-        tuned = {name.rpartition(".")[0] for name in self.classifier.tuned_names}
+        trained = self.classifier.method.trains_backbone  # frozen, a backbone keeps its batch statistics
+        names = [n for n in self.classifier.tuned_names if trained or not n.startswith("backbone.")]
+        tuned = {name.rpartition(".")[0] for name in names}
         if not any(isinstance(m, _BatchNorm) and name in tuned for name, m in self.classifier.named_modules()):
             return
         if self.trainer.accumulate_grad_batches > 1:

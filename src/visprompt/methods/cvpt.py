@@ -55,8 +55,8 @@ class CVPT(Method):
         attentions = [getattr(block, "attn", None) for block in backbone.blocks]
         if any(type(attention) is not Attention for attention in attentions):
             raise UserError(
-                f"method cvpt cannot work on this backbone: it reads its prompts through timm's plain attention, and "
-                f"a {type(backbone.blocks[0]).__name__} has another; choose a plain ViT"
+                "method cvpt cannot work on this backbone: it reads its prompts through timm's plain attention, and "
+                f"these blocks, of class {type(backbone.blocks[0]).__name__}, have another; choose a plain ViT"
             )
         self._attentions = tuple(cast(list[Attention], attentions))
 

@@ -35,7 +35,10 @@ page against it. A number leads to the sentence that the pair is refused with.
 - EVA: timm's `Eva`, with rotary positions: EVA-02, DINOv3
 - Swin: `SwinTransformer`. ConvNeXt: `ConvNeXt`. ResNet: `ResNet`
 
-Blocks are residual blocks, counted through all stages; that is what `depth` and partial's `num_blocks` count.
+Blocks are residual blocks, counted through all stages; that is what `depth` and partial's `num_blocks` count. A
+method enters at sites (`src/visprompt/methods/base.py`): `weights`, the backbone's own parameters; `modules`, its layers,
+to be wrapped; `pixels`; `tokens`, prompts before a block; `keys_values`, rows of an attention; `branches` of a block;
+`stream`, one sequence of one width that every attention sees whole, which neither windows nor convolutions have.
 """
 
 

@@ -121,7 +121,8 @@ def pad(images: Tensor, prompts: Tensor, resize: bool, patch_size: int) -> Tenso
     width = prompts.shape[2]
     side = prompts.shape[3] + width
     if resize:
-        images = F.interpolate(images, size=(side - 2 * width,) * 2, mode="bilinear", antialias=True)
+        small = F.interpolate(images.float(), size=(side - 2 * width,) * 2, mode="bilinear", antialias=True)
+        images = small.to(images.dtype)  # float: there is no such kernel for 16 bits on every device
     mean, std = (prompts.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     strips = F.pad((prompts - mean) / std, (0, width, 0, side - width))
     # counter-clockwise: strip k of the turned image stands where k quarter turns bring the first

@@ -113,12 +113,11 @@ class SSF(Method):
             self.beta[name] = per_block(shapes, _draw_beta)
             for row, (place, layer) in enumerate(zip(places, layers, strict=True)):
                 model.set_submodule(place, ScaledShifted(layer, self, name, row))
-        inside_names = set(self.gamma.keys())
         for path in beside:
             name, layer = path.replace(".", "_"), model.get_submodule(path)
             name = _SHORT.get(name, name)
-            name = f"stem_{name}" if name in inside_names else name  # ResNet calls its first layers as those of a block
-            name = f"stem_{name}" if name in self.gamma else name  # a ResNet's own conv1, beside those of its blocks
+            if name in self.gamma:  # a ResNet's first conv1, or a last norm, beside those of the blocks
+                name = f"{'final' if path in backbone.final_names else 'stem'}_{name}"
             channels = _channels(layer)
             self.gamma[name] = nn.Parameter(torch.empty(channels).normal_(1, _STD))
             self.beta[name] = nn.Parameter(torch.empty(channels).normal_(0, _STD))
