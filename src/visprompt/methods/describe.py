@@ -36,9 +36,9 @@ page against it. A number leads to the sentence that the pair is refused with.
 - Swin: `SwinTransformer`. ConvNeXt: `ConvNeXt`. ResNet: `ResNet`
 
 Blocks are residual blocks, counted through all stages; that is what `depth` and partial's `num_blocks` count. A
-method enters at sites (`src/visprompt/methods/base.py`): `weights`, the backbone's own parameters; `modules`, its layers,
-to be wrapped; `pixels`; `tokens`, prompts before a block; `keys_values`, rows of an attention; `branches` of a block;
-`stream`, one sequence of one width that every attention sees whole, which neither windows nor convolutions have.
+method enters at sites (`src/visprompt/methods/base.py`): `weights`, the backbone's own parameters; `modules`, its
+layers, to be wrapped; `pixels`; `tokens`, prompts before a block; `keys_values`, rows of an attention; `branches` of a
+block; `stream`, one sequence of one width that every attention sees whole: neither windows nor convolutions have it.
 """
 
 
