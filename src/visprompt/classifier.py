@@ -163,13 +163,13 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def _macs(self) -> int:
         """Of matrix products and convolutions, as PyTorch's counter sees them (two operations each)."""
-        side = int(self.backbone.image_size)  # type: ignore[arg-type]  # nn.Module hides the int
+        height, width = self.backbone.own_size  # type: ignore[misc]  # nn.Module hides the pair
         training, like, counter = self.training, next(self.parameters()), FlopCounterMode(display=False)
         tuned = [p.requires_grad_(False) for _, p in self.tuned_parameters()]  # the counter would hang hooks on them
         self.eval()
         try:
             with counter:
-                self(torch.zeros(1, 3, side, side, device=like.device, dtype=like.dtype))
+                self(torch.zeros(1, 3, height, width, device=like.device, dtype=like.dtype))
         finally:
             self.train(training)
             for parameter in tuned:

@@ -9,13 +9,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from visprompt import run
+from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.lit.module import TuningModule
 from visprompt.lit.trainer import build_trainer
 from visprompt.methods.ensemble import Ensemble
 from visprompt.prediction import restore
 from visprompt.results import Result, read_result
-from visprompt.state import check_fits, load_state
+from visprompt.state import TunedState, check_fits, load_state
 
 console = Console()
 
@@ -35,8 +36,11 @@ def evaluate(cfg: DictConfig) -> float:
     folders = [Path(folder) for folder in (cfg.run if OmegaConf.is_list(cfg.run) else [cfg.run])]
     if not folders:
         raise UserError("run=[] names no run: give the folder of one, or of several to average their logits")
-    states, results = [load_state(folder) for folder in folders], [_finished(folder) for folder in folders]
-    job = _job(cfg, folders[0])
+    states, results = [load_state(folder) for folder in folders], [_scored(folder) for folder in folders]
+    job = load_job(folders[0], cfg.paths.data_dir, cfg.weights)
+    with open_dict(job):
+        job.trainer, job.callbacks, job.logger = cfg.trainer, cfg.callbacks, None
+        job.precision = cfg.precision or job.precision
     prepared = run.prepare(job)
     for folder, state, result in zip(folders, states, results, strict=True):
         if state.method.get("initial") is not None and len(folders) > 1:
@@ -44,18 +48,8 @@ def evaluate(cfg: DictConfig) -> float:
                 f"{folder} was pruned by itself, and the states of an ensemble have one shape: give runs with "
                 "method.prune=false"
             )
-        method = prepared.identity["method"]
-        check_fits(state, folder, method=method, class_names=prepared.datamodule.class_names)
-        if dict(state.preprocessing) != dict(prepared.datamodule.preprocessing):
-            raise UserError(
-                f"{folder} was tuned with other preprocessing than {folders[0]}: give runs that agree in it"
-            )
-        check_fits(state, folder, backbone=prepared.backbone.record())
-        if prepared.datamodule.fingerprint != result.data["fingerprint"]:
-            raise UserError(f"the data of {folder} have changed since it was trained: its test set is another one now")
-    # a copy: the next run of this process gets the same backbone
-    backbone = replace(prepared.backbone, module=deepcopy(prepared.backbone.module))
-    module = TuningModule(restore(states[0], folders[0], backbone), run.make_recipe(job), job.seed)
+        check_prepared(prepared, state, result, folder, folders[0])
+    module = TuningModule(restore_on(prepared, states[0], folders[0]), run.make_recipe(job), job.seed)
     if len(states) > 1:
         members = Ensemble(module.classifier, [state.tensors for state in states])
         module.classifier = members.eval()  # type: ignore[assignment]  # it gives logits, all that scoring asks for
@@ -72,24 +66,44 @@ def evaluate(cfg: DictConfig) -> float:
     return score
 
 
-def _finished(folder: Path) -> Result:
+def finished(folder: Path) -> Result:
+    """The result of a finished run.
+
+    Raises:
+        UserError: The folder holds none.
+    """
     result = read_result(folder)
     if result is None:
         raise UserError(f"{folder} holds no finished run: give the folder that its table named")
+    return result
+
+
+def _scored(folder: Path) -> Result:
+    result = finished(folder)
     if result.split != "final":
         raise UserError(f"{folder} is a run of split=tune, which has no test set: give a run of split=final")
     return result
 
 
-def _job(cfg: DictConfig, folder: Path) -> Any:
-    """The job of a run, for this machine."""
+def load_job(folder: Path, data_dir: str | None, weights: str | None) -> Any:
+    """The job of a finished run, for this machine.
+
+    Args:
+        folder: The run's.
+        data_dir: Where data are that do not lie where the run found them; None leaves its own folders.
+        weights: The file of backbone weights; None takes the run's own.
+
+    Returns:
+        Its config; the trainer in it is still that of the run.
+
+    Raises:
+        UserError: There is no file of weights at that place.
+    """
     job: Any = OmegaConf.load(folder / "config.yaml")
     with open_dict(job):
-        job.trainer, job.callbacks, job.logger = cfg.trainer, cfg.callbacks, None
-        job.precision = cfg.precision or job.precision
-        job.backbone.weights = cfg.weights or job.backbone.weights
-        for name, place in (("data_dir", cfg.paths.data_dir), ("store_dir", f"{cfg.paths.data_dir}/stores")):
-            if name in job.data and not Path(job.data[name]).is_dir():
+        job.backbone.weights = weights or job.backbone.weights
+        for name, place in (("data_dir", data_dir), ("store_dir", f"{data_dir}/stores")):
+            if data_dir and name in job.data and not Path(job.data[name]).is_dir():
                 job.data[name] = place  # the run was made on another machine
         if "weights" in job.method:  # of a side network: the state brings the values
             job.method.weights = load_state(folder).method["weights"]
@@ -98,3 +112,32 @@ def _job(cfg: DictConfig, folder: Path) -> Any:
     if job.backbone.weights and not Path(job.backbone.weights).expanduser().exists():
         raise UserError(f"there is no file of backbone weights at {job.backbone.weights}: give weights=FILE")
     return job
+
+
+def check_prepared(prepared: run.Run, state: TunedState, result: Result, folder: Path, source: Path) -> None:
+    """Refuses data and a backbone that are not those of a finished run.
+
+    Args:
+        prepared: What `run.prepare` made of a job.
+        state: What the run tuned.
+        result: What it recorded.
+        folder: Where it lies, for messages.
+        source: Where the job comes from, for messages.
+
+    Raises:
+        UserError: Method, classes, preprocessing, backbone or data differ.
+    """
+    check_fits(state, folder, method=prepared.identity["method"], class_names=prepared.datamodule.class_names)
+    found = prepared.datamodule.preprocessing
+    if missing := [name for name in found if name not in state.preprocessing]:
+        raise UserError(f"{folder} does not say its {missing[0]}: an older version wrote it, run its command again")
+    if dict(state.preprocessing) != found:
+        raise UserError(f"{folder} was tuned with other preprocessing than {source}: give runs that agree in it")
+    check_fits(state, folder, backbone=prepared.backbone.record())
+    if prepared.datamodule.fingerprint != result.data["fingerprint"]:
+        raise UserError(f"the data of {folder} have changed since it was trained: its test set is another one now")
+
+
+def restore_on(prepared: run.Run, state: TunedState, path: Path) -> Classifier:
+    """The classifier of a tuned state on a copy of a prepared backbone, which the process's next run gets too."""
+    return restore(state, path, replace(prepared.backbone, module=deepcopy(prepared.backbone.module)))

@@ -52,7 +52,14 @@ def backbone_of(state: TunedState, weights: str | None) -> Backbone:
     """
     names = {f.name for f in fields(BackboneSpec)}
     spec = BackboneSpec(**{k: v for k, v in state.backbone.items() if k in names})
-    return build_backbone(replace(spec, weights=weights))
+    try:
+        return build_backbone(replace(spec, weights=weights))
+    except UserError as error:
+        if weights is not None:
+            raise
+        raise UserError(
+            f"{error}; where the state was tuned on weights of a file, give that file: weights=FILE"
+        ) from error
 
 
 def predict(state: str, images: str, *, output: str, batch_size: int, device: str, weights: str | None) -> None:
@@ -75,7 +82,7 @@ def predict(state: str, images: str, *, output: str, batch_size: int, device: st
         raise UserError(f"there is no folder {folder}: correct images=...")
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
     classifier = restore(tuned, path, backbone_of(tuned, weights))
-    where = _device(device)
+    where = find_device(device)
     classifier.to(where)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -94,7 +101,7 @@ def predict(state: str, images: str, *, output: str, batch_size: int, device: st
     console.print(f"{count} of {len(files)} files labelled: {output}", soft_wrap=True, highlight=False)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)

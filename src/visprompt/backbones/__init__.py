@@ -28,7 +28,7 @@ class BackboneSpec:
     Attributes:
         name: The embedded demo backbone's name or a timm model name, with or without a pre-training tag.
         weights: A file of weights (.safetensors, .pth, .npz) or a folder with one; None takes timm's cache or hub.
-        pretrained: False leaves random weights, for tests and for training from scratch.
+        pretrained: False leaves random weights, for tests and for training from scratch, and reads no file.
         image_size: Side of the input in pixels; None is the model's own.
         global_pool: Another of timm's poolings for the trained model, whose norms stay where they are; None is its own.
         exact: False carries prompt tokens through every block, for comparison.
@@ -102,6 +102,11 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
             f"backbone {spec.name} cannot be built: {reason or type(error).__name__}; "
             "check backbone.name, backbone.image_size, backbone.global_pool and backbone.kwargs"
         ) from error
+    if spec.image_size not in (None, module.image_size):
+        raise UserError(
+            f"backbone.image_size={spec.image_size} was not taken, {spec.name} is built for {module.image_size}: "
+            "give one size alone, as +backbone.kwargs.img_size=... where the model needs it so"
+        )
     config = model.pretrained_cfg if spec.name != DEMO else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     module.mean, module.std = tuple(config["mean"]), tuple(config["std"])
     digest = hash_tensors(model.state_dict())

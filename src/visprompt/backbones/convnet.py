@@ -33,10 +33,7 @@ class ConvNet(Family):
     sites = frozenset({"weights", "modules", "pixels"})
 
     def __init__(self, model: nn.Module, exact: bool = True) -> None:
-        if type(model) is not self.model_class:
-            raise UserError(
-                f"backbone class {type(model).__name__} is not timm's plain {self.model_class.__name__}: choose one"
-            )
+        self.check_class(model)
         cast(Any, model).reset_classifier(0)
         super().__init__(model, exact)
         order = self._order()
@@ -78,6 +75,10 @@ class ConvNet(Family):
         """Features [B, width] of the last block's maps, as the model's own classifier would get them."""
         return cast(Tensor, cast(Any, self.model).forward_head(x, pre_logits=True))
 
+    def pooling(self, pool: str | None) -> str:
+        """Timm's own word: there are no tokens to choose from."""
+        return str(cast(Any, getattr(self.model, "head", self.model)).global_pool.pool_type)
+
     def to_block(self, stop: int, images: Tensor, method: Method) -> Tensor:
         """Flat maps [B, channels, height * width] before block `stop`, at or below the method's `first_block`.
 
@@ -86,7 +87,7 @@ class ConvNet(Family):
         """
         x = self._through(self.embed(images, method), 0, stop)
         flat = x.flatten(2)
-        if side_of(flat.shape[2], self.grids[stop]) != x.shape[2:]:
+        if x.shape[2] != x.shape[3]:
             raise UserError(
                 f"the first blocks are computed once for all epochs, for square images alone, and these are "
                 f"{images.shape[-2]} x {images.shape[-1]}: crop or resize them"

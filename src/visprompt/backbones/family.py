@@ -50,6 +50,20 @@ class Family(nn.Module):
         config = getattr(model, "pretrained_cfg", None) or {}
         self.mean, self.std = config.get("mean"), config.get("std")
 
+    @classmethod
+    def check_class(cls, model: nn.Module) -> None:
+        """Refuses a model of another class than the family's.
+
+        A subclass is refused too: it may embed or pool in another way (timm's distilled ViT has two class tokens).
+
+        Raises:
+            UserError: It is of another class.
+        """
+        if type(model) is not cls.model_class:
+            raise UserError(
+                f"backbone class {type(model).__name__} is not a plain timm {cls.model_class.__name__}: choose one"
+            )
+
     @property
     def blocks(self) -> list[nn.Module]:
         """The residual blocks of all stages in their order."""

@@ -55,8 +55,8 @@ class Swin(TokenFamily):
     stem = "patch_embed.proj"
 
     def __init__(self, model: nn.Module, exact: bool = True) -> None:
-        if type(model) is not SwinTransformer:  # a subclass may compute something else
-            raise UserError(f"backbone class {type(model).__name__} is not a plain timm SwinTransformer: choose one")
+        self.check_class(model)
+        model = cast(SwinTransformer, model)
         if foreign := _foreign(model):
             raise UserError(f"this SwinTransformer has a {foreign}, which nothing drives: choose a plain one of timm")
         if not model.head.global_pool.pool_type:
@@ -81,6 +81,16 @@ class Swin(TokenFamily):
         fit = all(block.attn.qkv.out_features == 3 * block.dim for block in blocks)
         everywhere = {"tokens", "weights", "modules", "pixels", "branches"}
         self.sites = frozenset(everywhere | ({"keys_values"} if fit else set()))
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images it was built for; a model may be oblong."""
+        height, width = self.model.patch_embed.img_size
+        return height, width
+
+    def pooling(self, pool: str | None) -> str:
+        """Timm's own word, and of which tokens: with prompts the default is of both."""
+        return f"{cast(Any, self.model.head).global_pool.pool_type} of {pool or 'image_prompt'}"
 
     def is_proven(self, block: nn.Module) -> bool:
         """Whether the block is of the plain class."""

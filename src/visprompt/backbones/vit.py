@@ -32,10 +32,7 @@ class ViT(TokenFamily):
     stem = "patch_embed.proj"
 
     def __init__(self, model: nn.Module, exact: bool = True) -> None:
-        # exact class: a subclass may embed or pool in another way (timm's distilled one has two class tokens)
-        if type(model) is not self.model_class:
-            own = self.model_class.__name__
-            raise UserError(f"backbone class {type(model).__name__} is not a plain timm {own}: choose one")
+        self.check_class(model)
         model = cast(VisionTransformer, model)
         if model.attn_pool is None and not model.global_pool:
             raise UserError("the backbone pools nothing: set backbone.global_pool to token, avg, avgmax or max")

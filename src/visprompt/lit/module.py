@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from visprompt.backbones.vit import ViT
+from visprompt.backbones.family import TokenFamily
 from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.dataset import ArrayDataset, Batch, TicketDataset
@@ -135,7 +135,7 @@ class TuningModule(L.LightningModule):
         batches = self._datamodule.feature_dataloader(dataset.subset(rows))
         images = (self._apply_batch_transfer_handler(batch).images for batch in batches)
         method, backbone = self.classifier.method, self.classifier.backbone
-        initialise(cast(VPT, method), cast(ViT, backbone), images, self.seed)
+        initialise(cast(VPT, method), cast(TokenFamily, backbone), images, self.seed)
 
     def _check_batch_norm(self) -> None:
         """Refuses batch statistics of less than the whole batch; on GPUs the trainer synchronises them."""

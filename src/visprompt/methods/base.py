@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from visprompt.errors import unknown
+from visprompt.errors import UserError, unknown
 
 HEAD_INITS = ("vpt", "zeros")
 POOLS = ("cls", "image", "prompt", "image_prompt")
@@ -119,6 +119,29 @@ class Method(nn.Module):
     def __init__(self, backbone: Geometry) -> None:
         super().__init__()
         self.num_blocks = backbone.num_blocks
+
+    def check_pool(self, backbone: Geometry) -> None:
+        """Refuses a `pool` that reads what is not there; to be called when the token flow is known.
+
+        Raises:
+            UserError: The word is unknown, or there are no such outputs behind the last block.
+        """
+        if self.pool is None:
+            return
+        if self.pool not in POOLS:
+            raise unknown("method.pool", str(self.pool), POOLS)
+        if "tokens" not in backbone.sites:
+            raise UserError(f"method.pool={self.pool} reads tokens, and this backbone has none: give method.pool=null")
+        if self.pool == "cls" and not backbone.has_class_token:
+            raise UserError("method.pool=cls needs a class token, which this backbone does not have")
+        there = False
+        for flow in self.token_flow():
+            there = there if flow is Flow.KEEP else flow is not Flow.DROP
+        if self.pool in ("prompt", "image_prompt") and not there:
+            raise UserError(
+                f"method.pool={self.pool} reads prompts behind the last block, where there are none: let them enter or "
+                "flow there (method.depth=null, depth_from=last or carry_over=true, and a location that prepends)"
+            )
 
     @property
     def needs_images(self) -> bool:

@@ -2,7 +2,8 @@
 
 Linear:    a linear head on frozen features.
 Mlp-k:     a head of k linear layers; every hidden one is followed by ReLU, batch norm and dropout.
-Partial-k: the last k blocks and the final norm.
+Partial-k: the last k residual blocks and the final norm. The released code counts stages on a ResNet; here blocks,
+           everywhere.
 Full:      everything.
 
 The paper says no more of Mlp-k than "k layers". That k counts the last layer too follows from its table 1: Mlp-3 with

@@ -16,7 +16,8 @@ from visprompt.methods.locations import LOCATIONS
 _TINY_VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MEMBERS: Mapping[str, tuple[str, dict[str, Any]]] = {  # a small random member of each family
     "ViT": ("vit_tiny_patch16_224", _TINY_VIT),
-    "EVA": ("eva02_tiny_patch14_224", _TINY_VIT),
+    "DINOv3": ("vit_base_patch16_dinov3", {k: v for k, v in _TINY_VIT.items() if k != "patch_size"}),
+    "EVA-02": ("eva02_base_patch14_224", _TINY_VIT | {"img_size": 28, "patch_size": 14}),
     "Swin": (
         "swin_tiny_patch4_window7_224",
         {"img_size": 32, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4), "window_size": 4},
@@ -32,7 +33,7 @@ Made by `make docs`, which builds every pair with a small random backbone and ta
 page against it. A number leads to the sentence that the pair is refused with.
 
 - ViT: timm's `VisionTransformer`: supervised ViT, DeiT III, MAE, MoCo v3, DINO, DINOv2, CLIP, SigLIP
-- EVA: timm's `Eva`, with rotary positions: EVA-02, DINOv3
+- DINOv3, EVA-02: two members of timm's `Eva`, with rotary positions
 - Swin: `SwinTransformer`. ConvNeXt: `ConvNeXt`. ResNet: `ResNet`
 
 Blocks are residual blocks, counted through all stages; that is what `depth` and partial's `num_blocks` count. A

@@ -11,7 +11,6 @@ instead of strided; only what is kept is a parameter.
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +35,7 @@ class E2VPT(Method):
         share_kv: Whether one tensor serves as keys and as values.
         kv_blocks: Attentions with key-value prompts: a word of `KV_BLOCKS`, or indices counted from 0.
         dropout: Dropout on the values of input prompts, drawn for every image anew.
+        pool: Which outputs of the last block are pooled, one of `base.POOLS`; None for the backbone's own pooling.
         num_segments: Contiguous segments of a token (S); needed where something is pruned, S must divide the width.
         mask_per_layer: Whether every prompted layer has masks of its own, with as many values kept in each.
         token_mask: 0 or 1 for every token, [p] or [layers, p]; None keeps all.
@@ -86,6 +86,7 @@ class E2VPT(Method):
         prune: bool = False,
         prune_tokens: Sequence[int] | None = None,
         prune_segments: Sequence[int] | None = None,
+        pool: str | None = None,
     ) -> None:
         super().__init__(backbone)
         if min(num_tokens, num_kv_tokens) < 0 or num_tokens + num_kv_tokens == 0:
@@ -106,12 +107,17 @@ class E2VPT(Method):
         self.num_tokens, self.depth, self.carry_over = num_tokens, depth if num_tokens else 0, carry_over
         self.num_segments, self.mask_per_layer, self.initial = num_segments, mask_per_layer, initial
         self.kv_blocks = _blocks(kv_blocks, self.num_blocks) if num_kv_tokens else ()
+        self.pool = pool
+        self.check_pool(backbone)
         self.dropout = nn.Dropout(dropout)
         self.gates: Tensor | None = None
         self._set_masks(token_mask, segment_mask)
         if num_tokens:
             # all are drawn, so that those kept, and what is drawn after them, are those of the unpruned method
-            drawn = per_block([(num_tokens, width) for width in widths], partial(_draw_prompts, backbone.patch_size))
+            bound = vpt_bound(backbone.patch_size, backbone.widths[0])  # one for all stages
+            drawn = per_block(
+                [(num_tokens, width) for width in widths], lambda prompts: prompts.uniform_(-bound, bound)
+            )
             if pruned:
                 left = self.kept(drawn.data if isinstance(drawn, nn.Parameter) else [one.data for one in drawn])
                 stacked = isinstance(drawn, nn.Parameter)
@@ -119,9 +125,9 @@ class E2VPT(Method):
             self.prompts = drawn
         if num_kv_tokens:
             sizes = [(backbone.heads[block], backbone.widths[block]) for block in self.kv_blocks]
-            shapes = [(heads, num_kv_tokens, width // heads) for heads, width in sizes]
+            kv_shapes = [(heads, num_kv_tokens, width // heads) for heads, width in sizes]
             for name in ("kv_prompts",) if share_kv else ("k_prompts", "v_prompts"):
-                setattr(self, name, per_block(shapes, _draw_keys_values))
+                setattr(self, name, per_block(kv_shapes, _draw_keys_values))
 
     @property
     def first_block(self) -> int:
@@ -195,12 +201,6 @@ class E2VPT(Method):
         parts = values.new_zeros(segments.numel(), values.shape[-1])
         parts = parts.index_copy(0, _first(segments.flatten(), len(values)), values)
         return parts.view(self.num_tokens, -1).index_select(0, _first(tokens, self._left))
-
-
-def _draw_prompts(patch_size: int, prompts: Tensor) -> None:
-    """VPT's rule for prompts [..., width]."""
-    bound = vpt_bound(patch_size, prompts.shape[-1])
-    prompts.uniform_(-bound, bound)
 
 
 def _draw_keys_values(prompts: Tensor) -> None:

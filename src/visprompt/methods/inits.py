@@ -80,7 +80,9 @@ def _class_tokens(method: VPT, backbone: TokenFamily, images: Tensor, generator:
     states = backbone.states(images)
     layers = method.prompted_blocks[: len(method.prompts)]
     if method.init == "cls":
-        final: Tensor = backbone.model.get_submodule("norm")(states[-1])[:, 0]
+        final = states[-1][:, 0]
+        for name in backbone.final_names:
+            final = backbone.model.get_submodule(name)(final)
         return [final for _ in layers]
     return [states[block + 1][:, 0] for block in layers]
 

@@ -8,7 +8,8 @@ pad             E = Conv(pad(I))   pixels around the image; U[0, 1], normalised 
 concat_channel  E = Conv(I) + W P  further input channels with a patch embedding of their own (the code's `below`)
 
 Different from the released code: `add` and `add_one` leave class and register tokens alone, as the paper's text has it;
-beside further channels, the three channels' own patch embedding stays frozen, with its pre-trained values.
+beside further channels, the three channels' own patch embedding (and a ResNet's first norm) stays frozen, with its
+pre-trained values; further channels start in U(-v, v) on every backbone, where the code's ResNet has U[0, 1].
 """
 
 import math
@@ -72,9 +73,9 @@ def draw_pixels(location: str, num_tokens: int, backbone: Geometry, pad_resize: 
         UserError: The padding leaves nothing of the image, or the image is not square.
     """
     side, patch = backbone.image_size, backbone.patch_size
+    if location in ("pad", "concat_channel") and backbone.grids[0][0] != backbone.grids[0][1]:
+        raise UserError(f"method.location={location} needs square images: choose another location for this backbone")
     if location == "pad":
-        if backbone.grids[0][0] != backbone.grids[0][1]:
-            raise UserError("method.location=pad needs square images: choose another location for this backbone")
         if pad_resize and 2 * num_tokens >= side:
             raise UserError(
                 f"method.num_tokens={num_tokens} pixels on each side leave nothing of an image of {side}: "

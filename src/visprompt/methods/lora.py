@@ -153,7 +153,7 @@ def find_linears(backbone: Geometry, paths: Sequence[str], method: str) -> list[
         if type(layer) is not nn.Linear:
             raise UserError(
                 f"method {method} cannot work on this backbone: its {type(block).__name__} has no linear layer "
-                f"{path}; choose a backbone of plain timm blocks"
+                f"{path}; choose a backbone that has it, such as a plain ViT"
             )
     return blocks
 

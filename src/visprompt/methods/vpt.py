@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from visprompt.errors import UserError, unknown
 from visprompt.methods import locations
-from visprompt.methods.base import POOLS, Flow, Geometry, Method, drop, per_block
+from visprompt.methods.base import Flow, Geometry, Method, drop, per_block
 
 SHARED = ("none", "intra", "inter", "all")
 INITS = ("random", "cls", "cls_layer", "patch_sample", "patch_pool", "patch_kmeans")
@@ -55,7 +55,8 @@ class VPT(Method):
         shared: "none", "intra" (the tokens of a layer are one vector), "inter" (all layers have one set) or "all".
         project: Width of the prompts (h) before one linear layer, shared by all blocks, brings them to the backbone's;
             None for prompts of the backbone's width.
-        pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's own pooling.
+        pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's own pooling (Swin's
+            is over image and prompts, as in the paper).
         init: "random", or features of training images that `inits.initialise` puts in: "cls" (class tokens behind the
             last block), "cls_layer" (behind each prompted block), "patch_sample", "patch_pool" or "patch_kmeans"
             (patch tokens before each prompted block, as SPT has them).
@@ -63,9 +64,10 @@ class VPT(Method):
         pad_resize: Where the location is "pad": whether images shrink so that their side stays, or the side grows.
 
     Attributes:
-        prompts: [depth, num_tokens, width], U(-v, v) with v = sqrt(6 / (3 * patch^2 + width)) (the released code's);
-            with `project` h instead of width; a shared axis is 1; a list over the layers where their widths (Swin's
-            stages) or numbers of patches (`add`) differ. Other locations: `locations.draw_pixels`.
+        prompts: [depth, num_tokens, width], U(-v, v) with v = sqrt(6 / (3 * patch^2 + width)) (the released code's; on
+            Swin the first stage's width for all); with `project` h instead of width; a shared axis is 1; a list over
+            the layers where their widths (Swin's stages) or numbers of patches (`add`) differ. Other locations:
+            `locations.draw_pixels`.
         project: Linear(h -> width), weight kaiming-normal by fan-out, the bias PyTorch's own (the released code's).
         channel_embed: [width, num_tokens, patch, patch], the patch embedding of further channels.
 
@@ -95,7 +97,7 @@ class VPT(Method):
         super().__init__(backbone)
         depth = self.num_blocks if depth is None else depth
         _check_numbers(num_tokens, depth, self.num_blocks, dropout, project)
-        _check_words(depth_from, location, shared, pool, init)
+        _check_words(depth_from, location, shared, init)
         self.fixed_size = self.fixed_size or location in ("add", "pad", "concat_channel")
         locations.check_sites(location, backbone)
         self._first = 0 if depth_from == "first" else self.num_blocks - depth
@@ -110,19 +112,15 @@ class VPT(Method):
         self._check_widths(backbone, shared, project)
         self._draw(backbone, shared, project)
         self.project = None if project is None else _projection(project, backbone.widths[self._first])
-        if pool in ("prompt", "image_prompt") and not self._reaches_the_end():
-            raise UserError(
-                f"method.pool={pool} reads prompts behind the last block, where there are none: let them enter or flow "
-                "there (method.depth=null, depth_from=last or carry_over=true, and a location that prepends)"
-            )
+        self.check_pool(backbone)
         self._prefix = backbone.num_prefix if location in ("add", "add_one") else 0
         self._patch_embed: tuple[nn.Module, ...] = ()  # in a tuple: not a module of this method's
-        self._patch = backbone.patch_size if backbone.stem.startswith("patch_embed") else 1
+        self._patch = backbone.patch_size if "tokens" in backbone.sites else 1
         self._step: dict[str, Any] = {}
 
     def _draw(self, backbone: Geometry, shared: str, project: int | None) -> None:
-        def draw(values: Tensor) -> None:
-            bound = locations.vpt_bound(backbone.patch_size, values.shape[-1])
+        def draw(values: Tensor) -> None:  # one bound for all stages
+            bound = locations.vpt_bound(backbone.patch_size, project or backbone.widths[0])
             values.uniform_(-bound, bound)
 
         if self.location in locations.VECTORS:
@@ -179,12 +177,8 @@ class VPT(Method):
 
     def attach(self, backbone: Geometry) -> None:
         """Puts further channels into the first convolution, or checks what only the model itself can tell."""
-        if self.pool == "cls" or self.init in ("cls", "cls_layer"):
-            option = f"pool={self.pool}" if self.pool == "cls" else f"init={self.init}"
-            if not backbone.has_class_token:
-                raise UserError(f"method.{option} needs a class token, which this backbone does not have")
-        if self.pool is not None and "tokens" not in backbone.sites:
-            raise UserError(f"method.pool={self.pool} reads tokens, and this backbone has none: give method.pool=null")
+        if self.init in ("cls", "cls_layer") and not backbone.has_class_token:
+            raise UserError(f"method.init={self.init} needs a class token, which this backbone does not have")
         if self.location == "pad" and not self.pad_resize:
             locations.check_padded_side(backbone, self.num_tokens)
         if self.location == "prepend_pixel":
@@ -237,12 +231,6 @@ class VPT(Method):
         vectors = vectors.unsqueeze(0)
         return drop(self.dropout, vectors, batch_size)
 
-    def _reaches_the_end(self) -> bool:
-        there = False
-        for flow in self.token_flow():
-            there = there if flow is Flow.KEEP else flow is not Flow.DROP
-        return there
-
 
 def _projection(width: int, out: int) -> nn.Linear:
     layer = nn.Linear(width, out)
@@ -261,16 +249,15 @@ def _check_numbers(num_tokens: int, depth: int, num_blocks: int, dropout: float,
         raise UserError(f"method.project={project} is no width: give at least 1, or null for no projection")
 
 
-def _check_words(depth_from: str, location: str, shared: str, pool: str | None, init: str) -> None:
+def _check_words(depth_from: str, location: str, shared: str, init: str) -> None:
     words = (
         ("depth_from", depth_from, ("first", "last")),
         ("location", location, locations.LOCATIONS),
         ("shared", shared, SHARED),
-        ("pool", pool, POOLS),
         ("init", init, INITS),
     )
     for option, word, choices in words:
-        if word not in choices and not (option == "pool" and word is None):
+        if word not in choices:
             raise unknown(f"method.{option}", str(word), choices)
 
 
