@@ -13,6 +13,7 @@ from cli import equal, frozen, tensors, tiny_job
 from visprompt import chain, loop, pruning, run
 from visprompt.errors import UserError
 from visprompt.lit.module import TuningModule
+from visprompt.lit.trainer import without_wandb
 from visprompt.results import read_result
 
 pytestmark = [frozen, pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging")]
@@ -109,7 +110,7 @@ def test_every_link_starts_from_the_stored_initial_values(logs, final, starts):
 def test_the_stored_values_and_not_a_new_draw_are_where_a_run_starts(logs, final, tmp_path, monkeypatch):
     """As on a machine whose generator draws other numbers."""
     _, found = record(logs)
-    link = chain._link(job(logs, "split=tune"), found["initial"])
+    link = chain.link_of(job(logs, "split=tune"), found["initial"])
     (path,) = logs.rglob("initial/*.safetensors")
     (tmp_path / "digits" / "e2vpt" / "initial").mkdir(parents=True)
     (tmp_path / "digits" / "e2vpt" / "initial" / path.name).write_bytes(path.read_bytes())
@@ -142,7 +143,7 @@ def test_validation_chooses_and_ties_go_to_what_keeps_least(logs, final):
 def test_masks_are_those_of_the_trained_prompts_importance_over_all_training_images(logs, final, monkeypatch):
     _, found = record(logs)
     bare = job(logs, "split=tune", "method.prune_tokens=null", "method.prune_segments=null")
-    one, seen, original = run.prepare(chain._link(bare, found["initial"])), [], pruning.importance
+    one, seen, original = run.prepare(chain.link_of(bare, found["initial"])), [], pruning.importance
 
     def note(classifier, batches):
         batches = list(batches)
@@ -286,7 +287,7 @@ def test_masks_of_an_older_result_do_not_outlive_it(logs, final, tmp_path):
     ],
 )
 def test_tokens_or_segments_can_be_pruned_alone(tmp_path, options, points):
-    assert chain._points(job(tmp_path, *options)) == [pruning.Point(*one) for one in points]
+    assert chain.prune_points(job(tmp_path, *options)) == [pruning.Point(*one) for one in points]
 
 
 def test_a_varied_job_is_a_copy_with_values_replaced_as_a_whole(tmp_path):
@@ -332,7 +333,7 @@ def test_under_an_agent_the_final_run_alone_reports(final, tmp_path, begun, monk
     assert len(folders(tmp_path)) == 4
     (one,) = begun
     assert (one["id"], one["config"]["split"]) == (None, "final")
-    assert one["config"]["method"]["token_mask"] == result.method["token_mask"]
+    assert one["config"]["method.token_mask"] == result.method["token_mask"]
     assert one["logged"]["test/acc"] == result.metrics["test/acc"] == final.metrics["test/acc"]
     assert "val/acc" not in one["logged"]
 
@@ -348,7 +349,7 @@ def test_under_an_agent_the_chosen_point_alone_reports_and_is_not_trained_for_it
     assert (len(trained), result.attempt) == (3, 1)
     (one,) = begun
     assert (one["id"], one["config"]["split"]) == (None, "tune")
-    assert one["config"]["method"]["token_mask"] == result.method["token_mask"]
+    assert one["config"]["method.token_mask"] == result.method["token_mask"]
     assert one["logged"] == result.metrics
 
 
@@ -358,11 +359,9 @@ def test_under_an_agent_a_chain_that_diverged_reports_too(tmp_path, begun, monke
     assert [one["id"] for one in begun] == [None]
 
 
-def test_under_an_agent_other_loggers_go_on(tmp_path, monkeypatch):
+def test_under_an_agent_other_loggers_go_on(tmp_path):
     cfg = job(tmp_path, *WANDB, "+logger.tensorboard={_target_:lightning.pytorch.loggers.TensorBoardLogger}")
-    assert chain._silent(cfg) is cfg
-    monkeypatch.setenv("WANDB_RUN_ID", "agent-7")
-    assert list(chain._silent(cfg).logger) == ["tensorboard"]
+    assert list(without_wandb(cfg).logger) == ["tensorboard"]
     assert list(cfg.logger) == ["wandb", "tensorboard"]
 
 

@@ -34,6 +34,8 @@ SHELL = {
     "loop.py",
     "protocol.py",
     "inference.py",
+    "dryrun",
+    "reports",
 }
 BLOCKED = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb")
 

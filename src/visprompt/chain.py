@@ -12,7 +12,6 @@ result is the chain's reports to it.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from visprompt import measure, pruning
 from visprompt.errors import UserError, unknown
+from visprompt.lit.trainer import under_agent, without_wandb
 from visprompt.pruning import Importance, Point
 from visprompt.results import Result, choose, markdown_table
 from visprompt.run import Run, build_classifier, prepare
@@ -89,28 +89,21 @@ def run(job: DictConfig, run_one: RunOne) -> Result:
     if not prunes(job):
         return run_one(job)
     prepare(job)  # says what is wrong before anything is trained
-    tune = vary(_silent(job), {"split": "tune", "rerun": bool(job.rerun and job.split == "tune")})
+    quiet = without_wandb(job) if under_agent() else job  # what this process runs would log into one W&B run
+    tune = vary(quiet, {"split": "tune", "rerun": bool(job.rerun and job.split == "tune")})
     folder = prepare(tune).folder
-    found = _read(folder / "masks.json")
+    found = stored(folder / "masks.json")
     if job.split == "tune" or found is None or not pruning.has_initial(folder.parent, found["initial"]):
         link, result, found = _tune(tune, folder, run_one)
         if job.split == "tune" or found is None:
             if link.logger != job.logger:  # it was silent; it is finished, so that now it only reports
                 run_one(vary(link, {"logger": job.logger, "rerun": False}))
             return result
-    link = _link(job, found["initial"], found["options"])
+    link = link_of(job, found["initial"], found["options"])
     result = run_one(link)
     if result.status == "finished":
         _report(prepare(link).folder, result, found)
     return result
-
-
-def _silent(job: DictConfig) -> DictConfig:
-    """A job without W&B where all that this process runs would log into one W&B run, an agent's; else as it is."""
-    if "WANDB_RUN_ID" not in os.environ:
-        return job
-    loggers = (job.logger or {}).items()
-    return vary(job, {"logger": {name: one for name, one in loggers if not one._target_.endswith("WandbLogger")}})
 
 
 def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[DictConfig, Result, dict[str, Any] | None]:
@@ -120,17 +113,17 @@ def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[DictConfig, R
         The link that was chosen, its result, and what was found; the unpruned one and None where that diverged.
     """
     initial = _initial(job, folder)
-    points = _points(job)
+    points = prune_points(job)
     console.print(f"{job.task}/{job.method.name}: {len(points)} points of pruning, the unpruned first", highlight=False)
     bare = vary(job, {"method.prune_tokens": None, "method.prune_segments": None})
-    first = _link(bare, initial)
+    first = link_of(bare, initial)
     trained = run_one(first)
     if trained.status == "diverged":
         (folder / "masks.json").unlink(missing_ok=True)  # of an older result
         return first, trained, None
     found = _importance(first, trained, folder)
     options = [*(pruning.prune(found, point).options() for point in points[:-1]), {}]
-    links = [_link(bare, initial, masks) for masks in options]
+    links = [link_of(bare, initial, masks) for masks in options]
     results = [*(run_one(link) for link in links[:-1]), trained]
     best = choose(results, range(len(results)))  # ties go to what keeps fewer tokens, then fewer segments: it is first
     assert best is not None  # the unpruned one has not diverged
@@ -148,7 +141,8 @@ def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[DictConfig, R
     return links[best], results[best], record
 
 
-def _points(job: DictConfig) -> list[Point]:
+def prune_points(job: DictConfig) -> list[Point]:
+    """The points of pruning that a chain tries; the last one prunes nothing."""
     method = job.method
     # without percentages of the one kind the other kind is tried alone
     tokens, segments = (list(method[name] or (0,)) for name in ("prune_tokens", "prune_segments"))
@@ -158,7 +152,7 @@ def _points(job: DictConfig) -> list[Point]:
 def _initial(job: DictConfig, folder: Path) -> str:
     """Hash of the chain's stored initial values; draws and stores them where that has not been done."""
     with _alone(folder):
-        known = _read(folder / "initial.json")
+        known = stored(folder / "initial.json")
         if known and pruning.has_initial(folder.parent, known["initial"]):
             return str(known["initial"])
         one = prepare(job)
@@ -180,7 +174,7 @@ def _initial(job: DictConfig, folder: Path) -> str:
 def _importance(link: DictConfig, trained: Result, folder: Path) -> Importance:
     """Importance of the trained run's tokens and segments; measured once, by one process for all."""
     with _alone(folder):
-        known = _read(folder / "importance.json")
+        known = stored(folder / "importance.json")
         if known is None or known["of"] != trained.tuned["sha256"]:
             known = {"of": trained.tuned["sha256"]} | _measure(prepare(link)).lists()
             _write(folder / "importance.json", known)
@@ -208,7 +202,7 @@ def _batches(one: Run, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
             yield part.double(), labels
 
 
-def _link(job: DictConfig, initial: str, masks: dict[str, Any] | None = None) -> DictConfig:
+def link_of(job: DictConfig, initial: str, masks: dict[str, Any] | None = None) -> DictConfig:
     """A run of the chain: it starts from the stored initial values, or from what the masks keep of them."""
     options = {"initial": initial} | (masks or {})
     return vary(job, {f"method.{name}": value for name, value in options.items()})
@@ -229,7 +223,8 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def stored(path: Path) -> dict[str, Any] | None:
+    """A record of the chain, None where that step has not been taken."""
     return dict(json.loads(path.read_text())) if path.is_file() else None  # written atomically: there is no half of it
 
 

@@ -126,6 +126,11 @@ def _choices(arguments: Sequence[str]) -> list[str]:
 
 def _unknown_key(config_name: str, arguments: Sequence[str], error: Exception) -> UserError:
     groups = _choices(arguments)
+    own = [str(group) for group in compose(config_name, return_hydra_config=True).hydra.runtime.choices]
+    for argument in groups:
+        group = argument.lstrip("+~").partition("=")[0].partition("@")[0]
+        if group not in own:  # a group of another entry point
+            return unknown("key", group, [name for name in own if not name.startswith("hydra")])
     keys = set(_keys(compose(config_name, groups)))
     for argument in arguments:
         key = argument.partition("=")[0]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from visprompt import chain, compose, launch, measure
 from visprompt.errors import UserError
+from visprompt.lit.trainer import report_together, under_agent, without_wandb
 from visprompt.results import Result, read_result
 from visprompt.run import Run, prepare, run_job, write_config
 
@@ -36,6 +37,8 @@ class Outcome:
 def train(cfg: DictConfig) -> float:
     """Trains every task of a command line.
 
+    Under a W&B agent one command is one W&B run: one task logs to it as it trains, several report to it at the end.
+
     Args:
         cfg: What `@hydra.main` composed.
 
@@ -43,7 +46,8 @@ def train(cfg: DictConfig) -> float:
         Mean score over the tasks: val/acc in `split=tune`, else test/acc; -inf where one diverged.
 
     Raises:
-        UserError: A run failed, or (outside a multirun) diverged; all others were run before this is said.
+        UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; all others were run before this
+            is said.
     """
     launch.end_with_parent()
     if launch.is_rank():
@@ -52,9 +56,17 @@ def train(cfg: DictConfig) -> float:
         except BaseException as error:
             launch.give_reason(error)
             raise
-    outcomes = run_all(compose.jobs(cfg))
+    if cfg.dry_run:
+        from visprompt import dryrun  # imported late: it is built on this file
+
+        return dryrun.train(cfg)
+    jobs = compose.jobs(cfg)
+    together = under_agent() and len(jobs) > 1
+    outcomes = run_all([without_wandb(job) for job in jobs] if together else jobs)
+    if together and _is_first():
+        report_together(jobs, [o.result for o in outcomes])
     bad = [f"{o.name}: {o.reason}" for o in outcomes if o.result is None]
-    if not compose.in_multirun():
+    if not (compose.in_multirun() or under_agent()):  # there it is a point of a grid
         bad += [f"{o.name}: {o.reason}" for o in outcomes if o.result is not None and o.reason]
     if bad:
         raise UserError(f"{len(bad)} of {len(outcomes)} runs failed: " + "; ".join(bad))
@@ -103,12 +115,17 @@ def _run_one(cfg: DictConfig) -> Result:
             raise launch.RanksFailed(f"the ranks left no whole result in {run.folder}")
     else:
         result = run_job(run)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+    if not _is_first():
         return result
     if stored:
         _say_skipped(stored)
     show(result, run)
     return result
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all that run the same job."""
+    return not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
 
 
 def local_devices(trainer: DictConfig) -> int:

@@ -102,6 +102,11 @@ def predict(state: str, images: str, *, output: str, batch_size: int, device: st
 
 
 def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: There is no such device.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)

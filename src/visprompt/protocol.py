@@ -5,7 +5,7 @@ train800 and scoring val200 after the last epoch; the chosen ones are retrained 
 for each seed. No choice reads a test score. Every step is a run with a folder of its own, so the whole resumes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from visprompt import chain, compose
 from visprompt.errors import UserError, unknown
+from visprompt.lit.trainer import under_agent
 from visprompt.loop import Outcome, run_all
 from visprompt.methods import METHODS
 from visprompt.results import Cell, cell, choose, markdown_table
@@ -22,6 +23,7 @@ from visprompt.state import write_atomically
 
 GRID_SEED = 42
 console = Console()
+RunAll = Callable[[Iterable[DictConfig]], list[Outcome]]
 
 
 def tune(cfg: DictConfig) -> float:
@@ -34,18 +36,28 @@ def tune(cfg: DictConfig) -> float:
         Mean test accuracy over all cells.
 
     Raises:
-        UserError: An empty or unknown choice, or runs that failed; what is finished stays finished.
+        UserError: An empty or unknown choice, runs that failed (what is finished stays finished), or a W&B agent: what
+            it is told of the final runs, its sweep would choose by.
     """
+    if under_agent():
+        raise UserError(
+            "src/tune.py tries a grid and chooses from it, and so does a W&B sweep: "
+            "give its agents src/train.py with split=tune, or run src/tune.py without an agent"
+        )
     methods = [cfg.method.name] if cfg.methods is None else _choices(cfg, "methods")
     seeds = _choices(cfg, "seeds")
     for method in methods:
         if method not in METHODS:
             raise unknown("method", method, METHODS)
+    if cfg.dry_run:
+        from visprompt import dryrun  # imported late: it is built on this file
+
+        return dryrun.tune(cfg, methods, seeds)
     cells: dict[tuple[str, str], Cell] = {}
     failed: list[str] = []
     for method in methods:
         for job in compose.jobs(cfg, [f"method={method}"]):
-            scored = tune_one(job, seeds)
+            scored = tune_one(job, seeds, run_all)
             failed += [f"{o.name}: {o.reason}" for o in scored if o.reason]
             results = [o.result for o in scored if o.result is not None and not o.reason and o.result.split == "final"]
             try:
@@ -70,12 +82,13 @@ def _choices(cfg: DictConfig, name: str) -> list[Any]:
     return list(given)
 
 
-def tune_one(job: DictConfig, seeds: Sequence[int]) -> list[Outcome]:
+def tune_one(job: DictConfig, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
     """The protocol for one method on one task.
 
     Args:
         job: A composed job; its `recipe.grid` is what is tried.
         seeds: Seeds of the final runs.
+        run: Runs jobs and returns their outcomes, as `run_all` does.
 
     Returns:
         Outcomes of the final runs; those of the grid where one of its runs failed or all diverged.
@@ -88,12 +101,12 @@ def tune_one(job: DictConfig, seeds: Sequence[int]) -> list[Outcome]:
     fixed = {"split": "tune", "seed": GRID_SEED} | chain.unpruned(job)  # pruning comes when all else is chosen
     for key in points[0].keys() & fixed.keys():
         raise UserError(f"recipe.grid.{key} is nothing to try, the protocol itself sets it: take it out of the grid")
-    tried = run_all([chain.vary(job, point | fixed) for point in points])
+    tried = run([chain.vary(job, point | fixed) for point in points])
     chosen = choose([outcome.result for outcome in tried], points)
     if chosen is None or any(outcome.result is None for outcome in tried):
         return tried  # a choice among what happened to succeed would be another protocol
     console.print(f"{job.task}/{job.method.name}: chosen on validation: {chosen or 'the only point'}", highlight=False)
-    return run_all([chain.vary(job, dict(chosen) | {"split": "final", "seed": seed}) for seed in seeds])
+    return run([chain.vary(job, dict(chosen) | {"split": "final", "seed": seed}) for seed in seeds])
 
 
 def grid_points(grid: Any) -> list[dict[str, Any]]:

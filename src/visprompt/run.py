@@ -167,7 +167,7 @@ def run_job(run: Run) -> Result:
             build_loggers(run.cfg, run.folder, stored.attempt, stored.tuned) if trainer.is_global_zero else ()
         ):
             logger.log_metrics(dict(stored.metrics))
-            close(logger, "success")
+            close(logger, "success" if stored.status == "finished" else "failed", run.folder)
         return stored
 
 
@@ -219,28 +219,28 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     status = "failed"
     try:
         diverged = _fit_and_score(trainer, module, datamodule, resume)
-        status = "success"
+        result = Result(
+            status="finished" if diverged is None else "diverged",
+            **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
+            attempt=attempt,
+            data=run.identity["data"] | {"form": datamodule.form, "sizes": datamodule.sizes},
+            backbone=run.identity["backbone"] | _as_driven(run.backbone.module, module.classifier.method),
+            metrics=_last_row(resume) | module.scores,
+            per_class=dict(zip(datamodule.class_names, module.per_class, strict=False)),
+            tuned=tuned,
+            time={"train_s": resume.seconds, "last_process_s": time.monotonic() - started},
+            peak_memory=measure.peak_memory(),
+            machine=_machine(trainer),
+            versions=measure.versions() | {"git_commit": measure.git_commit()},
+            diverged_step=diverged,
+            tags=tuple(cfg.tags),
+        )
+        if trainer.is_global_zero:
+            result = _finish(run, result, module.classifier)
+        status = "success" if diverged is None else "failed"  # a sweep must not take its last figure for a score
     finally:
         for logger in trainer.loggers:
-            close(logger, status)
-    result = Result(
-        status="finished" if diverged is None else "diverged",
-        **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
-        attempt=attempt,
-        data=run.identity["data"] | {"form": datamodule.form, "sizes": datamodule.sizes},
-        backbone=run.identity["backbone"] | _as_driven(run.backbone.module, module.classifier.method),
-        metrics=_last_row(resume) | module.scores,
-        per_class=dict(zip(datamodule.class_names, module.per_class, strict=False)),
-        tuned=tuned,
-        time={"train_s": resume.seconds, "last_process_s": time.monotonic() - started},
-        peak_memory=measure.peak_memory(),
-        machine=_machine(trainer),
-        versions=measure.versions() | {"git_commit": measure.git_commit()},
-        diverged_step=diverged,
-        tags=tuple(cfg.tags),
-    )
-    if trainer.is_global_zero:
-        result = _finish(run, result, module.classifier)
+            close(logger, status, run.folder)
     finished: Result = trainer.strategy.broadcast(result)  # with the checksum of the file that rank 0 wrote
     return finished
 

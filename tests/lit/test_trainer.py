@@ -46,10 +46,10 @@ def test_wandb_gets_the_runs_identity_and_searchable_fields(tmp_path, begun):
     assert started["logged"]["test/acc"] == result.metrics["test/acc"]
     config = started["config"]
     assert (config["task"], config["seed"], config["split"]) == ("digits", 0, "final")
-    assert config["method"]["name"] == "vpt_deep"
-    tuned = config["tuned"]
-    assert (tuned["num_tokens"], tuned["depth"], tuned["parameters"]) == (4, 2, 192)
-    assert tuned["share"] == result.tuned["share"]
+    assert (config["method.name"], config["method.num_tokens"], config["method.depth"]) == ("vpt_deep", 4, None)
+    assert (config["num_tokens"], config["depth"]) == (4, 2), "what accuracy is plotted against, as numbers"
+    assert (config["tuned.parameters"], config["tuned.share"]) == (192, result.tuned["share"])
+    assert not any(isinstance(value, dict) for name, value in config.items() if name != "_wandb")
     assert list(one.folder.glob(f"wandb/offline-run-*-{one.folder.name}/*.wandb"))
     _, stored = logged(tmp_path)
     assert stored == result

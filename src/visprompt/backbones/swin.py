@@ -85,7 +85,8 @@ class Swin(TokenFamily):
     @property
     def own_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images it was built for; a model may be oblong."""
-        height, width = self.model.patch_embed.img_size
+        embedding: Any = self.model.patch_embed
+        height, width = embedding.img_size
         return height, width
 
     def pooling(self, pool: str | None) -> str:

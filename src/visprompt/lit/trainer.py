@@ -1,7 +1,9 @@
 """Trainer, callbacks and loggers from a composed job."""
 
+import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError
 from visprompt.lit.checkpoint import SafetensorsIO
+from visprompt.results import Result
+
+log = logging.getLogger(__name__)
 
 
 def build(what: str, config: Any, **given: Any) -> Any:
@@ -50,6 +55,72 @@ def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
     return trainer
 
 
+class TunedWandbLogger(WandbLogger):
+    """W&B's logger, with a config of one level and the tuned state as an artifact.
+
+    Args:
+        artifact: Whether the tuned state of a finished run is uploaded, where W&B is online.
+        options: Those of Lightning's logger and of `wandb.init`.
+    """
+
+    def __init__(self, *, artifact: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self._wandb_init.pop("anonymous")  # W&B warns of it, and Lightning gives it always
+        self._uploads = artifact
+
+    def log_hyperparams(self, params: Any) -> None:
+        """Logs settings as fields named as on the command line, which is as a sweep names them: method.num_tokens."""
+        fields = dict(_flat(params))
+        if under_agent():  # what the sweep set is locked: W&B would warn of each
+            fields = {name: value for name, value in fields.items() if name not in self.experiment.config}
+        super().log_hyperparams(fields)
+
+    def log_state(self, folder: Path) -> None:
+        """Uploads a finished run's tuned state, with the result and config that `src/eval.py` reads beside it.
+
+        Args:
+            folder: The run's folder; a run without a tuned state has nothing to upload.
+        """
+        files = [folder / name for name in ("tuned.safetensors", "result.json", "config.yaml")]
+        if not self._uploads or self.experiment.offline or self.experiment.disabled or not files[0].is_file():
+            return
+        import wandb  # late: few runs need it, and it takes a second
+
+        artifact = wandb.Artifact(re.sub(r"[^a-zA-Z0-9_.-]", "_", "-".join(folder.parts[-3:])), type="tuned-state")
+        for file in files:
+            artifact.add_file(str(file))
+        try:
+            self.experiment.log_artifact(artifact)
+        except wandb.Error as error:  # the run is good all the same, and its folder holds the state
+            log.warning("W&B took no tuned state of %s: %s", folder, error)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested settings by dotted name; a list is a value."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def under_agent() -> bool:
+    """Whether a W&B agent started this command: all that it runs then belongs to the one W&B run of the agent's id."""
+    return "WANDB_RUN_ID" in os.environ
+
+
+def without_wandb(job: DictConfig) -> DictConfig:
+    """A copy of a job that logs to all its loggers but W&B."""
+    kept = {name: one for name, one in (job.logger or {}).items() if not _is_wandb(one)}
+    quiet = job.copy()
+    OmegaConf.update(quiet, "logger", kept, merge=False)
+    return quiet
+
+
+def _is_wandb(logger: DictConfig) -> bool:
+    return str(logger._target_).endswith("WandbLogger")
+
+
 def build_loggers(cfg: DictConfig, folder: Path, attempt: int, tuned: Mapping[str, Any]) -> list[Logger]:
     """The config's loggers, with the run's config and tuned share as searchable fields.
 
@@ -60,24 +131,76 @@ def build_loggers(cfg: DictConfig, folder: Path, attempt: int, tuned: Mapping[st
         tuned: Counts of tuned parameters.
     """
     task = folder.parents[1].name
+    run_id = {"id": folder.name + (f"-r{attempt}" if attempt else "")}
     loggers = []
     for config in (cfg.logger or {}).values():
         extra: dict[str, Any] = {"save_dir": str(folder)}
-        if config._target_.endswith("WandbLogger"):
-            run_id = folder.name + (f"-r{attempt}" if attempt else "")
-            # under a sweep's agent the agent's id stands
-            extra |= {"resume": "allow"} if "WANDB_RUN_ID" in os.environ else {"id": run_id, "resume": "allow"}
+        if _is_wandb(config):
+            extra |= {} if under_agent() else run_id  # the agent's id stands
             # the protocol changes the split of a composed job
-            extra |= {"name": f"{task}/{cfg.method.name}/{folder.name}", "job_type": cfg.split}
+            extra |= {"resume": "allow", "name": f"{task}/{cfg.method.name}/{folder.name}", "job_type": cfg.split}
         logger: Logger = build("logger", config, **extra)
-        settings: Any = OmegaConf.to_container(cfg)
-        logger.log_hyperparams(settings | {"task": task, "tuned": dict(tuned)})
+        logger.log_hyperparams(_settings(cfg, task, tuned))
         loggers.append(logger)
     return loggers
 
 
-def close(logger: Logger, status: str) -> None:
-    """Ends a logger as "success" or "failed", so that the next run of this process gets one of its own."""
+def _settings(cfg: DictConfig, task: str, tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """What a logger gets of a job: its config, its task, what is tuned, and what papers plot accuracy against."""
+    settings: Any = OmegaConf.to_container(cfg)
+    # as numbers, where the config says null for all blocks
+    axes = {name: tuned[name] for name in ("num_tokens", "depth") if name in tuned}
+    return settings | axes | {"task": task, "tuned": dict(tuned)}
+
+
+def report_together(jobs: Sequence[DictConfig], results: Sequence[Result | None]) -> None:
+    """Logs what the jobs of one command came to as one W&B run: every figure as <task>/<figure>, and their means.
+
+    Where a job failed or diverged, the run ends as failed and has no means: those of the others would pass for them.
+
+    Args:
+        jobs: Composed jobs, one for each task.
+        results: Their results; None where a job failed.
+    """
+    finished = [result for result in results if result is not None and result.status == "finished"]
+    metrics = {f"{result.task}/{name}": value for result in finished for name, value in result.metrics.items()}
+    whole = len(finished) == len(jobs)
+    metrics |= _means([result.metrics for result in finished]) if whole else {}
+    fields = _common(jobs, results) | {"tasks": [str(job.task) for job in jobs]}
+    for config in (jobs[0].logger or {}).values():
+        if _is_wandb(config):
+            place = {"save_dir": str(jobs[0].paths.log_dir), "resume": "allow", "job_type": jobs[0].split}
+            logger = build("logger", config, name=f"{len(jobs)} tasks/{jobs[0].method.name}", **place)
+            logger.log_hyperparams(fields)
+            logger.log_metrics(metrics)
+            close(logger, "success" if whole else "failed")
+
+
+def _means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of the figures that all tasks have; a number of images has none."""
+    names = [name for name in metrics[0] if all(name in one for one in metrics) and not name.endswith("/count")]
+    return {name: sum(one[name] for one in metrics) / len(metrics) for name in names}
+
+
+def _common(jobs: Sequence[DictConfig], results: Sequence[Result | None]) -> dict[str, Any]:
+    """The fields in which all jobs agree; where each task has a recipe of its own, its values are none."""
+    known = [
+        dict(_flat(_settings(job, str(job.task), result.tuned if result else {})))
+        for job, result in zip(jobs, results, strict=True)
+    ]
+    return {name: value for name, value in known[0].items() if all(one.get(name) == value for one in known)}
+
+
+def close(logger: Logger, status: str, folder: Path | None = None) -> None:
+    """Ends a logger, so that the next run of this process gets one of its own.
+
+    Args:
+        logger: One of `build_loggers`.
+        status: "success" or "failed".
+        folder: The folder of a run whose tuned state goes to W&B with it, if it was a success.
+    """
+    if isinstance(logger, TunedWandbLogger) and folder is not None and status == "success":
+        logger.log_state(folder)
     logger.finalize(status)
     if isinstance(logger, WandbLogger):
         logger.experiment.finish(exit_code=int(status == "failed"))

@@ -1,0 +1,251 @@
+"""Experiments of the papers: what each file says of itself is published, composes, and runs; and the papers' grids."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from cli import ROOT, call, command, composed, tiny
+from test_datasets_cli import MAIN
+from visprompt import chain, compose
+from visprompt.data.catalog import SUITES
+from visprompt.errors import UserError
+from visprompt.methods import METHODS
+from visprompt.protocol import grid_points
+from visprompt.reports.published import contents, published
+from visprompt.results import read_result
+
+EXPERIMENTS = ROOT / "configs" / "experiment"
+BENCHMARKS = ("vtab_natural", "vtab_specialized", "vtab_structured", "vtab_all", "fgvc")
+PAPERS = {  # an experiment's last word, and our name of the method
+    **{name: name for name in ("full", "linear", "partial", "mlp", "sidetune", "bias", "adapter", "e2vpt")},
+    **{"shallow": "vpt_shallow", "deep": "vpt_deep"},
+}
+PARTS = {  # of E^2VPT: key-value prompts, pruning
+    "e2vpt_prompts": {"num_kv_tokens": 0, "prune": False},
+    "e2vpt_prompts_kv": {"prune": False},
+    "e2vpt_prompts_pruned": {"num_kv_tokens": 0},
+}
+LATENCY = {  # of a step in the paper's table, by the names there and what they were measured with
+    "full": {"full": ""},
+    "linear": {"linear": ""},
+    "partial": {"partial_1": ""},
+    "bias": {"bias": ""},
+    "adapter": {"adapter_r8": ""},
+    "vpt_shallow": {"vpt_shallow_p1": " with 1 prompt", "vpt_shallow_p200": " with 200"},
+    "vpt_deep": {"vpt_deep_p1": " with 1 prompt", "vpt_deep_p200": " with 200"},
+}
+PAIRS = list(product(BENCHMARKS, PAPERS))
+
+
+def read(name):
+    """An experiment's header, and its content."""
+    text = (EXPERIMENTS / f"{name}.yaml").read_text()
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    return dict(re.match(r"# (\w+): +(.*)", line).groups() for line in header[1:]), yaml.safe_load(text)
+
+
+def expected(benchmark, method):
+    """The published figure as a header gives it."""
+    found = published(method, "vit_b16_in21k")
+    if benchmark in found.means:
+        figure = f"{found.means[benchmark]:.2f} %, mean of {len(SUITES[benchmark])} tasks"
+    else:
+        groups = ("natural", "specialized", "structured")
+        figure = ", ".join(f"{group} {found.means[f'vtab_{group}']:.2f} %" for group in groups)
+    return f"{figure} ({found.source}), searched per task: tune.py, grid=paper"
+
+
+def took(method):
+    """What a header says of time."""
+    cost = contents()["cost"]
+    figures = ", ".join(f"{cost[row][0]} ms{words}" for row, words in LATENCY.get(method, {}).items())
+    return f"; the paper's training latency (A100, batch 64): {figures}" if figures else ""
+
+
+def test_there_is_an_experiment_for_each_benchmark_and_method_of_the_papers():
+    found = {path.stem for path in EXPERIMENTS.glob("*.yaml") if not path.stem.startswith("demo_")}
+    assert found == {f"{b}_{m}" for b, m in PAIRS} | set(PARTS)
+
+
+@pytest.mark.parametrize(("benchmark", "word"), PAIRS)
+def test_an_experiment_is_a_recipe_on_a_benchmark_under_the_published_figure(benchmark, word):
+    header, content = read(f"{benchmark}_{word}")
+    method = PAPERS[word]
+    assert content == {
+        "defaults": [{"override /method": method}, {"override /backbone": "vit_b16_in21k"}],
+        "tasks": benchmark,
+    }
+    assert header["command"] == f"python src/train.py experiment={benchmark}_{word}"
+    beside = {"sidetune": "; method.weights=FILE with its AlexNet"}.get(method, "")
+    assert header["expected"] == expected(benchmark, method) + beside
+    trainings = "; eleven trainings for each task" if method == "e2vpt" else ""
+    assert header["time"] == "not measured here, dry_run=true estimates it" + took(method) + trainings
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_e2vpt_are_runs_of_their_own(name):
+    header, content = read(name)
+    assert content["method"] == PARTS[name]
+    assert "no figure is recorded" in header["expected"]
+    with composed("train", f"experiment={name}", "tasks=dtd") as cfg:
+        (job,) = compose.jobs(cfg)
+    assert (job.method.name, job.method.num_tokens, job.method.num_kv_tokens) == (
+        "e2vpt",
+        10,
+        PARTS[name].get("num_kv_tokens", 5),
+    )
+    trainings = len(chain.prune_points(job)) + 1 if chain.prunes(job) else 1
+    assert trainings == (11 if "eleven trainings" in header["time"] else 1)
+
+
+def test_an_experiment_gives_each_of_its_tasks_the_recipe_s_row():
+    with composed("train", "experiment=vtab_natural_deep", "trainer=ddp") as cfg:
+        found = compose.jobs(cfg)
+    assert [job.task for job in found] == list(SUITES["vtab_natural"])
+    assert [job.method.num_tokens for job in found] == [10, 10, 10, 1, 1, 50, 5]
+    assert [job.recipe.lr for job in found] == [5, 5, 5, 5, 5, 5, 25]
+    assert {(job.method.name, job.backbone.name, job.recipe.epochs, job.split) for job in found} == {
+        ("vpt_deep", "vit_base_patch16_224.orig_in21k", 100, "final")
+    }
+    assert {(job.trainer.strategy, job.trainer.devices) for job in found} == {("ddp", "auto")}
+
+
+def test_other_tasks_methods_and_numbers_can_be_had_of_an_experiment(monkeypatch):
+    given = ("experiment=fgvc_shallow", "tasks=[cub200,dtd]", "method=vpt_deep", "backbone=demo", "recipe.lr=0.5")
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    compose.check_words("train")
+    with composed("train", *sys.argv[1:]) as cfg:
+        found = compose.jobs(cfg)
+    assert [(job.task, job.method.name, job.recipe.lr) for job in found] == [
+        ("cub200", "vpt_deep", 0.5),
+        ("dtd", "vpt_deep", 0.5),
+    ]
+    assert found[0].backbone.name == "vit64_tiny_imagenet_100"
+
+
+@pytest.mark.parametrize("script", ["train", "tune"])
+def test_the_command_of_an_experiment_is_accepted(monkeypatch, capsys, script):
+    monkeypatch.setattr(sys, "argv", ["x.py", "experiment=vtab_natural_deep", "trainer=ddp", "data.source=prepared"])
+    compose.check_words(script)
+    assert capsys.readouterr() == ("", "")
+
+
+RATES = [50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1]
+LENGTHS = [1, 5, 10, 50, 100, 200]
+KINDS = {
+    "head": ([*RATES, 0.05], {}),
+    "adamw": ([0.005, 0.001, 0.0005, 0.0001], {}),
+    "prompts": (RATES, {"method.num_tokens": LENGTHS}),
+    "shallow": ([1000, 500, 250, 100, *RATES], {"method.num_tokens": LENGTHS}),
+    "e2vpt": (RATES, {"method.num_tokens": [5, 10], "method.num_kv_tokens": [5, 10]}),
+}
+KIND = {
+    **dict.fromkeys(("linear", "mlp", "sidetune"), "head"),
+    **dict.fromkeys(("vpt_shallow", "vpt_shallow_bias", "vpt_gated"), "shallow"),
+    **dict.fromkeys(("vpt_deep", "vpt_deep_bias", "vfpt", "vapt", "cvpt", "vpt_low_rank"), "prompts"),
+    "e2vpt": "e2vpt",
+}
+
+
+def grid_of(task, *arguments):
+    with compose.composing():
+        grid = compose.job("tune", [f"data={task}", *arguments]).recipe.grid
+    return OmegaConf.to_container(grid) if OmegaConf.is_dict(grid) else grid
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_grid_paper_is_the_paper_s_grid_of_each_method(method):
+    rates, lengths = KINDS[KIND.get(method, "adamw")]
+    grid = {"recipe.lr": rates, "recipe.weight_decay": [0.01, 0.001, 0.0001, 0], **lengths}
+    found = grid_of("vtab/cifar", f"method={method}", "grid=paper")
+    assert found == grid
+    assert (
+        len(grid_points(found))
+        == {"head": 40, "adamw": 16, "prompts": 216, "shallow": 312, "e2vpt": 144}[KIND.get(method, "adamw")]
+    )
+
+
+def test_grids_of_other_backbones_and_of_the_recipe():
+    assert grid_of("fgvc/cub200", "grid=paper")["recipe.lr"] == RATES
+    assert grid_of("vtab/dtd", "grid=paper_swin")["method.num_tokens"] == [1, 5, 10, 50]
+    pad = grid_of("vtab/dtd", "grid=paper_convnet", "method=vpt_shallow", "method.location=pad")
+    assert pad["recipe.lr"] == [5, 2.5, 1, 0.5, 0.25, 0.1, 0.05, 0.025, 0.01]
+    assert pad["method.num_tokens"] == [1, 3, 5, 7, 9, 11]
+    assert grid_of("vtab/dtd", "grid=paper_convnet", "method=full")["recipe.lr"] == [0.05, 0.025, 0.005, 0.0025]
+    assert grid_of("vtab/dtd", "grid=paper_mae", "method=linear")["recipe.lr"] == [*RATES, 0.05, 0.025, 0.005, 0.0025]
+    assert grid_of("vtab/dtd") == {"recipe.lr": [0.25, 1, 5, 25]}
+    assert grid_of("vtab/dtd", "grid=paper", "++recipe.grid={recipe.lr:[9.0]}") == {"recipe.lr": [9]}
+
+
+def test_the_papers_have_no_grid_for_other_tasks():
+    with pytest.raises(
+        UserError, match=r"recipe\.grid=paper \(which is for the tasks of VTAB-1k and FGVC\) is no grid"
+    ):
+        grid_points(grid_of("demo/digits", "grid=paper"))
+
+
+@pytest.fixture(scope="module")
+def natural(tmp_path_factory):
+    """The seven natural tasks, prepared from tiny copies of their files, and the options of a run on them."""
+    folder = tmp_path_factory.mktemp("natural")
+    tasks = ",".join(SUITES["vtab_natural"])
+    prepare = ("prepare.py", "tasks=vtab_natural", "image_size=64", f"paths.data_dir={folder}")
+    done = subprocess.run(
+        [sys.executable, str(MAIN), str(folder), "raw", tasks, *prepare], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    given = ("experiment=vtab_natural_deep", "trainer=ddp_sim", "backbone=demo", "callbacks=none", "recipe.epochs=1")
+    where = (f"paths.data_dir={folder}", "recipe.warmup_epochs=0")
+    return folder, tiny(folder / "logs", *given, *where)
+
+
+def finished(folder):
+    return {path.parts[-4]: read_result(path.parent) for path in (folder / "logs").glob("*/*/*/result.json")}
+
+
+def killed_behind(folder, arguments, count):
+    """Starts a command and kills it when some tasks are finished."""
+    with (folder / "killed.txt").open("w") as out:
+        process = subprocess.Popen(command("train", *arguments), stdout=out, stderr=out, process_group=0)
+        deadline = time.monotonic() + 200
+        while len(finished(folder)) < count and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_suite_goes_on_where_it_was_killed_and_a_broken_task_stops_no_other(natural):
+    folder, arguments = natural
+    killed_behind(folder, arguments, 2)
+    before = finished(folder)
+    assert 2 <= len(before) < 6
+    (pixels,) = (folder / "stores" / "svhn").rglob("pixels.bin")  # behind those that were finished
+    shutil.copy(pixels, folder / "whole")
+    os.truncate(pixels, 100)
+    done = call("train", *arguments, timeout=300)
+    assert done.returncode == 2
+    assert done.stdout.count("finished before") == len(before)
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: 1 of 7 runs failed: svhn/vpt_deep: ")
+    assert "train_32x32.mat" in error  # the reason: what the store could be made of anew is not SVHN's own file
+    assert set(finished(folder)) == set(SUITES["vtab_natural"]) - {"svhn"}
+    shutil.copy(folder / "whole", pixels)
+    done = call("train", *arguments, "trainer=cpu", timeout=300)  # what is finished is so for any number of devices
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished before") == 6
+    found = finished(folder)
+    assert set(found) == set(SUITES["vtab_natural"])
+    assert {result.status for result in found.values()} == {"finished"}
+    assert [task for task, result in found.items() if result.machine["devices"] == 1] == ["svhn"]
+    assert {task: found[task] for task in before} == before
