@@ -3,7 +3,7 @@
 #   make test PYTHON=python3.12               PYTHON names the Python of the environment (by default the first that fits)
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check table docs setup FORCE
+.PHONY: help demo test test-slow check table report docs setup FORCE
 
 export UV_PYTHON_DOWNLOADS := never
 export UV_PROJECT_ENVIRONMENT := .venv
@@ -46,6 +46,11 @@ check: $(STAMP)  ## ruff (lint and format) and mypy
 
 table: $(STAMP)  ## the README's table of the demo tasks: grid, choice, three seeds; goes on where it was stopped
 	$(RUN) src/tune.py experiment=demo_table $(ARGS)
+
+report: $(STAMP)  ## the protocol and an ablation on the demo, then a page of tables and figures: logs/report/index.html
+	$(RUN) src/tune.py experiment=demo_report
+	$(RUN) src/train.py -m experiment=demo_ablation method.num_tokens=1,10,50 method.depth=1,3,6
+	$(RUN) src/report.py inspect=auto $(ARGS)
 
 docs: $(STAMP)  ## the generated pages: docs/datasets.md, docs/methods-by-backbones.md
 	$(RUN) -m visprompt.data.describe > docs/datasets.md

@@ -1,0 +1,99 @@
+"""Every command that a page shows is taken by its entry point: trained ones as dry runs, the others for real."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+from PIL import Image
+
+from cli import ROOT, call, composed, frozen, tiny
+from visprompt import compose, dryrun, loop, protocol
+from visprompt.dryrun.pace import Pace
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks" / "README.md"]
+SHOWN = [
+    (page.name, line.partition("  #")[0].strip())
+    for page in PAGES
+    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+]
+OTHERS = {"method=scaled"}  # of the walk through adding a method, which has a test of its own
+
+
+def shown(start):
+    return sorted({line for _, line in SHOWN if line.startswith(start) and not OTHERS & set(line.split())})
+
+
+def arguments(line, folder):
+    """Arguments of a shown command, with the first of several values and a place for each word in capitals."""
+    places = {"PATH": folder / "images", "FILE_OR_FOLDER": folder / "none.pth"}
+    given = [argument for argument in shlex.split(line)[2:] if argument != "-m" and not argument.startswith("hydra/")]
+    for word, place in places.items():
+        given = [re.sub(rf"={word}$", f"={place}", argument) for argument in given]
+    return [argument if "[" in argument else argument.partition(",")[0] for argument in given]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(8):
+        path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", [*shown("python src/train.py"), *shown("python src/tune.py")])
+def test_what_trains_composes_and_is_counted(line, folder, monkeypatch, capsys):
+    monkeypatch.setattr(dryrun, "measure_pace", lambda *_: Pace(device="a machine", step=1.0, image=0.01, kept=0.01))
+    script = "train" if "src/train.py" in line else "tune"
+    paths = [f"paths.{name}={folder / 'new'}" for name in ("log_dir", "data_dir")]
+    with composed(script, *arguments(line, folder), *paths, "dry_run=true") as cfg:
+        (loop.train if script == "train" else protocol.tune)(cfg)
+    printed = capsys.readouterr().out
+    assert "time left" in printed
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("line", shown("python src/prepare.py"))
+def test_what_prepares_is_planned(line, folder):
+    with composed("prepare", *arguments(line, folder)) as cfg:
+        assert compose.plans(cfg)
+
+
+@pytest.mark.parametrize("line", shown("python src/pretrain.py"))
+def test_what_pretrains_composes(line, folder):
+    with composed("pretrain", *arguments(line, folder)) as cfg:
+        assert cfg.output
+
+
+@frozen
+@pytest.mark.slow
+def test_what_reads_a_run_runs(folder):
+    logs = folder / "logs"
+    done = call("train", *tiny(logs, "callbacks=none", "recipe.epochs=1", "recipe.warmup_epochs=0"))
+    assert done.returncode == 0, done.stderr
+    (run,) = (path.parent for path in logs.rglob("result.json"))
+    lines = [line for start in ("eval", "predict", "report") for line in shown(f"python src/{start}.py")]
+    assert len(lines) >= 3
+    for line in lines:
+        script = line.split("/")[1].partition(".py")[0]
+        words = [re.sub(r"=logs/\S*HASH$|=\[A,B,C\]$", f"={run}", word) for word in line.split()[2:]]
+        words = [word.replace("=FOLDER", f"={folder / 'images'}") for word in words]
+        extra = {"predict": [f"output={folder / 'labels.csv'}"], "report": [f"paths.log_dir={logs}", "formats=[html]"]}
+        state = [f"weights={logs / 'weights.safetensors'}"] if script != "report" else []
+        ran = call(script, *words, *extra.get(script, []), *state)
+        assert ran.returncode == 0, (line, ran.stderr)
+
+
+@pytest.mark.parametrize("line", shown("make "))
+def test_what_is_made_is_a_target(line):
+    target = line.split()[1]
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"make {target} " in listed
+
+
+def test_every_other_command_is_known():
+    starts = ("python src/", "make ", "wandb sweep configs/sweep/prompt_depth.yaml")  # which tests/test_sweeps.py runs
+    commands = {line for _, line in SHOWN if re.match(r"(python|make|wandb|pip|conda|pytest) ", line)}
+    assert {line for line in commands if not line.startswith(starts)} == set()
