@@ -1,0 +1,20 @@
+"""Tables, tests, figures and a page of all runs below a folder: `python src/report.py runs=logs`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from visprompt.compose import check_words, one_sentence_errors
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="report")
+def main(cfg: DictConfig) -> None:
+    """Writes the report."""
+    with one_sentence_errors():
+        from visprompt.reports import report  # imported late: a wrong word is said before torch is loaded
+
+        report.report(cfg)
+
+
+if __name__ == "__main__":
+    check_words("report")
+    main()

@@ -1,0 +1,133 @@
+"""What the pooled tokens attend to in the last block of a ViT, read off the model while it runs as it does in scoring.
+
+The queries and keys are those that the block hands to its attention, with prompts, rows of keys, query-key norms and
+rotations in them. Given one-hot values in place of its own, the same function returns the weights themselves:
+
+    softmax(q k^T * scale) 1 = softmax(q k^T * scale)
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from visprompt.backbones.family import side_of
+from visprompt.backbones.vit import ViT
+from visprompt.classifier import Classifier
+from visprompt.errors import UserError
+
+Call = tuple[Sequence[Any], Mapping[str, Any]]  # positional and named arguments
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Attention weights of a batch; over all tokens together those of an image and a head sum to 1.
+
+    Attributes:
+        asking: The token whose weights they are, in words, or the tokens whose weights were averaged.
+        block: Index of the block.
+        prefix: To class and register tokens, [B, heads, prefix].
+        patches: To patches, [B, heads, height, width] of their grid.
+        prompts: To prompt tokens of the sequence, [B, heads, p]; p is 0 where the block has none.
+        keys_values: To rows that a method put beside the keys and values, [B, heads, t]; t is 0 where there are none.
+        logits: What the classifier made of the images, [B, C].
+    """
+
+    asking: str
+    block: int
+    prefix: Tensor
+    patches: Tensor
+    prompts: Tensor
+    keys_values: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def last_attention(classifier: Classifier, images: Tensor) -> Weights:
+    """Weights of the class token in the last block or, where others are pooled, the mean of theirs.
+
+    Args:
+        classifier: On a plain ViT or an EVA, in evaluation mode.
+        images: Normalised images [B, 3, H, W].
+
+    Raises:
+        UserError: The backbone has no such attention.
+    """
+    family, method = classifier.backbone, classifier.method
+    if not isinstance(family, ViT):
+        raise UserError(
+            "attention maps need a class token or pooled tokens that see the whole image, as in a plain ViT or an EVA, "
+            f"and this backbone is a {type(family.model).__name__}: choose a run on one of those"
+        )
+    with _recording(family.blocks[-1]) as calls:
+        logits = classifier(images)
+    weights, added = _weights(calls[0]), method.keys_values(family.num_blocks - 1)
+    num_image = family.embed(images, method).shape[1]
+    num_tokens = weights.shape[-1] - (0 if added is None else added[0].shape[-2])
+    start, stop, _ = family.pooled_rows(num_image, method.pool)[0].indices(num_tokens)
+    if weights.shape[-2] == stop - start:  # only those that are pooled ask: their keys stand first, then the others'
+        order = [*range(start, stop), *range(start), *range(stop, num_tokens), *range(num_tokens, weights.shape[-1])]
+        weights = weights[..., torch.tensor(order).argsort()]
+    else:
+        weights = weights[..., start:stop, :]
+    prefix, grid = family.num_prefix, side_of(num_image - family.num_prefix, family.grids[-1])
+    parts = (prefix, num_image - prefix, num_tokens - num_image, weights.shape[-1] - num_tokens)
+    of_prefix, of_patches, of_prompts, of_rows = weights.mean(-2).split(parts, dim=-1)
+    alone = family.has_class_token and (start, stop) == (0, 1)
+    return Weights(
+        asking="the class token" if alone else f"the mean over the {stop - start} tokens that are pooled",
+        block=family.num_blocks - 1,
+        prefix=of_prefix,
+        patches=of_patches.unflatten(-1, grid),
+        prompts=of_prompts,
+        keys_values=of_rows,
+        logits=logits,
+    )
+
+
+class _Latest(TorchFunctionMode):
+    """Keeps the arguments of the latest attention, whoever computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call: Call = ((), {})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.call = (args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _recording(block: nn.Module) -> Iterator[list[Call]]:
+    """Collects the arguments of the attentions whose outcome a block projects; its own is the first.
+
+    Raises:
+        UserError: The block has another kind of attention.
+    """
+    attn: Any = getattr(block, "attn", None)
+    if not isinstance(getattr(attn, "proj", None), nn.Module) or not getattr(attn, "fused_attn", False):
+        raise UserError(
+            f"attention maps cannot be read off a {type(block).__name__} whose attention is not PyTorch's fused one: "
+            "unset TIMM_FUSED_ATTN, or choose a run on another backbone"
+        )
+    calls: list[Call] = []
+    with _Latest() as latest:
+        hook = attn.proj.register_forward_pre_hook(lambda *_: calls.append(latest.call))
+        try:
+            yield calls
+        finally:
+            hook.remove()
+
+
+def _weights(call: Call) -> Tensor:
+    """The weights [B, heads, queries, keys] of an attention, in float32 whatever it ran in."""
+    (query, key, *_), options = call
+    one_hot = torch.eye(key.shape[-2], device=key.device, dtype=torch.float32).expand(*key.shape[:-2], -1, -1)
+    with torch.autocast(key.device.type, enabled=False):
+        return F.scaled_dot_product_attention(query.float(), key.float(), one_hot, **options)

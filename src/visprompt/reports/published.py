@@ -1,0 +1,137 @@
+"""The papers' own figures, read from published.yaml, which names their sources."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from visprompt.data.catalog import SUITES
+
+GROUPS = ("vtab_natural", "vtab_specialized", "vtab_structured")
+_FILE = Path(__file__).with_name("published.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What a paper gives for one method on one backbone. Accuracies are in per cent.
+
+    Attributes:
+        paper: Short name of the paper, for example "vpt".
+        source: The paper and its venue.
+        name: The method's name in the paper.
+        method: Its name here.
+        options: Options of the method that a run must not contradict to be the same method.
+        backbone: Name of our config of the backbone.
+        weights: Name of the backbone's weights in timm; None where timm has none.
+        tasks: Accuracy by task, those of `unreliable` groups included; empty where the paper's are not known.
+        means: Mean accuracy by group: "vtab_natural", "vtab_specialized", "vtab_structured", "fgvc".
+        mean_of_groups: Mean of VTAB-1k's three group means; None where it is not known.
+        params: Of 24 tasks, one backbone included, as a multiple of one backbone; None where it is not known.
+        unreliable: Groups whose accuracies by task do not agree with the paper's own group means.
+        caution: What to know before comparing with it; "" where there is nothing.
+    """
+
+    paper: str
+    source: str
+    name: str
+    method: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    backbone: str
+    weights: str | None
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    means: Mapping[str, float] = field(default_factory=dict)
+    mean_of_groups: float | None = None
+    params: float | None = None
+    unreliable: tuple[str, ...] = ()
+    caution: str = ""
+
+    @property
+    def flat_mean(self) -> float | None:
+        """Mean over the 19 tasks of VTAB-1k; None where one is unknown or unreliable."""
+        tasks = SUITES["vtab_all"]
+        known = not self.unreliable and all(task in self.tasks for task in tasks)
+        return fmean(self.tasks[task] for task in tasks) if known else None
+
+    def fits(self, options: Mapping[str, Any]) -> bool:
+        """Whether a run's method options are those of the paper; an option that the run does not record fits."""
+        return all(options.get(name, value) == value for name, value in self.options.items())
+
+
+def published(
+    method: str, backbone: str, paper: str | None = None, options: Mapping[str, Any] | None = None
+) -> Published | None:
+    """Looks up a paper's figures.
+
+    Args:
+        method: Our name of the method.
+        backbone: Name of our config, "swin_b" for example, or of the weights in timm.
+        paper: Short name of a paper; by default the first that has the pair, and that is the method's own.
+        options: Options of the run that is compared; a method that is the same in name only is not found.
+
+    Returns:
+        The figures, or None where no paper has them.
+    """
+    for found in all_published():
+        known = found.method == method and backbone in (found.backbone, found.weights)
+        if known and paper in (None, found.paper) and found.fits(options or {}):
+            return found
+    return None
+
+
+@cache
+def all_published() -> tuple[Published, ...]:
+    """All figures, in the order of published.yaml."""
+    return tuple(_records(contents()))
+
+
+@cache
+def contents() -> dict[str, Any]:
+    """All of published.yaml, with what `Published` leaves out: prompt lengths, learning rates, time and memory."""
+    read: Any = OmegaConf.to_container(OmegaConf.load(_FILE))
+    return dict(read)
+
+
+def _records(read: Mapping[str, Any]) -> Iterator[Published]:
+    for paper, backbones in read["figures"].items():
+        about = read["papers"][paper]
+        for backbone, methods in backbones.items():
+            for name, figures in methods.items():
+                ours = read["methods"].get(name, {"method": name})
+                unreliable = tuple(figures.get("unreliable", ()))
+                yield Published(
+                    paper=paper,
+                    source=f"{about['title']}, {about['venue']}" if "venue" in about else about["title"],
+                    name=name,
+                    **ours,
+                    backbone=backbone,
+                    weights=read["backbones"][backbone],
+                    tasks=_by_task(read["order"], figures.get("tasks", {})),
+                    means=figures.get("means", {}),
+                    mean_of_groups=figures.get("mean_of_groups", _mean_of_groups(figures.get("means", {}))),
+                    params=figures.get("params"),
+                    unreliable=unreliable,
+                    caution=_caution(about, unreliable),
+                )
+
+
+def _by_task(order: Mapping[str, list[str]], groups: Mapping[str, list[float]]) -> dict[str, float]:
+    pairs = (zip(order[group], values, strict=True) for group, values in groups.items())
+    return {task: value for group in pairs for task, value in group}
+
+
+def _mean_of_groups(means: Mapping[str, float]) -> float | None:
+    return fmean(means[group] for group in GROUPS) if all(group in means for group in GROUPS) else None
+
+
+def _caution(about: Mapping[str, Any], unreliable: tuple[str, ...]) -> str:
+    """The reasons to be careful, as one text."""
+    parts = ["quoted by another paper, not read in its own"] if about.get("secondary") else []
+    if unreliable:
+        parts.append(f"its accuracies by task do not agree with its own means of {', '.join(unreliable)}")
+    if "note" in about:
+        parts.append(about["note"])
+    return "; ".join(parts)

@@ -1,0 +1,196 @@
+"""One structure for every table of the report, and its four forms: Markdown, CSV, LaTeX, HTML."""
+
+import csv
+import html as html_escapes
+import io
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {character: "\\" + character for character in "&%$#_{}"}
+_LATEX |= {"±": r"$\pm$", "\u00d7": r"$\times$", "<": r"$<$", ">": r"$>$", "|": r"$|$"}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a table.
+
+    Attributes:
+        value: What a CSV holds and what numbers are compared by.
+        shown: What is read everywhere else, without its spread.
+        spread: Standard deviation, in the unit of `value`; None where there is none.
+        shown_spread: What is read of it.
+    """
+
+    value: float
+    shown: str
+    spread: float | None = None
+    shown_spread: str = ""
+
+    def __str__(self) -> str:
+        return self.shown if self.spread is None else f"{self.shown} ± {self.shown_spread}"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A number that is not there; empty in a CSV.
+
+    Attributes:
+        said: What is read instead of it.
+    """
+
+    said: str = "missing"
+
+    def __str__(self) -> str:
+        return self.said
+
+
+Entry = str | Number | Missing
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report.
+
+    Attributes:
+        title: What it shows, in plain text as everything in it.
+        header: Names of the columns.
+        rows: Entries, as many in each row as there are columns; the first is the row's name.
+        notes: What is to be known of it, one sentence each.
+
+    Raises:
+        ValueError: A row has another number of entries.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.header) for row in self.rows):
+            raise ValueError(f"table {self.title!r}: a row has not the {len(self.header)} entries of its header")
+
+    def is_numeric(self, column: int) -> bool:
+        """Whether a column holds numbers, which stand at the right."""
+        return column > 0 and bool(self.rows) and not any(isinstance(row[column], str) for row in self.rows)
+
+
+def decimal(value: float, digits: int = 1, spread: float | None = None, sign: bool = False) -> Number:
+    """A number with a fixed number of decimals and thousands separators, `sign` with a plus before what is above 0."""
+    shown_spread = "" if spread is None else f"{spread:,.{digits}f}"
+    shown = round(value, digits) + 0.0  # not "-0.0"
+    return Number(value, f"{shown:{'+' if sign and shown else ''},.{digits}f}", spread, shown_spread)
+
+
+def p_value(value: float) -> Number:
+    """A probability to three significant digits."""
+    return Number(value, f"{value:.3g}")
+
+
+def markdown(table: Table, bold: Collection[int] = ()) -> str:
+    """The table as Markdown, under its title as a paragraph.
+
+    Args:
+        table: A table.
+        bold: Columns whose largest number is shown in bold.
+    """
+    marks = [("--:" if table.is_numeric(column) else ":--") for column in range(len(table.header))]
+    rows = [[_markdown(name) for name in table.header], marks, *_texts(table, bold, _markdown, "**{}**")]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    notes = [f"- {_markdown(note)}" for note in table.notes]
+    return "\n".join([f"**{_markdown(table.title)}**", "", *lines, *(["", *notes] if notes else [])]) + "\n"
+
+
+def csv_text(table: Table) -> str:
+    """The table as CSV (RFC 4180) without title and notes: numbers in full, a column of their own for spreads."""
+    widths = [1 + any(_plain(row[column])[1] for row in table.rows) for column in range(len(table.header))]
+    names = [(name, f"{name} std")[:width] for name, width in zip(table.header, widths, strict=True)]
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(name for pair in names for name in pair)
+    for row in table.rows:
+        writer.writerow(text for entry, width in zip(row, widths, strict=True) for text in _plain(entry)[:width])
+    return out.getvalue()
+
+
+def latex(table: Table, bold: Collection[int] = ()) -> str:
+    r"""The table as LaTeX; it needs `\usepackage{booktabs}`.
+
+    Args:
+        table: A table.
+        bold: Columns whose largest number is shown in bold.
+    """
+    columns = "".join("r" if table.is_numeric(column) else "l" for column in range(len(table.header)))
+    rows = [" & ".join(row) + r" \\" for row in _texts(table, bold, _latex, r"\textbf{{{}}}")]
+    lines = [
+        r"\begin{table}[ht]",
+        r"\centering",
+        rf"\caption{{{_latex(table.title)}}}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        " & ".join(map(_latex, table.header)) + r" \\",
+        *([r"\midrule", *rows] if rows else []),
+        r"\bottomrule",
+        r"\end{tabular}",
+        *(rf"\par{{\footnotesize {_latex(note)}}}" for note in table.notes),
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def html(table: Table, bold: Collection[int] = ()) -> str:
+    """The table as HTML that needs no style sheet, its notes as a list below it.
+
+    Args:
+        table: A table.
+        bold: Columns whose largest number is shown in bold.
+    """
+    right = [' style="text-align: right"' if table.is_numeric(c) else "" for c in range(len(table.header))]
+    head = "".join(
+        f'<th scope="col"{style}>{_html(name)}</th>' for name, style in zip(table.header, right, strict=True)
+    )
+    lines = ["<table>", f"<caption>{_html(table.title)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
+    for first, *others in _texts(table, bold, _html, "<strong>{}</strong>"):
+        cells = "".join(f"<td{style}>{entry}</td>" for entry, style in zip(others, right[1:], strict=True))
+        lines.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
+    lines += ["</tbody>", "</table>"]
+    if table.notes:
+        lines += ['<ul class="notes">', *(f"<li>{_html(note)}</li>" for note in table.notes), "</ul>"]
+    return "\n".join(lines) + "\n"
+
+
+def _texts(table: Table, bold: Collection[int], escape: Callable[[str], str], strong: str) -> Iterator[list[str]]:
+    """Entries as escaped text, the largest numbers of some columns set off; what reads the same is set off alike."""
+    best = {}
+    for column in bold:
+        numbers = [entry for row in table.rows if isinstance(entry := row[column], Number)]
+        best[column] = max(numbers, key=lambda number: number.value).shown if numbers else None
+    for row in table.rows:
+        texts = []
+        for column, entry in enumerate(row):
+            shown = escape(str(entry))
+            set_off = isinstance(entry, Number) and column in best and entry.shown == best[column]
+            texts.append(strong.format(shown) if set_off else shown)
+        yield texts
+
+
+def _plain(entry: Entry) -> tuple[str, str]:
+    """An entry and its spread in a CSV."""
+    if isinstance(entry, Number):
+        return f"{entry.value:.10g}", "" if entry.spread is None else f"{entry.spread:.10g}"
+    return ("" if isinstance(entry, Missing) else entry), ""
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\|*`<])", r"\\\1", " ".join(text.split()))
+
+
+def _latex(text: str) -> str:
+    escaped = "".join(_LATEX.get(character, character) for character in text)
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
+
+
+def _html(text: str) -> str:
+    return html_escapes.escape(text)

@@ -1,0 +1,197 @@
+"""Writes a report of all runs below some folders: a page, Markdown, CSV, LaTeX and figures, all or nothing."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from visprompt.errors import UserError, unknown
+from visprompt.reports import figures
+from visprompt.reports.collect import Survey, rows, survey
+from visprompt.reports.contents import Contents, contents
+from visprompt.reports.page import Picture, page
+from visprompt.reports.published import all_published
+from visprompt.reports.render import csv_text, latex, markdown
+
+if TYPE_CHECKING:
+    from visprompt.reports.closeups import Closeups
+
+FORMATS = ("html", "markdown", "csv", "latex", "svg", "png")
+_OURS = frozenset({"index.html", "report.md", "report.tex", "tables", "figures"})
+console = Console()
+
+
+def report(cfg: DictConfig) -> Path:
+    """Writes the report of a command line.
+
+    Args:
+        cfg: What `@hydra.main` composed: runs, output, against, paper, inspect, device, data_dir, weights, formats.
+
+    Returns:
+        The folder it was written to.
+
+    Raises:
+        UserError: There is no run, a word is unknown, or the folder holds something else or cannot be written.
+    """
+    folders, (output, *_) = _paths(cfg.runs, "runs"), _paths(cfg.output, "output")
+    if cfg.paper is not None and cfg.paper not in (papers := {one.paper for one in all_published()}):
+        raise unknown("paper", str(cfg.paper), papers)
+    formats = _formats(cfg.formats)
+    check_place(output)
+    found = survey(folders)
+    if not found.runs:
+        also = f" ({len(found.left_out)} are unfinished or damaged)" if found.left_out else ""
+        raise UserError(
+            f"there is no finished run below {' or '.join(map(str, folders))}{also}: name folders that hold some with "
+            "runs=FOLDER, or train one with python src/train.py"
+        )
+    closeups = _closeups(cfg, found)
+    made = datetime.now(UTC)
+    told = contents(found, folders, made, against=cfg.against, paper=cfg.paper, closeups=closeups)
+    write(told, output, formats)
+    first = output / "index.html" if "html" in formats else output
+    console.print(f"report of {len(found.runs)} runs: {first}", highlight=False, soft_wrap=True)
+    return output
+
+
+def _paths(given: Any, key: str) -> list[Path]:
+    """A folder or a list of them."""
+    listed = list(given) if OmegaConf.is_list(given) else [given]
+    if not listed or None in listed:
+        raise UserError(f"{key}={given} names no folder: give one, or a list of them")
+    return [Path(str(folder)).expanduser() for folder in listed]
+
+
+def _formats(given: Any) -> tuple[str, ...]:
+    listed = list(given) if OmegaConf.is_list(given) else [given]
+    for name in listed:
+        if name not in FORMATS:
+            raise unknown("format", str(name), FORMATS)
+    if not listed:
+        raise UserError(f"formats=[] leaves nothing to write: give some of {', '.join(FORMATS)}")
+    return tuple(listed)
+
+
+def _closeups(cfg: DictConfig, found: Survey) -> "Closeups | None":
+    """What `inspect` asks for: nothing, runs that stand for their rows, or runs by their folders."""
+    if cfg.inspect is None:
+        return None
+    from visprompt.inference import finished  # imported late: Lightning takes seconds, and most reports need no model
+    from visprompt.reports.closeups import look, typical
+
+    made = rows(found.runs)
+    names = {run.folder.resolve(): row.label for row in made for run in row.runs}
+    folders = typical(made) if cfg.inspect == "auto" else _paths(cfg.inspect, "inspect")
+    for folder in folders:
+        finished(folder)  # what was asked for by name is there, before any of it is opened
+    seen = look(folders, names, cfg.device, data_dir=cfg.data_dir, weights=cfg.weights)
+    for one in seen.left_out:
+        console.print(f"{one.folder}: {one.why}", highlight=False, soft_wrap=True)
+    return seen
+
+
+def write(told: Contents, output: Path, formats: Collection[str] = FORMATS) -> None:
+    """Writes a report into a folder of its own, in the place of an older one.
+
+    Args:
+        told: What it says.
+        output: The folder; it is not there yet, is empty, or holds a report.
+        formats: Some of `FORMATS`.
+
+    Raises:
+        UserError: The folder holds something else, or the file system refuses; an older report still stands.
+    """
+    check_place(output)
+    _replace(output, lambda folder: _fill(told, folder, formats))
+
+
+def check_place(output: Path) -> None:
+    """Refuses a place where a report would replace something else.
+
+    Raises:
+        UserError: It is a file, or a folder with anything that is not of a report.
+    """
+    others = sorted({path.name for path in output.iterdir()} - _OURS) if output.is_dir() else []
+    if others or (output.exists() and not output.is_dir()):
+        held = f"holds {others[0]}, which is no part of a report" if others else "is a file"
+        raise UserError(f"{output} {held}: name another folder with output=FOLDER")
+
+
+def _replace(output: Path, fill: Callable[[Path], None]) -> None:
+    """Fills a folder beside another and puts it in that one's place once it is complete."""
+    beside: Path | None = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        new, old = beside / "new", beside / "old"
+        new.mkdir()
+        fill(new)
+        if output.exists():
+            output.rename(old)
+        try:
+            new.rename(output)
+        except OSError:
+            with suppress(OSError):
+                old.rename(output)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error}; name another folder with output=FOLDER") from error
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _fill(told: Contents, folder: Path, formats: Collection[str]) -> None:
+    """Writes all files."""
+    plots = [plot for section in told.sections for plot in section.plots]
+    listed = [(name, table) for section in told.sections for name, table in section.tables.items()]
+    files: dict[str, str | bytes] = {}
+    pictures = {}
+    if {"html", "svg"} & {*formats}:
+        pictures = {
+            plot.name: Picture(figures.svg(plot, figures.LIGHT), figures.svg(plot, figures.DARK)) for plot in plots
+        }
+    if "html" in formats:
+        files["index.html"] = page(told, pictures)
+    if "markdown" in formats:
+        ending = next((form for form in ("svg", "png") if form in formats), None)
+        files["report.md"] = "\n".join(_markdown(told, ending))
+    if "latex" in formats:
+        files["report.tex"] = "% needs \\usepackage{booktabs}\n" + "\n".join(latex(table) for _, table in listed)
+    if "csv" in formats:
+        files |= {f"tables/{name}.csv": csv_text(table) for name, table in listed}
+        files |= {f"figures/{plot.name}.csv": csv_text(plot.values) for plot in plots if plot.values}
+    if "svg" in formats:
+        files |= {f"figures/{name}.svg": picture.light for name, picture in pictures.items()}
+        files |= {f"figures/{name}_dark.svg": picture.dark for name, picture in pictures.items()}
+    if "png" in formats:
+        files |= {f"figures/{plot.name}.png": figures.png(plot) for plot in plots}
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def _markdown(told: Contents, ending: str | None) -> Iterator[str]:
+    """The report as Markdown, paragraph by paragraph, with links to its figures' files if there are any."""
+    yield f"# {told.title}\n"
+    for term, entries in told.facts:
+        if entries:
+            yield f"- **{term}**: {'; '.join(_escaped(entry) for entry in entries)}"
+    for section in told.sections:
+        if section.tables or ending:
+            yield f"\n## {section.title}\n"
+        yield from (markdown(table) for table in section.tables.values())
+        for plot in section.plots if ending else ():
+            alt = _escaped(plot.alt).replace("[", "(").replace("]", ")")
+            yield f"### {_escaped(plot.title)}\n\n{_escaped(plot.caption)}\n\n![{alt}](figures/{plot.name}.{ending})\n"
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\{character}" if character in "\\|*`<_" else character for character in text)

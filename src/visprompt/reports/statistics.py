@@ -1,0 +1,174 @@
+"""Whether one row is better than another: paired tests over their common tasks, average ranks, bootstrap intervals.
+
+The pairs are the tasks, each with its mean over seeds; every task counts alike. Wilcoxon's signed-rank test is
+two-sided here; the one-sided one ("greater") beside it is what the VPT paper reports. With few tasks no p-value can be
+small: of n pairs the exact two-sided test reaches 2 / 2^n at best.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from visprompt.errors import UserError
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+_DIGITS = 9  # differences that are equal but for the rounding of float64 are ties
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """One row against another, over the tasks that both have.
+
+    Attributes:
+        tasks: Those tasks.
+        difference: Mean difference, the first row's accuracy minus the other's, as a share.
+        interval: Bootstrap confidence interval of it over the tasks; None below two tasks.
+        better: Tasks on which the first row is better.
+        equal: Tasks on which they are equal, which the signed-rank test leaves out.
+        worse: Tasks on which it is worse.
+        wilcoxon: Two-sided p-value of the signed-rank test; None where there is no test.
+        greater: Its one-sided p-value, the alternative being that the first row is better.
+        t: Two-sided p-value of the paired t-test.
+        smallest: The smallest p-value that the two-sided signed-rank test reaches with so many unequal tasks.
+        notes: What was done about ties and zeros, and why a test is missing.
+    """
+
+    tasks: tuple[str, ...]
+    difference: float
+    interval: tuple[float, float] | None
+    better: int
+    equal: int
+    worse: int
+    wilcoxon: float | None
+    greater: float | None
+    t: float | None
+    smallest: float | None
+    notes: tuple[str, ...]
+
+
+def smallest_p(pairs: int) -> float:
+    """The smallest p-value of the exact two-sided signed-rank test: two of the 2^pairs patterns of signs."""
+    return min(1.0, 2 / 2**pairs)
+
+
+def compare(one: Mapping[str, float], other: Mapping[str, float]) -> Paired:
+    """Tests whether two rows differ.
+
+    Args:
+        one: Accuracies by task, as shares.
+        other: Those of the other row.
+
+    Returns:
+        The comparison over their common tasks.
+
+    Raises:
+        UserError: They have no task in common.
+    """
+    tasks = common_tasks([one, other])
+    if not tasks:
+        raise UserError("two rows without a common task were to be compared: give rows that share at least one")
+    differences = np.round([one[task] - other[task] for task in tasks], _DIGITS)
+    unequal = differences[differences != 0]
+    notes: list[str] = []
+    wilcoxon, greater = signed_rank(unequal.tolist()) if len(unequal) > 1 else (None, None)
+    if wilcoxon is None:
+        notes.append("no signed-rank test: fewer than two unequal tasks")
+    elif len(unequal) < len(tasks):
+        notes.append(f"equal on {len(tasks) - len(unequal)}, which the signed-rank test leaves out")
+    if wilcoxon is not None and len(np.unique(np.abs(unequal))) < len(unequal):
+        notes.append("differences of the same size share their mean rank")
+    return Paired(
+        tasks=tasks,
+        difference=float(differences.mean()),
+        interval=bootstrap(differences.tolist()) if len(tasks) > 1 else None,
+        better=int((differences > 0).sum()),
+        equal=len(tasks) - len(unequal),
+        worse=int((differences < 0).sum()),
+        wilcoxon=wilcoxon,
+        greater=greater,
+        t=_paired_t(differences, notes),
+        smallest=smallest_p(len(unequal)) if len(unequal) else None,
+        notes=tuple(notes),
+    )
+
+
+def signed_rank(differences: Sequence[float]) -> tuple[float, float]:
+    """Exact p-values of Wilcoxon's signed-rank test, with ties too, where scipy gives an approximation above 13 pairs.
+
+    Args:
+        differences: None of them 0.
+
+    Returns:
+        Two-sided, and one-sided with the alternative that they are greater than 0.
+    """
+    values = np.asarray(differences)
+    ranks = np.rint(2 * stats.rankdata(np.abs(values))).astype(int)  # doubled: mean ranks of ties are halves
+    ways = np.zeros(ranks.sum() + 1)  # ways[w]: share of all patterns of signs whose positive ranks sum to w
+    ways[0] = 1.0
+    for rank in ranks:
+        ways = (ways + np.concatenate([np.zeros(rank), ways[:-rank]])) / 2
+    observed = ranks[values > 0].sum()
+    greater, less = float(ways[observed:].sum()), float(ways[: observed + 1].sum())
+    return min(1.0, 2 * min(greater, less)), min(1.0, greater)
+
+
+def _paired_t(differences: NDArray[np.float64], notes: list[str]) -> float | None:
+    if len(np.unique(differences)) < 2:
+        few = "fewer than two tasks" if len(differences) < 2 else "all differences are the same"
+        notes.append(f"no t-test: {few}")
+        return None
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def average_ranks(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean rank of each row over the tasks that all of them have; 1 is the best, ties share their mean rank.
+
+    Args:
+        rows: Accuracies by task, by row.
+
+    Returns:
+        Mean rank by row; empty where there is no common task.
+    """
+    tasks = common_tasks(rows.values())
+    if not tasks:
+        return {}
+    scores = np.round([[row[task] for task in tasks] for row in rows.values()], _DIGITS)
+    ranks = stats.rankdata(-scores, axis=0).mean(axis=1)
+    return dict(zip(rows, ranks.tolist(), strict=True))
+
+
+def common_tasks(rows: Collection[Mapping[str, float]]) -> tuple[str, ...]:
+    """Tasks that all rows have, in the order of the first one."""
+    first = next(iter(rows), {})
+    return tuple(task for task in first if all(task in row for row in rows))
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap confidence interval of a mean.
+
+    Args:
+        values: Differences by task, or the scores of a cell's seeds.
+        seed: Of the resampling; the same values give the same interval.
+
+    Returns:
+        The ends of the 95 % interval, from 10,000 resamples.
+
+    Raises:
+        UserError: There are fewer than two values.
+    """
+    if len(values) < 2:
+        raise UserError(f"{len(values)} values have no bootstrap interval: give two or more")
+    found = np.asarray(values)
+    drawn = np.random.default_rng(seed).integers(len(found), size=(RESAMPLES, len(found)))
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(found[drawn].mean(axis=1), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def seed_interval(scores: Sequence[float]) -> tuple[float, float] | None:
+    """Bootstrap interval of a cell's mean over its seeds; None below three seeds, of which it would say nothing."""
+    return bootstrap(scores) if len(scores) >= 3 else None

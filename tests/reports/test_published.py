@@ -1,0 +1,98 @@
+"""The papers' figures: what is found, what is not, and that lists agree with the papers' own means."""
+
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from omegaconf import OmegaConf
+
+from visprompt.data.catalog import SUITES, TASKS
+from visprompt.methods import METHODS
+from visprompt.reports.published import GROUPS, all_published, contents, published
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_a_pair_is_found_by_config_or_by_weights_with_its_source():
+    found = published("vpt_deep", "vit_b16_in21k")
+    assert found is published("vpt_deep", "vit_base_patch16_224.orig_in21k")
+    assert found.source == "Jia et al., Visual Prompt Tuning, ECCV 2022"
+    assert (found.params, found.means["vtab_structured"], found.means["fgvc"]) == (1.18, 54.98, 89.11)
+    assert (found.tasks["cifar"], found.tasks["smallnorb_ele"], found.tasks["stanford_cars"]) == (78.8, 37.8, 83.6)
+    assert found.mean_of_groups == pytest.approx((78.48 + 82.43 + 54.98) / 3)
+    assert found.caution == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "options"),
+    [("partial", "partial_1", {"num_blocks": 1}), ("mlp", "mlp_3", {"num_layers": 3}), ("bias", "bias", {})],
+)
+def test_methods_have_our_names_and_the_papers_options(method, name, options):
+    found = published(method, "swin_b")
+    assert (found.name, dict(found.options)) == (name, options)
+    assert published(name, "swin_b") is (found if name == method else None)
+
+
+def test_an_unknown_pair_has_no_figures():
+    assert published("lora", "swin_b") is None
+    assert published("vpt_deep", "vit_base_patch16_224.augreg_in21k") is None
+    assert published("vpt_deep", "moco_v3_b16", paper="e2vpt") is None
+
+
+def test_a_paper_can_be_named():
+    assert published("vpt_deep", "vit_b16_in21k", paper="one_protocol").mean_of_groups == 73.4
+    assert published("bias", "vit_b16_in21k", paper="one_protocol").name == "bitfit"
+    assert published("fact", "vit_b16_in21k", options={"form": "tk"}) is None
+
+
+def test_a_run_that_contradicts_the_papers_options_is_another_method():
+    assert published("partial", "vit_b16_in21k", options={"num_blocks": 2}) is None
+    assert published("vpt_deep", "vit_b16_in21k", options={"depth": 3, "location": "prepend"}) is None
+    assert published("vpt_deep", "vit_b16_in21k", options={"num_tokens": 5}) is not None  # unrecorded ones fit
+    assert published("vpt_shallow", "resnet50", options={"location": "pad"}).name == "vpt_pad"
+    assert published("vpt_shallow", "swin_b", options={"location": "pad"}) is None
+
+
+def test_e2vpts_19_tasks_have_the_mean_that_is_known_of_them():
+    found = published("e2vpt", "vit_b16_in21k", options={"prune": True})
+    assert found.flat_mean == pytest.approx(71.42, abs=0.005)
+    assert published("vfpt", "vit_b16_in21k").flat_mean is None
+
+
+def test_what_is_unreliable_is_said_to_be_and_has_no_flat_mean():
+    found = published("adapter", "vit_b16_in21k")
+    assert (found.unreliable, found.flat_mean) == (GROUPS, None)
+    assert "do not agree with its own means of vtab_natural, vtab_specialized" in found.caution
+    assert "quoted by another paper" in published("cvpt", "vit_b16_in21k").caution
+    assert "recalled" in (Path(__file__).parents[2] / "src/visprompt/reports/published.yaml").read_text()
+
+
+def test_lists_of_accuracies_agree_with_the_papers_means_but_where_it_is_said():
+    """A mean of figures rounded to 0.05 is known to 0.05, and the paper's is rounded to 0.005."""
+    checked = 0
+    for found in all_published():
+        for group in (*GROUPS, "fgvc"):
+            if all(task in found.tasks for task in SUITES[group]):
+                agrees = abs(fmean(found.tasks[task] for task in SUITES[group]) - found.means[group]) < 0.056
+                checked += 1
+                assert agrees == (group not in found.unreliable), (found.name, group)
+    assert checked == 40
+
+
+def test_tasks_methods_and_backbones_are_ours():
+    order = contents()["order"]
+    assert {group: tuple(tasks) for group, tasks in order.items()} == {group: SUITES[group] for group in order}
+    assert {found.method for found in all_published()} <= {*METHODS, None}
+    assert [found.name for found in all_published() if found.method is None] == ["houlsby"]
+    for backbone, weights in contents()["backbones"].items():
+        config = OmegaConf.load(CONFIGS / "backbone" / f"{backbone}.yaml")
+        assert weights in (config.name, None), backbone
+
+
+def test_what_has_no_lookup_is_kept_as_data():
+    kept = contents()
+    assert kept["settings"]["released"]["sun397"]["lr"] == 25.0
+    assert len(kept["settings"]["lengths"]["vpt_deep"]["vtab_structured"]) == len(SUITES["vtab_structured"])
+    assert set(kept["settings"]["released"]) <= set(TASKS)
+    assert kept["cost"]["vpt_deep_p200"] == [360.1, 25.8, 140.8, 1.85]
+    assert len(kept["cost"]["columns"]) == 4

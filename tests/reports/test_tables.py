@@ -1,0 +1,497 @@
+"""Aggregates, costs and the paper's figures beside them, and the four forms in which tables are written."""
+
+import csv
+import io
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from written_runs import CROPPED, VIT_B_SIZE, result, write
+
+from visprompt.data.catalog import SUITES, TASKS
+from visprompt.reports import tables
+from visprompt.reports.collect import grids, rows, survey
+from visprompt.reports.published import contents, published
+from visprompt.reports.render import Missing, Number, Table, csv_text, decimal, html, latex, markdown, p_value
+from visprompt.reports.runs import Run
+from visprompt.reports.summary import (
+    FLAT,
+    GROUPED,
+    backbone_sizes,
+    cost,
+    full_of,
+    means,
+    published_means,
+    published_of,
+    same_protocol,
+    wins,
+)
+
+VTAB, FGVC = SUITES["vtab_all"], SUITES["fgvc"]
+FGVC_DATA = {"source": "raw:json", "preprocessing": CROPPED}
+
+
+def made(*records):
+    return rows([Run(Path(f"run{i}"), record) for i, record in enumerate(records)])
+
+
+def over(tasks, method="linear", scores=None, **changes):
+    """One run of a method on each task; FGVC with its own preprocessing."""
+    for i, task in enumerate(tasks):
+        score = scores[task] if scores else 0.5 + i / 100
+        yield result(task, method, score, **changes | ({"data": FGVC_DATA} if task in FGVC else {}))
+
+
+def entries(table, name):
+    """A row of a table by the names of its columns, as it is read."""
+    (row,) = (row for row in table.rows if row[0] == name)
+    return dict(zip(table.header[1:], map(str, row[1:]), strict=True))
+
+
+# aggregates
+
+
+def test_the_two_means_over_vtab_are_not_the_same():
+    scores = {task: {"natural": 0.9, "specialized": 0.8, "structured": 0.4}[TASKS[task].group] for task in VTAB}
+    (row,) = made(*over(VTAB, scores=scores))
+    found = means(row)
+    assert found["vtab_natural"].value == pytest.approx(0.9)
+    assert found[FLAT].value == pytest.approx((7 * 0.9 + 4 * 0.8 + 8 * 0.4) / 19)
+    assert found[GROUPED].value == pytest.approx((0.9 + 0.8 + 0.4) / 3)
+    table = tables.aggregates([row])
+    assert table.header[1:] == ("vtab_natural", "vtab_specialized", "vtab_structured", FLAT, GROUPED)
+    assert entries(table, "linear")[FLAT] == "66.84"
+    assert entries(table, "linear")[GROUPED] == "70.00"
+
+
+def test_a_mean_over_an_incomplete_group_is_missing_and_says_how_much_is_there():
+    (row,) = made(*over(VTAB[:5]))
+    found = means(row)
+    assert (found["vtab_natural"].value, found["vtab_natural"].missing) == (None, "missing (5 of 7)")
+    assert (found[FLAT].value, found[GROUPED].value) == (None, None)
+    shown = entries(tables.aggregates([row]), "linear")
+    assert (shown["vtab_natural"], shown[GROUPED]) == ("missing (5 of 7)", "missing (5 of 19)")
+
+
+def test_published_figures_and_differences_stand_below_a_row():
+    paper = published("linear", "vit_b16_in21k")
+    scores = {task: paper.tasks[task] / 100 + 0.01 for task in (*VTAB, *FGVC)}
+    (row,) = made(*over([*VTAB, *FGVC], scores=scores))
+    assert published_of(row) is paper
+    table = tables.accuracy([row], "vtab_specialized")
+    source = "linear: Jia et al., Visual Prompt Tuning, ECCV 2022"
+    assert entries(table, "linear") == {
+        "patch_camelyon": "79.5",
+        "eurosat": "88.5",
+        "resisc45": "69.6",
+        "diabetic_retinopathy": "75.0",
+        "mean": "78.15",
+    }
+    assert entries(table, source)["mean"] == "77.16"
+    assert entries(table, "linear: difference")["eurosat"] == "+1.0"
+    sums = tables.aggregates([row])
+    assert entries(sums, source)["fgvc"] == "79.32"
+    assert entries(sums, source)[FLAT] == f"{published_means(paper)[FLAT]:.2f}"
+    assert entries(sums, "linear: difference") == {
+        "vtab_natural": "+1.00",
+        "vtab_specialized": "+0.99",
+        "vtab_structured": "+1.01",
+        FLAT: "+1.00",
+        GROUPED: "+1.00",
+        "fgvc": "+1.00",
+    }
+
+
+def test_missing_cells_stay_missing_beside_published_ones():
+    table = tables.accuracy(made(*over(["cifar"], scores={"cifar": 0.7})), "vtab_natural")
+    assert entries(table, "linear")["svhn"] == "missing"
+    assert entries(table, "linear: Jia et al., Visual Prompt Tuning, ECCV 2022")["svhn"] == "36.6"
+    assert entries(table, "linear: difference")["svhn"] == ""
+
+
+def test_a_caution_goes_with_the_figures():
+    table = tables.accuracy(made(*over(["cifar"], "adapter")), "vtab_natural")
+    assert table.notes[1].startswith("Jia et al., Visual Prompt Tuning, ECCV 2022, adapter: its accuracies by task do")
+    named = tables.aggregates(made(*over(VTAB, "vpt_deep")), paper="one_protocol")
+    assert entries(named, "vpt_deep: a unifying study of 2024")[GROUPED] == "73.4"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"fraction": 0.1}},
+        {"backbone": {"image_size": 384}},
+        {"backbone": {"name": "vit_base_patch16_224.augreg_in21k"}},
+        {"options": {"location": "add"}},
+        {"options": {"depth": 3}},
+    ],
+)
+def test_what_is_the_same_in_name_only_has_no_published_figures(changes):
+    (plain,) = made(result("cifar", "vpt_deep"))
+    (row,) = made(result("cifar", "vpt_deep", **changes))
+    assert published_of(plain) is not None
+    assert published_of(row) is None
+
+
+def test_accuracies_are_means_and_deviations_over_seeds_and_say_how_many():
+    records = [result("cifar", score=s, seed=i) for i, s in enumerate((0.6, 0.7, 0.8))] + [result("dtd", score=0.5)]
+    table = tables.accuracy(
+        made(*records, result("svhn", score=0.4), result("svhn", score=0.5, seed=1)), "vtab_natural"
+    )
+    assert entries(table, "linear")["cifar"] == "70.0 ± 10.0"
+    assert entries(table, "linear")["dtd"] == "50.0"
+    assert table.notes[0] == (
+        "Mean ± sample standard deviation (n - 1) over 3 seeds; linear on dtd: 1; linear on svhn: 2."
+    )
+
+
+def test_groups_are_those_that_have_tasks_and_own_images_stand_alone():
+    found = made(result("cifar"), result("digits"), result("my birds"))
+    assert list(tables.groups(found)) == ["vtab_natural", "demo", "own images"]
+    assert list(tables.suites(found)) == ["vtab_all", "demo", "own images"]
+    assert tables.accuracy(found, "own images").header == ("method", "my birds")
+    assert tables.aggregates(made(result("my birds"))).rows == ()
+
+
+# wins
+
+
+def test_wins_are_tasks_above_full_and_a_tie_is_none():
+    tasks = SUITES["vtab_specialized"]
+    full = dict.fromkeys(tasks, 0.5)
+    better = dict(zip(tasks, (0.6, 0.5, 0.4, 0.51), strict=True))
+    mine, base = made(*over(tasks, scores=better), *over(tasks, "full", scores=full))
+    assert wins(mine, base)["vtab_specialized"].value == 2
+    shown = entries(tables.wins_over_full([mine, base]), "linear")
+    assert (shown["vtab_specialized"], shown[FLAT], shown["held against"]) == ("2 of 4", "missing (4 of 19)", "full")
+
+
+def test_wins_are_missing_where_full_is_or_stands_under_another_protocol():
+    mine, base = made(*over(["patch_camelyon"]), *over(["patch_camelyon"], "full", precision="bf16-mixed"))
+    assert full_of(mine, [mine, base]) is None
+    shown = entries(tables.wins_over_full([mine, base]), "linear, precision 32-true")
+    assert shown == {
+        "vtab_specialized": "no full row of the same protocol",
+        FLAT: "no full row of the same protocol",
+        "held against": "none",
+    }
+
+
+def test_a_protocol_is_compared_where_both_rows_have_tasks():
+    alone, both = made(result("cifar"), result("cifar", "full"), result("cub200", "full", data=FGVC_DATA))
+    assert same_protocol(alone, both)
+    other = {"data": {"fingerprint": "f" * 64}}
+    mine, base = made(result("mine", **other), result("mine", "full"))
+    assert not same_protocol(mine, base)
+    torn = made(result("mine", **other), result("mine"), result("dtd"), result("dtd", "full"))
+    assert full_of(torn[0], torn) is torn[-1]
+
+
+# cost
+
+
+def counts(tuned, hidden=0):
+    """Counts of a task on a ViT-B/16: `tuned` parameters and a head of its classes."""
+
+    def of(task):
+        head = 769 * TASKS[task].num_classes + hidden
+        parameters = tuned(task) if callable(tuned) else tuned
+        return {"parameters": parameters, "head_parameters": head, "share": parameters / VIT_B_SIZE}
+
+    return of
+
+
+def lengths(method, fgvc=None):
+    known = contents()["settings"]["lengths"][method] | ({"fgvc": fgvc} if fgvc else {})
+    order = contents()["order"]
+    return {task: n for group in order for task, n in zip(order[group], known[group], strict=True)}
+
+
+BLOCK = 12 * 768**2 + 13 * 768
+DEEP, SHALLOW = lengths("vpt_deep"), lengths("vpt_shallow", [100] * 5)  # 100: not published, the recipe's own
+
+
+@pytest.mark.parametrize(
+    ("method", "of", "total", "options"),
+    [
+        ("full", counts(VIT_B_SIZE), 24.02, {}),
+        ("linear", counts(0), 1.02, {}),
+        ("partial", counts(BLOCK + 2 * 768), 3.00, {"num_blocks": 1}),
+        ("mlp", counts(0, hidden=2 * (768 * 769 + 2 * 768)), 1.35, {"num_layers": 3}),
+        ("bias", counts(12 * 11 * 768 + 2 * 768), 1.05, {}),
+        ("vpt_deep", counts(lambda task: 12 * 768 * DEEP[task]), 1.18, {}),
+        ("vpt_shallow", counts(lambda task: 768 * SHALLOW[task]), 1.04, {}),
+    ],
+)
+def test_the_total_over_24_tasks_is_the_papers(method, of, total, options):
+    records = [
+        result(task, method, options=options, tuned=of(task), **({"data": FGVC_DATA} if task in FGVC else {}))
+        for task in (*VTAB, *FGVC)
+    ]
+    (row,) = made(*records)
+    sizes = backbone_sizes(made(result("cifar", "vpt_deep")))  # linear probing alone does not tell it
+    assert sizes == {"a" * 64: VIT_B_SIZE}
+    assert round(cost(row, sizes).total, 2) == total == published_of(row).params
+    line = entries(tables.costs([*made(result("dtd", "lora")), row]), method)
+    assert (line["all tasks (backbones)"], line["published, 24 tasks"]) == (f"{total:.2f}", f"{total:.2f}")
+
+
+def test_a_cost_is_of_a_task_over_its_seeds():
+    first = {"parameters": 1000, "head_parameters": 10, "share": 0.1, "bytes": 4000, "macs": 2_000_000}
+    second = {"parameters": 3000, "head_parameters": 30, "share": 0.3, "bytes": 12_000, "macs": 4_000_000}
+    slow = {"time": {"train_s": 300.0}, "peak_memory": {"bytes": 2**31}}
+    pruned = first | {"parameters": 500, "share": 0.05}
+    (row,) = made(
+        result("cifar", tuned=first), result("cifar", tuned=pruned, seed=1), result("dtd", tuned=second, **slow)
+    )
+    found = cost(row, backbone_sizes([row]))
+    assert (found.tasks, found.tuned, found.least, found.most) == (2, (750 + 3000) / 2, 750, 3000)
+    assert (found.head, found.bytes, found.macs) == (20, 8000, 3_000_000)
+    assert found.share == pytest.approx((0.075 + 0.3) / 2)
+    assert found.total == pytest.approx(1 + (750 + 3000 + 40) / 10_000)
+    assert (found.seconds, found.devices) == (pytest.approx(500 / 3), ("NVIDIA H200",))
+    assert (found.memory, found.memory_of) == (2**31, ("GPU allocations",))
+    line = entries(tables.costs([row]), "linear")
+    assert line["tuned parameters"] == "1,875 (750 to 3,000)"
+    assert (line["peak memory (MiB)"], line["measured"]) == ("2,048", "GPU allocations")
+    assert (line["training (s)"], line["operations (M)"], line["MB per task"]) == ("166.7", "3", "0.01")
+
+
+def test_what_was_not_recorded_or_measured_alike_is_missing():
+    record = result(tuned={"parameters": 0, "share": 0.0}, machine={"device": "cpu", "devices": 2, "threads": 1})
+    older = {key: value for key, value in record.tuned.items() if key != "macs"}
+    other = result(seed=1, peak_memory={"of": "process, this run"}, tuned={"parameters": 0, "share": 0.0})
+    line = entries(tables.costs(made(type(record)(**vars(record) | {"tuned": older}), other)), "linear")
+    assert line["operations (M)"] == "not recorded"
+    assert line["all tasks (backbones)"] == "backbone's size not known"
+    assert line["peak memory (MiB)"] == "measured in several ways"
+    assert line["trained on"] == "2 x cpu (1 thread), NVIDIA H200"
+
+
+# tests, ranks, intervals
+
+
+def test_paired_tests_say_where_a_level_is_out_of_reach():
+    tasks = SUITES["vtab_specialized"]
+    base = dict.fromkeys(tasks, 0.5)
+    better = dict(zip(tasks, (0.54, 0.51, 0.52, 0.53), strict=True))
+    mine, full = made(*over(tasks, scores=better), *over(tasks, "full", scores=base))
+    table = tables.paired_tests([mine, full], full)
+    assert entries(table, "linear") == {
+        "over": "vtab_all",
+        "tasks": "4",
+        "difference": "+2.50",
+        "95 % interval": "+1.50 to +3.50",
+        "better, equal, worse": "4, 0, 0",
+        "Wilcoxon p": "0.125",
+        "one-sided p": "0.0625",
+        "smallest p": "0.125",
+        "paired t p": "0.0305",
+    }
+    assert table.notes[0] == (
+        "With 4 tasks that differ the two-sided signed-rank test cannot go below 0.125: 0.05 and 0.01 are out of reach."
+    )
+    assert "p-values are not corrected" in table.notes[1]
+
+
+def test_paired_tests_hold_only_like_against_like():
+    mine, full = made(*over(["cifar", "dtd"]), *over(["cifar", "dtd"], "full", precision="bf16-mixed"))
+    table = tables.paired_tests([mine, full], full)
+    assert table.rows == ()
+    assert table.notes[-1] == "Under another protocol and so not compared: linear, precision 32-true."
+
+
+def test_a_single_common_task_has_no_test_and_says_so():
+    mine, full = made(result("cifar", score=0.6), *over(["cifar", "dtd"], "full"))
+    table = tables.paired_tests([mine, full], full)
+    assert entries(table, "linear")["Wilcoxon p"] == "no test"
+    assert entries(table, "linear")["95 % interval"] == "none"
+    assert "linear, vtab_all: no t-test: fewer than two tasks." in table.notes
+
+
+def test_ranks_are_taken_among_complete_rows():
+    demo = SUITES["demo"]
+    records = [
+        *over(demo, "linear", dict(zip(demo, (0.9, 0.8, 0.7), strict=True))),
+        *over(demo, "full", dict(zip(demo, (0.8, 0.8, 0.9), strict=True))),
+        *over(demo[:1], "bias", dict.fromkeys(demo, 0.99)),
+    ]
+    table = tables.ranks(made(*records))
+    assert [entries(table, name)["demo"] for name in ("linear", "full", "bias")] == ["1.50", "1.50", "not ranked"]
+    assert table.notes == ("demo: 2 rows over 3 of 3 tasks.",)
+    partly = tables.ranks(made(*records[3:]))  # only one is complete: over what both have in common
+    assert [entries(partly, name)["demo"] for name in ("full", "bias")] == ["2.00", "1.00"]
+    assert partly.notes == ("demo: 2 rows over 1 of 3 tasks.",)
+
+
+def test_ranks_warn_of_several_protocols():
+    table = tables.ranks(made(result("digits"), result("digits", "full", precision="bf16-mixed")))
+    assert table.notes[-1] == "Rows are under several protocols (see their labels): methods compare only within one."
+
+
+def test_seed_intervals_are_of_three_seeds_or_more():
+    table = tables.seed_intervals(
+        made(*(result(score=s, seed=i) for i, s in enumerate((0.5, 0.6, 0.7))), result("dtd"), result("dtd", seed=1))
+    )
+    assert [tuple(map(str, row)) for row in table.rows] == [("linear", "cifar", "3", "60.0", "50.0 to 70.0")]
+
+
+# what was left out, and why
+
+
+def test_rows_of_their_own_and_choices_and_what_was_left_out(tmp_path):
+    write(tmp_path, result(score=0.5))
+    write(tmp_path, result(score=0.6, precision="bf16-mixed"))
+    write(tmp_path, result(seed=1, status="diverged", diverged_step=3))
+    for i, (score, lr) in enumerate(((0.4, 1.0), (0.45, 5.0))):
+        write(tmp_path, result(score=score, split="tune", recipe={"lr": lr}), f"00000000000{i}")
+    found = survey([tmp_path])
+    own = tables.own_rows(rows(found.runs))
+    assert own.rows == (
+        ("linear, precision 32-true", "cifar", "precision 32-true (others: bf16-mixed)"),
+        ("linear, precision bf16-mixed", "cifar", "precision bf16-mixed (others: 32-true)"),
+    )
+    (choice,) = tables.choices(grids(found.runs)).rows
+    assert tuple(map(str, choice)) == ("linear", "cifar", "settings", "2", "0", "45.0", "lr 5.0", "lr 1.0")
+    (out,) = tables.left_out(found).rows
+    assert out[1] == "diverged at step 3: it has no test score, and its seed is in no mean"
+    assert tables.left_out(survey([])).rows == ()
+
+
+# the four forms
+
+
+TABLE = Table(
+    title="A & B_1 <50 %>",
+    header=("method", "acc", "why"),
+    rows=(
+        ("vpt_deep", decimal(87.0347, 1, 2.66), 'he said "x | y", so'),
+        ("-1 {x}", decimal(-1234.5, 1), "50 % & more"),
+        ("none", Missing("missing (5 of 7)"), "~ ^ \\ # $"),
+    ),
+    notes=("± is the <deviation>.",),
+)
+
+
+def test_markdown():
+    assert markdown(TABLE, bold=(1,)) == (
+        "**A & B_1 \\<50 %>**\n"
+        "\n"
+        "| method | acc | why |\n"
+        "| :-- | --: | :-- |\n"
+        '| vpt_deep | **87.0 ± 2.7** | he said "x \\| y", so |\n'
+        "| -1 {x} | -1,234.5 | 50 % & more |\n"
+        "| none | missing (5 of 7) | ~ ^ \\\\ # $ |\n"
+        "\n"
+        "- ± is the \\<deviation>.\n"
+    )
+
+
+def test_csv_is_rfc_4180_with_numbers_in_full_and_nothing_where_they_are_missing():
+    text = csv_text(TABLE)
+    assert text.splitlines()[1] == 'vpt_deep,87.0347,2.66,"he said ""x | y"", so"'
+    assert text.count("\r\n") == 4
+    assert list(csv.reader(io.StringIO(text))) == [
+        ["method", "acc", "acc std", "why"],
+        ["vpt_deep", "87.0347", "2.66", 'he said "x | y", so'],
+        ["-1 {x}", "-1234.5", "", "50 % & more"],
+        ["none", "", "", "~ ^ \\ # $"],
+    ]
+
+
+def test_latex():
+    assert latex(TABLE, bold=(1,)) == (
+        "\\begin{table}[ht]\n"
+        "\\centering\n"
+        "\\caption{A \\& B\\_1 $<$50 \\%$>$}\n"
+        "\\begin{tabular}{lrl}\n"
+        "\\toprule\n"
+        "method & acc & why \\\\\n"
+        "\\midrule\n"
+        'vpt\\_deep & \\textbf{87.0 $\\pm$ 2.7} & he said "x $|$ y", so \\\\\n'
+        "$-$1 \\{x\\} & $-$1,234.5 & 50 \\% \\& more \\\\\n"
+        "none & missing (5 of 7) & \\textasciitilde{} \\textasciicircum{} \\textbackslash{} \\# \\$ \\\\\n"
+        "\\bottomrule\n"
+        "\\end{tabular}\n"
+        "\\par{\\footnotesize $\\pm$ is the $<$deviation$>$.}\n"
+        "\\end{table}\n"
+    )
+
+
+class Reader(HTMLParser):
+    """Collects tags with their attributes, and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data.strip())
+
+
+def test_html():
+    reader = Reader()
+    text = html(TABLE, bold=(1,))
+    reader.feed(text)
+    right = {"style": "text-align: right"}
+    assert [tag for tag in reader.tags if tag[0] in ("th", "td")][:6] == [
+        ("th", {"scope": "col"}),
+        ("th", {"scope": "col"} | right),
+        ("th", {"scope": "col"}),
+        ("th", {"scope": "row"}),
+        ("td", right),
+        ("td", {}),
+    ]
+    assert "<strong>87.0 ± 2.7</strong>" in text
+    assert "<caption>A &amp; B_1 &lt;50 %&gt;</caption>" in text
+    assert 'he said "x | y", so' in reader.text
+    assert "± is the <deviation>." in reader.text
+
+
+def test_bold_is_an_option_and_ties_share_it():
+    table = Table(
+        "t", ("m", "a"), (("x", decimal(50.04)), ("y", decimal(50.01)), ("z", decimal(49.0)), ("w", Missing()))
+    )
+    assert markdown(table).count("**") == 2  # the title's
+    assert markdown(table, bold=(1,)).count("**50.0**") == 2
+
+
+def test_a_table_without_rows_is_a_table_all_the_same():
+    table = Table("t", ("m", "a"), ())
+    assert markdown(table).endswith("| m | a |\n| :-- | :-- |\n")
+    assert "<tbody>\n</tbody>" in html(table)
+    assert r"\midrule" not in latex(table)
+    assert csv_text(table) == "m,a\r\n"
+
+
+def test_a_row_that_does_not_fit_its_header_is_a_mistake():
+    with pytest.raises(ValueError, match="table 't': a row has not the 2 entries of its header"):
+        Table("t", ("m", "a"), (("x",),))
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (decimal(1234567, 0), "1,234,567"),
+        (decimal(0.5, 2, sign=True), "+0.50"),
+        (decimal(-0.5, 2, sign=True), "-0.50"),
+        (decimal(0.5, 1, 0.26), "0.5 ± 0.3"),
+        (p_value(3.8147e-06), "3.81e-06"),
+        (p_value(0.125), "0.125"),
+        (p_value(1.0), "1"),
+        (Number(2, "2 of 4"), "2 of 4"),
+        (Missing(), "missing"),
+    ],
+)
+def test_numbers_as_they_are_read(number, shown):
+    assert str(number) == shown
+
+
+def test_the_mean_of_a_group_is_not_rounded_before_it_is_taken():
+    (row,) = made(*over(SUITES["demo"], scores=dict(zip(SUITES["demo"], (0.1234, 0.2345, 0.3456), strict=True))))
+    expected = fmean((0.1234, 0.2345, 0.3456))
+    assert csv_text(tables.aggregates([row])).splitlines()[1] == f"linear,{100 * expected:.10g}"
