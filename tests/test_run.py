@@ -159,6 +159,24 @@ def test_what_decides_the_numbers_decides_the_folder(logs, whole):
     assert not any(folder.exists() for folder in folders[1:]), "prepare() alone writes nothing"
 
 
+def test_the_best_on_test_is_a_diagnostic_that_changes_nothing_else(tmp_path, whole):
+    one = tiny_run(tmp_path, "diagnostics.best_on_test=true")
+    plain, expected = whole()
+    assert one.folder.name == plain.folder.name
+    result = run.run_job(one)
+    curve = [float(row["leak/test_acc"]) for row in rows(one.folder)]
+    assert len(curve) == 3
+    assert result.metrics["leak/best_on_test"] == pytest.approx(max(curve))
+    assert result.metrics["leak/test_acc"] == pytest.approx(result.metrics["test/acc"], abs=1e-6)
+    assert {k: v for k, v in result.metrics.items() if "leak" not in k} == expected.metrics
+    assert result.score == expected.score
+    assert not any("leak" in name for name in expected.metrics)
+    saved = [(folder / "tuned.safetensors").read_bytes() for folder in (one.folder, plain.folder)]
+    assert saved[0] == saved[1]
+    tuned = run.run_job(tiny_run(tmp_path, "diagnostics.best_on_test=true", "split=tune"))
+    assert not any("leak" in name or "test" in name for name in tuned.metrics)
+
+
 def test_tune_scores_val200_and_never_test(whole, monkeypatch):
     monkeypatch.setattr(TuningModule, "test_step", None)  # is not called
     one, result = whole("split=tune", "seed=3")
