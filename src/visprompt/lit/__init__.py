@@ -3,6 +3,8 @@
 import logging
 import warnings
 
+import lightning.pytorch  # noqa: F401  # sets its own levels as it is imported: before those below
+
 # its lines come twice under Hydra's logging, and those below a warning repeat what the run's table says
 for _name in ("lightning.pytorch", "lightning.fabric", "timm"):
     logging.getLogger(_name).setLevel(logging.WARNING)
