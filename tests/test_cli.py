@@ -107,7 +107,7 @@ def test_missing_weights_without_network_fail_at_once_and_say_how_to_get_them(tm
     done = call("train", "backbone=vit_b16_in21k", f"paths.log_dir={tmp_path}")
     assert done.returncode == 2
     assert "the weights of backbone vit_base_patch16_224.orig_in21k are not on this machine" in done.stderr
-    assert "backbone.weights=PATH" in done.stderr
+    assert "set backbone.weights=data/backbones/vit_base_patch16_224.orig_in21k.safetensors" in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 60
 
