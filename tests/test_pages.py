@@ -39,7 +39,7 @@ def folder(tmp_path):
     for number in range(8):
         path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
     return tmp_path
 
 
