@@ -9,6 +9,8 @@ import signal
 import tempfile
 from pathlib import Path
 
+import pytest
+
 # An unreachable hub costs a minute of retries per model; no test needs one.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -39,3 +41,22 @@ for name in list(os.environ):
 # A shell starts what it puts into the background with Ctrl-C ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The W&B runs that were begun, with what they were begun with and how they ended."""
+    import wandb  # late: few tests need it
+
+    runs, original = [], wandb.init
+
+    def init(**given):
+        one = original(**given)
+        finish, log, found = one.finish, one.log, {"config": one.config, "logged": {}, **given}
+        one.finish = lambda exit_code: found.update(exit_code=exit_code) or finish(exit_code)
+        one.log = lambda metrics: found["logged"].update(metrics) or log(metrics)
+        runs.append(found)
+        return one
+
+    monkeypatch.setattr(wandb, "init", init)
+    return runs

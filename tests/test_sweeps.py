@@ -93,22 +93,11 @@ OFFLINE = ("split=tune", "logger=wandb", "logger.wandb.offline=true")
 
 
 @pytest.fixture
-def begun(monkeypatch):
+def begun(begun, monkeypatch):
     """An agent's W&B runs that were begun: the id asked for, config, figures and how they ended."""
-    runs, original = [], wandb.init
     monkeypatch.setenv("WANDB_RUN_ID", "agent-7")
     monkeypatch.setattr(loop.console, "_width", 300)
-
-    def init(**given):
-        one = original(**given)
-        finish, log, found = one.finish, one.log, {"config": one.config, "logged": {}, **given}
-        one.finish = lambda exit_code: found.update(exit_code=exit_code) or finish(exit_code)
-        one.log = lambda metrics: found["logged"].update(metrics) or log(metrics)
-        runs.append(found)
-        return one
-
-    monkeypatch.setattr(wandb, "init", init)
-    return runs
+    return begun
 
 
 def train(logs, *arguments):

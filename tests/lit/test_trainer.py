@@ -1,7 +1,6 @@
 """Trainer and loggers of a job: what W&B and TensorBoard get, and one run of theirs for each of ours."""
 
 import pytest
-import wandb
 
 from cli import frozen, tiny_job, tiny_run
 from visprompt import run
@@ -11,23 +10,6 @@ from visprompt.lit.trainer import build_trainer
 
 pytestmark = [frozen, pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging")]
 SHORT = ("+trainer.limit_train_batches=2", "+trainer.limit_test_batches=1", "recipe.epochs=2", "method.num_tokens=4")
-
-
-@pytest.fixture
-def begun(monkeypatch):
-    """The W&B runs that were begun, with what they were begun with and how they ended."""
-    runs, original = [], wandb.init
-
-    def init(**given):
-        one = original(**given)
-        finish, log, found = one.finish, one.log, {"config": one.config, "logged": {}, **given}
-        one.finish = lambda exit_code: found.update(exit_code=exit_code) or finish(exit_code)
-        one.log = lambda metrics: found["logged"].update(metrics) or log(metrics)
-        runs.append(found)
-        return one
-
-    monkeypatch.setattr(wandb, "init", init)
-    return runs
 
 
 def logged(folder, *options):
