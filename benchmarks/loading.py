@@ -26,12 +26,11 @@ from PIL import Image
 from torch import Generator
 from torch.utils.data import DataLoader
 
-from step_time import proc
+from measuring import machine
 from visprompt.data.batches import GlobalBatches
 from visprompt.data.dataset import SquareDataset, as_is
 from visprompt.data.square import SCHEMA, SquareStore, read_square
 from visprompt.errors import UserError
-from visprompt.measure import git_commit, versions
 
 SIZE = 224
 
@@ -132,9 +131,7 @@ def main() -> None:
         grown = psutil.Process().memory_info().rss - held
     what = f"{options.images:,} images of {SIZE} pixels ({options.images * 3 * SIZE * SIZE / 1e9:.1f} GB)"
     how = f"batch {options.batch}, {options.workers} workers, {options.rounds} rounds"
-    software = ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch"))
-    machine = f"{proc('cpuinfo', 'model name')}, {psutil.cpu_count()} cores"
-    print(f"{what}, {how}; {machine}; {software}; commit {git_commit()}\n")
+    print(f"{what}, {how}; {machine()}\n")
     print("| way | images/s | share of copy |\n| --- | ---: | ---: |")
     for name in names:
         shares = [100 * found[name] / found["copy"] for found in rounds]

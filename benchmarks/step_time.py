@@ -15,16 +15,12 @@ what its own process holds.
 """
 
 import argparse
-import ctypes
 import math
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -32,11 +28,11 @@ from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from measuring import added_mib, machine, milliseconds
 from visprompt.backbones import DEMO, BackboneSpec, build_backbone
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
-from visprompt.measure import git_commit, versions
 from visprompt.methods import build_method
 from visprompt.methods.baselines import Linear
 
@@ -100,45 +96,16 @@ def make_step(variant: Variant, vit: ViT, side: int, options: argparse.Namespace
     return step
 
 
-def milliseconds(step: Callable[[], Tensor], device: str) -> float:
-    if device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    begin = clock()
-    step()
-    return (clock() - begin) * 1000
-
-
-def added_mib(variant: Variant, options: argparse.Namespace) -> float:
-    step = make_step(variant, *make_vit(options), options)
-    step()  # what the libraries take once is no part of a step
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what the first step freed would otherwise hide what the second one takes
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, at the present size
-    resident = proc("self/status", "VmRSS")
-    step()
-    return (int(proc("self/status", "VmHWM").split()[0]) - int(resident.split()[0])) / 1024  # "1234 kB"
-
-
-def proc(file: str, key: str) -> str:
-    return Path("/proc", file).read_text().partition(key)[2].partition("\n")[0].strip("\t :")
+def step_mib(variant: Variant, options: argparse.Namespace) -> float:
+    return added_mib(make_step(variant, *make_vit(options), options), options.device)
 
 
 def memory_rows(variants: Sequence[Variant], options: argparse.Namespace) -> list[list[str]]:
     def alone(variant: Variant) -> float:
         if options.device == "cuda":
-            return added_mib(variant, options)
+            return step_mib(variant, options)
         with ProcessPoolExecutor(1, mp_context=get_context("fork")) as fresh:  # this process has built nothing so far
-            return fresh.submit(added_mib, variant, options).result()
+            return fresh.submit(step_mib, variant, options).result()
 
     none, rows = alone(Variant()), []
     for variant in variants:
@@ -183,10 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     variants = [Variant(length) for length in options.lengths] + [DROPOUT_ROW] * (DROPOUT_ROW.length in options.lengths)
     memory, times = memory_rows(variants, options), time_rows(variants, options)
     how = f"batch {options.batch}, {options.precision}{', compiled' if options.compile else ''}, {options.pairs} pairs"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    where = f"{proc('cpuinfo', 'model name')}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {gpu}"
-    software = ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "timm"))
-    head = f"{options.backbone} on {options.device}, {how}; {where}; {software}; commit {git_commit()}"
+    head = f"{options.backbone} on {options.device}, {how}; {machine()}"
     print(head, table("ms", times), table("MiB", memory), sep="\n\n")
 
 

@@ -1,13 +1,18 @@
-"""The benchmark of a step runs and prints what its documentation shows; how long anything takes is never asserted."""
+"""The benchmarks run and print what their documentation shows; how long anything takes is never asserted."""
 
 import argparse
 import importlib
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from visprompt import compose
+from visprompt.api import build
+from visprompt.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--backbone", "test_vit", "--batch", "4", "--pairs", "1", "--lengths", "1", "50"]
@@ -104,3 +109,63 @@ def test_loading_is_measured_in_every_way(monkeypatch, capsys):
     assert shares["loader"] == pytest.approx(100 * rates["loader"] / rates["copy"], abs=0.2)
     (committed,) = tables((ROOT / "benchmarks" / "README.md").read_text().partition("## Loading images")[2])
     assert list(committed) == list(table)
+
+
+@pytest.fixture
+def methods(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("methods")
+
+
+def result(**options):
+    return SimpleNamespace(recipe={"lr": 0.4}, method={"num_tokens": 2} | options)
+
+
+def test_what_was_chosen_is_told_with_what_was_tried(methods):
+    assert methods.chosen([result()], {}) == "-"
+    assert methods.chosen([result()], {"recipe.lr": [0.1, 0.4]}) == "lr 0.4 of 0.1, 0.4"
+    both = methods.chosen([result(share=0.5)], {"recipe.lr": [0.4], "method.share": [0.5, 1.0]})
+    assert both == "lr 0.4 of 0.4; share 0.5 of 0.5, 1"
+
+
+def test_what_pruning_left_is_told_seed_by_seed(methods):
+    kept = result(prune=True, num_segments=2, token_mask=[1, 0], segment_mask=[[1, 0], [0, 0]])
+    whole = result(prune=True, num_segments=2, token_mask=None, segment_mask=None)
+    told = methods.chosen([kept, whole], {})
+    assert told == "tokens and their segments left 50% and 50%; 100% and 100%"
+
+
+@pytest.mark.slow
+def test_methods_are_scored_and_measured_side_by_side(methods, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))  # of the fresh processes
+    words = "trainer=cpu callbacks=none recipe.epochs=1 recipe.warmup_epochs=0 recipe.grid=null data.fraction=0.05"
+    words = [*words.split(), "seeds=[1, 2]", f"paths.log_dir={tmp_path}"]
+    methods.main(["--methods", "full", "vpt_deep", "--rounds", "2", *words])
+    out = capsys.readouterr().out
+    assert re.match(r"batch of the recipe, float32 on cpu, 2 rounds; .*commit", out)
+    (table,) = tables(out)
+    assert list(table) == ["full", "vpt_deep"]
+    assert list(table["full"]) == list(methods.HEADER)
+    assert len(list(tmp_path.glob("digits_loc/*/*/result.json"))) == 6  # the grid's only point, and two seeds
+    assert table["full"]["tuned parameters + head"] == "2,719,296 + 3,088"
+    assert table["full"]["of full"] == "1.00 [1.00, 1.00]"
+    assert table["vpt_deep"]["tuned parameters + head"] == f"{6 * 50 * 192:,} + 3,088"
+    assert table["vpt_deep"]["chosen on val200"] == "-"
+    assert all(float(row["step, ms"]) > 0 and float(row["added, MiB"]) > 0 for row in table.values())
+    methods.main(["--methods", "full", "vpt_deep", "--rounds", "1", *words])  # what is finished is read
+    (again,) = tables(capsys.readouterr().out)
+    assert [row["test accuracy, %"] for row in again.values()] == [row["test accuracy, %"] for row in table.values()]
+
+
+def test_the_committed_table_of_methods_is_whole_and_its_counts_are_the_codes(methods):
+    (table,) = tables((ROOT / "docs" / "methods-on-the-demo.md").read_text())
+    assert list(table) == list(METHODS)
+    for method, row in table.items():
+        assert list(row) == list(methods.HEADER)
+        assert re.fullmatch(r"\d+\.\d ± \d+\.\d", row["test accuracy, %"])
+        if method != "e2vpt":  # pruned
+            with compose.composing():
+                job = compose.job("tune", ["experiment=demo_methods", "tasks=null", f"method={method}"])
+            options = {name: value for name, value in job.method.items() if name != "name"}
+            counted = build("vit64_tiny_imagenet_100", method, 16, **options).summary()
+            assert row["tuned parameters + head"] == f"{counted.tuned:,} + {counted.head:,}", method

@@ -78,7 +78,7 @@ def measure_pace(job: DictConfig, backbone: Backbone, classes: int, devices: int
     context = torch.autocast(device.type, _DTYPES[kind]) if mixed else contextlib.nullcontext()
     try:
         with context:
-            bench = _Bench(job, classifier.to(device, torch.float32 if mixed else _DTYPES[kind]), augments)
+            bench = Bench(job, classifier.to(device, torch.float32 if mixed else _DTYPES[kind]), augments)
             return Pace(device=name, **bench.figures(-(-job.recipe.batch_size // devices)))
     except torch.OutOfMemoryError:
         many = f"recipe.batch_size={job.recipe.batch_size} on {devices} device(s)"
@@ -96,7 +96,7 @@ def _device(accelerator: str) -> torch.device | None:
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
-class _Bench:
+class Bench:
     """A classifier with its optimiser, and random images for it."""
 
     def __init__(self, job: DictConfig, classifier: Classifier, augments: bool) -> None:
@@ -108,13 +108,27 @@ class _Bench:
         recipe, undecayed = make_recipe(job), classifier.method.undecayed
         self.optimizer, _ = build_optimizer(classifier.tuned_parameters(), recipe, 1, undecayed)
 
+    def step(self, count: int) -> Callable[[], None]:
+        """Returns an optimiser step on as many random images, or on what is kept of them."""
+        self.classifier.eval()
+        inputs = self._kept(self._images(count))
+        labels = torch.zeros(count, dtype=torch.long, device=self.like.device)
+        self.classifier.train()
+
+        def step() -> None:
+            F.cross_entropy(self.classifier(inputs).float(), labels).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return step
+
     def figures(self, share: int) -> dict[str, Any]:
         """The figures of `Pace`, for a device's share of a batch."""
         micro = -(-share // self.accumulate)
         few = min(_FEW, micro)
-        part = self._step(few)
+        part = self._seconds(self.step(few))
         whole = part * micro / few <= PATIENCE
-        step = self._step(micro) if whole else part * micro / few
+        step = self._seconds(self.step(micro)) if whole else part * micro / few
         count = micro if whole else few
         images = self._images(count)
         self.classifier.eval()
@@ -134,19 +148,6 @@ class _Bench:
     @torch.no_grad()
     def _kept(self, images: Tensor) -> Tensor:
         return self.classifier.frozen(images) if self.keeps else images
-
-    def _step(self, count: int) -> float:
-        self.classifier.eval()
-        inputs = self._kept(self._images(count))
-        labels = torch.zeros(count, dtype=torch.long, device=self.like.device)
-        self.classifier.train()
-
-        def step() -> None:
-            F.cross_entropy(self.classifier(inputs).float(), labels).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-        return self._seconds(step)
 
     def _seconds(self, work: Callable[[], object]) -> float:
         """Median time of calls after one that warms up; of fewer where they take long."""

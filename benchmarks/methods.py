@@ -1,0 +1,125 @@
+"""Every method on a demo task: accuracy by the protocol, and the time and memory of a training step side by side.
+
+First the protocol of `experiment=demo_methods` (the grid on val200, the choice, three seeds on test): what is finished
+in logs/ is read, what is missing is trained, which takes hours on a CPU; stop it and run it again as you like. Then a
+step of each method with its chosen setting is measured under equal conditions, since the runs may have had company.
+
+A step is forward, loss, backward and the optimiser's step, on random images of the task's size, or on what is kept of
+them where frozen layers run once for all epochs. The methods take turns, a round is one step of each; a ratio is taken
+within a round. The table goes to standard output, all else to standard error.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from statistics import fmean, median
+
+from omegaconf import DictConfig
+
+from measuring import added_mib, machine, milliseconds
+from visprompt import chain, compose, pruning
+from visprompt.dryrun.pace import Bench
+from visprompt.errors import UserError
+from visprompt.loop import run_all
+from visprompt.methods import METHODS
+from visprompt.protocol import tune_one
+from visprompt.results import Result, cell, markdown_table
+from visprompt.run import build_classifier, prepare
+
+BESIDE = "full"  # the method whose step is 1
+HEADER = (
+    "test accuracy, %",
+    "tuned parameters + head",
+    "share, %",
+    "chosen on val200",
+    "step, ms",
+    "of full",
+    "added, MiB",
+)
+
+
+def make_job(method: str, words: Sequence[str]) -> DictConfig:
+    """The composed job of one method; tuned as the protocol does."""
+    with compose.composing():
+        return compose.job("tune", ["experiment=demo_methods", "tasks=null", f"method={method}", *words])
+
+
+def make_step(method: str, words: Sequence[str], device: str) -> Callable[[], None]:
+    job = make_job(method, words)
+    job = chain.vary(job, chain.unpruned(job))
+    run = prepare(job)
+    classifier = build_classifier(job, run.backbone, run.datamodule.num_classes).to(device)
+    return Bench(job, classifier, run.datamodule.augments).step(job.recipe.batch_size)
+
+
+def memory(method: str, words: Sequence[str], device: str) -> float:
+    return added_mib(make_step(method, words, device), device)
+
+
+def chosen(results: Sequence[Result], grid: Mapping[str, Sequence[float]]) -> str:
+    """What val200 chose of what was tried; of E2VPT also what each seed's own pruning left."""
+    found = []
+    for key, tried in grid.items():
+        holder, _, name = key.rpartition(".")
+        value = getattr(results[0], holder)[name]
+        found.append(f"{name} {value:g} of {', '.join(f'{point:g}' for point in tried)}")
+    if "prune" in results[0].method:
+        masks = [pruning.masks_of(result.method) for result in results]
+        left = [f"{m.tokens.float().mean():.0%} and {m.segments[m.tokens].float().mean():.0%}" for m in masks]
+        found.append(f"tokens and their segments left {'; '.join(left)}")
+    return "; ".join(found) or "-"
+
+
+def score(method: str, words: Sequence[str]) -> list[str]:
+    job = make_job(method, words)
+    with contextlib.redirect_stdout(sys.stderr):
+        outcomes = tune_one(job, list(job.seeds), run_all)
+    if reasons := [outcome.reason for outcome in outcomes if outcome.reason]:
+        raise UserError(f"{method}: {'; '.join(reasons)}")
+    results = [outcome.result for outcome in outcomes if outcome.result]
+    names = ("parameters", "head_parameters", "share")
+    parameters, head, share = (fmean(result.tuned[name] for result in results) for name in names)
+    return [
+        str(cell(results)),
+        f"{parameters:,.0f} + {head:,.0f}",
+        f"{100 * share:.2f}",
+        chosen(results, dict(job.recipe.grid or {})),
+    ]
+
+
+def measured(methods: Sequence[str], words: Sequence[str], options: argparse.Namespace) -> dict[str, list[str]]:
+    steps = {method: make_step(method, words, options.device) for method in dict.fromkeys([*methods, BESIDE])}
+    for step in steps.values():
+        step()  # warms up
+    rounds = [{m: milliseconds(step, options.device) for m, step in steps.items()} for _ in range(options.rounds)]
+    found = {}
+    for method in methods:
+        ratios = [times[method] / times[BESIDE] for times in rounds]
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            mib = fresh.submit(memory, method, words, options.device).result()
+        spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        found[method] = [f"{median(times[method] for times in rounds):.0f}", spread, f"{mib:.0f}"]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="more of src/tune.py's command line, such as trainer=cpu")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where steps are measured, in float32")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args(arguments)
+    try:
+        rows = {method: score(method, options.words) for method in options.methods}
+        steps = measured(options.methods, options.words, options)
+    except UserError as error:
+        sys.exit(str(error))
+    print(f"batch of the recipe, float32 on {options.device}, {options.rounds} rounds; {machine()}\n")
+    print(markdown_table(["method", *HEADER], [[m, *rows[m], *steps[m]] for m in options.methods]), end="")
+
+
+if __name__ == "__main__":
+    main()
