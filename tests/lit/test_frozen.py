@@ -1,5 +1,5 @@
 import logging
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,8 @@ import torch
 from cli import frozen as frozen_backbone
 from cli import tiny_run
 from visprompt import run
+from visprompt.classifier import Classifier
+from visprompt.data.dataset import ArrayDataset, DeviceDataset, Ticket
 from visprompt.errors import UserError
 from visprompt.lit import frozen
 from visprompt.lit.frozen import keep
@@ -39,6 +41,88 @@ def test_no_room_is_said(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     assert keep(parts(), 10) is None
     assert "the frozen blocks run in every epoch: their output, 0.0 GB, has no room" in caplog.text
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    for name in ("_outputs", "_pixels"):
+        monkeypatch.setattr(frozen, name, OrderedDict())
+
+
+def test_what_begins_with_the_same_bits_is_not_computed_again():
+    first = keep(parts(), 10, key="a")
+    again = parts()
+    assert keep(again, 10, key="a") is first
+    assert len(list(again)) == 2, "one of three batches was looked at"
+    assert keep(parts(), 10, key="b") is not first
+    assert keep((part + 1 for part in parts()), 10, key="a")[0].tolist() == [1, 2, 3], "other weights"
+    assert keep(parts(), 10) is not keep(parts(), 10)
+
+
+def test_only_the_last_two_sets_are_kept():
+    for key in "abc":
+        keep(parts(), 10, key=key)
+    assert list(frozen._outputs) == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("linear", ()), ("partial", ()), ("vpt_deep", ("method.depth=1", "method.depth_from=last"))]
+)
+def test_a_grid_computes_what_is_frozen_once(tmp_path, monkeypatch, method, options):
+    seen, original = [], Classifier.frozen
+
+    def count(self, images):
+        seen.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(Classifier, "frozen", count)
+    given = (f"method={method}", "split=tune", "recipe.epochs=1", "recipe.warmup_epochs=0", *options)
+    run.run_job(tiny_run(tmp_path / "grid", *given, "recipe.lr=0.1"))
+    assert sum(seen) == 1000
+    seen.clear()
+    second = run.run_job(tiny_run(tmp_path / "grid", *given, "recipe.lr=0.2"))
+    assert seen == [64, 64], "the first batch of either set shows that nothing has changed"
+    monkeypatch.setattr(frozen, "_outputs", OrderedDict())
+    alone = run.run_job(tiny_run(tmp_path / "alone", *given, "recipe.lr=0.2"))
+    assert second.tuned["sha256"] == alone.tuned["sha256"]
+    assert second.metrics == alone.metrics
+
+
+def test_pixels_that_lie_on_a_device_change_nothing(tmp_path, monkeypatch):
+    """As on a GPU; here the device is the CPU."""
+    given = ("method=vpt_deep", "split=tune", "recipe.epochs=1", "recipe.warmup_epochs=0")
+    plain = run.run_job(tiny_run(tmp_path / "plain", *given))
+    sets, original = [], frozen.on_device
+
+    def note(dataset, device, key):
+        sets.append(original(dataset, device, key))
+        return sets[-1]
+
+    monkeypatch.setattr("visprompt.lit.module.has_own_memory", lambda device: True)
+    monkeypatch.setattr("visprompt.lit.module.on_device", note)
+    monkeypatch.setattr(frozen, "_free_on", lambda device: 2**30)
+    given += ("data.num_workers=1", "data.pin_memory=true")  # of no use to what lies there
+    there = [run.run_job(tiny_run(tmp_path / f"there{i}", *given)) for i in range(2)]
+    assert [type(dataset) for dataset in sets] == [DeviceDataset] * 4
+    assert sets[0].images is sets[2].images, "from run to run"
+    assert {one.tuned["sha256"] for one in there} == {plain.tuned["sha256"]}
+    assert there[0].metrics == plain.metrics
+
+
+def test_pixels_without_room_on_the_device_stay_where_they_are(monkeypatch):
+    dataset = ArrayDataset(np.arange(24, dtype=np.uint8).reshape(4, 3, 1, 2), np.array([0, 1, 1, 0]), list("abcd"))
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(frozen, "_free_on", lambda device: 95)
+    assert frozen.on_device(dataset, cpu, 1) is dataset
+    monkeypatch.setattr(frozen, "_free_on", lambda device: 96)
+    there = frozen.on_device(dataset, cpu, 1)
+    tickets = [Ticket(2, None, 0.5), Ticket(0, None, 1.0)]
+    batch, own = there.__getitems__(tickets), dataset.__getitems__(tickets)
+    assert all(torch.equal(a, b) for a, b in zip(batch, own, strict=True))
+    part, own = there.subset(np.array([3, 2])), dataset.subset(np.array([3, 2]))
+    assert np.array_equal(part.pixels(tickets[1:]), own.pixels(tickets[1:]))
+    assert part.labels.tolist() == own.labels.tolist() == [0, 1]
+    assert part.keys == own.keys == ["d", "c"]
 
 
 @pytest.mark.parametrize("method", ["partial", "vpt_deep"])

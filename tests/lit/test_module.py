@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from visprompt import run
 from visprompt.backbones.vit import ViT
 from visprompt.data import synthetic
 from visprompt.data.dataset import Batch
+from visprompt.lit import frozen as kept_outputs
 from visprompt.lit.module import Mean, TuningModule, accuracies
 from visprompt.optim import Recipe
 
@@ -123,6 +125,7 @@ def test_accumulation_changes_the_result_by_rounding_only(tmp_path, options, mon
 def seen(monkeypatch):
     """Counts the images that pass the backbone."""
     images, original = [], ViT.forward
+    monkeypatch.setattr(kept_outputs, "_outputs", OrderedDict())  # of an earlier test
 
     def forward(self, batch, method):
         if batch.any():  # not the blank image whose operations are counted

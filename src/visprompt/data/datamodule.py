@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from visprompt.data.batches import GlobalBatches
-from visprompt.data.dataset import Batch, TicketDataset, as_is
+from visprompt.data.dataset import Batch, DeviceDataset, TicketDataset, as_is
 from visprompt.data.pixels import check_interpolation, mean_and_std, normalise
 from visprompt.data.splits import share
 from visprompt.errors import UserError, unknown
@@ -198,13 +198,14 @@ class TaskDataModule(L.LightningDataModule, ABC):
             epoch=self._epoch,
             training=training,
         )
+        loads = not isinstance(dataset, DeviceDataset)  # what lies on the device needs no help to get there
         return DataLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=as_is,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            persistent_workers=self.num_workers > 0,
+            num_workers=self.num_workers if loads else 0,
+            pin_memory=self.pin_memory and loads,
+            persistent_workers=self.num_workers > 0 and loads,
             generator=torch.Generator(),  # its own: a loader would draw from the global stream that dropout reads
         )
 

@@ -120,6 +120,35 @@ class SquareDataset(TicketDataset):
         return type(self)(self.store, self.rows[rows], self.task)
 
 
+class DeviceDataset(TicketDataset):
+    """Images of one size that lie on a GPU; not augmented, and read in the process that put them there."""
+
+    def __init__(self, images: Tensor, labels: Tensor, keys: Sequence[str]) -> None:
+        """Keeps the tensors without a copy.
+
+        Args:
+            images: uint8 [n, c, h, w], on any device.
+            labels: int64 [n].
+            keys: One per image.
+        """
+        self.images, self.labels, self.keys = images, labels, keys
+
+    def __getitems__(self, tickets: list[Ticket]) -> Batch:
+        rows = torch.tensor([ticket.row for ticket in tickets])
+        weights = torch.tensor([ticket.weight for ticket in tickets], dtype=torch.float32)
+        return Batch(self.images[rows.to(self.images.device)], self.labels[rows], rows, weights)
+
+    def pixels(self, tickets: list[Ticket]) -> np.ndarray:
+        """Copies the rows asked for back."""
+        return self.__getitems__(tickets).images.cpu().numpy()
+
+    def subset(self, rows: np.ndarray) -> Self:
+        """Copies some rows, on their device."""
+        chosen = torch.from_numpy(rows)
+        images = self.images[chosen.to(self.images.device)]
+        return type(self)(images, self.labels[chosen], [self.keys[row] for row in rows])
+
+
 class ImageStore(Protocol):
     """What `RaggedDataset` asks of a store: images of any size by row, and their labels."""
 

@@ -1,6 +1,7 @@
 """The LightningModule: training, scoring, and what a diverged run looks like."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -19,7 +20,7 @@ from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.dataset import ArrayDataset, Batch, TicketDataset
 from visprompt.errors import UserError
-from visprompt.lit.frozen import keep
+from visprompt.lit.frozen import has_own_memory, keep, on_device
 from visprompt.methods.inits import MAX_IMAGES, initialise
 from visprompt.methods.vpt import VPT
 from visprompt.optim import Recipe, build_optimizer
@@ -77,6 +78,7 @@ class TuningModule(L.LightningModule):
         scores: Figures of the last scoring, by metric name.
         scored_step: Number of optimiser steps at the last scoring.
         per_class: Accuracy of each class at the last scoring; None where a class has no image.
+        scored_loss: Mean loss at the last scoring: where it is not finite, its accuracies mean nothing.
     """
 
     def __init__(self, classifier: Classifier, recipe: Recipe, seed: int, leaks: bool = False) -> None:
@@ -86,12 +88,13 @@ class TuningModule(L.LightningModule):
         self.recipe = recipe
         self.seed = seed
         classes = classifier.num_classes
-        self.train_loss, self.train_acc, self.val_loss = Mean(), Mean(), Mean()
+        self.train_loss, self.train_acc, self.val_loss, self.test_loss = Mean(), Mean(), Mean(), Mean()
         self.val_confusion = MulticlassConfusionMatrix(classes)
         self.test_confusion = MulticlassConfusionMatrix(classes)
         self.scores: dict[str, float] = {}
         self.scored_step = -1
         self.per_class: list[float | None] = []
+        self.scored_loss = math.nan
         self._resumed = False
         self._bad_step: Tensor
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
@@ -120,16 +123,16 @@ class TuningModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Computes once what can never change: the features, or the output of the frozen first blocks."""
+        """Computes once what can never change, the output of frozen layers; else a GPU gets the pixels, once."""
         self._check_batch_norm()
         datamodule = self._datamodule
         # Lightning restores the modules before this hook, but the number of steps only after it
         if self.classifier.method.needs_images and not self._resumed:
             self._initialise()
-        if self.classifier.has_frozen_part and not datamodule.augments:
-            datamodule.train_dataset = self._frozen(datamodule.train_dataset)
+        if not datamodule.augments:
+            datamodule.train_dataset = self._kept(datamodule.train_dataset)
             if datamodule.split == "tune":
-                datamodule.val_dataset = self._frozen(datamodule.val_dataset)
+                datamodule.val_dataset = self._kept(datamodule.val_dataset)
 
     def _initialise(self) -> None:
         """Makes the first prompts of training images, the same on every rank."""
@@ -209,35 +212,47 @@ class TuningModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation figures."""
-        self._score("val", self.val_confusion)
-        self.scores["val/loss"] = float(self.val_loss.compute())
+        self._score("val", self.val_confusion, self.val_loss)
+        self.scores["val/loss"] = self.scored_loss
         self.log("val/loss", self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Scores test; read once, after the last epoch of a final run."""
-        self.test_confusion.update(self(batch.images).argmax(1), batch.labels)
+        logits = self(batch.images).float()
+        self.test_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"), batch.weights)
+        self.test_confusion.update(logits.argmax(1), batch.labels)
 
     def on_test_epoch_end(self) -> None:
         """Logs the test figures."""
-        self._score("test", self.test_confusion)
+        self._score("test", self.test_confusion, self.test_loss)
+        self.test_loss.reset()  # it is not logged, and so Lightning does not
 
-    def _score(self, stage: str, confusion: MulticlassConfusionMatrix) -> None:
-        """Logs and keeps the accuracies of a split set."""
+    def _score(self, stage: str, confusion: MulticlassConfusionMatrix, loss: Mean) -> None:
+        """Logs and keeps the accuracies of a split set; keeps its loss."""
         found = accuracies(confusion.compute())
         confusion.reset()
         self.per_class = found.pop("per_class")
         self.scores = {f"{stage}/{name}": value for name, value in found.items()}
-        self.scored_step = self.trainer.global_step
+        self.scored_step, self.scored_loss = self.trainer.global_step, float(loss.compute())
         self.log_dict(self.scores, prog_bar=True)
 
     @property
     def _datamodule(self) -> TaskDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
 
-    def _frozen(self, dataset: TicketDataset) -> TicketDataset:
-        """A data set as its frozen part, on every rank all of it; itself where that has no room."""
+    def _kept(self, dataset: TicketDataset) -> TicketDataset:
+        """A data set as what stays of it: its frozen part where there is one, on every rank all of it, else its pixels.
+
+        Itself where that has no room.
+        """
+        datamodule, device = self._datamodule, self.device
+        images = (datamodule.fingerprint, json.dumps(datamodule.preprocessing), *dataset.keys)
+        if not self.classifier.has_frozen_part:
+            return on_device(dataset, device, (device, images)) if has_own_memory(device) else dataset
+        first_block = self.classifier.method.first_block
+        key = (device, self.trainer.precision, datamodule.batch_size, first_block, images)
         self.classifier.eval()
-        kept = keep(self._frozen_parts(dataset), len(dataset), self.trainer.world_size)
+        kept = keep(self._frozen_parts(dataset), len(dataset), self.trainer.world_size, key)
         self.classifier.train()
         return dataset if kept is None else ArrayDataset(kept, dataset.labels.numpy(), dataset.keys)
 
