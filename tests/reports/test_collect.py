@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from written_runs import CROPPED, PREPROCESSING, RECIPE, result, write
 
 from visprompt.errors import UserError
-from visprompt.reports.collect import diverged, grids, read_runs, rows, survey
+from visprompt.reports.collect import LeftOut, diverged, grids, read_runs, rows, survey
 from visprompt.reports.runs import Run
 from visprompt.reports.settings import scope
 
@@ -83,19 +84,61 @@ def test_what_is_no_finished_run_is_named_and_never_an_error(tmp_path):
     found = survey([tmp_path])
     assert found.runs == ()
     said = {one.folder: one.why for one in found.left_out}
-    damaged = "damaged: result.json or the tuned state beside it is not whole; run the same command again"
+    damaged = (
+        "damaged, or of another version of visprompt: result.json or the tuned state beside it is not whole; run the "
+        "same command again"
+    )
     assert said == {cut: damaged, stateless: damaged, half: "not finished", locked: "not finished"}
 
 
 @pytest.mark.parametrize(
-    "change", [{"method": ["linear"]}, {"metrics": {}}, {"time": {}}, {"data": {"preprocessing": 1}}]
+    "change",
+    [
+        {"method": ["linear"]},
+        {"metrics": {}},
+        {"time": {}},
+        {"data": {"preprocessing": 1}},
+        {"tuned": {"share": None}},
+        {"tuned": {"parameters": "many"}},
+        {"tuned": {"macs": None}},
+        {"time": {"train_s": None}},
+        {"machine": {"devices": None}},
+        {"method": {"name": "e2vpt", "initial": "a"}},  # a link of a chain without kept_tokens
+        {"seed": "a"},
+        {"seed": True},
+        {"split": "other"},
+        {"metrics": {"test/acc": float("nan")}},
+        {"schema": 2},
+    ],
 )
 def test_a_record_without_what_the_report_reads_is_named(tmp_path, change):
     folder = write(tmp_path, result())
     stored = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(stored | change))
+    for name, value in change.items():
+        stored[name] = stored[name] | value if isinstance(value, dict) and value else value
+    (folder / "result.json").write_text(json.dumps(stored))
     found = survey([tmp_path])
     assert (found.runs, [one.folder for one in found.left_out]) == ((), [folder])
+
+
+def test_a_debug_run_is_no_result(tmp_path):
+    folder = write(tmp_path, result(tags=("mine", "debug")))
+    assert OmegaConf.load(CONFIGS / "debug" / "base.yaml").tags == ["debug"]
+    found = survey([tmp_path])
+    assert (found.runs, found.left_out) == ((), (LeftOut(folder, "a debug run, which is no result"),))
+
+
+def test_of_several_attempts_at_a_run_the_last_is_counted_wherever_it_lies(tmp_path):
+    old = write(tmp_path / "a", result(score=0.5), "0" * 12)
+    new = write(tmp_path / "b", result(score=0.6, attempt=1), "0" * 12)
+    elsewhere = write(tmp_path / "c", result(score=0.7, attempt=1), "0" * 12)
+    found = survey([tmp_path])
+    assert [run.folder for run in found.runs] == [new]
+    counted = f"the same run as {new}, counted there"
+    assert {one.folder: one.why for one in found.left_out} == {
+        old: f"{counted} (attempt 1; here is attempt 0), though its scores differ",
+        elsewhere: f"{counted}, though its scores differ",
+    }
 
 
 def test_what_belongs_to_chains_and_hydra_is_no_run(tmp_path):
@@ -173,6 +216,23 @@ def test_masks_of_a_seed_are_no_difference():
     assert len(row.cells["cifar"].scores) == 2
 
 
+def test_weights_that_are_drawn_from_the_seed_are_no_difference():
+    drawn = [result(seed=i, score=i / 10, backbone={"pretrained": False, "sha256": f"{i}" * 64}) for i in (1, 2)]
+    (row,) = rows(runs(*drawn))
+    assert (row.cells["cifar"].scores, row.told["backbone.sha256"]) == ((0.1, 0.2), "random")
+
+
+def test_a_depth_of_all_blocks_is_one_setting_however_it_is_written():
+    depths = [result("cifar", "vpt_deep", options={"depth": d}, tuned={"depth": 12}, seed=d or 0) for d in (None, 12)]
+    (row,) = rows(runs(*depths))
+    assert (len(row.cells["cifar"].scores), row.told["method.depth"]) == (2, "12")
+
+
+def test_a_row_says_what_of_its_training_differs_from_task_to_task():
+    (row,) = rows(runs(result("cifar"), result("dtd", recipe={"epochs": 50, "batch_size": 128, "lr": 5.0})))
+    assert row.why == "different from task to task: epochs, batch_size"
+
+
 def test_rows_come_in_the_order_of_the_methods():
     made = rows(runs(result(method="vpt_deep"), result(method="unheard_of"), result(method="full"), result()))
     assert labels(made) == ["linear", "full", "vpt_deep", "unheard_of"]
@@ -194,6 +254,11 @@ def test_rows_come_in_the_order_of_the_methods():
             "data preprocessing antialias (vtab) true (others: false)",
         ),
         ({"precision": "bf16-mixed"}, "precision bf16-mixed", "precision bf16-mixed (others: 32-true)"),
+        (
+            {"trainer": {"limit_train_batches": 0.1}},
+            "trainer limit_train_batches=0.1",
+            "trainer limit_train_batches=0.1 (others: neutral)",
+        ),
         ({"backbone": {"sha256": "b" * 64}}, "weights bbbbbbbb", "weights bbbbbbbb (others: aaaaaaaa)"),
         ({"options": {"depth": None}}, "depth all", "depth all (others: 3)"),
         ({"options": {"depth": 3, "location": "add"}}, "location add", "location add (others: not recorded)"),
@@ -378,6 +443,28 @@ def test_what_the_rule_leaves_tied_goes_to_the_smaller_value():
     assert grid.choice == "fourier_share 0.3"
 
 
+def ranks(score, *of, split="tune"):
+    return [result(method="vpt_low_rank", score=score, split=split, options={"rank": rank}) for rank in of]
+
+
+def test_a_tie_goes_to_the_point_that_was_taken_whatever_its_score_on_the_test_set():
+    (grid,) = grids(runs(*ranks(0.8, 8, 4), *ranks(0.1, 8, split="final")))
+    assert (grid.choice, grid.used) == ("rank 8", ("rank 8",))
+    (grid,) = grids(runs(*ranks(0.8, 8, 4), *ranks(0.9, 8, 4, split="final")))
+    assert grid.choice == "rank 4"
+
+
+def test_seeds_of_a_point_are_one_point_that_is_judged_by_its_mean():
+    scores = {(1.0, 42): 0.7, (1.0, 44): 0.72, (5.0, 42): 0.9, (5.0, 44): 0.4}
+    tried = [result(split="tune", score=s, seed=seed, recipe={"lr": lr}) for (lr, seed), s in scores.items()]
+    (grid,) = grids(runs(*tried))
+    assert (len(grid.runs), len(grid.points), grid.choice) == (4, 2, "lr 1.0")
+    assert grid.score == pytest.approx(0.71)
+    lost = result(split="tune", seed=45, recipe={"lr": 1.0}, status="diverged", diverged_step=3)
+    (grid,) = grids(runs(*tried, lost))
+    assert (grid.diverged, grid.choice, grid.score) == (1, "lr 5.0", pytest.approx(0.65))
+
+
 def test_final_runs_that_took_something_else_are_said_to():
     tried = [deep("cifar", length, "tune", score) for length, score in ((1, 0.8), (10, 0.7))]
     (alone,) = grids(runs(*tried, deep("cifar", 1, precision="bf16-mixed")))
@@ -412,10 +499,25 @@ def test_a_chains_prune_grid_is_one_of_its_own_for_each_seed():
     assert [grid.used for grid in made] == [("",), ("2 tokens, 200 parameters",), ()]
 
 
+def test_chains_with_other_settings_have_prune_grids_of_their_own():
+    def link(split, lr, length, kept, score):
+        options = {"prune": True, "initial": "a", "num_tokens": length, "token_mask": [kept]}
+        tuned = {"kept_tokens": kept, "parameters": 100 * kept}
+        return result("cifar", "e2vpt", score, split=split, options=options, tuned=tuned, recipe={"lr": lr})
+
+    tried = [link("tune", lr, n, kept, s) for lr, n, kept, s in ((1, 10, 9, 0.7), (1, 10, 2, 0.8), (5, 50, 40, 0.9))]
+    made = grids(runs(*tried, link("final", 1, 10, 2, 0.5)))
+    assert [(grid.label, len(grid.runs), grid.choice, grid.used) for grid in made] == [
+        ("e2vpt, num_tokens 10", 2, "2 tokens, 200 parameters", ("2 tokens, 200 parameters",)),
+        ("e2vpt, num_tokens 50", 1, "40 tokens, 4,000 parameters", ()),
+    ]
+
+
 def test_all_prunings_of_a_seed_are_points_and_its_final_run_is_one(tmp_path):
     for i, mask in enumerate(([0, 1], [1, 0])):
         options = {"prune": True, "initial": "a", "token_mask": mask}
-        write(tmp_path, result("cifar", "e2vpt", split="tune", options=options), f"00000000000{i}")
+        tuned = {"kept_tokens": 1}
+        write(tmp_path, result("cifar", "e2vpt", split="tune", options=options, tuned=tuned), f"00000000000{i}")
     assert len(survey([tmp_path]).runs) == 2
 
 

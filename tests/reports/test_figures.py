@@ -121,6 +121,18 @@ def test_of_lengths_and_depths_that_are_varied_together_each_is_a_line_along_the
     }
 
 
+def test_one_depth_that_was_written_in_two_ways_is_one_score_of_each_seed():
+    def at(depth, score, built, **changes):
+        return deep(score, options={"depth": depth}, tuned={"depth": built}, **changes)
+
+    tried = [at(depth, score, depth or 12, split="tune") for depth, score in ((3, 0.5), (None, 0.7), (12, 0.7))]
+    (chart,) = along(runs(*tried), DEPTH)
+    assert points(chart.lines[0]) == [(3, 50, None), (12, 70, None)]
+    final = [at(3, 0.5, 3), at(None, 0.7, 12), at(12, 0.6, 12, seed=44)]
+    (chart,) = along(runs(*final), DEPTH)
+    assert points(chart.lines[0]) == [(3, 50, None), (12, 65, 100 * np.std([0.7, 0.6], ddof=1))]
+
+
 def test_fractions_are_shares_in_per_cent_and_differ_in_nothing_else():
     records = [deep(0.2 + f / 2, data={"fraction": f, "sizes": {"train": 1000 * f}}) for f in (0.1, 0.5, 1.0)]
     other = deep(0.9, data={"fraction": 0.1}, backbone={"name": "other", "sha256": "b" * 64})
@@ -209,8 +221,31 @@ def test_curves_are_means_over_seeds_and_validation_is_that_of_the_chosen_run(tm
     assert points(loss.lines[0]) == [(1, 3.0, None), (3, 1.0, None)], "only epochs that both seeds have"
     assert points(accuracy.lines[0]) == [(1, 30, None), (2, 50, None), (3, 70, None)]
     assert points(validation.lines[0]) == [(1, 25, None), (2, 30, None)]
-    assert (loss.y_scale, accuracy.y_scale) == ("log", "linear")
+    assert (loss.y_scale, accuracy.y_scale) == ("linear", "linear")
+    assert loss.caption == "Final runs, mean over seeds."
     assert (loss.title, validation.y_label) == ("Training loss, cifar", "validation accuracy (%)")
+
+
+def test_a_loss_has_a_logarithmic_axis_where_it_spans_more_than_a_power_of_ten(tmp_path):
+    for end, scale in ((0.25, "linear"), (0.19, "log")):
+        run = with_metrics(tmp_path / scale, deep(0.5), "0,2.0,0.1,", f"1,{end},0.99,")
+        loss, accuracy = training(rows([run]), [])
+        assert (loss.y_scale, accuracy.y_scale) == (scale, "linear")
+
+
+def test_a_curve_is_the_mean_of_the_seeds_whose_metrics_are_left_and_says_so(tmp_path):
+    first = with_metrics(tmp_path, deep(0.5), "0,2.0,0.2,", "1,1.0,0.4,")
+    gone = Run(write(tmp_path, deep(0.6, seed=44)), deep(0.6, seed=44))
+    other = with_metrics(tmp_path, result("cifar", "bias"), "0,3.0,0.2,", "1,1.5,0.4,")
+    loss, _ = training(rows([first, gone, other]), [])
+    assert {line.label: points(line) for line in loss.lines} == {
+        "vpt_deep": [(1, 2.0, None), (2, 1.0, None)],
+        "bias": [(1, 3.0, None), (2, 1.5, None)],
+    }
+    assert loss.caption == (
+        "Final runs, mean over seeds. Of some runs no such metrics are left, and these are in no mean; there are: "
+        "vpt_deep 1 of 2."
+    )
 
 
 def test_a_folder_without_metrics_has_no_curve(tmp_path):
@@ -219,11 +254,16 @@ def test_a_folder_without_metrics_has_no_curve(tmp_path):
     assert history(tmp_path, "train/loss") == {}
 
 
-def test_many_lines_become_several_charts():
-    lines = tuple(Line(f"m{i}", (Point(1, i), Point(2, i))) for i in range(17))
-    made = in_parts(chart(lines=lines))
-    assert [len(part.lines) for part in made] == [8, 8, 1]
-    assert [(part.name, part.title) for part in made][1] == ("c_2", "C (2 of 3)")
+def test_many_lines_become_several_charts_with_about_as_many_in_each():
+    def parts(number):
+        lines = tuple(Line(f"m{i}", (Point(1, i), Point(2, i))) for i in range(number))
+        made = in_parts(chart(lines=lines))
+        assert tuple(line for part in made for line in part.lines) == lines
+        return made
+
+    counts = {number: [len(part.lines) for part in parts(number)] for number in (8, 9, 17, 25)}
+    assert counts == {8: [8], 9: [5, 4], 17: [6, 6, 5], 25: [7, 7, 7, 4]}
+    assert [(part.name, part.title) for part in parts(17)][1] == ("c_2", "C (2 of 3)")
 
 
 # what is drawn
@@ -264,6 +304,30 @@ def test_lines_are_drawn_at_their_values_with_every_value_at_the_axis():
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 10, 50], [50.0, 60.0, 70.25])
     assert (axes.get_xscale(), [text.get_text() for text in axes.get_xticklabels()]) == ("log", ["1", "10", "50"])
     assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["vpt_deep"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"), [(0.2, 2.3, ["0.2", "0.5", "1", "2"]), (0.001, 2.0, ["0.001", "0.01", "0.1", "1"])]
+)
+def test_a_logarithmic_axis_has_several_numbers(low, high, shown):
+    (figure,) = drawn(chart(lines=(Line("a", (Point(1, high), Point(2, low))),), y_scale="log"))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    bottom, top = axes.get_ylim()
+    assert [t.get_text() for t in axes.get_yticklabels() if bottom <= t.get_position()[1] <= top] == shown
+
+
+def test_lines_that_look_the_same_without_colours_are_numbered():
+    many = tuple(one_point(f"method_{i}", 1000 * (i + 1), 50 + i) for i in range(15))
+    (few,), (figure,) = drawn(chart(lines=many[:13], front=True)), drawn(chart(lines=many, front=True))
+    assert [text.get_text() for text in few.axes[0].texts] == [line.label for line in many[:13]]
+    assert [text.get_text() for text in figure.axes[0].texts] == [str(i) for i in range(1, 16)]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"{i}  method_{i - 1}" for i in range(1, 16)]
+    curves = tuple(Line(f"m{i}", (Point(1, i), Point(2, i + 1))) for i in range(15))
+    _, other, alike = drawn(*(chart(lines=lines) for lines in (curves, curves[:2], (curves[1], curves[14]))))
+    assert list(other.axes[0].texts) == []
+    assert [text.get_text() for text in alike.axes[0].texts] == ["1", "2"]
 
 
 def test_points_are_labelled_where_they_stand_without_covering_each_other():

@@ -235,6 +235,14 @@ def test_what_cannot_be_opened_is_said_in_one_sentence(opened, logs, tmp_path):
     (half / "result.json").write_text(json.dumps(stored | {"data": stored["data"] | {"fingerprint": "0" * 64}}))
     with pytest.raises(UserError, match=r"half have changed since it was trained: its test set is another one now$"):
         inspect.open_run(half)
+    (half / "config.yaml").write_text("data: [")
+    with pytest.raises(
+        UserError, match=r"half/config\.yaml cannot be read \(while .*\): copy the whole folder of the run$"
+    ):
+        inspect.open_run(half)
+    (half / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"cannot be read \(.*No such file.*\): copy the whole folder of the run$"):
+        inspect.open_run(half)
     (half / "result.json").unlink()
     with pytest.raises(UserError, match=r"half holds no finished run: give the folder that its table named$"):
         inspect.open_run(half)

@@ -53,6 +53,29 @@ def test_a_run_that_contradicts_the_papers_options_is_another_method():
     assert published("vpt_shallow", "swin_b", options={"location": "pad"}) is None
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "other"),
+    [
+        ("sidetune", {"weights": "alexnet.pth"}, {"weights": "random"}),
+        ("vpt_deep", {"pool": "image_prompt"}, {"pool": "prompt"}),
+        ("vpt_deep", {"depth": 12}, {"depth": 24}),
+        ("vfpt", {"depth": None}, {"depth": 1}),
+        ("e2vpt", {"num_tokens": 5, "num_kv_tokens": 5}, {"num_kv_tokens": 0}),
+        ("e2vpt", {"pool": None}, {"num_tokens": 0}),
+        ("e2vpt", {"kv_blocks": "all"}, {"kv_blocks": "last_half"}),
+        ("e2vpt", {"share_kv": True}, {"share_kv": False}),
+    ],
+)
+def test_what_a_paper_did_not_do_has_none_of_its_figures(method, options, other):
+    assert published(method, "vit_b16_in21k", options=options).method == method
+    assert published(method, "vit_b16_in21k", options=other) is None
+
+
+def test_all_blocks_are_as_many_as_the_backbone_has():
+    assert published("vpt_deep", "swin_b", options={"depth": 24}) is not None
+    assert published("vpt_deep", "swin_b", options={"depth": 12}) is None
+
+
 def test_e2vpts_19_tasks_have_the_mean_that_is_known_of_them():
     found = published("e2vpt", "vit_b16_in21k", options={"prune": True})
     assert found.flat_mean == pytest.approx(71.42, abs=0.005)

@@ -3,7 +3,10 @@
 import csv
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from weakref import ref
 
+import numpy as np
 import pytest
 from hydra import compose
 from written_runs import result, write
@@ -16,6 +19,8 @@ from visprompt.reports import closeups
 from visprompt.reports import report as module
 from visprompt.reports.closeups import typical
 from visprompt.reports.collect import read_runs, rows
+from visprompt.reports.inspect import Features
+from visprompt.reports.render import Table, decimal, in_markdown, latex
 from visprompt.reports.report import FORMATS, report
 
 
@@ -67,13 +72,19 @@ def test_the_files_say_the_same_as_the_page(output):
         table = {row["method"]: row for row in csv.DictReader(file)}
     assert table["ssf"]["digits"] == "0.7" or float(table["ssf"]["digits"]) == pytest.approx(70)
     text = (output / "report.md").read_text()
-    assert text.startswith("# Visual prompt tuning: report\n\n- **Tasks**: 3: digits, digits\\_crowded")
+    assert text.startswith(
+        "# Visual prompt tuning: report\n\n- **Tasks**: 3: digits, digits_crowded, digits_loc\n- **Meth"
+    )
+    assert "\n- **Runs**: 11: 9 of split=final, 2 of split=tune\n" in text
+    assert re.search(
+        r"\n- \*\*Protocol\*\*:\n  - Test accuracies are [^\n]+\.\n  - Settings of a method [^\n]+\.\n- \*\*", text
+    )
     assert "| ssf | 70.0 | 70.0 | 70.0 | 70.00 |" in text
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert {Path(link).stem for link in links} == CHARTS
+    assert {Path(link).name for link in links} == {f"{name}.png" for name in CHARTS}
     assert all((output / link).is_file() for link in links)
     latex = (output / "report.tex").read_text()
-    assert latex.startswith("% needs \\usepackage{booktabs}\n\\begin{table}")
+    assert latex.startswith("% needs \\usepackage{array, booktabs, graphicx}\n\\begin{table}")
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == len(TABLES)
     page = (output / "index.html").read_text()
     assert page.count("<table>") == len(TABLES)
@@ -93,6 +104,17 @@ def test_formats_and_methods_can_be_chosen(logs, tmp_path):
     assert made(logs, folder, "formats=[csv]") == folder
     assert "report.md" not in files(folder), "the older report is gone"
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_pictures_in_markdown_are_svg_where_there_is_no_png(logs, tmp_path):
+    text = (made(logs, tmp_path / "report", "formats=[markdown,svg]") / "report.md").read_text()
+    assert sorted(re.findall(r"\]\(figures/([^)]+)\)", text)) == sorted(f"{name}.svg" for name in CHARTS)
+
+
+def test_a_folder_in_brackets_is_said_as_it_is(logs, tmp_path, capsys):
+    folder = tmp_path / "[bold]mine[/bold]"
+    made(logs, f"'{folder}'", "formats=[csv]")
+    assert capsys.readouterr().out == f"report of 11 runs: {folder}\n"
 
 
 def test_a_report_takes_several_folders(logs, tmp_path):
@@ -130,7 +152,7 @@ def test_nothing_to_report_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"there is no finished run below .*: name folders .* runs=FOLDER"):
         made(tmp_path, tmp_path / "report")
     (tmp_path / "digits" / "linear" / ("a" * 12) / "resume").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"\(1 are unfinished or damaged\)"):
+    with pytest.raises(UserError, match=r"\(1 are unfinished, damaged or of debugging\)"):
         made(tmp_path, tmp_path / "report")
     with pytest.raises(UserError, match="there is no folder"):
         made(tmp_path / "nowhere", tmp_path / "report")
@@ -153,6 +175,53 @@ def test_a_wrong_value_is_one_sentence(logs, tmp_path, option, message):
     with pytest.raises(UserError, match=message):
         made(logs, tmp_path / "report", option)
     assert not (tmp_path / "report").exists()
+
+
+def test_what_nothing_can_be_tested_against_is_said_before_any_run_is_opened(logs, tmp_path):
+    folder = tmp_path / "logs"
+    for task, method in (
+        ("digits", "linear"),
+        ("digits", "bias"),
+        ("digits_loc", "bias"),
+        ("digits_crowded", "linear"),
+    ):
+        write(folder, result(task, method))
+    message = (
+        "^there is nothing to test against linear: no other row under its protocol shares two tasks with it; leave "
+        "against=linear out, or train it on more of their tasks$"
+    )
+    with pytest.raises(UserError, match=message):
+        made(folder, tmp_path / "report", "against=linear", "inspect=nowhere")
+    write(folder, result("digits_loc", "linear"))
+    with pytest.raises(UserError, match="nowhere holds no finished run"):
+        made(folder, tmp_path / "report", "against=linear", "inspect=nowhere")
+    write(tmp_path / "tried", result(split="tune"))
+    with pytest.raises(
+        UserError, match=r"^against=linear needs runs of split=final, and here is none: leave it out, or "
+    ):
+        made(tmp_path / "tried", tmp_path / "report", "against=linear")
+
+
+# text in Markdown and LaTeX
+
+
+def test_text_in_markdown_is_no_markup():
+    assert in_markdown("vpt_deep _of_ <b> [1](x) a*b*\n`c` | \\ __init__") == (
+        r"vpt_deep \_of\_ \<b> \[1\](x) a\*b\* \`c\` \| \\ \_\_init\_\_"
+    )
+
+
+def test_a_table_is_as_wide_as_a_page_of_latex_at_most():
+    long = "runs of digits differ in recipe.lr: " * 20
+    made = latex(Table("Why", ("row", "value", "why"), (("[1, 2]", decimal(1.0), long), ("* b", decimal(2.0), "a/b"))))
+    lines = made.splitlines()
+    assert lines[3] == r"\begin{tabular}{lr>{\raggedright\arraybackslash}p{16em}}"
+    assert lines[7].startswith("{[}1, 2] & 1.0 & runs of digits")
+    assert lines[8] == r"{*} b & 2.0 & a/\allowbreak{}b \\"
+    many = Table("Cost", ("row", *(f"column {i}" for i in range(9))), (("a", *(decimal(i) for i in range(9))),))
+    lines = latex(many).splitlines()
+    assert lines[3:5] == [r"\resizebox{\linewidth}{!}{%", r"\begin{tabular}{lrrrrrrrrr}"]
+    assert lines[-2] == r"\end{tabular}}"
 
 
 def test_a_wrong_word_is_said_before_anything_is_loaded():
@@ -182,6 +251,71 @@ def test_typical_runs_are_one_of_each_row_on_the_task_that_most_have(logs):
         ("digits", "ssf"),
     ]
     assert typical([]) == []
+
+
+def test_a_run_that_stands_in_two_rows_is_opened_once(tmp_path):
+    """Of two tasks each has two runs, and validation chose another on each: the chosen stand in three rows."""
+    for task, best in (("digits", 1.0), ("digits_loc", 0.5)):
+        for rate in (1.0, 0.5):
+            for split in ("tune", "final"):
+                write(tmp_path, result(task, "bias", 0.6 if rate == best else 0.4, split=split, recipe={"lr": rate}))
+    runs = read_runs([tmp_path])
+    made_rows = rows(runs)
+    assert [sorted(row.cells) for row in made_rows] == [["digits", "digits_loc"]] * 3
+    rates = {run.folder: run.result.recipe["lr"] for run in runs}
+    assert sorted(rates[folder] for folder in typical(made_rows)) == [0.5, 1.0]
+
+
+class Opened:
+    """A run of which nothing can be seen."""
+
+    def __init__(self, folder, classes=10):
+        self.folder, self.result, self.set_name = folder, result("digits"), "test"
+        self.dataset = range(5)
+        self.datamodule = SimpleNamespace(class_names=tuple(f"class {i}" for i in range(classes)))
+
+
+def refuse(*_):
+    raise UserError("there is nothing to see")
+
+
+def test_a_run_is_let_go_before_the_next_is_opened(monkeypatch):
+    before = []
+
+    def open_run(folder, *_, **__):
+        assert [run() for run in before] == [None] * len(before)
+        before.append(ref(one := Opened(folder)))
+        return one
+
+    monkeypatch.setattr(closeups.inspect, "open_run", open_run)
+    for name in ("confusion", "features", "attention", "latency"):
+        monkeypatch.setattr(closeups.inspect, name, refuse)
+    seen = closeups.look([Path("a"), Path("b")], {}, "cpu", data_dir=None, weights=None)
+    whats = ("confusion matrix", "t-SNE", "attention", "latency")
+    expected = [(name, f"{what} not shown: there is nothing to see") for name in "ab" for what in whats]
+    assert [(str(one.folder), one.why) for one in seen.left_out] == expected
+    assert (seen.plots, seen.latency) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (24, "The 24 classes differ in colour and shape."),
+        (100, "The 100 classes are too many for a legend, and some of them share colour or shape."),
+    ],
+)
+def test_words_for_a_map_say_whether_its_classes_can_be_told_apart(monkeypatch, number, words):
+    features = np.zeros((5, 2), np.float32)
+    monkeypatch.setattr(closeups.inspect, "open_run", lambda folder, *_, **__: Opened(folder, number))
+    monkeypatch.setattr(
+        closeups.inspect, "features", lambda _: Features(features, features, np.arange(5), np.arange(5))
+    )
+    for name in ("confusion", "attention", "latency"):
+        monkeypatch.setattr(closeups.inspect, name, refuse)
+    before, after = closeups.look([Path("a")], {}, "cpu", data_dir=None, weights=None).plots
+    about = "5 images of test; distances between groups mean little in t-SNE."
+    assert before.alt == after.alt == f"Points in the plane for {about} {words}"
+    assert before.caption == f"Features of the frozen backbone: {about}" + (f" {words}" if number > 24 else "")
 
 
 @frozen

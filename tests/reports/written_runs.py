@@ -48,6 +48,7 @@ def result(task: str = "cifar", method: str = "linear", score: float = 0.5, **ch
         "peak_memory": {"bytes": 2**30, "of": "GPU allocations"},
         "machine": {"device": "NVIDIA H200", "devices": 1, "accumulation": 1, "threads": 8},
         "versions": {"git_commit": "0123456789ab"},
+        "trainer": {},
     }
     for name, change in changes.items():
         values[name] = values[name] | change if isinstance(change, dict) else change

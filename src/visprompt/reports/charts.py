@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from visprompt.reports.render import Number, Table
 
@@ -99,10 +100,11 @@ def _told(line: Line) -> str:
 
 
 def in_parts(chart: Chart) -> list[Chart]:
-    """A chart of many lines as several with as few in each as can be told apart."""
-    parts = [chart.lines[i : i + MOST_LINES] for i in range(0, len(chart.lines), MOST_LINES)]
-    if len(parts) < 2:
+    """A chart of many lines as several with as few in each as can be told apart, about as many in each."""
+    if len(chart.lines) <= MOST_LINES:
         return [chart]
+    size = ceil(len(chart.lines) / ceil(len(chart.lines) / MOST_LINES))
+    parts = [chart.lines[i : i + size] for i in range(0, len(chart.lines), size)]
     return [
         replace(chart, name=f"{chart.name}_{i}", title=f"{chart.title} ({i} of {len(parts)})", lines=lines)
         for i, lines in enumerate(parts, 1)

@@ -14,7 +14,7 @@ from visprompt.reports.collect import LeftOut, Row
 from visprompt.reports.comparable import protocols
 from visprompt.reports.figures import Plot
 from visprompt.reports.inspect import Latency, Opened
-from visprompt.reports.pictures import draw_attention, draw_confusion, draw_map
+from visprompt.reports.pictures import MOST_NAMED, draw_attention, draw_confusion, draw_map
 from visprompt.reports.render import Entry, Table, decimal
 
 _IMAGES = 4  # whose attention is drawn
@@ -38,12 +38,12 @@ class Closeups:
 
 @dataclass
 class _Look:
-    """A run that is being looked at: its name, and what of it can be shown."""
+    """A run that is being looked at, its name, and what was shown of it and of those before it."""
 
     name: str
     opened: Opened
     plots: list[Plot]
-    measured: list[Latency]
+    measured: list[tuple[str, Latency]]
     left_out: list[LeftOut]
 
     def attempt(self, what: str, show: Callable[[], None]) -> None:
@@ -55,13 +55,13 @@ class _Look:
 
 
 def typical(rows: Sequence[Row]) -> list[Path]:
-    """One run of every row, all on the task and under the protocol that most rows share."""
+    """One run of every row, each once, all on the task and under the protocol where these are most."""
     shared = [
-        [next(run for run in row.runs if run.task == task) for row in protocol.rows if task in row.cells]
+        dict.fromkeys(next(run for run in row.runs if run.task == task) for row in protocol.rows if task in row.cells)
         for protocol in protocols(rows)
         for task in dict.fromkeys(task for row in protocol.rows for task in row.cells)
     ]
-    return [run.folder for run in max(shared, key=len, default=[])]
+    return [run.folder for run in max(shared, key=len, default={})]
 
 
 def look(
@@ -76,7 +76,8 @@ def look(
         data_dir: Where data are that do not lie where the runs found them.
         weights: A file of backbone weights.
     """
-    looks: list[_Look] = []
+    plots: list[Plot] = []
+    measured: list[tuple[str, Latency]] = []
     left_out: list[LeftOut] = []
     placed: dict[bytes, np.ndarray] = {}  # runs on one backbone and task have the same features before
     for folder in folders:
@@ -86,17 +87,18 @@ def look(
             left_out.append(LeftOut(folder, f"not seen closely: {error}"))
             continue
         name = names.get(folder.resolve(), f"{opened.result.method['name']} {folder.name}")
-        one = _Look(f"{name}, {opened.result.task}, seed {opened.result.seed}", opened, [], [], left_out)
-        one.attempt("confusion matrix", partial(_confusion, one))
-        one.attempt("t-SNE", partial(_maps, one, placed))
-        one.attempt("attention", partial(_attention, one))
-        one.attempt("latency", partial(_latency, one))
-        looks.append(one)
-    return Closeups(
-        tuple(plot for one in looks for plot in one.plots),
-        _latency_table(looks) if any(one.measured for one in looks) else None,
-        tuple(left_out),
-    )
+        _show(
+            _Look(f"{name}, {opened.result.task}, seed {opened.result.seed}", opened, plots, measured, left_out), placed
+        )
+        del opened  # its classifier, before the next one is built
+    return Closeups(tuple(plots), _latency_table(measured) if measured else None, tuple(left_out))
+
+
+def _show(one: _Look, placed: dict[bytes, np.ndarray]) -> None:
+    one.attempt("confusion matrix", partial(_confusion, one))
+    one.attempt("t-SNE", partial(_maps, one, placed))
+    one.attempt("attention", partial(_attention, one))
+    one.attempt("latency", partial(_latency, one))
 
 
 def _confusion(one: _Look) -> None:
@@ -126,11 +128,15 @@ def _maps(one: _Look, placed: dict[bytes, np.ndarray]) -> None:
         placed[key] = inspect.embed(found.before)
     names, set_name = one.opened.datamodule.class_names, one.opened.set_name
     about = f"{len(found.labels)} images of {set_name}; distances between groups mean little in t-SNE."
+    few = len(names) <= MOST_NAMED
+    looks = f"The {len(names)} classes " + (
+        "differ in colour and shape." if few else "are too many for a legend, and some of them share colour or shape."
+    )
     for when, places in (("before", placed[key]), ("after", inspect.embed(found.after))):
         title = f"t-SNE {when} tuning, {one.name}"
         of = "the frozen backbone" if when == "before" else "the tuned classifier, which its head reads"
-        caption = f"Features of {of}: {about}"
-        alt = f"Points in the plane for {about} The {len(names)} classes differ in colour and shape."
+        caption = f"Features of {of}: {about}" + ("" if few else f" {looks}")
+        alt = f"Points in the plane for {about} {looks}"
         one.plots.append(Plot(file_name(title), title, caption, alt, partial(draw_map, places, found.labels, names)))
 
 
@@ -159,13 +165,13 @@ def _attention(one: _Look) -> None:
 
 
 def _latency(one: _Look) -> None:
-    one.measured.extend(inspect.latency(one.opened))
+    one.measured.extend((one.name, found) for found in inspect.latency(one.opened))
 
 
-def _latency_table(looks: Sequence[_Look]) -> Table:
+def _latency_table(measured: Sequence[tuple[str, Latency]]) -> Table:
     rows: list[tuple[Entry, ...]] = [
         (
-            one.name,
+            name,
             decimal(found.batch_size, 0),
             decimal(1000 * found.seconds, 3),
             f"{1000 * found.low:.3f} to {1000 * found.high:.3f}",
@@ -175,8 +181,7 @@ def _latency_table(looks: Sequence[_Look]) -> Table:
             else found.device,
             found.precision,
         )
-        for one in looks
-        for found in one.measured
+        for name, found in measured
     ]
     header = ("run", "images at a time", "ms per image", "quartiles", "images per second", "measured on", "precision")
     note = "Logits of images that are on the device already, not compiled; the median of the repetitions."

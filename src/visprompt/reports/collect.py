@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from visprompt.reports.choices import Grid, chosen, grids
 from visprompt.reports.folders import LeftOut, Survey, read_runs, survey
 from visprompt.reports.runs import Run, Values, differing, grouped, held, method_place, task_place
-from visprompt.reports.settings import OF_EACH_TASK, differences, is_protocol, labels, telling, words
+from visprompt.reports.settings import OF_EACH_TASK, UNRECORDED, built, differences, is_protocol, labels, telling, words
 from visprompt.results import Cell, cell
 
 _Settle = Callable[[Mapping[Values, list[Run]]], list[Run]]
+_TRAINING = tuple(f"recipe.{name}" for name in ("optimizer", "epochs", "batch_size", "head_init"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Row:
         method: Its name.
         backbone: Name of the backbone.
         cells: Test accuracies by task.
-        why: What makes it a row of its own; "" for the only row of a method.
+        why: What makes it a row of its own, and how its tasks are trained differently; "" for the only row of a method
+            where they are trained alike.
         runs: Its runs, all of `split=final` and with a test score.
         told: Settings of all its runs by key, those of a family under "key (family)".
     """
@@ -78,7 +80,8 @@ def _parts(finals: list[Run], tried: Mapping[tuple[object, ...], list[Run]]) -> 
     """Divides final runs that share all settings of a row: by family, by the facts of a task, by what was chosen."""
 
     def settle(variants: Mapping[Values, list[Run]]) -> list[Run]:
-        best = chosen(tried.get(next(iter(variants.values()))[0].base, []))
+        final = [run for runs in variants.values() for run in runs]
+        best = chosen(tried.get(final[0].base, []), final)
         found = [runs for runs in variants.values() if best is not None and runs[0].choice == best.choice]
         return found[0] if len(found) == 1 else []
 
@@ -141,8 +144,16 @@ def _labelled(parts: Sequence[_Part]) -> list[Row]:
         own = [told[i] for i in places]
         for i, said, why in zip(places, telling([_only(one, False) for one in own]), differences(own), strict=True):
             names[i] += said
-            whys[i] = "; ".join(text for text in (why, *parts[i].remarks) if text)
+            whys[i] = "; ".join(text for text in (why, *parts[i].remarks, *_unlike(parts[i])) if text)
     return [_row(*made) for made in zip(parts, labels(names), whys, told, strict=True)]
+
+
+def _unlike(part: _Part) -> Iterable[str]:
+    """What a row has to say of how its tasks are trained."""
+    keys = [key for key in _TRAINING if key not in part.told]
+    values = {key: {run.settings.get(key, UNRECORDED) for run in part.runs} for key in keys}
+    if different := [words(key) for key, found in values.items() if len(found) > 1]:
+        yield f"different from task to task: {', '.join(different)}"
 
 
 def _only(told: Mapping[str, str], protocol: bool) -> dict[str, str]:
@@ -156,7 +167,7 @@ def _row(part: _Part, label: str, why: str, told: Mapping[str, str]) -> Row:
         label=label,
         method=runs[0].method,
         backbone=str(runs[0].result.backbone["name"]),
-        cells={task: cell(run.result for run in found) for task, found in by_task.items()},
+        cells={task: cell(built(run.result) for run in found) for task, found in by_task.items()},
         why=why,
         runs=tuple(runs),
         told=told,

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from visprompt.reports.comparable import Protocol, protocols, references
 from visprompt.reports.figures import Plot, plots
 from visprompt.reports.render import Table
 from visprompt.reports.runs import method_place, task_place
-from visprompt.reports.summary import SUMMED, device_of, full_of, means
+from visprompt.reports.summary import device_of, full_of
 
 if TYPE_CHECKING:
     from visprompt.reports.closeups import Closeups
@@ -96,13 +97,15 @@ def contents(
 
 
 def _with_own_names(sections: Sequence[Section]) -> Iterator[Section]:
-    """Sections in which no two figures have the same name, and so the same file."""
-    taken: Counter[str] = Counter()
+    """Sections in which no two figures have the same name, and so the same files."""
+    taken: set[str] = set()
     for section in sections:
         own = []
         for plot in section.plots:
-            taken[plot.name] += 1
-            own.append(replace(plot, name=f"{plot.name}{_numbered(taken[plot.name] - 1)}"))
+            tried = (f"{plot.name}{_numbered(number)}" for number in count())
+            name = next(one for one in tried if not taken & {one, f"{one}_dark"})
+            taken |= {name, f"{name}_dark"}  # the same figure on a dark page
+            own.append(replace(plot, name=name))
         yield replace(section, plots=tuple(own))
 
 
@@ -110,7 +113,7 @@ def _accuracy(made: Sequence[Row], paper: str | None) -> dict[str, Table]:
     found = {f"accuracy_{_plain(group)}": tables.accuracy(made, group, paper) for group in tables.groups(made)}
     return found | _filled(
         means=tables.aggregates(made, paper),
-        wins=tables.wins_over_full([row for row in made if full_of(row, made)]),
+        wins=tables.wins_over_full(made) if any(full_of(row, made) for row in made if row.method != "full") else None,
     )
 
 
@@ -196,7 +199,6 @@ def facts(
         ("Runs", _numbers(found)),
         ("Data", tuple(data)),
         ("Protocol", tuple(_protocol(runs, under, made_grids))),
-        ("Highest mean test accuracy", tuple(_highest(under))),
         ("Machines", _counted(Counter(map(device_of, runs)))),
         ("Versions", (known,) if known else ()),
         ("Commits", (*_counted(commits), *(["+: with changes that were not committed"] if _changed(commits) else []))),
@@ -217,32 +219,24 @@ def _numbers(found: Survey) -> tuple[str, ...]:
 
 
 def _protocol(runs: Sequence[Run], under: Sequence[Protocol], made_grids: Sequence[Grid]) -> Iterable[str]:
-    pairs = {(run.method, run.task) for run in runs if run.result.split == "final"}
-    tried = {(grid.method, grid.task) for grid in made_grids if len(grid.runs) > 1}
+    ran = {run.base for run in runs if run.result.split == "final"}
+    tried = {grid.runs[0].base for grid in made_grids if not grid.pruning and len(grid.points) > 1}
     yield (
         "Test accuracies are of runs of split=final, after their last epoch; choices are made by the accuracy of runs "
         "of split=tune on the validation images, after their last epoch."
     )
-    if pairs and pairs <= tried:
-        yield "All pairs of method and task with final runs have a grid on the validation images among these runs."
-    elif pairs:
+    if ran and ran <= tried:
         yield (
-            f"Pairs of method and task with final runs: {len(pairs)}; with a grid on the validation images among these "
-            f"runs: {len(pairs & tried)}; for the others no choice is recorded."
+            "All settings of a method on a task with final runs have a grid on the validation images among these runs."
+        )
+    elif ran:
+        yield (
+            f"Settings of a method on a task with final runs: {len(ran)}; with a grid on the validation images among "
+            f"these runs: {len(ran & tried)}; for the others no choice is recorded."
         )
     if len(under) > 1:
         names = "; ".join(f"{one.words or 'the others'} ({len(one.rows)} rows)" for one in under)
         yield f"Methods compare only under one protocol, and here are {len(under)}: {names}."
-
-
-def _highest(under: Sequence[Protocol]) -> Iterable[str]:
-    """The best of each group of tasks, as far as two rows under one protocol have all of it."""
-    for protocol in under:
-        for name in SUMMED:
-            known = [(total.value, row) for row in protocol.rows if (total := means(row)[name]).value is not None]
-            if len(known) > 1:
-                value, best = max(known, key=lambda pair: pair[0])
-                yield f"{protocol.titled(name)}: {protocol.name(best)}, {100 * value:.2f} % (of {len(known)} rows)"
 
 
 def _data(run: Run) -> str:

@@ -1,7 +1,8 @@
 """Draws charts with matplotlib, for light and for dark pages, the same bytes for the same numbers.
 
 Colours are those of Okabe and Ito, which colour-blind readers tell apart; every line has a marker and a dash of its own
-as well, so that a print in black and white can be read. matplotlib's global state is left as it was.
+as well, so that a print in black and white can be read; where lines are so many that these repeat in a chart, they are
+numbered. matplotlib's global state is left as it was.
 """
 
 import io
@@ -16,7 +17,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from visprompt.reports.charts import Chart, Line, Point, front
@@ -164,21 +165,30 @@ def draw(chart: Chart, places: Mapping[str, int], theme: Theme) -> Figure:
     if best:
         x, y = zip(*((line.points[0].x, line.points[0].y) for line in best), strict=True)
         axes.step(x, y, where="post", color=theme.ink, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
-    for line in chart.lines:
+    looks = [
         _draw_line(axes, line, places[line.label], theme, hollow=chart.front and line not in best)
+        for line in chart.lines
+    ]
+    names = [plain(line.label) for line in chart.lines]
+    numbers = [str(i) for i in range(1, len(names) + 1)] if not direct and len(set(looks)) < len(looks) else []
     axes.margins(*((0.1, 0.13) if direct else (0.04, 0.06)))
     _scale(axes, chart)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
-    if direct:
-        _label_points(figure, axes, chart.lines, best)
-    else:
+    if direct or numbers:
+        _label_points(figure, axes, chart.lines, numbers or names, best)
+    if not direct:
+        for i, number in enumerate(numbers):
+            axes.containers[i].set_label(f"{number}  {names[i]}")
         figure.legend(loc="outside lower center", ncols=columns, handlelength=3.2, columnspacing=1.5, labelspacing=0.35)
     return figure
 
 
-def _draw_line(axes: Axes, line: Line, place: int, theme: Theme, hollow: bool) -> None:
+def _draw_line(axes: Axes, line: Line, place: int, theme: Theme, hollow: bool) -> tuple[str, Any, bool]:
+    """Draws a line and returns what can be seen of it without its colour."""
     colour = theme.colours[place % len(theme.colours)]
+    marker = MARKERS[place % len(MARKERS)]
+    dash = _DASHES[(place + place // len(theme.colours)) % len(_DASHES)] if len(line.points) > 1 else ""
     spreads = [point.spread or 0.0 for point in line.points]
     axes.errorbar(
         [point.x for point in line.points],
@@ -186,8 +196,8 @@ def _draw_line(axes: Axes, line: Line, place: int, theme: Theme, hollow: bool) -
         yerr=spreads if any(spreads) else None,
         label=plain(line.label),
         color=colour,
-        linestyle=_DASHES[(place + place // len(theme.colours)) % len(_DASHES)] if len(line.points) > 1 else "",
-        marker=MARKERS[place % len(MARKERS)],
+        linestyle=dash,
+        marker=marker,
         markerfacecolor="none" if hollow else colour,
         markeredgecolor=colour if hollow else theme.ink,
         markeredgewidth=1.2 if hollow else 0.5,
@@ -196,22 +206,23 @@ def _draw_line(axes: Axes, line: Line, place: int, theme: Theme, hollow: bool) -
         elinewidth=0.9,
         capsize=2.5,
     )
+    return marker, dash, hollow
 
 
-def _label_points(figure: Figure, axes: Axes, lines: Sequence[Line], best: Sequence[Line]) -> None:
-    """Writes each label beside its point, where it covers least of other points, other labels and the front."""
+def _label_points(
+    figure: Figure, axes: Axes, lines: Sequence[Line], texts: Sequence[str], best: Sequence[Line]
+) -> None:
+    """Writes a text beside each line's first point, where it covers least of points, other texts and the front."""
     figure.draw_without_rendering()  # only now it is known where the axes are
     unit, frame = figure.dpi / 72, axes.get_window_extent()
     taken = [_around(axes, line.points[0], 5 * unit) for line in lines]
     for one, other in pairwise(line.points[0] for line in best):
         corner = Point(other.x, one.y)
         taken += [_between(axes, one, corner, 2 * unit), _between(axes, corner, other, 2 * unit)]
-    for line in sorted(lines, key=lambda line: line.points[0].x):
+    for line, said in sorted(zip(lines, texts, strict=True), key=lambda pair: pair[0].points[0].x):
         point = (line.points[0].x, line.points[0].y)
         x, y = axes.transData.transform(point)
-        text = axes.annotate(
-            plain(line.label), point, (0, 0), textcoords="offset points", fontsize=8.5, in_layout=False
-        )
+        text = axes.annotate(said, point, (0, 0), textcoords="offset points", fontsize=8.5, in_layout=False)
         width, height = text.get_window_extent().width, text.get_window_extent().height
         across = {"right": x + 6 * unit, "left": x - 6 * unit - width, "middle": x - width / 2}
         along = {"level": y - height / 2, "above": y + 5 * unit, "below": y - 5 * unit - height}
@@ -252,6 +263,9 @@ def _scale(axes: Axes, chart: Chart) -> None:
     values = sorted({point.x for line in chart.lines for point in line.points})
     axes.set_yscale(chart.y_scale)
     if chart.y_scale == "log":
+        heights = [point.y for line in chart.lines for point in line.points]
+        if max(heights) < 100 * min(heights):  # powers of ten alone would be one or two
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:

@@ -5,7 +5,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from visprompt.errors import UserError
 from visprompt.reports.runs import Run
@@ -14,16 +16,26 @@ from visprompt.results import read_result
 
 _HASH = re.compile(r"[0-9a-f]{12}")  # what a run's folder is called
 _CHAIN = frozenset({"initial.json", "importance.json", "masks.json"})  # a chain's own folder, in which no run lies
-_DAMAGED = "damaged: result.json or the tuned state beside it is not whole; run the same command again"
-_READ = {
-    "method": ("name",),
-    "recipe": ("lr", "weight_decay"),
-    "backbone": ("name", "sha256"),
-    "tuned": ("parameters", "head_parameters", "share"),
-    "time": ("train_s",),
-    "peak_memory": ("bytes", "of"),
-    "machine": ("device", "devices"),
+_DAMAGED = (
+    "damaged, or of another version of visprompt: result.json or the tuned state beside it is not whole; run the same "
+    "command again"
+)
+_DEBUG = "a debug run, which is no result"
+_NUMBER = (int, float)
+# what the report reads of a record's parts, which its schema leaves open
+_READ: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "method": {"name": str, "num_tokens": int},
+    "recipe": {"lr": _NUMBER, "weight_decay": _NUMBER},
+    "backbone": {"name": str, "sha256": str},
+    "tuned": {
+        **{"parameters": int, "head_parameters": int, "share": _NUMBER},
+        **{"macs": int, "depth": int, "kept_tokens": int},
+    },
+    "time": {"train_s": _NUMBER},
+    "peak_memory": {"bytes": int, "of": str},
+    "machine": {"device": str, "devices": int, "threads": int},
 }
+_NOT_OF_ALL = frozenset({"num_tokens", "macs", "depth", "kept_tokens", "threads"})  # counts that a record may lack
 
 
 @dataclass(frozen=True)
@@ -99,8 +111,10 @@ def _below(top: Path, seen: set[str]) -> Iterator[Run | LeftOut]:
         if "result.json" in names:
             folders.clear()  # what a run keeps below is its own
             result = read_result(here)
-            whole = result is not None and _has_all(Run(here, result))
-            yield Run(here, result) if result is not None and whole else LeftOut(here, _DAMAGED)
+            if result is None or not _has_all(Run(here, result)):
+                yield LeftOut(here, _DAMAGED)
+            else:
+                yield LeftOut(here, _DEBUG) if "debug" in result.tags else Run(here, result)
         elif "resume" in folders or (_HASH.fullmatch(here.name) and "lock" in files and not names & _CHAIN):
             folders.clear()
             yield LeftOut(here, "not finished")
@@ -109,12 +123,31 @@ def _below(top: Path, seen: set[str]) -> Iterator[Run | LeftOut]:
 
 
 def _has_all(run: Run) -> bool:
-    """Whether a result holds what the report reads of it, which its schema leaves open."""
+    """Whether a result holds what the report reads of it, each of its kind."""
     try:
-        held = all(name in getattr(run.result, part) for part, names in _READ.items() for name in names)
-        return held and bool(run.settings) and run.result.score is not None
+        known = run.result.split in ("tune", "final") and bool(run.settings)
+        return known and all(_is(value, kind) for value, kind in _read(run))
     except (AttributeError, KeyError, TypeError):
         return False
+
+
+def _read(run: Run) -> Iterator[tuple[Any, type | tuple[type, ...]]]:
+    """What the report reads of a result, and the kind that it should have."""
+    result = run.result
+    for part, kinds in _READ.items():
+        for name, kind in kinds.items():
+            needed = name not in _NOT_OF_ALL or (run.prunes and name == "kept_tokens")
+            yield getattr(result, part).get(name, None if needed else 0), kind
+    yield from ((result.task, str), (result.seed, int), (result.attempt, int), (result.versions, Mapping))
+    if result.status == "finished":
+        yield result.score, _NUMBER
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether a value is of a kind; a number has to be finite, and True is none."""
+    if isinstance(value, int | float) and (isinstance(value, bool) or not isfinite(value)):
+        return False
+    return isinstance(value, kind)
 
 
 def _once(runs: Sequence[Run], left_out: list[LeftOut]) -> Iterator[Run]:
@@ -122,7 +155,8 @@ def _once(runs: Sequence[Run], left_out: list[LeftOut]) -> Iterator[Run]:
     alike: Mapping[object, list[Run]] = defaultdict(list)
     for run in runs:
         alike[_identity(run)].append(run)
-    for first, *others in alike.values():
+    for found in alike.values():
+        first, *others = sorted(found, key=lambda run: -run.result.attempt)  # of several attempts the last stands
         contradicting = [run for run in others if not _same(first, run)]
         if contradicting:
             for run in (first, *others):
@@ -130,8 +164,16 @@ def _once(runs: Sequence[Run], left_out: list[LeftOut]) -> Iterator[Run]:
                 why = f"recorded exactly as {other.folder}, but its scores differ: keep the one that is meant"
                 left_out.append(LeftOut(run.folder, why))
             continue
-        left_out += [LeftOut(run.folder, f"the same run as {first.folder}, counted there") for run in others]
+        left_out += [LeftOut(run.folder, _counted(first, run)) for run in others]
         yield first
+
+
+def _counted(first: Run, other: Run) -> str:
+    """Why a run that is counted elsewhere is not counted here."""
+    attempts = (first.result.attempt, other.result.attempt)
+    said = "" if attempts[0] == attempts[1] else f" (attempt {attempts[0]}; here is attempt {attempts[1]})"
+    scores = "" if _scores(first) == _scores(other) else ", though its scores differ"
+    return f"the same run as {first.folder}, counted there{said}{scores}"
 
 
 def _identity(run: Run) -> object:
@@ -145,4 +187,8 @@ def _same(one: Run, other: Run) -> bool:
     """Whether two runs that are recorded alike are copies, or repetitions that came to the same."""
     if one.folder.name == other.folder.name and _HASH.fullmatch(one.folder.name):
         return True
-    return (one.result.status, one.result.metrics) == (other.result.status, other.result.metrics)
+    return _scores(one) == _scores(other)
+
+
+def _scores(run: Run) -> object:
+    return (run.result.status, run.result.metrics)

@@ -12,7 +12,7 @@ from visprompt.reports.figures import MARKERS, WIDTH, Theme, plain
 
 _LONGEST = 22  # characters of a class name that are shown
 _SHORT = 11  # characters of a class name, of which four stand beside each other
-_MOST_NAMED = 24  # classes beside which there is room for a name
+MOST_NAMED = 24  # classes beside which there is room for a name
 _HALF = 0.5  # of the shades: beyond it a number is written in the colour of the page
 _MOST_COUNTED = 16  # classes in whose fields there is room for a number
 _YELLOW = (240 / 255, 228 / 255, 66 / 255)  # Okabe and Ito's, brighter than a dimmed image in a gray print as well
@@ -37,7 +37,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], theme: Theme) -> Fi
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.grid(visible=False)
-    if number <= _MOST_NAMED:
+    if number <= MOST_NAMED:
         size = 8 if number <= _MOST_COUNTED else 6.5
         shown = [plain(name, _LONGEST) for name in names]
         axes.set_xticks(range(number), shown, rotation=90, fontsize=size)
@@ -49,7 +49,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], theme: Theme) -> Fi
 
 
 def draw_map(places: np.ndarray, labels: np.ndarray, names: Sequence[str], theme: Theme) -> Figure:
-    """Draws images as points in the plane, a colour and a shape for each class.
+    """Draws images as points in the plane, a colour and a shape for each class; many classes share some.
 
     Args:
         places: float [N, 2].
@@ -57,7 +57,7 @@ def draw_map(places: np.ndarray, labels: np.ndarray, names: Sequence[str], theme
         names: Of the classes; there is a legend where they are few.
         theme: The page.
     """
-    named = len(names) <= _MOST_NAMED
+    named = len(names) <= MOST_NAMED
     columns = 4 if max(map(len, names)) <= _SHORT else 2
     rows = ceil(len(names) / columns) if named else 0
     figure = Figure(figsize=(WIDTH, WIDTH * 0.85 + 0.2 * rows), layout="constrained")

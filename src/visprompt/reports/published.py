@@ -24,12 +24,13 @@ class Published:
         source: The paper and its venue.
         name: The method's name in the paper.
         method: Its name here.
-        options: Options of the method that a run must not contradict to be the same method.
+        options: Options of the method that a run must not contradict to be the same method; a list names alternatives.
+        unlike: Options that make a run another method.
         backbone: Name of our config of the backbone.
         weights: Name of the backbone's weights in timm; None where timm has none.
         tasks: Accuracy by task, those of `unreliable` groups included; empty where the paper's are not known.
         means: Mean accuracy by group: "vtab_natural", "vtab_specialized", "vtab_structured", "fgvc".
-        mean_of_groups: Mean of VTAB-1k's three group means; None where it is not known.
+        printed_mean: Mean of VTAB-1k's three group means; None where the paper does not print it.
         params: Of 24 tasks, one backbone included, as a multiple of one backbone; None where it is not known.
         unreliable: Groups whose accuracies by task do not agree with the paper's own group means.
         caution: What to know before comparing with it; "" where there is nothing.
@@ -40,11 +41,12 @@ class Published:
     name: str
     method: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    unlike: Mapping[str, Any] = field(default_factory=dict)
     backbone: str
     weights: str | None
     tasks: Mapping[str, float] = field(default_factory=dict)
     means: Mapping[str, float] = field(default_factory=dict)
-    mean_of_groups: float | None = None
+    printed_mean: float | None = None
     params: float | None = None
     unreliable: tuple[str, ...] = ()
     caution: str = ""
@@ -56,9 +58,17 @@ class Published:
         known = not self.unreliable and all(task in self.tasks for task in tasks)
         return fmean(self.tasks[task] for task in tasks) if known else None
 
+    @property
+    def mean_of_groups(self) -> float | None:
+        """Mean of VTAB-1k's three group means; None where one is unknown."""
+        if self.printed_mean is not None:
+            return self.printed_mean
+        return fmean(self.means[group] for group in GROUPS) if all(group in self.means for group in GROUPS) else None
+
     def fits(self, options: Mapping[str, Any]) -> bool:
         """Whether a run's method options are those of the paper; an option that the run does not record fits."""
-        return all(options.get(name, value) == value for name, value in self.options.items())
+        same = all(options[name] in _listed(value) for name, value in self.options.items() if name in options)
+        return same and not any(options[name] == value for name, value in self.unlike.items() if name in options)
 
 
 def published(
@@ -106,12 +116,12 @@ def _records(read: Mapping[str, Any]) -> Iterator[Published]:
                     paper=paper,
                     source=f"{about['title']}, {about['venue']}" if "venue" in about else about["title"],
                     name=name,
-                    **ours,
+                    **_of_all_blocks(ours, read["blocks"].get(backbone)),
                     backbone=backbone,
                     weights=read["backbones"][backbone],
                     tasks=_by_task(read["order"], figures.get("tasks", {})),
                     means=figures.get("means", {}),
-                    mean_of_groups=figures.get("mean_of_groups", _mean_of_groups(figures.get("means", {}))),
+                    printed_mean=figures.get("mean_of_groups"),
                     params=figures.get("params"),
                     unreliable=unreliable,
                     caution=_caution(about, unreliable),
@@ -123,8 +133,15 @@ def _by_task(order: Mapping[str, list[str]], groups: Mapping[str, list[float]]) 
     return {task: value for group in pairs for task, value in group}
 
 
-def _mean_of_groups(means: Mapping[str, float]) -> float | None:
-    return fmean(means[group] for group in GROUPS) if all(group in means for group in GROUPS) else None
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _of_all_blocks(ours: Mapping[str, Any], blocks: int | None) -> dict[str, Any]:
+    """A method whose prompts may be in all blocks by their number, too, where `depth: null` says all."""
+    options = ours.get("options", {})
+    both = {"depth": [None, blocks]} if "depth" in options and options["depth"] is None else {}
+    return dict(ours) | {"options": options | both}
 
 
 def _caution(about: Mapping[str, Any], unreliable: tuple[str, ...]) -> str:

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {character: "\\" + character for character in "&%$#_{}"}
+_LATEX |= {"[": "{[}", "*": "{*}"}  # not read as an argument of the line's end before them
+_LATEX |= {"/": r"/\allowbreak{}"}  # of paths
 _LATEX |= {"±": r"$\pm$", "\u00d7": r"$\times$", "<": r"$<$", ">": r"$>$", "|": r"$|$"}
+
+LATEX_PACKAGES = r"\usepackage{array, booktabs, graphicx}"
+_MOST_IN_LINE, _PARAGRAPH = 36, r">{\raggedright\arraybackslash}p{16em}"  # longer text is broken into lines
+_MOST_ACROSS = 72  # characters of a row for which a page of LaTeX has room
 
 
 @dataclass(frozen=True)
@@ -97,10 +103,16 @@ def markdown(table: Table, bold: Collection[int] = ()) -> str:
         bold: Columns whose largest number is shown in bold.
     """
     marks = [("--:" if table.is_numeric(column) else ":--") for column in range(len(table.header))]
-    rows = [[_markdown(name) for name in table.header], marks, *_texts(table, bold, _markdown, "**{}**")]
+    rows = [[in_markdown(name) for name in table.header], marks, *_texts(table, bold, in_markdown, "**{}**")]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    notes = [f"- {_markdown(note)}" for note in table.notes]
-    return "\n".join([f"**{_markdown(table.title)}**", "", *lines, *(["", *notes] if notes else [])]) + "\n"
+    notes = [f"- {in_markdown(note)}" for note in table.notes]
+    return "\n".join([f"**{in_markdown(table.title)}**", "", *lines, *(["", *notes] if notes else [])]) + "\n"
+
+
+def in_markdown(text: str) -> str:
+    """Text on one line of Markdown, in which nothing of it is markup."""
+    # an underscore between letters or digits is none
+    return re.sub(r"([\\|*`<\[\]]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
 
 
 def csv_text(table: Table) -> str:
@@ -116,24 +128,30 @@ def csv_text(table: Table) -> str:
 
 
 def latex(table: Table, bold: Collection[int] = ()) -> str:
-    r"""The table as LaTeX; it needs `\usepackage{booktabs}`.
+    r"""The table as LaTeX, as wide as a page at most; it needs `LATEX_PACKAGES`.
 
     Args:
         table: A table.
         bold: Columns whose largest number is shown in bold.
     """
-    columns = "".join("r" if table.is_numeric(column) else "l" for column in range(len(table.header)))
+    widths = [max(map(len, map(str, column))) for column in zip(table.header, *table.rows, strict=True)]
+    columns = "".join(
+        "r" if table.is_numeric(column) else "l" if width <= _MOST_IN_LINE else _PARAGRAPH
+        for column, width in enumerate(widths)
+    )
+    is_wide = sum(min(width, _MOST_IN_LINE) + 3 for width in widths) > _MOST_ACROSS
     rows = [" & ".join(row) + r" \\" for row in _texts(table, bold, _latex, r"\textbf{{{}}}")]
     lines = [
         r"\begin{table}[ht]",
         r"\centering",
         rf"\caption{{{_latex(table.title)}}}",
+        *([r"\resizebox{\linewidth}{!}{%"] if is_wide else []),
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         " & ".join(map(_latex, table.header)) + r" \\",
         *([r"\midrule", *rows] if rows else []),
         r"\bottomrule",
-        r"\end{tabular}",
+        r"\end{tabular}" + "}" * is_wide,
         *(rf"\par{{\footnotesize {_latex(note)}}}" for note in table.notes),
         r"\end{table}",
     ]
@@ -181,10 +199,6 @@ def _plain(entry: Entry) -> tuple[str, str]:
     if isinstance(entry, Number):
         return f"{entry.value:.10g}", "" if entry.spread is None else f"{entry.spread:.10g}"
     return ("" if isinstance(entry, Missing) else entry), ""
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\|*`<])", r"\\\1", " ".join(text.split()))
 
 
 def _latex(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,11 +13,12 @@ from rich.console import Console
 
 from visprompt.errors import UserError, unknown
 from visprompt.reports import figures
-from visprompt.reports.collect import Survey, rows, survey
+from visprompt.reports.collect import Row, rows, survey
+from visprompt.reports.comparable import protocols, references
 from visprompt.reports.contents import Contents, contents
 from visprompt.reports.page import Picture, page
 from visprompt.reports.published import all_published
-from visprompt.reports.render import csv_text, latex, markdown
+from visprompt.reports.render import LATEX_PACKAGES, csv_text, in_markdown, latex, markdown
 
 if TYPE_CHECKING:
     from visprompt.reports.closeups import Closeups
@@ -46,18 +47,24 @@ def report(cfg: DictConfig) -> Path:
     check_place(output)
     found = survey(folders)
     if not found.runs:
-        also = f" ({len(found.left_out)} are unfinished or damaged)" if found.left_out else ""
+        also = f" ({len(found.left_out)} are unfinished, damaged or of debugging)" if found.left_out else ""
         raise UserError(
             f"there is no finished run below {' or '.join(map(str, folders))}{also}: name folders that hold some with "
             "runs=FOLDER, or train one with python src/train.py"
         )
-    closeups = _closeups(cfg, found)
+    made_rows = rows(found.runs)
+    if cfg.against is not None:
+        _check_against(cfg.against, made_rows)
+    closeups = _closeups(cfg, made_rows)
     made = datetime.now(UTC)
     told = contents(found, folders, made, against=cfg.against, paper=cfg.paper, closeups=closeups)
     write(told, output, formats)
-    first = output / "index.html" if "html" in formats else output
-    console.print(f"report of {len(found.runs)} runs: {first}", highlight=False, soft_wrap=True)
+    _say(f"report of {len(found.runs)} runs: {output / 'index.html' if 'html' in formats else output}")
     return output
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _paths(given: Any, key: str) -> list[Path]:
@@ -78,21 +85,34 @@ def _formats(given: Any) -> tuple[str, ...]:
     return tuple(listed)
 
 
-def _closeups(cfg: DictConfig, found: Survey) -> "Closeups | None":
+def _check_against(against: str, made: Sequence[Row]) -> None:
+    """Refuses a method that no other can be tested against."""
+    if not made:
+        raise UserError(f"against={against} needs runs of split=final, and here is none: leave it out, or train some")
+    for protocol, reference in references(protocols(made), against):
+        others = [row for row in protocol.rows if row is not reference]
+        if any(len(row.cells.keys() & reference.cells.keys()) > 1 for row in others):
+            return
+    raise UserError(
+        f"there is nothing to test against {against}: no other row under its protocol shares two tasks with it; leave "
+        f"against={against} out, or train it on more of their tasks"
+    )
+
+
+def _closeups(cfg: DictConfig, made: Sequence[Row]) -> "Closeups | None":
     """What `inspect` asks for: nothing, runs that stand for their rows, or runs by their folders."""
     if cfg.inspect is None:
         return None
     from visprompt.inference import finished  # imported late: Lightning takes seconds, and most reports need no model
     from visprompt.reports.closeups import look, typical
 
-    made = rows(found.runs)
     names = {run.folder.resolve(): row.label for row in made for run in row.runs}
-    folders = typical(made) if cfg.inspect == "auto" else _paths(cfg.inspect, "inspect")
+    folders = typical(made) if cfg.inspect == "auto" else list(dict.fromkeys(_paths(cfg.inspect, "inspect")))
     for folder in folders:
         finished(folder)  # what was asked for by name is there, before any of it is opened
     seen = look(folders, names, cfg.device, data_dir=cfg.data_dir, weights=cfg.weights)
     for one in seen.left_out:
-        console.print(f"{one.folder}: {one.why}", highlight=False, soft_wrap=True)
+        _say(f"{one.folder}: {one.why}")
     return seen
 
 
@@ -160,10 +180,11 @@ def _fill(told: Contents, folder: Path, formats: Collection[str]) -> None:
     if "html" in formats:
         files["index.html"] = page(told, pictures)
     if "markdown" in formats:
-        ending = next((form for form in ("svg", "png") if form in formats), None)
+        # the PNG is on white; the SVG's dark text would be lost on a dark page
+        ending = next((form for form in ("png", "svg") if form in formats), None)
         files["report.md"] = "\n".join(_markdown(told, ending))
     if "latex" in formats:
-        files["report.tex"] = "% needs \\usepackage{booktabs}\n" + "\n".join(latex(table) for _, table in listed)
+        files["report.tex"] = f"% needs {LATEX_PACKAGES}\n" + "\n".join(latex(table) for _, table in listed)
     if "csv" in formats:
         files |= {f"tables/{name}.csv": csv_text(table) for name, table in listed}
         files |= {f"figures/{plot.name}.csv": csv_text(plot.values) for plot in plots if plot.values}
@@ -182,16 +203,14 @@ def _markdown(told: Contents, ending: str | None) -> Iterator[str]:
     """The report as Markdown, paragraph by paragraph, with links to its figures' files if there are any."""
     yield f"# {told.title}\n"
     for term, entries in told.facts:
-        if entries:
-            yield f"- **{term}**: {'; '.join(_escaped(entry) for entry in entries)}"
+        if len(entries) == 1:
+            yield f"- **{term}**: {in_markdown(entries[0])}"
+        elif entries:
+            yield "\n".join([f"- **{term}**:", *(f"  - {in_markdown(entry)}" for entry in entries)])
     for section in told.sections:
         if section.tables or ending:
             yield f"\n## {section.title}\n"
         yield from (markdown(table) for table in section.tables.values())
         for plot in section.plots if ending else ():
-            alt = _escaped(plot.alt).replace("[", "(").replace("]", ")")
-            yield f"### {_escaped(plot.title)}\n\n{_escaped(plot.caption)}\n\n![{alt}](figures/{plot.name}.{ending})\n"
-
-
-def _escaped(text: str) -> str:
-    return "".join(f"\\{character}" if character in "\\|*`<_" else character for character in text)
+            title, caption, alt = map(in_markdown, (plot.title, plot.caption, plot.alt))
+            yield f"### {title}\n\n{caption}\n\n![{alt}](figures/{plot.name}.{ending})\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from visprompt.data.catalog import SUITES
-from visprompt.reports.charts import Chart, Line, Point, file_name, in_parts
+from visprompt.reports.charts import Chart, Line, Point, file_name, in_parts, spread_scale
 from visprompt.reports.choices import Grid
 from visprompt.reports.collect import Row
 from visprompt.reports.comparable import Protocol, protocols
@@ -103,31 +103,33 @@ def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
 
 def _curves(title: str, folders: Mapping[str, Sequence[Path]], metric: str, y_label: str, caption: str) -> list[Chart]:
     """A chart of one metric, or several where the lines are many; none where no run recorded it."""
-    scale = 100 if metric.endswith("acc") else 1
-    found = {label: _mean([history(folder, metric) for folder in runs]) for label, runs in folders.items()}
-    lines = tuple(
-        Line(label, tuple(Point(epoch, scale * value) for epoch, value in curve.items()))
-        for label, curve in found.items()
-        if len(curve) >= _LEAST
-    )
+    is_loss = metric.endswith("loss")
+    scale = 1 if is_loss else 100
+    lines, partial = [], []
+    for label, runs in folders.items():
+        kept = [curve for folder in runs if (curve := history(folder, metric))]
+        points = tuple(Point(epoch, scale * value) for epoch, value in _mean(kept).items())
+        if len(points) >= _LEAST:
+            lines.append(Line(label, points))
+            partial += [f"{label} {len(kept)} of {len(runs)}"] if len(kept) < len(runs) else []
     if not lines:
         return []
-    log = metric.endswith("loss") and all(point.y > 0 for line in lines for point in line.points)
+    told = f" Of some runs no such metrics are left, and these are in no mean; there are: {', '.join(partial)}."
     chart = Chart(
         name=file_name(title),
         title=title,
         x_label="epoch",
         y_label=y_label,
-        caption=caption,
-        lines=lines,
-        y_scale="log" if log else "linear",
+        caption=caption + (told if partial else ""),
+        lines=tuple(lines),
+        y_scale=spread_scale([point.y for line in lines for point in line.points]) if is_loss else "linear",
     )
     return in_parts(chart)
 
 
 def _mean(curves: Sequence[_Curve]) -> _Curve:
-    """The mean at the epochs that all have."""
-    common = sorted(set.intersection(*(set(curve) for curve in curves)))
+    """The mean at the epochs that all have; none of no curve."""
+    common = sorted(set.intersection(*map(set, curves))) if curves else ()
     return {epoch: fmean(curve[epoch] for curve in curves) for epoch in common}
 
 

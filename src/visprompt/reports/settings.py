@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ from visprompt.data.catalog import TASKS
 from visprompt.results import Result
 
 UNRECORDED = "not recorded"
+NEUTRAL = "neutral"  # a trainer without settings that bear on the figures
 OF_EACH_TASK = "of each task"
 OWN_IMAGES = "own images"
 # what a recipe's row may choose for a task (`${row:...}` in configs/method), or a grid beside the recipe itself
@@ -48,11 +50,12 @@ def settings(result: Result) -> dict[str, str]:
         result: Its result.
 
     Returns:
-        Values as text by dotted key, "recipe.lr" or "data.preprocessing.size" for example. What pruning found for the
-        seed is left out, as in `results.cell`.
+        Values as text by dotted key, "recipe.lr" or "data.preprocessing.size" for example. What follows from the seed
+        is left out, as in `results.cell`: what pruning found, and the hash of weights that were drawn. A depth is that
+        which was built, as far as it is recorded.
     """
-    found = {"precision": result.precision}
-    options = {name: value for name, value in result.method.items() if name not in {"name", *_OF_A_SEED}}
+    found = {"precision": text(result.precision), "trainer": _plainly(result.trainer)}
+    options = {name: value for name, value in built(result).method.items() if name not in {"name", *_OF_A_SEED}}
     parts = {"method": options, "recipe": result.recipe, "data": result.data, "backbone": result.backbone}
     for part, values in parts.items():
         for name, value in values.items():
@@ -62,7 +65,20 @@ def settings(result: Result) -> dict[str, str]:
                 found |= {f"data.preprocessing.{key}": text(inner) for key, inner in value.items()}
             else:
                 found[f"{part}.{name}"] = text(value)
+    if found.get("backbone.pretrained") == "false":
+        found["backbone.sha256"] = "random"
     return found
+
+
+def built(result: Result) -> Result:
+    """A record with the number of blocks that its method's depth stands for, where it is null for all of them."""
+    if result.method.get("depth", 0) is not None or "depth" not in result.tuned:
+        return result
+    return replace(result, method=dict(result.method) | {"depth": result.tuned["depth"]})
+
+
+def _plainly(trainer: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}={text(value)}" for name, value in sorted(trainer.items())) or NEUTRAL
 
 
 def before_the_choice(found: Mapping[str, str]) -> dict[str, str]:

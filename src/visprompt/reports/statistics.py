@@ -9,13 +9,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from visprompt.errors import UserError
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+_LEAST = 4  # tasks: of three, the same one is drawn three times in 1 of 27 resamples, and they give their range
 _DIGITS = 9  # differences that are equal but for the rounding of float64 are ties
 
 
@@ -26,15 +26,14 @@ class Paired:
     Attributes:
         tasks: Those tasks.
         difference: Mean difference, the first row's accuracy minus the other's, as a share.
-        interval: Bootstrap confidence interval of it over the tasks; None below two tasks.
+        interval: Bootstrap confidence interval of it over the tasks; None below four tasks.
         better: Tasks on which the first row is better.
         equal: Tasks on which they are equal, which the signed-rank test leaves out.
         worse: Tasks on which it is worse.
-        wilcoxon: Two-sided p-value of the signed-rank test; None where there is no test.
+        wilcoxon: Two-sided p-value of the signed-rank test; None below two unequal tasks.
         greater: Its one-sided p-value, the alternative being that the first row is better.
-        t: Two-sided p-value of the paired t-test.
+        t: Two-sided p-value of the paired t-test; None where the differences are all the same.
         smallest: The smallest p-value that the two-sided signed-rank test reaches with so many unequal tasks.
-        notes: What was done about ties and zeros, and why a test is missing.
     """
 
     tasks: tuple[str, ...]
@@ -47,12 +46,16 @@ class Paired:
     greater: float | None
     t: float | None
     smallest: float | None
-    notes: tuple[str, ...]
 
 
 def smallest_p(pairs: int) -> float:
     """The smallest p-value of the exact two-sided signed-rank test: two of the 2^pairs patterns of signs."""
     return min(1.0, 2 / 2**pairs)
+
+
+def gap(one: float, other: float) -> float:
+    """One accuracy minus another, 0 where they are equal but for the rounding of float64."""
+    return round(one - other, _DIGITS)
 
 
 def compare(one: Mapping[str, float], other: Mapping[str, float]) -> Paired:
@@ -71,28 +74,20 @@ def compare(one: Mapping[str, float], other: Mapping[str, float]) -> Paired:
     tasks = common_tasks([one, other])
     if not tasks:
         raise UserError("two rows without a common task were to be compared: give rows that share at least one")
-    differences = np.round([one[task] - other[task] for task in tasks], _DIGITS)
+    differences = np.array([gap(one[task], other[task]) for task in tasks])
     unequal = differences[differences != 0]
-    notes: list[str] = []
     wilcoxon, greater = signed_rank(unequal.tolist()) if len(unequal) > 1 else (None, None)
-    if wilcoxon is None:
-        notes.append("no signed-rank test: fewer than two unequal tasks")
-    elif len(unequal) < len(tasks):
-        notes.append(f"equal on {len(tasks) - len(unequal)}, which the signed-rank test leaves out")
-    if wilcoxon is not None and len(np.unique(np.abs(unequal))) < len(unequal):
-        notes.append("differences of the same size share their mean rank")
     return Paired(
         tasks=tasks,
         difference=float(differences.mean()),
-        interval=bootstrap(differences.tolist()) if len(tasks) > 1 else None,
+        interval=bootstrap(differences.tolist()) if len(tasks) >= _LEAST else None,
         better=int((differences > 0).sum()),
         equal=len(tasks) - len(unequal),
         worse=int((differences < 0).sum()),
         wilcoxon=wilcoxon,
         greater=greater,
-        t=_paired_t(differences, notes),
+        t=float(stats.ttest_1samp(differences, 0.0).pvalue) if len(np.unique(differences)) > 1 else None,
         smallest=smallest_p(len(unequal)) if len(unequal) else None,
-        notes=tuple(notes),
     )
 
 
@@ -114,14 +109,6 @@ def signed_rank(differences: Sequence[float]) -> tuple[float, float]:
     observed = ranks[values > 0].sum()
     greater, less = float(ways[observed:].sum()), float(ways[: observed + 1].sum())
     return min(1.0, 2 * min(greater, less)), min(1.0, greater)
-
-
-def _paired_t(differences: NDArray[np.float64], notes: list[str]) -> float | None:
-    if len(np.unique(differences)) < 2:
-        few = "fewer than two tasks" if len(differences) < 2 else "all differences are the same"
-        notes.append(f"no t-test: {few}")
-        return None
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def average_ranks(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

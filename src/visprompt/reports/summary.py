@@ -1,19 +1,30 @@
 """A row in few numbers: means of groups, wins over full fine-tuning, cost, and the paper's figures beside them."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from visprompt.data.catalog import SUITES
 from visprompt.reports.collect import Row, Run
 from visprompt.reports.published import GROUPS, Published, published
-from visprompt.reports.settings import UNRECORDED, family, is_protocol, scope
+from visprompt.reports.settings import NEUTRAL, UNRECORDED, family, is_protocol, scope
+from visprompt.reports.statistics import gap
+from visprompt.results import Result
 
 FLAT = "vtab, mean of 19 tasks"
 GROUPED = "vtab, mean of 3 groups"
 SUMMED = (*GROUPS, FLAT, GROUPED, "fgvc", "demo")
 _TASKS: Mapping[str, tuple[str, ...]] = {FLAT: SUITES["vtab_all"]} | {
     name: SUITES[name] for name in (*GROUPS, "fgvc", "demo")
+}
+
+
+_THE_PAPERS: Mapping[str, tuple[str, ...]] = {  # what a row must not contradict to stand beside a paper's figures
+    "data.fraction": ("1.0",),
+    "backbone.image_size": ("null", "224"),
+    "backbone.pretrained": ("true",),
+    "backbone.kwargs": ("{}",),
+    "trainer": (NEUTRAL,),
 }
 
 
@@ -51,11 +62,11 @@ class Cost:
         total: What all tasks need, the backbone counted once, as a multiple of the backbone; None where the backbone's
             size is not known.
         bytes: Size of a task's file.
-        seconds: Of training, one run.
+        seconds: Of training a task.
         devices: What was trained on.
         memory: Peak of all runs, bytes.
         memory_of: What was measured.
-        macs: Multiplications and additions of one image; None where it was not recorded.
+        macs: Pairs of a multiplication and an addition for one image; None where it was not recorded.
     """
 
     tasks: int
@@ -109,7 +120,7 @@ def wins(row: Row, full: Row) -> dict[str, Total]:
     found = {}
     for name, tasks in _TASKS.items():
         both = [task for task in tasks if task in row.cells and task in full.cells]
-        won = sum(row.cells[task].mean > full.cells[task].mean for task in both)
+        won = sum(gap(row.cells[task].mean, full.cells[task].mean) > 0 for task in both)
         found[name] = Total(won if len(both) == len(tasks) else None, len(both), len(tasks))
     return found
 
@@ -143,12 +154,11 @@ def published_of(row: Row, paper: str | None = None) -> Published | None:
     """The figures of a paper for a row's method and backbone; None where the row is another thing of the same name.
 
     Args:
-        row: A row. One of a fraction of the data or of another image size has none.
+        row: A row. One of a fraction of the data, of another image size, of a backbone that was changed or has random
+            weights, or of a trainer that was not left as it is, has none.
         paper: See `published`.
     """
-    if row.told.get("data.fraction", "1.0") not in ("1.0", UNRECORDED):
-        return None
-    if row.told.get("backbone.image_size", "null") not in ("null", "224", UNRECORDED):
+    if any(row.told.get(key, UNRECORDED) not in (*values, UNRECORDED) for key, values in _THE_PAPERS.items()):
         return None
     found = [published(row.method, row.backbone, paper, run.result.method) for run in row.runs]
     return found[0] if all(one == found[0] for one in found) else None
@@ -158,6 +168,12 @@ def published_means(found: Published) -> dict[str, float]:
     """The paper's means by the names of `SUMMED`, in per cent, as far as they are known."""
     own = {FLAT: found.flat_mean, GROUPED: found.mean_of_groups}
     return dict(found.means) | {name: value for name, value in own.items() if value is not None}
+
+
+def worked_out(found: Published) -> tuple[str, ...]:
+    """The means of `published_means` that the paper does not print: they follow from its other figures."""
+    unprinted = {FLAT: found.flat_mean, GROUPED: found.mean_of_groups if found.printed_mean is None else None}
+    return tuple(name for name, value in unprinted.items() if value is not None)
 
 
 def backbone_sizes(rows: Iterable[Row]) -> dict[str, int]:
@@ -181,7 +197,8 @@ def cost(row: Row, sizes: Mapping[str, int]) -> Cost:
         The cost. Full fine-tuning keeps a whole backbone for every task and shares none: its total counts no other.
     """
     results = [run.result for run in row.runs]
-    tuned, head = _by_task(row.runs, "parameters"), _by_task(row.runs, "head_parameters")
+    tuned = _by_task(row.runs, lambda result: result.tuned["parameters"])
+    head = _by_task(row.runs, lambda result: result.tuned["head_parameters"])
     size = sizes.get(results[0].backbone["sha256"])
     shared = 0 if row.method == "full" else 1
     kept = sum(tuned.values()) + sum(head.values())
@@ -191,23 +208,23 @@ def cost(row: Row, sizes: Mapping[str, int]) -> Cost:
         tuned=fmean(tuned.values()),
         least=min(tuned.values()),
         most=max(tuned.values()),
-        share=fmean(_by_task(row.runs, "share").values()),
+        share=fmean(_by_task(row.runs, lambda result: result.tuned["share"]).values()),
         head=fmean(head.values()),
         total=shared + kept / size if size else None,
-        bytes=fmean(_by_task(row.runs, "bytes").values()),
-        seconds=fmean(result.time["train_s"] for result in results),
+        bytes=fmean(_by_task(row.runs, lambda result: result.tuned["bytes"]).values()),
+        seconds=fmean(_by_task(row.runs, lambda result: result.time["train_s"]).values()),
         devices=tuple(sorted({device_of(run) for run in row.runs})),
         memory=max(result.peak_memory["bytes"] for result in results),
         memory_of=tuple(sorted({result.peak_memory["of"] for result in results})),
-        macs=fmean(_by_task(row.runs, "macs").values()) if known else None,
+        macs=fmean(_by_task(row.runs, lambda result: result.tuned["macs"]).values()) if known else None,
     )
 
 
-def _by_task(runs: Iterable[Run], name: str) -> dict[str, float]:
-    """A figure of the tuned state by task, its mean over the seeds."""
+def _by_task(runs: Iterable[Run], figure: Callable[[Result], float]) -> dict[str, float]:
+    """A figure by task, its mean over the seeds."""
     found: dict[str, list[float]] = {}
     for run in runs:
-        found.setdefault(run.result.task, []).append(run.result.tuned[name])
+        found.setdefault(run.result.task, []).append(figure(run.result))
     return {task: fmean(values) for task, values in found.items()}
 
 

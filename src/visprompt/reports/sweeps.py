@@ -13,7 +13,7 @@ from typing import Any
 from visprompt.reports.charts import Chart, Line, Point, file_name, in_parts, spread_scale
 from visprompt.reports.choices import chosen
 from visprompt.reports.runs import Run, grouped, task_place
-from visprompt.reports.settings import labels, telling
+from visprompt.reports.settings import built, labels, telling
 from visprompt.results import Cell, cell
 
 
@@ -152,18 +152,18 @@ def _tested(runs: list[Run], axis: Axis, tried: Sequence[Run]) -> Cell | None:
         def place(run: Run) -> tuple[Any, ...]:
             return (run.base, axis.value(run), axis.beside_of(run))
 
-        best = chosen([run for run in tried if place(run) == place(runs[0])])
+        best = chosen([run for run in tried if place(run) == place(runs[0])], runs)
         variants = {key: found for key, found in variants.items() if best and found[0].choice == best.choice}
-    return cell(run.result for found in variants.values() for run in found) if len(variants) == 1 else None
+    return cell(built(run.result) for found in variants.values() for run in found) if len(variants) == 1 else None
 
 
 def _validated(runs: list[Run]) -> Cell | None:
-    """Validation accuracies at one value, of the recipe that they choose; None where all diverged."""
+    """Validation accuracies at one value, of the recipe that they choose, one of each seed; None where all diverged."""
     best = chosen(runs)
     if best is None:
         return None
-    alike = (run for run in runs if run.choice == best.choice and run.result.status == "finished")
-    return Cell(tuple(run.result.score for run in alike))
+    alike = [run for run in runs if run.choice == best.choice and run.result.status == "finished"]
+    return Cell(tuple({run.result.seed: run.result.score for run in (*alike, best)}.values()))
 
 
 def _val_set(runs: Sequence[Run]) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.reports.collect import Grid, LeftOut, Row, Survey, diverged
 from visprompt.reports.published import GROUPS, Published
-from visprompt.reports.render import Entry, Missing, Number, Table, csv_text, decimal, html, latex, markdown, p_value
+from visprompt.reports.render import Entry, Missing, Number, Table, decimal, p_value
 from visprompt.reports.settings import OWN_IMAGES
-from visprompt.reports.statistics import Paired, average_ranks, compare, seed_interval, smallest_p
+from visprompt.reports.statistics import RESAMPLES, Paired, average_ranks, compare, seed_interval, smallest_p
 from visprompt.reports.summary import (
     FLAT,
     SUMMED,
@@ -19,8 +19,8 @@ from visprompt.reports.summary import (
     means,
     published_means,
     published_of,
-    same_protocol,
     wins,
+    worked_out,
 )
 
 _PAPERS_TASKS = frozenset({*SUITES["vtab_all"], *SUITES["fgvc"]})
@@ -84,7 +84,8 @@ def aggregates(rows: Sequence[Row], paper: str | None = None) -> Table:
             theirs = published_means(found)
             lines += _beside(row, found, [own[name].value for name in names], [theirs.get(name) for name in names], 2)
             compared[found.source, found.name] = found
-    return Table("Mean test accuracy (%)", ("method", *names), tuple(lines), _cautions(compared))
+    notes = (*_worked_out(compared, names), *_cautions(compared))
+    return Table("Mean test accuracy (%)", ("method", *names), tuple(lines), notes)
 
 
 def wins_over_full(rows: Sequence[Row]) -> Table:
@@ -111,8 +112,8 @@ def costs(rows: Sequence[Row]) -> Table:
         "Where tasks or seeds differ: the mean over the tasks; least and most tuned parameters in brackets.",
         "All tasks: one backbone, and for each task what is tuned and its head, as a multiple of one backbone; full "
         "fine-tuning shares no backbone.",
-        "Training: mean time of a run. Peak memory: the highest of all runs. Operations: multiplications and additions "
-        "of one image, in millions.",
+        "Training: mean over the tasks of the time of a run. Peak memory: the highest of all runs. Operations: "
+        "pairs of a multiplication and an addition for one image, in millions.",
     )
     return Table("Cost", header, tuple(_cost_line(row, cost(row, sizes)) for row in rows), notes)
 
@@ -129,7 +130,7 @@ def _cost_line(row: Row, found: Cost) -> tuple[Entry, ...]:
         Missing("backbone's size not known") if found.total is None else decimal(found.total, 2),
         Missing("") if paper is None or paper.params is None else decimal(paper.params, 2),
         decimal(found.bytes / 1e6, 2),
-        decimal(found.seconds, 1),
+        decimal(found.seconds, 1) if len(found.devices) == 1 else Missing("on several devices"),
         ", ".join(found.devices),
         decimal(found.memory / 2**20, 0) if len(found.memory_of) == 1 else Missing("measured in several ways"),
         ", ".join(found.memory_of),
@@ -138,30 +139,34 @@ def _cost_line(row: Row, found: Cost) -> tuple[Entry, ...]:
 
 
 def paired_tests(rows: Sequence[Row], reference: Row) -> Table:
-    """Paired tests over tasks of every other row against one, as far as both have the same protocol.
+    """Paired tests over tasks of every other row against one.
 
     Args:
-        rows: Rows.
+        rows: Rows under one protocol.
         reference: The row that the others are held against.
     """
-    others = [row for row in rows if row is not reference]
     lines: list[tuple[Entry, ...]] = []
     pairs: list[Paired] = []
-    notes: list[str] = ["The p-values are not corrected for the number of comparisons."]
     for name, tasks in suites([reference]).items():
         base = _scores(reference, tasks)
-        for row in others:
-            if same_protocol(row, reference) and base.keys() & _scores(row, tasks).keys():
+        for row in rows:
+            if row is not reference and base.keys() & _scores(row, tasks).keys():
                 pairs.append(compare(_scores(row, tasks), base))
                 lines.append((row.label, name, *_test_line(pairs[-1])))
-                notes += [f"{row.label}, {name}: {note}." for note in pairs[-1].notes]
-    if strange := [row.label for row in others if not same_protocol(row, reference)]:
-        notes.append(f"Under another protocol and so not compared: {'; '.join(strange)}.")
     header = (
-        *("method", "over", "tasks", "difference", "95 % interval", "better, equal, worse", "Wilcoxon p"),
+        *("method", "over", "tasks", "difference (points)", "95 % interval", "better, equal, worse", "Wilcoxon p"),
         *("one-sided p", "smallest p", "paired t p"),
     )
-    return Table(f"Against {reference.label}", header, tuple(lines), (*_out_of_reach(pairs), *dict.fromkeys(notes)))
+    notes = (
+        f"Difference: mean accuracy over the common tasks minus that of {reference.label}. 95 % interval: percentile "
+        f"bootstrap over the tasks, {RESAMPLES:,} resamples; none below four tasks, of which it would be the range.",
+        "Wilcoxon p: the exact signed-rank test, two-sided; equal tasks are left out, differences of one size share "
+        "their mean rank. One-sided p: of the same test, the alternative being that the method is better. "
+        "Smallest p: the two-sided test's with so many unequal tasks. Paired t p: two-sided.",
+        "No test: fewer than two unequal tasks or, for t, differences that are all the same. The p-values are not "
+        "corrected for the number of comparisons.",
+    )
+    return Table(f"Against {reference.label}", header, tuple(lines), (*_out_of_reach(pairs), *notes))
 
 
 def _test_line(found: Paired) -> tuple[Entry, ...]:
@@ -192,10 +197,13 @@ def ranks(rows: Sequence[Row]) -> Table:
     """Average ranks over tasks, 1 being the best, among the rows that have all tasks.
 
     Where fewer than two rows have all, they are taken among all rows over the tasks that these have in common.
+
+    Args:
+        rows: Rows under one protocol.
     """
     found = suites(rows)
     ranked: dict[str, dict[str, float]] = {}
-    notes = []
+    notes = ["1 is the best; ties share their mean rank."]
     for name, tasks in found.items():
         scores = {row.label: _scores(row, tasks) for row in rows if _scores(row, tasks)}
         whole = {label: known for label, known in scores.items() if len(known) == len(tasks)}
@@ -203,8 +211,6 @@ def ranks(rows: Sequence[Row]) -> Table:
         ranked[name] = average_ranks(taken) if len(taken) > 1 else {}
         count = len(tasks) if taken is whole else sum(all(task in one for one in taken.values()) for task in tasks)
         notes.append(f"{name}: {len(ranked[name])} rows over {count} of {len(tasks)} tasks.")
-    if any(not same_protocol(rows[0], row) for row in rows):
-        notes.append("Rows are under several protocols (see their labels): methods compare only within one.")
     lines = [(row.label, *(_rank(one.get(row.label)) for one in ranked.values())) for row in rows]
     return Table("Average rank", ("method", *found), tuple(lines), tuple(notes))
 
@@ -227,9 +233,11 @@ def seed_intervals(rows: Sequence[Row]) -> Table:
 
 
 def own_rows(rows: Sequence[Row]) -> Table:
-    """Why some methods have several rows."""
+    """Why some methods have several rows, and of which the tasks are trained differently."""
     lines = tuple((row.label, ", ".join(row.cells), row.why) for row in rows if row.why)
-    return Table("Rows of their own: runs that differ in these are never averaged", ("row", "tasks", "why"), lines)
+    return Table(
+        "What tells rows apart, which are never averaged, and what differs within one", ("row", "tasks", "why"), lines
+    )
 
 
 def choices(grids: Sequence[Grid]) -> Table:
@@ -238,7 +246,10 @@ def choices(grids: Sequence[Grid]) -> Table:
         *("method", "task", "grid of", "points", "diverged", "validation accuracy (%)"),
         *("chosen on validation", "final runs"),
     )
-    note = "Points of several grids count as one: what their union chooses need not be what one of them chose."
+    note = (
+        "Points of several grids count as one: what their union chooses need not be what one of them chose. A point "
+        "with several seeds is judged by its mean."
+    )
     return Table("Choices on validation", header, tuple(map(_choice_line, grids)), (note,))
 
 
@@ -248,9 +259,9 @@ def _choice_line(grid: Grid) -> tuple[Entry, ...]:
         grid.label,
         grid.task,
         "pruning" if grid.pruning else "settings",
-        decimal(len(grid.runs), 0),
+        decimal(len(grid.points), 0),
         decimal(grid.diverged, 0),
-        decimal(100 * grid.chosen.result.score) if grid.chosen else Missing("all diverged"),
+        Missing("all diverged") if grid.score is None else decimal(100 * grid.score),
         (grid.choice or "the only point") if grid.chosen else "nothing",
         used,
     )
@@ -282,6 +293,15 @@ def _catalogued(rows: Sequence[Row]) -> list[Row]:
 def _exact(figure: float) -> Number:
     """A published figure with the paper's own one or two decimals."""
     return decimal(figure, 1 if round(figure, 1) == figure else 2)
+
+
+def _worked_out(compared: Mapping[tuple[str, str], Published], names: Sequence[str]) -> tuple[str, ...]:
+    """Of each paper the means, among those that are shown, that it does not print."""
+    by_source: dict[str, dict[str, None]] = {}
+    for (source, _), found in compared.items():
+        by_source.setdefault(source, {}).update(dict.fromkeys(name for name in worked_out(found) if name in names))
+    said = "not printed there but worked out from its other figures"
+    return tuple(f"{source}: {'; '.join(own)}: {said}." for source, own in by_source.items() if own)
 
 
 def _cautions(compared: Mapping[tuple[str, str], Published]) -> tuple[str, ...]:
@@ -316,26 +336,3 @@ def _seeds(rows: Sequence[Row], tasks: Sequence[str]) -> str:
 
 def _scores(row: Row, tasks: Sequence[str]) -> dict[str, float]:
     return {task: row.cells[task].mean for task in tasks if task in row.cells}
-
-
-__all__ = [
-    "Missing",
-    "Number",
-    "Table",
-    "accuracy",
-    "aggregates",
-    "choices",
-    "costs",
-    "csv_text",
-    "groups",
-    "html",
-    "latex",
-    "left_out",
-    "markdown",
-    "own_rows",
-    "paired_tests",
-    "ranks",
-    "seed_intervals",
-    "suites",
-    "wins_over_full",
-]
