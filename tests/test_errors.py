@@ -20,6 +20,8 @@ MANY = [f"vit_{i:03}" for i in range(41)]
         ("zzz", TASKS, "unknown task 'zzz': choose one of cifar, digits, digits_crowded, digits_loc"),
         ("zzz", ["b", "a", "b"], "unknown task 'zzz': choose one of a, b"),
         ("", TASKS, "unknown task '': choose one of cifar"),
+        (None, TASKS, "unknown task 'None': choose one of cifar"),
+        (12, ["12a"], "unknown task '12': did you mean 12a? (all: 12a)"),
     ],
 )
 def test_the_nearest_words_come_first_and_all_of_them_are_listed(word, choices, sentence):

@@ -143,8 +143,9 @@ def test_masks_go_through_the_options_of_the_method(layers):
     assert torch.equal(again.segments, masks.segments)
     made = classifier(mask_per_layer=layers > 1, **options)
     assert made.method.prompts.shape == (4, 2 * 4 * 4)
-    everything = pruning.masks_of({"num_tokens": 3, "num_segments": 8, "token_mask": None})
-    assert (everything.tokens.shape, everything.segments.shape) == ((1, 3), (1, 3, 8))
+    everything = pruning.masks_of({"num_tokens": 3, "num_segments": 8, "token_mask": None}, layers)
+    assert (everything.tokens.shape, everything.segments.shape) == ((layers, 3), (layers, 3, 8))
+    assert everything.tokens.all()
     assert everything.segments.all()
 
 
@@ -210,8 +211,13 @@ def test_the_table_says_of_every_token_what_is_left():
         "| all | 2 | 0.000123 | pruned |",
     ]
     twice = Masks(masks.tokens.expand(2, 2), masks.segments.expand(2, 2, 8))
-    lines = pruning.table(twice, Importance(found.tokens.expand(2, 2), found.segments)).splitlines()
-    assert [line[:9] for line in lines[2:]] == ["| 1 | 1 |", "| 1 | 2 |", "| 2 | 1 |", "| 2 | 2 |"]
+    of_each = Importance(torch.tensor([[0.1, 0.2], [0.3, 0.4]]), found.segments)
+    assert pruning.table(twice, of_each).splitlines()[2:] == [
+        "| 1 | 1 | 0.1 | 1-2, 4, 7-8 |",
+        "| 1 | 2 | 0.2 | pruned |",
+        "| 2 | 1 | 0.3 | 1-2, 4, 7-8 |",
+        "| 2 | 2 | 0.4 | pruned |",
+    ]
 
 
 def pixels(image, colour):

@@ -23,7 +23,7 @@ class Summary:
         backbone: Parameters of the backbone without its own head and without what a method put into it.
         parts: Tuned parameters by the name they are saved under.
         bytes: Of the tuned state's tensors.
-        macs: Multiplications and additions of one image's logits.
+        macs: Pairs of a multiplication and an addition, of one image's logits.
     """
 
     tuned: int
@@ -74,7 +74,7 @@ class Classifier(nn.Module):
         if x.ndim not in (4, 2 if only_head else 3) or (x.ndim < 4 and not self.has_frozen_part):
             raise UserError(f"images are [B, 3, height, width], and these have the shape {tuple(x.shape)}")
         if x.ndim == 2:
-            return x
+            return self.method.resumed(x)
         if x.ndim == 3:
             out: Tensor = self.backbone.from_block(self.method.first_block, x, self.method)  # type: ignore[operator]  # a method of the backbone
             return out
@@ -91,16 +91,17 @@ class Classifier(nn.Module):
         return self.method.first_block > 0
 
     def frozen(self, images: Tensor) -> Tensor:
-        """The part of the computation before anything tuned: features where only the head is tuned, else tokens.
+        """The part of the computation before anything tuned: features where no block is tuned, else tokens.
 
         Args:
             images: Normalised images [B, 3, H, W].
 
         Returns:
-            Features [B, width], or tokens [B, n, width] before the method's first block; `forward` goes on from both.
+            What `Method.stored` makes of features and images, or tokens [B, n, width] before the method's first block;
+            `forward` goes on from both.
         """
         if self.method.first_block == self.method.num_blocks:
-            return self.features(images)
+            return self.method.stored(self.backbone(images, self.method), images)
         out: Tensor = self.backbone.to_block(self.method.first_block, images, self.method)  # type: ignore[operator]  # a method of the backbone
         return out
 

@@ -10,18 +10,18 @@ class UserError(Exception):
     """An error that its message explains in full; entry points print the message alone, without a traceback."""
 
 
-def unknown(kind: str, word: str, choices: Iterable[str]) -> UserError:
+def unknown(kind: str, word: object, choices: Iterable[str]) -> UserError:
     """Builds the error for a word that is not among the valid ones.
 
     Args:
         kind: What the word should have named, for example "task".
-        word: What was given.
+        word: What was given, of whatever kind.
         choices: The valid words.
 
     Returns:
         The error to raise: it names the nearest valid choices first, and all of them unless they are too many to read.
     """
-    names = sorted(set(choices))
+    word, names = str(word), sorted(set(choices))
     near = get_close_matches(word.lower(), names, n=3, cutoff=0.5)
     listed = ", ".join(names[:_LISTED]) + (f" or {len(names) - _LISTED} more" if len(names) > _LISTED else "")
     if near:

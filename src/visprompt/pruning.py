@@ -215,7 +215,7 @@ def rewind(classifier: Classifier, folder: Path) -> None:
         tensors |= {name: own[name] for name in ("token_mask", "segment_mask")}
         names = [f"prompts.{layer}" for layer in range(method.depth) if f"prompts.{layer}" in own] or ["prompts"]
         prompts = tensors["prompts"] if names == ["prompts"] else [tensors[name] for name in names]
-        left = method.kept(layer.to(own[names[0]].device) for layer in prompts)
+        left = method.unpruned(layer.to(own[names[0]].device) for layer in prompts)
         tensors |= {"prompts": torch.stack(left)} if names == ["prompts"] else dict(zip(names, left, strict=True))
     classifier.load_tuned_state(tensors)
 
@@ -224,9 +224,9 @@ def _initial_path(folder: Path, name: str) -> Path:
     return folder / "initial" / f"{name}.safetensors"
 
 
-def masks_of(options: Mapping[str, Any]) -> Masks:
-    """The masks among a method's options; everything is kept where there are none."""
-    shape = (1, options["num_tokens"], options["num_segments"])
+def masks_of(options: Mapping[str, Any], layers: int = 1) -> Masks:
+    """The masks among a method's options; where there are none, everything is kept in that many layers."""
+    shape = (layers, options["num_tokens"], options["num_segments"])
     if options["token_mask"] is None:
         return Masks(torch.ones(shape[:2], dtype=torch.bool), torch.ones(shape, dtype=torch.bool))
     tokens, segments = (torch.tensor(options[name]).bool() for name in ("token_mask", "segment_mask"))
@@ -247,7 +247,7 @@ def table(masks: Masks, found: Importance) -> str:
     for layer, (tokens, segments) in enumerate(zip(masks.tokens, masks.segments, strict=True)):
         name = "all" if len(masks.tokens) == 1 else str(layer + 1)
         for token, kept in enumerate(tokens.tolist()):
-            score = float(found.tokens[layer if len(found.tokens) > 1 else 0, token])
+            score = float(found.tokens[layer, token])
             left = _ranges(segments[token].nonzero().flatten().tolist()) if kept else "pruned"
             rows.append([name, str(token + 1), f"{score:.3g}", left])
     return markdown_table(["layer", "token", "importance", "segments left"], rows)

@@ -19,6 +19,7 @@ from tiny import NUM_IMAGE, images, measured, naive_logits, relative_error, tiny
 from visprompt.backbones.block import is_proven
 from visprompt.backbones.vit import ViT
 from visprompt.errors import UserError
+from visprompt.methods import Method
 
 FLOAT32 = 1e-5
 # bfloat16 rounds to 2^-9 relative. The two ways multiply matrices of other shapes, so each of a block's some ten
@@ -309,10 +310,24 @@ class PoolsOtherwise(VisionTransformer):
         (nn.Linear(2, 2), "backbone class Linear is not a plain timm VisionTransformer: choose one"),
         (PoolsOtherwise(depth=1, embed_dim=32, num_heads=2), "backbone class PoolsOtherwise is not a plain timm Vis"),
         (tiny_model(global_pool="", class_token=False), "the backbone pools nothing: set backbone.global_pool to tok"),
+        (tiny_model(img_size=63), "^backbone.image_size=63 is no multiple of the patch size 8: give one$"),
+        (tiny_model(img_size=(32, 36)), "^backbone.image_size=36 is no multiple of the patch size 8: give one$"),
     ],
 )
 def test_a_model_that_it_cannot_drive_is_refused(model, message):
     with pytest.raises(UserError, match=message):
+        ViT(model)
+
+
+def test_a_side_is_taken_whose_last_pixels_are_padded_or_were_left_out_in_the_pre_training():
+    """As timm's vit_so400m_patch14_siglip_384 reads 378 of its 384 pixels."""
+    padded = ViT(tiny_model(img_size=30, dynamic_img_size=True, dynamic_img_pad=True))
+    assert padded.embed(images(size=30), Method(padded)).shape == (2, NUM_IMAGE, 32)
+    model = tiny_model(img_size=36)
+    model.pretrained_cfg = {"input_size": (3, 36, 36)}
+    assert ViT(model).image_size == 36
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
+    with pytest.raises(UserError, match=r"^backbone\.image_size=36 is no multiple"):
         ViT(model)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import visprompt
-from tiny import NUM_CLASSES, geometry, images, relative_error, tiny_classifier, tiny_model
+from tiny import NUM_CLASSES, images, relative_error, tiny_classifier, tiny_model
 from visprompt.backbones import DEMO
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
@@ -265,39 +265,6 @@ def test_a_compiled_classifier_gives_the_same_logits(name):
     torch.compiler.reset()
     compiled = torch.compile(classifier, backend="aot_eager", fullgraph=True)
     assert relative_error(compiled(images()), expected) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("vpt_dep", {}, r"unknown method 'vpt_dep': did you mean vpt_deep"),
-        ("adaptor", {}, "unknown method 'adaptor': did you mean adapter"),
-        ("vpt_deep", {"num_token": 3}, "unknown option of method vpt_deep 'num_token': did you mean num_tokens"),
-        (
-            "vpt_shallow",
-            {"lenght": 3},
-            "unknown option of method vpt_shallow 'lenght': choose one of carry_over, depth",
-        ),
-        ("linear", {"num_tokens": 3}, r"unknown option of method linear 'num_tokens': choose one of \(it has none\)"),
-        ("full", {"droppath": 0.1}, "unknown option of method full 'droppath': did you mean drop_path"),
-    ],
-)
-def test_unknown_words_name_the_nearest(name, options, message):
-    with pytest.raises(UserError, match=message):
-        build_method(name, ViT(tiny_model()), **options)
-
-
-def test_a_backbone_without_the_site_is_named():
-    pixels = geometry(sites=frozenset({"pixels"}))
-    message = "method full cannot work on this backbone: it needs the site weights, and the backbone offers pixels"
-    with pytest.raises(UserError, match=message):
-        build_method("full", pixels)
-    assert build_method("linear", pixels).num_blocks == 4
-
-
-def test_a_word_where_a_number_belongs_is_one_sentence():
-    with pytest.raises(UserError, match="method vpt_deep has an option of the wrong kind"):
-        build_method("vpt_deep", ViT(tiny_model()), num_tokens="abc")
 
 
 def test_a_model_that_is_not_a_plain_vit_is_refused():

@@ -127,6 +127,19 @@ def test_a_patch_reaches_its_neighbours_and_the_class_token_nobody():
     assert reached(1 + 3) == [1 + n for n in (2, 3, 6, 7)]  # the corner
 
 
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [({}, 1), ({"reg_tokens": 2}, 1), ({"global_pool": "avg"}, 17)],
+    ids=["class token", "registers", "average"],
+)
+def test_the_last_block_computes_the_patches_only_where_the_pooling_reads_them(options, last):
+    classifier, seen = build(model=tiny_model(**options), bottleneck=3), []
+    original = classifier.method._convolve
+    classifier.method._convolve = lambda x, *rest: seen.append(x.shape[1]) or original(x, *rest)
+    classifier(images())
+    assert seen == [17 + options.get("reg_tokens", 0)] * 6 + [last] * 2
+
+
 def test_dropout_only_in_training():
     method = build(bottleneck=3, dropout=0.5).method
     z = torch.randn(2, 17, 32)

@@ -8,10 +8,14 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from cli import frozen, tiny_run
 from tiny import NUM_CLASSES, images, measured, tiny_model, worst_error
+from visprompt import run
+from visprompt.backbones.family import Family
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
+from visprompt.lit import module
 from visprompt.methods.sidetune import SideTune, alexnet_features
 
 CONVOLUTIONS = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
@@ -94,8 +98,38 @@ def test_the_share_has_two_limits():
         assert torch.allclose(classifier.method.features(pooled, x), naive_side(classifier.method, x), rtol=1e-4)
 
 
-def test_nothing_before_the_side_network_is_kept_for_all_epochs():
-    assert not sidetuned().has_frozen_part
+def test_the_backbones_features_are_kept_beside_the_pixels_and_give_the_same():
+    """Of oblong images, too; the backbone runs once, the side network in every epoch."""
+    backbone = ViT(tiny_model(img_size=(64, 80)))
+    classifier, ran = Classifier(backbone, SideTune(backbone), NUM_CLASSES), []
+    backbone.model.patch_embed.register_forward_hook(lambda *_: ran.append(1))
+    x = torch.randn(3, 3, 64, 80, generator=torch.Generator().manual_seed(4))
+    kept = classifier.frozen(x)
+    assert kept.shape == (3, 32 + 3 * 64 * 80)
+    assert torch.equal(kept[:, 32:], x.flatten(1))
+    expected = measured(classifier, classifier(x))
+    assert len(ran) == 2
+    found = measured(classifier, classifier(kept))
+    assert len(ran) == 2
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@frozen
+@pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging")
+def test_a_run_that_stores_the_features_ends_in_the_same_values(tmp_path, monkeypatch):
+    def go(folder):
+        short = ("recipe.epochs=3", "recipe.warmup_epochs=0", "recipe.batch_size=16", "data.fraction=0.1")
+        return run.run_job(tiny_run(tmp_path / folder, "method=sidetune", "split=tune", *short))
+
+    ran, original = [], Family.forward
+    monkeypatch.setattr(Family, "forward", lambda self, *given: ran.append(1) or original(self, *given))
+    once, runs = go("stored"), len(ran)
+    monkeypatch.setattr(module, "keep", lambda *given: None)
+    again = go("every epoch")
+    assert again.tuned["sha256"] == once.tuned["sha256"]
+    assert again.metrics == once.metrics
+    batches = 5 + 13  # of training and validation; the operations are counted in one more
+    assert (runs, len(ran) - runs) == (batches + 1, 3 * batches + 1)
 
 
 def test_the_side_network_is_torchvisions(torchvisions, tmp_path):

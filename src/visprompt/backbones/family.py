@@ -225,7 +225,8 @@ class TokenFamily(Family):
         start, stop, _ = rows.indices(x.shape[1])
         asks = bool(method.places) or method.keys_values(index) is not None
         all_read = entering is None and (start, stop) == (0, x.shape[1])
-        if asks and not method.tokenwise:  # a branch that looks at its neighbours needs them all
+        # a branch that looks at its neighbours needs all patches, if it is asked for any
+        if asks and not method.tokenwise and stop > self.num_prefix:
             return self.drive(index, x, num_image, slice(0, x.shape[1]), entering, method)[:, rows]
         if asks or (self.exact and not all_read and self.is_proven(self.blocks[index])):
             return self.drive(index, x, num_image, slice(start, stop), entering, method)

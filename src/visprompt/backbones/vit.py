@@ -23,7 +23,7 @@ class ViT(TokenFamily):
         exact: False carries the prompt tokens through every block, as the papers' codes do; for comparison.
 
     Raises:
-        UserError: The model is of another class, or pools nothing.
+        UserError: The model is of another class, pools nothing, or its side is no multiple of the patch's.
     """
 
     model_class: ClassVar[type[nn.Module]] = VisionTransformer
@@ -36,6 +36,7 @@ class ViT(TokenFamily):
         model = cast(VisionTransformer, model)
         if model.attn_pool is None and not model.global_pool:
             raise UserError("the backbone pools nothing: set backbone.global_pool to token, avg, avgmax or max")
+        _check_sides(model)
         model.reset_classifier(0)
         super().__init__(model, exact)
         self.block_names = tuple(f"blocks.{i}" for i in range(len(model.blocks)))
@@ -113,3 +114,13 @@ class ViT(TokenFamily):
         else:
             x = global_pool_nlc(x, pool_type=model.global_pool, num_prefix_tokens=0)
         return cast(Tensor, model.head_drop(model.fc_norm(x)))
+
+
+def _check_sides(model: VisionTransformer) -> None:
+    """Refuses a side whose last pixels no patch reads, unless the model was pre-trained so, as one SigLIP was."""
+    embed, config = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}
+    if tuple(config.get("input_size", ())[1:]) == embed.img_size or getattr(embed, "dynamic_img_pad", False):
+        return
+    for side, patch in zip(embed.img_size, embed.patch_size, strict=True):
+        if side % patch:
+            raise UserError(f"backbone.image_size={side} is no multiple of the patch size {patch}: give one")

@@ -1,9 +1,11 @@
 """Methods by name: what each tunes is in its own file."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from visprompt.errors import UserError, unknown
 from visprompt.methods.adapters import Adapter, AdapterPlus, AdaptFormer
@@ -53,6 +55,16 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 }
 
 
+_KINDS: Mapping[Any, tuple[type, str]] = {  # of an option, by its annotation; the first that a value is
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a word"),
+    Sequence: (Sequence, "a list"),
+    NoneType: (NoneType, "null"),
+}
+
+
 def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
     """Builds a method for a backbone.
 
@@ -65,15 +77,17 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
         The method, its parameters drawn from torch's global generator.
 
     Raises:
-        UserError: The name or an option is unknown, or the backbone lacks a site that the method needs.
+        UserError: The name or an option is unknown, an option is of the wrong kind, or the backbone lacks a site that
+            the method needs.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     factory = METHODS[name]
-    valid = [p for p in inspect.signature(factory).parameters if p != "backbone"]
-    for option in options:
+    valid = {p: one.annotation for p, one in inspect.signature(factory).parameters.items() if p != "backbone"}
+    for option, value in options.items():
         if option not in valid:
             raise unknown(f"option of method {name}", option, valid or ["(it has none)"])
+        _check_kind(option, value, valid[option])
     cls = factory.func if isinstance(factory, partial) else factory
     missing: frozenset[str] = getattr(cls, "sites", frozenset()) - backbone.sites
     if missing:
@@ -85,6 +99,22 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
         return factory(backbone, **options)
     except TypeError as error:
         raise UserError(f"method {name} has an option of the wrong kind ({error}): correct method.<key>=...") from error
+
+
+def _check_kind(option: str, value: Any, annotation: Any) -> None:
+    """Refuses a value that its annotation does not name: "no" is a word, and a word that is not empty counts as true.
+
+    Raises:
+        UserError: It says what to give.
+    """
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    wanted = [get_origin(kind) or kind for kind in kinds]
+    found = next((kind for kind, (types, _) in _KINDS.items() if isinstance(value, types)), None)
+    fits = found in wanted or (found is int and float in wanted)
+    if not fits and all(kind in _KINDS for kind in wanted):
+        words = " or ".join(_KINDS[kind][1] for kind in wanted)
+        value = "null" if value is None else value
+        raise UserError(f"method.{option}={value} is of the wrong kind: give {words}")
 
 
 __all__ = ["METHODS", "Flow", "Geometry", "Method", "Place", "build_method"]

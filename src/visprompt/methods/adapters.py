@@ -6,7 +6,7 @@ AdaptFormer  x + MLP(LN(x)) + s * Up(ReLU(Down(x))). Chen et al., AdaptFormer, N
 Adapter+     x + g * Up(GELU(Down(x))) behind the block, g one number per channel. Steitz and Roth, Adapters Strike
              Back, CVPR 2024, section 3.
 
-Each starts equal to the backbone, because Up starts at zero.
+Each starts equal to the backbone, because Up starts at zero; only Adapter+ with init=houlsby draws Up, too.
 
 Different from the released codes. VPT's zeroes Down and Up alike: with both at zero neither ever gets a gradient, and
 all that its adapter trains is the bias of Up; here Down is drawn. AdaptFormer's paper norms the input of the branch;
@@ -51,7 +51,7 @@ class Bottleneck(Method):
         super().__init__(backbone)
         sizes = [(width, width // 8 if bottleneck is None else bottleneck) for width in backbone.widths]
         check_size("bottleneck", min(size for _, size in sizes))
-        self.down = per_block(sizes, _draw_linear)
+        self.down = per_block(sizes, draw_linear)
         self.down_bias = per_block([(size,) for _, size in sizes], nn.init.zeros_)
         self.up = per_block([(size, width) for width, size in sizes], nn.init.zeros_)
         self.up_bias = per_block([(width,) for width, _ in sizes], nn.init.zeros_)
@@ -156,9 +156,9 @@ class AdapterPlus(Bottleneck):
         return out * self.scale[block].to(out.dtype)  # under autocast the branch stays in its precision
 
 
-def _draw_linear(weight: Tensor) -> None:
-    """As PyTorch draws a linear layer: [..., inputs, outputs] from U(-1, 1) / sqrt(inputs)."""
-    bound = 1 / math.sqrt(weight.shape[-2])
+def draw_linear(weight: Tensor, inputs: int = -2) -> None:
+    """Draws [..., inputs, outputs], or with its inputs along another axis, from U(-1, 1) / sqrt(inputs), as PyTorch."""
+    bound = 1 / math.sqrt(weight.shape[inputs])
     weight.uniform_(-bound, bound)
 
 

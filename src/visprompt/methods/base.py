@@ -110,7 +110,8 @@ class Method(nn.Module):
     sites: ClassVar[frozenset[str]] = frozenset()
     trains_backbone: ClassVar[bool] = False  # keeps the backbone in train mode (stochastic depth, batch statistics)
     places: ClassVar[frozenset[Place]] = frozenset()
-    tokenwise: ClassVar[bool] = True  # whether `branch` treats every token by itself
+    # whether `branch` treats every token by itself; else it gets all, or class and register tokens alone
+    tokenwise: ClassVar[bool] = True
     fixed_size: bool = False  # whether images must have the backbone's own size
     undecayed: ClassVar[frozenset[str]] = frozenset()  # its own parameters that weight decay leaves alone
     can_merge: ClassVar[bool] = False  # whether what is tuned goes into the weights of a plain model of timm
@@ -129,7 +130,7 @@ class Method(nn.Module):
         if self.pool is None:
             return
         if self.pool not in POOLS:
-            raise unknown("method.pool", str(self.pool), POOLS)
+            raise unknown("method.pool", self.pool, POOLS)
         if "tokens" not in backbone.sites:
             raise UserError(f"method.pool={self.pool} reads tokens, and this backbone has none: give method.pool=null")
         if self.pool == "cls" and not backbone.has_class_token:
@@ -223,6 +224,14 @@ class Method(nn.Module):
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
         """Makes the features [B, width] that the head reads of the pooled ones and of the images."""
         return pooled
+
+    def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
+        """What is kept of images, [B, any], where `first_block` is behind the last; `resumed` goes on from it."""
+        return self.features(pooled, images)
+
+    def resumed(self, stored: Tensor) -> Tensor:
+        """The features [B, width] of what `stored` made."""
+        return stored
 
 
 class Wrapped(nn.Module):

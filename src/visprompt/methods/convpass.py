@@ -76,7 +76,7 @@ class Convpass(Method):
         self.up_bias = nn.Parameter(torch.zeros(*stack, width))
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """The scaled bypass of all normed image tokens [B, n, width]."""
+        """The scaled bypass of normed image tokens [B, n, width], all or those before the patches."""
         assert normed is not None  # both places have one
         at = (block, _ORDER.index(place))
         hidden = F.gelu(F.linear(normed, self.down[at].T, self.down_bias[at]))
@@ -84,9 +84,11 @@ class Convpass(Method):
         return self.scale * F.linear(self.dropout(hidden), self.up[at].T, self.up_bias[at])
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-        """The convolution [r, r, 3, 3] of tokens [B, n, r]: of the patches together, of each other token alone."""
+        """The convolution [r, r, 3, 3] of tokens [B, n, r]: of all patches or none together, of each other alone."""
         alone, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
         alone = F.linear(alone, kernel[:, :, 1, 1], bias)
+        if not patches.shape[1]:  # the last block's, where the pooling reads none
+            return alone
         patches = F.conv2d(patches.transpose(1, 2).unflatten(2, self.grid), kernel, bias, padding=1)
         return torch.cat([alone, patches.flatten(2).transpose(1, 2)], dim=1)
 

@@ -30,7 +30,9 @@ _PIXELS = {"depth": 1, "dropout": 0.0}  # what prompts of pixels ask of a method
 _HEAD = """# Methods by backbones
 
 Made by `make docs`, which builds every pair with a small random backbone and takes a training step; a test holds this
-page against it. A number leads to the sentence that the pair is refused with.
+page against it. A number leads to the sentence that the pair is refused with. Words say which `method.location` works
+instead of its default, and with which other options. The configs of vpt_shallow_bias and vpt_deep_bias do not name
+location and depth: a `+` adds them, as in `+method.location=pad`.
 
 - ViT: timm's `VisionTransformer`: supervised ViT, DeiT III, MAE, MoCo v3, DINO, DINOv2, CLIP, SigLIP
 - DINOv3, EVA-02: two members of timm's `Eva`, with rotary positions
@@ -103,14 +105,15 @@ def _table(title: str, rows: list[tuple[str, str, dict[str, Any]]], reasons: lis
 
 
 def _cell(method: str, family: str, options: dict[str, Any], reasons: list[str]) -> str:
-    """The word yes, the locations that work, or the number of the reason why not."""
+    """The word yes, the locations that work and what they ask for, or the number of the reason why not."""
     reason = refusal(method, family, **options)
     if reason is None:
         return "yes"
     if method.startswith("vpt_") and not options and "method.location" in reason:
         deep = {} if "shallow" in method else _PIXELS
         places = [place for place in LOCATIONS if refusal(method, family, location=place, **deep) is None]
-        return ", ".join(places)
+        asked = ", ".join(f"{option}={value:g}" for option, value in deep.items())
+        return ", ".join(places) + (f" with {asked}" if asked else "")
     if reason not in reasons:
         reasons.append(reason)
     return f"[{reasons.index(reason) + 1}]"

@@ -119,7 +119,7 @@ class E2VPT(Method):
                 [(num_tokens, width) for width in widths], lambda prompts: prompts.uniform_(-bound, bound)
             )
             if pruned:
-                left = self.kept(drawn.data if isinstance(drawn, nn.Parameter) else [one.data for one in drawn])
+                left = self.unpruned(drawn.data if isinstance(drawn, nn.Parameter) else [one.data for one in drawn])
                 stacked = isinstance(drawn, nn.Parameter)
                 drawn = nn.Parameter(torch.stack(left)) if stacked else nn.ParameterList(left)
             self.prompts = drawn
@@ -163,7 +163,7 @@ class E2VPT(Method):
             return self.kv_prompts[layer], self.kv_prompts[layer]
         return self.k_prompts[layer], self.v_prompts[layer]
 
-    def kept(self, prompts: Iterable[Tensor]) -> list[Tensor]:
+    def unpruned(self, prompts: Iterable[Tensor]) -> list[Tensor]:
         """What the masks keep of the prompts [p, width] of each layer, each [n]."""
         assert self.segment_mask is not None
         parts = [layer.unflatten(-1, (self.num_segments, -1)) for layer in prompts]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
-from visprompt.methods.adapters import check_probability, check_size
+from visprompt.methods.adapters import check_probability, check_size, draw_linear
 from visprompt.methods.base import Geometry, Method, Wrapped, per_block
 
 
@@ -104,18 +104,23 @@ class LoRA(Method):
         self.rank, self.targets = rank, targets
         self.scale = 1.0 if alpha is None else alpha / rank
         self.dropout = nn.Dropout(dropout)
-        self.a = per_block([(len(targets), rank, width) for width in backbone.widths], _draw_linear)
+        self.a = per_block([(len(targets), rank, width) for width in backbone.widths], lambda a: draw_linear(a, -1))
         self.b = per_block([(len(targets), width, rank) for width in backbone.widths], nn.init.zeros_)
 
     def attach(self, backbone: Geometry) -> None:
         """Wraps the joint projection of every attention.
 
         Raises:
-            UserError: There is none.
+            UserError: There is none, or it gives queries, keys and values of another width than the tokens'.
         """
         for i, block in enumerate(find_linears(backbone, ["attn.qkv"], "lora")):
-            check_joint(block, "lora")
             layer: nn.Linear = block.get_submodule("attn.qkv")  # type: ignore[assignment]  # found as one
+            width = layer.in_features
+            if layer.out_features != 3 * width:
+                raise UserError(
+                    f"method lora cannot work on this backbone: its {type(block).__name__} has no linear layer "
+                    f"attn.qkv from {width} to {3 * width}; choose a backbone of plain timm blocks"
+                )
             block.set_submodule("attn.qkv", Updated(layer, self, i))
 
     def update(self, x: Tensor, *where: int) -> Tensor:
@@ -156,24 +161,3 @@ def find_linears(backbone: Geometry, paths: Sequence[str], method: str) -> list[
                 f"{path}; choose a backbone that has it, such as a plain ViT"
             )
     return blocks
-
-
-def check_joint(block: nn.Module, method: str) -> None:
-    """Refuses a block whose joint projection does not give queries, keys and values of the tokens' own width.
-
-    Raises:
-        UserError: It gives others.
-    """
-    layer: nn.Linear = block.get_submodule("attn.qkv")  # type: ignore[assignment]  # found as one
-    width = layer.in_features
-    if layer.out_features != 3 * width:
-        raise UserError(
-            f"method {method} cannot work on this backbone: its {type(block).__name__} has no linear layer attn.qkv "
-            f"from {width} to {3 * width}; choose a backbone of plain timm blocks"
-        )
-
-
-def _draw_linear(weight: Tensor) -> None:
-    """As PyTorch draws a linear layer: [..., outputs, inputs] from U(-1, 1) / sqrt(inputs)."""
-    bound = 1 / math.sqrt(weight.shape[-1])
-    weight.uniform_(-bound, bound)

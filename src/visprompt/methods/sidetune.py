@@ -10,6 +10,7 @@ Different from the released code: nothing is downloaded, the pre-trained S comes
 images too small for S (its poolings leave nothing of sides below 63) are enlarged to that side.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -45,8 +46,24 @@ class SideTune(Method):
         self.alpha = nn.Parameter(torch.zeros(()))
         self.side = alexnet_features()
         self.projection = nn.Linear(_CHANNELS * _POOLED**2, backbone.width, bias=False)
+        self._shape: tuple[int, ...] = ()  # of the images that were stored
         if weights != RANDOM and not weights.startswith("sha256:"):  # a stored state brings the values itself
             _load(self.side, Path(weights).expanduser())
+
+    @property
+    def first_block(self) -> int:
+        """Behind the last: the backbone's features are the same in every epoch."""
+        return self.num_blocks
+
+    def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
+        """The backbone's features and, for the side network, the pixels: [B, width + 3 * H * W]."""
+        self._shape = tuple(images.shape[1:])
+        return torch.cat([pooled, images.flatten(1)], dim=1)
+
+    def resumed(self, stored: Tensor) -> Tensor:
+        """The mixture [B, width] of what `stored` made of images of the last size that it saw."""
+        pooled, pixels = stored.split([self.projection.out_features, math.prod(self._shape)], dim=1)
+        return self.features(pooled, pixels.unflatten(1, self._shape))
 
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
         """The mixture [B, width] of the backbone's features [B, width] and those of images [B, 3, H, W]."""

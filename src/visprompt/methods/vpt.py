@@ -258,7 +258,7 @@ def _check_words(depth_from: str, location: str, shared: str, init: str) -> None
     )
     for option, word, choices in words:
         if word not in choices:
-            raise unknown(f"method.{option}", str(word), choices)
+            raise unknown(f"method.{option}", word, choices)
 
 
 def _check_pixels(location: str, first: int, depth: int, dropout: float, shared: str, project: int | None) -> None:
