@@ -9,8 +9,8 @@ import wandb
 from omegaconf import OmegaConf
 from PIL import Image
 
-from cli import equal, frozen, tensors, tiny_job
-from visprompt import chain, loop, pruning, run
+from cli import composed, equal, frozen, tensors, tiny_job
+from visprompt import chain, inference, loop, pruning, run
 from visprompt.errors import UserError
 from visprompt.lit.module import TuningModule
 from visprompt.lit.trainer import without_wandb
@@ -193,6 +193,61 @@ def test_it_ends_with_a_table_and_a_picture_beside_the_results(logs, final):
         assert len([line for line in lines if line.startswith("| all |")]) == 4
         with Image.open(place / "pruning.png") as image:
             assert image.format == "PNG"
+
+
+def evaluate(*folders):
+    given = (f"run=[{','.join(map(str, folders))}]", "trainer=cpu", "callbacks=none", "+trainer.limit_test_batches=1")
+    with composed("eval", *given) as cfg:
+        return inference.evaluate(cfg)
+
+
+def test_a_state_of_a_chain_is_no_member_of_an_ensemble(logs, final):
+    ((last, _),) = links(logs, "final")
+    assert evaluate(last) == final.score
+    with pytest.raises(UserError) as refused:
+        evaluate(last, last)
+    assert str(refused.value) == (
+        f"{last} is of a chain that prunes for its own seed, and the states of an ensemble have one shape: "
+        "give runs with method.prune=false"
+    )
+
+
+def importances(folder):
+    """The first three columns of the table of what is left: layer, token, importance."""
+    rows = [line.strip("| ").split(" | ") for line in (folder / "pruning.md").read_text().splitlines()]
+    start = next(i for i, row in enumerate(rows) if row[0] == "layer")
+    return [tuple(row[:3]) for row in rows[start + 2 :]]
+
+
+def test_layers_have_masks_of_their_own_and_eval_repeats_the_score(tmp_path, monkeypatch):
+    """What prunes is chosen here, whatever validation says."""
+    monkeypatch.setattr(chain, "choose", lambda results, indices: 0)
+    last = go(tmp_path, "split=final", "method.mask_per_layer=true", "method.prune_segments=[50]")
+    _, found = record(tmp_path)
+    scores = pruning.Importance.of(found["importance"])
+    assert scores.tokens.shape == (2, 4)
+    assert pruning.prune(scores, pruning.Point(2, 4)).options() == {
+        name: last.method[name] for name in ("token_mask", "segment_mask")
+    }
+    ((folder, result),) = links(tmp_path, "final")
+    assert tensors(folder)["prompts"].shape == (2, 2 * 4 * 3)
+    assert evaluate(folder) == last.score == result.score
+    rows = [
+        (str(layer + 1), str(token + 1), f"{score:.3g}")
+        for layer, tokens in enumerate(scores.tokens.tolist())
+        for token, score in enumerate(tokens)
+    ]
+    assert importances(folder) == rows
+    (plain,) = (one for _, one in links(tmp_path, "tune") if one.method["token_mask"] is None)
+    (tmp_path / "plain").mkdir()
+    chain._report(tmp_path / "plain", plain, found | {"chosen": 1})
+    assert importances(tmp_path / "plain") == rows, "nothing pruned, and each layer's own importance"
+
+
+def test_a_switch_that_is_none_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(UserError, match=r"^method\.prune=no is of the wrong kind: give true or false$"):
+        go(tmp_path, "split=final", "method.prune=no")
+    assert not [*tmp_path.rglob("metrics.csv"), *tmp_path.rglob("result.json")]
 
 
 def test_the_same_call_again_trains_nothing(logs, final, monkeypatch):

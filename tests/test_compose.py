@@ -64,10 +64,36 @@ def said(capsys, monkeypatch, script, *arguments):
             "the chosen recipe has no num_tokens: take the method's own recipe, or give ",
         ),
         ("recipe=base", "Missing mandatory value: recipe.rows"),
+        ("rerun=flase", "rerun=flase is neither true nor false: give one of them"),
+        ("diagnostics.best_on_test='yes'", "diagnostics.best_on_test=yes is neither true nor false"),
+        ("backbone.exact=1", "backbone.exact=1 is neither true nor false"),
+        ("seed=abc", "seed=abc does not fit: whole numbers from 0 to 4294967295 do"),
+        ("seed=-1", "seed=-1 does not fit: whole numbers from 0"),
+        ("seed=1.5", "seed=1.5 does not fit: whole numbers from 0"),
+        ("resume_every_n_epochs=0", "resume_every_n_epochs=0 does not fit: whole numbers from 1"),
+        ("task=cifar", "task is set for each run, not by hand: give tasks=..."),
+        ("data.num_workers=-1", "data.num_workers=-1 does not fit: whole numbers from 0"),
     ],
 )
 def test_a_wrong_word_is_one_sentence_that_names_the_nearest(capsys, monkeypatch, argument, sentence):
     assert f"error: {sentence}" in said(capsys, monkeypatch, "train", argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("++task=cifar", "task is set for each run, not by hand: give tasks=..."),
+        ("seed=3", "seed is set for each run, not by hand: give seeds=..."),
+        ("split=tune", "split is set for each run, not by hand: src/train.py takes split=..."),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("-m",)])
+def test_what_the_protocol_sets_is_no_key_of_its_command_line(capsys, monkeypatch, argument, sentence, more):
+    assert said(capsys, monkeypatch, "tune", argument, *more) == f"error: {sentence}\n"
+
+
+def test_each_of_several_seeds_is_a_whole_number(capsys, monkeypatch):
+    assert "error: seeds=[1, 'a'] does not fit" in said(capsys, monkeypatch, "tune", "seeds=[1,a]")
 
 
 def test_an_option_of_another_method_is_a_wrong_word(capsys, monkeypatch):
@@ -121,12 +147,13 @@ def test_one_sentence_and_a_status_for_each_kind_of_end(capsys):
     assert text.endswith("ZeroDivisionError: a mistake of this program\n")
 
 
-def test_in_a_multirun_the_error_goes_on_to_hydra():
+@pytest.mark.parametrize("error", [UserError, ZeroDivisionError])
+def test_in_a_multirun_the_error_goes_on_to_hydra(error):
     def fails():
         with compose.one_sentence_errors():
-            raise UserError("too small")
+            raise error("too small")
 
-    with composed("train", "hydra.mode=MULTIRUN"), pytest.raises(UserError, match="too small"):
+    with composed("train", "hydra.mode=MULTIRUN"), pytest.raises(error, match="too small"):
         fails()
     assert not compose.in_multirun()
 
@@ -167,6 +194,7 @@ def test_tasks_are_ids_suites_and_aliases_each_once(tasks, expected, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (("task=digits",), r"^task is set for each run, not by hand: give tasks=\.\.\.$"),
         (("tasks=[]",), "tasks= is empty: name a task or a suite"),
         (("tasks=''",), "tasks= is empty: name a task or a suite"),
         (("tasks=digit_loc",), "unknown task 'digit_loc': did you mean digits_loc"),

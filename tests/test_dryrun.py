@@ -77,6 +77,7 @@ def test_steps_time_and_disk_are_added_up(tmp_path, measured, capsys):
     # 3 epochs of 16 batches from 1,000 images, one second each, and 797 test images
     assert table["digits", "vpt_deep"] == ["-", "0", "1, 0 done", "48", "56 s"]
     assert left.startswith("time left: about 3 min, one run after the other, ")
+    assert left.endswith(" on top; trainer.limit_test_batches, trainer.limit_train_batches would make it less")
     assert len(measured) == 1, "tasks that differ in their number of classes alone take as long"
     states = [4 * (2 * 4 * 24 + 25 * TASKS[task].num_classes) for task in SUITES["demo"]]
     size = sum(states) + 3 * 20_000 + 3 * max(states)
@@ -230,6 +231,10 @@ def test_missing_weights_are_named_and_random_ones_measured(tmp_path, measured, 
     assert (backbone.image_size, classes, devices, augments) == (224, 10, 1, False)
 
 
+def test_weights_without_an_address_are_named_all_the_same():
+    assert needs._how_to_get("no address: the hub cannot be reached", "tiny") == "no address: the hub cannot be reached"
+
+
 def test_a_file_of_weights_that_is_not_there_is_named(tmp_path, measured, capsys):
     train(tmp_path, "backbone.weights=/nowhere/w.safetensors")
     _, (*_, missing) = lines(text := capsys.readouterr().out)
@@ -285,7 +290,7 @@ def timed(monkeypatch):
         work()
         return 1.0
 
-    monkeypatch.setattr(pace._Bench, "_seconds", seconds)
+    monkeypatch.setattr(pace.Bench, "_seconds", seconds)
     monkeypatch.setattr(
         pace.Classifier, "forward", lambda self, x: seen.append(tuple(x.shape)) or self.head(self.features(x))
     )
@@ -345,14 +350,14 @@ def test_a_batch_without_room_is_a_reason(tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(pace._Bench, "figures", full)
+    monkeypatch.setattr(pace.Bench, "figures", full)
     found = paced(tmp_path)
     many = "recipe.batch_size=64 on 1 device(s) has no room on the CPU (threads: 1)"
     assert (found.device, found.why) == ("", f"{many}: raise trainer.accumulate_grad_batches")
 
 
 def test_a_measured_time_is_that_of_the_work(tmp_path):
-    bench = pace._Bench.__new__(pace._Bench)
+    bench = pace.Bench.__new__(pace.Bench)
     bench.like = torch.zeros(1)
     slow = iter([0.2, *[0.02] * 10])
     calls = []

@@ -1,5 +1,6 @@
 """Experiments of the papers: what each file says of itself is published, composes, and runs; and the papers' grids."""
 
+import csv
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from itertools import product
+from statistics import fmean
 
 import pytest
 import yaml
@@ -186,6 +188,17 @@ def test_grids_of_other_backbones_and_of_the_recipe():
     assert grid_of("vtab/dtd", "grid=paper", "++recipe.grid={recipe.lr:[9.0]}") == {"recipe.lr": [9]}
 
 
+def test_what_the_user_gives_or_an_experiment_leaves_out_is_not_tried():
+    whole = grid_of("vtab/dtd", "grid=paper", "method=e2vpt")
+    given = grid_of("vtab/dtd", "grid=paper", "method=e2vpt", "recipe.lr=0.3", "method.num_tokens=7")
+    assert given == whole | {"recipe.lr": [0.3], "method.num_tokens": [7]}
+    off = grid_of("vtab/dtd", "grid=paper", "experiment=e2vpt_prompts")
+    assert off == whole | {"method.num_kv_tokens": [0]}
+    assert off["recipe.weight_decay"] == [0.01, 0.001, 0.0001, 0], "a decay of zero is not switched off"
+    own = "++recipe.grid={method.num_kv_tokens:[0,5]}"
+    assert grid_of("vtab/dtd", "experiment=e2vpt_prompts", own)["method.num_kv_tokens"] == [0, 5]
+
+
 def test_the_papers_have_no_grid_for_other_tasks():
     with pytest.raises(
         UserError, match=r"recipe\.grid=paper \(which is for the tasks of VTAB-1k and FGVC\) is no grid"
@@ -223,6 +236,17 @@ def killed_behind(folder, arguments, count):
         assert process.wait() == -signal.SIGKILL
 
 
+def reported(folder):
+    """The report of all runs: its table of accuracies and that of means, and the page."""
+    done = call("report", f"runs={folder / 'logs'}", f"output={folder / 'report'}", "formats=[html,csv]")
+    assert done.returncode == 0, done.stderr
+    tables = []
+    for name in ("accuracy_vtab_natural", "means"):
+        with (folder / "report" / "tables" / f"{name}.csv").open(newline="") as file:
+            tables += csv.DictReader(file)
+    return (*tables, (folder / "report" / "index.html").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_suite_goes_on_where_it_was_killed_and_a_broken_task_stops_no_other(natural):
@@ -240,6 +264,10 @@ def test_a_suite_goes_on_where_it_was_killed_and_a_broken_task_stops_no_other(na
     assert error.startswith("error: 1 of 7 runs failed: svhn/vpt_deep: ")
     assert "train_32x32.mat" in error  # the reason: what the store could be made of anew is not SVHN's own file
     assert set(finished(folder)) == set(SUITES["vtab_natural"]) - {"svhn"}
+    accuracy, means, page = reported(folder)
+    assert [task for task in SUITES["vtab_natural"] if not accuracy[task]] == ["svhn"]
+    assert (accuracy["mean"], means["vtab_natural"]) == ("", "")
+    assert page.count('<td style="text-align: right">missing (6 of 7)</td>') == 2
     shutil.copy(folder / "whole", pixels)
     done = call("train", *arguments, "trainer=cpu", timeout=300)  # what is finished is so for any number of devices
     assert done.returncode == 0, done.stderr
@@ -249,3 +277,11 @@ def test_a_suite_goes_on_where_it_was_killed_and_a_broken_task_stops_no_other(na
     assert {result.status for result in found.values()} == {"finished"}
     assert [task for task, result in found.items() if result.machine["devices"] == 1] == ["svhn"]
     assert {task: found[task] for task in before} == before
+    accuracy, means, page = reported(folder)
+    scores = {task: 100 * result.score for task, result in found.items()}
+    assert {task: float(accuracy[task]) for task in scores} == pytest.approx(scores)
+    assert float(accuracy["mean"]) == pytest.approx(fmean(scores.values())) == float(means["vtab_natural"])
+    assert means["vtab, mean of 19 tasks"] == ""
+    shown = "".join(f'<td style="text-align: right">{scores[task]:.1f}</td>' for task in SUITES["vtab_natural"])
+    assert f'<th scope="row">vpt_deep</th>{shown}' in page
+    assert "missing (7 of 19)" in page

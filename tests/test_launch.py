@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -130,17 +131,19 @@ def test_only_rank_0_gives_a_reason(tmp_path, monkeypatch):
     assert (tmp_path / "reason").read_text() == "KeyboardInterrupt"
 
 
-def test_ranks_are_started_for_several_devices_unless_somebody_else_did(monkeypatch):
-    assert launch.starts_ranks(2)
-    assert not launch.starts_ranks(1)
-    for name in ("LOCAL_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+def test_ranks_that_somebody_else_started_are_told_as_lightning_tells_them(monkeypatch):
+    assert not launch.started_elsewhere()
+    for name in ("LOCAL_RANK", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "0")
-            assert not launch.starts_ranks(2)
+            assert launch.started_elsewhere()
+    monkeypatch.setenv("SLURM_PROCID", "0")  # as a batch script of SLURM has without srun, which starts no other rank
+    assert not launch.started_elsewhere()
 
 
-def test_a_rank_gets_the_runs_own_config_and_leaves_no_folder_of_hydras(tmp_path):
-    command = launch.rank_command(tmp_path)
+def test_a_rank_gets_the_runs_own_config_and_leaves_no_folder_of_hydras(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = launch.rank_command(Path("logs"))
     assert command[:2] == [sys.executable, str(ROOT / "src" / "train.py")]
-    assert command[2:6] == ["--config-path", str(tmp_path), "--config-name", "config"]
+    assert command[2:6] == ["--config-path", str(tmp_path.resolve() / "logs"), "--config-name", "config"]
     assert {"hydra.run.dir=.", "hydra.output_subdir=null"} < set(command)

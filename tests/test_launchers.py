@@ -138,7 +138,7 @@ def test_a_point_that_another_process_works_on_is_said_and_the_rest_goes_on(tmp_
     with FileLock(folder / "lock"), pytest.raises(UserError) as error:
         tune(tmp_path)
     reason = f"process 7 on another-machine is at work on this run in {folder}: wait for it, or end it"
-    assert str(error.value) == f"1 runs failed: digits/vpt_deep: {reason}"
+    assert str(error.value) == f"1 runs failed: digits/vpt_deep recipe.lr=0.2 split=tune seed=42: {reason}"
     assert trained == [(42, 0.4)], "the rest of the grid, and no final run before the choice"
     tune(tmp_path)
     assert [seed for seed, _ in trained] == [42, 42, 1]
@@ -160,6 +160,7 @@ def test_a_point_that_diverges_is_a_result_and_never_chosen(tmp_path, trained):
 
 def test_a_grid_of_diverged_points_has_no_final_run(tmp_path, trained):
     wild = ("method=full", "recipe.optimizer=sgd", "recipe.head_lr=null", "++recipe.grid={recipe.lr:[50.0,60.0]}")
-    with pytest.raises(UserError, match=r"^2 runs failed: digits/full: the loss was not finite at step \d+: lower"):
+    run = r"digits/full recipe\.lr=50\.0 split=tune seed=42"
+    with pytest.raises(UserError, match=rf"^2 runs failed: {run}: the loss was not finite at step \d+: lower"):
         tune(tmp_path, *wild)
     assert [seed for seed, _ in trained] == [42, 42]

@@ -90,6 +90,29 @@ def test_a_skip_names_the_commit_where_it_differs(logs, demo, monkeypatch, capsy
     assert f"finished before (by commit {commit}; this is 0123456789ab), not run again" in capsys.readouterr().out
 
 
+def test_a_skip_says_that_it_adds_no_diagnostic(logs, demo, capsys):
+    train(logs, "tasks=digits", "diagnostics.best_on_test=true")
+    said = "not run again: rerun=true runs it anew and adds what diagnostics.best_on_test=true asks for"
+    assert said in capsys.readouterr().out
+
+
+def test_ranks_that_somebody_else_started_decide_together_what_is_finished(logs, demo, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loop, "run_job", lambda one: asked.append(one.cfg.task) or read_result(one.folder))
+    train(logs, "tasks=digits")
+    assert asked == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    train(logs, "tasks=digits", "trainer=ddp_sim")
+    assert asked == ["digits"]
+
+
+def test_no_sweeper_chooses_by_the_test_accuracy(tmp_path):
+    chooses = {"mode": "MULTIRUN", "sweeper._target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"}
+    with pytest.raises(UserError, match=r"no choice reads test: give it split=tune$"):
+        train(tmp_path, **chooses)
+    assert 0 <= train(tmp_path, "split=tune", "+trainer.limit_val_batches=1", **chooses) <= 1
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(UserError("no ink: buy some"), "no ink: buy some"), (ValueError("odd"), "ValueError: odd")],
@@ -141,7 +164,8 @@ def test_several_devices_run_as_ranks_of_the_same_run(tmp_path, monkeypatch):
     calls = []
 
     def ranks(command, world):
-        folder = next(part for part in command if str(tmp_path) in part)
+        assert not list(tmp_path.rglob("resume")), "what lies there is written under the run's lock"
+        folder = command[command.index("--config-path") + 1]
         stored = OmegaConf.load(f"{folder}/config.yaml")
         calls.append((world, stored.task))
         stored.trainer.devices, stored.trainer.strategy = 1, "auto"
@@ -150,9 +174,11 @@ def test_several_devices_run_as_ranks_of_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "run_ranks", ranks)
     train(tmp_path, "trainer=ddp_sim", "tasks=[digits,digits_loc]")
     assert calls == [(2, "digits"), (2, "digits_loc")]
+    before = content(tmp_path)
     train(tmp_path, "trainer=ddp_sim", "tasks=[digits,digits_loc]")
     train(tmp_path, "trainer=cpu", "tasks=[digits,digits_loc]")
     assert len(calls) == 2, "finished runs start no ranks, whatever the devices"
+    assert content(tmp_path) == before
     assert read_result(next(tmp_path.glob("digits/*/*"))) is not None
 
 
@@ -196,3 +222,10 @@ def test_a_rank_runs_its_one_job_and_tells_its_reason(tmp_path, monkeypatch):
 def test_number_of_local_devices(trainer, count, monkeypatch):
     monkeypatch.setattr(loop.torch.cuda, "device_count", lambda: 4)
     assert loop.local_devices(OmegaConf.create(trainer)) == count
+
+
+def test_devices_that_are_no_number_are_one_sentence():
+    trainer = OmegaConf.create({"devices": "0,1", "accelerator": "gpu"})
+    sentence = r"trainer\.devices=0,1 is no number: give one, auto, or a list such as \[0,1\]$"
+    with pytest.raises(UserError, match=sentence):
+        loop.local_devices(trainer)

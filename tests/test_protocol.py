@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
@@ -47,7 +48,7 @@ def test_a_grid_on_tune_then_seeds_on_final_with_the_chosen_point(logs, tuned):
 
 def test_the_table_holds_mean_and_deviation_of_the_test_scores(logs, tuned):
     lines = (logs / "table.md").read_text().splitlines()
-    assert lines[0] == "| test accuracy (%) | digits |"
+    assert lines[0] == "| test accuracy (%), ± sample standard deviation (n - 1) | digits |"
     for line, method in zip(lines[2:], ("linear", "vpt_deep"), strict=True):
         found = (r for r in results(logs) if r.method["name"] == method and r.split == "final")
         one, two = (result.metrics["test/acc"] for result in found)
@@ -67,10 +68,11 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
 
     def one_fails(jobs):
         outcomes = real(jobs)
-        return [loop.Outcome(outcomes[0].name, None, "the disk is gone"), *outcomes[1:]]
+        return [loop.Outcome(outcomes[0].name, None, "the disk is gone"), replace(outcomes[1], reason="it diverged")]
 
     monkeypatch.setattr(protocol, "run_all", one_fails)
-    with pytest.raises(UserError, match=r"^1 runs failed: digits/vpt_deep: the disk is gone$"):
+    run = r"digits/vpt_deep recipe\.lr=0\.2 split=tune seed=42"
+    with pytest.raises(UserError, match=rf"^1 runs failed: {run}: the disk is gone$"):
         tune(logs, "methods=[vpt_deep]", "recipe.epochs=2")
 
 
@@ -87,6 +89,9 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
         (("seeds=3",), "seeds=3 is no choice"),
         (("methods=[linear]", "+method.depth=1"), r"unknown option of method linear 'depth'"),
         (("methods=[vpt_dep]",), "unknown method 'vpt_dep': did you mean vpt_deep"),
+        (("methods=[null]",), "unknown method 'None'"),
+        (("rerun=true",), r"^rerun=true would run the whole grid anew at each call: give another paths\.log_dir"),
+        (("hydra.mode=MULTIRUN",), r"^src/tune\.py is one command with one table: give methods=\[\.\.\.\], tasks="),
         (("++recipe.grid={recipe.lr:[]}",), r"recipe\.grid\.recipe\.lr=\[\] is no choice"),
         (("++recipe.grid={recipe.lrr:[1]}",), r"unknown key of recipe\.grid 'recipe\.lrr': did you mean recipe\.lr"),
         (("++recipe.grid={recip.lr:[1]}",), r"unknown key of recipe\.grid 'recip\.lr': did you mean recipe\.lr"),
@@ -105,6 +110,22 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
 def test_bad_input_is_one_sentence(logs, arguments, message):
     with pytest.raises(UserError, match=message):
         tune(logs, *arguments)
+
+
+def test_all_grids_are_checked_before_anything_is_run(logs, monkeypatch):
+    monkeypatch.setattr(protocol, "run_all", lambda _: pytest.fail("a run was begun"))
+    with pytest.raises(UserError, match=r"unknown key of recipe\.grid 'method\.num_kv_tokens'"):
+        tune(logs, "methods=[e2vpt,linear]", "+recipe.grid={method.num_kv_tokens:[2]}")
+
+
+def test_what_the_command_line_gives_is_tried_in_no_other_value(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(protocol.console, "_width", 300)
+    tried = []
+    monkeypatch.setattr(protocol, "run_all", lambda jobs: tried.extend(jobs) or [])
+    with pytest.raises(ValueError, match="zip"):  # no run, no outcome
+        tune(tmp_path, "methods=[vpt_deep]", "recipe.lr=0.3", "++recipe.grid={recipe.weight_decay:[0.0,0.1]}")
+    assert [(job.recipe.lr, job.recipe.weight_decay) for job in tried] == [(0.3, 0), (0.3, 0.1)]
+    assert capsys.readouterr().out == "digits/vpt_deep: of one value in the grid: recipe.lr=0.3\n"
 
 
 def test_an_option_that_is_null_by_default_can_be_tried(logs):

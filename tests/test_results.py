@@ -57,6 +57,22 @@ def test_what_is_not_whole_is_no_result(tmp_path, spoil):
     assert read_result(tmp_path) is None
 
 
+def test_a_record_of_an_older_version_has_no_trainer(tmp_path):
+    (tmp_path / "tuned.safetensors").write_bytes(b"abc")
+    write_result(tmp_path, make(trainer={"gradient_clip_val": 1.0}))
+    assert read_result(tmp_path) == make(trainer={"gradient_clip_val": 1.0})
+    stored = json.loads((tmp_path / "result.json").read_text())
+    del stored["trainer"]
+    (tmp_path / "result.json").write_text(json.dumps(stored))
+    assert read_result(tmp_path) == make(trainer={})
+
+
+def test_what_json_has_no_word_for_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_result(tmp_path, make(metrics={"test/acc": 0.5, "val/loss": float("nan")}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_diverged_run_is_a_result_without_a_state(tmp_path):
     write_result(tmp_path, make(status="diverged", diverged_step=7, metrics={}))
     found = read_result(tmp_path)
@@ -107,7 +123,7 @@ def test_a_cell_is_mean_and_sample_deviation():
     found = cell([make(seed=s, metrics={"test/acc": a}) for s, a in ((1, 0.7), (2, 0.8), (3, 0.9))])
     assert (found.mean, found.std) == (pytest.approx(0.8), pytest.approx(0.1))
     assert str(found) == "80.0 ± 10.0"
-    assert str(Cell((0.5,))) == "50.0 ± 0.0"
+    assert str(Cell((0.5,))) == "50.0", "one seed has no spread"
 
 
 @pytest.mark.parametrize(
@@ -119,11 +135,28 @@ def test_a_cell_is_mean_and_sample_deviation():
         {"method": {"name": "vpt_deep", "num_tokens": 5}},
         {"backbone": {"name": "other"}},
         {"task": "digits_loc"},
+        {"trainer": {"gradient_clip_val": 1.0}},
+        {"status": "diverged", "metrics": {}},
     ],
 )
 def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(other):
     with pytest.raises(UserError, match="not averaged together"):
         cell([make(), replace(make(), seed=2, **other)])
+
+
+def test_a_seed_counts_once():
+    with pytest.raises(UserError, match="two runs of one seed are not averaged together: keep the one that is meant"):
+        cell([make(), make(metrics={"test/acc": 0.5})])
+
+
+def test_weights_from_scratch_are_the_seed_s_own_and_loaded_ones_are_not():
+    def both(pretrained):
+        backbones = ({"name": "tiny", "pretrained": pretrained, "sha256": digest} for digest in "ab")
+        return [make(seed=seed, backbone=backbone) for seed, backbone in enumerate(backbones)]
+
+    assert cell(both(False)).scores == (0.75, 0.75)
+    with pytest.raises(UserError, match="not averaged together"):
+        cell(both(True))
 
 
 def test_validation_scores_are_never_tabulated():

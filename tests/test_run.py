@@ -224,6 +224,34 @@ def test_a_last_step_that_spoils_the_state_is_a_divergence_too(tmp_path):
     assert (result.status, result.diverged_step) == ("diverged", 1)
 
 
+@pytest.mark.parametrize("split", ["tune", "final"])
+def test_a_last_step_that_spoils_what_is_scored_is_a_divergence_too(tmp_path, split):
+    options = ("recipe.optimizer=sgd", "recipe.lr=1e25", "recipe.head_lr=null", "recipe.batch_size=1000")
+    one = tiny_run(tmp_path, *options, "recipe.epochs=1", "recipe.warmup_epochs=0", f"split={split}")
+    result = run.run_job(one)
+    assert (result.status, result.diverged_step) == ("diverged", 1)
+    assert read_result(one.folder) == result
+    json.loads((one.folder / "result.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+
+
+def test_what_the_trainer_does_to_the_numbers_is_recorded(tmp_path, whole):
+    assert whole()[1].trainer == {}
+    options = ("+trainer.gradient_clip_val=0.5", "+trainer.limit_train_batches=1", "recipe.epochs=1")
+    one = tiny_run(tmp_path, *options, "recipe.warmup_epochs=0")
+    result = run.run_job(one)
+    assert result.trainer == {"gradient_clip_val": 0.5, "limit_train_batches": 1}
+    assert read_result(one.folder) == result
+
+
+def test_peak_memory_is_that_of_where_the_run_was(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 + device.index)
+    assert run.measure.peak_memory(torch.device("cuda", 1)) == {"bytes": 8, "of": "GPU allocations"}
+    found = run.measure.peak_memory(torch.device("cpu"))
+    assert found["of"] == "process, this run"
+    assert found["bytes"] > 10e6
+
+
 def test_own_images_with_given_splits(tmp_path):
     root = synthetic.write_folder(tmp_path / "pets", ("cat", "dog", "eel"), 6, splits=("train", "val", "test"))
     for number in range(3):

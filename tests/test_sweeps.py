@@ -130,6 +130,14 @@ def test_several_tasks_under_an_agent_are_one_wandb_run(tmp_path, begun):
 
 
 @frozen
+def test_several_tasks_under_an_agent_upload_the_state_of_each(tmp_path, begun, monkeypatch):
+    uploaded = []
+    monkeypatch.setattr(TunedWandbLogger, "log_state", lambda _, folder: uploaded.append(folder))
+    train(tmp_path, "tasks=[digits,digits_loc]", "data='demo/digits'")
+    assert sorted(uploaded) == sorted(path.parent for path in tmp_path.rglob("result.json"))
+
+
+@frozen
 def test_a_task_that_failed_leaves_no_mean(tmp_path, begun, monkeypatch):
     prepare = loop.prepare
 

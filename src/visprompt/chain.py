@@ -40,7 +40,7 @@ RunOne = Callable[[DictConfig], Result]
 def prunes(job: DictConfig) -> bool:
     """Whether a job is a whole chain; its links, which name their initial values, are plain runs."""
     found = ("initial", "token_mask", "segment_mask")  # by a chain: a job that has one of them is a plain run
-    return bool("prune" in job.method and job.method.prune and all(job.method[name] is None for name in found))
+    return "prune" in job.method and job.method.prune is True and all(job.method[name] is None for name in found)
 
 
 def unpruned(job: DictConfig) -> dict[str, Any]:
@@ -234,7 +234,8 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
 
 def _report(folder: Path, result: Result, found: Mapping[str, Any]) -> None:
     """Writes what was pruned where, as a table and a picture, and says where they are."""
-    masks, point = pruning.masks_of(result.method), found["points"][found["chosen"]]
+    importance, point = Importance.of(found["importance"]), found["points"][found["chosen"]]
+    masks = pruning.masks_of(result.method, layers=len(importance.tokens))
     name = f"{result.task}, {result.method['name']}, split={result.split}, seed={result.seed}"
     kept = (
         f"{point['kept_tokens']} of {result.method['num_tokens']} tokens and {point['kept_segments']} of "
@@ -244,7 +245,7 @@ def _report(folder: Path, result: Result, found: Mapping[str, Any]) -> None:
     parts = [
         _counts(found["unpruned"], result.tuned),
         _tried(found),
-        pruning.table(masks, Importance.of(found["importance"])),
+        pruning.table(masks, importance),
     ]
     text = "\n".join([f"# {name}\n\n{kept}.\n", *parts])
     write_atomically(folder / "pruning.md", lambda path: path.write_text(text))

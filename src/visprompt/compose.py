@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
+_SWITCHES = (
+    *("compile", "dry_run", "rerun", "diagnostics.best_on_test", "verify", "download", "data.download"),
+    *("data.crop", "data.skip_bad", "data.pin_memory", "backbone.exact", "backbone.pretrained"),
+)
+_WHOLE_NUMBERS = {"seed": 0, "seeds": 0, "resume_every_n_epochs": 1, "data.num_workers": 0}  # with the least of each
 
 
 def _row(key: str, *, _root_: DictConfig) -> Any:
@@ -57,9 +62,10 @@ def check_words(config_name: str) -> None:
         config_name: The entry point's primary config.
 
     Raises:
-        SystemExit: A group option or key is unknown; one sentence says so.
+        SystemExit: A group option or key is unknown, or a value is none; one sentence says so.
     """
     with one_sentence_errors():
+        _check_own(config_name, sys.argv[1:])
         sys.argv[1:] = _with_data(config_name, sys.argv[1:])
     arguments = sys.argv[1:]
     if any(argument.startswith("-") for argument in arguments):
@@ -76,9 +82,22 @@ def check_words(config_name: str) -> None:
         except (HydraException, OmegaConfBaseException) as error:
             raise _unknown_key(config_name, arguments, error) from error
         _check_added(config_name, arguments)
-        _check_complete(cfg)
+        _check_values(cfg)
         if cfg.get("tasks") is not None:
             _specs(cfg.tasks)
+
+
+def _check_own(config_name: str, arguments: Iterable[str]) -> None:
+    """Refuses keys of the command line that a program sets itself, for each run."""
+    own = {"train": ("task",), "tune": ("task", "split", "seed")}.get(config_name, ())
+    instead = {"task": "tasks", "seed": "seeds"}
+    for key in {_key(argument) for argument in arguments}.intersection(own):
+        hint = f": give {instead[key]}=..." if key in instead else f": src/train.py takes {key}=..."
+        raise UserError(f"{key} is set for each run, not by hand{hint}")
+
+
+def _key(argument: str) -> str:
+    return argument.lstrip("+~").partition("=")[0]
 
 
 def _with_data(config_name: str, arguments: list[str]) -> list[str]:
@@ -148,14 +167,23 @@ def _check_added(config_name: str, arguments: Sequence[str]) -> None:
             raise unknown("key", key, known)
 
 
-def _check_complete(cfg: DictConfig) -> None:
-    """Refuses a config in which something that has no default was not given."""
+def _check_values(cfg: DictConfig) -> None:
+    """Refuses a config that lacks a value without default, or whose switches and whole numbers are none."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
     except OmegaConfBaseException as error:  # something else is made of it
         raise UserError(str(error).splitlines()[0].rpartition("resolving interpolation: ")[2]) from error
     if missing:
         raise UserError(f"{missing[0]} has no default: give {missing[0]}=...")
+    for key in _SWITCHES:
+        value = OmegaConf.select(cfg, key, default=False)
+        if not isinstance(value, bool):
+            raise UserError(f"{key}={value} is neither true nor false: give one of them")
+    for key, least in _WHOLE_NUMBERS.items():
+        values = OmegaConf.select(cfg, key, default=least)
+        for value in values if OmegaConf.is_list(values) else [values]:
+            if type(value) is not int or not least <= value < 2**32:
+                raise UserError(f"{key}={values} does not fit: whole numbers from {least} to {2**32 - 1} do")
 
 
 def _in_one_line(error: Exception) -> str:
@@ -173,7 +201,7 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 def one_sentence_errors() -> Iterator[None]:
     """Prints a `UserError` as its sentence, without a traceback, and exits with status 2.
 
-    Ctrl-C exits with 130 and says how to go on. In a multirun the error goes on to Hydra, which runs the other jobs.
+    Ctrl-C exits with 130 and says how to go on. In a multirun any error goes on to Hydra, which runs the other jobs.
     """
     try:
         yield
@@ -188,12 +216,19 @@ def one_sentence_errors() -> Iterator[None]:
     except Exception:
         # Hydra would cut the traceback to its own taste
         traceback.print_exc()
+        if in_multirun():
+            raise
         raise SystemExit(1) from None
 
 
 def in_multirun() -> bool:
     """Whether Hydra runs this job as one of several (`-m`)."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def has_choosing_sweeper() -> bool:
+    """Whether a sweeper other than Hydra's own runs this job: that one goes through its points and reads no score."""
+    return in_multirun() and not str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper")
 
 
 def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[DictConfig]:
@@ -207,13 +242,14 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[DictConfig]:
         Jobs in the order of `tasks`; one job where only `data` is given.
 
     Raises:
-        UserError: `data=` together with `tasks=`, or an unknown task.
+        UserError: `data=` together with `tasks=`, an unknown task, or a key that is not for the command line.
     """
-    if cfg.task is not None:
-        return [cfg]
     hydra = HydraConfig.get()
     config_name = str(hydra.job.config_name)
     said: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${task} is for each job to resolve
+    _check_own("train", said)
+    if cfg.task is not None:
+        return [cfg]
     overrides = [o for o in said if not o.startswith("tasks=")] + list(extra)
     given = [o for o in overrides if o.lstrip("+").startswith("data=")]
     if cfg.tasks is None:
@@ -246,13 +282,27 @@ def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
     with open_dict(cfg):
         del cfg.hydra
     cfg.task = choice.rpartition("/")[2]
-    _check_complete(cfg)
+    _check_values(cfg)
     OmegaConf.resolve(cfg)
+    _settle_grid(cfg, {_key(override) for override in overrides})
     with open_dict(cfg):
-        if not any(override.lstrip("+").startswith("recipe.grid") for override in overrides):  # the user's own stands
-            cfg.recipe.grid = next((row.grid for row in _rows(cfg) if "grid" in row), cfg.recipe.grid)
         del cfg.recipe.rows
     return cfg
+
+
+def _settle_grid(cfg: DictConfig, said: Set[str]) -> None:
+    """Gives a job its grid, in which nothing is tried of what the command line gives, or of prompts that are off.
+
+    Such a key keeps its own value, as the only one of the grid.
+    """
+    users = any(key.startswith("recipe.grid") for key in said)  # the user's own grid stands
+    found = cfg.recipe.grid if users else next((row.grid for row in _rows(cfg) if "grid" in row), cfg.recipe.grid)
+    if not OmegaConf.is_dict(found):
+        cfg.recipe.grid = found
+        return
+    off = {key for key in found if not users and key.startswith("method.num_") and OmegaConf.select(cfg, key) == 0}
+    kept = {key: [OmegaConf.select(cfg, key)] for key in found if key in said | off}
+    cfg.recipe.grid = dict(found) | kept
 
 
 def plans(cfg: DictConfig) -> "list[Plan]":

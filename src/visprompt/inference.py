@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
+from yaml import YAMLError
 
 from visprompt import run
 from visprompt.classifier import Classifier
@@ -45,8 +46,8 @@ def evaluate(cfg: DictConfig) -> float:
     for folder, state, result in zip(folders, states, results, strict=True):
         if state.method.get("initial") is not None and len(folders) > 1:
             raise UserError(
-                f"{folder} was pruned by itself, and the states of an ensemble have one shape: give runs with "
-                "method.prune=false"
+                f"{folder} is of a chain that prunes for its own seed, and the states of an ensemble have one shape: "
+                "give runs with method.prune=false"
             )
         check_prepared(prepared, state, result, folder, folders[0])
     module = TuningModule(restore_on(prepared, states[0], folders[0]), run.make_recipe(job), job.seed)
@@ -97,9 +98,14 @@ def load_job(folder: Path, data_dir: str | None, weights: str | None) -> Any:
         Its config; the trainer in it is still that of the run.
 
     Raises:
-        UserError: There is no file of weights at that place.
+        UserError: The run's config.yaml cannot be read, or there is no file of weights at that place.
     """
-    job: Any = OmegaConf.load(folder / "config.yaml")
+    path = folder / "config.yaml"
+    try:
+        job: Any = OmegaConf.load(path)
+    except (OSError, ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason}): copy the whole folder of the run") from error
     with open_dict(job):
         job.backbone.weights = weights or job.backbone.weights
         for name, place in (("data_dir", data_dir), ("store_dir", f"{data_dir}/stores")):

@@ -26,10 +26,11 @@ class RanksFailed(Exception):
     """A run's process group ended with an error; the message is the reason its rank gave."""
 
 
-def starts_ranks(devices: int) -> bool:
-    """Whether this process should start the ranks of a run: several local devices, and nobody else started them."""
-    external = ("LOCAL_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
-    return devices > 1 and not any(name in os.environ for name in external)
+def started_elsewhere() -> bool:
+    """Whether srun, torchrun or the like started this process, one rank of a run, by the trainer's own judgement."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment  # late: takes seconds
+
+    return "LOCAL_RANK" in os.environ or TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
 
 
 def run_ranks(command: Sequence[str], world: int) -> None:
@@ -130,10 +131,11 @@ def give_reason(error: BaseException) -> None:
 
 
 def rank_command(config_folder: Path) -> list[str]:
-    """The command of a rank: the training entry point on the config that lies in a run's folder."""
+    """The command of a rank: the training entry point on the config.yaml of a folder."""
     from visprompt.compose import ROOT
 
     script = ROOT / "src" / "train.py"
+    where = ("--config-path", str(config_folder.resolve()), "--config-name", "config")  # relative is: to the script
     # the config of a run says nothing to Hydra itself, which by default makes a folder of its own for every process
     quiet = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
-    return [sys.executable, str(script), "--config-path", str(config_folder), "--config-name", "config", *quiet]
+    return [sys.executable, str(script), *where, *quiet]

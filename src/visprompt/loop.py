@@ -1,8 +1,10 @@
 """The loop over runs: each in this process, or on several local devices as a process group of its own."""
 
 import logging
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -13,7 +15,7 @@ from visprompt import chain, compose, launch, measure
 from visprompt.errors import UserError
 from visprompt.lit.trainer import report_together, under_agent, without_wandb
 from visprompt.results import Result, read_result
-from visprompt.run import Run, prepare, run_job, write_config
+from visprompt.run import Run, prepare, run_job
 
 log = logging.getLogger(__name__)
 console = Console()
@@ -27,17 +29,20 @@ class Outcome:
         name: Task and method.
         result: The result, None where the run failed.
         reason: Why it failed, or diverged; empty otherwise.
+        folder: Where the result lies, None where the run failed.
     """
 
     name: str
     result: Result | None
     reason: str = ""
+    folder: Path | None = None
 
 
 def train(cfg: DictConfig) -> float:
     """Trains every task of a command line.
 
-    Under a W&B agent one command is one W&B run: one task logs to it as it trains, several report to it at the end.
+    Under a W&B agent one command is one W&B run: one task logs to it as it trains, several report to it at the end. A
+    sweep of final runs is a table and not a choice: it goes through its points (`method: grid`).
 
     Args:
         cfg: What `@hydra.main` composed.
@@ -47,8 +52,12 @@ def train(cfg: DictConfig) -> float:
 
     Raises:
         UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; all others were run before this
-            is said.
+            is said. Or a sweeper would choose by the test accuracy.
     """
+    if cfg.split != "tune" and compose.has_choosing_sweeper():
+        raise UserError(
+            "this sweeper chooses by the figure that a run returns, and no choice reads test: give it split=tune"
+        )
     launch.end_with_parent()
     if launch.is_rank():
         try:
@@ -64,7 +73,7 @@ def train(cfg: DictConfig) -> float:
     together = under_agent() and len(jobs) > 1
     outcomes = run_all([without_wandb(job) for job in jobs] if together else jobs)
     if together and _is_first():
-        report_together(jobs, [o.result for o in outcomes])
+        report_together(jobs, [o.result for o in outcomes], [o.folder for o in outcomes])
     bad = [f"{o.name}: {o.reason}" for o in outcomes if o.result is None]
     if not (compose.in_multirun() or under_agent()):  # there it is a point of a grid
         bad += [f"{o.name}: {o.reason}" for o in outcomes if o.result is not None and o.reason]
@@ -86,7 +95,7 @@ def run_all(jobs: Iterable[DictConfig]) -> list[Outcome]:
     for cfg in jobs:
         name = f"{cfg.task}/{cfg.method.name}"
         try:
-            result = chain.run(cfg, _run_one)
+            result, folder = _run_chain(cfg)
         except (UserError, launch.RanksFailed) as error:
             outcomes.append(Outcome(name, None, str(error)))
         except Exception as error:
@@ -95,31 +104,51 @@ def run_all(jobs: Iterable[DictConfig]) -> list[Outcome]:
         else:
             diverged = result.status == "diverged"
             reason = f"the loss was not finite at step {result.diverged_step}: lower recipe.lr" if diverged else ""
-            outcomes.append(Outcome(name, result, reason))
+            outcomes.append(Outcome(name, result, reason, folder))
     return outcomes
 
 
-def _run_one(cfg: DictConfig) -> Result:
-    """Runs one job here, or on several devices, and shows what came of it."""
+def _run_chain(cfg: DictConfig) -> tuple[Result, Path]:
+    """Runs a job, or the chain of runs that it stands for; returns its result and where that lies."""
+    made: list[tuple[Result, Path]] = []
+
+    def run_one(link: DictConfig) -> Result:
+        made.append(_run_one(link))
+        return made[-1][0]
+
+    result = chain.run(cfg, run_one)
+    return result, next(folder for found, folder in made if found is result)
+
+
+def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
+    """Runs one job here, or on several devices, and shows what came of it; returns that and the run's folder."""
     run = prepare(cfg)
     stored = None if cfg.rerun else read_result(run.folder)
     devices = local_devices(cfg.trainer)
-    result: Result | None
-    if stored and not cfg.logger:
+    if launch.started_elsewhere():
+        result = run_job(run)  # in which the first rank decides for all
+    elif stored and not cfg.logger:
         result = stored
-    elif launch.starts_ranks(devices):
-        run.datamodule.prepare_data()  # once, before the ranks
-        launch.run_ranks(launch.rank_command(write_config(run)), devices)
-        result = read_result(run.folder)
-        if result is None:
-            raise launch.RanksFailed(f"the ranks left no whole result in {run.folder}")
+    elif devices > 1:
+        result = _run_ranks(run, devices)
     else:
         result = run_job(run)
-    if not _is_first():
-        return result
-    if stored:
-        _say_skipped(stored)
-    show(result, run)
+    if _is_first():
+        if stored:
+            _say_skipped(stored, cfg)
+        show(result, run)
+    return result, run.folder
+
+
+def _run_ranks(run: Run, devices: int) -> Result:
+    """Runs one job as a process group on several devices of this machine."""
+    run.datamodule.prepare_data()  # once, before the ranks
+    with tempfile.TemporaryDirectory() as folder:  # the run's own belongs to whoever holds its lock
+        OmegaConf.save(run.cfg, Path(folder) / "config.yaml")
+        launch.run_ranks(launch.rank_command(Path(folder)), devices)
+    result = read_result(run.folder)
+    if result is None:
+        raise launch.RanksFailed(f"the ranks left no whole result in {run.folder}")
     return result
 
 
@@ -135,13 +164,18 @@ def local_devices(trainer: DictConfig) -> int:
         return len(devices)
     if str(devices) in ("auto", "-1"):
         return 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
-    return int(devices)
+    try:
+        return int(devices)
+    except (TypeError, ValueError):
+        raise UserError(f"trainer.devices={devices} is no number: give one, auto, or a list such as [0,1]") from None
 
 
-def _say_skipped(stored: Result) -> None:
+def _say_skipped(stored: Result, cfg: DictConfig) -> None:
     commit, now = stored.versions["git_commit"], measure.git_commit()
     other = f" (by commit {commit}; this is {now})" if commit != now else ""
-    console.print(f"finished before{other}, not run again: rerun=true runs it anew", highlight=False)
+    leaks = cfg.diagnostics.best_on_test and stored.split == "final" and "leak/best_on_test" not in stored.metrics
+    lacks = " and adds what diagnostics.best_on_test=true asks for" if leaks else ""
+    console.print(f"finished before{other}, not run again: rerun=true runs it anew{lacks}", highlight=False)
 
 
 def show(result: Result, run: Run) -> None:

@@ -15,20 +15,24 @@ import torch
 _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "safetensors", "visprompt")
 
 
-def reset_peak_memory() -> None:
-    """Starts the measurement of this run's peak memory."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts the measurement of the peak memory of a run on a device."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark to the present size
     except OSError:
         return  # elsewhere the mark is that of the process's whole life; `peak_memory` says so
 
 
-def peak_memory() -> dict[str, Any]:
-    """Peak memory since `reset_peak_memory`, bytes, with what was measured: the GPU's allocations, else the process."""
-    if torch.cuda.is_available():
-        return {"bytes": torch.cuda.max_memory_allocated(), "of": "GPU allocations"}
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Peak memory since `reset_peak_memory`, bytes, with what was measured.
+
+    Args:
+        device: Where the run was: of a GPU its allocations count, else the process.
+    """
+    if device.type == "cuda":
+        return {"bytes": torch.cuda.max_memory_allocated(device), "of": "GPU allocations"}
     try:
         status = Path("/proc/self/status").read_text()
         kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))

@@ -6,6 +6,7 @@ for each seed. No choice reads a test score. Every step is a run with a folder o
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,16 @@ def tune(cfg: DictConfig) -> float:
         Mean test accuracy over all cells.
 
     Raises:
-        UserError: An empty or unknown choice, runs that failed (what is finished stays finished), or a W&B agent: what
-            it is told of the final runs, its sweep would choose by.
+        UserError: An empty or unknown choice, a grid that is none, runs that failed (what is finished stays finished),
+            or a W&B agent or Hydra's `-m`: what these are told of the final runs, they would choose by.
     """
+    if compose.in_multirun():
+        raise UserError(
+            "src/tune.py is one command with one table: give methods=[...], tasks=[...] and seeds=[...] instead of -m; "
+            "src/train.py -m split=tune can make the points of its grid beforehand"
+        )
+    if cfg.rerun:
+        raise UserError("rerun=true would run the whole grid anew at each call: give another paths.log_dir=... instead")
     if under_agent():
         raise UserError(
             "src/tune.py tries a grid and chooses from it, and so does a W&B sweep: "
@@ -53,18 +61,20 @@ def tune(cfg: DictConfig) -> float:
         from visprompt import dryrun  # imported late: it is built on this file
 
         return dryrun.tune(cfg, methods, seeds)
+    jobs = [job for method in methods for job in compose.jobs(cfg, [f"method={method}"])]
+    for job in jobs:
+        job_points(job)  # says what is wrong with it before anything is trained
     cells: dict[tuple[str, str], Cell] = {}
     failed: list[str] = []
-    for method in methods:
-        for job in compose.jobs(cfg, [f"method={method}"]):
-            scored = tune_one(job, seeds, run_all)
-            failed += [f"{o.name}: {o.reason}" for o in scored if o.reason]
-            results = [o.result for o in scored if o.result is not None and not o.reason and o.result.split == "final"]
-            try:
-                if len(results) == len(seeds):
-                    cells[method, results[0].task] = cell(results)
-            except UserError as error:  # an older one is recorded otherwise; the other cells are good all the same
-                failed.append(f"{job.task}/{method}: {error}")
+    for job in jobs:
+        scored = tune_one(job, seeds, run_all)
+        failed += [f"{o.name}: {o.reason}" for o in scored if o.reason]
+        results = [o.result for o in scored if o.result is not None and not o.reason and o.result.split == "final"]
+        try:
+            if len(results) == len(seeds):
+                cells[job.method.name, results[0].task] = cell(results)
+        except UserError as error:  # an older one is recorded otherwise; the other cells are good all the same
+            failed.append(f"{job.task}/{job.method.name}: {error}")
     if cells:
         table = _table(cells)
         write_atomically(Path(cfg.table), lambda temporary: temporary.write_text(table))
@@ -91,22 +101,53 @@ def tune_one(job: DictConfig, seeds: Sequence[int], run: RunAll) -> list[Outcome
         run: Runs jobs and returns their outcomes, as `run_all` does.
 
     Returns:
-        Outcomes of the final runs; those of the grid where one of its runs failed or all diverged.
+        Outcomes of the final runs; those of the grid's runs that failed, or of the whole grid where it diverged.
 
     Raises:
         UserError: The grid is none, has an unknown key, or tries what the protocol itself sets.
     """
+    name = f"{job.task}/{job.method.name}"
+    points = job_points(job)
+    if alone := {key: value for key, value in points[0].items() if all(point[key] == value for point in points)}:
+        console.print(f"{name}: of one value in the grid: {_words(alone)}", highlight=False)
+    tried = _run(job, [point | _tuning(job) for point in points], run)
+    if failed := [outcome for outcome in tried if outcome.result is None]:
+        return failed  # a choice among what happened to succeed would be another protocol
+    chosen = choose([outcome.result for outcome in tried], points)
+    if chosen is None:
+        return tried
+    console.print(f"{name}: chosen on validation: {_words(chosen) or 'the only point'}", highlight=False)
+    return _run(job, [chosen | {"split": "final", "seed": seed} for seed in seeds], run)
+
+
+def job_points(job: DictConfig) -> list[dict[str, Any]]:
+    """All points of a job's grid.
+
+    Raises:
+        UserError: As `tune_one`.
+    """
     recipe: Any = OmegaConf.to_container(job.recipe)
     points = grid_points(recipe["grid"])
-    fixed = {"split": "tune", "seed": GRID_SEED} | chain.unpruned(job)  # pruning comes when all else is chosen
-    for key in points[0].keys() & fixed.keys():
+    for key in points[0].keys() & _tuning(job).keys():
         raise UserError(f"recipe.grid.{key} is nothing to try, the protocol itself sets it: take it out of the grid")
-    tried = run([chain.vary(job, point | fixed) for point in points])
-    chosen = choose([outcome.result for outcome in tried], points)
-    if chosen is None or any(outcome.result is None for outcome in tried):
-        return tried  # a choice among what happened to succeed would be another protocol
-    console.print(f"{job.task}/{job.method.name}: chosen on validation: {chosen or 'the only point'}", highlight=False)
-    return run([chain.vary(job, dict(chosen) | {"split": "final", "seed": seed}) for seed in seeds])
+    chain.vary(job, points[0])  # all have the same keys
+    return points
+
+
+def _tuning(job: DictConfig) -> dict[str, Any]:
+    """What the protocol itself sets for the points of a grid; pruning comes when all else is chosen."""
+    return {"split": "tune", "seed": GRID_SEED} | chain.unpruned(job)
+
+
+def _run(job: DictConfig, varied: Sequence[Mapping[str, Any]], run: RunAll) -> list[Outcome]:
+    """Runs a job with other values; the outcomes' names tell them apart."""
+    outcomes = run([chain.vary(job, values) for values in varied])
+    pairs = zip(outcomes, varied, strict=True)
+    return [replace(outcome, name=f"{outcome.name} {_words(values)}") for outcome, values in pairs]
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def grid_points(grid: Any) -> list[dict[str, Any]]:
@@ -134,4 +175,4 @@ def _table(cells: Mapping[tuple[str, str], Cell]) -> str:
     methods = list(dict.fromkeys(method for method, _ in cells))
     tasks = list(dict.fromkeys(task for _, task in cells))
     rows = [[m, *(str(cells[m, t]) if (m, t) in cells else "missing" for t in tasks)] for m in methods]
-    return markdown_table(["test accuracy (%)", *tasks], rows)
+    return markdown_table(["test accuracy (%), ± sample standard deviation (n - 1)", *tasks], rows)

@@ -31,13 +31,15 @@ class Result:
         backbone: Name, options, weights' hash, the blocks that carried prompt tokens in full, and what was pooled.
         metrics: Logged figures by name; accuracies are shares, not per cent.
         per_class: Test (in tune: validation) accuracy by class name; null where a class has no image.
-        tuned: Parameters, head parameters, share of the backbone, parameters by name, multiplications and additions of
-            one image (macs), depth and length of prompts, bytes of the file, its checksum.
+        tuned: Parameters, head parameters, share of the backbone, parameters by name, pairs of a multiplication and an
+            addition for one image (macs), depth and length of prompts, bytes of the file, its checksum.
         time: Seconds of training, and of the whole run; of the last process where a run was resumed.
         peak_memory: Bytes, and what was measured.
         machine: Device, devices, accumulation, threads.
         versions: Libraries, Python, git commit.
         diverged_step: The optimiser step at which the loss was not finite, else null.
+        trainer: The trainer's settings that may change the numbers, such as clipped gradients; records of older
+            versions have none.
         tags: The user's own.
         schema: Version of this record.
     """
@@ -60,6 +62,7 @@ class Result:
     machine: Mapping[str, Any]
     versions: Mapping[str, str | None]
     diverged_step: int | None = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = field(default=())
     schema: int = SCHEMA
 
@@ -72,8 +75,12 @@ class Result:
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Writes a run's result.json atomically."""
-    text = json.dumps(asdict(result), indent=1)
+    """Writes a run's result.json atomically.
+
+    Raises:
+        ValueError: A figure is not finite; JSON has no word for it.
+    """
+    text = json.dumps(asdict(result), indent=1, allow_nan=False)
     write_atomically(folder / "result.json", lambda temporary: temporary.write_text(text + "\n"))
 
 
@@ -89,7 +96,11 @@ def read_result(folder: Path) -> Result | None:
     try:
         stored = json.loads((folder / "result.json").read_text())
         names = {f.name for f in fields(Result)}
-        if stored["schema"] != SCHEMA or set(stored) != names or stored["status"] not in ("finished", "diverged"):
+        if (
+            stored["schema"] != SCHEMA
+            or {*stored, "trainer"} != names
+            or stored["status"] not in ("finished", "diverged")
+        ):
             return None
         result = Result(**stored | {"tags": tuple(stored["tags"])})
         state = folder / "tuned.safetensors"
@@ -144,31 +155,36 @@ class Cell:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation over the seeds (n - 1); 0 of a single seed."""
+        """Sample standard deviation over the seeds (n - 1); 0 of a single seed, which has none."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}"
+        spread = f" ± {100 * self.std:.1f}" if len(self.scores) > 1 else ""
+        return f"{100 * self.mean:.1f}{spread}"
 
 
 def cell(results: Iterable[Result]) -> Cell:
     """Puts runs together that differ in nothing but the seed.
 
     Raises:
-        UserError: They differ in protocol, or one of them has no test score.
+        UserError: They differ in protocol, one of them has no test score, or two are of one seed.
     """
     found = list(results)
     alike = {json.dumps(_protocol(result), sort_keys=True) for result in found}
-    if len(alike) != 1 or found[0].split != "final":
+    scored = all(result.split == "final" and result.status == "finished" for result in found)
+    if len(alike) != 1 or not scored:
         raise UserError("runs that differ in more than the seed, or have no test score, are not averaged together")
+    if len({result.seed for result in found}) < len(found):
+        raise UserError("two runs of one seed are not averaged together: keep the one that is meant")
     return Cell(tuple(result.score for result in found))
 
 
 def _protocol(result: Result) -> dict[str, Any]:
-    names = ("task", "method", "recipe", "split", "precision", "data", "backbone")
+    names = ("task", "method", "recipe", "split", "precision", "data", "trainer")
     found = {name: getattr(result, name) for name in names}
     own = ("token_mask", "segment_mask", "initial")  # what a seed's own chain of pruning found
-    found["backbone"] = {name: value for name, value in result.backbone.items() if name != "pooling"}  # it follows
+    follows = {"pooling"} if result.backbone.get("pretrained", True) else {"pooling", "sha256"}  # of the seed's weights
+    found["backbone"] = {name: value for name, value in result.backbone.items() if name not in follows}
     return found | {"method": {name: value for name, value in result.method.items() if name not in own}}
 
 

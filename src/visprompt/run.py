@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -76,17 +77,7 @@ def prepare(cfg: DictConfig) -> Run:
     recipe = make_recipe(cfg)
     seed = 0 if cfg.backbone.pretrained else int(cfg.seed)  # loaded weights are the same for every seed
     backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), seed)
-    datamodule = build(
-        "data",
-        cfg.data,
-        batch_size=recipe.batch_size,
-        split=cfg.split,
-        seed=cfg.seed,
-        image_size=backbone.image_size,
-        mean=backbone.mean,
-        std=backbone.std,
-        accumulate=cfg.trainer.accumulate_grad_batches,
-    )
+    datamodule = build_data(cfg, backbone)
     identity = {
         "task": datamodule.task,
         "data": {name: getattr(datamodule, name) for name in ("source", "fingerprint", "fraction", "preprocessing")},
@@ -130,6 +121,22 @@ def make_recipe(cfg: DictConfig) -> Recipe:
 def load_backbone(spec: str, seed: int) -> Backbone:
     """Builds the backbone of a config given as JSON; the last one stays loaded for the next run."""
     return build_backbone(BackboneSpec(**json.loads(spec)), seed)
+
+
+def build_data(cfg: DictConfig, backbone: Backbone) -> TaskDataModule:
+    """The data of a job in the size and scale that a backbone reads."""
+    datamodule: TaskDataModule = build(
+        "data",
+        cfg.data,
+        batch_size=cfg.recipe.batch_size,
+        split=cfg.split,
+        seed=cfg.seed,
+        image_size=backbone.image_size,
+        mean=backbone.mean,
+        std=backbone.std,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+    )
+    return datamodule
 
 
 def build_classifier(cfg: DictConfig, backbone: Backbone, num_classes: int) -> Classifier:
@@ -204,7 +211,8 @@ def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
 def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
     """Trains and scores a run on all ranks; rank 0 leaves the folder finished."""
     started = time.monotonic()
-    measure.reset_peak_memory()
+    device = trainer.strategy.root_device
+    measure.reset_peak_memory(device)
     cfg, datamodule = run.cfg, run.datamodule
     classifier = build_classifier(cfg, run.backbone, datamodule.num_classes)
     pruning.rewind(classifier, run.folder.parent)  # where the method names stored initial values
@@ -214,25 +222,29 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         module.classifier.compile()  # in place: the names of its parameters stay
     tuned = _tuned_counts(module.classifier)
     if trainer.is_global_zero:
-        write_config(run)
+        write_atomically(run.folder / "resume" / "config.yaml", lambda path: OmegaConf.save(run.cfg, path))
         trainer.loggers = build_loggers(run.cfg, run.folder, attempt, tuned)
     status = "failed"
     try:
         diverged = _fit_and_score(trainer, module, datamodule, resume)
+        metrics = _last_row(resume) | module.scores
+        if diverged is None and not all(map(math.isfinite, (module.scored_loss, *metrics.values()))):
+            diverged = trainer.global_step  # the last step spoilt what the parameters make, if not themselves
         result = Result(
             status="finished" if diverged is None else "diverged",
             **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
             attempt=attempt,
             data=run.identity["data"] | {"form": datamodule.form, "sizes": datamodule.sizes},
             backbone=run.identity["backbone"] | _as_driven(run.backbone.module, module.classifier.method),
-            metrics=_last_row(resume) | module.scores,
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             per_class=dict(zip(datamodule.class_names, module.per_class, strict=False)),
             tuned=tuned,
             time={"train_s": resume.seconds, "last_process_s": time.monotonic() - started},
-            peak_memory=measure.peak_memory(),
+            peak_memory=measure.peak_memory(device),
             machine=_machine(trainer),
             versions=measure.versions() | {"git_commit": measure.git_commit()},
             diverged_step=diverged,
+            trainer=json.loads(json.dumps(run.identity["trainer"], default=OmegaConf.to_container)),
             tags=tuple(cfg.tags),
         )
         if trainer.is_global_zero:
@@ -265,13 +277,6 @@ def _fit_and_score(
             raise KeyboardInterrupt from None  # Lightning makes an exit of Ctrl-C
         raise
     return None
-
-
-def write_config(run: Run) -> Path:
-    """Writes a run's config beside its resume state, from where `_finish` takes it; returns the folder."""
-    folder = run.folder / "resume"
-    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(run.cfg, path))
-    return folder
 
 
 def _finish(run: Run, result: Result, classifier: Classifier) -> Result:

@@ -70,9 +70,16 @@ def test_tensorboard_writes_its_events_into_the_runs_folder(tmp_path):
 def test_a_trainer_that_this_machine_cannot_give_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for options, sentence in [
-        (("trainer=gpu",), r"^trainer cannot be built: .*gpu.*; correct trainer\.<key>=\.\.\.$"),
-        (("precision=8-true",), r"^trainer cannot be built: .*8-true.*"),
-        (("trainer.strategy=dpp",), r"^trainer cannot be built: .*dpp.*"),
+        (
+            ("trainer=gpu",),
+            r"^trainer cannot be built: .*gpu.*; without a GPU take trainer=cpu, or trainer=ddp_sim",
+        ),
+        (
+            ("trainer=ddp",),
+            r"^trainer cannot be built: .*gpu.*; without a GPU take trainer=cpu, or trainer=ddp_sim",
+        ),
+        (("precision=8-true",), r"^trainer cannot be built: .*8-true.*; correct precision=\.\.\.$"),
+        (("trainer.strategy=dpp",), r"^trainer cannot be built: .*dpp.*; correct trainer\.<key>=\.\.\.$"),
     ]:
         with pytest.raises(UserError, match=sentence):
             build_trainer(tiny_job(tmp_path, *options))

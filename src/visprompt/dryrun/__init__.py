@@ -99,6 +99,7 @@ class DryRun:
         seconds: Of all runs that are left, as far as they could be measured.
         results: Bytes that these leave behind.
         resume: Bytes of the largest resume state on the way.
+        limits: Keys that end epochs early, which the sums leave out.
     """
 
     def __init__(self) -> None:
@@ -109,6 +110,7 @@ class DryRun:
         self.states: dict[str, int] = {}
         self.seconds = 0.0
         self.results = self.resume = 0
+        self.limits: set[str] = set()
 
     @contextmanager
     def line(self, job: DictConfig) -> Iterator[None]:
@@ -175,6 +177,7 @@ class DryRun:
         paces = [self._pace(one) for one in left]
         seconds = sum(self._cost(one, pace) for one, pace in zip(left, paces, strict=True))
         self.seconds += seconds
+        self.limits |= {f"trainer.{key}" for key in map(str, job.trainer) if key.startswith("limit_")}
         for one in left:
             size = self._state(one)
             self.results += size + _BESIDE
@@ -279,7 +282,8 @@ class DryRun:
             f"time left: about {in_time(self.seconds)}, one run after the other, by steps on random images measured "
             f"now on {device}{scaled}; reading data, starting up and talk between devices come on top"
         )
-        return "; ".join([known, *why])
+        limits = [f"{', '.join(sorted(self.limits))} would make it less"] if self.limits else []
+        return "; ".join([known, *limits, *why])
 
     def _disk(self) -> str:
         parts = self.needs.disk() | ({"results": self.results + self.resume} if self.results else {})

@@ -21,8 +21,7 @@ from visprompt.data.folder import find as find_images
 from visprompt.data.modules import FolderDataModule
 from visprompt.data.plan import Plan, find
 from visprompt.errors import UserError
-from visprompt.lit.trainer import build
-from visprompt.run import load_backbone, make_recipe
+from visprompt.run import build_data, load_backbone, make_recipe
 
 _ASPECT = 4 / 3  # long side over short side of a photograph, where it is not known
 
@@ -86,17 +85,8 @@ class Needs:
 
     def _look(self, job: DictConfig) -> Facts:
         backbone, loaded = self._backbone(job)
-        recipe = make_recipe(job)
-        datamodule: TaskDataModule = build(
-            "data",
-            job.data,
-            batch_size=recipe.batch_size,
-            split=job.split,
-            seed=job.seed,
-            image_size=backbone.image_size,
-            mean=backbone.mean,
-            std=backbone.std,
-        )
+        make_recipe(job)  # says what is wrong with it
+        datamodule = build_data(job, backbone)
         plan: Plan | None = getattr(datamodule, "plan", None)
         if isinstance(datamodule, FolderDataModule):
             return Facts(backbone, datamodule, self._own_images(datamodule), datamodule.num_classes, loaded)
@@ -163,12 +153,12 @@ def _random(spec: str) -> Backbone:
 
 def _how_to_get(error: str, name: str) -> str:
     """The sentence for weights that are missing; it was not tried whether the hub answers."""
-    if "the hub cannot be reached" not in error:
+    url = re.search(r"https?://\S+", error)
+    if "the hub cannot be reached" not in error or url is None:
         return error
-    (url,) = re.findall(r"https?://\S+", error)[:1]
     return (
-        f"the weights of backbone {name}: the first run fetches {url}; where it cannot be reached, copy that file here "
-        "and give backbone.weights=FILE"
+        f"the weights of backbone {name}: the first run fetches {url[0]}; where it cannot be reached, copy that file "
+        "here and give backbone.weights=FILE"
     )
 
 

@@ -19,6 +19,11 @@ from visprompt.lit.checkpoint import SafetensorsIO
 from visprompt.results import Result
 
 log = logging.getLogger(__name__)
+# what to do about refusals of Lightning's that no trainer.<key> mends, by words of theirs
+_WAYS_OUT = {
+    "Precision '": "correct precision=...",
+    "No supported gpu backend found": "without a GPU take trainer=cpu, or trainer=ddp_sim for two processes",
+}
 
 
 def build(what: str, config: Any, **given: Any) -> Any:
@@ -29,7 +34,8 @@ def build(what: str, config: Any, **given: Any) -> Any:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{what} cannot be built: {reason}; correct {what}.<key>=...") from error
+        way_out = next((text for words, text in _WAYS_OUT.items() if words in reason), f"correct {what}.<key>=...")
+        raise UserError(f"{what} cannot be built: {reason.rstrip('.!')}; {way_out}") from error
 
 
 def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
@@ -153,7 +159,9 @@ def _settings(cfg: DictConfig, task: str, tuned: Mapping[str, Any]) -> dict[str,
     return settings | axes | {"task": task, "tuned": dict(tuned)}
 
 
-def report_together(jobs: Sequence[DictConfig], results: Sequence[Result | None]) -> None:
+def report_together(
+    jobs: Sequence[DictConfig], results: Sequence[Result | None], folders: Sequence[Path | None]
+) -> None:
     """Logs what the jobs of one command came to as one W&B run: every figure as <task>/<figure>, and their means.
 
     Where a job failed or diverged, the run ends as failed and has no means: those of the others would pass for them.
@@ -161,6 +169,7 @@ def report_together(jobs: Sequence[DictConfig], results: Sequence[Result | None]
     Args:
         jobs: Composed jobs, one for each task.
         results: Their results; None where a job failed.
+        folders: Where these lie, with the tuned states that go to W&B.
     """
     finished = [result for result in results if result is not None and result.status == "finished"]
     metrics = {f"{result.task}/{name}": value for result in finished for name, value in result.metrics.items()}
@@ -173,6 +182,9 @@ def report_together(jobs: Sequence[DictConfig], results: Sequence[Result | None]
             logger = build("logger", config, name=f"{len(jobs)} tasks/{jobs[0].method.name}", **place)
             logger.log_hyperparams(fields)
             logger.log_metrics(metrics)
+            for folder in filter(None, folders):
+                if isinstance(logger, TunedWandbLogger):
+                    logger.log_state(folder)
             close(logger, "success" if whole else "failed")
 
 
