@@ -1,5 +1,6 @@
 """The files at the top of the repository agree with each other, and the source keeps to the rules of the house."""
 
+import ast
 import configparser
 import re
 import subprocess
@@ -69,6 +70,23 @@ def test_every_dependency_is_bounded_once_with_its_reason_beside_it(requirement)
     assert re.search(r"\]?,? +# \S+ \S+", lines[0]), "say on the same line why the bound is what it is"
 
 
+def test_every_package_that_is_imported_is_declared():
+    module = {
+        "pillow": "PIL",
+        "pyyaml": "yaml",
+        "scikit-learn": "sklearn",
+        "opencv-python-headless": "cv2",
+        "hydra-core": "hydra",
+    }
+    declared = {re.split(r"[><]", entry)[0] for entry in PYPROJECT["project"]["dependencies"]}
+    known = {module.get(name, name.replace("-", "_")) for name in declared} | {"visprompt"} | sys.stdlib_module_names
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert {name.partition(".")[0] for name in names} <= known, path
+
+
 def test_the_lock_is_of_these_dependencies_and_hashed():
     (ours,) = (package for package in LOCK["package"] if package["name"] == PYPROJECT["project"]["name"])
     assert LOCK["requires-python"].replace(" ", "") == PYPROJECT["project"]["requires-python"]
@@ -119,6 +137,8 @@ def test_conda_gives_the_same_python_and_installs_nothing_of_its_own():
     assert environment["name"] == PYPROJECT["project"]["name"]
     assert packages == [f"python {PYPROJECT['project']['requires-python']}", "pip", "git", "make"]
     assert pip == {"pip": ["--require-hashes", "-r requirements-uv.txt"]}
+    text = (ROOT / "environment.yaml").read_text()
+    assert all(re.search(rf"^  - {re.escape(package)}  # \S+ \S+", text, re.M) for package in packages), "say why"
 
 
 def test_the_makefile_has_the_documented_targets_and_ci_calls_them():
