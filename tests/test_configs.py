@@ -84,6 +84,14 @@ def test_every_row_of_a_recipe_names_its_source(method):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_value_of_a_recipe_s_rows_is_read(method):
+    configs = (CONFIGS / "recipe" / "base.yaml", CONFIGS / "method" / f"{method}.yaml")
+    read = {key for path in configs for key in re.findall(r"\$\{row:(\w+)\}", path.read_text())}
+    for name, row in OmegaConf.load(CONFIGS / "recipe" / f"{method}.yaml").rows.items():
+        assert set(row) <= {*read, "grid", "source"}, name
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_no_task_of_the_benchmarks_falls_back_to_the_demo_s_row(method):
     with composed("train", f"method={method}", "tasks=[cifar,smallnorb_ele,cub200]", "data='vtab/cifar'") as cfg:
         for job in compose.jobs(cfg):

@@ -7,16 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from hydra import compose
+from omegaconf import OmegaConf
 
 from visprompt import methods
 from visprompt.backbones import BackboneSpec, build_backbone
 from visprompt.classifier import Classifier
+from visprompt.compose import composing
 from visprompt.data import describe
 from visprompt.data.catalog import TASKS
 from visprompt.methods import describe as pairs
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / "notebooks").glob("*.md"),
+]
 
 
 def test_the_walk_through_adding_a_method_works_as_written(monkeypatch):
@@ -44,9 +53,45 @@ def test_links_lead_to_files(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_every_method_is_in_the_readme():
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert {name for row in rows for name in re.findall(r"\w+", row)} == set(methods.METHODS)
+def test_the_recipe_of_that_method_has_what_the_benchmarks_ask_for():
+    text = (ROOT / "docs" / "add-a-method.md").read_text()
+    config, recipe = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    base = yaml.safe_load((ROOT / "configs" / "recipe" / "base.yaml").read_text())
+    read = {value[len("${row:") : -1] for value in map(str, [*base.values(), *config.values()]) if "${row:" in value}
+    assert set(recipe["rows"]) == {"default", "vtab", "fgvc"}
+    for name, row in recipe["rows"].items():
+        assert set(row) == {*read, "source"} | ({"grid"} if name != "default" else set())
+    assert {recipe["rows"][name]["epochs"] for name in ("vtab", "fgvc")} == {100}
+
+
+def readme_rows():
+    """The README's table of methods: their names and the options that are named for each of them."""
+    cell = r"`\w+`(?:, `\w+`)*"
+    for names, options in re.findall(
+        rf"^\| ({cell}) \|[^|]*\|([^|]*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    ):
+        found = re.findall(r"`(\w+)`", names)
+        parts = options.split(";") if ";" in options else [options] * len(found)
+        yield from zip(found, (set(re.findall(r"`(\w+)`", part)) for part in parts), strict=True)
+
+
+def test_every_method_is_in_the_readme_with_options_that_it_has():
+    rows = dict(readme_rows())
+    assert set(rows) == set(methods.METHODS)
+    assert sum(map(len, rows.values())) > 30
+    for name, options in rows.items():
+        config = yaml.safe_load((ROOT / "configs" / "method" / f"{name}.yaml").read_text())
+        assert options <= config.keys() - {"name"}, name
+
+
+@pytest.mark.parametrize("script", ["train", "tune", "eval", "predict", "prepare", "report"])
+def test_help_says_where_the_keys_are_explained(script):
+    with composing():
+        shown = OmegaConf.to_container(compose(script, return_hydra_config=True).hydra.help, resolve=False)
+    assert shown["header"].startswith("What each key means: the comments of configs/${hydra.help.app_name}.yaml")
+    assert "${hydra.help.header}" in shown["template"]
+    assert ("$APP_CONFIG_GROUPS" in shown["template"]) == (script in ("train", "tune"))
+    assert "$CONFIG" in shown["template"]
 
 
 def test_the_page_of_datasets_is_made_of_the_catalog():

@@ -13,7 +13,7 @@ from visprompt.dryrun.pace import Pace
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks" / "README.md"]
 SHOWN = [
-    (page.name, line.partition("  #")[0].strip())
+    (page.name, line.partition("  #")[0].strip().removeprefix("srun "))  # which starts a process for each device
     for page in PAGES
     for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
@@ -27,8 +27,8 @@ def shown(start):
 
 def arguments(line, folder):
     """Arguments of a shown command, with the first of several values and a place for each word in capitals."""
-    places = {"PATH": folder / "images", "FILE_OR_FOLDER": folder / "none.pth"}
-    given = [argument for argument in shlex.split(line)[2:] if argument != "-m" and not argument.startswith("hydra/")]
+    places = {"PATH": folder / "images", "FILE": folder / "labels.csv", "FILE_OR_FOLDER": folder / "none.pth"}
+    given = [argument for argument in shlex.split(line)[2:] if argument != "-m"]
     for word, place in places.items():
         given = [re.sub(rf"={word}$", f"={place}", argument) for argument in given]
     return [argument if "[" in argument else argument.partition(",")[0] for argument in given]
@@ -40,6 +40,8 @@ def folder(tmp_path):
         path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
+    lines = [f"class{number % 2}/{number}.png,class{number % 2}" for number in range(8)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *lines]))
     return tmp_path
 
 
@@ -94,6 +96,11 @@ def test_what_is_made_is_a_target(line):
 
 
 def test_every_other_command_is_known():
-    starts = ("python src/", "make ", "wandb sweep configs/sweep/prompt_depth.yaml")  # which tests/test_sweeps.py runs
-    commands = {line for _, line in SHOWN if re.match(r"(python|make|wandb|pip|conda|pytest) ", line)}
-    assert {line for line in commands if not line.startswith(starts)} == set()
+    others = {
+        "wandb sweep configs/sweep/prompt_depth.yaml",  # tests/test_sweeps.py runs it
+        ".uv/bin/uv run --no-sync --with jupyterlab jupyter lab",  # fetches a program, and opens it
+    }
+    commands = {
+        line for _, line in SHOWN if re.match(r"(\S*/)?(python|make|wandb|pip|conda|pytest|uv|source|srun) ", line)
+    }
+    assert {line for line in commands if not line.startswith(("python src/", "make "))} == others
