@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cli import frozen
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--backbone", "test_vit", "--batch", "4", "--pairs", "1", "--lengths", "1", "50"]
 HEAD = ["exact, {}", "carried, {}", "promptless, {}", "carried / exact", "exact / promptless", "carried / promptless"]
@@ -131,6 +133,7 @@ def test_what_pruning_left_is_told_seed_by_seed(methods):
     assert told == "tokens and their segments left 50% and 50%; 100% and 100%"
 
 
+@frozen
 @pytest.mark.slow
 def test_methods_are_scored_and_measured_side_by_side(methods, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))  # of the fresh processes

@@ -47,6 +47,7 @@ def test_the_same_command_shows_the_stored_result_and_writes_nothing(trained):
     assert again.stdout.splitlines()[-5:] == done.stdout.splitlines()[-5:]
 
 
+@pytest.mark.slow
 def test_eval_repeats_the_score(trained):
     _, folder, _ = trained
     done = call("eval", f"run={folder}", "trainer=cpu", "callbacks=none")

@@ -32,6 +32,7 @@ def train(folder, source, tasks, *arguments):
     return results, done
 
 
+@pytest.mark.slow
 def test_an_epoch_on_each_kind_of_container(tmp_path):
     results, _ = train(tmp_path, "raw", CONTAINERS)
     for task, result in results.items():

@@ -55,6 +55,7 @@ def lines(text):
     return {tuple(row[:2]): row[2:] for row in rows}, [s for s in text.splitlines() if re.match(r"\w+( left)?: ", s)]
 
 
+@pytest.mark.slow
 def test_a_command_that_is_not_run_says_what_it_would_do(tmp_path):
     arguments = tiny(tmp_path / "logs", "dry_run=true", "data=demo/digits_loc")
     before = content(tmp_path)

@@ -45,7 +45,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("line", [*shown("python src/train.py"), *shown("python src/tune.py")])
+def trains():
+    """What trains; of a command with hundreds of runs it takes a while to count them."""
+    for line in [*shown("python src/train.py"), *shown("python src/tune.py")]:
+        many = "grid=paper" in line or "vtab_all" in line
+        yield pytest.param(line, marks=pytest.mark.slow) if many else line
+
+
+@pytest.mark.parametrize("line", list(trains()))
 def test_what_trains_composes_and_is_counted(line, folder, monkeypatch, capsys):
     monkeypatch.setattr(dryrun, "measure_pace", lambda *_: Pace(device="a machine", step=1.0, image=0.01, kept=0.01))
     script = "train" if "src/train.py" in line else "tune"

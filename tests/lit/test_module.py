@@ -186,6 +186,7 @@ def test_the_learning_rate_follows_optimiser_steps_whatever_the_accumulation(tmp
     assert rates[4] == pytest.approx([rate for rate in expected for _ in range(4)])
 
 
+@pytest.mark.slow
 def test_a_classifier_that_is_captured_has_the_same_logits_gradients_and_names():
     torch._dynamo.reset()
     one, two = (tiny_classifier(num_tokens=3, dropout=0.0) for _ in range(2))

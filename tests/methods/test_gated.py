@@ -138,6 +138,7 @@ def test_a_forward_leaves_nothing_behind():
     assert not torch.allclose(twin(images()), first, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_logits_and_gradients_are_the_same():
     model = classifier(gates=[0.3, -0.7, 1.5], temperatures=[0.8, 1.3, 2.0, 0.6])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
