@@ -56,6 +56,7 @@ def test_eval_repeats_the_score(trained):
     assert f"test/acc {score:.2f} % on 797 images (the run itself: {score:.2f} %)" in done.stdout.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_predict_labels_what_can_be_read(trained, tmp_path):
     _, folder, _ = trained
     synthetic.write_folder(tmp_path / "images", ("a", "b"), 2)

@@ -88,6 +88,7 @@ def test_verify_lists_what_is_missing_without_a_download(tmp_path):
     assert not list(tmp_path.rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
