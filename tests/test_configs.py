@@ -160,3 +160,10 @@ def test_the_lengths_give_the_papers_total_over_24_tasks_as_a_multiple_of_one_vi
         lengths = {job.task: job.method.num_tokens for job in compose.jobs(cfg)}
     tuned = sum(768 * blocks * lengths[task] + 769 * TASKS[task].num_classes for task in tasks)
     assert round(1 + tuned / 85_798_656, 2) == total
+
+
+def test_the_demo_report_writes_its_table_beside_the_folder_that_the_report_fills():
+    with composed("tune", "experiment=demo_report", "paths.log_dir=/runs") as tuned:
+        assert tuned.table == "/runs/table_report.md"
+    with composed("report", "paths.log_dir=/runs") as cfg:
+        assert cfg.output == "/runs/report", "which must hold nothing else"
