@@ -73,7 +73,7 @@ def prepare(cfg: DictConfig) -> Run:
         UserError: Data, weights or a word of the config are missing or wrong.
     """
     if cfg.split not in SPLITS:
-        raise unknown("split", str(cfg.split), SPLITS)
+        raise unknown("split", cfg.split, SPLITS)
     recipe = make_recipe(cfg)
     seed = 0 if cfg.backbone.pretrained else int(cfg.seed)  # loaded weights are the same for every seed
     backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), seed)

@@ -42,7 +42,7 @@ def report(cfg: DictConfig) -> Path:
     """
     folders, (output, *_) = _paths(cfg.runs, "runs"), _paths(cfg.output, "output")
     if cfg.paper is not None and cfg.paper not in (papers := {one.paper for one in all_published()}):
-        raise unknown("paper", str(cfg.paper), papers)
+        raise unknown("paper", cfg.paper, papers)
     formats = _formats(cfg.formats)
     check_place(output)
     found = survey(folders)
@@ -79,7 +79,7 @@ def _formats(given: Any) -> tuple[str, ...]:
     listed = list(given) if OmegaConf.is_list(given) else [given]
     for name in listed:
         if name not in FORMATS:
-            raise unknown("format", str(name), FORMATS)
+            raise unknown("format", name, FORMATS)
     if not listed:
         raise UserError(f"formats=[] leaves nothing to write: give some of {', '.join(FORMATS)}")
     return tuple(listed)
