@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
-from visprompt.methods import build_method
+from visprompt.methods import Method, build_method
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 NUM_CLASSES = 5
@@ -71,6 +71,23 @@ def tiny_classifier(method: str = "vpt_deep", exact: bool = True, model: Any = N
             else:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return classifier
+
+
+def built(method_class: type[Method], model: Any = None, **options: Any) -> Classifier:
+    """A classifier on a tiny ViT whose tuned numbers are all large enough to be seen."""
+    backbone = ViT(tiny_model() if model is None else model)
+    torch.manual_seed(1)
+    classifier = Classifier(backbone, method_class(backbone, **options), NUM_CLASSES)
+    with torch.no_grad():
+        for _, parameter in classifier.tuned_parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return classifier
+
+
+def timm_logits(classifier: Classifier, x: Tensor) -> Tensor:
+    """The head on what timm's own forward makes of the images."""
+    model: Any = classifier.backbone.model
+    return classifier.head(model.forward_head(model.forward_features(x), pre_logits=True))
 
 
 def images(batch: int = 2, size: int = 32) -> Tensor:

@@ -8,17 +8,8 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 from torch import nn
 
-from tiny import (
-    NUM_CLASSES,
-    NUM_IMAGE,
-    images,
-    measured,
-    tiny_classifier,
-    tiny_model,
-    worst_error,
-)
+from tiny import NUM_IMAGE, built, images, measured, timm_logits, tiny_classifier, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
-from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods import Flow, Method, build_method
 from visprompt.methods.baselines import MLP, Partial
@@ -94,23 +85,6 @@ def test_a_model_of_one_block_has_no_stochastic_depth():
 def test_a_rate_out_of_range_is_named(rate):
     with pytest.raises(UserError, match=f"method.drop_path={rate} is not a probability: give a number from 0 to below"):
         build_method("full", ViT(tiny_model()), drop_path=rate)
-
-
-def built(method_class, model=None, **options):
-    """A classifier on a tiny ViT whose tuned numbers are all large enough to be seen."""
-    backbone = ViT(tiny_model() if model is None else model)
-    torch.manual_seed(1)
-    classifier = Classifier(backbone, method_class(backbone, **options), NUM_CLASSES)
-    with torch.no_grad():
-        for _, parameter in classifier.tuned_parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return classifier
-
-
-def timm_logits(classifier, x):
-    """The head on what timm's own forward makes of the images."""
-    model = classifier.backbone.model
-    return classifier.head(model.forward_head(model.forward_features(x), pre_logits=True))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3])

@@ -5,9 +5,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tiny import NUM_CLASSES, images, relative_error, tiny_model
-from visprompt.backbones.vit import ViT
-from visprompt.classifier import Classifier
+from tiny import NUM_CLASSES, built, images, relative_error, tiny_model
 from visprompt.errors import UserError
 from visprompt.methods import Method
 from visprompt.methods.base import Wrapped
@@ -17,17 +15,6 @@ from visprompt.methods.sidetune import SideTune
 from visprompt.methods.weights import Bias, LayerNorm, VPTBias
 
 AVERAGE = {"global_pool": "avg"}
-
-
-def built(method_class, model=None, **options):
-    """A classifier on a tiny ViT whose tuned numbers are all large enough to be seen."""
-    backbone = ViT(tiny_model() if model is None else model)
-    torch.manual_seed(1)
-    classifier = Classifier(backbone, method_class(backbone, **options), NUM_CLASSES)
-    with torch.no_grad():
-        for _, parameter in classifier.tuned_parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return classifier
 
 
 MERGED = [(Linear, {}), (Full, {}), (Partial, {"num_blocks": 2}), (Bias, {}), (LayerNorm, {})]

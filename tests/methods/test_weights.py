@@ -5,30 +5,13 @@ import torch
 from timm.layers import RmsNorm
 from timm.models.vision_transformer import VisionTransformer
 
-from tiny import NUM_CLASSES, images, measured, naive_logits, tiny_model, worst_error
+from tiny import built, images, measured, naive_logits, timm_logits, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.baselines import MLP, Linear, Partial
 from visprompt.methods.sidetune import SideTune
 from visprompt.methods.weights import Bias, LayerNorm, VPTBias
-
-
-def built(method_class, model=None, **options):
-    """A classifier on a tiny ViT whose tuned numbers are all large enough to be seen."""
-    backbone = ViT(tiny_model() if model is None else model)
-    torch.manual_seed(1)
-    classifier = Classifier(backbone, method_class(backbone, **options), NUM_CLASSES)
-    with torch.no_grad():
-        for _, parameter in classifier.tuned_parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return classifier
-
-
-def timm_logits(classifier, x):
-    """The head on what timm's own forward makes of the images."""
-    model = classifier.backbone.model
-    return classifier.head(model.forward_head(model.forward_features(x), pre_logits=True))
 
 
 def blocks(*indices):
