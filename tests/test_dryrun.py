@@ -263,7 +263,7 @@ def test_without_the_device_there_is_no_time_and_the_reason(tmp_path, monkeypatc
     ("arguments", "sentence"),
     [
         (("trainer=ddp_sim", "recipe.batch_size=63"), "recipe.batch_size=63 cannot be dealt to 2 device(s) x 1 "),
-        (("recipe.epochs=0",), "recipe.epochs=0 and recipe.batch_size=64 must both be 1 or more"),
+        (("recipe.epochs=0",), "recipe.epochs=0 does not fit: give a whole number, 1 or more"),
         (("split=test",), "unknown split 'test'"),
         (("method.location=everywhere",), "unknown method.location 'everywhere'"),
         (("precision=8-true",), "unknown precision '8-true'"),

@@ -294,7 +294,8 @@ def test_words_that_only_a_run_can_judge(tmp_path):
     for options, sentence in {
         ("split=test",): "unknown split 'test': did you mean tune",
         ("+recipe.lrr=1",): "unknown key of recipe 'lrr': did you mean lr",
-        ("recipe.lr=fast",): "the recipe has a value that is no number: .*; correct recipe",
+        ("recipe.lr=fast",): "recipe.lr=fast does not fit: give a finite number, 0 or above",
+        ("recipe.epochs=2.5",): "recipe.epochs=2.5 does not fit: give a whole number, 1 or more",
         ("+trainer.max_epoch=3",): "trainer cannot be built: .*max_epoch.*; correct trainer",
         ("+data.foo=3",): "data cannot be built: .*foo.*; correct data",
         ("data=folder", "data.root=/nowhere"): "data.root=/nowhere is not a folder",

@@ -51,18 +51,20 @@ class Recipe:
             raise unknown("recipe.head_init", self.head_init, HEAD_INITS)
         if self.optimizer not in OPTIMIZERS:
             raise unknown("recipe.optimizer", self.optimizer, OPTIMIZERS)
-        if self.epochs < 1 or self.batch_size < 1:
-            raise UserError(
-                f"recipe.epochs={self.epochs} and recipe.batch_size={self.batch_size} must both be 1 or more"
-            )
-        if not 0 <= self.warmup_epochs < self.epochs:
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"recipe.{name}={value} does not fit: give a whole number, 1 or more")
+        for name in ("lr", "head_lr", "weight_decay", "momentum", "warmup_epochs"):
+            value = getattr(self, name)
+            if value is None and name == "head_lr":
+                continue
+            if type(value) not in (int, float) or not (math.isfinite(value) and value >= 0):
+                raise UserError(f"recipe.{name}={value} does not fit: give a finite number, 0 or above")
+        if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"recipe.warmup_epochs={self.warmup_epochs:g} does not fit: give 0 to below recipe.epochs={self.epochs}"
             )
-        for name in ("lr", "head_lr", "weight_decay", "momentum"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"recipe.{name}={value} is not a rate: give a finite number, 0 or above")
 
 
 def scaled_lr(base: float, batch_size: int) -> float:

@@ -111,10 +111,7 @@ def make_recipe(cfg: DictConfig) -> Recipe:
     names = {f.name for f in fields(Recipe)}
     for key in set(map(str, cfg.recipe)) - names - {"grid", "rows"}:
         raise unknown("key of recipe", key, names)
-    try:
-        return Recipe(**{name: cfg.recipe[name] for name in names})
-    except TypeError as error:
-        raise UserError(f"the recipe has a value that is no number: {error}; correct recipe.<key>=...") from error
+    return Recipe(**{name: cfg.recipe[name] for name in names})
 
 
 @lru_cache(maxsize=1)
