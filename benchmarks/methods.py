@@ -34,6 +34,8 @@ HEADER = (
     "test accuracy, %",
     "tuned parameters + head",
     "share, %",
+    "epochs",
+    "training accuracy, %",
     "chosen on val200",
     "step, ms",
     "of full",
@@ -86,6 +88,8 @@ def score(method: str, words: Sequence[str]) -> list[str]:
         str(cell(results)),
         f"{parameters:,.0f} + {head:,.0f}",
         f"{100 * share:.2f}",
+        str(results[0].recipe["epochs"]),
+        f"{100 * fmean(result.metrics['train/acc'] for result in results):.1f}",
         chosen(results, dict(job.recipe.grid or {})),
     ]
 

@@ -150,6 +150,7 @@ def test_methods_are_scored_and_measured_side_by_side(methods, tmp_path, monkeyp
     assert table["full"]["of full"] == "1.00 [1.00, 1.00]"
     assert table["vpt_deep"]["tuned parameters + head"] == f"{6 * 50 * 192:,} + 3,088"
     assert table["vpt_deep"]["chosen on val200"] == "-"
+    assert all(row["epochs"] == "1" and 0 <= float(row["training accuracy, %"]) <= 100 for row in table.values())
     assert all(float(row["step, ms"]) > 0 and float(row["added, MiB"]) > 0 for row in table.values())
     methods.main(["--methods", "full", "vpt_deep", "--rounds", "1", *words])  # what is finished is read
     (again,) = tables(capsys.readouterr().out)
