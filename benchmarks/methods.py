@@ -2,7 +2,8 @@
 
 First the protocol of `experiment=demo_methods` (the grid on val200, the choice, three seeds on test): what is finished
 in logs/ is read, what is missing is trained, which takes hours on a CPU; stop it and run it again as you like. Then a
-step of each method with its chosen setting is measured under equal conditions, since the runs may have had company.
+step of each method is measured under equal conditions, since the runs may have had company: with the chosen options,
+pruned as for the first seed.
 
 A step is forward, loss, backward and the optimiser's step, on random images of the task's size, or on what is kept of
 them where frozen layers run once for all epochs. The methods take turns, a round is one step of each; a ratio is taken
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from statistics import fmean, median
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -49,16 +51,17 @@ def make_job(method: str, words: Sequence[str]) -> DictConfig:
         return compose.job("tune", ["experiment=demo_methods", "tasks=null", f"method={method}", *words])
 
 
-def make_step(method: str, words: Sequence[str], device: str) -> Callable[[], None]:
-    job = make_job(method, words)
-    job = chain.vary(job, chain.unpruned(job))
+def make_step(method: str, options: Mapping[str, Any], words: Sequence[str], device: str) -> Callable[[], None]:
+    """A training step of a method with options of a run."""
+    changes = {f"method.{name}": value for name, value in options.items() if name != "weights"}  # a hash, not a place
+    job = chain.vary(make_job(method, words), changes)
     run = prepare(job)
     classifier = build_classifier(job, run.backbone, run.datamodule.num_classes).to(device)
     return Bench(job, classifier, run.datamodule.augments).step(job.recipe.batch_size)
 
 
-def memory(method: str, words: Sequence[str], device: str) -> float:
-    return added_mib(make_step(method, words, device), device)
+def memory(method: str, options: Mapping[str, Any], words: Sequence[str], device: str) -> float:
+    return added_mib(make_step(method, options, words, device), device)
 
 
 def chosen(results: Sequence[Result], grid: Mapping[str, Sequence[float]]) -> str:
@@ -67,7 +70,7 @@ def chosen(results: Sequence[Result], grid: Mapping[str, Sequence[float]]) -> st
     for key, tried in grid.items():
         holder, _, name = key.rpartition(".")
         value = getattr(results[0], holder)[name]
-        found.append(f"{name} {value:g} of {', '.join(f'{point:g}' for point in tried)}")
+        found.append(f"{name} {_word(value)} of {', '.join(map(_word, tried))}")
     if "prune" in results[0].method:
         masks = [pruning.masks_of(result.method) for result in results]
         left = [f"{m.tokens.float().mean():.0%} and {m.segments[m.tokens].float().mean():.0%}" for m in masks]
@@ -75,7 +78,12 @@ def chosen(results: Sequence[Result], grid: Mapping[str, Sequence[float]]) -> st
     return "; ".join(found) or "-"
 
 
-def score(method: str, words: Sequence[str]) -> list[str]:
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def score(method: str, words: Sequence[str]) -> tuple[list[str], Mapping[str, Any]]:
+    """The first cells of a method's row, and the options of its first final run."""
     job = make_job(method, words)
     with contextlib.redirect_stdout(sys.stderr):
         outcomes = tune_one(job, list(job.seeds), run_all)
@@ -84,7 +92,7 @@ def score(method: str, words: Sequence[str]) -> list[str]:
     results = [outcome.result for outcome in outcomes if outcome.result]
     names = ("parameters", "head_parameters", "share")
     parameters, head, share = (fmean(result.tuned[name] for result in results) for name in names)
-    return [
+    cells = [
         str(cell(results)),
         f"{parameters:,.0f} + {head:,.0f}",
         f"{100 * share:.2f}",
@@ -92,18 +100,22 @@ def score(method: str, words: Sequence[str]) -> list[str]:
         f"{100 * fmean(result.metrics['train/acc'] for result in results):.1f}",
         chosen(results, dict(job.recipe.grid or {})),
     ]
+    return cells, results[0].method
 
 
-def measured(methods: Sequence[str], words: Sequence[str], options: argparse.Namespace) -> dict[str, list[str]]:
-    steps = {method: make_step(method, words, options.device) for method in dict.fromkeys([*methods, BESIDE])}
+def measured(
+    methods: Mapping[str, Mapping[str, Any]], words: Sequence[str], options: argparse.Namespace
+) -> dict[str, list[str]]:
+    """The last cells of each method's row, with the options that are given for it."""
+    steps = {m: make_step(m, given, words, options.device) for m, given in ({BESIDE: {}} | dict(methods)).items()}
     for step in steps.values():
         step()  # warms up
     rounds = [{m: milliseconds(step, options.device) for m, step in steps.items()} for _ in range(options.rounds)]
     found = {}
-    for method in methods:
+    for method, given in methods.items():
         ratios = [times[method] / times[BESIDE] for times in rounds]
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            mib = fresh.submit(memory, method, words, options.device).result()
+            mib = fresh.submit(memory, method, given, words, options.device).result()
         spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         found[method] = [f"{median(times[method] for times in rounds):.0f}", spread, f"{mib:.0f}"]
     return found
@@ -118,11 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         rows = {method: score(method, options.words) for method in options.methods}
-        steps = measured(options.methods, options.words, options)
+        steps = measured({method: given for method, (_, given) in rows.items()}, options.words, options)
     except UserError as error:
         sys.exit(str(error))
     print(f"batch of the recipe, float32 on {options.device}, {options.rounds} rounds; {machine()}\n")
-    print(markdown_table(["method", *HEADER], [[m, *rows[m], *steps[m]] for m in options.methods]), end="")
+    print(markdown_table(["method", *HEADER], [[m, *rows[m][0], *steps[m]] for m in options.methods]), end="")
 
 
 if __name__ == "__main__":

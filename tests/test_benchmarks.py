@@ -122,6 +122,7 @@ def result(**options):
 def test_what_was_chosen_is_told_with_what_was_tried(methods):
     assert methods.chosen([result()], {}) == "-"
     assert methods.chosen([result()], {"recipe.lr": [0.1, 0.4]}) == "lr 0.4 of 0.1, 0.4"
+    assert methods.chosen([result(init="zero")], {"method.init": ["zero", None]}) == "init zero of zero, None"
     both = methods.chosen([result(share=0.5)], {"recipe.lr": [0.4], "method.share": [0.5, 1.0]})
     assert both == "lr 0.4 of 0.4; share 0.5 of 0.5, 1"
 

@@ -244,6 +244,13 @@ def test_layers_have_masks_of_their_own_and_eval_repeats_the_score(tmp_path, mon
     assert importances(tmp_path / "plain") == rows, "nothing pruned, and each layer's own importance"
 
 
+def test_masks_per_layer_of_one_prompted_layer_go_through_the_chain(tmp_path):
+    last = go(tmp_path, "split=final", "method.depth=1", "method.mask_per_layer=true", "method.prune_segments=[50]")
+    assert [(result.status, result.tuned["depth"]) for _, result in links(tmp_path, "tune")] == [("finished", 1)] * 2
+    ((folder, _),) = links(tmp_path, "final")
+    assert evaluate(folder) == last.score
+
+
 def test_a_switch_that_is_none_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(UserError, match=r"^method\.prune=no is of the wrong kind: give true or false$"):
         go(tmp_path, "split=final", "method.prune=no")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -38,6 +39,15 @@ def test_the_head_may_start_at_zero():
     assert classifier(images()).abs().max() == 0
     with pytest.raises(UserError, match="unknown head_init 'zero': did you mean zeros"):
         Classifier(backbone, build_method("linear", backbone), 3, head_init="zero")
+
+
+@pytest.mark.parametrize("count", [-1, 0, 2.5, 2.0, True, "3", None])
+def test_a_number_of_classes_is_a_whole_number_of_1_or_more(count):
+    backbone = ViT(tiny_model())
+    message = f"^num_classes={count} is no number of classes: give a whole number of 1 or more$"
+    with pytest.raises(UserError, match=message):
+        Classifier(backbone, build_method("linear", backbone), count)
+    assert Classifier(backbone, build_method("linear", backbone), np.int64(1))(images()).shape == (2, 1)
 
 
 BACKBONE = sum(p.numel() for p in tiny_model().parameters())

@@ -1,5 +1,6 @@
 """Command lines: what they compose into, and the one sentence for one that is wrong."""
 
+import shutil
 import sys
 
 import pytest
@@ -107,6 +108,17 @@ def test_an_option_of_another_method_is_a_wrong_word(capsys, monkeypatch):
 def test_what_has_no_default_is_asked_for(capsys, monkeypatch, script, key):
     others = [f"{other}=x" for other in ("images", "state") if script == "predict" and other != key]
     assert said(capsys, monkeypatch, script, *others) == f"error: {key} has no default: give {key}=...\n"
+
+
+@pytest.mark.parametrize("script", ["predict", "report"])
+def test_a_machine_s_file_that_chooses_a_group_is_one_sentence(tmp_path, capsys, monkeypatch, script):
+    shutil.copytree(compose.CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(compose, "CONFIGS", tmp_path / "configs")
+    file = tmp_path / "configs" / "local" / "default.yaml"
+    file.write_text("# @package _global_\ndefaults: [override /trainer: gpu]\n")
+    sentence = said(capsys, monkeypatch, script, "device=cpu")
+    assert sentence.startswith("error: the files in configs cannot be composed: In 'local/default': Could not override")
+    assert sentence.endswith("; configs/local/default.yaml may give values, but choose no groups\n")
 
 
 @pytest.mark.parametrize(

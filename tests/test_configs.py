@@ -119,7 +119,7 @@ def test_published_lengths_and_settings_are_in_the_recipes():
 
 DEBUG = {  # epochs, batches of an epoch, test images
     "fdr": (1, 1, 64),
-    "limit": (3, 1, 64),
+    "limit": (3, 2, 128),
     "overfit": (20, 3, 797),
     "profiler": (1, 16, 797),
 }
@@ -137,13 +137,14 @@ def test_debug_modes_run_in_a_folder_of_their_own(tmp_path, mode, monkeypatch):
 
     monkeypatch.setattr(TuningModule, "training_step", note)
     given = [a for a in tiny(tmp_path, "callbacks=none") if not a.startswith(("recipe.", "paths."))]
-    with composed("train", *given, f"debug={mode}", f"paths.root_dir={tmp_path}") as cfg:
+    with composed("train", *given, f"debug={mode}", f"paths.root_dir={tmp_path}", "tags=[mine]") as cfg:
         (job,) = compose.jobs(cfg)
     assert job.paths.log_dir == f"{tmp_path}/logs/debug"
     assert job.rerun
     one = run.prepare(job)
     result = run.run_job(one)
     assert result.status == "finished"
+    assert result.tags == ("mine", "debug")
     assert result.metrics["test/count"] == tested
     assert [epoch for epoch, _ in seen] == [epoch for epoch in range(epochs) for _ in range(batches)]
     if mode == "profiler":

@@ -92,6 +92,10 @@ def test_validation_images_count_in_every_epoch_and_frozen_parts_once(tmp_path, 
     table, _ = lines(capsys.readouterr().out)
     # 3 epochs of 13 batches; 800 + 200 images once, and these 200 three times: 39 + 20 + 0.6
     assert table["digits", "linear"] == ["-", "0", "1, 0 done", "39", "60 s"]
+    tune(tmp_path, "methods=[linear]", "seeds=[1,2]", "recipe.grid={recipe.lr:[0.1,0.2]}")
+    table, _ = lines(capsys.readouterr().out)
+    # two points; two runs of 3 epochs of 16 batches, and 797 test images; 2,000 images once over all of these runs
+    assert table["digits", "linear"][-1] == dryrun.in_time(2 * 39.6 + 2 * (48 + 797 * 5) + 2000 * 0.02)
 
 
 def test_finished_and_diverged_runs_are_done_and_rerun_does_them_again(tmp_path, measured, capsys):

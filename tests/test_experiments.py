@@ -185,7 +185,16 @@ def test_grids_of_other_backbones_and_of_the_recipe():
     assert grid_of("vtab/dtd", "grid=paper_convnet", "method=full")["recipe.lr"] == [0.05, 0.025, 0.005, 0.0025]
     assert grid_of("vtab/dtd", "grid=paper_mae", "method=linear")["recipe.lr"] == [*RATES, 0.05, 0.025, 0.005, 0.0025]
     assert grid_of("vtab/dtd") == {"recipe.lr": [0.25, 1, 5, 25]}
-    assert grid_of("vtab/dtd", "grid=paper", "++recipe.grid={recipe.lr:[9.0]}") == {"recipe.lr": [9]}
+
+
+def test_a_grid_of_ones_own_stands_beside_that_of_the_task_and_in_place_of_the_same_keys():
+    own = "++recipe.grid={method.dropout:[0.0,0.1]}"
+    assert grid_of("vtab/cifar", own) == {"recipe.lr": [0.25, 1, 5, 25], "method.dropout": [0, 0.1]}
+    papers = grid_of("vtab/cifar", "grid=paper")
+    assert grid_of("vtab/cifar", own, "grid=paper") == papers | {"method.dropout": [0, 0.1]}
+    assert grid_of("vtab/dtd", "grid=paper", "++recipe.grid={recipe.lr:[9.0]}")["recipe.lr"] == [9]
+    assert grid_of("demo/digits", own, "grid=paper") == {"method.dropout": [0, 0.1]}
+    assert grid_of("vtab/cifar", "recipe.grid=null") is None
 
 
 def test_what_the_user_gives_or_an_experiment_leaves_out_is_not_tried():

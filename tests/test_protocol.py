@@ -90,7 +90,10 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
         (("methods=[linear]", "+method.depth=1"), r"unknown option of method linear 'depth'"),
         (("methods=[vpt_dep]",), "unknown method 'vpt_dep': did you mean vpt_deep"),
         (("methods=[null]",), "unknown method 'None'"),
-        (("rerun=true",), r"^rerun=true would run the whole grid anew at each call: give another paths\.log_dir"),
+        (
+            ("rerun=true",),
+            r"^rerun=true, which debug=\.\.\. sets too, would run the whole grid anew at each call: give another",
+        ),
         (("hydra.mode=MULTIRUN",), r"^src/tune\.py is one command with one table: give methods=\[\.\.\.\], tasks="),
         (("++recipe.grid={recipe.lr:[]}",), r"recipe\.grid\.recipe\.lr=\[\] is no choice"),
         (("++recipe.grid={recipe.lrr:[1]}",), r"unknown key of recipe\.grid 'recipe\.lrr': did you mean recipe\.lr"),

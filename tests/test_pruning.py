@@ -149,6 +149,22 @@ def test_masks_go_through_the_options_of_the_method(layers):
     assert everything.segments.all()
 
 
+@pytest.mark.parametrize("point", [Point(2, 4), Point(3, 8)])
+def test_masks_per_layer_of_one_prompted_layer_go_through_the_options_too(tmp_path, point):
+    options = {"depth": 1, "mask_per_layer": True}
+    start = classifier(**options)
+    found = pruning.importance(start.double(), [(images(7).double(), LABELS)])
+    masks, name = pruning.prune(found, point), stored(start.float(), tmp_path)
+    again = classifier(seed=8, initial=name, **options, **masks.options())
+    pruning.rewind(again, tmp_path)
+    kept = start.method.prompts[0].unflatten(-1, (8, 4))[masks.segments[0]].flatten()
+    assert torch.equal(again.method.prompts, kept[None])
+    assert again.method.segment_mask.shape == (3, 8)
+    once_more = classifier(seed=9, **options, **masks.options())
+    once_more.load_tuned_state(again.tuned_state())
+    assert torch.equal(once_more.eval()(images()), again.eval()(images()))
+
+
 def test_importance_goes_through_json_without_loss():
     found = random_importance(2)
     again = Importance.of(found.lists())

@@ -123,6 +123,8 @@ SAME = [
     ("compile=true",),
     ("recipe.grid={recipe.lr:[1]}",),
     ("paths.data_dir=/somewhere/else",),
+    ("callbacks=none",),
+    ("method.dropout=0", "data.fraction=1", "precision=32"),
 ]
 OTHER = [
     ("data=demo/digits_crowded",),
@@ -139,12 +141,28 @@ OTHER = [
     ("backbone.exact=false",),
     ("+trainer.limit_train_batches=0.5",),
     ("+trainer.gradient_clip_val=1.0",),
+    ("+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss, patience: 1}",),
+    ("+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss, patience: 2}",),
 ]
 
 
 @pytest.mark.parametrize("options", SAME, ids=" ".join)
 def test_what_leaves_the_numbers_alone_leaves_the_folder_alone(logs, whole, options):
     assert tiny_run(logs, *options).folder == whole()[0].folder
+
+
+def test_a_whole_number_is_the_rate_that_it_means(logs):
+    words = ("recipe.lr={}", "recipe.head_lr={}", "recipe.weight_decay={}", "recipe.momentum={}", "method.dropout={}")
+    names = [tiny_run(logs, *(word.format(value) for word in words)).folder.name for value in ("0", "0.0")]
+    assert names[0] == names[1]
+
+
+def test_a_run_that_scored_nothing_is_no_result(tmp_path):
+    for split in ("tune", "final"):
+        one = tiny_run(tmp_path, f"split={split}", "+trainer.limit_val_batches=0", "+trainer.limit_test_batches=0")
+        with pytest.raises(UserError, match=r"^nothing was scored: take trainer\.limit_val_batches and"):
+            run.run_job(one)
+        assert not (one.folder / "result.json").exists()
 
 
 def test_another_results_folder_has_the_same_hash(tmp_path, whole):

@@ -240,6 +240,10 @@ def test_a_newer_schema_is_refused(file, monkeypatch):
             r"not on other \(weights ffffffffffff\): load that backbone",
         ),
         (
+            {"backbone": BACKBONE | {"name": "vit_base_patch16_clip_224.openai"}},  # of a file that two load
+            "was tuned on architecture vit_base_patch16_224, not on vit_base_patch16_clip_224: load that backbone",
+        ),
+        (
             {"backbone": BACKBONE | {"global_pool": "avg"}},
             r"was tuned with backbone\.global_pool=None, not avg: set it",
         ),
@@ -261,7 +265,7 @@ def test_a_state_for_something_else_is_refused(expected, message):
 
 
 def test_a_state_for_the_same_is_taken():
-    elsewhere = BACKBONE | {"name": "an alias", "exact": False}  # the same weights, the same features
+    elsewhere = BACKBONE | {"name": "vit_base_patch16_224", "exact": False}  # the same weights, the same features
     check_fits(tuned(), Path("a"), backbone=elsewhere, method=dict(METHOD), class_names=["cat", "dog"])
     check_fits(tuned(), Path("a"))
 

@@ -9,7 +9,10 @@ from visprompt.backbones import BackboneSpec, build_backbone
 from visprompt.backbones.families import family
 from visprompt.backbones.family import Family
 from visprompt.classifier import Classifier
+from visprompt.errors import UserError
 from visprompt.methods import build_method
+from visprompt.methods.base import Wrapped
+from visprompt.methods.locations import MoreChannels
 
 
 def build(
@@ -19,7 +22,8 @@ def build(
 
     Args:
         backbone: A timm model, or the name of one (with its pre-trained weights) or of the embedded demo backbone. A
-            model is copied, since methods wrap and freeze its layers: it may be given again.
+            model is copied, since methods wrap and freeze its layers: it may be given again, but not that of a
+            classifier whose method wrapped some.
         method: A name of `visprompt.methods.METHODS`.
         num_classes: Width of the head (C).
         head_init: "vpt", the released VPT code's, or "zeros".
@@ -32,12 +36,23 @@ def build(
         `classifier.backbone.mean` and `.std`.
 
     Raises:
-        UserError: A name or option is unknown, or method and backbone do not fit.
+        UserError: A name or option is unknown, method and backbone do not fit, or another method lives in the model.
     """
     if isinstance(backbone, str):
         module: Family = build_backbone(BackboneSpec(name=backbone)).module
     else:
-        model = copy.deepcopy(backbone)
+        _check_plain(backbone)
+        model = copy.deepcopy(backbone).eval()  # before it is looked at: in training some blocks are not driven exactly
         module = model if isinstance(model, Family) else family(model)
     module.eval()
     return Classifier(module, build_method(method, module, **options), num_classes, head_init)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Refuses a model with a layer of an earlier method, whose values no state of the new one would hold."""
+    for name, module in model.named_modules():
+        if isinstance(module, Wrapped | MoreChannels):
+            raise UserError(
+                f"another method still lives in this model, in {name}: build from a fresh model, or from what merge() "
+                "returns"
+            )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import cast
 
 import torch
@@ -47,10 +48,16 @@ class Classifier(nn.Module):
         method: What is tuned.
         num_classes: Width of the head (C).
         head_init: "vpt", the released VPT code's, or "zeros".
+
+    Raises:
+        UserError: The number of classes is none, there is no such initialisation, or the method does not fit.
     """
 
     def __init__(self, backbone: nn.Module, method: Method, num_classes: int, head_init: str = "vpt") -> None:
         super().__init__()
+        whole = isinstance(cast(object, num_classes), Integral) and not isinstance(num_classes, bool)
+        if not whole or num_classes < 1:
+            raise UserError(f"num_classes={num_classes} is no number of classes: give a whole number of 1 or more")
         self._backbone_size = sum(p.numel() for p in backbone.parameters())  # before a method puts its own into it
         method.attach(cast(Geometry, backbone))
         self.num_classes = num_classes

@@ -145,7 +145,11 @@ def _choices(arguments: Sequence[str]) -> list[str]:
 
 def _unknown_key(config_name: str, arguments: Sequence[str], error: Exception) -> UserError:
     groups = _choices(arguments)
-    own = [str(group) for group in compose(config_name, return_hydra_config=True).hydra.runtime.choices]
+    try:
+        own = [str(group) for group in compose(config_name, return_hydra_config=True).hydra.runtime.choices]
+    except HydraException as bare:  # without any argument
+        hint = "configs/local/default.yaml may give values, but choose no groups"
+        return UserError(f"the files in configs cannot be composed: {_in_one_line(bare)}; {hint}")
     for argument in groups:
         group = argument.lstrip("+~").partition("=")[0].partition("@")[0]
         if group not in own:  # a group of another entry point
@@ -278,10 +282,12 @@ def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
         cfg = compose(config_name, list(overrides), return_hydra_config=True)
     except HydraException as error:
         raise UserError(f"not every job can be composed ({' '.join(overrides)}): {_in_one_line(error)}") from error
-    choice = cfg.hydra.runtime.choices.data
+    choices = cfg.hydra.runtime.choices
     with open_dict(cfg):
         del cfg.hydra
-    cfg.task = choice.rpartition("/")[2]
+    cfg.task = choices.data.rpartition("/")[2]
+    if choices.get("debug"):
+        cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
     _check_values(cfg)
     OmegaConf.resolve(cfg)
     _settle_grid(cfg, {_key(override) for override in overrides})
@@ -291,18 +297,20 @@ def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def _settle_grid(cfg: DictConfig, said: Set[str]) -> None:
-    """Gives a job its grid, in which nothing is tried of what the command line gives, or of prompts that are off.
+    """Gives a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
 
-    Such a key keeps its own value, as the only one of the grid.
+    Nothing is tried of what the command line gives, or of prompts that are off: such a key keeps its own value alone.
     """
-    users = any(key.startswith("recipe.grid") for key in said)  # the user's own grid stands
-    found = cfg.recipe.grid if users else next((row.grid for row in _rows(cfg) if "grid" in row), cfg.recipe.grid)
-    if not OmegaConf.is_dict(found):
-        cfg.recipe.grid = found
+    own = OmegaConf.create() if cfg.recipe.grid is None and "recipe.grid" not in said else cfg.recipe.grid
+    if not OmegaConf.is_dict(own):  # the user's null is no grid; the protocol refuses anything else
         return
-    off = {key for key in found if not users and key.startswith("method.num_") and OmegaConf.select(cfg, key) == 0}
-    kept = {key: [OmegaConf.select(cfg, key)] for key in found if key in said | off}
-    cfg.recipe.grid = dict(found) | kept
+    rows: Any = next((row.grid for row in _rows(cfg) if "grid" in row), {})
+    if not OmegaConf.is_dict(rows):  # a sentence that says why there is none
+        cfg.recipe.grid = own or rows
+        return
+    off = {key for key in rows if key.startswith("method.num_") and OmegaConf.select(cfg, key) == 0} - set(own)
+    found = {**rows, **own}
+    cfg.recipe.grid = found | {key: [OmegaConf.select(cfg, key)] for key in found if key in said | off}
 
 
 def plans(cfg: DictConfig) -> "list[Plan]":

@@ -17,7 +17,7 @@ _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "safetensors", "vispr
 
 def reset_peak_memory(device: torch.device) -> None:
     """Starts the measurement of the peak memory of a run on a device."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_initialized():  # else there is nothing to reset, and the call would fail
         torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark to the present size

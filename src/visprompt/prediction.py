@@ -16,6 +16,7 @@ from visprompt.data.folder import BadImage
 from visprompt.data.pixels import to_input
 from visprompt.errors import UserError
 from visprompt.methods import build_method
+from visprompt.methods.sidetune import RANDOM
 from visprompt.state import TunedState, check_fits, load_state, write_atomically
 
 console = Console()
@@ -37,6 +38,8 @@ def restore(state: TunedState, path: Path, backbone: Backbone) -> Classifier:
     """
     check_fits(state, path, backbone=backbone.record())
     options = dict(state.method)
+    if "weights" in options:  # the hash of a file that a side network started from: the state brings the values
+        options["weights"] = RANDOM
     method = build_method(options.pop("name"), backbone.module, **options)
     classifier = Classifier(backbone.module, method, len(state.class_names))
     classifier.load_tuned_state(state.tensors)

@@ -46,7 +46,10 @@ def tune(cfg: DictConfig) -> float:
             "src/train.py -m split=tune can make the points of its grid beforehand"
         )
     if cfg.rerun:
-        raise UserError("rerun=true would run the whole grid anew at each call: give another paths.log_dir=... instead")
+        raise UserError(
+            "rerun=true, which debug=... sets too, would run the whole grid anew at each call: give another "
+            "paths.log_dir=... instead, and debug src/train.py"
+        )
     if under_agent():
         raise UserError(
             "src/tune.py tries a grid and chooses from it, and so does a W&B sweep: "

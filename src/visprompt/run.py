@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as L
 import torch
@@ -25,9 +25,10 @@ from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, unknown
 from visprompt.lit.checkpoint import ResumeCheckpoint
+from visprompt.lit.frozen import release_pixels
 from visprompt.lit.module import Diverged, TuningModule
 from visprompt.lit.trainer import build, build_loggers, build_trainer, close
-from visprompt.methods import Method, build_method
+from visprompt.methods import Method, build_method, option_kinds
 from visprompt.optim import Recipe
 from visprompt.results import Result, read_result, write_result
 from visprompt.state import TunedState, save_state, write_atomically
@@ -39,6 +40,7 @@ _NEUTRAL_TRAINER = {
     *("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "deterministic", "benchmark"),
     *("enable_progress_bar", "profiler", "inference_mode"),
 }
+_PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,28 @@ def prepare(cfg: DictConfig) -> Run:
         "recipe": asdict(recipe),
         "split": cfg.split,
         "seed": cfg.seed,
-        "precision": str(cfg.precision),
-        "trainer": {str(k): v for k, v in cfg.trainer.items() if k not in _NEUTRAL_TRAINER},
+        "precision": _PRECISIONS.get(str(cfg.precision), str(cfg.precision)),
+        "trainer": _trainer_record(cfg),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()[:12]
     folder = Path(cfg.paths.log_dir) / datamodule.task / cfg.method.name / digest
     return Run(cfg, datamodule, backbone, identity, folder)
 
 
+def _trainer_record(cfg: DictConfig) -> dict[str, Any]:
+    """What of the trainer may change the numbers: its settings but for neutral ones, and callbacks of the user's."""
+    settings: Any = OmegaConf.to_container(cfg.trainer)
+    callbacks: Any = OmegaConf.to_container(cfg.callbacks or OmegaConf.create())
+    own = {name: callback for name, callback in callbacks.items() if name != "progress_bar" and callback is not None}
+    return {k: v for k, v in settings.items() if k not in _NEUTRAL_TRAINER} | ({"callbacks": own} if own else {})
+
+
 def _method_record(method: DictConfig) -> dict[str, Any]:
-    """A method's name and options; in place of a file of weights its content's hash stands."""
+    """A method's name and options, a number where one is meant; its content's hash in place of a file of weights."""
     options: dict[str, Any] = OmegaConf.to_container(method)  # type: ignore[assignment]  # a mapping of words
+    for option, kind in option_kinds(method.name).items():
+        if type(options.get(option)) is int and float in (get_args(kind) or (kind,)) and int not in get_args(kind):
+            options[option] = float(options[option])
     if (file := options.get("weights")) and Path(file).expanduser().is_file():
         options["weights"] = f"sha256:{hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}"
     return options
@@ -111,7 +124,11 @@ def make_recipe(cfg: DictConfig) -> Recipe:
     names = {f.name for f in fields(Recipe)}
     for key in set(map(str, cfg.recipe)) - names - {"grid", "rows"}:
         raise unknown("key of recipe", key, names)
-    return Recipe(**{name: cfg.recipe[name] for name in names})
+    values = {name: cfg.recipe[name] for name in names}
+    for name in ("lr", "head_lr", "weight_decay", "momentum"):
+        if type(values[name]) is int:
+            values[name] = float(values[name])  # 1 and 1.0 are one run
+    return Recipe(**values)
 
 
 @lru_cache(maxsize=1)
@@ -209,9 +226,10 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     """Trains and scores a run on all ranks; rank 0 leaves the folder finished."""
     started = time.monotonic()
     device = trainer.strategy.root_device
-    measure.reset_peak_memory(device)
     cfg, datamodule = run.cfg, run.datamodule
     classifier = build_classifier(cfg, run.backbone, datamodule.num_classes)
+    release_pixels(None if classifier.has_frozen_part else datamodule.images_key)  # they were earlier runs'
+    measure.reset_peak_memory(device)
     pruning.rewind(classifier, run.folder.parent)  # where the method names stored initial values
     module = TuningModule(classifier, make_recipe(cfg), cfg.seed, leaks=cfg.diagnostics.best_on_test)
     if cfg.compile:
@@ -224,6 +242,8 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     status = "failed"
     try:
         diverged = _fit_and_score(trainer, module, datamodule, resume)
+        if diverged is None and module.scored_step != trainer.global_step:
+            raise UserError("nothing was scored: take trainer.limit_val_batches and trainer.limit_test_batches off 0")
         metrics = _last_row(resume) | module.scores
         if diverged is None and not all(map(math.isfinite, (module.scored_loss, *metrics.values()))):
             diverged = trainer.global_step  # the last step spoilt what the parameters make, if not themselves
@@ -241,7 +261,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             machine=_machine(trainer),
             versions=measure.versions() | {"git_commit": measure.git_commit()},
             diverged_step=diverged,
-            trainer=json.loads(json.dumps(run.identity["trainer"], default=OmegaConf.to_container)),
+            trainer=run.identity["trainer"],
             tags=tuple(cfg.tags),
         )
         if trainer.is_global_zero:

@@ -177,7 +177,11 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
                 f"not on {value['name']} (weights {value['sha256'][:12]}): load that backbone, "
                 "with weights=FILE where it came from a file"
             )
-        for option in _SHAPING if key == "backbone" else ():  # the same weights make other features
+        if key == "backbone":  # the same weights make other features in another architecture, or built otherwise
+            architecture, other = (one["name"].partition(".")[0] for one in (stored, value))
+            if architecture != other:
+                raise UserError(f"{path} was tuned on architecture {architecture}, not on {other}: load that backbone")
+        for option in _SHAPING if key == "backbone" else ():
             if stored.get(option) != value.get(option):
                 raise UserError(
                     f"{path} was tuned with backbone.{option}={stored.get(option)}, not {value.get(option)}: set it so"

@@ -120,6 +120,12 @@ def test_a_convolutional_network_takes_any_size_and_says_it():
     assert model.state_dict().keys() == own.state_dict().keys()
 
 
+def test_dropout_in_attentions_keeps_no_method_out():
+    plain, dropping = (build(pretrained=False, kwargs=SIZE | extra) for extra in ({}, {"attn_drop_rate": 0.1}))
+    assert dropping.module.sites == plain.module.sites >= {"modules", "keys_values", "branches"}
+    assert not any(module.training for module in dropping.module.modules())
+
+
 def test_channel_means_can_be_those_of_other_weights():
     overlay = {"pretrained_cfg_overlay": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
     backbone = build(pretrained=False, kwargs=SIZE | overlay)

@@ -367,6 +367,7 @@ class Resized(ResNet):
         (lambda: built("pad", pool="cls"), "method.pool=cls reads tokens, and this backbone has none: give method"),
         (lambda: built("pad", dropout=0.1), "method.dropout=0.1 is for prompts that are vectors, and those of"),
         (lambda: built("pad", depth=2), "method.location=pad enters before the first block alone: give method.depth=1"),
+        (lambda: built("linear")(torch.zeros(1, 1, 64, 64)), r"images are \[B, 3, height, width\], and these have the"),
         (lambda: built("pad")(images(1, 32)), "this method needs images of the backbone's own size 64 x 64 and got 32"),
         (lambda: built("partial").frozen(torch.zeros(1, 3, 64, 96)), "square images alone, and these are 64 x 96"),
         (lambda: built("partial").frozen(torch.zeros(1, 3, 32, 128)), "square images alone, and these are 32 x 128"),

@@ -192,6 +192,14 @@ def test_full_tuning_gives_timms_own_features_and_gradients_in_training(name, op
     assert worst_error(results[1], results[2]) < FLOAT32
 
 
+def test_images_that_it_does_not_take_are_refused():
+    classifier = classifier_on(tiny_eva("eva02_tiny_patch14_224"), "linear")
+    with pytest.raises(UserError, match="this backbone takes images of its own size 32 x 32 and got 64 x 64: resize"):
+        classifier(images(size=64))
+    with pytest.raises(UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(1, 1, 32, 32"):
+        classifier(torch.zeros(1, 1, 32, 32))
+
+
 # The battery: members in which methods meet another projection, norm, MLP or attention.
 BATTERY = {
     "vit_base_patch16_dinov3": {"cvpt"},

@@ -233,6 +233,11 @@ def test_what_is_left_of_a_side_is_dropped():
     assert torch.equal(classifier.features(x), classifier.features(x[..., :32, :32]))
 
 
+def test_images_of_other_channels_are_refused():
+    with pytest.raises(UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(2, 1, 32, 32"):
+        classifier_on(tiny_swin(), "linear")(torch.zeros(2, 1, 32, 32))
+
+
 @pytest.mark.parametrize("shape", [(16, 64), (32, 36)])
 def test_images_whose_tokens_do_not_tell_their_map_are_refused(shape):
     message = rf"images of {shape[0] // 4} x {shape[1] // 4} patches do not fit, this backbone takes 8 x 8 or another"

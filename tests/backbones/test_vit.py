@@ -130,6 +130,25 @@ def test_a_dynamic_model_takes_images_of_another_size(size, prefix):
     assert worst_error(measured(deep, deep(x)), measured(deep, naive_logits(deep, x))) < FLOAT32
 
 
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        ({}, (64, 64), "this backbone takes images of its own size 32 x 32 and got 64 x 64: resize them, or set back"),
+        ({"img_size": (32, 48)}, (48, 32), "its own size 32 x 48 and got 48 x 32: resize them, or set backbone.image"),
+        (
+            {"dynamic_img_size": True},
+            (32, 36),
+            "images of 32 x 36 do not fit, their sides are no multiples of the patch size 8: crop or resize them",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["linear", "vpt_deep"])
+def test_images_of_a_size_that_it_does_not_take_are_refused(method, model, shape, message):
+    classifier = tiny_classifier(method, model=tiny_model(**model))
+    with pytest.raises(UserError, match=message):
+        classifier(torch.zeros(1, 3, *shape))
+
+
 @pytest.mark.parametrize("patch_drop_rate", [0.0, 0.5])
 @pytest.mark.parametrize("options", [{}, {"drop_path": 0.5}], ids=["default", "half the branches"])
 def test_full_tuning_gives_timms_own_features_and_gradients_in_training(options, patch_drop_rate):

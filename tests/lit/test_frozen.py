@@ -107,15 +107,21 @@ def test_pixels_that_lie_on_a_device_change_nothing(tmp_path, monkeypatch):
     assert sets[0].images is sets[2].images, "from run to run"
     assert {one.tuned["sha256"] for one in there} == {plain.tuned["sha256"]}
     assert there[0].metrics == plain.metrics
+    run.run_job(tiny_run(tmp_path / "there", "method=linear", *given[1:4]))
+    assert not frozen._pixels, "a run that reads none of them holds none"
 
 
 def test_pixels_without_room_on_the_device_stay_where_they_are(monkeypatch):
     dataset = ArrayDataset(np.arange(24, dtype=np.uint8).reshape(4, 3, 1, 2), np.array([0, 1, 1, 0]), list("abcd"))
     cpu = torch.device("cpu")
     monkeypatch.setattr(frozen, "_free_on", lambda device: 95)
-    assert frozen.on_device(dataset, cpu, 1) is dataset
+    assert frozen.on_device(dataset, cpu, ("a task", 1)) is dataset
     monkeypatch.setattr(frozen, "_free_on", lambda device: 96)
-    there = frozen.on_device(dataset, cpu, 1)
+    there = frozen.on_device(dataset, cpu, ("a task", 1))
+    frozen.release_pixels("a task")
+    assert frozen.on_device(dataset, cpu, ("a task", 1)).images is there.images
+    frozen.release_pixels("another")
+    assert frozen.on_device(dataset, cpu, ("a task", 1)).images is not there.images
     tickets = [Ticket(2, None, 0.5), Ticket(0, None, 1.0)]
     batch, own = there.__getitems__(tickets), dataset.__getitems__(tickets)
     assert all(torch.equal(a, b) for a, b in zip(batch, own, strict=True))

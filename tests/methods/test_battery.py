@@ -21,6 +21,7 @@ from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods import METHODS, build_method
+from visprompt.methods.base import Wrapped
 from visprompt.state import TunedState, load_state, save_state
 
 BACKBONES = {
@@ -234,6 +235,39 @@ def test_a_model_may_be_given_again(name):
 
 
 @every_method
+@pytest.mark.parametrize("part", ["backbone", "backbone.model"])
+def test_a_model_in_which_a_method_lives_is_refused_until_it_is_merged(name, part):
+    """Else the next method would be tuned on top of what neither its state nor its names tell of."""
+    first = visprompt.build(tiny_model(), name, 5)
+    model = first.get_submodule(part)
+    if not any(isinstance(module, Wrapped) for module in model.modules()):
+        assert visprompt.build(model, "vpt_deep", 3)(images()).shape == (2, 3)
+        return
+    message = r"^another method still lives in this model, in \S+: build from a fresh model, or from what merge"
+    with pytest.raises(UserError, match=message):
+        visprompt.build(model, "vpt_deep", 3)
+    if first.method.can_merge:
+        assert visprompt.build(first.merge(), "vpt_deep", 3)(images()).shape == (2, 3)
+
+
+def test_a_model_that_sees_further_channels_is_refused():
+    first = visprompt.build(tiny_model(), "vpt_shallow", 5, location="concat_channel")
+    with pytest.raises(UserError, match=r"still lives in this model, in patch_embed\.proj: build from a fresh model"):
+        visprompt.build(first.backbone.model, "linear", 3)
+
+
+@every_method
+def test_dropout_in_attentions_keeps_no_method_out(name):
+    """timm's models come in training mode; a frozen backbone is never in it."""
+    model = tiny_model(attn_drop_rate=0.1).train()
+    classifier = visprompt.build(model, name, 5)
+    assert model.training
+    assert classifier.backbone.sites == ViT(tiny_model()).sites
+    assert classifier.backbone.carried_blocks() == ([0, 1, 2, 3] if classifier.method.trains_backbone else [])
+    assert torch.isfinite(classifier(images())).all()
+
+
+@every_method
 def test_a_backbone_in_16_bits_takes_a_method_in_32(name):
     classifier = visprompt.build(tiny_model().bfloat16(), name, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -241,7 +275,11 @@ def test_a_backbone_in_16_bits_takes_a_method_in_32(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("vpt_deep", (3, 32, 32)), ("vpt_deep", (3, 32)), ("linear", (3, 17, 32)), ("partial", (3, 32))]
+    ("name", "shape"),
+    [
+        *(("vpt_deep", (3, 32, 32)), ("vpt_deep", (3, 32)), ("linear", (3, 17, 32)), ("partial", (3, 32))),
+        *(("linear", (3, 1, 32, 32)), ("sidetune", (3, 4, 32, 32))),
+    ],
 )
 def test_what_is_no_batch_of_images_is_refused(name, shape):
     with pytest.raises(UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(3, "):

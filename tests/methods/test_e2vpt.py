@@ -110,12 +110,30 @@ def test_it_equals_the_equations(options, exact):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{}, {"depth": 2}, {"share_kv": False, "kv_blocks": [1, 3]}, {"pool": "image_prompt"}, {"pool": "image"}],
+)
+@pytest.mark.parametrize("model", [{}, {"global_pool": "avg"}])
+def test_carrying_the_tokens_gives_the_same_logits_and_computes_their_outputs_in_every_block(model, options):
+    exact, carried = (e2vpt(exact=way, model=tiny_model(**model), **options) for way in (True, False))
+    own, x = [[p for _, p in one.tuned_parameters()] for one in (exact, carried)], images(3)
+    close(measured(exact, exact(x), own[0]), measured(carried, carried(x), own[1]))
+    lengths = []
+    for block in carried.backbone.model.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    carried(x)
+    assert lengths == [NUM_IMAGE + (3 if i < options.get("depth", 4) else 0) for i in range(4)]
+    assert carried.backbone.carried_blocks() == [0, 1, 2, 3]
+    assert carried.summary().macs > exact.summary().macs
+
+
+@pytest.mark.parametrize(
     "masks", [SHARED, PER_LAYER, {"token_mask": [0, 1, 0]}, {"segment_mask": SHARED["segment_mask"]}]
 )
 @pytest.mark.parametrize("depth", [None, 1])
 def test_pruned_equals_unpruned_with_tokens_left_out_and_segments_zeroed(masks, depth):
-    if depth and masks is PER_LAYER:
-        masks = {k: v if k == "mask_per_layer" else v[:1] for k, v in masks.items()}
+    if depth and masks is PER_LAYER:  # one layer's masks are those of all
+        masks = {k: v if k == "mask_per_layer" else v[0] for k, v in masks.items()}
     options = {"depth": depth, "carry_over": depth == 1}
     whole, pruned = e2vpt(**options), e2vpt(**options, **masks)
     method, full = pruned.method, whole.method.prompts
@@ -263,6 +281,7 @@ def test_dropout_is_drawn_for_every_image_over_what_is_left():
         ),
         ({"kv_blocks": [1, 1]}, r"method.kv_blocks=\[1, 1\] does not fit"),
         ({"kv_blocks": []}, r"method.kv_blocks=\[\] does not fit"),
+        ({"kv_blocks": "nonsense", "num_kv_tokens": 0}, "unknown method.kv_blocks 'nonsense': choose one of all, ev"),
         ({"num_segments": 0}, "method.num_segments=0 is too small: give at least 1"),
         ({"num_segments": 5, "prune": True}, "method.num_segments=5 does not divide the backbone's width 32"),
         ({"num_tokens": 0, "prune": True}, "method.num_tokens=0 leaves nothing to prune"),

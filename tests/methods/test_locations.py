@@ -212,6 +212,11 @@ PAIRS = [
         r"not take: set \+backbone.kwargs.dynamic_img_size=true, or give method.pad_resize=true",
     ),
     ({"location": "add", "init": "cls"}, "method.init=cls gives tokens, and method.location=add takes none of them"),
+    (
+        {"location": "add", "depth": 2, "carry_over": True},
+        "method.carry_over=true says nothing here, since method.location=add has no prompt outputs: give method.carry",
+    ),
+    ({"location": "add_one", "carry_over": True}, "since method.location=add_one has no prompt outputs: give method"),
     ({"location": "add", "pool": "prompt"}, "method.pool=prompt reads prompts behind the last block, where there are"),
 ]
 

@@ -8,15 +8,19 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+import visprompt
 from cli import frozen, tiny_run
-from tiny import NUM_CLASSES, images, measured, tiny_model, worst_error
+from tiny import NUM_CLASSES, SIZE, images, measured, tiny_model, worst_error
 from visprompt import run
+from visprompt.backbones import BackboneSpec, build_backbone
 from visprompt.backbones.family import Family
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.lit import module
 from visprompt.methods.sidetune import SideTune, alexnet_features
+from visprompt.prediction import restore
+from visprompt.state import TunedState
 
 CONVOLUTIONS = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
 SHAPES = {f"side.{i}.weight": (out, into, k, k) for i, (out, into, k) in CONVOLUTIONS.items()}
@@ -165,6 +169,26 @@ def test_a_missing_file_is_named(tmp_path):
     message = r"there is no file of AlexNet weights at .*none\.pth: correct method\.weights=\.\.\., or give random"
     with pytest.raises(UserError, match=message):
         SideTune(ViT(tiny_model()), weights=str(tmp_path / "none.pth"))
+
+
+def test_the_record_of_a_file_is_none_to_draw_values_from():
+    message = r"^there is no file of AlexNet weights at sha256:0{64}: correct method\.weights=\.\.\., or give random$"
+    with pytest.raises(UserError, match=message):
+        visprompt.build(tiny_model(), "sidetune", 5, weights=f"sha256:{'0' * 64}")
+
+
+def test_a_state_whose_file_is_gone_brings_the_values_itself(torchvisions, tmp_path):
+    file = tmp_path / "alexnet.pth"
+    torch.save(torchvisions.state_dict(), file)
+    spec = BackboneSpec(name="vit_tiny_patch16_224", pretrained=False, kwargs=SIZE)
+    classifier = visprompt.build(build_backbone(spec).module, "sidetune", 5, weights=str(file)).eval()
+    file.unlink()
+    state = TunedState(
+        tensors=classifier.tuned_state(), method={"name": "sidetune", "weights": f"sha256:{'0' * 64}"}, task="digits",
+        class_names=tuple("abcde"), preprocessing={}, backbone=build_backbone(spec).record(), versions={},
+    )  # fmt: skip
+    restored = restore(state, tmp_path, build_backbone(spec))
+    assert torch.equal(restored(images(2)), classifier(images(2)))
 
 
 class Anything:

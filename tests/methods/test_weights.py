@@ -90,6 +90,21 @@ def test_biases_below_the_prompts_are_tuned_so_nothing_is_frozen():
     assert classifier.backbone.model.patch_embed.proj.bias.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("pool", [None, "cls", "image", "prompt", "image_prompt"])
+def test_biases_that_the_loss_cannot_see_are_left_alone(pool):
+    """Those of an attention pooling, where another pooling takes its place."""
+    classifier = built(VPTBias, tiny_model(global_pool="map"), num_tokens=3, pool=pool)
+    pooling = {name for name in classifier.tuned_names if ".attn_pool." in name}
+    assert bool(pooling) == (pool is None)
+    assert pooling <= set(classifier.tuned_state())
+    classifier(images(3)).square().sum().backward()
+    graded = {n for n, p in classifier.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert graded == set(classifier.tuned_names)
+    assert classifier.summary().tuned == 4 * 3 * 32 + sum(
+        p.numel() for n, p in classifier.tuned_parameters() if n.startswith("backbone.")
+    )
+
+
 PAPER = [  # on ViT-B/16; parameters beside a linear head; the total for 24 tasks over one backbone (VPT, table 1)
     (Linear, {}, 0, 1.02),
     (MLP, {"num_layers": 3}, 2 * (768 * 768 + 3 * 768), 1.35),

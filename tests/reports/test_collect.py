@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 from written_runs import CROPPED, PREPROCESSING, RECIPE, result, write
 
 from visprompt.errors import UserError
@@ -123,7 +122,6 @@ def test_a_record_without_what_the_report_reads_is_named(tmp_path, change):
 
 def test_a_debug_run_is_no_result(tmp_path):
     folder = write(tmp_path, result(tags=("mine", "debug")))
-    assert OmegaConf.load(CONFIGS / "debug" / "base.yaml").tags == ["debug"]
     found = survey([tmp_path])
     assert (found.runs, found.left_out) == ((), (LeftOut(folder, "a debug run, which is no result"),))
 

@@ -57,9 +57,12 @@ def test_a_run_that_contradicts_the_papers_options_is_another_method():
     ("method", "options", "other"),
     [
         ("sidetune", {"weights": "alexnet.pth"}, {"weights": "random"}),
-        ("vpt_deep", {"pool": "image_prompt"}, {"pool": "prompt"}),
+        ("vpt_deep", {"pool": "cls"}, {"pool": "prompt"}),
+        ("vpt_shallow", {"pool": None}, {"pool": "image_prompt"}),
+        ("e2vpt", {"pool": "cls"}, {"pool": "image_prompt"}),
         ("vpt_deep", {"depth": 12}, {"depth": 24}),
         ("vfpt", {"depth": None}, {"depth": 1}),
+        ("vfpt", {"fourier_share": 0.5}, {"fourier_share": 0.0}),
         ("e2vpt", {"num_tokens": 5, "num_kv_tokens": 5}, {"num_kv_tokens": 0}),
         ("e2vpt", {"pool": None}, {"num_tokens": 0}),
         ("e2vpt", {"kv_blocks": "all"}, {"kv_blocks": "last_half"}),
@@ -69,6 +72,28 @@ def test_a_run_that_contradicts_the_papers_options_is_another_method():
 def test_what_a_paper_did_not_do_has_none_of_its_figures(method, options, other):
     assert published(method, "vit_b16_in21k", options=options).method == method
     assert published(method, "vit_b16_in21k", options=other) is None
+
+
+@pytest.mark.parametrize(
+    ("backbone", "pools"),
+    [
+        ("vit_b16_in21k", {None, "cls"}),
+        ("moco_v3_b16", {None, "cls"}),
+        ("mae_b16", {"image_prompt"}),
+        ("swin_b", {None, "image_prompt"}),
+    ],
+)
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep", "e2vpt"])
+def test_a_papers_pooling_is_that_of_the_backbone(method, backbone, pools):
+    words = (None, "cls", "image", "prompt", "image_prompt")
+    assert {word for word in words if published(method, backbone, options={"pool": word})} == pools
+
+
+def test_the_pooling_of_every_shipped_backbone_is_the_papers():
+    assert contents()["pooling"].keys() == contents()["backbones"].keys()
+    for backbone, pooling in contents()["pooling"].items():
+        assert OmegaConf.load(CONFIGS / "backbone" / f"{backbone}.yaml").get("global_pool") in pooling["global_pool"]
+    assert published("linear", "mae_b16").global_pools == ("avg",), "timm's own would be the class token"
 
 
 def test_all_blocks_are_as_many_as_the_backbone_has():

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from written_runs import CROPPED, VIT_B_SIZE, result, write
+from written_runs import CROPPED, VIT_B, VIT_B_SIZE, result, write
 
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.reports import tables
@@ -135,6 +135,8 @@ def test_means_that_a_paper_does_not_print_are_said_to_be_worked_out():
         {"options": {"pool": "prompt"}},
         {"trainer": {"limit_train_batches": 0.1}},
         {"backbone": {"image_size": 384}},
+        {"backbone": {"global_pool": "avg"}},
+        {"options": {"pool": "image_prompt"}},
         {"backbone": {"name": "vit_base_patch16_224.augreg_in21k"}},
         {"options": {"location": "add"}},
         {"options": {"depth": 3}},
@@ -145,6 +147,22 @@ def test_what_is_the_same_in_name_only_has_no_published_figures(changes):
     (row,) = made(result("cifar", "vpt_deep", **changes))
     assert published_of(plain) is not None
     assert published_of(row) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "pooled", "found"),
+    [
+        (VIT_B, {"pool": "cls"}, None, "vpt_deep"),
+        (VIT_B, {"pool": None}, "token", "vpt_deep"),
+        ("vit_base_patch16_224.mae", {"pool": "image_prompt"}, "avg", "vpt_deep"),
+        ("vit_base_patch16_224.mae", {"pool": None}, "avg", None),
+        ("vit_base_patch16_224.mae", {"pool": "image_prompt"}, None, None),
+    ],
+)
+def test_the_papers_pooling_has_its_figures_however_it_is_written(name, options, pooled, found):
+    (row,) = made(result("cifar", "vpt_deep", options=options, backbone={"name": name, "global_pool": pooled}))
+    paper = published_of(row)
+    assert (paper and paper.name) == found
 
 
 def test_a_depth_of_all_blocks_has_the_papers_figures_however_it_is_written():

@@ -80,7 +80,7 @@ class Family(nn.Module):
         return self.image_size, self.image_size
 
     def carried_blocks(self) -> list[int]:
-        """Indices of the blocks that carry prompt tokens in full because their class is not proven."""
+        """Indices of the blocks that carry prompt tokens in full: their class is not proven, or `exact` is off."""
         return []
 
     def pooling(self, pool: str | None) -> str:
@@ -112,11 +112,13 @@ class Family(nn.Module):
         raise NotImplementedError
 
     def check_size(self, images: Tensor, method: Method) -> None:
-        """Refuses images of another size than the backbone's own where a method needs that one.
+        """Refuses images of other channels, or of another size than the backbone's own where a method needs that one.
 
         Raises:
-            UserError: They have another.
+            UserError: They have others.
         """
+        if images.shape[1] != 3:
+            raise UserError(f"images are [B, 3, height, width], and these have the shape {tuple(images.shape)}")
         height, width = self.own_size
         if method.fixed_size and images.shape[-2:] != (height, width):
             raise UserError(
@@ -129,7 +131,7 @@ class TokenFamily(Family):
     """A family whose blocks take tokens; image tokens stand first, prompts behind them."""
 
     def carried_blocks(self) -> list[int]:
-        """Indices of the blocks that carry prompt tokens in full because their class is not proven."""
+        """Indices of the blocks that carry prompt tokens in full: their class is not proven, or `exact` is off."""
         return [i for i, block in enumerate(self.blocks) if not (self.exact and self.is_proven(block))]
 
     def is_proven(self, block: nn.Module) -> bool:
@@ -225,14 +227,15 @@ class TokenFamily(Family):
         start, stop, _ = rows.indices(x.shape[1])
         asks = bool(method.places) or method.keys_values(index) is not None
         all_read = entering is None and (start, stop) == (0, x.shape[1])
-        # a branch that looks at its neighbours needs all patches, if it is asked for any
-        if asks and not method.tokenwise and stop > self.num_prefix:
-            return self.drive(index, x, num_image, slice(0, x.shape[1]), entering, method)[:, rows]
-        if asks or (self.exact and not all_read and self.is_proven(self.blocks[index])):
-            return self.drive(index, x, num_image, slice(start, stop), entering, method)
-        if entering is not None:
-            x = torch.cat([x, entering.expand(len(x), -1, -1)], dim=1)
-        return self.carry(index, x, num_image)[:, rows]
+        driven = asks or (self.exact and not all_read and self.is_proven(self.blocks[index]))
+        if entering is not None and not (driven and self.exact):
+            x, entering = torch.cat([x, entering.expand(len(x), -1, -1)], dim=1), None
+        if not driven:
+            return self.carry(index, x, num_image)[:, start:stop]
+        # not exact: every output is computed; and a branch that looks at its neighbours needs all patches, if any
+        if not self.exact or (not method.tokenwise and stop > self.num_prefix):
+            return self.drive(index, x, num_image, slice(0, x.shape[1]), entering, method)[:, start:stop]
+        return self.drive(index, x, num_image, slice(start, stop), entering, method)
 
 
 def side_of(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:

@@ -60,6 +60,27 @@ class ViT(TokenFamily):
         height, width = self.model.patch_embed.img_size
         return height, width
 
+    def check_size(self, images: Tensor, method: Method) -> None:
+        """Refuses, too, images of a size that the patch embedding does not take.
+
+        Raises:
+            UserError: Of another than the backbone's own or, where it takes any, of a side that no patches fill.
+        """
+        super().check_size(images, method)
+        (height, width), embed = images.shape[-2:], self.model.patch_embed
+        if not self.any_size:
+            if (height, width) != self.own_size:
+                own = " x ".join(map(str, self.own_size))
+                raise UserError(
+                    f"this backbone takes images of its own size {own} and got {height} x {width}: resize them, or set "
+                    "backbone.image_size"
+                )
+        elif not embed.dynamic_img_pad and (height % embed.patch_size[0] or width % embed.patch_size[1]):
+            raise UserError(
+                f"images of {height} x {width} do not fit, their sides are no multiples of the patch size "
+                f"{self.patch_size}: crop or resize them"
+            )
+
     def is_proven(self, block: nn.Module) -> bool:
         """Whether the block is of the plain class."""
         return is_proven(block)

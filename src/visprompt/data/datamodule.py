@@ -1,7 +1,7 @@
 """All of Lightning's data behaviour, once: which split set is trained on, which is scored, loaders, device transfer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -83,7 +83,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         if not 0 < fraction <= 1:
             raise UserError(f"data.fraction={fraction} is no share of the training images: give 0.1, 0.2, ... or 1.0")
         self.batch_size, self.split, self.seed, self.image_size = batch_size, split, seed, image_size
-        self.interpolation, self.antialias, self.fraction = interpolation, antialias, fraction
+        self.interpolation, self.antialias, self.fraction = interpolation, antialias, float(fraction)
         self.mean, self.std = mean_and_std(normalisation, (mean, std))
         self.accumulate, self.num_workers, self.pin_memory = accumulate, num_workers, pin_memory
 
@@ -91,6 +91,11 @@ class TaskDataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def class_names(self) -> tuple[str, ...]:
         """In the order of the labels."""
+
+    @property
+    def images_key(self) -> Hashable:
+        """What tells the images that a run reads again and again from those of other runs."""
+        return self.fingerprint, self.split
 
     @property
     @abstractmethod

@@ -96,6 +96,7 @@ class DryRun:
         needs: What is missing.
         paces: What was measured, by what decides it.
         states: Bytes of tuned states, by what decides them.
+        frozen: Where the frozen layers' output was counted: it is made once and stays from run to run.
         seconds: Of all runs that are left, as far as they could be measured.
         results: Bytes that these leave behind.
         resume: Bytes of the largest resume state on the way.
@@ -108,6 +109,7 @@ class DryRun:
         self.needs = Needs()
         self.paces: dict[str, Pace] = {}
         self.states: dict[str, int] = {}
+        self.frozen: set[str] = set()
         self.seconds = 0.0
         self.results = self.resume = 0
         self.limits: set[str] = set()
@@ -237,12 +239,17 @@ class DryRun:
 
     def _cost(self, job: DictConfig, pace: Pace) -> float:
         """Seconds of a run."""
-        seconds = self._steps(job) * pace.step + self._rows(job) * pace.frozen
-        if job.split == "final":
-            return seconds + self._count(job, "test") * pace.image / _devices(job)
-        scored = self._count(job, self.needs.facts(job).datamodule.val_set)
+        final = job.split == "final"
+        scored = self._count(job, "test" if final else self.needs.facts(job).datamodule.val_set)
+        seconds = self._steps(job) * pace.step
+        once = json.dumps([job.task, job.split, *self._shape(job)])
+        if once not in self.frozen:
+            self.frozen.add(once)
+            seconds += (self._rows(job) + (0 if final else scored)) * pace.frozen
+        if final:
+            return seconds + scored * pace.image / _devices(job)
         times = job.recipe.epochs // job.trainer.check_val_every_n_epoch
-        return seconds + scored * pace.frozen + times * scored * pace.kept / _devices(job)
+        return seconds + times * scored * pace.kept / _devices(job)
 
     def say(self) -> float:
         """Prints the table and what is needed.

@@ -17,7 +17,7 @@ from visprompt.data.dataset import ArrayDataset, DeviceDataset, SquareDataset, T
 
 _log = logging.getLogger(__name__)
 _outputs: OrderedDict[Hashable, np.ndarray] = OrderedDict()
-_pixels: OrderedDict[Hashable, Tensor] = OrderedDict()
+_pixels: OrderedDict[tuple[Hashable, ...], Tensor] = OrderedDict()
 _AT_ONCE = 1000  # images copied to a GPU
 _SETS = 2  # of a grid: what is trained on, and what is scored
 
@@ -67,13 +67,13 @@ def has_own_memory(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def on_device(dataset: TicketDataset, device: torch.device, key: Hashable) -> TicketDataset:
+def on_device(dataset: TicketDataset, device: torch.device, key: tuple[Hashable, ...]) -> TicketDataset:
     """Moves the pixels of equal images to a GPU where they take less than a quarter of its free memory.
 
     Args:
         dataset: What is to be read in every epoch.
         device: Where it is wanted.
-        key: What the pixels are; those of an earlier call with the same key are taken again.
+        key: Whose and what the pixels are; those of an earlier call with the same key are taken again.
 
     Returns:
         The data set there; itself where its images are not of one size, or there is no room.
@@ -95,11 +95,17 @@ def on_device(dataset: TicketDataset, device: torch.device, key: Hashable) -> Ti
     return DeviceDataset(images, dataset.labels, dataset.keys)
 
 
+def release_pixels(owner: Hashable) -> None:
+    """Gives back the pixels on a GPU whose key does not begin with `owner`: a run's memory is to be its own."""
+    for key in [key for key in _pixels if key[0] != owner]:
+        del _pixels[key]
+
+
 def _images(dataset: TicketDataset, rows: range) -> Tensor:
     return torch.from_numpy(dataset.pixels([Ticket(row, None, 1.0) for row in rows]))
 
 
-def _make_room(kept: OrderedDict[Hashable, Any]) -> None:
+def _make_room(kept: OrderedDict[Any, Any]) -> None:
     while len(kept) >= _SETS:
         kept.popitem(last=False)
 

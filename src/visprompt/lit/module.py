@@ -248,11 +248,12 @@ class TuningModule(L.LightningModule):
         datamodule, device = self._datamodule, self.device
         images = (datamodule.fingerprint, json.dumps(datamodule.preprocessing), *dataset.keys)
         if not self.classifier.has_frozen_part:
-            return on_device(dataset, device, (device, images)) if has_own_memory(device) else dataset
+            key = (datamodule.images_key, device, images)
+            return on_device(dataset, device, key) if has_own_memory(device) else dataset
         first_block = self.classifier.method.first_block
-        key = (device, self.trainer.precision, datamodule.batch_size, first_block, images)
+        made = (device, self.trainer.precision, datamodule.batch_size, first_block, images)
         self.classifier.eval()
-        kept = keep(self._frozen_parts(dataset), len(dataset), self.trainer.world_size, key)
+        kept = keep(self._frozen_parts(dataset), len(dataset), self.trainer.world_size, made)
         self.classifier.train()
         return dataset if kept is None else ArrayDataset(kept, dataset.labels.numpy(), dataset.keys)
 

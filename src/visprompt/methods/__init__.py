@@ -65,6 +65,17 @@ _KINDS: Mapping[Any, tuple[type, str]] = {  # of an option, by its annotation; t
 }
 
 
+def option_kinds(name: str) -> dict[str, Any]:
+    """The annotation of each option of a method.
+
+    Raises:
+        UserError: The name is unknown.
+    """
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return {p: one.annotation for p, one in inspect.signature(METHODS[name]).parameters.items() if p != "backbone"}
+
+
 def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
     """Builds a method for a backbone.
 
@@ -80,10 +91,7 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
         UserError: The name or an option is unknown, an option is of the wrong kind, or the backbone lacks a site that
             the method needs.
     """
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    factory = METHODS[name]
-    valid = {p: one.annotation for p, one in inspect.signature(factory).parameters.items() if p != "backbone"}
+    valid, factory = option_kinds(name), METHODS[name]
     for option, value in options.items():
         if option not in valid:
             raise unknown(f"option of method {name}", option, valid or ["(it has none)"])
@@ -117,4 +125,4 @@ def _check_kind(option: str, value: Any, annotation: Any) -> None:
         raise UserError(f"method.{option}={value} is of the wrong kind: give {words}")
 
 
-__all__ = ["METHODS", "Flow", "Geometry", "Method", "Place", "build_method"]
+__all__ = ["METHODS", "Flow", "Geometry", "Method", "Place", "build_method", "option_kinds"]

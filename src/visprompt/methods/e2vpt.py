@@ -37,7 +37,8 @@ class E2VPT(Method):
         dropout: Dropout on the values of input prompts, drawn for every image anew.
         pool: Which outputs of the last block are pooled, one of `base.POOLS`; None for the backbone's own pooling.
         num_segments: Contiguous segments of a token (S); needed where something is pruned, S must divide the width.
-        mask_per_layer: Whether every prompted layer has masks of its own, with as many values kept in each.
+        mask_per_layer: Whether every prompted layer has masks of its own, with as many values kept in each; says
+            nothing where one layer is prompted.
         token_mask: 0 or 1 for every token, [p] or [layers, p]; None keeps all.
         segment_mask: 0 or 1 for every segment, [p, S] or [layers, p, S]; None keeps all.
         initial: Which stored initial values the run starts from, by their hash (see `visprompt.pruning.rewind`); None
@@ -105,8 +106,10 @@ class E2VPT(Method):
         self.prune_tokens = _percentages("prune_tokens", prune_tokens)
         self.prune_segments = _percentages("prune_segments", prune_segments)
         self.num_tokens, self.depth, self.carry_over = num_tokens, depth if num_tokens else 0, carry_over
-        self.num_segments, self.mask_per_layer, self.initial = num_segments, mask_per_layer, initial
-        self.kv_blocks = _blocks(kv_blocks, self.num_blocks) if num_kv_tokens else ()
+        self.num_segments, self.initial = num_segments, initial
+        self.mask_per_layer = mask_per_layer and self.depth > 1  # one layer's masks are those of all
+        indices = _blocks(kv_blocks, self.num_blocks)  # a wrong word is one where nothing reads it, too
+        self.kv_blocks = indices if num_kv_tokens else ()
         self.pool = pool
         self.check_pool(backbone)
         self.dropout = nn.Dropout(dropout)

@@ -47,7 +47,7 @@ class SideTune(Method):
         self.side = alexnet_features()
         self.projection = nn.Linear(_CHANNELS * _POOLED**2, backbone.width, bias=False)
         self._shape: tuple[int, ...] = ()  # of the images that were stored
-        if weights != RANDOM and not weights.startswith("sha256:"):  # a stored state brings the values itself
+        if weights != RANDOM:
             _load(self.side, Path(weights).expanduser())
 
     @property

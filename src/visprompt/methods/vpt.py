@@ -49,7 +49,7 @@ class VPT(Method):
         depth: Number of blocks that get prompts of their own; None means all.
         depth_from: "first" or "last": which blocks these are.
         carry_over: Whether the prompt outputs of the last prompted block flow on into the blocks behind it; with
-            depth 1 from the first block this is VPT-shallow.
+            depth 1 from the first block this is VPT-shallow. Refused where nothing could flow on.
         dropout: Dropout on prompt values, behind the projection, drawn for every image anew.
         location: One of `locations.LOCATIONS`; those of pixels enter before the first block alone.
         shared: "none", "intra" (the tokens of a layer are one vector), "inter" (all layers have one set) or "all".
@@ -104,6 +104,8 @@ class VPT(Method):
         if location not in locations.VECTORS:
             _check_pixels(location, self._first, depth, dropout, shared, project)
         _check_init(init, location, project, frozen)
+        if carry_over:
+            _check_flow(location, self._first, depth)
         self.depth, self.carry_over, self.location, self.frozen = depth, carry_over, location, frozen
         self.pool, self.init, self.pad_resize = pool, init, pad_resize
         self._counts = [locations.tokens_at(location, num_tokens, backbone, i) for i in range(self.num_blocks)]
@@ -276,6 +278,17 @@ def _check_pixels(location: str, first: int, depth: int, dropout: float, shared:
                 f"method.{option}={value} is for prompts that are vectors, and those of method.location={location} "
                 f"are pixels: give method.{option}={only}"
             )
+
+
+def _check_flow(location: str, first: int, depth: int) -> None:
+    """Refuses to carry over what does not flow; the shallow form, depth 1, may be of every location."""
+    if first > 0:
+        why = "depth_from=last leaves no block behind the prompted ones"
+    elif location in ("add", "add_one") and depth > 1:
+        why = f"location={location} has no prompt outputs"
+    else:
+        return
+    raise UserError(f"method.carry_over=true says nothing here, since method.{why}: give method.carry_over=false")
 
 
 def _check_init(init: str, location: str, project: int | None, frozen: bool) -> None:

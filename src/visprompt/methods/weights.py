@@ -63,8 +63,11 @@ class VPTBias(VPT):
         _require(bias_names(backbone.model), "biases")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head, the prompts and every bias of the backbone."""
-        return super().tuned_names(classifier) | _of_backbone(bias_names(classifier.get_submodule("backbone")))
+        """The head, the prompts and every bias of the backbone; not those of its attention pooling under a `pool`."""
+        names = bias_names(classifier.get_submodule("backbone"))
+        if self.pool is not None:  # it takes that one's place
+            names = frozenset(name for name in names if not name.startswith("model.attn_pool."))
+        return super().tuned_names(classifier) | _of_backbone(names)
 
 
 class LayerNorm(Method):

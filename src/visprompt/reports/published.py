@@ -28,6 +28,7 @@ class Published:
         unlike: Options that make a run another method.
         backbone: Name of our config of the backbone.
         weights: Name of the backbone's weights in timm; None where timm has none.
+        global_pools: Values of a run's backbone.global_pool that pool as the paper does; None is the model's own.
         tasks: Accuracy by task, those of `unreliable` groups included; empty where the paper's are not known.
         means: Mean accuracy by group: "vtab_natural", "vtab_specialized", "vtab_structured", "fgvc".
         printed_mean: Mean of VTAB-1k's three group means; None where the paper does not print it.
@@ -44,6 +45,7 @@ class Published:
     unlike: Mapping[str, Any] = field(default_factory=dict)
     backbone: str
     weights: str | None
+    global_pools: tuple[str | None, ...]
     tasks: Mapping[str, float] = field(default_factory=dict)
     means: Mapping[str, float] = field(default_factory=dict)
     printed_mean: float | None = None
@@ -111,14 +113,16 @@ def _records(read: Mapping[str, Any]) -> Iterator[Published]:
         for backbone, methods in backbones.items():
             for name, figures in methods.items():
                 ours = read["methods"].get(name, {"method": name})
+                pooling = read["pooling"][backbone]
                 unreliable = tuple(figures.get("unreliable", ()))
                 yield Published(
                     paper=paper,
                     source=f"{about['title']}, {about['venue']}" if "venue" in about else about["title"],
                     name=name,
-                    **_of_all_blocks(ours, read["blocks"].get(backbone)),
+                    **_on_backbone(ours, read["blocks"].get(backbone), pooling["pool"]),
                     backbone=backbone,
                     weights=read["backbones"][backbone],
+                    global_pools=tuple(pooling["global_pool"]),
                     tasks=_by_task(read["order"], figures.get("tasks", {})),
                     means=figures.get("means", {}),
                     printed_mean=figures.get("mean_of_groups"),
@@ -137,11 +141,13 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _of_all_blocks(ours: Mapping[str, Any], blocks: int | None) -> dict[str, Any]:
-    """A method whose prompts may be in all blocks by their number, too, where `depth: null` says all."""
-    options = ours.get("options", {})
-    both = {"depth": [None, blocks]} if "depth" in options and options["depth"] is None else {}
-    return dict(ours) | {"options": options | both}
+def _on_backbone(ours: Mapping[str, Any], blocks: int | None, pools: list[str | None]) -> dict[str, Any]:
+    """A method with what its nulls stand for on a backbone: `depth` for all blocks, `pool` for the paper's pooling."""
+    options = dict(ours.get("options", {}))
+    for name, meant in {"depth": [None, blocks], "pool": pools}.items():
+        if name in options and options[name] is None:
+            options[name] = meant
+    return dict(ours) | {"options": options}
 
 
 def _caution(about: Mapping[str, Any], unreliable: tuple[str, ...]) -> str:

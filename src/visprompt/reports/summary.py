@@ -7,7 +7,7 @@ from statistics import fmean
 from visprompt.data.catalog import SUITES
 from visprompt.reports.collect import Row, Run
 from visprompt.reports.published import GROUPS, Published, published
-from visprompt.reports.settings import NEUTRAL, UNRECORDED, family, is_protocol, scope
+from visprompt.reports.settings import NEUTRAL, UNRECORDED, family, is_protocol, scope, text
 from visprompt.reports.statistics import gap
 from visprompt.results import Result
 
@@ -154,14 +154,17 @@ def published_of(row: Row, paper: str | None = None) -> Published | None:
     """The figures of a paper for a row's method and backbone; None where the row is another thing of the same name.
 
     Args:
-        row: A row. One of a fraction of the data, of another image size, of a backbone that was changed or has random
-            weights, or of a trainer that was not left as it is, has none.
+        row: A row. One of a fraction of the data, of another image size or pooling, of a backbone that was changed or
+            has random weights, or of a trainer that was not left as it is, has none.
         paper: See `published`.
     """
     if any(row.told.get(key, UNRECORDED) not in (*values, UNRECORDED) for key, values in _THE_PAPERS.items()):
         return None
-    found = [published(row.method, row.backbone, paper, run.result.method) for run in row.runs]
-    return found[0] if all(one == found[0] for one in found) else None
+    first, *others = (published(row.method, row.backbone, paper, run.result.method) for run in row.runs)
+    if first is None or any(other != first for other in others):
+        return None
+    pooled = row.told.get("backbone.global_pool", UNRECORDED)
+    return first if pooled in (*map(text, first.global_pools), UNRECORDED) else None
 
 
 def published_means(found: Published) -> dict[str, float]:
