@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from cli import frozen
+from visprompt import compose
+from visprompt.api import build
+from visprompt.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--backbone", "test_vit", "--batch", "4", "--pairs", "1", "--lengths", "1", "50"]
@@ -156,3 +159,17 @@ def test_methods_are_scored_and_measured_side_by_side(methods, tmp_path, monkeyp
     methods.main(["--methods", "full", "vpt_deep", "--rounds", "1", *words])  # what is finished is read
     (again,) = tables(capsys.readouterr().out)
     assert [row["test accuracy, %"] for row in again.values()] == [row["test accuracy, %"] for row in table.values()]
+
+
+def test_the_committed_table_of_methods_is_whole_and_its_counts_are_the_codes(methods):
+    (table,) = tables((ROOT / "docs" / "methods-on-the-demo.md").read_text())
+    assert list(table) == list(METHODS)
+    for method, row in table.items():
+        assert list(row) == list(methods.HEADER)
+        assert re.fullmatch(r"\d+\.\d ± \d+\.\d", row["test accuracy, %"])
+        if method != "e2vpt":  # pruned
+            with compose.composing():
+                job = compose.job("tune", ["experiment=demo_methods", "tasks=null", f"method={method}"])
+            options = {name: value for name, value in job.method.items() if name != "name"}
+            counted = build("vit64_tiny_imagenet_100", method, 16, **options).summary()
+            assert row["tuned parameters + head"] == f"{counted.tuned:,} + {counted.head:,}", method
