@@ -31,6 +31,7 @@ SHELL = {
     "data/fgvc.py",
     "chain.py",
     "compose.py",
+    "identity.py",
     "run.py",
     "loop.py",
     "protocol.py",

@@ -1,6 +1,5 @@
-"""One run: its identity and folder, skip, resume or run anew, training, scoring, and what it leaves behind."""
+"""One run: its folder, skip, resume or run anew, training, scoring, and what it leaves behind."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -8,10 +7,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -24,23 +23,17 @@ from visprompt.backbones.family import Family
 from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, unknown
+from visprompt.identity import digest, identity_of
 from visprompt.lit.checkpoint import ResumeCheckpoint
 from visprompt.lit.frozen import release_pixels
 from visprompt.lit.module import Diverged, TuningModule
 from visprompt.lit.trainer import build, build_loggers, build_trainer, close
-from visprompt.methods import Method, build_method, option_kinds
+from visprompt.methods import Method, build_method
 from visprompt.optim import Recipe
 from visprompt.results import Result, read_result, write_result
 from visprompt.state import TunedState, save_state, write_atomically
 
 SPLITS = ("tune", "final")
-# trainer settings that leave the numbers as they are; any other one is part of a run's identity
-_NEUTRAL_TRAINER = {
-    *("_target_", "accelerator", "devices", "num_nodes", "strategy", "plugins", "sync_batchnorm"),
-    *("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "deterministic", "benchmark"),
-    *("enable_progress_bar", "profiler", "inference_mode"),
-}
-_PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
 
 
 @dataclass(frozen=True)
@@ -80,39 +73,9 @@ def prepare(cfg: DictConfig) -> Run:
     seed = 0 if cfg.backbone.pretrained else int(cfg.seed)  # loaded weights are the same for every seed
     backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), seed)
     datamodule = build_data(cfg, backbone)
-    identity = {
-        "task": datamodule.task,
-        "data": {name: getattr(datamodule, name) for name in ("source", "fingerprint", "fraction", "preprocessing")},
-        "backbone": backbone.record(),
-        "method": _method_record(cfg.method),
-        "recipe": asdict(recipe),
-        "split": cfg.split,
-        "seed": cfg.seed,
-        "precision": _PRECISIONS.get(str(cfg.precision), str(cfg.precision)),
-        "trainer": _trainer_record(cfg),
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()[:12]
-    folder = Path(cfg.paths.log_dir) / datamodule.task / cfg.method.name / digest
+    identity = identity_of(cfg, recipe, backbone, datamodule)
+    folder = Path(cfg.paths.log_dir) / datamodule.task / cfg.method.name / digest(identity)
     return Run(cfg, datamodule, backbone, identity, folder)
-
-
-def _trainer_record(cfg: DictConfig) -> dict[str, Any]:
-    """What of the trainer may change the numbers: its settings but for neutral ones, and callbacks of the user's."""
-    settings: Any = OmegaConf.to_container(cfg.trainer)
-    callbacks: Any = OmegaConf.to_container(cfg.callbacks or OmegaConf.create())
-    own = {name: callback for name, callback in callbacks.items() if name != "progress_bar" and callback is not None}
-    return {k: v for k, v in settings.items() if k not in _NEUTRAL_TRAINER} | ({"callbacks": own} if own else {})
-
-
-def _method_record(method: DictConfig) -> dict[str, Any]:
-    """A method's name and options, a number where one is meant; its content's hash in place of a file of weights."""
-    options: dict[str, Any] = OmegaConf.to_container(method)  # type: ignore[assignment]  # a mapping of words
-    for option, kind in option_kinds(method.name).items():
-        if type(options.get(option)) is int and float in (get_args(kind) or (kind,)) and int not in get_args(kind):
-            options[option] = float(options[option])
-    if (file := options.get("weights")) and Path(file).expanduser().is_file():
-        options["weights"] = f"sha256:{hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}"
-    return options
 
 
 def make_recipe(cfg: DictConfig) -> Recipe:
