@@ -42,9 +42,8 @@ def build(
         module: Family = build_backbone(BackboneSpec(name=backbone)).module
     else:
         _check_plain(backbone)
-        model = copy.deepcopy(backbone).eval()  # before it is looked at: in training some blocks are not driven exactly
-        module = model if isinstance(model, Family) else family(model)
-    module.eval()
+        model = copy.deepcopy(backbone)
+        module = model.eval() if isinstance(model, Family) else family(model)
     return Classifier(module, build_method(method, module, **options), num_classes, head_init)
 
 

@@ -62,7 +62,8 @@ def _trainer_record(cfg: DictConfig) -> dict[str, Any]:
 
 def _method_record(method: DictConfig) -> dict[str, Any]:
     """A method's name and options, a number where one is meant; its content's hash in place of a file of weights."""
-    options: dict[str, Any] = OmegaConf.to_container(method)  # type: ignore[assignment]  # a mapping of words
+    given: Any = OmegaConf.to_container(method)
+    options: dict[str, Any] = given
     for option, kind in option_kinds(method.name).items():
         if type(options.get(option)) is int and float in (get_args(kind) or (kind,)) and int not in get_args(kind):
             options[option] = float(options[option])

@@ -93,8 +93,7 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
             load_file(model, file)
         if spec.global_pool is not None:
             model.reset_classifier(0, spec.global_pool)
-        model.eval()  # before it is looked at: in training, dropout in its attentions keeps blocks from being driven
-        module = family(model, spec.exact).eval()
+        module = family(model, spec.exact)
     except UserError:
         raise
     except Exception as error:  # timm raises of every kind
