@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from visprompt.compose import check_words, one_sentence_errors
+from visprompt.cli import check_words, one_sentence_errors
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval")

@@ -5,7 +5,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from visprompt.compose import check_words, one_sentence_errors
+from visprompt.cli import check_words, one_sentence_errors
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="pretrain")

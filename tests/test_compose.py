@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cli import composed
-from visprompt import compose
+from visprompt import cli, compose
 from visprompt.data import catalog
 from visprompt.errors import UserError
 
@@ -21,7 +21,7 @@ def said(capsys, monkeypatch, script, *arguments):
     """What is printed for a wrong command line: one line, and status 2."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        compose.check_words(script)
+        cli.check_words(script)
     assert end.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -140,13 +140,13 @@ def test_a_machine_s_file_that_chooses_a_group_is_one_sentence(tmp_path, capsys,
 )
 def test_a_right_command_line_passes_in_silence(capsys, monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    compose.check_words("train")
+    cli.check_words("train")
     assert capsys.readouterr() == ("", "")
 
 
 def test_one_sentence_and_a_status_for_each_kind_of_end(capsys):
     def status(error):
-        with pytest.raises(SystemExit) as end, compose.one_sentence_errors():
+        with pytest.raises(SystemExit) as end, cli.one_sentence_errors():
             raise error
         return end.value.code, capsys.readouterr().err
 
@@ -162,7 +162,7 @@ def test_one_sentence_and_a_status_for_each_kind_of_end(capsys):
 @pytest.mark.parametrize("error", [UserError, ZeroDivisionError])
 def test_in_a_multirun_the_error_goes_on_to_hydra(error):
     def fails():
-        with compose.one_sentence_errors():
+        with cli.one_sentence_errors():
             raise error("too small")
 
     with composed("train", "hydra.mode=MULTIRUN"), pytest.raises(error, match="too small"):

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from cli import ROOT, call, command, composed, tiny
 from test_datasets_cli import MAIN
-from visprompt import chain, compose
+from visprompt import chain, cli, compose
 from visprompt.data.catalog import SUITES
 from visprompt.errors import UserError
 from visprompt.methods import METHODS
@@ -124,7 +124,7 @@ def test_an_experiment_gives_each_of_its_tasks_the_recipe_s_row():
 def test_other_tasks_methods_and_numbers_can_be_had_of_an_experiment(monkeypatch):
     given = ("experiment=fgvc_shallow", "tasks=[cub200,dtd]", "method=vpt_deep", "backbone=demo", "recipe.lr=0.5")
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
-    compose.check_words("train")
+    cli.check_words("train")
     with composed("train", *sys.argv[1:]) as cfg:
         found = compose.jobs(cfg)
     assert [(job.task, job.method.name, job.recipe.lr) for job in found] == [
@@ -137,7 +137,7 @@ def test_other_tasks_methods_and_numbers_can_be_had_of_an_experiment(monkeypatch
 @pytest.mark.parametrize("script", ["train", "tune"])
 def test_the_command_of_an_experiment_is_accepted(monkeypatch, capsys, script):
     monkeypatch.setattr(sys, "argv", ["x.py", "experiment=vtab_natural_deep", "trainer=ddp", "data.source=prepared"])
-    compose.check_words(script)
+    cli.check_words(script)
     assert capsys.readouterr() == ("", "")
 
 

@@ -1,12 +1,9 @@
-"""What knows Hydra: composing the config of each task, and saying in one sentence what is wrong with a command line.
+"""Compose the config of each task. What is wrong with a command line is said by `visprompt.cli`.
 
 A composed *job* is a plain config of one run: its `task` is set, everything is resolved, the recipe's table is gone.
 """
 
 import os
-import re
-import sys
-import traceback
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from visprompt.data import catalog
-from visprompt.errors import UserError, unknown
+from visprompt.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     from visprompt.data.plan import Plan
@@ -55,123 +52,26 @@ OmegaConf.register_new_resolver("project_root", lambda: str(ROOT))
 OmegaConf.register_new_resolver("pid", os.getpid)
 
 
-def check_words(config_name: str) -> None:
-    """Composes the command line before Hydra does, to name the nearest valid word for one that is wrong.
-
-    Args:
-        config_name: The entry point's primary config.
-
-    Raises:
-        SystemExit: A group option or key is unknown, or a value is none; one sentence says so.
-    """
-    with one_sentence_errors():
-        _check_own(config_name, sys.argv[1:])
-        sys.argv[1:] = _with_data(config_name, sys.argv[1:])
-    arguments = sys.argv[1:]
-    if any(argument.startswith("-") for argument in arguments):
-        return  # a flag of Hydra's own, such as --help or --multirun: its commas are no single values
-    with one_sentence_errors(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            cfg = compose(config_name, arguments)
-        except MissingConfigException as error:
-            raise _unknown_option(error) from error
-        except OverrideParseException as error:
-            raise UserError(f"an argument cannot be read: {_in_one_line(error)}") from error
-        except ValueError as error:
-            raise UserError(f"{_in_one_line(error)}: {' '.join(_choices(arguments))}") from error
-        except (HydraException, OmegaConfBaseException) as error:
-            raise _unknown_key(config_name, arguments, error) from error
-        _check_added(config_name, arguments)
-        _check_values(cfg)
-        if cfg.get("tasks") is not None:
-            _specs(cfg.tasks)
-
-
-def _check_own(config_name: str, arguments: Iterable[str]) -> None:
+def check_own(config_name: str, arguments: Iterable[str]) -> None:
     """Refuses keys of the command line that a program sets itself, for each run."""
     own = {"train": ("task",), "tune": ("task", "split", "seed")}.get(config_name, ())
     instead = {"task": "tasks", "seed": "seeds"}
-    for key in {_key(argument) for argument in arguments}.intersection(own):
+    for key in {key_of(argument) for argument in arguments}.intersection(own):
         hint = f": give {instead[key]}=..." if key in instead else f": src/train.py takes {key}=..."
         raise UserError(f"{key} is set for each run, not by hand{hint}")
 
 
-def _key(argument: str) -> str:
+def key_of(argument: str) -> str:
+    """Return the key of an argument: `recipe.lr` of `+recipe.lr=0.1`."""
     return argument.lstrip("+~").partition("=")[0]
 
 
-def _with_data(config_name: str, arguments: list[str]) -> list[str]:
-    """Adds the data config of the first task where `tasks=` names it, so that Hydra knows the keys of `data.` options.
-
-    Every job gets the config of its own task afterwards; `jobs` tells this one from a user's by its quotes.
-    """
-    tasks = [re.sub(r"[\[\]'\"]", "", a.partition("=")[2]) for a in arguments if a.startswith("tasks=")]
-    tasks = tasks or _tasks_of_experiment(arguments)
-    data = [a for a in arguments if a.lstrip("+").startswith("data=")]
-    if not tasks or tasks[-1] == "null" or config_name == "prepare":
-        return arguments
-    if data:
-        raise UserError(f"{data[0]} and tasks={tasks[-1]} both name the data: give one of them")
-    return [*arguments, f"data='{catalog.resolve(tasks[-1])[0].config}'"]
-
-
-def _tasks_of_experiment(arguments: Sequence[str]) -> list[str]:
-    names = [a.partition("=")[2] for a in arguments if a.startswith("experiment=")]
-    file = CONFIGS / "experiment" / f"{names[-1]}.yaml" if names else None
-    if file is None or not file.is_file():
-        return []
-    found = OmegaConf.to_container(OmegaConf.load(file))
-    tasks = found.get("tasks") if isinstance(found, dict) else None
-    return [] if tasks is None else [tasks if isinstance(tasks, str) else ",".join(tasks)]
-
-
-def _specs(tasks: Any) -> list[catalog.TaskSpec]:
+def specs(tasks: Any) -> list[catalog.TaskSpec]:
+    """Return the records of what `tasks=` names: an id, a suite, or a list of both."""
     return catalog.resolve(list(tasks) if OmegaConf.is_list(tasks) else str(tasks))
 
 
-def _unknown_option(error: MissingConfigException) -> UserError:
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    top = group.split("/")[0]
-    if not error.options or not (CONFIGS / top).is_dir() or not top:
-        return UserError(_in_one_line(error))
-    below = (path.relative_to(CONFIGS / top).with_suffix("") for path in (CONFIGS / top).rglob("*.yaml"))
-    return unknown(top, f"{group}/{option}".removeprefix(f"{top}/"), [path.as_posix() for path in below])
-
-
-def _choices(arguments: Sequence[str]) -> list[str]:
-    """Those arguments that choose an option of a config group."""
-    return [a for a in arguments if (CONFIGS / a.lstrip("+~").partition("=")[0].partition("@")[0]).is_dir()]
-
-
-def _unknown_key(config_name: str, arguments: Sequence[str], error: Exception) -> UserError:
-    groups = _choices(arguments)
-    try:
-        own = [str(group) for group in compose(config_name, return_hydra_config=True).hydra.runtime.choices]
-    except HydraException as bare:  # without any argument
-        hint = "configs/local/default.yaml may give values, but choose no groups"
-        return UserError(f"the files in configs cannot be composed: {_in_one_line(bare)}; {hint}")
-    for argument in groups:
-        group = argument.lstrip("+~").partition("=")[0].partition("@")[0]
-        if group not in own:  # a group of another entry point
-            return unknown("key", group, [name for name in own if not name.startswith("hydra")])
-    keys = set(_keys(compose(config_name, groups)))
-    for argument in arguments:
-        key = argument.partition("=")[0]
-        if argument not in groups and key[:1].isalpha() and not key.startswith("hydra") and key not in keys:
-            return unknown("key", key, keys)
-    return UserError(_in_one_line(error))
-
-
-def _check_added(config_name: str, arguments: Sequence[str]) -> None:
-    """Refuses `+key=...` beside the known keys: nothing would read it. Below a known key its reader judges."""
-    added = [a.lstrip("+").partition("=")[0].partition(".")[0].partition("@")[0] for a in arguments if a[:1] == "+"]
-    known = {"hydra", *map(str, compose(config_name))} if added else set()
-    for key in added:
-        if key not in known and not (CONFIGS / key).is_dir():
-            raise unknown("key", key, known)
-
-
-def _check_values(cfg: DictConfig) -> None:
+def check_values(cfg: DictConfig) -> None:
     """Refuses a config that lacks a value without default, or whose switches and whole numbers are none."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
@@ -188,41 +88,6 @@ def _check_values(cfg: DictConfig) -> None:
         for value in values if OmegaConf.is_list(values) else [values]:
             if type(value) is not int or not least <= value < 2**32:
                 raise UserError(f"{key}={values} does not fit: whole numbers from {least} to {2**32 - 1} do")
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in map(str, cfg):
-        yield f"{prefix}{key}"
-        if OmegaConf.is_dict(cfg._get_node(key)) and not OmegaConf.is_missing(cfg, key):
-            yield from _keys(cfg[key], f"{prefix}{key}.")
-
-
-@contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """Prints a `UserError` as its sentence, without a traceback, and exits with status 2.
-
-    Ctrl-C exits with 130 and says how to go on. In a multirun any error goes on to Hydra, which runs the other jobs.
-    """
-    try:
-        yield
-    except UserError as error:
-        if in_multirun():
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to go on where it stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception:
-        # Hydra would cut the traceback to its own taste
-        traceback.print_exc()
-        if in_multirun():
-            raise
-        raise SystemExit(1) from None
 
 
 def in_multirun() -> bool:
@@ -251,18 +116,18 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[DictConfig]:
     hydra = HydraConfig.get()
     config_name = str(hydra.job.config_name)
     said: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${task} is for each job to resolve
-    _check_own("train", said)
+    check_own("train", said)
     if cfg.task is not None:
         return [cfg]
     overrides = [o for o in said if not o.startswith("tasks=")] + list(extra)
     given = [o for o in overrides if o.lstrip("+").startswith("data=")]
     if cfg.tasks is None:
         return [job(config_name, overrides)]
-    specs = _specs(cfg.tasks)
+    chosen = specs(cfg.tasks)
     if any(not choice.startswith("data='") for choice in given):
         raise UserError(f"{given[0]} and tasks={cfg.tasks} both name the data: give one of them")
     overrides = [o for o in overrides if o not in given]
-    return [job(config_name, [*overrides, f"data={spec.config}", "tasks=null"]) for spec in specs]
+    return [job(config_name, [*overrides, f"data={spec.config}", "tasks=null"]) for spec in chosen]
 
 
 def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -281,16 +146,16 @@ def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
     try:
         cfg = compose(config_name, list(overrides), return_hydra_config=True)
     except HydraException as error:
-        raise UserError(f"not every job can be composed ({' '.join(overrides)}): {_in_one_line(error)}") from error
+        raise UserError(f"not every job can be composed ({' '.join(overrides)}): {in_one_line(error)}") from error
     choices = cfg.hydra.runtime.choices
     with open_dict(cfg):
         del cfg.hydra
     cfg.task = choices.data.rpartition("/")[2]
     if choices.get("debug"):
         cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
-    _check_values(cfg)
+    check_values(cfg)
     OmegaConf.resolve(cfg)
-    _settle_grid(cfg, {_key(override) for override in overrides})
+    _settle_grid(cfg, {key_of(override) for override in overrides})
     with open_dict(cfg):
         del cfg.recipe.rows
     return cfg
@@ -323,8 +188,8 @@ def plans(cfg: DictConfig) -> "list[Plan]":
 
     if not isinstance(cfg.image_size, int) or cfg.image_size < 1:
         raise UserError(f"image_size={cfg.image_size} is no number of pixels: give image_size=224, for example")
-    specs = _specs(cfg.tasks)
-    if cfg.root and cfg.source == "raw" and len({spec.dataset for spec in specs}) > 1:
+    chosen = specs(cfg.tasks)
+    if cfg.root and cfg.source == "raw" and len({spec.dataset for spec in chosen}) > 1:
         raise UserError(f"root={cfg.root} holds the files of one dataset, tasks={cfg.tasks} are several: one at a time")
     where: dict[str, Any] = {"data_dir": Path(cfg.data_dir), "store_dir": Path(cfg.store_dir)}
     where |= {"root": Path(cfg.root).expanduser() if cfg.root else None}
@@ -338,7 +203,7 @@ def plans(cfg: DictConfig) -> "list[Plan]":
             **where,
             **how,
         )
-        for spec in specs
+        for spec in chosen
     ]
 
 

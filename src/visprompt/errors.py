@@ -28,3 +28,8 @@ def unknown(kind: str, word: object, choices: Iterable[str]) -> UserError:
         rest = f" (all: {listed})" if len(names) <= _LISTED else ""
         return UserError(f"unknown {kind} {word!r}: did you mean {' or '.join(near)}?{rest}")
     return UserError(f"unknown {kind} {word!r}: choose one of {listed}")
+
+
+def in_one_line(error: Exception) -> str:
+    """Return an exception's text without line breaks."""
+    return " ".join(str(error).split())
