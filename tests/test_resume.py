@@ -176,6 +176,21 @@ def test_a_damaged_resume_state_is_one_sentence(tmp_path):
         run.run_job(short_run(tmp_path))
 
 
+def test_another_seed_s_resume_state_is_refused(tmp_path):
+    halves = [short_run(tmp_path, f"seed={seed}") for seed in (0, 1)]
+    for half in halves:
+        with dying(epoch=1, batch=0), pytest.raises(ZeroDivisionError):
+            run.run_job(half)
+    here, there = (half.folder / "resume" / "state.safetensors" for half in halves)
+    shutil.copy(there, here)
+    with pytest.raises(UserError) as error:
+        run.run_job(short_run(tmp_path, "seed=0"))
+    assert str(error.value) == (
+        f"{here} is the resume state of another run (its seed is 1, this run's is 0): delete it to start over"
+    )
+    assert read_result(halves[0].folder) is None
+
+
 def test_a_second_process_is_told_who_holds_the_run(tmp_path):
     one = short_run(tmp_path)
     one.folder.mkdir(parents=True)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from visprompt.errors import UserError
 from visprompt.methods import Geometry, Method
 from visprompt.methods.merge import merge
+from visprompt.state import not_finite
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,10 @@ class Classifier(nn.Module):
             state: Tensors by name, exactly those that are tuned here.
 
         Raises:
-            UserError: A name or a shape differs; nothing is loaded then.
+            UserError: A name or a shape differs, or a number is not finite; nothing is loaded then.
         """
+        if spoilt := not_finite(state):
+            raise UserError(f"the tuned state holds numbers that are not finite, in {spoilt}: tune it again")
         own = self.tuned_state()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unexpected:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -47,9 +48,14 @@ def identity_of(cfg: DictConfig, recipe: Recipe, backbone: Backbone, datamodule:
     }
 
 
-def digest(identity: dict[str, Any]) -> str:
-    """The first 12 hexadecimal digits of the sha256 of an identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()[:12]
+def full_digest(identity: Mapping[str, Any]) -> str:
+    """The sha256 (hex) of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """The first 12 hexadecimal digits of an identity's sha256, which name the run's folder."""
+    return full_digest(identity)[:12]
 
 
 def _trainer_record(cfg: DictConfig) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from visprompt.backbones.family import Family
 from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, unknown
-from visprompt.identity import digest, identity_of
-from visprompt.lit.checkpoint import ResumeCheckpoint
+from visprompt.identity import digest, full_digest, identity_of
+from visprompt.lit.checkpoint import Owner, ResumeCheckpoint
 from visprompt.lit.frozen import release_pixels
 from visprompt.lit.module import Diverged, TuningModule
 from visprompt.lit.trainer import build, build_loggers, build_trainer, close
@@ -190,6 +190,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     started = time.monotonic()
     device = trainer.strategy.root_device
     cfg, datamodule = run.cfg, run.datamodule
+    ckpt_path = resume.find(Owner(full_digest(run.identity), int(cfg.seed), attempt))
     classifier = build_classifier(cfg, run.backbone, datamodule.num_classes)
     release_pixels(None if classifier.has_frozen_part else datamodule.images_key)  # they were earlier runs'
     measure.reset_peak_memory(device)
@@ -204,7 +205,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         trainer.loggers = build_loggers(run.cfg, run.folder, attempt, tuned)
     status = "failed"
     try:
-        diverged = _fit_and_score(trainer, module, datamodule, resume)
+        diverged = _fit_and_score(trainer, module, datamodule, ckpt_path)
         if diverged is None and module.scored_step != trainer.global_step:
             raise UserError("nothing was scored: take trainer.limit_val_batches and trainer.limit_test_batches off 0")
         metrics = _last_row(resume) | module.scores
@@ -238,10 +239,9 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
 
 
 def _fit_and_score(
-    trainer: L.Trainer, module: TuningModule, datamodule: TaskDataModule, resume: ResumeCheckpoint
+    trainer: L.Trainer, module: TuningModule, datamodule: TaskDataModule, ckpt_path: Path | None
 ) -> int | None:
     """Fits and scores once after the last epoch; returns the step at which the loss was not finite, else None."""
-    ckpt_path = str(resume.path) if resume.path.is_file() else None
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         if not all(parameter.isfinite().all() for _, parameter in module.classifier.tuned_parameters()):

@@ -61,6 +61,12 @@ def hash_tensors(tensors: Mapping[str, Tensor], also: str = "") -> str:
     return digest.hexdigest()
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the name of the first tensor that holds NaN or infinity, "" where all numbers are finite."""
+    floating = (name for name in sorted(tensors) if tensors[name].is_floating_point())
+    return next((name for name in floating if not tensors[name].isfinite().all()), "")
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file so that it either stands complete under its name or not at all.
 

@@ -2,16 +2,21 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
+from hypothesis import given
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from damage import bounded, damages, outcome, spoil
 from visprompt.errors import UserError
-from visprompt.lit.checkpoint import ResumeCheckpoint, SafetensorsIO
+from visprompt.lit.checkpoint import Owner, ResumeCheckpoint, SafetensorsIO
+
+OWNER = Owner(run="a" * 64, seed=0, attempt=0)
 
 TREE = {
     "epoch": 3,
@@ -142,6 +147,7 @@ class Line(L.LightningModule):
 def fit(folder, every=1, dies_in=None, epochs=5):
     torch.manual_seed(0)
     resume, module = ResumeCheckpoint(folder, every), Line(dies_in)
+    path = resume.find(OWNER)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -151,7 +157,6 @@ def fit(folder, every=1, dies_in=None, epochs=5):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    path = str(resume.path) if resume.path.exists() else None
     trainer.fit(module, ckpt_path=path, weights_only=True)
     return resume, module
 
@@ -179,3 +184,62 @@ def test_the_last_epoch_is_kept_whatever_the_interval(tmp_path):
     resume, _ = fit(tmp_path, every=100, epochs=3)
     assert load(resume.path)["epoch"] == 2
     assert json.loads(json.dumps(resume.rows[2]))["step"] == 12
+
+
+def stored(folder, owner=OWNER, weight=0.0):
+    """A resume state as Lightning lays it out."""
+    resume = ResumeCheckpoint(folder)
+    resume.owner = owner
+    tree = {"state_dict": {"w": torch.tensor([1.0, weight])}, "callbacks": {resume.state_key: resume.state_dict()}}
+    SafetensorsIO().save_checkpoint(tree, resume.path)
+    return resume.path
+
+
+def test_a_resume_state_is_found_by_its_owner_alone(tmp_path):
+    resume = ResumeCheckpoint(tmp_path)
+    assert resume.find(OWNER) is None
+    assert resume.state_dict()["owner"] == {"run": "a" * 64, "seed": 0, "attempt": 0}
+    path = stored(tmp_path)
+    assert resume.find(OWNER) == path
+
+
+@pytest.mark.parametrize(
+    ("owner", "weight", "sentence"),
+    [
+        (
+            Owner(run="b" * 64, seed=7, attempt=0),
+            0.0,
+            "is the resume state of another run (its seed is 7, this run's is 0)",
+        ),
+        (
+            Owner(run="a" * 64, seed=0, attempt=2),
+            0.0,
+            "is the resume state of attempt 2 of this run, and this is attempt 0",
+        ),
+        (None, 0.0, "is of an older version, which did not note whose resume state it is"),
+        (OWNER, float("nan"), "holds numbers that are not finite, in w"),
+    ],
+)
+def test_what_is_not_this_attempt_s_resume_state_is_refused(tmp_path, owner, weight, sentence):
+    path = stored(tmp_path, owner, weight)
+    with pytest.raises(UserError) as error:
+        ResumeCheckpoint(tmp_path).find(OWNER)
+    assert str(error.value) == f"{path} {sentence}: delete it to start over"
+
+
+def test_a_resume_state_of_another_layout_is_of_an_older_version(tmp_path):
+    path = tmp_path / "state.safetensors"
+    SafetensorsIO().save_checkpoint({"callbacks": {}, "state_dict": {}}, path)
+    with pytest.raises(UserError, match=r"is of an older version, which did not note whose resume state it is: delete"):
+        ResumeCheckpoint(tmp_path).find(OWNER)
+
+
+@bounded
+@given(damage=damages())
+def test_a_flipped_bit_or_a_cut_is_never_another_resume_state(tmp_path, damage):
+    """Bits of the whole file, the header of safetensors included."""
+    path = stored(tmp_path)
+    expected, whole = load(path), path.read_bytes()
+    spoil(path, damage, whole)
+    found, sentence = outcome(ResumeCheckpoint(tmp_path).find, OWNER)
+    assert re.fullmatch(rf"{re.escape(str(path))} .*: delete it to start over", sentence) or same(load(found), expected)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from visprompt.errors import UserError
-from visprompt.state import hash_tensors, write_atomically
+from visprompt.state import hash_tensors, not_finite, write_atomically
 
 _KEY = "visprompt.resume"
 _DIGITS = 64  # of a SHA-256 in hexadecimal
@@ -85,7 +86,7 @@ class SafetensorsIO(CheckpointIO):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
                 stored = (file.metadata() or {})[_KEY]
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is not a readable resume state ({error}): delete it to start over") from error
+            raise UserError(f"{path} is not a readable resume state: delete it to start over") from error
         checksum, text = stored[:_DIGITS], stored[_DIGITS:]
         if hash_tensors(tensors, also=text) != checksum:
             raise UserError(f"{path} is damaged, its checksum differs: delete it to start over")
@@ -95,6 +96,21 @@ class SafetensorsIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Deletes a checkpoint."""
         Path(path).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The attempt of a run that a resume state belongs to.
+
+    Attributes:
+        run: sha256 (hex) of the run's whole identity, of which the folder's name is the beginning.
+        seed: Seed of the run; part of the identity, kept for messages.
+        attempt: 0, and one more for each `rerun=true` that was completed before.
+    """
+
+    run: str
+    seed: int
+    attempt: int
 
 
 class ResumeCheckpoint(Checkpoint):
@@ -111,6 +127,7 @@ class ResumeCheckpoint(Checkpoint):
     Attributes:
         rows: Metrics of each epoch, by epoch.
         seconds: Training time up to the last state, over all processes that worked on the run.
+        owner: Whose state is written; set before the fit, when the number of the attempt is known.
     """
 
     def __init__(self, folder: Path, every_n_epochs: int = 1) -> None:
@@ -119,11 +136,33 @@ class ResumeCheckpoint(Checkpoint):
         self.every_n_epochs = every_n_epochs
         self.rows: dict[int, dict[str, float]] = {}
         self.seconds = 0.0
+        self.owner: Owner | None = None
         self._since = 0.0
 
+    def find(self, owner: Owner) -> Path | None:
+        """Returns the resume state to go on from, and writes later ones as this owner's.
+
+        Args:
+            owner: The attempt that is about to be trained.
+
+        Returns:
+            The file, None where training begins.
+
+        Raises:
+            UserError: The file is damaged, of another run or attempt, of a version that did not note whose it is, or
+                holds numbers that are not finite.
+        """
+        self.owner = owner
+        if not self.path.is_file():
+            return None
+        checkpoint = SafetensorsIO().load_checkpoint(self.path)
+        if trouble := _trouble(checkpoint, self.state_key, owner):
+            raise UserError(f"{self.path} {trouble}: delete it to start over")
+        return self.path
+
     def state_dict(self) -> dict[str, Any]:
-        """The curve and the time so far."""
-        return {"rows": self.rows, "seconds": self.seconds}
+        """The curve and the time so far, and whose they are."""
+        return {"rows": self.rows, "seconds": self.seconds, "owner": asdict(self.owner) if self.owner else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the curve of the epochs before the resume."""
@@ -156,3 +195,24 @@ class ResumeCheckpoint(Checkpoint):
         writer.writeheader()
         writer.writerows(self.rows.values())
         write_atomically(self.csv, lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def _trouble(checkpoint: dict[str, Any], key: str, owner: Owner) -> str:
+    """Returns why a checkpoint is not this owner's to go on from; "" where it is.
+
+    Args:
+        checkpoint: What Lightning saved.
+        key: Names the state of `ResumeCheckpoint` in it.
+        owner: The attempt that is about to be trained.
+    """
+    try:
+        saved = Owner(**checkpoint["callbacks"][key]["owner"])
+    except (KeyError, TypeError):
+        return "is of an older version, which did not note whose resume state it is"
+    if saved.run != owner.run:
+        return f"is the resume state of another run (its seed is {saved.seed}, this run's is {owner.seed})"
+    if saved.attempt != owner.attempt:
+        return f"is the resume state of attempt {saved.attempt} of this run, and this is attempt {owner.attempt}"
+    if spoilt := not_finite(checkpoint["state_dict"]):
+        return f"holds numbers that are not finite, in {spoilt}"
+    return ""
