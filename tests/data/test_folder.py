@@ -137,18 +137,6 @@ def test_folders_that_hold_no_task_are_one_sentence_each(tmp_path):
         find(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("splits", "message"),
-    [
-        (("train", "valid"), "has 'valid' beside 'train': name split folders train, val, test"),
-        (("test", "val"), "has 'test' but no 'train' folder"),
-    ],
-)
-def test_odd_split_folders(tmp_path, splits, message):
-    with pytest.raises(UserError, match=message):
-        find(write_folder(tmp_path, ("a", "b"), 3, splits=splits))
-
-
 def test_a_class_that_is_only_tested(tmp_path):
     write_folder(tmp_path, ("a", "b"), 3, splits=("train", "test"))
     write_folder(tmp_path, ("c",), 3, splits=("test",))

@@ -10,26 +10,25 @@ import csv
 import logging
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from visprompt.data.splits import stratified
+from visprompt.data.split_folders import class_parents, folders_in
+from visprompt.data.splits import SPLITS, stratified
 from visprompt.errors import UserError, unknown
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-SPLITS = ("train", "val", "test")
 MIN_SIDE = 16
 """Images whose short side has fewer pixels are taken for thumbnails or damage, not for data."""
 
 _LITTER = frozenset({"thumbs.db", "desktop.ini"})  # written by Windows into every folder of images
-_OTHER_SPLIT_NAMES = frozenset({"dev", "eval", "testing", "training", "valid", "validation"})
 
 _log = logging.getLogger(__name__)
 
@@ -87,14 +86,20 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-def find(root: str | Path, table: str | Path | None = None, skip_bad: bool = False) -> ImageFolder:
-    """Lists the images of a folder or of a CSV.
+def find(
+    root: str | Path,
+    table: str | Path | None = None,
+    skip_bad: bool = False,
+    split_names: Mapping[str, Any] | str | None = None,
+) -> ImageFolder:
+    """List the images of a folder or of a CSV.
 
     Args:
         root: The folder that holds class folders or split folders, or to which the paths of the CSV are relative.
         table: A CSV with the columns path, label and, if splits are given, split; relative to the working directory or
             to the root. Its paths are relative to the root or to the CSV.
         skip_bad: Leave out files of unsupported formats, with a warning, instead of refusing them.
+        split_names: Which folders are the splits, where they have other names: see `split_folders.class_parents`.
 
     Returns:
         All images with their classes and splits.
@@ -105,7 +110,9 @@ def find(root: str | Path, table: str | Path | None = None, skip_bad: bool = Fal
     root = Path(root).expanduser()
     if not root.is_dir():
         raise UserError(f"data.root={root} is not a folder: give the folder that holds one folder of images per class")
-    found = list(_read_table(root, Path(table).expanduser()) if table else _read_folders(root))
+    if table and split_names is not None:
+        raise UserError("data.split_names is for split folders: with data.csv the column split says train, val or test")
+    found = list(_read_table(root, Path(table).expanduser()) if table else _read_folders(root, split_names))
     images = _supported(root, found, skip_bad)
     names = sorted({image.name for image in found})
     _check_classes(root, names, images)
@@ -116,10 +123,6 @@ def find(root: str | Path, table: str | Path | None = None, skip_bad: bool = Fal
     label_of = {name: label for label, name in enumerate(names)}
     items = tuple(Item(i.path, i.key, label_of[i.name], split) for i, split in zip(images, splits, strict=True))
     return ImageFolder(tuple(names), items)
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -133,33 +136,16 @@ def _key(path: Path, root: Path) -> str:
     return unicodedata.normalize("NFC", path.relative_to(root).as_posix())  # macOS hands out decomposed names
 
 
-def _read_folders(root: Path) -> Iterator[_Found]:
-    folders = _folders(root)
-    if not folders:
+def _read_folders(root: Path, split_names: Mapping[str, Any] | str | None) -> Iterator[_Found]:
+    if not folders_in(root):
         what = "holds files but no class folders" if any(_files(root)) else "is empty"
         raise UserError(f"data.root={root} {what}: put the images of each class into a folder named after the class")
-    given = _given_splits(root, folders)
-    for split, parent in [(name, root / name) for name in given] or [("", root)]:
-        for folder in _folders(parent):
+    for split, parent in class_parents(root, split_names):
+        for folder in folders_in(parent):
             files = [_Found(path, _key(path, root), folder.name, split) for path in _files(folder)]
             if not files and split in ("", "train"):
                 raise UserError(f"the class folder {folder} is empty: put images into it or remove it")
             yield from files
-
-
-def _given_splits(root: Path, folders: list[Path]) -> list[str]:
-    """Returns the split folders, or nothing where the folders are classes (of which one may be called "train")."""
-    names = {folder.name for folder in folders}
-    nested = {folder.name for folder in folders if folder.name in SPLITS and _folders(folder)}
-    if not nested or not (names <= {*SPLITS, *_OTHER_SPLIT_NAMES} or "train" in nested):
-        return []
-    if strange := sorted(names - set(SPLITS)):
-        raise UserError(
-            f"data.root={root} has {strange[0]!r} beside {min(nested)!r}: name split folders train, val, test"
-        )
-    if "train" not in nested:
-        raise UserError(f"data.root={root} has {min(nested)!r} but no 'train' folder: add train/<class>/ with images")
-    return [split for split in SPLITS if split in nested]
 
 
 def _read_table(root: Path, table: Path) -> Iterator[_Found]:

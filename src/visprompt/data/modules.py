@@ -13,7 +13,8 @@ from visprompt.data.catalog import TASKS
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.dataset import ArrayDataset, RaggedDataset
 from visprompt.data.demo import compose
-from visprompt.data.folder import SPLITS, ImageFolder, find
+from visprompt.data.folder import ImageFolder, find
+from visprompt.data.splits import SPLITS
 from visprompt.data.store import RaggedStore, open_store
 from visprompt.errors import UserError, unknown
 
@@ -173,6 +174,7 @@ class FolderDataModule(RaggedDataModule):
         name: str | None = None,
         csv: str | None = None,
         skip_bad: bool = False,
+        split_names: Mapping[str, Any] | str | None = None,
         **cropping: Any,
     ) -> None:
         """Reads nothing yet.
@@ -183,6 +185,7 @@ class FolderDataModule(RaggedDataModule):
             name: Name of the task; that of the root folder by default.
             csv: See `folder.find`.
             skip_bad: Leave out files that cannot be used instead of refusing them.
+            split_names: Which folders are the splits, where these have other names than train, val and test.
             **cropping: The arguments of `RaggedDataModule`.
 
         Raises:
@@ -190,6 +193,7 @@ class FolderDataModule(RaggedDataModule):
         """
         super().__init__(**cropping)
         self.root, self.csv, self.store_dir, self.skip_bad = Path(root).expanduser(), csv, Path(store_dir), skip_bad
+        self.split_names = split_names
         self.task = name or self.root.resolve().name
         if self.task in ("", ".", "..") or "/" in self.task:
             raise UserError(f"data.name={self.task!r} cannot name a folder of results: set data.name to a plain word")
@@ -200,22 +204,28 @@ class FolderDataModule(RaggedDataModule):
         return "csv" if self.csv else "folder"
 
     @cached_property
-    def _folder(self) -> ImageFolder:
-        return find(self.root, self.csv, self.skip_bad)
+    def images(self) -> ImageFolder:
+        """The files with their classes and splits; none is decoded for it."""
+        return find(self.root, self.csv, self.skip_bad, self.split_names)
+
+    @property
+    def store_folder(self) -> Path:
+        """Where the decoded images are, or will be."""
+        return self.store_dir / f"{self.images.fingerprint[:20]}-{self.short_side}-{self.interpolation}"
 
     @cached_property
     def store(self) -> RaggedStore:
         """The decoded images, made if there are none."""
-        images = self._folder
-        folder = self.store_dir / f"{images.fingerprint[:20]}-{self.short_side}-{self.interpolation}"
-        return open_store(images, folder, self.short_side, interpolation=self.interpolation, skip_bad=self.skip_bad)
+        return open_store(
+            self.images, self.store_folder, self.short_side, interpolation=self.interpolation, skip_bad=self.skip_bad
+        )
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Sorted names of the class folders or labels."""
-        return self._folder.class_names
+        return self.images.class_names
 
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over relative path, size in bytes, class and split of all files."""
-        return self._folder.fingerprint
+        return self.images.fingerprint

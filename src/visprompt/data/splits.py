@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from visprompt.errors import UserError
 
+SPLITS = ("train", "val", "test")
+
 Key = TypeVar("Key", int, str)
 
 

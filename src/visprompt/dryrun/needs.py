@@ -16,10 +16,9 @@ from visprompt.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.compose import ROOT
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.data.datamodule import TaskDataModule
-from visprompt.data.folder import SPLITS
-from visprompt.data.folder import find as find_images
 from visprompt.data.modules import FolderDataModule
 from visprompt.data.plan import Plan, find
+from visprompt.data.splits import SPLITS
 from visprompt.errors import UserError
 from visprompt.run import build_data, load_backbone, make_recipe
 
@@ -107,10 +106,9 @@ class Needs:
             return backbone, False
 
     def _own_images(self, datamodule: FolderDataModule) -> dict[str, int]:
-        images = find_images(datamodule.root, datamodule.csv, datamodule.skip_bad)
-        name = f"{images.fingerprint[:20]}-{datamodule.short_side}-{datamodule.interpolation}"
-        if not (datamodule.store_dir / name).is_dir():
-            self.stores[datamodule.store_dir / name] = _photographs(len(images.items), datamodule.short_side)
+        images = datamodule.images
+        if not datamodule.store_folder.is_dir():
+            self.stores[datamodule.store_folder] = _photographs(len(images.items), datamodule.short_side)
         splits = [item.split for item in images.items]
         return {split: splits.count(split) for split in SPLITS if split in splits}
 

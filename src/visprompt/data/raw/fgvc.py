@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from visprompt.data.content import check_labels
-from visprompt.data.folder import SPLITS, ImageFolder, Item
+from visprompt.data.folder import ImageFolder, Item
 from visprompt.data.raw.archive import damaged, readable
 from visprompt.data.raw.natural import flowers_lists, mat
-from visprompt.data.splits import md5_order
+from visprompt.data.splits import SPLITS, md5_order
 from visprompt.data.task import TaskSpec
 from visprompt.errors import UserError, unknown
 

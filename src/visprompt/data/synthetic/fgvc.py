@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from visprompt.data.folder import SPLITS, Item
+from visprompt.data.folder import Item
+from visprompt.data.splits import SPLITS
 from visprompt.data.synthetic.natural import class_labels, jpeg, oxford_flowers102, tar_bytes, write_mat
 
 __all__ = [
