@@ -1,5 +1,10 @@
 """Scores a saved state on its test set: `python src/eval.py run=logs/<task>/<method>/<hash>`."""
 
+from visprompt import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the imports below, which take seconds
+
 import hydra
 from omegaconf import DictConfig
 
@@ -12,6 +17,7 @@ def main(cfg: DictConfig) -> float:
     with one_sentence_errors():
         from visprompt import inference  # imported late: a wrong word is said before torch is loaded
 
+        signals.started()
         return inference.evaluate(cfg)
 
 

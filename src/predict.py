@@ -1,5 +1,10 @@
 """Labels a folder of images: `python src/predict.py state=logs/<task>/<method>/<hash> images=FOLDER`."""
 
+from visprompt import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the imports below, which take seconds
+
 import hydra
 from omegaconf import DictConfig
 
@@ -12,6 +17,7 @@ def main(cfg: DictConfig) -> None:
     with one_sentence_errors():
         from visprompt.prediction import predict  # imported late: a wrong word is said before torch is loaded
 
+        signals.started()
         options = {name: cfg[name] for name in ("output", "batch_size", "device", "weights")}
         predict(cfg.state, cfg.images, **options)
 

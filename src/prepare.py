@@ -1,5 +1,10 @@
 """Downloads, verifies and decodes datasets, once: `python src/prepare.py tasks=vtab_natural`."""
 
+from visprompt import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the imports below, which take seconds
+
 import hydra
 from omegaconf import DictConfig
 
@@ -13,6 +18,7 @@ def main(cfg: DictConfig) -> None:
         from visprompt.compose import plans  # imported late: a wrong word is said before torch is loaded
         from visprompt.data.prepare_all import prepare_all, verify_all
 
+        signals.started()
         (verify_all if cfg.verify else prepare_all)(plans(cfg))
 
 

@@ -1,5 +1,10 @@
 """Pre-trains the embedded demo backbone: `python src/pretrain.py output=my.safetensors` (see configs/pretrain.yaml)."""
 
+from visprompt import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the imports below, which take seconds
+
 from typing import Any
 
 import hydra
@@ -14,6 +19,7 @@ def main(cfg: DictConfig) -> None:
     with one_sentence_errors():
         from visprompt.lit.pretrain import PretrainRecipe, pretrain  # late: a wrong word is answered at once
 
+        signals.started()
         settings: dict[Any, Any] = OmegaConf.to_object(cfg)  # type: ignore[assignment]  # a mapping at the top
         progress = settings.pop("progress")
         pretrain(PretrainRecipe(**settings), progress)

@@ -1,5 +1,10 @@
 """Tables, tests, figures and a page of all runs below a folder: `python src/report.py runs=logs`."""
 
+from visprompt import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the imports below, which take seconds
+
 import hydra
 from omegaconf import DictConfig
 
@@ -12,6 +17,7 @@ def main(cfg: DictConfig) -> None:
     with one_sentence_errors():
         from visprompt.reports import report  # imported late: a wrong word is said before torch is loaded
 
+        signals.started()
         report.report(cfg)
 
 

@@ -1,5 +1,10 @@
 """Tunes a frozen backbone on one task or several: `python src/train.py data=demo/digits method=vpt_deep`."""
 
+from visprompt import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the imports below, which take seconds
+
 import hydra
 from omegaconf import DictConfig
 
@@ -12,6 +17,7 @@ def main(cfg: DictConfig) -> float:
     with one_sentence_errors():
         from visprompt import loop  # imported late: a wrong word is said before torch is loaded
 
+        signals.started()
         return loop.train(cfg)
 
 

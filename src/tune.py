@@ -1,5 +1,10 @@
 """Grid, choice on val200, seeds, table: `python src/tune.py experiment=demo_table`."""
 
+from visprompt import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the imports below, which take seconds
+
 import hydra
 from omegaconf import DictConfig
 
@@ -12,6 +17,7 @@ def main(cfg: DictConfig) -> float:
     with one_sentence_errors():
         from visprompt import protocol  # imported late: a wrong word is said before torch is loaded
 
+        signals.started()
         return protocol.tune(cfg)
 
 

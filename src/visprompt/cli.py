@@ -1,6 +1,7 @@
 """Check what a user typed before Hydra reads it, and print errors as one sentence."""
 
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from visprompt import compose, words
+from visprompt import compose, signals, words
 from visprompt.data import catalog
 from visprompt.errors import UserError, in_one_line
 
@@ -53,17 +54,20 @@ def check_words(config_name: str) -> None:
 def one_sentence_errors() -> Iterator[None]:
     """Prints a `UserError` as its sentence, without a traceback, and exits with status 2.
 
-    Ctrl-C exits with 130 and says how to go on. In a multirun any error goes on to Hydra, which runs the other jobs.
+    A signal goes through, as `signals.Ended`. In a multirun any error goes on to Hydra, which runs the other jobs.
     """
+    if compose.in_multirun():
+        signals.install()  # a launcher's worker runs no entry point
     try:
-        yield
+        with signals.consequences():
+            yield
     except UserError as error:
         if compose.in_multirun():
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to go on where it stopped", file=sys.stderr)
+    except KeyboardInterrupt:  # of a handler that is not ours
+        print(f"\n{signals.sentence(signal.SIGINT)}", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception:
         # Hydra would cut the traceback to its own taste

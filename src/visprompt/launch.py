@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_PARENT = "VISPROMPT_PARENT"
+from visprompt import signals
+from visprompt.signals import PARENT
+
 _REASON = "VISPROMPT_REASON"
 _POLL = 0.2  # seconds between two looks at the ranks
 _GRACE = 10.0  # seconds that ranks get to end by themselves
@@ -69,13 +71,14 @@ def _group_env(world: int) -> Mapping[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": threads,
-        _PARENT: str(os.getpid()),
+        PARENT: str(os.getpid()),
     }
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits until all have ended well or one has failed; ends the others then and returns the failed one's status."""
     while True:
+        signals.check()
         codes = [rank.poll() for rank in ranks]
         failed = [code for code in codes if code]
         if failed:
@@ -106,7 +109,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def end_with_parent() -> None:
     """Ends this process when the parent that started it as a rank is gone; does nothing in any other process."""
-    parent = os.environ.get(_PARENT)
+    parent = os.environ.get(PARENT)
     if parent is None:
         return
 
@@ -120,7 +123,7 @@ def end_with_parent() -> None:
 
 def is_rank() -> bool:
     """Whether this process was started as a rank by `run_ranks`."""
-    return _PARENT in os.environ
+    return PARENT in os.environ
 
 
 def give_reason(error: BaseException) -> None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from visprompt import chain, compose, launch, measure
+from visprompt import chain, compose, launch, measure, signals
 from visprompt.errors import UserError
 from visprompt.lit.trainer import report_together, under_agent, without_wandb
 from visprompt.results import Result, read_result
@@ -94,8 +94,10 @@ def run_all(jobs: Iterable[DictConfig]) -> list[Outcome]:
     outcomes = []
     for cfg in jobs:
         name = f"{cfg.task}/{cfg.method.name}"
+        signals.check()
         try:
-            result, folder = _run_chain(cfg)
+            with signals.consequences():
+                result, folder = _run_chain(cfg)
         except (UserError, launch.RanksFailed) as error:
             outcomes.append(Outcome(name, None, str(error)))
         except Exception as error:

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from visprompt import measure, pruning
+from visprompt import measure, pruning, signals
 from visprompt.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.backbones.family import Family
 from visprompt.classifier import Classifier
@@ -252,8 +252,8 @@ def _fit_and_score(
             trainer.validate(module, datamodule=datamodule, verbose=False)
     except Diverged as error:
         return error.step
-    except SystemExit:
-        if trainer.interrupted:
+    except SystemExit as error:
+        if trainer.interrupted and not isinstance(error, signals.Ended):
             raise KeyboardInterrupt from None  # Lightning makes an exit of Ctrl-C
         raise
     return None

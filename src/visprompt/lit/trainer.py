@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
+from visprompt import signals
 from visprompt.errors import UserError
 from visprompt.lit.checkpoint import SafetensorsIO
 from visprompt.results import Result
@@ -58,6 +59,9 @@ def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
         sync_batchnorm=settings["accelerator"] != "cpu" and torch.cuda.is_available(),
         default_root_dir=cfg.paths.log_dir,
     )
+    # Lightning's own broadcasts from within the handler, which hangs where the ranks are not at the same step
+    connector: Any = trainer._signal_connector
+    connector._sigterm_notifier_fn = signals.handle
     return trainer
 
 
