@@ -32,6 +32,8 @@ SHELL = {
     "chain.py",
     "compose.py",
     "identity.py",
+    "recipe_rows.py",
+    "settings.py",
     "run.py",
     "loop.py",
     "protocol.py",

@@ -159,7 +159,8 @@ def test_a_whole_number_is_the_rate_that_it_means(logs):
 
 def test_a_run_that_scored_nothing_is_no_result(tmp_path):
     for split in ("tune", "final"):
-        one = tiny_run(tmp_path, f"split={split}", "+trainer.limit_val_batches=0", "+trainer.limit_test_batches=0")
+        one = tiny_run(tmp_path, f"split={split}", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1")
+        one.cfg.trainer.update(limit_val_batches=0, limit_test_batches=0)  # as no command line may say
         with pytest.raises(UserError, match=r"^nothing was scored: take trainer\.limit_val_batches and"):
             run.run_job(one)
         assert not (one.folder / "result.json").exists()
@@ -314,7 +315,7 @@ def test_words_that_only_a_run_can_judge(tmp_path):
         ("+recipe.lrr=1",): "unknown key of recipe 'lrr': did you mean lr",
         ("recipe.lr=fast",): "recipe.lr=fast does not fit: give a finite number, 0 or above",
         ("recipe.epochs=2.5",): "recipe.epochs=2.5 does not fit: give a whole number, 1 or more",
-        ("+trainer.max_epoch=3",): "trainer cannot be built: .*max_epoch.*; correct trainer",
+        ("+trainer.max_epoch=3",): "unknown key 'trainer.max_epoch': did you mean trainer.max_epochs",
         ("+data.foo=3",): "data cannot be built: .*foo.*; correct data",
         ("data=folder", "data.root=/nowhere"): "data.root=/nowhere is not a folder",
         ("data=folder", "data.root=/", "data.final=all"): "unknown data.final 'all'",

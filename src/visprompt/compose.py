@@ -4,7 +4,7 @@ A composed *job* is a plain config of one run: its `task` is set, everything is 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from visprompt import recipe_rows, settings
 from visprompt.data import catalog
 from visprompt.errors import UserError, in_one_line
 
@@ -25,29 +26,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-_SWITCHES = (
-    *("compile", "dry_run", "rerun", "diagnostics.best_on_test", "verify", "download", "data.download"),
-    *("data.crop", "data.skip_bad", "data.pin_memory", "backbone.exact", "backbone.pretrained"),
-)
-_WHOLE_NUMBERS = {"seed": 0, "seeds": 0, "resume_every_n_epochs": 1, "data.num_workers": 0}  # with the least of each
 
 
-def _row(key: str, *, _root_: DictConfig) -> Any:
-    """`${row:lr}`: a value of the recipe's table, from the row of the task, of its family, or the default row."""
-    for row in _rows(_root_):
-        if key in row:
-            return row[key]
-    raise UserError(f"the chosen recipe has no {key}: take the method's own recipe, or give {key} yourself")
-
-
-def _rows(cfg: DictConfig) -> list[DictConfig]:
-    """The rows of a recipe's table that are for a config's task, the nearest first."""
-    spec = catalog.TASKS.get(str(cfg.task))
-    names = [cfg.task, spec.family if spec else None, "default"]
-    return [cfg.recipe.rows[name] for name in names if name and name in cfg.recipe.rows]
-
-
-OmegaConf.register_new_resolver("row", _row)
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT))
 OmegaConf.register_new_resolver("pid", os.getpid)
 
@@ -72,22 +52,14 @@ def specs(tasks: Any) -> list[catalog.TaskSpec]:
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Refuses a config that lacks a value without default, or whose switches and whole numbers are none."""
+    """Refuse a config that lacks a value without default, or has one of a wrong kind or out of range."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
     except OmegaConfBaseException as error:  # something else is made of it
         raise UserError(str(error).splitlines()[0].rpartition("resolving interpolation: ")[2]) from error
     if missing:
         raise UserError(f"{missing[0]} has no default: give {missing[0]}=...")
-    for key in _SWITCHES:
-        value = OmegaConf.select(cfg, key, default=False)
-        if not isinstance(value, bool):
-            raise UserError(f"{key}={value} is neither true nor false: give one of them")
-    for key, least in _WHOLE_NUMBERS.items():
-        values = OmegaConf.select(cfg, key, default=least)
-        for value in values if OmegaConf.is_list(values) else [values]:
-            if type(value) is not int or not least <= value < 2**32:
-                raise UserError(f"{key}={values} does not fit: whole numbers from {least} to {2**32 - 1} do")
+    settings.check(cfg)
 
 
 def in_multirun() -> bool:
@@ -151,31 +123,12 @@ def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
     with open_dict(cfg):
         del cfg.hydra
     cfg.task = choices.data.rpartition("/")[2]
-    if choices.get("debug"):
-        cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
     check_values(cfg)
+    if choices.get("debug") or settings.debugs(cfg):
+        cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
     OmegaConf.resolve(cfg)
-    _settle_grid(cfg, {key_of(override) for override in overrides})
-    with open_dict(cfg):
-        del cfg.recipe.rows
+    recipe_rows.settle(cfg, {key_of(override) for override in overrides})
     return cfg
-
-
-def _settle_grid(cfg: DictConfig, said: Set[str]) -> None:
-    """Gives a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
-
-    Nothing is tried of what the command line gives, or of prompts that are off: such a key keeps its own value alone.
-    """
-    own = OmegaConf.create() if cfg.recipe.grid is None and "recipe.grid" not in said else cfg.recipe.grid
-    if not OmegaConf.is_dict(own):  # the user's null is no grid; the protocol refuses anything else
-        return
-    rows: Any = next((row.grid for row in _rows(cfg) if "grid" in row), {})
-    if not OmegaConf.is_dict(rows):  # a sentence that says why there is none
-        cfg.recipe.grid = own or rows
-        return
-    off = {key for key in rows if key.startswith("method.num_") and OmegaConf.select(cfg, key) == 0} - set(own)
-    found = {**rows, **own}
-    cfg.recipe.grid = found | {key: [OmegaConf.select(cfg, key)] for key in found if key in said | off}
 
 
 def plans(cfg: DictConfig) -> "list[Plan]":
@@ -186,8 +139,6 @@ def plans(cfg: DictConfig) -> "list[Plan]":
     """
     from visprompt.data.plan import Plan
 
-    if not isinstance(cfg.image_size, int) or cfg.image_size < 1:
-        raise UserError(f"image_size={cfg.image_size} is no number of pixels: give image_size=224, for example")
     chosen = specs(cfg.tasks)
     if cfg.root and cfg.source == "raw" and len({spec.dataset for spec in chosen}) > 1:
         raise UserError(f"root={cfg.root} holds the files of one dataset, tasks={cfg.tasks} are several: one at a time")

@@ -13,6 +13,7 @@ from visprompt.backbones import Backbone
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.methods import option_kinds
 from visprompt.optim import Recipe
+from visprompt.settings import PRECISIONS
 
 # trainer settings that leave the numbers as they are; any other one is part of a run's identity
 _NEUTRAL_TRAINER = {
@@ -20,7 +21,6 @@ _NEUTRAL_TRAINER = {
     *("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "deterministic", "benchmark"),
     *("enable_progress_bar", "profiler", "inference_mode"),
 }
-_PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
 
 
 def identity_of(cfg: DictConfig, recipe: Recipe, backbone: Backbone, datamodule: TaskDataModule) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def identity_of(cfg: DictConfig, recipe: Recipe, backbone: Backbone, datamodule:
         "recipe": asdict(recipe),
         "split": cfg.split,
         "seed": cfg.seed,
-        "precision": _PRECISIONS.get(str(cfg.precision), str(cfg.precision)),
+        "precision": PRECISIONS.get(str(cfg.precision), str(cfg.precision)),
         "trainer": _trainer_record(cfg),
     }
 

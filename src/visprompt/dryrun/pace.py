@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from visprompt import settings
 from visprompt.backbones import Backbone
 from visprompt.classifier import Classifier
-from visprompt.errors import unknown
 from visprompt.optim import build_optimizer
 from visprompt.run import build_classifier, make_recipe
 
@@ -63,10 +63,8 @@ def measure_pace(job: DictConfig, backbone: Backbone, classes: int, devices: int
     Raises:
         UserError: A word of the job is wrong, or its method and its backbone do not fit.
     """
-    precision, kind = str(job.precision), str(job.precision).partition("-")[0]
-    valid = [f"{name}-true" for name in _DTYPES] + ["bf16-mixed", "16-mixed"]
-    if precision not in [*valid, *_DTYPES]:
-        raise unknown("precision", precision, valid)
+    precision = settings.PRECISIONS.get(str(job.precision), str(job.precision))
+    kind = precision.partition("-")[0]
     classifier = build_classifier(job, backbone, classes)
     device = _device(str(job.trainer.accelerator))
     if device is None:

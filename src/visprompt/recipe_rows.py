@@ -1,0 +1,76 @@
+"""The table of a recipe: a value comes from the row of the task, else from its family's, else from the default row."""
+
+import logging
+from collections.abc import Set
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from visprompt import settings
+from visprompt.data import catalog
+from visprompt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def _row(key: str, *, _root_: DictConfig) -> Any:
+    """`${row:lr}`: a value of the recipe's table, from the row of the task, of its family, or the default row."""
+    for row in _rows(_root_):
+        if key in row:
+            return row[key]
+    raise UserError(f"the chosen recipe has no {key}: take the method's own recipe, or give {key} yourself")
+
+
+def _rows(cfg: DictConfig) -> list[DictConfig]:
+    """The rows of a recipe's table that are for a config's task, the nearest first."""
+    spec = catalog.TASKS.get(str(cfg.task))
+    names = [cfg.task, spec.family if spec else None, "default"]
+    return [cfg.recipe.rows[name] for name in names if name and name in cfg.recipe.rows]
+
+
+OmegaConf.register_new_resolver("row", _row)
+
+
+def settle(cfg: DictConfig, said: Set[str]) -> None:
+    """Settle what of a resolved job's recipe depends on its row: a warm-up in proportion, and the grid.
+
+    Args:
+        cfg: A job whose recipe still has its table.
+        said: Keys of the command line.
+    """
+    _shorten_warmup(cfg, said)
+    _settle_grid(cfg, said)
+    with open_dict(cfg):
+        del cfg.recipe.rows
+
+
+def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
+    """Give a run of fewer epochs than its row has a warm-up in proportion, where the row's would not fit into it."""
+    recipe, rows = cfg.recipe, _rows(cfg)
+    epochs, warmup = (next((row[name] for row in rows if name in row), None) for name in ("epochs", "warmup_epochs"))
+    numbers = (recipe.epochs, recipe.warmup_epochs, epochs, warmup)
+    if "recipe.warmup_epochs" in said or recipe.warmup_epochs != warmup or not all(map(settings.is_finite, numbers)):
+        return
+    if 0 < recipe.epochs <= warmup < epochs:
+        recipe.warmup_epochs = warmup * recipe.epochs / epochs
+        log.info(
+            "recipe.warmup_epochs is %g in a run of recipe.epochs=%s, in proportion to the recipe's %g of %s epochs",
+            *(recipe.warmup_epochs, recipe.epochs, warmup, epochs),
+        )
+
+
+def _settle_grid(cfg: DictConfig, said: Set[str]) -> None:
+    """Gives a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
+
+    Nothing is tried of what the command line gives, or of prompts that are off: such a key keeps its own value alone.
+    """
+    own = OmegaConf.create() if cfg.recipe.grid is None and "recipe.grid" not in said else cfg.recipe.grid
+    if not OmegaConf.is_dict(own):  # the user's null is no grid; the protocol refuses anything else
+        return
+    rows: Any = next((row.grid for row in _rows(cfg) if "grid" in row), {})
+    if not OmegaConf.is_dict(rows):  # a sentence that says why there is none
+        cfg.recipe.grid = own or rows
+        return
+    off = {key for key in rows if key.startswith("method.num_") and OmegaConf.select(cfg, key) == 0} - set(own)
+    found = {**rows, **own}
+    cfg.recipe.grid = found | {key: [OmegaConf.select(cfg, key)] for key in found if key in said | off}
