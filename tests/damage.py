@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from visprompt.errors import UserError
+from visprompt.records import read_record, write_record
 
 bounded = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -32,6 +33,13 @@ def outcome(call: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
         return call(*arguments), ""
     except UserError as error:
         return None, str(error)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Changes values of a record and gives it the digest of the new content, as a program would that wrote it."""
+    record = read_record(path)
+    assert record is not None
+    write_record(path, {name: value for name, value in (record | changes).items() if name != "digest"})
 
 
 def spoil(path: Path, damage: Callable[[bytes], bytes], whole: bytes) -> None:

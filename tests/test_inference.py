@@ -15,7 +15,7 @@ from cli import composed, content, frozen, tiny_run
 from visprompt import inference, prediction, run
 from visprompt.data import demo, synthetic
 from visprompt.errors import UserError
-from visprompt.state import hash_tensors, load_state
+from visprompt.state import hash_tensors, load_state, save_state
 
 pytestmark = frozen
 METHODS = {
@@ -97,7 +97,7 @@ def test_eval_on_own_images_and_refuses_when_they_have_changed(tmp_path):
 
 
 def test_eval_refuses_what_has_no_test_score(trained, tmp_path):
-    with pytest.raises(UserError, match=r"there is no tuned state at .*: give a finished run's folder"):
+    with pytest.raises(UserError, match=r"holds no finished run: give the folder that its table named$"):
         evaluate(tmp_path)
     folder, _ = trained("split=tune")
     with pytest.raises(UserError, match=r"is a run of split=tune, which has no test set: give a run of split=final"):
@@ -106,6 +106,43 @@ def test_eval_refuses_what_has_no_test_score(trained, tmp_path):
     (half / "result.json").unlink()
     with pytest.raises(UserError, match=r"half holds no finished run: give the folder that its table named"):
         evaluate(half)
+
+
+def test_another_run_s_state_in_a_run_s_folder_is_refused(logs, trained, tmp_path):
+    folder, other = shutil.copytree(trained()[0], tmp_path / "mixed"), trained("seed=1")[0]
+    shutil.copy(other / "tuned.safetensors", folder)
+    sentence = (
+        f"{folder}/tuned.safetensors is not the state that result.json recorded: it is another run's or attempt's; "
+        "copy the run's whole folder again, or run its command again"
+    )
+    images = synthetic.write_folder(tmp_path / "images", ("a", "b"), 1)
+    calls = [
+        lambda: evaluate(folder),
+        lambda: evaluate(f"[{trained()[0]},{folder}]"),
+        lambda: predict(logs, folder, images, tmp_path / "out.csv"),
+        lambda: predict(logs, folder / "tuned.safetensors", images, tmp_path / "out.csv"),
+    ]
+    for call in calls:
+        with pytest.raises(UserError) as error:
+            call()
+        assert str(error.value) == sentence
+    assert not (tmp_path / "out.csv").exists()
+    alone = shutil.copy(other / "tuned.safetensors", tmp_path / "state.safetensors")
+    assert len(predict(logs, alone, images, tmp_path / "out.csv")) == 2, "a state by itself is a task's"
+
+
+def test_a_state_whose_numbers_overflow_gives_no_probability(logs, trained, tmp_path):
+    folder, _ = trained(*METHODS["linear"])
+    state = load_state(folder)
+    tensors = {name: torch.full_like(tensor, 3e38) for name, tensor in state.tensors.items()}
+    save_state(tmp_path / "state.safetensors", replace(state, tensors=tensors))
+    images = synthetic.write_folder(tmp_path / "images", ("a", "b"), 1)
+    with pytest.raises(UserError) as error:
+        predict(logs, tmp_path / "state.safetensors", images, tmp_path / "out.csv")
+    assert str(error.value) == (
+        f"{tmp_path}/state.safetensors gives no probabilities for a/0000.png: its numbers overflow, so tune it again"
+    )
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_several_states_are_scored_as_one_ensemble(logs, trained, capsys):

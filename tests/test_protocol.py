@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cli import composed, frozen, tiny
+from damage import rewrite
 from visprompt import chain, compose, loop, protocol, run
 from visprompt.errors import UserError
 from visprompt.results import read_result
@@ -148,7 +149,7 @@ def test_results_that_cannot_be_averaged_leave_the_other_cells_as_they_are(logs,
     shutil.copytree(logs, tmp_path, dirs_exist_ok=True)
     found = [(path, json.loads(path.read_text())) for path in tmp_path.rglob("result.json")]
     path, stored = next((p, s) for p, s in found if s["method"]["name"] == "linear" and s["split"] == "final")
-    path.write_text(json.dumps(stored | {"data": stored["data"] | {"form": "of an older version"}}))
+    rewrite(path, data=stored["data"] | {"form": "of an older version"})
     with pytest.raises(UserError, match=r"^1 runs failed: digits/linear: runs that differ in more than the seed, .*"):
         tune(tmp_path, "methods=[linear,vpt_deep]", "recipe.epochs=2")
     (old, new) = ((folder / "table.md").read_text().splitlines() for folder in (logs, tmp_path))

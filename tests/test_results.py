@@ -1,12 +1,29 @@
 """result.json: what is whole, what may be averaged, and how it is shown."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given
 
+from damage import bounded, damages, outcome, rewrite, spoil
 from visprompt.errors import UserError
-from visprompt.results import Cell, Result, cell, choose, markdown_table, read_result, write_result
+from visprompt.records import DamagedRecord
+from visprompt.results import (
+    Cell,
+    Result,
+    cell,
+    choose,
+    load_result,
+    markdown_table,
+    open_result,
+    open_state,
+    read_result,
+    write_result,
+)
+from visprompt.state import TunedState, load_state, save_state
 
 
 def make(**changes):
@@ -44,9 +61,14 @@ def test_what_is_written_is_read_back(tmp_path):
         lambda folder, stored: (folder / "tuned.safetensors").unlink(),
         lambda folder, stored: (folder / "tuned.safetensors").write_bytes(b"ab"),
         lambda folder, stored: (folder / "result.json").write_text(json.dumps(stored)[:-9]),
-        lambda folder, stored: (folder / "result.json").write_text(json.dumps(stored | {"schema": 2})),
-        lambda folder, stored: (folder / "result.json").write_text(json.dumps(stored | {"more": 1})),
-        lambda folder, stored: (folder / "result.json").write_text(json.dumps(stored | {"status": "nearly"})),
+        lambda folder, stored: rewrite(folder / "result.json", schema=2),
+        lambda folder, stored: rewrite(folder / "result.json", more=1),
+        lambda folder, stored: rewrite(folder / "result.json", status="nearly"),
+        lambda folder, stored: rewrite(folder / "result.json", attempt="0"),
+        lambda folder, stored: rewrite(folder / "result.json", seed=True),
+        lambda folder, stored: (folder / "result.json").write_text(json.dumps(stored | {"seed": 2})),
+        lambda folder, stored: (folder / "result.json").write_bytes(b"\xff"),
+        lambda folder, stored: (folder / "result.json").write_text("[" * 100_000),
         lambda folder, stored: (folder / "result.json").write_text("[]"),
     ],
 )
@@ -57,14 +79,133 @@ def test_what_is_not_whole_is_no_result(tmp_path, spoil):
     assert read_result(tmp_path) is None
 
 
-def test_a_record_of_an_older_version_has_no_trainer(tmp_path):
+def test_a_record_of_an_older_version_has_no_trainer_files_or_digest(tmp_path):
     (tmp_path / "tuned.safetensors").write_bytes(b"abc")
     write_result(tmp_path, make(trainer={"gradient_clip_val": 1.0}))
     assert read_result(tmp_path) == make(trainer={"gradient_clip_val": 1.0})
     stored = json.loads((tmp_path / "result.json").read_text())
-    del stored["trainer"]
+    for name in ("trainer", "files", "digest"):
+        del stored[name]
     (tmp_path / "result.json").write_text(json.dumps(stored))
     assert read_result(tmp_path) == make(trainer={})
+
+
+WHY = {
+    "cut": (lambda folder: os.truncate(folder / "result.json", 100), "result.json is damaged: it is cut or no JSON"),
+    "no object": (
+        lambda folder: (folder / "result.json").write_text("[]"),
+        "result.json is damaged: it is no JSON object",
+    ),
+    "changed": (
+        lambda folder: edit(folder / "result.json", b"0.75", b"0.95"),
+        "result.json is damaged: it is not what its digest says",
+    ),
+    "not finite": (
+        lambda folder: edit(folder / "result.json", b"0.75", b"1e999"),
+        "result.json is damaged: it holds a number that is not finite",
+    ),
+    "NaN": (
+        lambda folder: edit(folder / "result.json", b"0.75", b"NaN"),
+        "result.json is damaged: it holds a number that is not finite",
+    ),
+    "newer": (
+        lambda folder: rewrite(folder / "result.json", schema=2),
+        "result.json is damaged or of another version of visprompt",
+    ),
+    "kind": (lambda folder: rewrite(folder / "result.json", seed=1.5), "result.json is damaged: its seed is 1.5"),
+    "no state": (
+        lambda folder: (folder / "tuned.safetensors").unlink(),
+        "tuned.safetensors is missing, which result.json names",
+    ),
+    "cut state": (
+        lambda folder: os.truncate(folder / "tuned.safetensors", 100),
+        "tuned.safetensors is not the state that result.json recorded: its size differs",
+    ),
+    "other state": (
+        lambda folder: save_state(folder / "tuned.safetensors", state(2.0)),
+        "tuned.safetensors is not the state that result.json recorded: it is another run's or attempt's",
+    ),
+    "flipped state": (
+        lambda folder: edit(folder / "tuned.safetensors", b"\0\0\x80\x3f", b"\0\0\x80\x3e"),
+        "tuned.safetensors is damaged: its checksum differs",
+    ),
+}
+
+
+def state(value):
+    """A tuned state whose size does not depend on its value."""
+    texts = {name: {} for name in ("method", "preprocessing", "backbone", "versions")}
+    return TunedState(tensors={"head": torch.full((2,), value)}, task="digits", class_names=("a", "b"), **texts)
+
+
+def edit(path, old, new):
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
+def finished(folder):
+    """A folder with a state and the result that recorded it."""
+    checksum = save_state(folder / "tuned.safetensors", state(1.0))
+    result = make(tuned={"bytes": (folder / "tuned.safetensors").stat().st_size, "sha256": checksum})
+    write_result(folder, result)
+    return result
+
+
+@pytest.mark.parametrize("case", WHY)
+def test_damage_is_named_and_never_a_result(tmp_path, case):
+    assert load_result(tmp_path) is None, "there is none yet"
+    result = finished(tmp_path)
+    assert load_result(tmp_path) == result
+    spoil, sentence = WHY[case]
+    spoil(tmp_path)
+    with pytest.raises(DamagedRecord) as error:
+        load_result(tmp_path)
+    assert str(error.value) == f"{tmp_path}/{sentence}"
+    assert read_result(tmp_path) is None
+    if case == "flipped state":  # a report reads the header of the state alone
+        assert read_result(tmp_path, hashed=False) == result
+        with pytest.raises(UserError, match=r"tuned.safetensors is damaged: its checksum differs; copy it again"):
+            open_state(tmp_path)
+        return
+    assert read_result(tmp_path, hashed=False) is None
+    for call in (open_result, open_state):
+        with pytest.raises(UserError) as error:
+            call(tmp_path)
+        assert str(error.value) == (
+            f"{tmp_path}/{sentence}; copy the run's whole folder again, or run its command again"
+        )
+
+
+def test_a_state_by_itself_needs_no_result(tmp_path):
+    finished(tmp_path)
+    (tmp_path / "result.json").unlink()
+    assert open_state(tmp_path).class_names == ("a", "b")
+    with pytest.raises(UserError, match=r"holds no finished run: give the folder that its table named$"):
+        open_result(tmp_path)
+
+
+@bounded
+@given(damage=damages())
+def test_a_flipped_bit_or_a_cut_is_never_another_result(tmp_path, damage):
+    result = finished(tmp_path)
+    path = tmp_path / "result.json"
+    spoil(path, damage, path.read_bytes())
+    found, sentence = outcome(load_result, tmp_path)
+    assert sentence.startswith(str(path)) or found == result
+
+
+@bounded
+@given(damage=damages())
+def test_a_flipped_bit_or_a_cut_is_never_another_tuned_state(tmp_path, damage):
+    result = finished(tmp_path)
+    path = tmp_path / "tuned.safetensors"
+    expected = load_state(path)
+    spoil(path, damage, path.read_bytes())
+    found, sentence = outcome(load_result, tmp_path)
+    assert sentence.startswith(str(path)) or found == result
+    found, sentence = outcome(open_state, tmp_path)
+    same = found is not None and torch.equal(found.tensors["head"], expected.tensors["head"])
+    assert sentence.startswith(str(path)) or (same and replace(found, tensors={}) == replace(expected, tensors={}))
 
 
 def test_what_json_has_no_word_for_is_never_written(tmp_path):

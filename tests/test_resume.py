@@ -157,14 +157,27 @@ def test_a_run_that_died_between_its_state_and_its_result_is_finished_later(tmp_
     assert not (half.folder / "resume").exists()
 
 
-def test_a_cut_tuned_state_or_result_is_no_finished_run(tmp_path, whole):
+def test_a_cut_or_another_run_s_state_or_result_is_said_and_the_run_starts_again(tmp_path, whole, caplog):
     one, result = whole()
-    for name in ("tuned.safetensors", "result.json"):
-        again = short_run(tmp_path / name)
+    other, _ = whole("seed=1")
+    for name, sentence in (
+        ("tuned.safetensors", "is not the state that result.json recorded: its size differs"),
+        ("result.json", "is damaged: it is cut or no JSON"),
+        ("", "is not the state that result.json recorded: it is another run's or attempt's"),
+    ):
+        again = short_run(tmp_path / (name or "other"))
         shutil.copytree(one.folder, again.folder)
-        os.truncate(again.folder / name, 100)
+        if name:
+            os.truncate(again.folder / name, 100)
+        else:
+            shutil.copy(other.folder / "tuned.safetensors", again.folder)
+        caplog.clear()
         assert run.run_job(again).metrics == result.metrics
         assert equal(tensors(again.folder), tensors(one.folder))
+        file = again.folder / (name or "tuned.safetensors")
+        assert [m for m in caplog.messages if "damaged" in m or "recorded" in m] == [
+            f"{file} {sentence}: the run starts again"
+        ]
 
 
 def test_a_damaged_resume_state_is_one_sentence(tmp_path):

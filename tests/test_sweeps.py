@@ -13,13 +13,14 @@ import yaml
 from omegaconf import OmegaConf
 
 from cli import ROOT, composed, content, frozen, tiny
+from test_results import make
 from tiny import tiny_model
 from visprompt import cli, compose, loop, protocol
 from visprompt.backbones.vit import ViT
 from visprompt.errors import UserError
 from visprompt.lit.trainer import TunedWandbLogger, close
 from visprompt.methods import build_method
-from visprompt.results import read_result
+from visprompt.results import read_result, write_result
 from wandb_server import ENTITY, PROJECT, ServedSweep, grid, serving
 
 FILES = sorted((ROOT / "configs" / "sweep").glob("*.yaml"))
@@ -273,11 +274,11 @@ STATE = ("tuned.safetensors", "result.json", "config.yaml")
 
 def finished(folder):
     """A run's folder with the files that go into an artifact, by name."""
-    held = dict(zip(STATE, (b"prompts", b"{}", b"seed: 1"), strict=True))
     folder.mkdir(parents=True)
-    for name, text in held.items():
+    for name, text in (("tuned.safetensors", b"prompts"), ("config.yaml", b"seed: 1")):
         (folder / name).write_bytes(text)
-    return held
+    write_result(folder, make(tuned={"bytes": len(b"prompts")}))
+    return {name: (folder / name).read_bytes() for name in STATE}
 
 
 def ended(folder, status="success", artifact=True, **state):
@@ -300,6 +301,16 @@ def test_the_tuned_state_is_an_artifact_while_online(tmp_path, monkeypatch):
     assert {name: Path(entry.local_path).read_bytes() for name, entry in files.items()} == held
     assert ended(folder, offline=True) == ended(folder, disabled=True) == ended(folder, artifact=False) == []
     assert ended(folder, "failed") == ended(None) == ended(tmp_path) == []
+
+
+def test_a_state_that_is_not_the_result_s_is_not_uploaded(tmp_path, caplog):
+    folder = tmp_path / "digits" / "vpt_deep" / "0123"
+    finished(folder)
+    (folder / "tuned.safetensors").write_bytes(b"cut")
+    assert ended(folder) == []
+    assert caplog.messages == [
+        f"{folder} is not uploaded to W&B: its result and its tuned state do not belong together"
+    ]
 
 
 def test_a_server_that_takes_no_artifact_spoils_no_run(tmp_path, monkeypatch, caplog):

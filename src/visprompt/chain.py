@@ -28,9 +28,9 @@ from visprompt import measure, pruning
 from visprompt.errors import UserError, unknown
 from visprompt.lit.trainer import under_agent, without_wandb
 from visprompt.pruning import Importance, Point
-from visprompt.results import Result, choose, markdown_table
+from visprompt.results import Result, choose, markdown_table, open_state
 from visprompt.run import Run, build_classifier, prepare
-from visprompt.state import TunedState, load_state, write_atomically
+from visprompt.state import TunedState, write_atomically
 
 console = Console()
 _AT_ONCE = 8  # images whose activations are kept in float64: some 165 MB each for ViT-B/16
@@ -184,7 +184,7 @@ def _importance(link: DictConfig, trained: Result, folder: Path) -> Importance:
 def _measure(one: Run) -> Importance:
     """Measures importance on the images that the run was trained on, without augmentation."""
     classifier = build_classifier(one.cfg, one.backbone, one.datamodule.num_classes)
-    classifier.load_tuned_state(load_state(one.folder).tensors)
+    classifier.load_tuned_state(open_state(one.folder).tensors)
     on_cpu = one.cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     devices = one.cfg.trainer.devices
     index = devices[0] if OmegaConf.is_list(devices) else 0

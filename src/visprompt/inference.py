@@ -1,5 +1,6 @@
 """Scoring saved states on their test set, one by itself or several as an ensemble."""
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from visprompt.lit.module import TuningModule
 from visprompt.lit.trainer import build_trainer
 from visprompt.methods.ensemble import Ensemble
 from visprompt.prediction import restore
-from visprompt.results import Result, read_result
+from visprompt.results import Result, open_result
 from visprompt.state import TunedState, check_fits, load_state
 
 console = Console()
@@ -37,7 +38,8 @@ def evaluate(cfg: DictConfig) -> float:
     folders = [Path(folder) for folder in (cfg.run if OmegaConf.is_list(cfg.run) else [cfg.run])]
     if not folders:
         raise UserError("run=[] names no run: give the folder of one, or of several to average their logits")
-    states, results = [load_state(folder) for folder in folders], [_scored(folder) for folder in folders]
+    results = [_scored(folder) for folder in folders]
+    states = [load_state(folder) for folder in folders]
     job = load_job(folders[0], cfg.paths.data_dir, cfg.weights)
     with open_dict(job):
         job.trainer, job.callbacks, job.logger = cfg.trainer, cfg.callbacks, None
@@ -56,6 +58,8 @@ def evaluate(cfg: DictConfig) -> float:
         module.classifier = members.eval()  # type: ignore[assignment]  # it gives logits, all that scoring asks for
     trainer = build_trainer(job)
     trainer.test(module, datamodule=prepared.datamodule, verbose=False)
+    if not math.isfinite(module.scored_loss):
+        raise UserError(f"{folders[0]} cannot be scored: its loss on the test set is not finite, so run it again")
     score = module.scores["test/acc"]
     own = ", ".join(f"{100 * result.score:.2f} %" for result in results)
     console.print(
@@ -67,20 +71,8 @@ def evaluate(cfg: DictConfig) -> float:
     return score
 
 
-def finished(folder: Path) -> Result:
-    """The result of a finished run.
-
-    Raises:
-        UserError: The folder holds none.
-    """
-    result = read_result(folder)
-    if result is None:
-        raise UserError(f"{folder} holds no finished run: give the folder that its table named")
-    return result
-
-
 def _scored(folder: Path) -> Result:
-    result = finished(folder)
+    result = open_result(folder)
     if result.split != "final":
         raise UserError(f"{folder} is a run of split=tune, which has no test set: give a run of split=final")
     return result

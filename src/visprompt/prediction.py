@@ -17,7 +17,8 @@ from visprompt.data.pixels import to_input
 from visprompt.errors import UserError
 from visprompt.methods import build_method
 from visprompt.methods.sidetune import RANDOM
-from visprompt.state import TunedState, check_fits, load_state, write_atomically
+from visprompt.results import open_state
+from visprompt.state import TunedState, check_fits, write_atomically
 
 console = Console()
 
@@ -80,7 +81,7 @@ def predict(state: str, images: str, *, output: str, batch_size: int, device: st
         UserError: The state cannot be read or the folder has no image that can.
     """
     path, folder = Path(state), Path(images)
-    tuned = load_state(path)
+    tuned = open_state(path)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: correct images=...")
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
@@ -94,6 +95,8 @@ def predict(state: str, images: str, *, output: str, batch_size: int, device: st
     for names, batch in _batches(files, folder, tuned, batch_size):
         with torch.inference_mode():
             shares = classifier(batch.to(where)).float().softmax(1).cpu()
+        if not shares.isfinite().all():
+            raise UserError(f"{path} gives no probabilities for {names[0]}: its numbers overflow, so tune it again")
         for name, row in zip(names, shares, strict=True):
             best = int(row.argmax())
             writer.writerow([name, tuned.class_names[best], f"{row[best]:.6f}", *(f"{v:.6f}" for v in row)])

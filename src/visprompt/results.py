@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from visprompt.errors import UserError
-from visprompt.state import write_atomically
+from visprompt.records import DamagedRecord, read_record, write_record
+from visprompt.state import TunedState, load_state, read_checksum
 
 SCHEMA = 1
+_LATER = {"trainer", "files"}  # fields that records of older versions lack
 _Point = TypeVar("_Point")
 
 
@@ -40,6 +42,7 @@ class Result:
         diverged_step: The optimiser step at which the loss was not finite, else null.
         trainer: The trainer's settings that may change the numbers, such as clipped gradients; records of older
             versions have none.
+        files: sha256 (hex) by name of files beside the record that no checksum of their own guards: metrics.csv.
         tags: The user's own.
         schema: Version of this record.
     """
@@ -63,6 +66,7 @@ class Result:
     versions: Mapping[str, str | None]
     diverged_step: int | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = field(default=())
     schema: int = SCHEMA
 
@@ -74,40 +78,109 @@ class Result:
         return self.metrics["val/acc" if self.split == "tune" else "test/acc"]
 
 
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("status", "task", "split", "precision"), str),
+    **dict.fromkeys(("seed", "attempt", "schema"), int),
+    **dict.fromkeys(("method", "recipe", "data", "backbone", "metrics", "per_class", "tuned"), dict),
+    **dict.fromkeys(("time", "peak_memory", "machine", "versions", "trainer", "files"), dict),
+    **{"diverged_step": (int, type(None)), "tags": list},
+}
+
+
 def write_result(folder: Path, result: Result) -> None:
-    """Writes a run's result.json atomically.
+    """Writes a run's result.json with its digest, atomically.
 
     Raises:
         ValueError: A figure is not finite; JSON has no word for it.
     """
-    text = json.dumps(asdict(result), indent=1, allow_nan=False)
-    write_atomically(folder / "result.json", lambda temporary: temporary.write_text(text + "\n"))
+    write_record(folder / "result.json", asdict(result), indent=1)
 
 
-def read_result(folder: Path) -> Result | None:
-    """Reads a run's result.json.
+def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
+    """Reads a run's result.json and compares the tuned state beside it with the checksum that it recorded.
 
     Args:
         folder: The run's folder.
+        hashed: Whether the state's tensors are hashed, 1 to 3 ms for each MB. Else only its size and the checksum in
+            its header are compared, 0.2 ms at any size, which finds another run's state and a cut one: for reports
+            over thousands of runs.
 
     Returns:
-        The result, or None where the run has none that is whole: it is missing, cut, or its tuned state is.
+        The result, None where there is no result.json.
+
+    Raises:
+        DamagedRecord: The record or the tuned state is damaged, or they do not belong together. The message names the
+            file and says why, not what to do.
+    """
+    path = folder / "result.json"
+    record = read_record(path)
+    if record is None:
+        return None
+    record.pop("digest", None)
+    if {*record, *_LATER} != {f.name for f in fields(Result)} or record["schema"] != SCHEMA:
+        raise DamagedRecord(f"{path} is damaged or of another version of visprompt")
+    for name, value in record.items():
+        if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
+            raise DamagedRecord(f"{path} is damaged: its {name} is {value!r}")
+    if record["status"] not in ("finished", "diverged"):
+        raise DamagedRecord(f"{path} is damaged: its status is {record['status']!r}")
+    result = Result(**record | {"tags": tuple(record["tags"])})
+    if result.status == "finished":
+        _check_state(folder / "tuned.safetensors", result, hashed)
+    return result
+
+
+def _check_state(path: Path, result: Result, hashed: bool) -> None:
+    """Raises `DamagedRecord` where a tuned state is not the one that a result recorded."""
+    if not path.is_file():
+        raise DamagedRecord(f"{path} is missing, which result.json names")
+    if path.stat().st_size != result.tuned.get("bytes"):
+        raise DamagedRecord(f"{path} is not the state that result.json recorded: its size differs")
+    if "sha256" not in result.tuned:
+        return  # every run of this project records it; a record that somebody else wrote may lack it
+    checksum = read_checksum(path, hashed=hashed)
+    if checksum is None:
+        raise DamagedRecord(f"{path} is damaged: its checksum differs")
+    if checksum != result.tuned["sha256"]:
+        raise DamagedRecord(f"{path} is not the state that result.json recorded: it is another run's or attempt's")
+
+
+def read_result(folder: Path, *, hashed: bool = True) -> Result | None:
+    """Reads a run's result where it is finished: `load_result`, with None for what is damaged too."""
+    try:
+        return load_result(folder, hashed=hashed)
+    except DamagedRecord:
+        return None
+
+
+def open_result(folder: Path) -> Result:
+    """Reads the result of a run that has to be finished, without hashing its state, which `load_state` does.
+
+    Raises:
+        UserError: The folder holds no finished run, or its files are damaged or do not belong together.
     """
     try:
-        stored = json.loads((folder / "result.json").read_text())
-        names = {f.name for f in fields(Result)}
-        if (
-            stored["schema"] != SCHEMA
-            or {*stored, "trainer"} != names
-            or stored["status"] not in ("finished", "diverged")
-        ):
-            return None
-        result = Result(**stored | {"tags": tuple(stored["tags"])})
-        state = folder / "tuned.safetensors"
-        whole = result.status == "diverged" or state.stat().st_size == result.tuned["bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return result if whole else None
+        result = load_result(folder, hashed=False)
+    except DamagedRecord as error:
+        raise UserError(f"{error}; copy the run's whole folder again, or run its command again") from error
+    if result is None:
+        raise UserError(f"{folder} holds no finished run: give the folder that its table named")
+    return result
+
+
+def open_state(path: Path) -> TunedState:
+    """Reads a tuned state, after comparing it with the result.json beside it where there is one.
+
+    Args:
+        path: The file, or the run's folder that holds `tuned.safetensors`.
+
+    Raises:
+        UserError: The state cannot be used, see `load_state`, or is not the one that the result recorded.
+    """
+    folder = path if path.is_dir() else path.parent
+    if (folder / "result.json").is_file() and path in (folder, folder / "tuned.safetensors"):
+        open_result(folder)
+    return load_state(path)
 
 
 def choose(results: Sequence[Result | None], points: Sequence[_Point]) -> _Point | None:

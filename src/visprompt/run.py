@@ -1,6 +1,7 @@
 """One run: its folder, skip, resume or run anew, training, scoring, and what it leaves behind."""
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ from visprompt.lit.module import Diverged, TuningModule
 from visprompt.lit.trainer import build, build_loggers, build_trainer, close
 from visprompt.methods import Method, build_method
 from visprompt.optim import Recipe
-from visprompt.results import Result, read_result, write_result
+from visprompt.records import DamagedRecord
+from visprompt.results import Result, load_result, read_result, write_result
 from visprompt.state import TunedState, save_state, write_atomically
 
+log = logging.getLogger(__name__)
 SPLITS = ("tune", "final")
 
 
@@ -144,7 +148,7 @@ def run_job(run: Run) -> Result:
     with _held(run, trainer) as attempt:
         if attempt is not None:
             return _train(run, trainer, resume, attempt)
-        stored = read_result(run.folder)
+        stored = read_result(run.folder, hashed=False)  # it was hashed when the lock was taken
         if stored is None:
             raise UserError(f"{run.folder} changed while it was read: run the same command again")
         for logger in (
@@ -166,7 +170,7 @@ def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
             run.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             holder.write_text(measure.this_process())
-            previous = read_result(run.folder)
+            previous = _previous(run.folder)
             if previous is None or run.cfg.rerun:
                 attempt = 0 if previous is None else previous.attempt + 1
         except Timeout:
@@ -183,6 +187,15 @@ def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
         if trainer.is_global_zero:
             holder.unlink(missing_ok=True)
             lock.release()
+
+
+def _previous(folder: Path) -> Result | None:
+    """The result that a folder holds, None where it has none that is whole; a damaged one is said."""
+    try:
+        return load_result(folder)
+    except DamagedRecord as error:
+        log.warning("%s: the run starts again", error)
+        return None
 
 
 def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
@@ -280,6 +293,8 @@ def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
     for name in ("config.yaml", "metrics.csv"):
         if (folder / "resume" / name).exists():
             (folder / "resume" / name).replace(folder / name)
+    curve = folder / "metrics.csv"  # missing where the first epoch diverged
+    result = replace(result, files={curve.name: sha256(curve.read_bytes()).hexdigest()} if curve.is_file() else {})
     write_result(folder, result)
     if result.status == "diverged":
         (folder / "tuned.safetensors").unlink(missing_ok=True)  # of an older result

@@ -163,6 +163,26 @@ def load_state(path: Path) -> TunedState:
     return TunedState(tensors=tensors, **meta | {"class_names": _split(meta["class_names"])})
 
 
+def read_checksum(path: Path, *, hashed: bool) -> str | None:
+    """Reads the checksum in a tuned state's header.
+
+    Args:
+        path: The file.
+        hashed: Whether the tensors are read too and compared with it.
+
+    Returns:
+        sha256 (hex), None where the file cannot be read or its tensors are not those of the checksum.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = (file.metadata() or {})[_KEY]
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if hashed else {}  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+    checksum = str(stored[:_DIGITS])
+    return checksum if not hashed or hash_tensors(tensors, also=stored[_DIGITS:]) == checksum else None
+
+
 def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
     """Refuses a state that was tuned for something else.
 

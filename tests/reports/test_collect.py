@@ -115,6 +115,7 @@ def test_a_record_without_what_the_report_reads_is_named(tmp_path, change):
     stored = json.loads((folder / "result.json").read_text())
     for name, value in change.items():
         stored[name] = stored[name] | value if isinstance(value, dict) and value else value
+    del stored["digest"]
     (folder / "result.json").write_text(json.dumps(stored))
     found = survey([tmp_path])
     assert (found.runs, [one.folder for one in found.left_out]) == ((), [folder])

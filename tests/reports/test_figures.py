@@ -3,6 +3,8 @@
 import csv
 import io
 import xml.etree.ElementTree as ET
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import matplotlib
@@ -251,7 +253,17 @@ def test_a_curve_is_the_mean_of_the_seeds_whose_metrics_are_left_and_says_so(tmp
 def test_a_folder_without_metrics_has_no_curve(tmp_path):
     run = Run(write(tmp_path, deep(0.5)), deep(0.5))
     assert training(rows([run]), []) == []
-    assert history(tmp_path, "train/loss") == {}
+    assert history(run, "train/loss") == {}
+
+
+def test_another_run_s_metrics_are_no_curve_of_a_run(tmp_path):
+    run = with_metrics(tmp_path, deep(0.5), "0,2.0,0.2,", "1,1.0,0.4,")
+    assert history(run, "train/loss") == {1: 2.0, 2: 1.0}, "older records hold no checksum of it"
+    metrics = run.folder / "metrics.csv"
+    kept = replace(run, result=replace(run.result, files={"metrics.csv": sha256(metrics.read_bytes()).hexdigest()}))
+    assert history(kept, "train/loss") == {1: 2.0, 2: 1.0}
+    metrics.write_bytes(metrics.read_bytes().replace(b"2.0", b"3.0"))
+    assert history(kept, "train/loss") == {}
 
 
 def test_many_lines_become_several_charts_with_about_as_many_in_each():

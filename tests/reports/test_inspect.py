@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from timm import create_model
 
 from cli import NET, content, frozen, tiny_run
+from damage import rewrite
 from visprompt import run
 from visprompt.data import demo, synthetic
 from visprompt.errors import UserError
@@ -224,7 +225,7 @@ def test_own_images_scored_in_tune(tmp_path):
 
 def test_what_cannot_be_opened_is_said_in_one_sentence(opened, logs, tmp_path):
     folder = opened("linear").folder
-    with pytest.raises(UserError, match=r"^there is no tuned state at .*: give a finished run's folder"):
+    with pytest.raises(UserError, match=r"holds no finished run: give the folder that its table named$"):
         inspect.open_run(tmp_path)
     with pytest.raises(UserError, match=r"^device=gpu is no device of this machine: choose auto, cpu or cuda$"):
         inspect.open_run(folder, "gpu")
@@ -232,7 +233,7 @@ def test_what_cannot_be_opened_is_said_in_one_sentence(opened, logs, tmp_path):
         inspect.open_run(folder, weights="/nowhere")
     half = shutil.copytree(folder, tmp_path / "half")
     stored = json.loads((half / "result.json").read_text())
-    (half / "result.json").write_text(json.dumps(stored | {"data": stored["data"] | {"fingerprint": "0" * 64}}))
+    rewrite(half / "result.json", data=stored["data"] | {"fingerprint": "0" * 64})
     with pytest.raises(UserError, match=r"half have changed since it was trained: its test set is another one now$"):
         inspect.open_run(half)
     (half / "config.yaml").write_text("data: [")
@@ -259,9 +260,9 @@ def test_other_preprocessing_than_the_record_is_named(opened, tmp_path, changes,
     old = shutil.copytree(opened("linear").folder, tmp_path / "old")
     state = load_state(old)
     preprocessing = {key: value for key, value in (state.preprocessing | changes).items() if key != "decode" or value}
-    save_state(old / "tuned.safetensors", replace(state, preprocessing=preprocessing))
-    stored = json.loads((old / "result.json").read_text())
-    stored["tuned"]["bytes"] = (old / "tuned.safetensors").stat().st_size
-    (old / "result.json").write_text(json.dumps(stored))
+    checksum = save_state(old / "tuned.safetensors", replace(state, preprocessing=preprocessing))
+    tuned = json.loads((old / "result.json").read_text())["tuned"]
+    size = (old / "tuned.safetensors").stat().st_size
+    rewrite(old / "result.json", tuned=tuned | {"bytes": size, "sha256": checksum})
     with pytest.raises(UserError, match=sentence):
         inspect.open_run(old)

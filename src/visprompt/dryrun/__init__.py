@@ -170,7 +170,7 @@ class DryRun:
 
     def stored(self, job: DictConfig) -> Result | None:
         """The result of a job that is finished and not to be run anew."""
-        return read_result(prepare(job).folder) if self._has_folder(job) and not job.rerun else None
+        return read_result(prepare(job).folder, hashed=False) if self._has_folder(job) and not job.rerun else None
 
     def add(self, job: DictConfig, grid: str, seeds: Sequence[int], runs: Sequence[Planned]) -> None:
         """Adds a line to the table, and what its runs cost to the sums."""

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from visprompt import signals
 from visprompt.errors import UserError
 from visprompt.lit.checkpoint import SafetensorsIO
-from visprompt.results import Result
+from visprompt.results import Result, read_result
 
 log = logging.getLogger(__name__)
 # what to do about refusals of Lightning's that no trainer.<key> mends, by words of theirs
@@ -93,6 +93,9 @@ class TunedWandbLogger(WandbLogger):
         """
         files = [folder / name for name in ("tuned.safetensors", "result.json", "config.yaml")]
         if not self._uploads or self.experiment.offline or self.experiment.disabled or not files[0].is_file():
+            return
+        if read_result(folder) is None:
+            log.warning("%s is not uploaded to W&B: its result and its tuned state do not belong together", folder)
             return
         import wandb  # late: few runs need it, and it takes a second
 

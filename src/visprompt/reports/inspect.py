@@ -24,12 +24,12 @@ from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.dataset import TicketDataset
 from visprompt.errors import UserError
-from visprompt.inference import check_prepared, finished, load_job, restore_on
+from visprompt.inference import check_prepared, load_job, restore_on
 from visprompt.lit.trainer import build_trainer
 from visprompt.methods import Method
 from visprompt.prediction import find_device
 from visprompt.reports.attention import last_attention
-from visprompt.results import Result
+from visprompt.results import Result, open_result
 from visprompt.state import load_state
 
 _LEAST_REPEATS = 3
@@ -92,7 +92,7 @@ def open_run(folder: Path, device: str = "cpu", *, data_dir: str | None = None, 
     Raises:
         UserError: The folder holds no finished run, or its data or backbone are not there or have changed.
     """
-    state, result = load_state(folder), finished(folder)
+    result, state = open_result(folder), load_state(folder)
     job, where = load_job(folder, data_dir, weights), find_device(device)
     accelerator, devices = ("gpu", [where.index or 0]) if where.type == "cuda" else (where.type, 1)
     with open_dict(job):

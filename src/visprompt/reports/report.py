@@ -19,6 +19,7 @@ from visprompt.reports.contents import Contents, contents
 from visprompt.reports.page import Picture, page
 from visprompt.reports.published import all_published
 from visprompt.reports.render import LATEX_PACKAGES, csv_text, in_markdown, latex, markdown
+from visprompt.results import open_result
 
 if TYPE_CHECKING:
     from visprompt.reports.closeups import Closeups
@@ -103,13 +104,12 @@ def _closeups(cfg: DictConfig, made: Sequence[Row]) -> "Closeups | None":
     """What `inspect` asks for: nothing, runs that stand for their rows, or runs by their folders."""
     if cfg.inspect is None:
         return None
-    from visprompt.inference import finished  # imported late: Lightning takes seconds, and most reports need no model
     from visprompt.reports.closeups import look, typical
 
     names = {run.folder.resolve(): row.label for row in made for run in row.runs}
     folders = typical(made) if cfg.inspect == "auto" else list(dict.fromkeys(_paths(cfg.inspect, "inspect")))
     for folder in folders:
-        finished(folder)  # what was asked for by name is there, before any of it is opened
+        open_result(folder)  # what was asked for by name is there, before any of it is opened
     seen = look(folders, names, cfg.device, data_dir=cfg.data_dir, weights=cfg.weights)
     for one in seen.left_out:
         _say(f"{one.folder}: {one.why}")

@@ -1,8 +1,10 @@
 """Charts of a table's rows: accuracy against tuned parameters, and how their runs trained. Accuracies in per cent."""
 
 import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +14,7 @@ from visprompt.reports.charts import Chart, Line, Point, file_name, in_parts, sp
 from visprompt.reports.choices import Grid
 from visprompt.reports.collect import Row
 from visprompt.reports.comparable import Protocol, protocols
-from visprompt.reports.runs import task_place
+from visprompt.reports.runs import Run, task_place
 from visprompt.reports.summary import FLAT
 from visprompt.reports.tables import groups
 
@@ -88,10 +90,8 @@ def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
     """
     charts = []
     for task in sorted({task for row in rows for task in row.cells} | {grid.task for grid in grids}, key=task_place):
-        final = {row.label: [r.folder for r in row.runs if r.task == task] for row in rows if task in row.cells}
-        chosen = {
-            grid.label: [grid.chosen.folder] for grid in grids if grid.task == task and grid.chosen and not grid.pruning
-        }
+        final = {row.label: [run for run in row.runs if run.task == task] for row in rows if task in row.cells}
+        chosen = {grid.label: [grid.chosen] for grid in grids if grid.task == task and grid.chosen and not grid.pruning}
         averaged = "Final runs, mean over seeds."
         charts += _curves(f"Training loss, {task}", final, "train/loss", "training loss", averaged)
         charts += _curves(f"Training accuracy, {task}", final, "train/acc", "training accuracy (%)", averaged)
@@ -101,13 +101,13 @@ def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
     return charts
 
 
-def _curves(title: str, folders: Mapping[str, Sequence[Path]], metric: str, y_label: str, caption: str) -> list[Chart]:
+def _curves(title: str, groups: Mapping[str, Sequence[Run]], metric: str, y_label: str, caption: str) -> list[Chart]:
     """A chart of one metric, or several where the lines are many; none where no run recorded it."""
     is_loss = metric.endswith("loss")
     scale = 1 if is_loss else 100
     lines, partial = [], []
-    for label, runs in folders.items():
-        kept = [curve for folder in runs if (curve := history(folder, metric))]
+    for label, runs in groups.items():
+        kept = [curve for run in runs if (curve := history(run, metric))]
         points = tuple(Point(epoch, scale * value) for epoch, value in _mean(kept).items())
         if len(points) >= _LEAST:
             lines.append(Line(label, points))
@@ -133,27 +133,31 @@ def _mean(curves: Sequence[_Curve]) -> _Curve:
     return {epoch: fmean(curve[epoch] for curve in curves) for epoch in common}
 
 
-def history(folder: Path, metric: str) -> _Curve:
+def history(run: Run, metric: str) -> _Curve:
     """A figure that a run logged after each epoch.
 
     Args:
-        folder: The run's.
+        run: The run.
         metric: Its name, "train/loss" for example.
 
     Returns:
-        Finite values by epoch, the first epoch being 1; none where the folder holds no metrics.
+        Finite values by epoch, the first epoch being 1; none where the folder holds no metrics, or not those that the
+        result recorded.
     """
     found: dict[int, float] = {}
-    for row in _rows(folder / "metrics.csv"):
+    for row in _rows(run.folder / "metrics.csv", run.result.files.get("metrics.csv")):
         with suppress(KeyError, TypeError, ValueError):  # a column that is not there, or a cell that is empty
             if isfinite(value := float(row[metric])):
                 found[int(row["epoch"]) + 1] = value
     return found
 
 
-def _rows(path: Path) -> Iterable[Mapping[str, str]]:
+def _rows(path: Path, recorded: str | None) -> Iterable[Mapping[str, str]]:
+    """Rows of a CSV whose sha256 is the recorded one; results of older versions recorded none."""
     try:
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        data = path.read_bytes()
+        if recorded is not None and sha256(data).hexdigest() != recorded:
+            return []
+        return list(csv.DictReader(io.StringIO(data.decode(), newline="")))
     except (OSError, ValueError, csv.Error):
         return []
