@@ -1,6 +1,7 @@
 """Files and folders of weights: which one is meant, and what is said of one that cannot be used."""
 
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_of_several_snapshots_main_s_is_taken(cache):
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "open_clip_pytorch_model.bin", "mae_base.pth", "encoder.pth.tar"]
+    "name", ["pytorch_model.bin", "open_clip_pytorch_model.bin", "mae_base.pth", "encoder.pth.tar", "last.ckpt"]
 )
 def test_a_folder_s_only_file_of_weights_is_taken_whatever_its_name(tmp_path, name):
     torch.save(tiny_model().state_dict(), tmp_path / name)
@@ -119,6 +120,18 @@ def test_a_pickled_module_is_refused(tmp_path):
         load_file(tiny_model(), tmp_path / "model.pt")
 
 
+def test_a_lightning_checkpoint_of_more_than_tensors_is_refused_with_the_line_that_writes_them(tmp_path):
+    file = tmp_path / "last.ckpt"
+    torch.save({"state_dict": state(), "hyper_parameters": {"optimizer": partial(torch.optim.Adam, lr=0.1)}}, file)
+    with pytest.raises(UserError) as error:
+        load_file(tiny_model(), file)
+    assert str(error.value) == (
+        f"{file} is no file of weights or holds more than tensors, which could run code and is not read: if you trust "
+        f"it, write its tensors alone by torch.save(torch.load('{file}', weights_only=False)['state_dict'], "
+        "'weights.pth') and set backbone.weights to that file"
+    )
+
+
 WRITERS = {
     "safetensors": save_file,
     "pth": torch.save,
@@ -149,7 +162,8 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, suffix):
         ("npz", {"a": np.ones(3)}, "it holds a, but no embedding/kernel of a ViT"),
         ("pth", torch.ones(3), "holds no weights by name but Tensor"),
         ("pth", [torch.ones(3)], "holds no weights by name but list"),
-        ("pth", {"net": state(), "epoch": 3}, "lacks 54 of 54 .* no place for 2 of its weights: net, epoch"),
+        ("pth", {"net": state(depth=3), "epoch": 3}, r"it lacks 12 of 54 weights: blocks\.3\.norm1\.weight"),
+        ("pth", {"epoch": 3}, "it lacks 54 of 54 weights: .*; there is no place for 1 of its weights: epoch"),
         ("pth", {}, "it lacks 54 of 54 weights: cls_token, pos_embed"),
         ("safetensors", state(depth=5), r"no place for 12 of its weights: blocks\.4\."),
         ("safetensors", state(depth=3), r"lacks 12 of 54 weights: blocks\.3\.norm1\.weight"),

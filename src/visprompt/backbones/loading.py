@@ -1,20 +1,23 @@
 """Weights of backbones: found on disk, read in the layouts they are published in, loaded whole or not at all.
 
 Layouts: what timm and torchvision save; MoCo v3, MAE, DINO, DINOv2, Swin and ConvNeXt as their authors published them;
-Google's `.npz`. timm's own filter of an architecture renames and resizes (position tables, patch embeddings) as for
-timm's own weights. Then every tensor of the model must be in the file and every tensor of the file in the model, apart
-from classifiers and what served the pre-training alone.
+transformers' ViT, DINOv2 and CLIP; Google's `.npz`; and each of them as a part of a checkpoint of training. timm's own
+filter of an architecture renames and resizes (position tables, patch embeddings) as for timm's own weights. Then every
+tensor of the model must be in the file and every tensor of the file in the model, apart from classifiers and what
+served the pre-training alone.
 """
 
 import argparse
 import pickle
+import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -23,7 +26,9 @@ from timm.models import clean_state_dict, vision_transformer
 from torch import Tensor, nn
 
 from visprompt.backbones.flax import read_npz
+from visprompt.backbones.transformers_layouts import check_activation, to_timm
 from visprompt.errors import UserError
+from visprompt.state import hash_tensors
 
 # files that are in no hub of timm's, by the names they are published under
 PUBLISHED = {
@@ -33,10 +38,10 @@ PUBLISHED = {
 }
 # a folder's weights are the first of these that it holds; else its only file with one of the suffixes
 _USUAL = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".tar")
-# where a checkpoint of training keeps the model, best first; and where that keeps its encoder: MoCo v3, DINO's teacher
+_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".ckpt", ".bin", ".tar")
+# where a checkpoint of training keeps the model, best first; and MoCo v3 the encoder that its momentum encoder follows
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
-_ENCODERS = ("base_encoder.", "backbone.")
+_ENCODER = "base_encoder."
 _HEADS = ("head.", "head_dist.", "fc.", "pre_logits.", "attn_pool.")  # a model may be built without its pooling too
 _PRETRAINING = ("decoder_", "mask_token")  # MAE, DINOv2
 
@@ -88,10 +93,11 @@ def _file_in(folder: Path) -> Path:
 
 
 def load_file(model: nn.Module, path: str | Path) -> None:
-    """Loads a file of weights into a model of timm; every weight of the model is in the file, or nothing is loaded.
+    """Load a file of weights into a model of timm; every weight of the model is in the file, or nothing is loaded.
 
     Position tables and patch embeddings of another size are resized. Classifiers that the model does not have are left
-    out, and what served the pre-training alone: MAE's decoder, MoCo v3's projector, predictor and momentum encoder.
+    out, and what served the pre-training alone: MAE's decoder, MoCo v3's projector, predictor and momentum encoder. The
+    model may be a part of what the file holds, as `model.*` of a Lightning checkpoint, if only one part fits.
 
     Args:
         model: The model, by custom without a classifier.
@@ -99,21 +105,63 @@ def load_file(model: nn.Module, path: str | Path) -> None:
             see `find_file`.
 
     Raises:
-        UserError: There is no such file, it cannot be read, lacks weights, has others, or has them in other shapes.
+        UserError: There is no such file, it cannot be read, lacks weights, has others or has them in other shapes, or
+            several parts of it fit.
     """
     file = find_file(path)
-    held, own = _encoder(_read(file)), model.state_dict()
+    tensors = _read(file)
+    check_activation(file, tensors, model)
+    parts = {"": _converted(model, tensors)}
+    if parts[""].problems:
+        parts |= {start: _converted(model, _below(tensors, start)) for start in _starts(tensors, model)}
+    fitting = {start: part for start, part in parts.items() if not part.problems}
+    _check_one(file, model, fitting)
+    part = next(iter(fitting.values()), None) or min(parts.values(), key=lambda part: _lacking(part.tensors, model))
+    if part.problems:
+        raise _unfit(file, model, part.problems)
+    model.load_state_dict(part.tensors, strict=False)  # counters of batches apart, nothing is missing
+
+
+class _Part(NamedTuple):
+    """Tensors of a file under timm's names and in the model's sizes, and why they do not fill the model."""
+
+    tensors: dict[str, Any]
+    problems: list[str]
+
+
+def _converted(model: nn.Module, tensors: Mapping[str, Any]) -> _Part:
+    own, renamed = model.state_dict(), to_timm(tensors)
     try:
         with redirect_stdout(None):  # the one of EVA prints what it passes over
-            tensors = dict(_filter(model)(dict(held), model))
+            converted = dict(_filter(model)(dict(renamed), model))
     except Exception as error:  # timm's filters take the layout and the number of tokens for granted
-        problems = _problems(held, own) if own.keys() & held.keys() else []
-        raise _unfit(file, model, [f"timm cannot convert its weights ({_in_short(error)})", *problems]) from error
-    tensors = {name: t for name, t in tensors.items() if name in own or not name.startswith(_left_out(model))}
-    problems = _problems(tensors, own)
-    if problems:
-        raise _unfit(file, model, problems)
-    model.load_state_dict(tensors, strict=False)  # counters of batches apart, nothing is missing
+        problems = _problems(renamed, own) if own.keys() & renamed.keys() else []
+        return _Part(renamed, [f"timm cannot convert its weights ({_in_short(error)})", *problems])
+    converted = {name: t for name, t in converted.items() if name in own or not name.startswith(_left_out(model))}
+    return _Part(converted, _problems(converted, own))
+
+
+def _starts(tensors: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """How the names begin of each part that is large enough to be the model, `student.` or `model.net.` for example."""
+    counts = Counter(name[: dot.end()] for name in tensors for dot in re.finditer(r"\.", name))
+    return [start for start, count in counts.items() if 2 * count >= len(model.state_dict())]
+
+
+def _below(tensors: Mapping[str, Any], start: str) -> dict[str, Any]:
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _check_one(file: Path, model: nn.Module, fitting: Mapping[str, _Part]) -> None:
+    """Raise where parts with different weights fit: a student and its teacher, a model and its running mean."""
+    if len(fitting) > 1 and len({hash_tensors(part.tensors) for part in fitting.values()}) > 1:
+        raise UserError(
+            f"{file} holds several models that fit this {type(model).__name__}, under {', '.join(sorted(fitting))}: "
+            "save the state_dict() of the one that you mean alone and set backbone.weights to that file"
+        )
+
+
+def _lacking(tensors: Mapping[str, Any], model: nn.Module) -> int:
+    return sum(name not in tensors for name in model.state_dict())
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -121,9 +169,13 @@ def _read(file: Path) -> Mapping[str, Any]:
     try:
         held = _READERS.get(file.suffix, _read_pickle)(file)
     except pickle.UnpicklingError as error:
+        remedy = "get it again, or save its state_dict() alone"
+        if file.suffix == ".ckpt":  # Lightning keeps hyper-parameters in it, which may be objects
+            load = f"torch.load({str(file)!r}, weights_only=False)['state_dict']"
+            remedy = f"if you trust it, write its tensors alone by torch.save({load}, 'weights.pth')"
         raise UserError(
             f"{file} is no file of weights or holds more than tensors, which could run code and is not read: "
-            "get it again, or save its state_dict() alone and set backbone.weights to that file"
+            f"{remedy} and set backbone.weights to that file"
         ) from error
     except Exception as error:  # each reader has exceptions of its own
         raise UserError(
@@ -136,7 +188,19 @@ def _read(file: Path) -> Mapping[str, Any]:
             break
     if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
         raise UserError(f"{file} holds no weights by name but {type(held).__name__}: give its state_dict() instead")
-    return clean_state_dict(dict(held))
+    tensors = clean_state_dict(_flat(held))
+    return _below(tensors, _ENCODER) or tensors
+
+
+def _flat(values: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
+    """Values by their dotted names: {"net": {"norm": 1}} as {"net.norm": 1}, for mappings whose keys are names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if depth and isinstance(value, Mapping) and value and all(isinstance(key, str) for key in value):
+            flat |= {f"{name}.{key}": inner for key, inner in _flat(value, depth - 1).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _read_pickle(file: Path) -> Any:
@@ -145,15 +209,6 @@ def _read_pickle(file: Path) -> Any:
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {".npz": read_npz, ".safetensors": read_safetensors}
-
-
-def _encoder(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without what stands beside the encoder, where a training kept it under a name of its own."""
-    for start in _ENCODERS:
-        inside = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-        if inside:
-            return inside
-    return tensors
 
 
 def _filter(model: nn.Module) -> Callable[[dict[str, Any], nn.Module], Mapping[str, Any]]:

@@ -1,0 +1,98 @@
+"""Vision transformers as Hugging Face's transformers names them, under timm's names.
+
+ViT (also in ViTForImageClassification and ViT-MAE), DINOv2 with and without registers, and CLIP's image tower, in the
+names that their files have and those that transformers 5 has in memory.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import QuickGELU
+from torch import Tensor, nn
+
+from visprompt.errors import UserError
+
+# one of them is in every file of these layouts, and in no file of another
+_MARKS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight")
+_BLOCK = r"(?:encoder\.)?layers?\.(\d+)\."
+_NAMES = (
+    (r"embeddings\.(cls_token|mask_token|register_tokens)", r"\1"),
+    (r"embeddings\.class_embedding", "cls_token"),
+    (r"embeddings\.(?:position_embeddings|position_embedding\.weight)", "pos_embed"),
+    (r"embeddings\.(?:patch_embeddings\.projection|patch_embedding)\.", "patch_embed.proj."),
+    (r"pre_layrnorm\.", "norm_pre."),
+    (r"(?:layernorm|post_layernorm)\.", "norm."),
+    (_BLOCK + r"(?:norm|layer_norm)([12])\.", r"blocks.\1.norm\2."),
+    (_BLOCK + r"layernorm_before\.", r"blocks.\1.norm1."),
+    (_BLOCK + r"layernorm_after\.", r"blocks.\1.norm2."),
+    (
+        _BLOCK + r"(?:attention\.attention\.|attention\.|self_attn\.)(q|k|v)(?:uery|ey|alue|_proj)\.",
+        r"blocks.\1.attn.\2.",
+    ),
+    (_BLOCK + r"(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", r"blocks.\1.attn.proj."),
+    (_BLOCK + r"layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+    (_BLOCK + r"mlp\.(fc[12]|gate_proj|up_proj)\.", r"blocks.\1.mlp.\2."),
+    (_BLOCK + r"(?:intermediate\.dense|mlp\.weights_in)\.", r"blocks.\1.mlp.fc1."),
+    (_BLOCK + r"(?:output\.dense|mlp\.weights_out|mlp\.down_proj)\.", r"blocks.\1.mlp.fc2."),
+)
+_JOINT = {"attn.qkv.": ("attn.q.", "attn.k.", "attn.v."), "mlp.fc1.": ("mlp.gate_proj.", "mlp.up_proj.")}
+_POOLERS = ("pooler.", "classifier.")  # behind the class token; timm's models have no such layer
+
+
+def to_timm(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tensors under timm's names where they are a vision transformer of transformers; others as they are.
+
+    Args:
+        tensors: For example `encoder.layer.0.attention.attention.query.weight`, `.key.weight` and `.value.weight`,
+            which timm has as one `blocks.0.attn.qkv.weight`.
+    """
+    if not any(mark in tensors for mark in _MARKS):
+        return dict(tensors)
+    renamed = {_renamed(name): tensor for name, tensor in tensors.items() if not name.startswith(_POOLERS)}
+    for joint, parts in _JOINT.items():
+        for name in [name for name in renamed if parts[0] in name]:
+            names = [name.replace(parts[0], part) for part in parts]
+            if all(isinstance(renamed.get(part), Tensor) for part in names):
+                renamed[name.replace(parts[0], joint)] = torch.cat([renamed.pop(part) for part in names])
+    for name, ndim in (("cls_token", 3), ("pos_embed", 3)):  # CLIP's are [width] and [tokens, width]
+        while isinstance(renamed.get(name), Tensor) and renamed[name].ndim < ndim:
+            renamed[name] = renamed[name][None]
+    if "register_tokens" in renamed:  # by its mask token timm knows DINOv2, whose registers it converts
+        renamed.setdefault("mask_token", renamed["register_tokens"][0, :1])
+    return renamed
+
+
+def _renamed(name: str) -> str:
+    for pattern, text in _NAMES:
+        if match := re.match(pattern, name):
+            return match.expand(text) + name[match.end() :]
+    return name
+
+
+def check_activation(file: Path, tensors: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise where the `config.json` in a file's folder names QuickGELU and the model has GELU, or the reverse.
+
+    Weights of both have the same names and shapes, so that the features would be wrong in silence, OpenAI's CLIP's too.
+    """
+    if not any(name.endswith(_MARKS) for name in tensors):
+        return
+    try:
+        config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+        named = config.get("vision_config", config).get("hidden_act")
+    except (OSError, ValueError, AttributeError, RecursionError):  # no such file, or one of another kind
+        return
+    quick = any(isinstance(module, QuickGELU) for module in model.modules())
+    if not isinstance(named, str) or (named == "quick_gelu") == quick:
+        return
+    name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture"))
+    other = name.replace("_quickgelu", "") if quick else name.replace("_clip_", "_clip_quickgelu_")
+    remedy = f"set backbone.name={other}" if other != name and timm.is_model(other) else "choose another backbone.name"
+    raise UserError(
+        f"{file} was trained with the activation {named} (config.json in its folder) and {name} has "
+        f"{'quick_gelu' if quick else 'gelu'}: {remedy}"
+    )
