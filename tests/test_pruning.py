@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from tiny import NUM_CLASSES, images, tiny_model
+from tiny import NUM_CLASSES, RECORD, images, tiny_model
 from visprompt import pruning
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
@@ -173,8 +173,7 @@ def test_importance_goes_through_json_without_loss():
 
 
 def stored(made, folder):
-    about = {"method": {}, "task": "t", "class_names": ("a",), "preprocessing": {}, "backbone": {}, "versions": {}}
-    return pruning.store_initial(folder, TunedState(tensors=made.tuned_state(), **about))
+    return pruning.store_initial(folder, TunedState(tensors=made.tuned_state(), **RECORD))
 
 
 @pytest.mark.parametrize("layers", [0, 1, 4])

@@ -44,6 +44,22 @@ def geometry(
     return SimpleNamespace(**facts | others)
 
 
+RECORD: dict[str, Any] = {  # what a tuned state says beside its tensors
+    "method": {"name": "linear"},
+    "task": "digits",
+    "class_names": tuple("abcde"),
+    "preprocessing": {
+        "size": 32, "resize": "squash", "short_side": None, "decode": "upright", "native": None,
+        "interpolation": "bilinear", "antialias": True, "crop": None, "flip": 0.0, "mean": [0.5] * 3, "std": [0.5] * 3,
+    },
+    "backbone": {
+        "name": "vit_tiny_patch16_224", "pretrained": False, "image_size": None, "global_pool": None, "exact": True,
+        "kwargs": {}, "sha256": "0123456789abcdef" * 4,
+    },
+    "versions": {},
+}  # fmt: skip
+
+
 VIT_B_SIZE = {"width": 768, "num_blocks": 12, "heads": 12, "patch_size": 16, "image_size": 224}
 
 

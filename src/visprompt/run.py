@@ -34,6 +34,7 @@ from visprompt.methods import Method, build_method
 from visprompt.optim import Recipe
 from visprompt.records import DamagedRecord
 from visprompt.results import Result, load_result, read_result, write_result
+from visprompt.schema import check_record
 from visprompt.state import TunedState, save_state, write_atomically
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def prepare(cfg: DictConfig) -> Run:
         The run; nothing is written and nothing trained yet.
 
     Raises:
-        UserError: Data, weights or a word of the config are missing or wrong.
+        UserError: Data, weights or a word of the config are missing or wrong, or no tuned state could hold them.
     """
     if cfg.split not in SPLITS:
         raise unknown("split", cfg.split, SPLITS)
@@ -78,6 +79,10 @@ def prepare(cfg: DictConfig) -> Run:
     backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), seed)
     datamodule = build_data(cfg, backbone)
     identity = identity_of(cfg, recipe, backbone, datamodule)
+    about = {name: getattr(datamodule, name) for name in ("task", "class_names", "preprocessing")}
+    method = {k: v for k, v in identity["method"].items() if k != "weights"}  # whoever builds it looks for that file
+    about |= {"method": method, "backbone": backbone.record(), "versions": {}}
+    check_record(about, "this run", "its tuned state could not be read again")  # before it is trained
     folder = Path(cfg.paths.log_dir) / datamodule.task / cfg.method.name / digest(identity)
     return Run(cfg, datamodule, backbone, identity, folder)
 

@@ -1,7 +1,8 @@
 """The tuned-state file: safetensors and a schema. Nothing else reads or writes it.
 
 All metadata is one string under one key, because safetensors writes several keys in random order: a checksum over the
-metadata and every tensor's name, type, shape and bytes, then the metadata as JSON. Its class names are one string that
+metadata and every tensor's name, type, shape and bytes, then the metadata as JSON. The checksum finds damage and is no
+signature: what a file says is checked by `schema` before anything is built of it. Its class names are one string that
 begins with their separator: quotes, escaped twice, would add ten bytes to each of a thousand names.
 """
 
@@ -25,6 +26,7 @@ from visprompt.errors import UserError
 SCHEMA = 1
 _KEY = "visprompt"
 _DIGITS = 64  # of a SHA-256 in hexadecimal
+_MEND = "do not use this file, get it again from whoever tuned it"
 _SHAPING = ("image_size", "global_pool", "kwargs")
 
 
@@ -142,8 +144,11 @@ def load_state(path: Path) -> TunedState:
         The state, its tensors on the CPU.
 
     Raises:
-        UserError: There is no such file, it is no tuned state, of a newer schema, cut or changed.
+        UserError: There is no such file, it is no tuned state, of a newer schema, cut or changed, or it says what no
+            tuned state says; nothing was built of it then.
     """
+    from visprompt import schema  # late: it knows the backbones, which hash by this module, and reports need none
+
     path = path / "tuned.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"there is no tuned state at {path}: give a finished run's folder or its tuned.safetensors")
@@ -156,11 +161,19 @@ def load_state(path: Path) -> TunedState:
     checksum, text = stored[:_DIGITS], stored[_DIGITS:]
     if hash_tensors(tensors, also=text) != checksum:
         raise UserError(f"{path} is damaged: its checksum differs; copy it again or rerun its task")
-    meta = json.loads(text)
-    schema = meta.pop("schema")
-    if schema != SCHEMA:
-        raise UserError(f"{path} is of schema {schema}, and this version reads {SCHEMA}: update visprompt to read it")
-    return TunedState(tensors=tensors, **meta | {"class_names": _split(meta["class_names"])})
+    try:
+        meta: Any = json.loads(text)
+        version = meta.pop("schema")
+        record = meta | {"class_names": _split(meta["class_names"])}
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise UserError(f"{path} is refused: its metadata are not those of a tuned state; {_MEND}") from error
+    if version != SCHEMA:
+        raise UserError(
+            f"{path} is of schema {version!r:.60}, and this version reads {SCHEMA}: update visprompt to read it"
+        )
+    schema.check_record(record, path, _MEND)
+    schema.check_tensors(tensors, path, _MEND)
+    return TunedState(tensors=tensors, **record)
 
 
 def read_checksum(path: Path, *, hashed: bool) -> str | None:

@@ -160,7 +160,12 @@ def test_a_missing_file_is_named(name):
         (NAME, {"pretrained": False, "global_pool": ""}, "the backbone pools nothing: set backbone.global_pool"),
         (DEMO, {"global_pool": "map", "kwargs": {}}, "Cannot currently add attention pooling"),
         (DEMO, {"kwargs": {"depth": 4}}, r"no place for 24 of its weights: blocks\.4\.attn"),
-        (NAME, {"pretrained": False, "kwargs": {"dept": 2}}, "unexpected keyword argument 'dept'; check backbone.name"),
+        (NAME, {"kwargs": {"dept": 2}}, r"^unknown option in backbone\.kwargs 'dept': did you mean depth or depths\?$"),
+        (
+            NAME,
+            {"pretrained": False, "kwargs": {"depths": [2]}},
+            "unexpected keyword argument 'depths'; check backbone.",
+        ),
         (NAME, {"pretrained": False, "kwargs": {"num_heads": 5}}, "dim should be divisible by num_heads"),
         ("vit_base_patch16_18x2_224", {}, "timm has no pre-trained weights for backbone vit_base_patch16_18x2_224"),
     ],

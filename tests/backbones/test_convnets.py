@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision.transforms.functional import resize
 
-from tiny import NUM_CLASSES, images, measured, relative_error, worst_error
+from tiny import NUM_CLASSES, RECORD, images, measured, relative_error, worst_error
 from visprompt.backbones import BackboneSpec, build_backbone
 from visprompt.backbones.convnet import ConvNeXt as ConvNeXtFamily
 from visprompt.backbones.families import family
@@ -274,11 +274,7 @@ def test_what_is_saved_restores_every_bit(tmp_path, method, name):
     classifier(x)  # in training, so that batch statistics have moved where they may
     for _, p in classifier.tuned_parameters():
         p.data += 0.1 * torch.randn_like(p)
-    state = TunedState(
-        tensors=classifier.tuned_state(), method={}, task="digits", class_names=tuple("abcde"), preprocessing={},
-        backbone={"sha256": ""}, versions={},
-    )  # fmt: skip
-    save_state(tmp_path / "tuned.safetensors", state)
+    save_state(tmp_path / "tuned.safetensors", TunedState(tensors=classifier.tuned_state(), **RECORD))
     restored = built(method, name).eval()
     assert not torch.equal(restored(x), classifier.eval()(x))
     restored.load_tuned_state(load_state(tmp_path).tensors)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import visprompt
-from tiny import NUM_CLASSES, images, relative_error, tiny_classifier, tiny_model
+from tiny import NUM_CLASSES, RECORD, images, relative_error, tiny_classifier, tiny_model
 from visprompt.backbones import DEMO
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
@@ -124,10 +124,7 @@ def test_what_is_saved_restores_every_bit(tmp_path, name, backbone):
     with torch.no_grad():
         for _, p in classifier.tuned_parameters():
             p.add_(0.1 * torch.randn_like(p))
-    saved = TunedState(
-        tensors=classifier.tuned_state(), method={"name": name}, task="digits", class_names=tuple("abcde"),
-        preprocessing={}, backbone={"sha256": ""}, versions={},
-    )  # fmt: skip
+    saved = TunedState(tensors=classifier.tuned_state(), **RECORD | {"method": {"name": name}})
     save_state(tmp_path / "tuned.safetensors", saved)
     restored = built(name, backbone).eval()
     assert not torch.equal(restored(images()), classifier(images()))

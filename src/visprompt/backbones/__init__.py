@@ -12,6 +12,7 @@ from visprompt.backbones.families import family
 from visprompt.backbones.family import Family
 from visprompt.backbones.hub import hub_file
 from visprompt.backbones.loading import find_file, load_file
+from visprompt.backbones.options import check_kwargs
 from visprompt.errors import UserError, unknown
 from visprompt.state import hash_tensors
 
@@ -32,7 +33,7 @@ class BackboneSpec:
         image_size: Side of the input in pixels; None is the model's own.
         global_pool: Another of timm's poolings for the trained model, whose norms stay where they are; None is its own.
         exact: False carries prompt tokens through every block, for comparison.
-        kwargs: Further arguments of the timm model, such as depth and embed_dim of a tiny one.
+        kwargs: Further arguments of the timm model, such as depth and embed_dim of a tiny one; see `options`.
     """
 
     name: str = DEMO
@@ -83,7 +84,8 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
     Raises:
         UserError: The name is unknown, the weights cannot be had, or they do not fit; says what to do.
     """
-    _check_name(spec.name)
+    check_name(spec.name)
+    check_kwargs(spec.kwargs)
     file = _weights_file(spec)  # looked for first: a large model takes a minute to build
     try:
         with torch.random.fork_rng(devices=[]):
@@ -113,7 +115,12 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
     return Backbone(module, spec, digest, module.image_size, module.mean, module.std)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise unless a name is the embedded backbone's or one of timm's registry; an address or a folder is neither.
+
+    Raises:
+        UserError: Names the nearest ones.
+    """
     architecture, _, tag = name.partition(".")
     if name == DEMO:
         return
@@ -145,4 +152,4 @@ def _create(spec: BackboneSpec) -> Any:
     return timm.create_model(name, num_classes=0, **kwargs)
 
 
-__all__ = ["DEMO", "Backbone", "BackboneSpec", "build_backbone"]
+__all__ = ["DEMO", "Backbone", "BackboneSpec", "build_backbone", "check_name"]

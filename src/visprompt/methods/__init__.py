@@ -91,11 +91,8 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
         UserError: The name or an option is unknown, an option is of the wrong kind, or the backbone lacks a site that
             the method needs.
     """
-    valid, factory = option_kinds(name), METHODS[name]
-    for option, value in options.items():
-        if option not in valid:
-            raise unknown(f"option of method {name}", option, valid or ["(it has none)"])
-        _check_kind(option, value, valid[option])
+    check_options(name, options)
+    factory = METHODS[name]
     cls = factory.func if isinstance(factory, partial) else factory
     missing: frozenset[str] = getattr(cls, "sites", frozenset()) - backbone.sites
     if missing:
@@ -107,6 +104,19 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
         return factory(backbone, **options)
     except TypeError as error:
         raise UserError(f"method {name} has an option of the wrong kind ({error}): correct method.<key>=...") from error
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise unless a method of this name takes these options, each of its kind.
+
+    Raises:
+        UserError: The name or an option is unknown, or an option is of the wrong kind.
+    """
+    valid = option_kinds(name)
+    for option, value in options.items():
+        if option not in valid:
+            raise unknown(f"option of method {name}", option, valid or ["(it has none)"])
+        _check_kind(option, value, valid[option])
 
 
 def _check_kind(option: str, value: Any, annotation: Any) -> None:
@@ -125,4 +135,4 @@ def _check_kind(option: str, value: Any, annotation: Any) -> None:
         raise UserError(f"method.{option}={value} is of the wrong kind: give {words}")
 
 
-__all__ = ["METHODS", "Flow", "Geometry", "Method", "Place", "build_method", "option_kinds"]
+__all__ = ["METHODS", "Flow", "Geometry", "Method", "Place", "build_method", "check_options", "option_kinds"]
