@@ -210,17 +210,21 @@ def test_own_images_are_counted_and_stay_undecoded(tmp_path, measured, capsys):
         for i in range(20):
             path = tmp_path / "pets" / name / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (70, 70), (i, 9, 9)).save(path)
+            Image.new("RGB", (70, 70), (i, 9, 9 * (name == "cat"))).save(path)
     given = ("data=folder", f"data.root={tmp_path}/pets", f"paths.data_dir={tmp_path}/data")
     train(tmp_path / "logs", *given)
-    table, (_, disk) = lines(capsys.readouterr().out)
+    table, (said, _, disk) = lines(capsys.readouterr().out)
+    assert said == (
+        f"data: pets in {tmp_path}/pets: 2 classes (cat, dog); images: train 32, val 4, test 4 (no splits were given: "
+        "every class was cut 80/10/10); smallest class: cat with 16 training images"
+    )
     assert table["pets", "vpt_deep"][3] == "3"
     assert f"{40 * 73 * 73 * 4 / 1e6:.1f} MB of decoded images" in disk
     assert not (tmp_path / "data").exists()
     train(tmp_path / "logs", *given, dry=False)
     capsys.readouterr()
     train(tmp_path / "logs", *given)
-    assert lines(capsys.readouterr().out)[1] == ["disk: nothing more"]
+    assert lines(capsys.readouterr().out)[1] == [said, "disk: nothing more"]
 
 
 def test_missing_weights_are_named_and_random_ones_measured(tmp_path, measured, capsys):

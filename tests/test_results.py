@@ -49,6 +49,13 @@ def make(**changes):
     return Result(**values | changes)
 
 
+def test_where_own_images_were_does_not_keep_runs_apart():
+    data = [{"source": "folder", "summary": {"root": f"/machine{seed}"}} for seed in (1, 2)]
+    assert cell([make(seed=seed, data=data[seed - 1]) for seed in (1, 2)]) == Cell((0.75, 0.75))
+    with pytest.raises(UserError, match="differ in more than the seed"):
+        cell([make(seed=1, data=data[0]), make(seed=2, data=data[1] | {"source": "csv"})])
+
+
 def test_what_is_written_is_read_back(tmp_path):
     (tmp_path / "tuned.safetensors").write_bytes(b"abc")
     write_result(tmp_path, make(tags=("a", "b")))

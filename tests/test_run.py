@@ -271,7 +271,7 @@ def test_peak_memory_is_that_of_where_the_run_was(monkeypatch):
     assert found["bytes"] > 10e6
 
 
-def test_own_images_with_given_splits(tmp_path):
+def test_own_images_with_given_splits(tmp_path, capsys):
     root = synthetic.write_folder(tmp_path / "pets", ("cat", "dog", "eel"), 6, splits=("train", "val", "test"))
     for number in range(3):
         (root / "test" / "eel" / f"000{number}.png").unlink()
@@ -279,7 +279,12 @@ def test_own_images_with_given_splits(tmp_path):
     one = tiny_run(tmp_path / "logs", *options)
     result = run.run_job(one)
     assert one.folder.parent == tmp_path / "logs" / "pets" / "vpt_deep"
-    assert result.data["sizes"] == {"train": 18, "val": 18, "test": 15}
+    assert result.data["sizes"] == result.data["summary"]["images"] == {"train": 18, "val": 18, "test": 15}
+    assert result.data["summary"]["smallest"] == 6
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"data: pets in {root}: 3 classes (cat, dog, eel); images: train 18, val 18, test 15; smallest class: cat with "
+        "6 training images"
+    )
     hits = hand_counted(one)
     assert result.metrics["test/count"] == 15
     assert result.metrics["test/acc"] == sum(h for h, _ in hits) / 15

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from visprompt.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.classifier import Classifier
-from visprompt.data.decoders import DECODERS
+from visprompt.data.decoders import decoder_of
 from visprompt.data.folder import BadImage
 from visprompt.data.pixels import to_input
 from visprompt.errors import UserError
@@ -125,9 +125,7 @@ def _batches(
     files: Sequence[Path], root: Path, state: TunedState, size: int
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Batches of names and prepared images; a file that cannot be read is named and left out."""
-    decode = DECODERS.get(str(state.preprocessing.get("decode")))
-    if decode is None:
-        raise UserError("the tuned state does not say how images are decoded: an older version wrote it, tune it again")
+    decode = decoder_of(state.preprocessing)
     names: list[str] = []
     inputs: list[torch.Tensor] = []
     for file in files:

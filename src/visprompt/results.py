@@ -257,6 +257,7 @@ def _protocol(result: Result) -> dict[str, Any]:
     found = {name: getattr(result, name) for name in names}
     own = ("token_mask", "segment_mask", "initial")  # what a seed's own chain of pruning found
     follows = {"pooling"} if result.backbone.get("pretrained", True) else {"pooling", "sha256"}  # of the seed's weights
+    found["data"] = {name: value for name, value in result.data.items() if name != "summary"}  # where it was, and so on
     found["backbone"] = {name: value for name, value in result.backbone.items() if name not in follows}
     return found | {"method": {name: value for name, value in result.method.items() if name not in own}}
 

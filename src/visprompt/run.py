@@ -18,6 +18,7 @@ import lightning.pytorch as L
 import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from visprompt import measure, pruning, signals
 from visprompt.backbones import Backbone, BackboneSpec, build_backbone
@@ -39,6 +40,7 @@ from visprompt.state import TunedState, save_state, write_atomically
 
 log = logging.getLogger(__name__)
 SPLITS = ("tune", "final")
+console = Console()
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,10 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         write_atomically(run.folder / "resume" / "config.yaml", lambda path: OmegaConf.save(run.cfg, path))
         trainer.loggers = build_loggers(run.cfg, run.folder, attempt, tuned)
     status = "failed"
+    if trainer.is_global_zero and datamodule.described:
+        datamodule.prepare_data()  # what cannot be decoded and is left out is known then
+        for line in datamodule.described:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     try:
         diverged = _fit_and_score(trainer, module, datamodule, ckpt_path)
         if diverged is None and module.scored_step != trainer.global_step:
@@ -233,7 +239,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             status="finished" if diverged is None else "diverged",
             **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
             attempt=attempt,
-            data=run.identity["data"] | {"form": datamodule.form, "sizes": datamodule.sizes},
+            data=run.identity["data"] | _data_record(datamodule),
             backbone=run.identity["backbone"] | _as_driven(run.backbone.module, module.classifier.method),
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             per_class=dict(zip(datamodule.class_names, module.per_class, strict=False)),
@@ -321,6 +327,12 @@ def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
     # as they are: in the config a depth of all blocks is null
     shape = {name: getattr(classifier.method, name, None) for name in ("depth", "num_tokens", "kept_tokens")}
     return counts | {name: value for name, value in shape.items() if value is not None}
+
+
+def _data_record(datamodule: TaskDataModule) -> dict[str, Any]:
+    """What is recorded of the data beyond what decides the numbers."""
+    record: dict[str, Any] = {"form": datamodule.form, "sizes": datamodule.sizes}
+    return record | ({"summary": datamodule.summary} if datamodule.summary else {})
 
 
 def _as_driven(family: Family, method: Method) -> dict[str, Any]:

@@ -106,6 +106,8 @@ _KINDS: dict[str, Kind] = {
     **{f"data.{name}": _PATH for name in ("data_dir", "store_dir")},
     **{f"data.{name}": _PATH | _NULL for name in ("root", "csv")},
     "data.name": _TEXT | _NULL,
+    "data.csv_columns": _MAPPING | _NULL,
+    "data.white_level": whole(1, _MOST) | _NULL,
     "data.split_names": _MAPPING | Kind("none", lambda value: value == "none") | _NULL,
     "data.fraction": number("a number above 0, 1 at most", lambda value: 0 < value <= 1),
     "data.flip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),

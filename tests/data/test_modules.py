@@ -55,6 +55,22 @@ def test_presets_of_preprocessing(arguments, expected):
     assert (data.interpolation, data.antialias, data.normalisation) == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), ("bicubic", "model")),
+        (("preprocessing=task_adaptation",), ("bilinear", "none")),
+        (("preprocessing=model",), ("bilinear", "model")),
+        (("preprocessing=petl",), ("bicubic", "imagenet")),
+        (("data.interpolation=bilinear",), ("bilinear", "model")),
+    ],
+)
+def test_preprocessing_means_what_it_says_for_own_images(tmp_path, arguments, expected):
+    with composing():
+        data = job("train", ["data=folder", f"data.root={tmp_path}", *arguments]).data
+    assert (data.interpolation, data.normalisation) == expected
+
+
 def own(tmp_path, root, **options):
     return FolderDataModule(root=str(root), store_dir=str(tmp_path / "stores"), **{**GIVEN, **options})
 
@@ -66,7 +82,9 @@ def pets(tmp_path):
 
 def test_the_config_of_own_images_names_every_argument(tmp_path, pets):
     config = yaml.safe_load((CONFIGS / "folder.yaml").read_text())
+    assert config.pop("defaults") == [{"override /preprocessing@_global_.preprocessing": "own_images"}]
     assert config.pop("normalisation") == "${preprocessing.normalisation}"
+    assert config.pop("interpolation") == "${preprocessing.interpolation}"
     assert config.pop("_target_") == "visprompt.data.modules.FolderDataModule"
     assert config.pop("root") == "???"
     assert config.pop("store_dir") == "${paths.data_dir}/stores"

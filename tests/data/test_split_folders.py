@@ -166,8 +166,8 @@ def test_names_that_are_given(tmp_path):
         " (all: Testing, Training, extra, more)": {"train": "Trainin"},
         "unknown split in data.split_names 'tset': did you mean test? (all: test, train, val)": {"tset": "Testing"},
         "data.split_names lacks train: add 'train: NAME' to it": {"test": "Testing"},
-        "data.split_names.train=5 is not the name of a folder: give one, or a list": {"train": 5},
-        "data.split_names gives 'more' twice: each folder belongs to one split": {"train": "more", "test": "more"},
+        "data.split_names.train=True is not a name: give one, or a list of names": {"train": True},
+        "data.split_names gives 'more' twice: each name belongs to one split": {"train": "more", "test": "more"},
         "data.split_names=yes names no splits: give 'data.split_names={train: NAME, test: NAME}', or "
         "data.split_names=none where all folders are classes": "yes",
     }
@@ -194,5 +194,3 @@ def test_splits_are_refused_before_anything_is_decoded(tmp_path, monkeypatch):
     assert data.class_names == ("dark", "light")
     assert [item.key for item in data.images.items if item.split == "test"][:1] == ["Testing/dark/0000.png"]
     assert not (tmp_path / "stores").exists()
-    with pytest.raises(UserError, match=r"^data.split_names is for split folders: with data.csv the column split says"):
-        folder.find(root, "list.csv", split_names=names)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from visprompt.data import store as module
-from visprompt.data.folder import decode, find
+from visprompt.data.folder import decode
+from visprompt.data.own_images import find
 from visprompt.data.pixels import resize_short_side
 from visprompt.data.store import open_store
 from visprompt.data.synthetic import write_folder

@@ -107,6 +107,16 @@ class TaskDataModule(L.LightningDataModule, ABC):
     def sizes(self) -> dict[str, int]:
         """Number of images of each split set."""
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What is recorded of the user's own data, beyond `sizes`; nothing of the known tasks."""
+        return {}
+
+    @property
+    def described(self) -> list[str]:
+        """The lines that are printed of the user's own data before training; none of the known tasks."""
+        return []
+
     @abstractmethod
     def open_sets(self, sets: tuple[str, ...]) -> TicketDataset:
         """Returns the images of some split sets, one set after the other, as one dataset."""

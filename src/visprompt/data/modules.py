@@ -1,5 +1,6 @@
 """Data modules of the demo tasks and of the user's own images, and what all images of differing sizes share."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,9 +14,10 @@ from visprompt.data.catalog import TASKS
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.dataset import ArrayDataset, RaggedDataset
 from visprompt.data.demo import compose
-from visprompt.data.folder import ImageFolder, find
+from visprompt.data.own_images import OwnImages, find
 from visprompt.data.splits import SPLITS
 from visprompt.data.store import RaggedStore, open_store
+from visprompt.data.summary import sentences, summarise
 from visprompt.errors import UserError, unknown
 
 
@@ -175,17 +177,21 @@ class FolderDataModule(RaggedDataModule):
         csv: str | None = None,
         skip_bad: bool = False,
         split_names: Mapping[str, Any] | str | None = None,
+        csv_columns: Mapping[str, Any] | None = None,
+        white_level: int | None = None,
         **cropping: Any,
     ) -> None:
         """Reads nothing yet.
 
         Args:
-            root: See `folder.find`.
+            root: See `own_images.find`.
             store_dir: Where decoded images are kept.
             name: Name of the task; that of the root folder by default.
-            csv: See `folder.find`.
+            csv: See `own_images.find`.
             skip_bad: Leave out files that cannot be used instead of refusing them.
-            split_names: Which folders are the splits, where these have other names than train, val and test.
+            split_names: What the splits are called, where these have other names than train, val and test.
+            csv_columns: What the columns of the CSV are called, where these have other names than path, label, split.
+            white_level: Value of white in grey images of 16 or 32 bits; 65535 by default.
             **cropping: The arguments of `RaggedDataModule`.
 
         Raises:
@@ -193,7 +199,7 @@ class FolderDataModule(RaggedDataModule):
         """
         super().__init__(**cropping)
         self.root, self.csv, self.store_dir, self.skip_bad = Path(root).expanduser(), csv, Path(store_dir), skip_bad
-        self.split_names = split_names
+        self.split_names, self.csv_columns, self.white_level = split_names, csv_columns, white_level
         self.task = name or self.root.resolve().name
         if self.task in ("", ".", "..") or "/" in self.task:
             raise UserError(f"data.name={self.task!r} cannot name a folder of results: set data.name to a plain word")
@@ -204,21 +210,50 @@ class FolderDataModule(RaggedDataModule):
         return "csv" if self.csv else "folder"
 
     @cached_property
-    def images(self) -> ImageFolder:
+    def images(self) -> OwnImages:
         """The files with their classes and splits; none is decoded for it."""
-        return find(self.root, self.csv, self.skip_bad, self.split_names)
+        place = sha256(os.fsencode(self.root.absolute())).hexdigest()[:20]
+        memory = self.store_dir / "checksums" / f"{place}.json"
+        return find(self.root, self.csv, self.skip_bad, self.split_names, self.csv_columns, memory, self.white_level)
 
     @property
     def store_folder(self) -> Path:
         """Where the decoded images are, or will be."""
-        return self.store_dir / f"{self.images.fingerprint[:20]}-{self.short_side}-{self.interpolation}"
+        white = "" if self.white_level is None else f"-white{self.white_level}"
+        return self.store_dir / f"{self.images.fingerprint[:20]}-{self.short_side}-{self.interpolation}{white}"
 
     @cached_property
     def store(self) -> RaggedStore:
         """The decoded images, made if there are none."""
-        return open_store(
-            self.images, self.store_folder, self.short_side, interpolation=self.interpolation, skip_bad=self.skip_bad
+        store = open_store(
+            self.images,
+            self.store_folder,
+            self.short_side,
+            interpolation=self.interpolation,
+            decode=self.images.decode,
+            skip_bad=self.skip_bad,
+            notes=self.images.notes,
         )
+        self.images.known.remember()
+        return store
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """As for `RaggedDataModule`, with the white level where one is set."""
+        white = {} if self.white_level is None else {"white_level": self.white_level}
+        return super().preprocessing | white
+
+    @property
+    def described(self) -> list[str]:
+        """The summary in a few lines."""
+        return sentences(self.task, self.class_names, self.summary)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """See `summary.summarise`; files that cannot be read are known once the images are decoded."""
+        if "store" not in vars(self):
+            return summarise(self.images, self.root)
+        return summarise(self.images, self.root, [key for key, _ in self.store.bad], self.store.notes)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -227,5 +262,5 @@ class FolderDataModule(RaggedDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over relative path, size in bytes, class and split of all files."""
+        """sha256 (hex) over relative path, content, class and split of all files."""
         return self.images.fingerprint

@@ -5,7 +5,6 @@ type: `data.split_names={train: Training, test: Testing}` says which folders are
 that all folders are classes.
 """
 
-import os
 import re
 import shlex
 import unicodedata
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from visprompt.data.splits import SPLITS
+from visprompt.data.walk import entries, folders_in
 from visprompt.errors import UserError, unknown
 
 _WORDS = {
@@ -38,10 +38,11 @@ def split_of(name: str) -> str:
     Case, separators, plurals, prefixes and suffixes do not matter: "Testing", "my-test-set", "train_images" and
     "valImages" name splits, "contest" does not.
     """
-    return next((split for word in _words(name) for split in _PATTERNS if _PATTERNS[split].fullmatch(word)), "")
+    return next((split for word in words_of(name) for split in _PATTERNS if _PATTERNS[split].fullmatch(word)), "")
 
 
-def _words(name: str) -> list[str]:
+def words_of(name: str) -> list[str]:
+    """Return the words of a name in small letters: "trainImages_2017" has the words train and images."""
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFC", name))
     return re.findall(r"[^\W\d_]+", apart.casefold())
 
@@ -63,11 +64,12 @@ class _Top:
     @property
     def whole(self) -> bool:
         """Whether the name is a split's word and nothing else."""
-        return bool(self.split) and len(_words(self.name)) == 1
+        return bool(self.split) and len(words_of(self.name)) == 1
 
     @cached_property
     def _inside(self) -> tuple[tuple[str, ...], int]:
-        return _names_in(self.path)
+        folders, files = entries(self.path)
+        return tuple(entry.name for entry in folders), len(files)
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -78,18 +80,6 @@ class _Top:
         """Whether it holds folders and not images: two folders or more, and at most a stray file or two."""
         folders, files = self._inside
         return len(folders) > max(1, files)
-
-
-def _names_in(folder: Path) -> tuple[tuple[str, ...], int]:
-    """Return the sorted names of the visible folders in a folder and the number of visible files next to them."""
-    with os.scandir(folder) as entries:  # tells folders from files without a call for each of a million files
-        shown = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
-    return tuple(sorted(name for name, is_folder in shown if is_folder)), sum(not is_folder for _, is_folder in shown)
-
-
-def folders_in(folder: Path) -> list[Path]:
-    """Return the visible folders directly in a folder, sorted by name."""
-    return [folder / name for name in _names_in(folder)[0]]
 
 
 def class_parents(root: Path, split_names: Mapping[str, Any] | str | None) -> list[tuple[str, Path]]:
@@ -130,11 +120,11 @@ def named_splits(split_names: Mapping[str, Any] | str) -> dict[str, str]:
         if split not in SPLITS:
             raise unknown("split in data.split_names", split, SPLITS)
         for name in [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else [None]:
-            if not isinstance(name, str) or not name:
-                raise UserError(f"data.split_names.{split}={given} is not the name of a folder: give one, or a list")
-            if name in found:
-                raise UserError(f"data.split_names gives {name!r} twice: each folder belongs to one split")
-            found[name] = split
+            if type(name) not in (str, int) or name == "":  # Hydra reads 2012 as a number
+                raise UserError(f"data.split_names.{split}={given} is not a name: give one, or a list of names")
+            if str(name) in found:
+                raise UserError(f"data.split_names gives {str(name)!r} twice: each name belongs to one split")
+            found[str(name)] = split
     if "train" not in found.values():
         raise UserError("data.split_names lacks train: add 'train: NAME' to it")
     return found
@@ -208,14 +198,14 @@ def _are_classes(tops: Sequence[_Top], inner: Collection[str]) -> bool:
 
 
 def _is_view(name: str) -> bool:
-    words = _words(name)
+    words = words_of(name)
     if not words:  # a year or a date
         return bool(re.fullmatch(r"(19|20)\d\d([-_.]?\d\d){0,2}", name))
     return any(_VIEW.fullmatch(word) for word in words) and all(_VIEW.fullmatch(w) or len(w) == 1 for w in words)
 
 
 def _plain(name: str) -> str:
-    return " ".join(_words(name))
+    return " ".join(words_of(name))
 
 
 @lru_cache(maxsize=1)
@@ -229,7 +219,7 @@ def _imagenet_names() -> frozenset[str]:
 
 
 def _refusal(root: Path, what: str, splits: Sequence[_Top]) -> UserError:
-    guess = _guess(splits)
+    guess = guess_splits([top.name for top in splits])
     classes = "data.split_names=none where all folders are classes"
     if hollow := [top.name for top in splits if top.split == "train" and not top.folders]:
         return UserError(
@@ -244,11 +234,11 @@ def _refusal(root: Path, what: str, splits: Sequence[_Top]) -> UserError:
     return UserError(f"data.root={root} {what}: give {as_argument(guess)} to read them so, or {classes}")
 
 
-def _guess(splits: Sequence[_Top]) -> dict[str, list[str]]:
-    """Return the folders by split; of those without a split's word the first is for train, the last for test."""
+def guess_splits(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return names by split; of those without a split's word the first is for train, the last for test."""
     guess: dict[str, list[str]] = {}
-    for top in splits:
-        guess.setdefault(top.split, []).append(top.name)
+    for name in names:
+        guess.setdefault(split_of(name), []).append(name)
     rest = guess.pop("", [])
     for split in ("test", "train", "val") if "train" in guess else ("train", "test", "val"):
         if rest and split not in guess:

@@ -13,8 +13,11 @@ Key = TypeVar("Key", int, str)
 
 
 def md5_int(text: str) -> int:
-    """Returns the md5 value of a UTF-8 text as one big integer, the source of every "random" choice about data."""
-    return int(md5(text.encode(), usedforsecurity=False).hexdigest(), 16)
+    """Return the md5 value of a text as one big integer, the source of every "random" choice about data.
+
+    The text is a file's name, for example: UTF-8, or what other bytes the name has.
+    """
+    return int(md5(text.encode(errors="surrogateescape"), usedforsecurity=False).hexdigest(), 16)
 
 
 def md5_order(keys: Sequence[Key], salt: str) -> list[Key]:

@@ -9,9 +9,9 @@ else: the files it was made of may be deleted.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -44,6 +44,7 @@ class RaggedStore:
         splits: "train", "val" or "test" per image.
         shapes: int64 [n, 2], height and width.
         bad: Key and reason of the files that were left out.
+        notes: Numbers about the files that were counted while they were decoded.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class RaggedStore:
     splits: np.ndarray
     shapes: np.ndarray
     bad: tuple[tuple[str, str], ...]
+    notes: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -84,6 +86,7 @@ def open_store(
     skip_bad: bool = False,
     advice: str = "mend or remove them, or set data.skip_bad=true to leave them out",
     origin: str = "",
+    notes: Callable[[], Mapping[str, int]] = dict,
 ) -> RaggedStore:
     """Opens the store of some images, after building it if there is none that is whole.
 
@@ -98,6 +101,7 @@ def open_store(
         skip_bad: Leave out files that cannot be decoded, with a warning, instead of refusing them.
         advice: What to do about files that cannot be decoded.
         origin: Noted in the store.
+        notes: Called when all files are decoded: see `RaggedStore`.
 
     Returns:
         The store.
@@ -118,7 +122,7 @@ def open_store(
         _log.info("decoding %d images once, into %s", len(images.items), folder)
         publish(
             folder,
-            lambda temporary: _write(temporary, images, load, skip_bad, advice, origin),
+            lambda temporary: _write(temporary, images, load, skip_bad, advice, {"origin": origin}, notes),
             lambda: usable() is not None,
         )
         store = usable()
@@ -146,6 +150,7 @@ def read_store(folder: Path, skip_bad: bool = False) -> RaggedStore | None:
             splits=np.array(splits),
             shapes=np.stack([heights, widths], axis=1).astype(np.int64),
             bad=tuple((key, reason) for key, reason in manifest["bad"]),
+            notes={str(what): int(count) for what, count in manifest.get("notes", {}).items()},
         )
         whole = (folder / "pixels.bin").stat().st_size == store.offsets[-1]
     except (OSError, ValueError, KeyError, TypeError):
@@ -154,7 +159,13 @@ def read_store(folder: Path, skip_bad: bool = False) -> RaggedStore | None:
 
 
 def _write(
-    folder: Path, source: ImageFolder, load: Callable[[Item], np.ndarray], skip_bad: bool, advice: str, origin: str
+    folder: Path,
+    source: ImageFolder,
+    load: Callable[[Item], np.ndarray],
+    skip_bad: bool,
+    advice: str,
+    record: Mapping[str, str],
+    notes: Callable[[], Mapping[str, int]],
 ) -> None:
     images: list[tuple[str, int, str, int, int]] = []
     bad: list[tuple[str, str]] = []
@@ -169,7 +180,7 @@ def _write(
     if bad and (not skip_bad or not images):
         raise UserError(f"{len(bad)} of {len(items)} images cannot be used ({_named(bad)}): {advice}")
     manifest = {"schema": SCHEMA, "fingerprint": source.fingerprint, "class_names": source.class_names}
-    manifest |= {"origin": origin, "images": images, "bad": bad}
+    manifest |= {**record, "images": images, "bad": bad, "notes": notes()}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 

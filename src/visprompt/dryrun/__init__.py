@@ -268,7 +268,7 @@ class DryRun:
             table.add_row(*line)
         if self.lines:
             console.print(table)
-            for sentence in (self._time(), self._disk(), *self.needs.sentences()):
+            for sentence in (*self.needs.described(), self._time(), self._disk(), *self.needs.sentences()):
                 console.print(sentence, highlight=False, soft_wrap=True, markup=False)
         if self.failed:
             raise UserError(

@@ -124,6 +124,10 @@ class Needs:
             command += f" paths.data_dir={job.paths.data_dir}"
         self.commands.setdefault(command, []).append(spec.id)
 
+    def described(self) -> list[str]:
+        """What is said of the user's own images, once."""
+        return list(dict.fromkeys(line for facts in self._facts.values() for line in facts.datamodule.described))
+
     def sentences(self) -> Iterator[str]:
         """What is missing and how to get it, in one sentence each."""
         for command, tasks in self.commands.items():

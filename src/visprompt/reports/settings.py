@@ -38,6 +38,7 @@ _NAMES = {
     "data.fraction": "fraction",
     "precision": "precision",
 }
+_NO_SETTINGS = frozenset({"backbone.pooling", "data.summary"})  # they follow from the method, and from the data
 _HASHES = frozenset({"backbone.sha256", "data.fingerprint"})
 # in the order in which they tell rows apart
 _FIRST = ("backbone.name", "method.", "data.source", "data.form", "data.fraction", "precision", "data.", "recipe.")
@@ -59,7 +60,7 @@ def settings(result: Result) -> dict[str, str]:
     parts = {"method": options, "recipe": result.recipe, "data": result.data, "backbone": result.backbone}
     for part, values in parts.items():
         for name, value in values.items():
-            if f"{part}.{name}" == "backbone.pooling":  # it follows from the method and backbone.global_pool
+            if f"{part}.{name}" in _NO_SETTINGS:
                 continue
             if f"{part}.{name}" == "data.preprocessing":
                 found |= {f"data.preprocessing.{key}": text(inner) for key, inner in value.items()}

@@ -1,0 +1,86 @@
+"""Checksums of files, so that content decides which images are meant; files that did not change are not read again.
+
+The checksums of a folder are kept in a JSON file with the size, the times and the inode that each file had. A file that
+was replaced in place by one of equal size has another time of change (ctime), which no program can set. As in git, what
+changed in the last two seconds before it was read is not kept: the clock of a file system is too coarse to tell.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import file_digest
+from pathlib import Path
+
+from visprompt.errors import UserError
+from visprompt.state import write_atomically
+
+UNREADABLE = "unreadable"
+"""In place of the checksum of a file that cannot be read; decoding says why."""
+
+_RECENT = 2_000_000_000  # nanoseconds
+_SCHEMA = 1
+_Stamp = tuple[int, int, int, int]  # size, mtime, ctime, inode
+
+
+class Checksums:
+    """The sha256 values of files, remembered from one process to the next."""
+
+    def __init__(self, memory: Path | None = None) -> None:
+        """Read what is remembered.
+
+        Args:
+            memory: The JSON file; None remembers nothing.
+        """
+        self._memory = memory
+        self._known = {} if memory is None else _read(memory)
+        self._new: dict[str, tuple[_Stamp, str]] = {}
+
+    def of(self, paths: Sequence[Path]) -> list[str]:
+        """Return the sha256 (hex) of each file's content, reading in threads those that are new or changed."""
+        with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:  # a network disk answers many at once
+            found = list(pool.map(self._one, paths))
+        self._new = {
+            str(path): (stamp, checksum)
+            for path, (stamp, checksum) in zip(paths, found, strict=True)
+            if stamp is not None and time.time_ns() - max(stamp[1:3]) > _RECENT
+        }
+        return [checksum for _, checksum in found]
+
+    def remember(self) -> None:
+        """Write the checksums of the last files asked for; where that is impossible they are read again next time."""
+        if self._memory is not None and self._new != self._known:
+            text = json.dumps({"schema": _SCHEMA, "files": self._new})
+            with suppress(UserError):
+                write_atomically(self._memory, lambda temporary: temporary.write_text(text))
+
+    def _one(self, path: Path) -> tuple[_Stamp | None, str]:
+        try:
+            stamp = _stamp(path)
+            known = self._known.get(str(path))
+            if known is not None and known[0] == stamp:
+                return known
+            with path.open("rb") as file:
+                checksum = file_digest(file, "sha256").hexdigest()
+            return (stamp if _stamp(path) == stamp else None), checksum
+        except OSError:
+            return None, UNREADABLE
+
+
+def _stamp(path: Path) -> _Stamp:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _read(memory: Path) -> Mapping[str, tuple[_Stamp, str]]:
+    """Return what a file remembers, nothing where it is missing or not whole."""
+    try:
+        stored = json.loads(memory.read_text())
+        if stored["schema"] != _SCHEMA:
+            return {}
+        files = stored["files"].items()
+        return {str(path): ((int(a), int(b), int(c), int(d)), str(text)) for path, ((a, b, c, d), text) in files}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
