@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from yaml import YAMLError
 
-from visprompt import run
+from visprompt import run, run_folder
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.lit.module import TuningModule
@@ -72,6 +72,7 @@ def evaluate(cfg: DictConfig) -> float:
 
 
 def _scored(folder: Path) -> Result:
+    run_folder.settle(folder)
     result = open_result(folder)
     if result.split != "final":
         raise UserError(f"{folder} is a run of split=tune, which has no test set: give a run of split=final")

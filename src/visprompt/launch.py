@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from visprompt import signals
+from visprompt.leftovers import temporary_folder
 from visprompt.signals import PARENT
 
 _REASON = "VISPROMPT_REASON"
@@ -45,8 +45,8 @@ def run_ranks(command: Sequence[str], world: int) -> None:
     Raises:
         RanksFailed: A rank failed; all others are ended then.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        reason = Path(folder) / "reason"
+    with temporary_folder("ranks") as folder:
+        reason = folder / "reason"
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             base = os.environ | _group_env(world) | {_REASON: str(reason)}

@@ -1,7 +1,6 @@
 """The loop over runs: each in this process, or on several local devices as a process group of its own."""
 
 import logging
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from visprompt import chain, compose, launch, measure, signals
+from visprompt import chain, compose, launch, measure, run_folder, signals
 from visprompt.errors import UserError
+from visprompt.leftovers import temporary_folder
 from visprompt.lit.trainer import report_together, under_agent, without_wandb
 from visprompt.results import Result, read_result
 from visprompt.run import Run, prepare, run_job
@@ -125,6 +125,7 @@ def _run_chain(cfg: DictConfig) -> tuple[Result, Path]:
 def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
     """Runs one job here, or on several devices, and shows what came of it; returns that and the run's folder."""
     run = prepare(cfg)
+    run_folder.settle(run.folder)
     stored = None if cfg.rerun else read_result(run.folder)
     devices = local_devices(cfg.trainer)
     if launch.started_elsewhere():
@@ -145,9 +146,12 @@ def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
 def _run_ranks(run: Run, devices: int) -> Result:
     """Runs one job as a process group on several devices of this machine."""
     run.datamodule.prepare_data()  # once, before the ranks
-    with tempfile.TemporaryDirectory() as folder:  # the run's own belongs to whoever holds its lock
-        OmegaConf.save(run.cfg, Path(folder) / "config.yaml")
-        launch.run_ranks(launch.rank_command(Path(folder)), devices)
+    try:
+        with temporary_folder("job") as folder:  # the run's own belongs to whoever holds its lock
+            OmegaConf.save(run.cfg, folder / "config.yaml")
+            launch.run_ranks(launch.rank_command(folder), devices)
+    finally:
+        run_folder.settle(run.folder)  # ranks that did not end in time were killed
     result = read_result(run.folder)
     if result is None:
         raise launch.RanksFailed(f"the ranks left no whole result in {run.folder}")

@@ -18,6 +18,7 @@ from visprompt.errors import UserError
 from visprompt.methods import build_method
 from visprompt.methods.sidetune import RANDOM
 from visprompt.results import open_state
+from visprompt.run_folder import settle
 from visprompt.state import TunedState, check_fits, write_atomically
 
 console = Console()
@@ -81,6 +82,7 @@ def predict(state: str, images: str, *, output: str, batch_size: int, device: st
         UserError: The state cannot be read or the folder has no image that can.
     """
     path, folder = Path(state), Path(images)
+    settle(path if path.is_dir() else path.parent)
     tuned = open_state(path)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: correct images=...")

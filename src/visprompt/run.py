@@ -1,12 +1,10 @@
 """One run: its folder, skip, resume or run anew, training, scoring, and what it leaves behind."""
 
 import json
-import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -16,11 +14,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from visprompt import measure, pruning, signals
+from visprompt import measure, pruning, run_folder, signals
 from visprompt.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.backbones.family import Family
 from visprompt.classifier import Classifier
@@ -33,12 +30,10 @@ from visprompt.lit.module import Diverged, TuningModule
 from visprompt.lit.trainer import build, build_loggers, build_trainer, close
 from visprompt.methods import Method, build_method
 from visprompt.optim import Recipe
-from visprompt.records import DamagedRecord
-from visprompt.results import Result, load_result, read_result, write_result
+from visprompt.results import Result, read_result, write_result
 from visprompt.schema import check_record
 from visprompt.state import TunedState, save_state, write_atomically
 
-log = logging.getLogger(__name__)
 SPLITS = ("tune", "final")
 console = Console()
 
@@ -148,7 +143,7 @@ def run_job(run: Run) -> Result:
     Raises:
         UserError: Another process holds the run, or something of the config is wrong.
     """
-    resume = ResumeCheckpoint(run.folder / "resume", run.cfg.resume_every_n_epochs)
+    resume = ResumeCheckpoint(run.folder / run_folder.RESUME, run.cfg.resume_every_n_epochs)
     trainer = build_trainer(run.cfg, resume)
     if trainer.world_size > 1:
         trainer.strategy.setup_environment()  # rank 0 decides for all: the group is made before the decision
@@ -169,40 +164,19 @@ def run_job(run: Run) -> Result:
 @contextmanager
 def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
     """Holds the run's lock; yields on all ranks the number of the attempt to make, None where there is none."""
-    lock, holder = FileLock(run.folder / "lock"), run.folder / "holder"
     attempt: int | None = None
-    trouble = ""
-    if trainer.is_global_zero:
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-            holder.write_text(measure.this_process())
-            previous = _previous(run.folder)
-            if previous is None or run.cfg.rerun:
-                attempt = 0 if previous is None else previous.attempt + 1
-        except Timeout:
-            who = holder.read_text() if holder.exists() else "another process"
-            trouble = f"{who} is at work on this run in {run.folder}: wait for it, or end it"
-        except OSError as error:
-            trouble = f"cannot write to {run.folder}: {error}; choose another folder with paths.log_dir=..."
-    attempt, trouble = trainer.strategy.broadcast((attempt, trouble))
-    if trouble:
-        raise UserError(trouble)
-    try:
-        yield attempt
-    finally:
+    trouble: UserError | None = None
+    with ExitStack() as stack:
         if trainer.is_global_zero:
-            holder.unlink(missing_ok=True)
-            lock.release()
-
-
-def _previous(folder: Path) -> Result | None:
-    """The result that a folder holds, None where it has none that is whole; a damaged one is said."""
-    try:
-        return load_result(folder)
-    except DamagedRecord as error:
-        log.warning("%s: the run starts again", error)
-        return None
+            try:
+                stored = stack.enter_context(run_folder.locked(run.folder))
+                attempt = run_folder.next_attempt(run.folder, stored, run.cfg.rerun)
+            except UserError as error:
+                trouble = error
+        attempt, trouble = trainer.strategy.broadcast((attempt, trouble))
+        if trouble:
+            raise trouble
+        yield attempt
 
 
 def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
@@ -221,7 +195,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         module.classifier.compile()  # in place: the names of its parameters stay
     tuned = _tuned_counts(module.classifier)
     if trainer.is_global_zero:
-        write_atomically(run.folder / "resume" / "config.yaml", lambda path: OmegaConf.save(run.cfg, path))
+        write_atomically(run.folder / run_folder.RESUME / "config.yaml", lambda path: OmegaConf.save(run.cfg, path))
         trainer.loggers = build_loggers(run.cfg, run.folder, attempt, tuned)
     status = "failed"
     if trainer.is_global_zero and datamodule.described:
@@ -284,8 +258,8 @@ def _fit_and_score(
 
 
 def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
-    """Writes the tuned state, then the result that makes the run a finished one, and removes the resume state."""
-    folder = run.folder
+    """Writes the tuned state and the result beside the resume state, and puts the complete attempt in place."""
+    folder = run.folder / run_folder.RESUME
     if result.status == "finished":
         checksum = save_state(
             folder / "tuned.safetensors",
@@ -301,15 +275,13 @@ def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
         )
         size = (folder / "tuned.safetensors").stat().st_size
         result = replace(result, tuned=dict(result.tuned) | {"bytes": size, "sha256": checksum})
-    for name in ("config.yaml", "metrics.csv"):
-        if (folder / "resume" / name).exists():
-            (folder / "resume" / name).replace(folder / name)
+    else:
+        (folder / "tuned.safetensors").unlink(missing_ok=True)  # of an attempt that was killed here
     curve = folder / "metrics.csv"  # missing where the first epoch diverged
     result = replace(result, files={curve.name: sha256(curve.read_bytes()).hexdigest()} if curve.is_file() else {})
     write_result(folder, result)
-    if result.status == "diverged":
-        (folder / "tuned.safetensors").unlink(missing_ok=True)  # of an older result
-    shutil.rmtree(folder / "resume", ignore_errors=True)
+    with signals.deferred():
+        run_folder.put_in_place(run.folder)
     return result
 
 

@@ -6,9 +6,11 @@ signature: what a file says is checked by `schema` before anything is built of i
 begins with their separator: quotes, escaped twice, would add ten bytes to each of a thousand names.
 """
 
+import glob
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,8 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from visprompt.errors import UserError
+from visprompt.leftovers import claimed, sweep
 
 SCHEMA = 1
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # names that `write_atomically` gives until a file is complete
 _KEY = "visprompt"
 _DIGITS = 64  # of a SHA-256 in hexadecimal
 _MEND = "do not use this file, get it again from whoever tuned it"
@@ -81,17 +85,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent.glob(f".{glob.escape(path.name)}.????????"))
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
         raise _refused(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp makes files that their owner alone may read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with claimed(temporary):
+            write(temporary)
+            temporary.chmod(0o644)  # mkstemp makes files that their owner alone may read
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise _refused(path, error) from error
     finally:

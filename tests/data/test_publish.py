@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from visprompt import leftovers
 from visprompt.data.publish import explained, publish
 from visprompt.errors import UserError
+from visprompt.leftovers import claimed
 
 
 def writer(text):
@@ -188,22 +190,25 @@ def test_what_killed_processes_left_is_swept(tmp_path):
 
 
 def test_what_others_are_writing_is_kept(tmp_path):
+    """However long ago the folder itself was written: an archive is unpacked into folders of folders."""
+    slow = left_behind(tmp_path, "x.tmp-0123456789ab", 2 * 3600)
+    fresh = left_behind(tmp_path, "x.tmp-1123456789ab", 1)
+    of_another_folder = left_behind(tmp_path, "x-large.tmp-0123456789ab", 2 * 3600)
+    with claimed(slow):
+        publish(tmp_path / "x", writer("whole"), never)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x", slow, fresh, of_another_folder])
+
+
+def test_where_the_file_system_has_no_locks_the_age_decides(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(leftovers.fcntl, "flock", refuse)
     fresh = left_behind(tmp_path, "x.tmp-0123456789ab", 60)
     growing = left_behind(tmp_path, "x.tmp-1123456789ab", 2 * 3600, file_seconds=60)
-    of_another_folder = left_behind(tmp_path, "x-large.tmp-0123456789ab", 2 * 3600)
+    left_behind(tmp_path, "x.tmp-2123456789ab", 2 * 3600)
     publish(tmp_path / "x", writer("whole"), never)
-    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x", fresh, growing, of_another_folder])
-
-
-def test_what_others_are_writing_deep_below_is_kept(tmp_path):
-    """An archive that is unpacked writes into folders of folders, whose own times stand still."""
-    rest = tmp_path / "x.tmp-0123456789ab"
-    (rest / "svhn" / "images").mkdir(parents=True)
-    (rest / "svhn" / "images" / "0.jpg").write_bytes(b"just now")
-    for path in (rest / "svhn" / "images", rest / "svhn", rest):
-        age(path, 2 * 3600)
-    publish(tmp_path / "x", writer("whole"), never)
-    assert rest.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x", fresh, growing])
 
 
 def test_another_publisher_may_finish_while_its_folder_is_looked_at(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from visprompt.data.pixels import resize_short_side
 from visprompt.data.store import open_store
 from visprompt.data.synthetic import write_folder
 from visprompt.errors import UserError
+from visprompt.leftovers import claimed
 
 NAME = "pets-24"
 
@@ -140,9 +141,9 @@ def test_what_a_killed_process_left_is_swept_but_not_a_running_one(folder, tmp_p
     for path in (dead, alive):
         path.mkdir(parents=True)
         (path / "pixels.bin").write_bytes(b"x")
-    for path in (dead / "pixels.bin", dead):
-        os.utime(path, (time.time() - 7200,) * 2)
-    opened(folder, tmp_path / "stores")
+        os.utime(path, (time.time() - 10,) * 2)
+    with claimed(alive):
+        opened(folder, tmp_path / "stores")
     assert sorted(path.name for path in (tmp_path / "stores").iterdir()) == [NAME, alive.name]
 
 

@@ -12,7 +12,6 @@ import os
 import shutil
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,7 +176,7 @@ def _remembered(file: SourceFile, folder: Path) -> str | None:
 def _remember(file: SourceFile, folder: Path, found: str) -> None:
     """Notes a checked file; a folder that takes no note (somebody else's, read-only) costs a check each time."""
     path = folder / "checksums.json"
-    temporary = path.with_name(f"checksums.json.tmp-{os.getpid()}-{threading.get_ident()}")
+    temporary = path.with_name("checksums.json.tmp")  # of whoever holds the lock: the next overwrites a killed one's
     try:
         with FileLock(path.with_name("checksums.json.lock")):
             entries = {**_memory(folder), file.name: _entry(folder / file.name, found)}

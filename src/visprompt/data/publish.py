@@ -1,9 +1,9 @@
 """Folders that exist whole or not at all: written beside under a temporary name, then renamed; one maker at a time."""
 
 import errno
+import glob
 import logging
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +12,9 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from visprompt.errors import UserError
+from visprompt.leftovers import claimed, sweep
 
 _log = logging.getLogger(__name__)
-_ABANDONED = 3600.0  # seconds without a write after which a temporary folder is that of a killed process
 
 
 @contextmanager
@@ -55,14 +55,15 @@ def publish(folder: Path, write: Callable[[Path], None], usable: Callable[[], bo
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        sweep(folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"))
         temporary = folder.with_name(f"{folder.name}.tmp-{uuid4().hex[:12]}")
         temporary.mkdir()
     except OSError as error:
         raise explained(error, folder.parent, option) from error
     try:
-        write(temporary)
-        _replace(temporary, folder, usable)
+        with claimed(temporary):
+            write(temporary)
+            _replace(temporary, folder, usable)
     except OSError as error:
         raise explained(error, folder.parent, option) from error
     finally:
@@ -94,18 +95,3 @@ def _replace(temporary: Path, folder: Path, usable: Callable[[], bool]) -> None:
         folder.rename(temporary / "replaced")  # damaged: it goes when the temporary folder is removed
         temporary.rename(folder)
         shutil.rmtree(folder / "replaced", ignore_errors=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what killed processes left behind of this folder."""
-    for rest in folder.parent.glob(f"{folder.name}.tmp-*"):
-        if time.time() - _last_write(rest) > _ABANDONED:
-            shutil.rmtree(rest, ignore_errors=True)
-
-
-def _last_write(folder: Path) -> float:
-    """Returns when something in a folder was last written; now, where its owner renames or removes it meanwhile."""
-    try:
-        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-    except OSError:
-        return time.time()

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from visprompt.errors import UserError
+from visprompt.run_folder import STATE
 from visprompt.state import hash_tensors, not_finite, write_atomically
 
 _KEY = "visprompt.resume"
@@ -113,6 +115,17 @@ class Owner:
     attempt: int
 
 
+def owner_of(path: Path) -> Owner | None:
+    """Returns whose resume state a file is, by its header alone; None where that cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {})[_KEY][_DIGITS:]
+        checkpoint = _unpack(json.loads(text), defaultdict(lambda: torch.empty(0)))
+        return Owner(**checkpoint["callbacks"][ResumeCheckpoint.__qualname__]["owner"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 class ResumeCheckpoint(Checkpoint):
     """Keeps what a run needs to go on: the curve as metrics.csv, and the resume state, both at the ends of epochs.
 
@@ -131,7 +144,7 @@ class ResumeCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path, every_n_epochs: int = 1) -> None:
-        self.path = folder / "state.safetensors"
+        self.path = folder / STATE
         self.csv = folder / "metrics.csv"
         self.every_n_epochs = every_n_epochs
         self.rows: dict[int, dict[str, float]] = {}

@@ -46,8 +46,8 @@ def keep(parts: Iterator[Tensor], count: int, copies: int = 1, key: Hashable = N
     if copies * size < _free_memory() / 4:
         array = np.empty(shape, np.float32)
     elif copies * size < shutil.disk_usage(tempfile.gettempdir()).free / 2:
-        with tempfile.NamedTemporaryFile(prefix="visprompt-frozen-") as file:  # its space is freed with the mapping
-            array = np.memmap(Path(file.name), np.float32, "w+", shape=shape)
+        with tempfile.TemporaryFile() as file:  # it has no name: its space is freed with the mapping
+            array = np.memmap(file, np.float32, "w+", shape=shape)
     else:
         _log.warning(
             "the frozen blocks run in every epoch: their output, %.1f GB, has no room in memory or on disk", size / 1e9

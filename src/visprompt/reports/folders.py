@@ -13,6 +13,7 @@ from visprompt.errors import UserError
 from visprompt.reports.runs import Run
 from visprompt.reports.settings import text
 from visprompt.results import read_result
+from visprompt.run_folder import settle
 
 _HASH = re.compile(r"[0-9a-f]{12}")  # what a run's folder is called
 _CHAIN = frozenset({"initial.json", "importance.json", "masks.json"})  # a chain's own folder, in which no run lies
@@ -108,6 +109,9 @@ def _below(top: Path, seen: set[str]) -> Iterator[Run | LeftOut]:
         seen.add(true)
         folders.sort()
         names = {*folders, *files}
+        if names & {"result.json", "resume"}:
+            settle(here)
+            names = {path.name for path in here.iterdir()}
         if "result.json" in names:
             folders.clear()  # what a run keeps below is its own
             result = read_result(here, hashed=False)  # of thousands of runs: header and size say whose state it is
@@ -115,7 +119,7 @@ def _below(top: Path, seen: set[str]) -> Iterator[Run | LeftOut]:
                 yield LeftOut(here, _DAMAGED)
             else:
                 yield LeftOut(here, _DEBUG) if "debug" in result.tags else Run(here, result)
-        elif "resume" in folders or (_HASH.fullmatch(here.name) and "lock" in files and not names & _CHAIN):
+        elif "resume" in names or (_HASH.fullmatch(here.name) and "lock" in files and not names & _CHAIN):
             folders.clear()
             yield LeftOut(here, "not finished")
     for error in refused:
