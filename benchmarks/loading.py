@@ -12,7 +12,6 @@ What the loader adds to the memory that the process holds is printed as well.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader
 from measuring import machine
 from visprompt.data.batches import GlobalBatches
 from visprompt.data.dataset import SquareDataset, as_is
+from visprompt.data.manifest import write_manifest
 from visprompt.data.square import SCHEMA, SquareStore, read_square
 from visprompt.errors import UserError
 
@@ -42,7 +42,7 @@ def make_store(folder: Path, count: int) -> SquareStore:
             file.write(draw.integers(0, 256, 3 * SIZE * SIZE, np.uint8).data)
     manifest = {"schema": SCHEMA, "shape": [count, 3, SIZE, SIZE], "sets": {"test": [0, count]}, "images": ""}
     manifest |= {"keys": [f"test/{row}" for row in range(count)], "labels": {"x": [0] * count}, "record": {}}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_manifest(folder, manifest, "benchmark")
     store = read_square(folder)
     if store is None:
         raise UserError(f"{folder} holds no whole store: is its disk full?")

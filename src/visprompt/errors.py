@@ -7,7 +7,15 @@ _LISTED = 40  # more choices than this (timm's backbones) would bury the sentenc
 
 
 class UserError(Exception):
-    """An error that its message explains in full; entry points print the message alone, without a traceback."""
+    """An error that its message explains in full; entry points print the message alone, without a traceback.
+
+    PyTorch hands on an error of a process that loads data as the text of its traceback, which ends with the message.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        in_a_worker = text.startswith("Caught ") and " in DataLoader worker process " in text
+        super().__init__(text.rstrip().rpartition("\n")[2].partition(": ")[2] if in_a_worker else text)
 
 
 def unknown(kind: str, word: object, choices: Iterable[str]) -> UserError:

@@ -31,20 +31,28 @@ def digest_of(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_record(path: Path, record: Mapping[str, Any], indent: int | None = None) -> None:
-    """Writes a record with its digest, atomically.
+def record_text(record: Mapping[str, Any], indent: int | None = None) -> str:
+    """Returns a record with its digest as JSON.
 
     Args:
-        path: The file.
         record: Content by name, for example {"initial": "0f3a"}; its names are texts.
         indent: As in `json.dumps`.
 
     Raises:
         ValueError: A number is not finite; JSON has no word for it.
+    """
+    return json.dumps(dict(record) | {_DIGEST: digest_of(record)}, indent=indent, allow_nan=False) + "\n"
+
+
+def write_record(path: Path, record: Mapping[str, Any], indent: int | None = None) -> None:
+    """Writes `record_text` atomically.
+
+    Raises:
+        ValueError: A number is not finite.
         UserError: The file cannot be written.
     """
-    text = json.dumps(dict(record) | {_DIGEST: digest_of(record)}, indent=indent, allow_nan=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    text = record_text(record, indent)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from visprompt.data import catalog, fgvc, sources, square, store, vtab
+from damage import rewrite
+from visprompt.data import catalog, fgvc, manifest, sources, square, store, vtab
 from visprompt.data import hf as hub_module
 from visprompt.data.catalog import TASKS
 from visprompt.data.content import Content
@@ -30,7 +32,7 @@ from visprompt.data.raw.structured import DSPRITES, SMALLNORB
 from visprompt.data.synthetic import circulated, miniature
 from visprompt.data.synthetic.fgvc import json_splits
 from visprompt.data.synthetic.natural import encoded, tar_bytes, write_mat, write_zip
-from visprompt.data.task import Golden
+from visprompt.data.task import Golden, in_bytes
 from visprompt.errors import UserError
 
 FEEDING = {"batch_size": 8, "split": "final", "seed": 0, "image_size": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -482,9 +484,8 @@ def test_a_store_that_lacks_the_task_is_made_again(written):
     """As of a dataset whose other task was all that an older version knew."""
     folder = written("svhn")
     made = prepare_square(plan("svhn", folder))
-    manifest = json.loads((made.folder / "manifest.json").read_text())
-    manifest["labels"] = {"other": manifest["labels"]["svhn"]}
-    (made.folder / "manifest.json").write_text(json.dumps(manifest))
+    stored = json.loads((made.folder / "manifest.json").read_text())
+    rewrite(made.folder / "manifest.json", labels={"other": stored["labels"]["svhn"]})
     again = prepare_square(plan("svhn", folder))
     assert again.labels["svhn"].tolist() == made.labels["svhn"].tolist()
 
@@ -698,16 +699,16 @@ def verified(written, patched):
 
 def tamper(wanted, change):
     path = wanted.folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
+    content = json.loads(path.read_text())
+    change(content)
+    rewrite(path, **content)
 
 
 def test_verify_passes_and_writes_nothing(verified, capsys):
     before = tree(verified.data_dir)
     verify_all([verified, plan("dtd", verified.data_dir)])
     out = capsys.readouterr().out
-    assert out.count(" pass ") == 8 + 12
+    assert out.count(" pass ") == 9 + 12
     assert "FAIL" not in out
     assert "1 of 2 tasks are prepared" in out
     assert "then: python src/prepare.py tasks=dtd" in out
@@ -792,6 +793,96 @@ def test_verify_fails_an_fgvc_image_that_was_moved(written, capsys):
     with pytest.raises(UserError, match=message):
         verify_all([wanted])
     assert capsys.readouterr().out.count("FAIL") == 2
+
+
+def test_verify_reads_every_pixel_and_the_whole_manifest(verified, capsys):
+    pixels = verified.folder / "pixels.bin"
+    whole = pixels.read_bytes()
+    pixels.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError) as error:
+        verify_all([verified])
+    assert str(error.value) == (
+        "1 checks failed: svhn: pixels unchanged is 1 of 1 parts of "
+        f"{in_bytes(len(whole))} differ: delete those stores and prepare them again"
+    )
+    pixels.write_bytes(whole)
+    path = verified.folder / "manifest.json"
+    path.write_text(path.read_text().replace('"train800": [0, 24]', '"train800": [0, 23]'))
+    with pytest.raises(UserError) as error:
+        verify_all([verified])
+    assert str(error.value) == (
+        f"1 checks failed: svhn: {path} is damaged: it is not what its digest says: delete those stores and prepare "
+        "them again"
+    )
+    assert "0 of 1 tasks are prepared" in capsys.readouterr().out
+
+
+def outdated(wanted):
+    """Turns a store into one of an older version: without checksums and digest."""
+    path = wanted.folder / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in content.items() if k not in ("digest", "chunks", "made_for")}))
+    return path
+
+
+@pytest.mark.parametrize(("task", "make"), [("svhn", prepare_square), ("cub200", prepare_ragged)])
+def test_a_store_of_an_older_version_is_given_checksums_and_kept(written, task, make, caplog, capsys):
+    folder = written(task)
+    wanted = plan(task, folder)
+    pixels = make(wanted).folder / "pixels.bin"
+    new, changed = json.loads((wanted.folder / "manifest.json").read_text()), pixels.stat().st_mtime_ns
+    path = outdated(wanted)
+    shutil.rmtree(raw(folder, task))  # the originals are gone
+    caplog.set_level("INFO")
+    before = path.read_bytes()
+    verify_all([wanted])
+    assert path.read_bytes() == before, "verify writes nothing"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "pixels unchanged" in line]
+    assert line.split("│")[2].strip() == "look"
+    store = make(wanted)
+    assert store.chunks == tuple(new["chunks"])
+    assert json.loads(path.read_text()) == new
+    assert pixels.stat().st_mtime_ns == changed
+    assert caplog.messages[-1] == f"writing once the checksums of the store {wanted.folder}, 0.0 GB"
+    caplog.clear()
+    make(wanted)
+    assert caplog.messages == []
+
+
+def test_an_older_store_that_cannot_be_written_is_read_unchecked_and_that_is_said_once(written, monkeypatch, caplog):
+    wanted = plan("svhn", written("svhn"))
+    prepare_square(wanted)
+    outdated(wanted)
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(manifest, "write_manifest", read_only)
+    for _ in range(2):
+        assert prepare_square(wanted).take([0]).shape == (1, 3, 32, 32)
+    assert [message for message in caplog.messages if "older" in message] == [
+        f"the store {wanted.folder} is of an older version without checksums, and none can be written (Read-only file "
+        "system): it is read unchecked"
+    ]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_another_store_in_the_place_of_one_is_refused_and_kept(written, old):
+    folder = written("svhn")
+    here, there = plan("svhn", folder), plan("svhn", folder, size=16)
+    for each in (here, there):
+        prepare_square(each)
+    shutil.rmtree(here.folder)
+    shutil.copytree(there.folder, here.folder)
+    if old:
+        outdated(here)
+    with pytest.raises(UserError) as error:
+        prepare_square(here)
+    name = "svhn/raw-16" if old else "svhn/raw-16-bilinear"
+    assert str(error.value) == (
+        f"{here.folder} holds the store {name}, not svhn/raw-native: move it to its own place or delete it"
+    )
+    assert here.folder.is_dir()
 
 
 # ---- data.fraction

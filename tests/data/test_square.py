@@ -4,8 +4,11 @@ import pickle
 import numpy as np
 import psutil
 import pytest
+from hypothesis import given
 from torch.utils.data import DataLoader
 
+from damage import bounded, damages, outcome, spoil
+from visprompt.data import mapped
 from visprompt.data.content import Content, Found
 from visprompt.data.dataset import SquareDataset, Ticket, as_is
 from visprompt.data.folder import BadImage
@@ -52,7 +55,7 @@ def planes(image):
 def write(folder, given, chosen=None, convert=planes):
     folder.mkdir(parents=True)
     record = {"source": "raw", "form": "lossless"}
-    write_square(folder, given, chosen or selections(), convert, record, lambda images: images)
+    write_square(folder, given, chosen or selections(), convert, record, lambda images: images, "dtd/raw")
     store = read_square(folder)
     assert store is not None
     return store
@@ -206,10 +209,126 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_store_is_none(store, damage):
+def test_a_damaged_store_is_never_read(store, damage, old):
+    if old:
+        outdated(store.folder)
     damage(store.folder)
-    assert read_square(store.folder) is None
+    found, sentence = outcome(read_square, store.folder)
+    assert found is None
+    absent = damage is no_manifest or (old and damage is other_schema)
+    assert sentence.startswith("" if absent else f"{store.folder}/")
+    assert bool(sentence) is not absent
+
+
+def outdated(folder):
+    """Turns a store into one of an older version: without checksums and digest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    kept = {name: value for name, value in manifest.items() if name not in ("digest", "chunks", "made_for")}
+    (folder / "manifest.json").write_text(json.dumps(kept))
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def damaged(folder):
+    return (
+        f"the store {folder} is damaged, pixels.bin is not what its checksums say: delete that folder and run the same "
+        "command again, which makes it anew from the original files"
+    )
+
+
+def test_changed_pixels_are_refused_where_they_are_first_read(tmp_path, monkeypatch):
+    """72 bytes an image, chunks of 100: images 0 and 1 lie in the first two, image 4 in the last two."""
+    monkeypatch.setattr(mapped, "CHUNK", 100)
+    store = write(tmp_path / "store", content(pictures()))
+    assert len(store.chunks) == 4
+    flip(store.folder / "pixels.bin", 359)
+    again = read_square(store.folder)
+    assert again.take([0, 1]).shape == (2, 3, 4, 6)
+    with pytest.raises(UserError) as error:
+        again.take([0, 4])
+    assert str(error.value) == damaged(store.folder)
+    assert again.damaged_chunks() == 1
+
+
+def test_zeroed_pixels_are_refused(store):
+    path = store.folder / "pixels.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError) as error:
+        read_square(store.folder).take([0])
+    assert str(error.value) == damaged(store.folder)
+
+
+def test_a_chunk_is_compared_once_in_a_process(store, monkeypatch):
+    store.take([0])
+    monkeypatch.setattr(mapped, "sha256", None)  # would fail
+    store.take([3, 4])
+    read_square(store.folder).take(range(5))
+
+
+def test_a_store_that_changed_meanwhile_is_compared_again(store):
+    store.take([0])
+    flip(store.folder / "pixels.bin", 0)
+    with pytest.raises(UserError, match=r"is damaged, pixels\.bin is not what its checksums say"):
+        read_square(store.folder).take([0])
+
+
+def test_a_process_that_loads_data_says_the_same_sentence(store):
+    flip(store.folder / "pixels.bin", 7)
+    dataset = SquareDataset(store, store.rows(("test",)), "kind")
+    loader = DataLoader(dataset, batch_sampler=[[Ticket(0, None, 1.0)]], collate_fn=as_is, num_workers=1)
+    with pytest.raises(UserError) as error:
+        next(iter(loader))
+    assert str(error.value) == damaged(store.folder)
+
+
+def test_a_store_of_an_older_version_is_read_unchecked(store):
+    outdated(store.folder)
+    old = read_square(store.folder)
+    assert (old.chunks, old.made_for, old.damaged_chunks()) == (None, None, 0)
+    assert np.array_equal(old.take([4, 0]), store.take([4, 0]))
+
+
+@bounded
+@given(damage=damages())
+def test_a_flipped_bit_or_a_cut_of_a_manifest_is_never_another_store(tmp_path, damage):
+    store = made_once(tmp_path)
+    path = store.folder / "manifest.json"
+    whole = path.read_bytes()
+    spoil(path, damage, whole)
+    found, sentence = outcome(read_square, store.folder)
+    path.write_bytes(whole)
+    assert sentence.startswith(str(path)) or same(found, store)
+
+
+@bounded
+@given(damage=damages())
+def test_a_flipped_bit_or_a_cut_of_pixels_is_never_another_image(tmp_path, damage):
+    store = made_once(tmp_path)
+    path = store.folder / "pixels.bin"
+    whole = path.read_bytes()
+    spoil(path, damage, whole)
+    found, sentence = outcome(lambda: read_square(store.folder).take(range(5)))
+    path.write_bytes(whole)
+    assert found is None
+    assert sentence.startswith((str(path), f"the store {store.folder} is damaged"))
+
+
+def made_once(tmp_path):
+    """A store that is made once for a test's examples."""
+    folder = tmp_path / "store"
+    return read_square(folder) or write(folder, content(pictures()))
+
+
+def same(one, other):
+    names = ("shape", "sets", "keys", "images", "record", "chunks", "made_for")
+    labels = ({task: values.tolist() for task, values in each.labels.items()} for each in (one, other))
+    return all(getattr(one, name) == getattr(other, name) for name in names) and next(labels) == next(labels)
 
 
 def test_where_nothing_is_there_is_no_store(tmp_path):

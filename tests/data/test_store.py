@@ -2,18 +2,22 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import threading
 import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from damage import bounded, damages, outcome, spoil
 from visprompt.data import store as module
 from visprompt.data.folder import decode
 from visprompt.data.own_images import find
 from visprompt.data.pixels import resize_short_side
-from visprompt.data.store import open_store
+from visprompt.data.store import open_store, read_store
 from visprompt.data.synthetic import write_folder
 from visprompt.errors import UserError
 from visprompt.leftovers import claimed
@@ -79,13 +83,23 @@ def no_pixels(folder):
     (folder / "pixels.bin").unlink()
 
 
-@pytest.mark.parametrize("damage", [cut, empty_manifest, other_schema, no_pixels])
-def test_a_damaged_store_is_built_again(folder, tmp_path, damage):
+def flipped_label(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["images"][0][1] = 1 - manifest["images"][0][1]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("damage", [cut, empty_manifest, other_schema, no_pixels, flipped_label])
+def test_a_damaged_store_is_built_again_and_that_is_said(folder, tmp_path, damage, caplog):
     stores = tmp_path / "stores"
     whole = opened(folder, stores)
     pixels = (whole.folder / "pixels.bin").read_bytes()
     damage(whole.folder)
     again = opened(folder, stores)
+    assert again.labels.tolist() == whole.labels.tolist()
+    (said,) = [message for message in caplog.messages if "damaged" in message]
+    assert said.startswith(f"{whole.folder}/")
+    assert said.endswith(": the store is made anew from the original files")
     assert (again.folder / "pixels.bin").read_bytes() == pixels
     assert sorted(path.name for path in again.folder.iterdir()) == ["manifest.json", "pixels.bin"]
     assert list(stores.iterdir()) == [again.folder]
@@ -191,3 +205,70 @@ def test_resizing_keeps_the_shape_of_the_image(tmp_path):
     image = np.asarray(Image.new("RGB", (50, 33), "red"))
     assert resize_short_side(image, 256).shape == (256, 387, 3)
     assert resize_short_side(image.transpose(1, 0, 2), 64).shape == (96, 64, 3)
+
+
+def test_changed_pixels_are_refused_and_the_store_is_made_anew_once_it_is_deleted(folder, tmp_path):
+    store = opened(folder, tmp_path)
+    path = store.folder / "pixels.bin"
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    with pytest.raises(UserError) as error:
+        opened(folder, tmp_path).image(3)
+    assert str(error.value) == (
+        f"the store {store.folder} is damaged, pixels.bin is not what its checksums say: delete that folder and run "
+        "the same command again, which makes it anew from the original files"
+    )
+    shutil.rmtree(store.folder)
+    assert (opened(folder, tmp_path).folder / "pixels.bin").read_bytes() == whole
+
+
+def outdated(folder):
+    """Turns a store into one of an older version: without checksums and digest."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("digest", "chunks", "made_for")}))
+
+
+def test_a_store_of_an_older_version_is_given_checksums(folder, tmp_path, monkeypatch):
+    store = opened(folder, tmp_path)
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    outdated(store.folder)
+    monkeypatch.setattr(module, "_write", None)  # nothing is decoded anew
+    again = opened(folder, tmp_path)
+    assert (again.chunks, again.made_for) == (store.chunks, NAME)
+    assert json.loads((store.folder / "manifest.json").read_text()) == manifest
+
+
+def test_a_store_of_another_size_in_the_place_of_one_is_not_used(folder, tmp_path):
+    other = open_store(folder, tmp_path / "pets-32", 32)
+    other.folder.rename(tmp_path / NAME)
+    with pytest.raises(UserError) as error:
+        opened(folder, tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path / NAME} holds the store pets-32, not {NAME}: move it to its own place or delete it"
+    )
+    outdated(tmp_path / NAME)
+    assert opened(folder, tmp_path).short_side == 24, "an older store does not say more, and the originals are there"
+
+
+@bounded
+@given(damage=damages(), name=st.sampled_from(["manifest.json", "pixels.bin"]))
+def test_a_flipped_bit_or_a_cut_is_never_another_store(tmp_path, damage, name):
+    stores = tmp_path / "stores"
+    if not stores.exists():
+        opened(find(write_folder(tmp_path / "pets", ("cat", "dog"), 5)), stores)
+    path = stores / NAME / name
+    whole, expected = path.read_bytes(), read_store(stores / NAME)
+    spoil(path, damage, whole)
+
+    def read():
+        store = read_store(stores / NAME)
+        return store, [store.image(row).tolist() for row in range(10)]
+
+    found, sentence = outcome(read)
+    path.write_bytes(whole)
+    assert sentence.startswith((str(path), f"the store {stores / NAME} is damaged")) or (
+        found[0].keys == expected.keys
+        and found[0].labels.tolist() == expected.labels.tolist()
+        and found[1] == [expected.image(row).tolist() for row in range(10)]
+    )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from visprompt.data.manifest import check_place, whole
 from visprompt.data.pixels import check_interpolation
 from visprompt.data.square import SquareStore, read_square
 from visprompt.data.store import RaggedStore, read_store
@@ -68,6 +69,11 @@ class Plan:
         return self.store_dir / self.name / "-".join(parts)
 
     @property
+    def place(self) -> str:
+        """Names the store's folder wherever stores lie: "dtd/raw-224-bilinear" for example."""
+        return f"{self.name}/{self.folder.name}"
+
+    @property
     def native(self) -> bool:
         """Whether images are stored as they are and resized on the device."""
         return bool(self.spec.native and self.spec.native <= self.size and self.source != "prepared")
@@ -93,10 +99,30 @@ class Plan:
         return " ".join(["python src/prepare.py", *(f"{key}={value}" for key, value in words.items())])
 
 
+def load_square(plan: Plan) -> SquareStore | None:
+    """Reads the store of a VTAB task, None where there is none for it.
+
+    Raises:
+        DamagedRecord: It is damaged.
+        UserError: Another store lies in its place.
+    """
+    store = read_square(plan.folder)
+    if store is None or plan.spec.id not in store.labels:
+        return None
+    noted = store.made_for
+    if noted is None:  # an older version noted less
+        dataset, source = store.record.get("dataset", plan.name), store.record.get("source", plan.source)
+        side = store.shape[2]
+        as_wanted = (dataset, source, side) == (plan.name, plan.source, plan.spec.native if plan.native else plan.size)
+        noted = None if as_wanted else f"{dataset}/{source}-{side}"
+    check_place(plan.folder, noted, plan.place)
+    return store
+
+
 def find_square(plan: Plan) -> SquareStore | None:
     """Returns the store of a VTAB task if it is there and whole."""
-    store = read_square(plan.folder)
-    return store if store and plan.spec.id in store.labels else None
+    store: SquareStore | None = whole(lambda: load_square(plan))
+    return store
 
 
 def has_json(plan: Plan) -> bool:
@@ -104,10 +130,30 @@ def has_json(plan: Plan) -> bool:
     return any(True for pattern in ("train.json", "*/train.json") for _ in plan.files_dir.glob(pattern))
 
 
+def load_ragged(plan: Plan) -> RaggedStore | None:
+    """Reads the store of an FGVC dataset, None where there is none of the lists that are to be read.
+
+    Raises:
+        DamagedRecord: It is damaged.
+        UserError: Another store lies in its place.
+    """
+    store = read_store(plan.folder)
+    if store is None or store.bad or (store.origin != "json" and has_json(plan)):
+        return None
+    side = store.short_side
+    check_place(plan.folder, store.made_for if side == plan.size else f"of short side {side}", plan.place)
+    return store
+
+
 def find_ragged(plan: Plan) -> RaggedStore | None:
     """Returns the store of an FGVC dataset if it is whole and of the lists that are to be read."""
-    store = read_store(plan.folder)
-    return None if store and store.origin != "json" and has_json(plan) else store
+    store: RaggedStore | None = whole(lambda: load_ragged(plan))
+    return store
+
+
+def load(plan: Plan) -> SquareStore | RaggedStore | None:
+    """Reads a task's store: `load_ragged` or `load_square`."""
+    return load_ragged(plan) if plan.spec.family == "fgvc" else load_square(plan)
 
 
 def find(plan: Plan) -> SquareStore | RaggedStore | None:

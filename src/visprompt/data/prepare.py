@@ -16,6 +16,7 @@ from visprompt.data.checks import Check, check
 from visprompt.data.content import Content, Found
 from visprompt.data.decoders import DECODERS
 from visprompt.data.folder import BadImage, ImageFolder
+from visprompt.data.manifest import adopt
 from visprompt.data.pixels import squash
 from visprompt.data.plan import Plan, find_ragged, find_square
 from visprompt.data.publish import alone, explained, publish
@@ -45,12 +46,19 @@ def prepare_square(plan: Plan) -> SquareStore:
     Raises:
         UserError: Files are missing, wrong or damaged, or the disk is full.
     """
-    return find_square(plan) or _made(plan, _make_square, find_square)
+    return _checked(plan, find_square(plan) or _made(plan, _make_square, find_square), find_square)
 
 
 def prepare_ragged(plan: Plan) -> RaggedStore:
     """Opens the store of an FGVC dataset, after making it if there is none; as `prepare_square`."""
-    return find_ragged(plan) or _made(plan, _make_ragged, find_ragged)
+    return _checked(plan, find_ragged(plan) or _made(plan, _make_ragged, find_ragged), find_ragged)
+
+
+def _checked(plan: Plan, store: S, find: Callable[[Plan], S | None]) -> S:
+    """A store with checksums, which one of an older version gets now."""
+    if store.chunks is None:
+        adopt(plan.folder, plan.place)
+    return store if store.chunks is not None else find(plan) or store
 
 
 def _made(plan: Plan, make: Callable[[Plan], None], find: Callable[[Plan], S | None]) -> S:
@@ -76,7 +84,7 @@ def _make_square(plan: Plan) -> None:
     total = sum(len(s.keys) for s in selections.values())
 
     def write(folder: Path) -> None:
-        write_square(folder, content, selections, _converter(plan), record, _watch(plan.name, total))
+        write_square(folder, content, selections, _converter(plan), record, _watch(plan.name, total), plan.place)
 
     publish(plan.folder, write, lambda: find_square(plan) is not None)
 
@@ -93,6 +101,7 @@ def _make_ragged(plan: Plan) -> None:
         decode=DECODERS[plan.spec.decode],
         advice="get the dataset's files again",
         origin=origin,
+        made_for=plan.place,
     )
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from visprompt.data.checks import Check, check
 from visprompt.data.folder import ImageFolder, Item
-from visprompt.data.plan import Plan, find
+from visprompt.data.plan import Plan, find, load
 from visprompt.data.prepare import check_folder, prepare_ragged, prepare_square, warn_lossy
 from visprompt.data.raw.archive import unpacked
 from visprompt.data.sources import CIRCULATED
@@ -54,7 +54,7 @@ def prepare_all(plans: Sequence[Plan]) -> None:
 
 
 def verify_all(plans: Sequence[Plan]) -> None:
-    """Says what is missing and how to get it, and holds what is there against all that is known of it.
+    """Says what is missing and how to get it, and compares what is there, all pixels too, with what is known of it.
 
     Args:
         plans: What is wanted; nothing is downloaded and nothing written.
@@ -62,21 +62,26 @@ def verify_all(plans: Sequence[Plan]) -> None:
     Raises:
         UserError: Data that is there is not as it must be.
     """
-    stores = [(plan, find(plan)) for plan in plans]
+    stores: list[tuple[Plan, SquareStore | RaggedStore | None]] = []
+    wrong = []
+    for plan in plans:
+        try:
+            stores.append((plan, load(plan)))
+        except UserError as error:  # damaged, or another store's
+            wrong.append(f"{plan.spec.id}: {error}")
     missing = [plan for plan, store in stores if store is None]
     if missing:
         _announce(missing)
         for plan in missing:
             _say_how(plan)
-    wrong = []
     for plan, store in stores:
         if store is not None:
-            checks = _check_store(plan, store)
+            checks = [_check_pixels(store), *_check_store(plan, store)]
             _show(plan, store.folder, checks)
             wrong += [
                 f"{plan.spec.id}: {found.name} is {found.detail}" for found in checks if found.fatal and not found.good
             ]
-    console.print(f"{len(plans) - len(missing)} of {len(plans)} tasks are prepared", highlight=False)
+    console.print(f"{len(stores) - len(missing)} of {len(plans)} tasks are prepared", highlight=False)
     if wrong:
         raise UserError(f"{len(wrong)} checks failed: {'; '.join(wrong)}: delete those stores and prepare them again")
 
@@ -131,6 +136,15 @@ def _sum(files: Sequence[SourceFile]) -> str:
         return "none"
     total = in_bytes(sum(file.size or file.roughly or 0 for file in files) or None)
     return total if all(file.size for file in files) else f"about {total}" if total[0].isdigit() else total
+
+
+def _check_pixels(store: SquareStore | RaggedStore) -> Check:
+    """Compares all pixels of a store with their checksums."""
+    name = "pixels unchanged"
+    if store.chunks is None:
+        return Check(name, False, "unknown: an older version made it, and its next use writes checksums", fatal=False)
+    size, damaged = in_bytes((store.folder / "pixels.bin").stat().st_size), store.damaged_chunks()
+    return Check(name, not damaged, f"{damaged} of {len(store.chunks)} parts of {size} differ" if damaged else size)
 
 
 def _check_store(plan: Plan, store: SquareStore | RaggedStore) -> list[Check]:

@@ -2,10 +2,12 @@
 
 A store is a folder with `pixels.bin` (uint8 [n, c, h, w]) and `manifest.json`: where each split set begins and ends,
 key of every image, labels by task (tasks of one dataset share the pixels), and the record of what it was made of. The
-split sets lie one after the other, so that train800val200 is the first thousand images. A store that exists is whole.
+split sets lie one after the other, so that train800val200 is the first thousand images. A store that exists is whole:
+its manifest has a digest, compared whenever it is opened, and checksums of the pixels (see `mapped`).
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +22,13 @@ import numpy as np
 
 from visprompt.data.content import Content, Found
 from visprompt.data.folder import BadImage
+from visprompt.data.manifest import check_size, read_manifest, write_manifest
 from visprompt.data.mapped import MappedFile
 from visprompt.errors import UserError
+from visprompt.records import DamagedRecord
 
 SCHEMA = 1
+_NAMES = frozenset({"schema", "shape", "sets", "labels", "images", "record", "keys"})
 _CHUNK = 64  # images decoded ahead of the writer: bounds memory
 
 
@@ -53,6 +58,8 @@ class SquareStore:
         labels: Task -> int64 [n].
         images: sha256 (hex) over the images as the source has them, before they were decoded or resized.
         record: Source, form ("lossless" or "lossy") and what else tells of the origin.
+        chunks: Checksums of the pixels; None in a store of an older version, which is read unchecked.
+        made_for: The place it was made for; None in a store of an older version.
     """
 
     folder: Path
@@ -62,20 +69,33 @@ class SquareStore:
     labels: Mapping[str, np.ndarray]
     images: str
     record: Mapping[str, Any]
+    chunks: tuple[str, ...] | None
+    made_for: str | None
 
     @cached_property
     def _pixels(self) -> MappedFile:
-        return MappedFile(self.folder / "pixels.bin")
+        return MappedFile(self.folder / "pixels.bin", self.chunks)
 
     def rows(self, sets: Sequence[str]) -> np.ndarray:
         """Returns the rows of some split sets, int64 [n], one set after the other."""
         return np.concatenate([np.arange(*self.sets[name]) for name in sets])
 
     def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Copies some images out of the file, uint8 [b, c, h, w], and keeps nothing of it in memory."""
-        images = self._pixels.bytes.reshape(self.shape)[rows]
+        """Copies some images out of the file, uint8 [b, c, h, w], and keeps nothing of it in memory.
+
+        Raises:
+            UserError: They are not what they were when the store was made.
+        """
+        images, size = self._pixels.bytes.reshape(self.shape), math.prod(self.shape[1:])
+        for row in np.asarray(rows, np.int64).tolist():
+            self._pixels.compare(row * size, (row + 1) * size)
+        taken = images[rows]
         self._pixels.release()
-        return images
+        return taken
+
+    def damaged_chunks(self) -> int:
+        """Compares all pixels with their checksums and returns how many of these differ."""
+        return self._pixels.damaged()
 
     def fingerprint(self, task: str) -> str:
         """Returns the sha256 (hex) of what a task's data is, at whatever size: images, split sets, keys and labels."""
@@ -84,9 +104,15 @@ class SquareStore:
 
 
 def read_square(folder: Path) -> SquareStore | None:
-    """Reads a store; None if there is none or it is damaged."""
+    """Reads a store; None if there is none, or one of another schema.
+
+    Raises:
+        DamagedRecord: It is damaged; the message says why.
+    """
+    manifest = read_manifest(folder, SCHEMA, _NAMES)
+    if manifest is None:
+        return None
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         count, channels, height, width = manifest["shape"]
         store = SquareStore(
             folder=folder,
@@ -96,13 +122,16 @@ def read_square(folder: Path) -> SquareStore | None:
             labels={task: np.array(labels, np.int64) for task, labels in manifest["labels"].items()},
             images=manifest["images"],
             record=manifest["record"],
+            chunks=None if manifest["chunks"] is None else tuple(manifest["chunks"]),
+            made_for=manifest["made_for"],
         )
-        size = (folder / "pixels.bin").stat().st_size
         lengths = {len(store.keys), *map(len, store.labels.values())}
-        whole = manifest["schema"] == SCHEMA and size == count * channels * height * width and lengths == {count}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return store if whole else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it is no manifest of a store") from error
+    if lengths != {count}:
+        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it has not one key and label for each image")
+    check_size(folder / "pixels.bin", math.prod(store.shape))
+    return store
 
 
 def write_square(
@@ -112,6 +141,7 @@ def write_square(
     convert: Callable[[np.ndarray], np.ndarray],
     record: Mapping[str, Any],
     watch: Callable[[Iterable[Found]], Iterable[Found]],
+    made_for: str,
 ) -> None:
     """Reads the selected images once, in the order of the files, and writes them into their places.
 
@@ -122,6 +152,7 @@ def write_square(
         convert: Makes uint8 [c, h, w] of uint8 [h, w, c]; raises `BadImage`.
         record: See `SquareStore`.
         watch: Passes the images on; a progress bar.
+        made_for: See `write_manifest`.
 
     Raises:
         UserError: An image is missing or cannot be decoded.
@@ -147,7 +178,7 @@ def write_square(
         "record": record,
         "keys": [f"{split}/{key}" for split, key in keys],
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_manifest(folder, manifest, made_for)
 
 
 class _Ready(NamedTuple):

@@ -2,11 +2,11 @@
 
 A store is a folder with `pixels.bin` (uint8 [h, w, 3] images of one short side, one after the other) and
 `manifest.json` (schema version, fingerprint, class names, and key, label, split, height and width of each image). It is
-written into a temporary folder beside and renamed at the end, so that a store that exists is whole. It needs nothing
-else: the files it was made of may be deleted.
+written into a temporary folder beside and renamed at the end, so that a store that exists is whole; its manifest has a
+digest, compared whenever it is opened, and checksums of the pixels (see `mapped`). It needs nothing else: the files it
+was made of may be deleted.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,17 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from visprompt.data.folder import BadImage, ImageFolder, Item, decode
+from visprompt.data.manifest import adopt, check_place, check_size, read_manifest, whole, write_manifest
 from visprompt.data.mapped import MappedFile
 from visprompt.data.pixels import resize_short_side
 from visprompt.data.publish import publish
 from visprompt.errors import UserError
+from visprompt.records import DamagedRecord
 
 SCHEMA = 2
+_NAMES = frozenset({"schema", "fingerprint", "class_names", "origin", "images", "bad"})
 _CHUNK = 64  # images decoded ahead of the writer: bounds memory
 
 _log = logging.getLogger(__name__)
@@ -44,6 +47,8 @@ class RaggedStore:
         splits: "train", "val" or "test" per image.
         shapes: int64 [n, 2], height and width.
         bad: Key and reason of the files that were left out.
+        chunks: Checksums of the pixels; None in a store of an older version, which is read unchecked.
+        made_for: The place it was made for; None in a store of an older version.
         notes: Numbers about the files that were counted while they were decoded.
     """
 
@@ -56,6 +61,8 @@ class RaggedStore:
     splits: np.ndarray
     shapes: np.ndarray
     bad: tuple[tuple[str, str], ...]
+    chunks: tuple[str, ...] | None
+    made_for: str | None
     notes: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -63,13 +70,30 @@ class RaggedStore:
         """int64 [n + 1], where each image begins in `pixels.bin`, in bytes."""
         return np.concatenate([[0], np.cumsum(self.shapes.prod(axis=1) * 3)]).astype(np.int64)
 
+    @property
+    def short_side(self) -> int:
+        """Of all images, in pixels; 0 where they differ in it."""
+        sides = np.unique(self.shapes.min(axis=1))
+        return int(sides[0]) if len(sides) == 1 else 0
+
     @cached_property
     def _pixels(self) -> MappedFile:
-        return MappedFile(self.folder / "pixels.bin")
+        return MappedFile(self.folder / "pixels.bin", self.chunks)
 
     def image(self, row: int) -> np.ndarray:
-        """Returns one image, uint8 [h, w, 3], as a read-only view of the file."""
-        return self._pixels.bytes[self.offsets[row] : self.offsets[row + 1]].reshape(*self.shapes[row], 3)
+        """Returns one image, uint8 [h, w, 3], as a read-only view of the file.
+
+        Raises:
+            UserError: It is not what it was when the store was made.
+        """
+        start, stop = self.offsets[row : row + 2].tolist()
+        pixels = self._pixels.bytes
+        self._pixels.compare(start, stop)
+        return pixels[start:stop].reshape(*self.shapes[row], 3)
+
+    def damaged_chunks(self) -> int:
+        """Compares all pixels with their checksums and returns how many of these differ."""
+        return self._pixels.damaged()
 
     def release(self) -> None:
         """Lets go of the memory that the images looked at so far take; call it once per batch."""
@@ -87,6 +111,7 @@ def open_store(
     advice: str = "mend or remove them, or set data.skip_bad=true to leave them out",
     origin: str = "",
     notes: Callable[[], Mapping[str, int]] = dict,
+    made_for: str = "",
 ) -> RaggedStore:
     """Opens the store of some images, after building it if there is none that is whole.
 
@@ -102,6 +127,7 @@ def open_store(
         advice: What to do about files that cannot be decoded.
         origin: Noted in the store.
         notes: Called when all files are decoded: see `RaggedStore`.
+        made_for: See `write_manifest`; by default the folder's name.
 
     Returns:
         The store.
@@ -113,18 +139,26 @@ def open_store(
     def load(item: Item) -> np.ndarray:
         return resize_short_side(decode(item.path), short_side, interpolation)
 
+    made_for = made_for or folder.name
+
+    def write(temporary: Path) -> None:
+        content = _write(temporary, images, load, skip_bad, advice)
+        write_manifest(temporary, {**content, "origin": origin, "notes": dict(notes())}, made_for)
+
     def usable() -> RaggedStore | None:
-        store = read_store(folder, skip_bad)
-        return store if store and store.fingerprint == images.fingerprint else None
+        store: RaggedStore | None = whole(lambda: read_store(folder))
+        if store is None or store.fingerprint != images.fingerprint or (store.bad and not skip_bad):
+            return None
+        check_place(folder, store.made_for, made_for)
+        return store if store.short_side == short_side else None
 
     store = usable()
+    if store and store.chunks is None:
+        adopt(folder, made_for)
+        store = usable()
     if store is None:
         _log.info("decoding %d images once, into %s", len(images.items), folder)
-        publish(
-            folder,
-            lambda temporary: _write(temporary, images, load, skip_bad, advice, {"origin": origin}, notes),
-            lambda: usable() is not None,
-        )
+        publish(folder, write, lambda: usable() is not None)
         store = usable()
     if store is None:
         raise UserError(f"the store {folder} vanished while it was opened: start again")
@@ -133,12 +167,16 @@ def open_store(
     return store
 
 
-def read_store(folder: Path, skip_bad: bool = False) -> RaggedStore | None:
-    """Reads a store; None if there is none, it is damaged, or it lacks images that the caller wants named."""
+def read_store(folder: Path) -> RaggedStore | None:
+    """Reads a store; None if there is none, or one of another schema.
+
+    Raises:
+        DamagedRecord: It is damaged; the message says why.
+    """
+    manifest = read_manifest(folder, SCHEMA, _NAMES, optional=("notes",))
+    if manifest is None:
+        return None
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["schema"] != SCHEMA:
-            return None
         keys, labels, splits, heights, widths = zip(*manifest["images"], strict=True)
         store = RaggedStore(
             folder=folder,
@@ -150,23 +188,20 @@ def read_store(folder: Path, skip_bad: bool = False) -> RaggedStore | None:
             splits=np.array(splits),
             shapes=np.stack([heights, widths], axis=1).astype(np.int64),
             bad=tuple((key, reason) for key, reason in manifest["bad"]),
+            chunks=None if manifest["chunks"] is None else tuple(manifest["chunks"]),
+            made_for=manifest["made_for"],
             notes={str(what): int(count) for what, count in manifest.get("notes", {}).items()},
         )
-        whole = (folder / "pixels.bin").stat().st_size == store.offsets[-1]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return store if whole and (skip_bad or not store.bad) else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it is no manifest of a store") from error
+    check_size(folder / "pixels.bin", int(store.offsets[-1]))
+    return store
 
 
 def _write(
-    folder: Path,
-    source: ImageFolder,
-    load: Callable[[Item], np.ndarray],
-    skip_bad: bool,
-    advice: str,
-    record: Mapping[str, str],
-    notes: Callable[[], Mapping[str, int]],
-) -> None:
+    folder: Path, source: ImageFolder, load: Callable[[Item], np.ndarray], skip_bad: bool, advice: str
+) -> dict[str, Any]:
+    """Decodes all images into a folder's pixels.bin; returns what the manifest says of them."""
     images: list[tuple[str, int, str, int, int]] = []
     bad: list[tuple[str, str]] = []
     items = source.items
@@ -179,9 +214,8 @@ def _write(
                 _append(file, result)
     if bad and (not skip_bad or not images):
         raise UserError(f"{len(bad)} of {len(items)} images cannot be used ({_named(bad)}): {advice}")
-    manifest = {"schema": SCHEMA, "fingerprint": source.fingerprint, "class_names": source.class_names}
-    manifest |= {**record, "images": images, "bad": bad, "notes": notes()}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    known = {"schema": SCHEMA, "fingerprint": source.fingerprint, "class_names": source.class_names}
+    return {**known, "images": images, "bad": bad}
 
 
 def _append(file: IO[bytes], image: np.ndarray) -> None:
