@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from visprompt.cli import check_words, one_sentence_errors
+from visprompt.paths import settle
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="pretrain")
@@ -20,6 +21,7 @@ def main(cfg: DictConfig) -> None:
         from visprompt.lit.pretrain import PretrainRecipe, pretrain  # late: a wrong word is answered at once
 
         signals.started()
+        settle(cfg)
         settings: dict[Any, Any] = OmegaConf.to_object(cfg)  # type: ignore[assignment]  # a mapping at the top
         progress = settings.pop("progress")
         pretrain(PretrainRecipe(**settings), progress)

@@ -51,13 +51,18 @@ def said(capsys, monkeypatch, script, *arguments):
         ("recipe.lrr=1", "unknown key 'recipe.lrr': did you mean recipe.lr"),
         ("method.dropot=0.1", "unknown key 'method.dropot': did you mean method.dropout"),
         ("trainer.device=2", "unknown key 'trainer.device': did you mean trainer.devices"),
-        ("data.root=x", "unknown key 'data.root': "),
+        ("data.root=x", "root is an option of fgvc/cub200, fgvc/nabirds, fgvc/oxford_flowers, fgvc/stanford_cars, "),
+        ("lr=0.1", "unknown key 'lr': did you mean recipe.lr?\n"),
         ("+methd.num_tokens=3", "unknown key 'methd': did you mean method?"),
         ("++sed=3", "unknown key 'sed': did you mean seed?"),
         ("~callback", "Could not delete from config. 'callback' does not exist."),
         ("hydra.runs=x", "Could not override 'hydra.runs'."),
-        ("recipe=[1", "an argument cannot be read: no viable alternative at input '[1'"),
-        ("tasks=digits,digits_loc", "Ambiguous value for argument 'tasks=digits,digits_loc'"),
+        ("recipe=[1", "recipe=[1 cannot be read: type \"recipe='[1'\"\n"),
+        (
+            "tasks=digits,digits_loc",
+            "tasks=digits,digits_loc gives several values: type tasks=[digits,digits_loc] for one command with all of "
+            "them, or python src/train.py -m tasks=digits,digits_loc for a run with each\n",
+        ),
         ("logger=3", "Config group override must be a string or a list. Got int: logger=3"),
         ("data=folder", "data.root has no default: give data.root=..."),
         (
@@ -97,11 +102,35 @@ def test_each_of_several_seeds_is_a_whole_number(capsys, monkeypatch):
     assert "error: seeds=[1, 'a'] does not fit" in said(capsys, monkeypatch, "tune", "seeds=[1,a]")
 
 
-def test_an_option_of_another_method_is_a_wrong_word(capsys, monkeypatch):
-    assert "unknown key 'method.num_tokens'" in said(
-        capsys, monkeypatch, "train", "method=linear", "method.num_tokens=5"
+@pytest.mark.parametrize("more", [(), ("-m", "seed=1,2"), ("--cfg", "job")])
+def test_an_option_of_another_method_says_whose_it_is(capsys, monkeypatch, more):
+    assert said(capsys, monkeypatch, "train", "method=linear", "method.num_tokens=5", *more) == (
+        "error: num_tokens is an option of cvpt, e2vpt, vapt, vfpt, vpt_deep, vpt_deep_bias, vpt_gated, vpt_low_rank "
+        "and 2 more: method linear has no options\n"
     )
-    assert "unknown key 'method.drop_path'" in said(capsys, monkeypatch, "train", "method.drop_path=0.1")
+    assert said(capsys, monkeypatch, "train", "method=vpt_deep_bias", "method.pool=cls", *more) == (
+        "error: pool is an option of e2vpt, vpt_deep, vpt_gated, vpt_shallow: method vpt_deep_bias has "
+        "dropout, num_tokens\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "owner"),
+    [
+        ("eval", "seed=1", "train"),
+        ("predict", "split=tune", "train"),
+        ("predict", "method=linear", "train"),
+        ("predict", "+method.num_tokens=3", "train"),
+        ("train", "seeds=[1,2]", "tune"),
+        ("train", "grid=paper", "tune"),
+        ("train", "images=x", "predict"),
+        ("report", "run=x", "eval"),
+    ],
+)
+def test_a_key_of_another_entry_point_says_whose_it_is(capsys, monkeypatch, script, argument, owner):
+    key = argument.lstrip("+").partition("=")[0]
+    sentence = f"error: {key} belongs to src/{owner}.py, not to src/{script}.py: leave it out\n"
+    assert said(capsys, monkeypatch, script, argument) == sentence
 
 
 @pytest.mark.parametrize(("script", "key"), [("eval", "run"), ("predict", "images"), ("predict", "state")])

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from cli import ROOT, composed, content, frozen, tiny
 from test_results import make
 from tiny import tiny_model
-from visprompt import cli, compose, loop, protocol
+from visprompt import compose, loop, protocol
 from visprompt.backbones.vit import ViT
 from visprompt.errors import UserError
 from visprompt.lit.trainer import TunedWandbLogger, close
@@ -77,7 +77,8 @@ def test_every_point_is_a_job_whose_method_builds(file, monkeypatch):
     backbone = tiny_model(depth=6)
     seen = set()
     for point in grid(config):
-        given = cli._with_data("train", arguments(config, point))
+        given = arguments(config, point)
+        given += compose.data_of_tasks("train", [[one] for one in given])
         with composed("train", *given) as cfg:
             (job,) = compose.jobs(cfg)
         assert (job.split, job.task) == ("tune", "digits_loc")

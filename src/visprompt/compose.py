@@ -4,20 +4,23 @@ A composed *job* is a plain config of one run: its `task` is set, everything is 
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from visprompt import recipe_rows, settings
+from visprompt import paths, recipe_rows, settings
 from visprompt.data import catalog
 from visprompt.errors import UserError, in_one_line
 
@@ -30,6 +33,7 @@ CONFIGS = ROOT / "configs"
 
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT))
 OmegaConf.register_new_resolver("pid", os.getpid)
+OmegaConf.register_new_resolver("expanduser", paths.expanduser)
 
 
 def check_own(config_name: str, arguments: Iterable[str]) -> None:
@@ -51,13 +55,29 @@ def specs(tasks: Any) -> list[catalog.TaskSpec]:
     return catalog.resolve(list(tasks) if OmegaConf.is_list(tasks) else str(tasks))
 
 
-def check_values(cfg: DictConfig) -> None:
-    """Refuse a config that lacks a value without default, or has one of a wrong kind or out of range."""
+def _as_written(cfg: DictConfig, key: str | None) -> Any:
+    """A value as it is written, with its references to other keys."""
+    written: Any = OmegaConf.to_container(cfg, resolve=False)
+    for name in str(key).split("."):
+        written = written.get(name) if isinstance(written, dict) else None
+    return written
+
+
+def check_values(cfg: DictConfig, to_run: bool = True) -> None:
+    """Refuse a config that has a value of a wrong kind or out of range, or lacks one without default.
+
+    Args:
+        cfg: Of any entry point.
+        to_run: Whether every value must be there; to be shown, a config may lack some.
+    """
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
+    except InterpolationKeyError as error:
+        key = error.full_key
+        raise UserError(f"{key}={_as_written(cfg, key)} refers to a key that does not exist") from error
     except OmegaConfBaseException as error:  # something else is made of it
         raise UserError(str(error).splitlines()[0].rpartition("resolving interpolation: ")[2]) from error
-    if missing:
+    if missing and to_run:
         raise UserError(f"{missing[0]} has no default: give {missing[0]}=...")
     settings.check(cfg)
 
@@ -86,20 +106,67 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[DictConfig]:
         UserError: `data=` together with `tasks=`, an unknown task, or a key that is not for the command line.
     """
     hydra = HydraConfig.get()
-    config_name = str(hydra.job.config_name)
     said: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${task} is for each job to resolve
     check_own("train", said)
     if cfg.task is not None:
         return [cfg]
-    overrides = [o for o in said if not o.startswith("tasks=")] + list(extra)
-    given = [o for o in overrides if o.lstrip("+").startswith("data=")]
-    if cfg.tasks is None:
-        return [job(config_name, overrides)]
-    chosen = specs(cfg.tasks)
-    if any(not choice.startswith("data='") for choice in given):
-        raise UserError(f"{given[0]} and tasks={cfg.tasks} both name the data: give one of them")
-    overrides = [o for o in overrides if o not in given]
-    return [job(config_name, [*overrides, f"data={spec.config}", "tasks=null"]) for spec in chosen]
+    return [job(str(hydra.job.config_name), one) for one in settings_of_tasks([*said, *extra], cfg.tasks)]
+
+
+def settings_of_tasks(settings: Iterable[str], tasks: Any) -> list[list[str]]:
+    """Return the settings of each task's job.
+
+    Args:
+        settings: Of a command line.
+        tasks: An id, a suite, or a list of both; None where `data` alone says what the job is about.
+
+    Returns:
+        Settings in the order of the tasks.
+
+    Raises:
+        UserError: `data=` together with `tasks=`, or an unknown task.
+    """
+    shared = [setting for setting in settings if key_of(setting) != "tasks"]
+    if tasks is None:
+        return [shared]
+    data = [setting for setting in shared if key_of(setting) == "data"]
+    if any(not choice.startswith("data='") for choice in data):
+        raise UserError(f"{data[0]} and tasks={tasks} both name the data: give one of them")
+    shared = [setting for setting in shared if setting not in data]
+    return [[*shared, f"data={spec.config}", "tasks=null"] for spec in specs(tasks)]
+
+
+def data_of_tasks(config_name: str, settings: Iterable[Sequence[str]]) -> list[str]:
+    """Return the data config of the first task where `tasks` names it, so that Hydra knows the keys of `data` options.
+
+    Every job gets the config of its own task afterwards: `settings_of_tasks` knows this one by its quotes.
+
+    Args:
+        config_name: A primary config.
+        settings: The settings of a command line, each with all its values: several in a multirun.
+
+    Returns:
+        One setting, or none.
+
+    Raises:
+        UserError: `data=` together with `tasks=`, or an unknown task.
+    """
+    said = {key_of(values[0]): values for values in settings}
+    named = [re.sub(r"[\[\]'\"]", "", setting.partition("=")[2]) for setting in said.get("tasks", ())]
+    named = named or [_tasks_of_experiment(setting.partition("=")[2]) for setting in said.get("experiment", ())]
+    if config_name == "prepare" or not named or "null" in named:
+        return []
+    if "data" in said:
+        raise UserError(f"{said['data'][0]} and tasks={named[0]} both name the data: give one of them")
+    tasks = [catalog.resolve(one) for one in named]
+    return [f"data='{tasks[0][0].config}'"]
+
+
+def _tasks_of_experiment(name: str) -> str:
+    """The tasks that an experiment's file names, "null" where it names none or is not one of this project."""
+    file = CONFIGS / "experiment" / f"{name}.yaml"
+    tasks = OmegaConf.select(OmegaConf.load(file), "tasks") if file.is_file() else None
+    return "null" if tasks is None else tasks if isinstance(tasks, str) else ",".join(tasks)
 
 
 def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -126,6 +193,7 @@ def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
     check_values(cfg)
     if choices.get("debug") or settings.debugs(cfg):
         cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
+    paths.settle(cfg)
     OmegaConf.resolve(cfg)
     recipe_rows.settle(cfg, {key_of(override) for override in overrides})
     return cfg
@@ -159,8 +227,22 @@ def plans(cfg: DictConfig) -> "list[Plan]":
 
 
 @contextmanager
-def composing() -> Iterator[None]:
-    """Lets `job` compose outside an entry point, as tests and notebooks do."""
+def composing(extra: str | None = None) -> Iterator[None]:
+    """Let `job` compose outside an entry point, as tests and notebooks do.
+
+    Args:
+        extra: A further folder of configs, which come before this project's.
+
+    Raises:
+        UserError: There is no such folder.
+    """
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        if extra is not None:
+            if not Path(extra).is_dir():
+                raise UserError(f"--config-dir={extra} is not a folder: give one with configs in it")
+            search_path = create_config_search_path(str(CONFIGS))
+            search_path.prepend("command-line", f"file://{Path(extra).resolve()}", anchor="schema")
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("visprompt", search_path)
         yield

@@ -181,7 +181,7 @@ def check(cfg: DictConfig) -> None:
     for group in _GROUPS:
         if group in cfg and not OmegaConf.is_dict(cfg[group]):
             raise UserError(f"{group}={_shown(cfg[group])} does not fit: {group} is a group of settings")
-    kinds = _KINDS | ({"precision": _PRECISION | _NULL} if "run" in cfg else {})  # eval.py: null is the run's
+    kinds = _KINDS | ({"precision": _PRECISION | _NULL} if "run" in map(str, cfg) else {})  # eval.py: null is the run's
     for key, kind in kinds.items():
         _check(cfg, key, kind)
     _check_trainer(cfg)
