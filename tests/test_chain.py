@@ -6,10 +6,13 @@ import shutil
 import pytest
 import torch
 import wandb
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
 from cli import composed, equal, frozen, tensors, tiny_job
+from damage import bounded, damages, rewrite, spoil
 from visprompt import chain, inference, loop, pruning, run
 from visprompt.errors import UserError
 from visprompt.lit.module import TuningModule
@@ -320,6 +323,67 @@ def test_without_pruning_it_is_one_plain_run(tmp_path):
     assert not chain.prunes(other)
     plain = {"method.prune": False, "method.prune_tokens": None, "method.prune_segments": None}
     assert chain.unpruned(job(tmp_path)) == plain, "a run that prunes nothing is the same for every grid"
+
+
+CONTENTS = {
+    "initial.json": {"initial": "0f"},
+    "importance.json": {"of": "a" * 64, "tokens": [[0.5]], "segments": [[[0.25, 0.125]]]},
+    "masks.json": {"initial": "0f", "options": {}, "chosen": 0, "points": [], "importance": {}, "unpruned": {}},
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_record_is_its_chain_s_alone_and_a_damaged_one_is_taken_again(tmp_path, name, caplog):
+    path, other = tmp_path / "0123" / name, tmp_path / "4567" / name
+    assert chain.stored(path) is None, "that step has not been taken"
+    for each in (path, other):
+        chain._write(each, CONTENTS[name])
+    assert chain.stored(path) == CONTENTS[name]
+    whole = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    assert chain.stored(path) is None
+    path.write_bytes(whole[:-9])
+    assert chain.stored(path) is None
+    path.write_bytes(whole.replace(b"0", b"1", 1))
+    assert chain.stored(path) is None
+    path.write_bytes(whole)
+    rewrite(path, more=1)
+    assert chain.stored(path) is None
+    assert caplog.messages == [
+        f"{path} {why}: this step is taken again"
+        for why in (
+            "is of another chain, 4567",
+            "is damaged: it is cut or no JSON",
+            "is damaged: it is not what its digest says",
+            "is damaged or of another version of visprompt",
+        )
+    ]
+
+
+def test_a_record_of_an_older_version_is_read(tmp_path):
+    path = tmp_path / "masks.json"
+    path.write_text(json.dumps(CONTENTS["masks.json"]))
+    assert chain.stored(path) == CONTENTS["masks.json"]
+
+
+@bounded
+@given(damage=damages(), name=st.sampled_from(sorted(CONTENTS)))
+def test_a_flipped_bit_or_a_cut_is_never_another_record(tmp_path, damage, name):
+    path = tmp_path / name
+    chain._write(path, CONTENTS[name])
+    spoil(path, damage, path.read_bytes())
+    assert chain.stored(path) in (None, CONTENTS[name])
+
+
+def test_damaged_masks_are_found_again_without_a_training(logs, final, tmp_path, monkeypatch, caplog):
+    shutil.copytree(logs, tmp_path / "logs")
+    (path,) = (tmp_path / "logs").rglob("masks.json")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"chosen": ', b'"chosen": 1', 1))
+    monkeypatch.setattr(TuningModule, "training_step", lambda *_: pytest.fail("trains again"))
+    assert go(tmp_path / "logs", "split=final") == final
+    assert path.read_bytes() == whole
+    assert caplog.messages[0] == f"{path} is damaged: it is not what its digest says: this step is taken again"
 
 
 WILD = ("recipe.optimizer=sgd", "recipe.lr=1e30", "recipe.head_lr=null")

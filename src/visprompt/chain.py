@@ -11,7 +11,7 @@ Every link is a W&B run of its own. Under a W&B agent, which has one W&B run for
 result is the chain's reports to it.
 """
 
-import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,11 +28,19 @@ from visprompt import measure, pruning
 from visprompt.errors import UserError, unknown
 from visprompt.lit.trainer import under_agent, without_wandb
 from visprompt.pruning import Importance, Point
+from visprompt.records import DamagedRecord, read_record, write_record
 from visprompt.results import Result, choose, markdown_table, open_state
 from visprompt.run import Run, build_classifier, prepare
 from visprompt.state import TunedState, write_atomically
 
+log = logging.getLogger(__name__)
 console = Console()
+RECORDS = {
+    "initial.json": ("initial",),
+    "importance.json": ("of", "tokens", "segments"),
+    "masks.json": ("initial", "options", "chosen", "points", "importance", "unpruned"),
+}
+"""Records of a chain in the folder of its identity, and the names in them."""
 _AT_ONCE = 8  # images whose activations are kept in float64: some 165 MB each for ViT-B/16
 RunOne = Callable[[DictConfig], Result]
 
@@ -176,7 +184,10 @@ def _importance(link: DictConfig, trained: Result, folder: Path) -> Importance:
     with _alone(folder):
         known = stored(folder / "importance.json")
         if known is None or known["of"] != trained.tuned["sha256"]:
-            known = {"of": trained.tuned["sha256"]} | _measure(prepare(link)).lists()
+            measured = _measure(prepare(link))
+            if not (measured.tokens.isfinite().all() and measured.segments.isfinite().all()):
+                raise UserError(f"the importance of tokens in {folder} is not finite: lower recipe.lr")
+            known = {"of": trained.tuned["sha256"]} | measured.lists()
             _write(folder / "importance.json", known)
     return Importance.of(known)
 
@@ -224,12 +235,32 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def stored(path: Path) -> dict[str, Any] | None:
-    """A record of the chain, None where that step has not been taken."""
-    return dict(json.loads(path.read_text())) if path.is_file() else None  # written atomically: there is no half of it
+    """Reads a record of a chain.
+
+    Args:
+        path: One of `RECORDS` in the chain's folder.
+
+    Returns:
+        The record; None where that step has not been taken, and, with a line that says so, where the file is damaged or
+        another chain's: the step is taken again then.
+    """
+    try:
+        record = read_record(path)
+        if record is None:
+            return None
+        names = set(RECORDS[path.name])
+        if set(record) != (names | {"digest", "chain"} if "digest" in record else names):
+            raise DamagedRecord(f"{path} is damaged or of another version of visprompt")
+        if record.get("chain", path.parent.name) != path.parent.name:  # those of older versions do not say it
+            raise DamagedRecord(f"{path} is of another chain, {record['chain']}")
+        return {name: record[name] for name in names}
+    except DamagedRecord as error:
+        log.warning("%s: this step is taken again", error)
+        return None
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record) + "\n"))
+    write_record(path, {**record, "chain": path.parent.name})
 
 
 def _report(folder: Path, result: Result, found: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from visprompt.results import read_result
 from visprompt.run_folder import settle
 
 _HASH = re.compile(r"[0-9a-f]{12}")  # what a run's folder is called
-_CHAIN = frozenset({"initial.json", "importance.json", "masks.json"})  # a chain's own folder, in which no run lies
+_CHAIN = frozenset({"initial.json", "importance.json", "masks.json"})  # in a chain's folder, in which no run lies
 _DAMAGED = (
     "damaged, or of another version of visprompt: result.json or the tuned state beside it is not whole; run the same "
     "command again"
