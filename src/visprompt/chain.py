@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import Tensor
 
 from visprompt import measure, pruning
@@ -32,9 +31,11 @@ from visprompt.records import DamagedRecord, read_record, write_record
 from visprompt.results import Result, choose, markdown_table, open_state
 from visprompt.run import Run, build_classifier, prepare
 from visprompt.state import TunedState, write_atomically
+from visprompt.terminal import Terminal
+from visprompt.text import in_markdown, visible
 
 log = logging.getLogger(__name__)
-console = Console()
+console = Terminal()
 RECORDS = {
     "initial.json": ("initial",),
     "importance.json": ("of", "tokens", "segments"),
@@ -122,7 +123,7 @@ def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[DictConfig, R
     """
     initial = _initial(job, folder)
     points = prune_points(job)
-    console.print(f"{job.task}/{job.method.name}: {len(points)} points of pruning, the unpruned first", highlight=False)
+    console.print(f"{job.task}/{job.method.name}: {len(points)} points of pruning, the unpruned first")
     bare = vary(job, {"method.prune_tokens": None, "method.prune_segments": None})
     first = link_of(bare, initial)
     trained = run_one(first)
@@ -278,11 +279,11 @@ def _report(folder: Path, result: Result, found: Mapping[str, Any]) -> None:
         _tried(found),
         pruning.table(masks, importance),
     ]
-    text = "\n".join([f"# {name}\n\n{kept}.\n", *parts])
-    write_atomically(folder / "pruning.md", lambda path: path.write_text(text))
-    image = pruning.picture(masks, f"{name}\n{kept}")
+    text = "\n".join([f"# {in_markdown(name)}\n\n{kept}.\n", *parts])
+    write_atomically(folder / "pruning.md", lambda path: path.write_text(text, encoding="utf-8"))
+    image = pruning.picture(masks, f"{visible(name)}\n{kept}")
     write_atomically(folder / "pruning.png", lambda path: image.save(path, "PNG"))
-    console.print(f"{kept}: {folder / 'pruning.md'}", soft_wrap=True, highlight=False)
+    console.print(f"{kept}: {folder / 'pruning.md'}", soft_wrap=True)
 
 
 def _counts(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
 from yaml import YAMLError
 
 from visprompt import run, run_folder
@@ -19,8 +18,9 @@ from visprompt.methods.ensemble import Ensemble
 from visprompt.prediction import restore
 from visprompt.results import Result, open_result
 from visprompt.state import TunedState, check_fits, load_state
+from visprompt.terminal import Terminal
 
-console = Console()
+console = Terminal()
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -65,8 +65,7 @@ def evaluate(cfg: DictConfig) -> float:
     console.print(
         f"test/acc {100 * score:.2f} % on {module.scores['test/count']:.0f} images "
         f"({'the run itself' if len(results) == 1 else f'{len(results)} runs averaged; each by itself'}: {own}), "
-        f"test/balanced_acc {100 * module.scores['test/balanced_acc']:.2f} %",
-        highlight=False,
+        f"test/balanced_acc {100 * module.scores['test/balanced_acc']:.2f} %"
     )
     return score
 

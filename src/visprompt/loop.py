@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from visprompt import chain, compose, launch, measure, run_folder, signals
@@ -16,9 +15,10 @@ from visprompt.leftovers import temporary_folder
 from visprompt.lit.trainer import report_together, under_agent, without_wandb
 from visprompt.results import Result, read_result
 from visprompt.run import Run, prepare, run_job
+from visprompt.terminal import Terminal
 
 log = logging.getLogger(__name__)
-console = Console()
+console = Terminal()
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _say_skipped(stored: Result, cfg: DictConfig) -> None:
     other = f" (by commit {commit}; this is {now})" if commit != now else ""
     leaks = cfg.diagnostics.best_on_test and stored.split == "final" and "leak/best_on_test" not in stored.metrics
     lacks = " and adds what diagnostics.best_on_test=true asks for" if leaks else ""
-    console.print(f"finished before{other}, not run again: rerun=true runs it anew{lacks}", highlight=False)
+    console.print(f"finished before{other}, not run again: rerun=true runs it anew{lacks}")
 
 
 def show(result: Result, run: Run) -> None:
@@ -204,4 +204,4 @@ def show(result: Result, run: Run) -> None:
     table.add_row("training time", f"{result.time['train_s']:.1f} s")
     table.add_row("peak memory", f"{result.peak_memory['bytes'] / 2**20:,.0f} MiB ({result.peak_memory['of']})")
     console.print(table)
-    console.print(f"folder: {run.folder}", soft_wrap=True, highlight=False)  # in one piece, to be copied
+    console.print(f"folder: {run.folder}", soft_wrap=True)  # in one piece, to be copied

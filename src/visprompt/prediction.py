@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from visprompt.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.classifier import Classifier
@@ -20,8 +19,10 @@ from visprompt.methods.sidetune import RANDOM
 from visprompt.results import open_state
 from visprompt.run_folder import settle
 from visprompt.state import TunedState, check_fits, write_atomically
+from visprompt.terminal import Terminal
+from visprompt.text import csv_cell
 
-console = Console()
+console = Terminal()
 
 
 def restore(state: TunedState, path: Path, backbone: Backbone) -> Classifier:
@@ -92,7 +93,7 @@ def predict(state: str, images: str, *, output: str, batch_size: int, device: st
     classifier.to(where)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "class", "probability", *tuned.class_names])
+    writer.writerow(map(csv_cell, ["path", "class", "probability", *tuned.class_names]))
     count = 0
     for names, batch in _batches(files, folder, tuned, batch_size):
         with torch.inference_mode():
@@ -101,12 +102,13 @@ def predict(state: str, images: str, *, output: str, batch_size: int, device: st
             raise UserError(f"{path} gives no probabilities for {names[0]}: its numbers overflow, so tune it again")
         for name, row in zip(names, shares, strict=True):
             best = int(row.argmax())
-            writer.writerow([name, tuned.class_names[best], f"{row[best]:.6f}", *(f"{v:.6f}" for v in row)])
+            figures = [f"{share:.6f}" for share in (row[best], *row)]
+            writer.writerow([csv_cell(name), csv_cell(tuned.class_names[best]), *figures])
         count += len(names)
     if not count:
         raise UserError(f"there is no image that can be read in {folder}: give a folder of images")
-    write_atomically(Path(output), lambda temporary: temporary.write_text(text.getvalue()))
-    console.print(f"{count} of {len(files)} files labelled: {output}", soft_wrap=True, highlight=False)
+    write_atomically(Path(output), lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+    console.print(f"{count} of {len(files)} files labelled: {output}", soft_wrap=True)
 
 
 def find_device(name: str) -> torch.device:
@@ -134,7 +136,7 @@ def _batches(
         try:
             inputs.append(to_input(decode(file), state.preprocessing))
         except BadImage as error:
-            console.print(f"left out: {file}: {error}", soft_wrap=True, highlight=False)
+            console.print(f"left out: {file}: {error}", soft_wrap=True)
             continue
         names.append(file.relative_to(root).as_posix())
         if len(names) == size:

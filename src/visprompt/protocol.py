@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from visprompt import chain, compose
 from visprompt.errors import UserError, unknown
@@ -21,9 +20,10 @@ from visprompt.loop import Outcome, run_all
 from visprompt.methods import METHODS
 from visprompt.results import Cell, cell, choose, markdown_table
 from visprompt.state import write_atomically
+from visprompt.terminal import Terminal
 
 GRID_SEED = 42
-console = Console()
+console = Terminal()
 RunAll = Callable[[Iterable[DictConfig]], list[Outcome]]
 
 
@@ -80,8 +80,8 @@ def tune(cfg: DictConfig) -> float:
             failed.append(f"{job.task}/{job.method.name}: {error}")
     if cells:
         table = _table(cells)
-        write_atomically(Path(cfg.table), lambda temporary: temporary.write_text(table))
-        console.print(f"\n{table}\nwritten to {cfg.table}", highlight=False)
+        write_atomically(Path(cfg.table), lambda temporary: temporary.write_text(table, encoding="utf-8"))
+        console.print(f"\n{table}\nwritten to {cfg.table}")
     if failed:
         raise UserError(f"{len(failed)} runs failed: " + "; ".join(failed))
     return sum(found.mean for found in cells.values()) / len(cells)
@@ -112,14 +112,14 @@ def tune_one(job: DictConfig, seeds: Sequence[int], run: RunAll) -> list[Outcome
     name = f"{job.task}/{job.method.name}"
     points = job_points(job)
     if alone := {key: value for key, value in points[0].items() if all(point[key] == value for point in points)}:
-        console.print(f"{name}: of one value in the grid: {_words(alone)}", highlight=False)
+        console.print(f"{name}: of one value in the grid: {_words(alone)}")
     tried = _run(job, [point | _tuning(job) for point in points], run)
     if failed := [outcome for outcome in tried if outcome.result is None]:
         return failed  # a choice among what happened to succeed would be another protocol
     chosen = choose([outcome.result for outcome in tried], points)
     if chosen is None:
         return tried
-    console.print(f"{name}: chosen on validation: {_words(chosen) or 'the only point'}", highlight=False)
+    console.print(f"{name}: chosen on validation: {_words(chosen) or 'the only point'}")
     return _run(job, [chosen | {"split": "final", "seed": seed} for seed in seeds], run)
 
 

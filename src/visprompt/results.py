@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from visprompt.errors import UserError
 from visprompt.records import DamagedRecord, read_record, write_record
 from visprompt.state import TunedState, load_state, read_checksum
+from visprompt.text import in_markdown
 
 SCHEMA = 1
 _LATER = {"trainer", "files"}  # fields that records of older versions lack
@@ -265,5 +266,6 @@ def _protocol(result: Result) -> dict[str, Any]:
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table, its first column left-aligned, the others right-aligned."""
     columns = list(header)
-    lines = [columns, [":--"] + ["--:"] * (len(columns) - 1), *rows]
+    marks = [":--"] + ["--:"] * (len(columns) - 1)
+    lines = [map(in_markdown, columns), marks, *(map(in_markdown, row) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -15,7 +15,6 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from visprompt import measure, pruning, run_folder, signals
 from visprompt.backbones import Backbone, BackboneSpec, build_backbone
@@ -33,9 +32,10 @@ from visprompt.optim import Recipe
 from visprompt.results import Result, read_result, write_result
 from visprompt.schema import check_record
 from visprompt.state import TunedState, save_state, write_atomically
+from visprompt.terminal import Terminal
 
 SPLITS = ("tune", "final")
-console = Console()
+console = Terminal()
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     if trainer.is_global_zero and datamodule.described:
         datamodule.prepare_data()  # what cannot be decoded and is left out is known then
         for line in datamodule.described:
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            console.print(line, soft_wrap=True)
     try:
         diverged = _fit_and_score(trainer, module, datamodule, ckpt_path)
         if diverged is None and module.scored_step != trainer.global_step:

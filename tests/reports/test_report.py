@@ -20,7 +20,7 @@ from visprompt.reports import report as module
 from visprompt.reports.closeups import typical
 from visprompt.reports.collect import read_runs, rows
 from visprompt.reports.inspect import Features
-from visprompt.reports.render import Table, decimal, in_markdown, latex
+from visprompt.reports.render import Table, decimal, latex
 from visprompt.reports.report import FORMATS, report
 
 
@@ -203,12 +203,6 @@ def test_what_nothing_can_be_tested_against_is_said_before_any_run_is_opened(log
 
 
 # text in Markdown and LaTeX
-
-
-def test_text_in_markdown_is_no_markup():
-    assert in_markdown("vpt_deep _of_ <b> [1](x) a*b*\n`c` | \\ __init__") == (
-        r"vpt_deep \_of\_ \<b> \[1\](x) a\*b\* \`c\` \| \\ \_\_init\_\_"
-    )
 
 
 def test_a_table_is_as_wide_as_a_page_of_latex_at_most():

@@ -16,6 +16,7 @@ from visprompt.cli import arguments, flags, points, words
 from visprompt.cli.show import job_as_yaml
 from visprompt.errors import UserError, unknown
 from visprompt.paths import check_writable
+from visprompt.text import visible
 
 
 class PointFailed(UserError, CompactHydraException):
@@ -107,7 +108,7 @@ def one_sentence_errors() -> Iterator[None]:
     except UserError as error:
         if compose.in_multirun():
             raise PointFailed(f"error: {error}") from None
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error), keep=chr(10))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # of a handler that is not ours
         print(f"\n{signals.sentence(signal.SIGINT)}", file=sys.stderr)

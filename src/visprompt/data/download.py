@@ -23,12 +23,12 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from filelock import FileLock
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from visprompt.data.publish import alone
 from visprompt.data.task import SourceFile, in_bytes
 from visprompt.errors import UserError
+from visprompt.terminal import Terminal
 
 PAUSES = (1.0, 5.0, 15.0)
 """Seconds before each new try on a connection that broke without a new byte; after the last one the next url follows"""
@@ -325,9 +325,9 @@ class _Part:
 @contextmanager
 def _bar(file: SourceFile, progress: bool, doing: str) -> Iterator[_Bar]:
     """Shows how far a long read or download is, where somebody looks at a terminal."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     hidden = not (progress and console.is_terminal)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as shown:
         task = shown.add_task(f"{doing} {file.name}", total=file.size)
         yield lambda size: shown.update(task, completed=size)

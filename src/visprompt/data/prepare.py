@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from visprompt.data.catalog import TASKS
 from visprompt.data.checks import Check, check
@@ -26,6 +25,8 @@ from visprompt.data.square import Selection, SquareStore, write_square
 from visprompt.data.store import RaggedStore, open_store
 from visprompt.data.task import TaskSpec
 from visprompt.errors import UserError
+from visprompt.terminal import Terminal
+from visprompt.text import visible
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -197,9 +198,16 @@ def _converter(plan: Plan) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _watch(name: str, total: int) -> Callable[[Iterable[Found]], Iterable[Found]]:
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
 
     def watch(images: Iterable[Found]) -> Iterable[Found]:
-        return track(images, name, total, console=console, transient=True) if console.is_terminal else images
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+            yield from shown.track(images, total, description=visible(name))
 
     return watch

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from visprompt.data.checks import Check, check
@@ -19,8 +17,9 @@ from visprompt.data.square import SquareStore
 from visprompt.data.store import RaggedStore
 from visprompt.data.task import SourceFile, in_bytes
 from visprompt.errors import UserError
+from visprompt.terminal import Terminal
 
-console = Console()
+console = Terminal()
 
 
 def prepare_all(plans: Sequence[Plan]) -> None:
@@ -41,14 +40,14 @@ def prepare_all(plans: Sequence[Plan]) -> None:
             store = prepare_ragged(plan) if plan.spec.family == "fgvc" else prepare_square(plan)
         except UserError as error:
             failed.append(f"{plan.spec.id}: {error}")
-            console.print(f"{plan.spec.id}: left undone", highlight=False)
+            console.print(f"{plan.spec.id}: left undone")
             continue
         if isinstance(store, SquareStore):
             warn_lossy(plan, store)
         took = "was there" if there else f"ready after {time.monotonic() - started:.0f} s"
         size = (store.folder / "pixels.bin").stat().st_size
         line = f"{plan.spec.id}: {took}, {len(store.keys):,} images, {in_bytes(size)} in {store.folder}"
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     if failed:
         raise UserError(f"{len(failed)} of {len(plans)} tasks are not prepared: " + "; ".join(failed))
 
@@ -81,7 +80,7 @@ def verify_all(plans: Sequence[Plan]) -> None:
             wrong += [
                 f"{plan.spec.id}: {found.name} is {found.detail}" for found in checks if found.fatal and not found.good
             ]
-    console.print(f"{len(stores) - len(missing)} of {len(plans)} tasks are prepared", highlight=False)
+    console.print(f"{len(stores) - len(missing)} of {len(plans)} tasks are prepared")
     if wrong:
         raise UserError(f"{len(wrong)} checks failed: {'; '.join(wrong)}: delete those stores and prepare them again")
 
@@ -103,10 +102,10 @@ def _announce(plans: Sequence[Plan]) -> None:
             again = bool(files) and files.keys() <= wanted.keys()
             size = "shared" if again else _sum(list(files.values())) + (", by hand" if hands else "")
             wanted |= files
-        table.add_row(plan.spec.id, plan.source, size, escape(plan.spec.licence))
+        table.add_row(plan.spec.id, plan.source, size, plan.spec.licence)
     console.print(table)
     if len(plans) > 1 and wanted:
-        console.print(f"together: {_sum(list(wanted.values()))}", highlight=False)
+        console.print(f"together: {_sum(list(wanted.values()))}")
 
 
 def _say_how(plan: Plan) -> None:
@@ -120,7 +119,7 @@ def _say_how(plan: Plan) -> None:
     if plan.source == "raw" and plan.spec.how_to_get:
         lines.append(f"  by hand: {plan.spec.how_to_get}")
     lines.append(f"  then: {plan.command}")
-    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def _files(plan: Plan) -> tuple[SourceFile, ...]:
@@ -158,9 +157,9 @@ def _check_store(plan: Plan, store: SquareStore | RaggedStore) -> list[Check]:
 
 
 def _show(plan: Plan, folder: Path, checks: Sequence[Check]) -> None:
-    table = Table(title=escape(f"{plan.spec.id}, {folder}"))
+    table = Table(title=f"{plan.spec.id}, {folder}")
     for column in ("check", "outcome", "found"):
         table.add_column(column, overflow="fold")
     for found in checks:
-        table.add_row(found.name, "pass" if found.good else "FAIL" if found.fatal else "look", escape(found.detail))
+        table.add_row(found.name, "pass" if found.good else "FAIL" if found.fatal else "look", found.detail)
     console.print(table)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from visprompt import chain, compose, protocol, pruning
@@ -25,8 +24,9 @@ from visprompt.errors import UserError
 from visprompt.loop import Outcome, local_devices
 from visprompt.results import Result, read_result
 from visprompt.run import build_classifier, prepare
+from visprompt.terminal import Terminal
 
-console = Console()
+console = Terminal()
 _BESIDE = 20_000  # bytes of config, curve and result beside a tuned state
 _COLUMNS = ("method", "grid", "seeds", "runs", "steps", "time left")
 
@@ -269,7 +269,7 @@ class DryRun:
         if self.lines:
             console.print(table)
             for sentence in (*self.needs.described(), self._time(), self._disk(), *self.needs.sentences()):
-                console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+                console.print(sentence, soft_wrap=True)
         if self.failed:
             raise UserError(
                 f"{len(self.failed)} of {len(self.lines) + len(self.failed)} would fail: {'; '.join(self.failed)}"

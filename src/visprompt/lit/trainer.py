@@ -99,7 +99,8 @@ class TunedWandbLogger(WandbLogger):
             return
         import wandb  # late: few runs need it, and it takes a second
 
-        artifact = wandb.Artifact(re.sub(r"[^a-zA-Z0-9_.-]", "_", "-".join(folder.parts[-3:])), type="tuned-state")
+        name = re.sub(r"[^a-zA-Z0-9_.-]", "_", "-".join(folder.parts[-3:]))
+        artifact = wandb.Artifact(name[-128:], type="tuned-state")  # W&B takes no longer name
         for file in files:
             artifact.add_file(str(file))
         try:

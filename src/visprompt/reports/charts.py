@@ -112,8 +112,8 @@ def in_parts(chart: Chart) -> list[Chart]:
 
 
 def file_name(*words: str) -> str:
-    """Words as the name of a file, without an ending."""
-    return re.sub(r"[^a-z0-9]+", "_", " ".join(words).lower()).strip("_")
+    """Words as the name of a file, without an ending; cut where a file system would refuse it."""
+    return re.sub(r"[^a-z0-9]+", "_", " ".join(words).lower()).strip("_")[:150]
 
 
 def spread_scale(values: Sequence[float]) -> str:

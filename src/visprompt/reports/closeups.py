@@ -16,6 +16,7 @@ from visprompt.reports.figures import Plot
 from visprompt.reports.inspect import Latency, Opened
 from visprompt.reports.pictures import MOST_NAMED, draw_attention, draw_confusion, draw_map
 from visprompt.reports.render import Entry, Table, decimal
+from visprompt.text import visible
 
 _IMAGES = 4  # whose attention is drawn
 _TOLD = 3  # pairs of classes that the words for a confusion matrix name
@@ -143,7 +144,7 @@ def _maps(one: _Look, placed: dict[bytes, np.ndarray]) -> None:
 def _attention(one: _Look) -> None:
     rows = np.linspace(0, len(one.opened.dataset) - 1, _IMAGES).round().astype(int)
     found = inspect.attention(one.opened, sorted(set(rows.tolist())))
-    names = one.opened.datamodule.class_names
+    names = [visible(name) for name in one.opened.datamodule.class_names]
     tokens = {"class": found.prefix, "prompts": found.prompts, "keys, values": found.keys_values}
     bars = [(name, weights.mean(1)) for name, weights in tokens.items() if weights.size]
     pairs = list(zip(found.labels, found.predicted, strict=True))

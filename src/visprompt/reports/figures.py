@@ -6,15 +6,17 @@ numbered. matplotlib's global state is left as it was.
 """
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from math import ceil, floor, log10
 from typing import Any
 
 import matplotlib
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -22,6 +24,7 @@ from matplotlib.transforms import Bbox
 
 from visprompt.reports.charts import Chart, Line, Point, front
 from visprompt.reports.render import Table
+from visprompt.text import visible
 
 WIDTH = 5.0  # inches
 _HEIGHT = 3.1
@@ -30,9 +33,19 @@ _HALF_A_LINE = 34  # characters of a legend's line that leave room for another b
 _MOST_LABELLED, _LONGEST = 14, 24  # points that are labelled where they stand, and the characters of a label
 _MOST_TICKS = 8  # values that are all written at their axis
 MARKERS = "osD^vPX<>phd*"
+_OTHER_SCRIPTS = (
+    *(
+        "Noto Sans CJK JP",
+        "Noto Sans CJK SC",
+        "WenQuanYi Zen Hei",
+        "Droid Sans Fallback",
+        "Hiragino Sans",
+        "PingFang SC",
+    ),
+    *("Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Apple SD Gothic Neo", "Noto Sans", "Noto Emoji", "Symbola"),
+)
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 9.0,
     "axes.titlesize": 9.5,
     "axes.spines.top": False,
@@ -123,6 +136,7 @@ def png(plot: Plot) -> bytes:
 
 def plain(text: str, most: int = 60) -> str:
     """Text as matplotlib is to write it: without mathematics, not left out of legends, and not too long."""
+    text = visible(text)
     shown = text if len(text) <= most else text[: most - 1] + "…"
     return ("\u200b" if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
@@ -130,9 +144,15 @@ def plain(text: str, most: int = 60) -> str:
 def _saved(plot: Plot, theme: Theme, form: str, **options: Any) -> bytes:
     out = io.BytesIO()
     with _styled(theme):
-        metadata = {"Date": None, "Creator": None, "Title": plot.title} if form == "svg" else {"Title": plot.title}
+        metadata = {"Title": visible(plot.title)} | ({"Date": None, "Creator": None} if form == "svg" else {})
         plot.draw(theme).savefig(out, format=form, metadata=metadata, **options)
     return out.getvalue()
+
+
+@cache
+def _fonts() -> list[str]:
+    """The font that comes with matplotlib, then those for other scripts that are on this machine."""
+    return ["DejaVu Sans", *(name for name in _OTHER_SCRIPTS if name in font_manager.get_font_names())]
 
 
 @contextmanager
@@ -142,9 +162,13 @@ def _styled(theme: Theme) -> Iterator[None]:
     colours: dict[str, Any] = dict.fromkeys(named, theme.ink) | {"grid.color": theme.faint, "axes.facecolor": "none"}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        for name, value in (_STYLE | colours).items():
+        for name, value in (_STYLE | colours | {"font.family": _fonts()}).items():
             matplotlib.rcParams[name] = value  # type: ignore[index]  # names are text
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", r"Glyph \d+ .* missing from font"
+            )  # a box; the words below it say the name
+            yield
 
 
 def draw(chart: Chart, places: Mapping[str, int], theme: Theme) -> Figure:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from visprompt.reports.contents import Contents
 from visprompt.reports.render import Table, html
+from visprompt.text import visible
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -50,6 +52,7 @@ def page(report: Contents, pictures: Mapping[str, Picture]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATE.parent),
         autoescape=True,
+        finalize=_visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -57,6 +60,11 @@ def page(report: Contents, pictures: Mapping[str, Picture]) -> str:
     )
     template = environment.get_template(_TEMPLATE.name)
     return template.render(report=report, pictures=pictures, table_html=_table_html)
+
+
+def _visible(value: object) -> object:
+    """Text of the report without control characters; what is HTML already is as it is."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _table_html(table: Table) -> str:

@@ -95,7 +95,7 @@ def draw_attention(
     for row, (left, middle, right) in enumerate(grid):
         left.imshow(images[row], interpolation="nearest")
         middle.imshow(_lit(images[row], patches[row]), interpolation="nearest")
-        left.set_title(plain(titles[row]), fontsize=8)
+        left.set_title("\n".join(map(plain, titles[row].split("\n"))), fontsize=8)
         middle.set_title(f"patches {100 * patches[row].sum():.0f} %", fontsize=8)
         left.set_axis_off()
         middle.set_axis_off()

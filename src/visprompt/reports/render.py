@@ -7,8 +7,11 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+from visprompt.text import csv_cell, in_markdown, visible
+
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {character: "\\" + character for character in "&%$#_{}"}
+_LATEX |= {"`": r"\textasciigrave{}"}
 _LATEX |= {"[": "{[}", "*": "{*}"}  # not read as an argument of the line's end before them
 _LATEX |= {"/": r"/\allowbreak{}"}  # of paths
 _LATEX |= {"±": r"$\pm$", "\u00d7": r"$\times$", "<": r"$<$", ">": r"$>$", "|": r"$|$"}
@@ -109,19 +112,13 @@ def markdown(table: Table, bold: Collection[int] = ()) -> str:
     return "\n".join([f"**{in_markdown(table.title)}**", "", *lines, *(["", *notes] if notes else [])]) + "\n"
 
 
-def in_markdown(text: str) -> str:
-    """Text on one line of Markdown, in which nothing of it is markup."""
-    # an underscore between letters or digits is none
-    return re.sub(r"([\\|*`<\[\]]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
-
-
 def csv_text(table: Table) -> str:
     """The table as CSV (RFC 4180) without title and notes: numbers in full, a column of their own for spreads."""
     widths = [1 + any(_plain(row[column])[1] for row in table.rows) for column in range(len(table.header))]
     names = [(name, f"{name} std")[:width] for name, width in zip(table.header, widths, strict=True)]
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(name for pair in names for name in pair)
+    writer.writerow(csv_cell(name) for pair in names for name in pair)
     for row in table.rows:
         writer.writerow(text for entry, width in zip(row, widths, strict=True) for text in _plain(entry)[:width])
     return out.getvalue()
@@ -198,13 +195,13 @@ def _plain(entry: Entry) -> tuple[str, str]:
     """An entry and its spread in a CSV."""
     if isinstance(entry, Number):
         return f"{entry.value:.10g}", "" if entry.spread is None else f"{entry.spread:.10g}"
-    return ("" if isinstance(entry, Missing) else entry), ""
+    return ("" if isinstance(entry, Missing) else csv_cell(entry)), ""
 
 
 def _latex(text: str) -> str:
-    escaped = "".join(_LATEX.get(character, character) for character in text)
-    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
+    escaped = "".join(_LATEX.get(character, character) for character in visible(text))
+    return re.sub(r"-(?=-)", "-{}", re.sub(r"(?<![\w.-])-(?=\d)", "$-$", escaped))  # two would be one longer dash
 
 
 def _html(text: str) -> str:
-    return html_escapes.escape(text)
+    return html_escapes.escape(visible(text))

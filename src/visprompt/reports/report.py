@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from visprompt.errors import UserError, unknown
 from visprompt.reports import figures
@@ -18,15 +17,17 @@ from visprompt.reports.comparable import protocols, references
 from visprompt.reports.contents import Contents, contents
 from visprompt.reports.page import Picture, page
 from visprompt.reports.published import all_published
-from visprompt.reports.render import LATEX_PACKAGES, csv_text, in_markdown, latex, markdown
+from visprompt.reports.render import LATEX_PACKAGES, csv_text, latex, markdown
 from visprompt.results import open_result
+from visprompt.terminal import Terminal
+from visprompt.text import in_markdown
 
 if TYPE_CHECKING:
     from visprompt.reports.closeups import Closeups
 
 FORMATS = ("html", "markdown", "csv", "latex", "svg", "png")
 _OURS = frozenset({"index.html", "report.md", "report.tex", "tables", "figures"})
-console = Console()
+console = Terminal()
 
 
 def report(cfg: DictConfig) -> Path:
@@ -65,7 +66,7 @@ def report(cfg: DictConfig) -> Path:
 
 
 def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def _paths(given: Any, key: str) -> list[Path]:

@@ -1,0 +1,48 @@
+"""A user's text where it is shown or written: names of folders, classes, files and tasks are never read as markup."""
+
+import re
+import unicodedata
+
+_UNSEEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of pairs, ends of lines and paragraphs
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they turn the text behind them around
+_NONE = frozenset("\ufffe\uffff")  # no characters: XML refuses them
+_FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")  # what a spreadsheet runs begins with one of them
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""Return text in which control characters and bytes that are no Unicode are shown as escapes.
+
+    Args:
+        text: Any. An escape character is returned as `\x1b`, the end of a line as `\n`, and a byte of a file's name
+            that is no UTF-8 (0xE9, which Python holds as U+DCE9) as `\xe9`.
+        keep: Characters that are left as they are, such as the ends of lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(character if character in keep else _escape(character) for character in text)
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python holds a byte of a name that is no UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    if unicodedata.category(character) in _UNSEEN or character in _TURNING | _NONE:
+        return character.encode("unicode_escape").decode()
+    return character
+
+
+def csv_cell(text: str) -> str:
+    """Return text as a cell of a CSV: what a spreadsheet would run as a formula begins with an apostrophe.
+
+    Args:
+        text: Any, such as "=1+1", which is returned as "'=1+1". Numbers, such as "-1.5", stay numbers.
+    """
+    shown = visible(text)
+    is_formula = text[:1] in ("\t", "\r") or (shown[:1] in _FORMULA and not _NUMBER.fullmatch(shown))
+    return f"'{shown}" if is_formula else shown
+
+
+def in_markdown(text: str) -> str:
+    """Return text on one line of Markdown, in which nothing of it is markup."""
+    # an underscore between letters or digits is no markup; $ and ~ are on GitHub
+    return re.sub(r"([\\|*`<\[\]&~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", visible(text))
