@@ -2,8 +2,10 @@
 
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from cli import composed, content, frozen, tiny, tiny_job
@@ -229,3 +231,39 @@ def test_devices_that_are_no_number_are_one_sentence():
     sentence = r"trainer\.devices=0,1 is no number: give one, auto, or a list such as \[0,1\]$"
     with pytest.raises(UserError, match=sentence):
         loop.local_devices(trainer)
+
+
+@pytest.mark.parametrize("finishes", [False, True])
+def test_a_run_that_another_process_is_at_work_on_is_come_back_to(tmp_path, monkeypatch, capsys, finishes):
+    jobs = [tiny_job(tmp_path, *SHORT, f"data=demo/{task}") for task in ("digits", "digits_loc")]
+    first = run.prepare(jobs[0])
+    first.folder.mkdir(parents=True)
+    (first.folder / "holder").write_text("process 4711 on thor")
+    other, trained, original = FileLock(first.folder / "lock"), [], run._train
+    monkeypatch.setattr(run, "_train", lambda one, *given: trained.append(one.cfg.task) or original(one, *given))
+
+    def pause(_):
+        trained.append("pause")
+        if trained.count("pause") == 2:  # it has finished the run, or was killed
+            other.release()
+            run.run_job(first) if finishes else None
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(sleep=pause))
+    with other:
+        outcomes = loop.run_all(jobs)
+    assert trained == ["digits_loc", "pause", "pause", "digits"]
+    assert [(o.name, o.reason, o.folder) for o in outcomes] == [
+        (f"{job.task}/vpt_deep", "", run.prepare(job).folder) for job in jobs
+    ]
+    out = capsys.readouterr().out
+    assert out.startswith("digits/vpt_deep: process 4711 on thor is at work on it: later\n")
+    assert ("finished before" in out) is finishes
+
+
+def test_a_single_run_that_another_process_is_at_work_on_fails(tmp_path):
+    job = tiny_job(tmp_path, *SHORT)
+    folder = run.prepare(job).folder
+    folder.mkdir(parents=True)
+    what = f"another process is at work on this run in {folder}: wait for it, or end it"
+    with FileLock(folder / "lock"), pytest.raises(UserError, match=f"^1 of 1 runs failed: digits/vpt_deep: {what}$"):
+        train(tmp_path)

@@ -1,8 +1,10 @@
 """A run that is killed at any step of its writing: the same command ends as if nothing had happened."""
 
 import os
+import pickle
 import shutil
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -12,7 +14,7 @@ from visprompt import run
 from visprompt.lit.module import TuningModule
 from visprompt.reports.folders import survey
 from visprompt.results import read_result
-from visprompt.run_folder import settle
+from visprompt.run_folder import AtWork, settle
 
 pytestmark = frozen
 SHORT = ("+trainer.limit_train_batches=1", "+trainer.limit_test_batches=1", "recipe.epochs=2")
@@ -167,6 +169,12 @@ def test_the_next_look_at_a_finished_run_removes_what_a_killed_process_left(tmp_
     }
     look[reader]()
     check(folder, whole, 0)
+
+
+def test_who_is_at_work_is_told_to_all_ranks():
+    error = pickle.loads(pickle.dumps(AtWork("process 4711 on thor", Path("logs/x"))))
+    assert (error.who, error.folder) == ("process 4711 on thor", Path("logs/x"))
+    assert str(error) == "process 4711 on thor is at work on this run in logs/x: wait for it, or end it"
 
 
 def test_a_folder_at_work_is_left_alone(tmp_path, whole):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from visprompt import measure, pruning
 from visprompt.errors import UserError, unknown
+from visprompt.leftovers import sweep
 from visprompt.lit.trainer import under_agent, without_wandb
 from visprompt.pruning import Importance, Point
 from visprompt.records import DamagedRecord, read_record, write_record
@@ -230,6 +231,7 @@ def _alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error}; choose another folder with paths.log_dir=...") from error
     try:
+        sweep(folder.glob(".*.????????"))
         yield
     finally:
         lock.release()

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from yaml import YAMLError
 
-from visprompt import run, run_folder
+from visprompt import memory, run, run_folder
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.lit.module import TuningModule
@@ -23,6 +23,7 @@ from visprompt.terminal import Terminal
 console = Terminal()
 
 
+@memory.explained(lambda: "give precision=bf16-mixed, or trainer=cpu")
 def evaluate(cfg: DictConfig) -> float:
     """Scores tuned states on their test set, several of them as one ensemble, and says what the runs had scored.
 

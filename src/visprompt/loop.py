@@ -1,7 +1,9 @@
 """The loop over runs: each in this process, or on several local devices as a process group of its own."""
 
 import logging
+import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +11,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from visprompt import chain, compose, launch, measure, run_folder, signals
+from visprompt import chain, compose, launch, measure, memory, run_folder, signals
 from visprompt.errors import UserError
 from visprompt.leftovers import temporary_folder
 from visprompt.lit.trainer import report_together, under_agent, without_wandb
 from visprompt.results import Result, read_result
 from visprompt.run import Run, prepare, run_job
+from visprompt.run_folder import AtWork, is_free
 from visprompt.terminal import Terminal
 
 log = logging.getLogger(__name__)
 console = Terminal()
+_POLL = 2.0  # seconds between two looks at runs that other processes are at work on
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def train(cfg: DictConfig) -> float:
     launch.end_with_parent()
     if launch.is_rank():
         try:
-            return run_job(prepare(cfg)).score
+            with _memory_explained(cfg):
+                return run_job(prepare(cfg)).score
         except BaseException as error:
             launch.give_reason(error)
             raise
@@ -71,7 +76,8 @@ def train(cfg: DictConfig) -> float:
         return dryrun.train(cfg)
     jobs = compose.jobs(cfg)
     together = under_agent() and len(jobs) > 1
-    outcomes = run_all([without_wandb(job) for job in jobs] if together else jobs)
+    wait = len(jobs) > 1 and not launch.started_elsewhere()  # ranks would have to agree on when
+    outcomes = run_all([without_wandb(job) for job in jobs] if together else jobs, wait)
     if together and _is_first():
         report_together(jobs, [o.result for o in outcomes], [o.folder for o in outcomes])
     bad = [f"{o.name}: {o.reason}" for o in outcomes if o.result is None]
@@ -82,32 +88,69 @@ def train(cfg: DictConfig) -> float:
     return sum(o.result.score for o in outcomes if o.result) / len(outcomes)
 
 
-def run_all(jobs: Iterable[DictConfig]) -> list[Outcome]:
+def run_all(jobs: Iterable[DictConfig], wait: bool = True) -> list[Outcome]:
     """Runs jobs one after the other; one that fails does not stop the others.
 
     Args:
         jobs: Composed jobs.
+        wait: Whether a run that another process is at work on is come back to behind the others, as soon as that one
+            has finished it or is gone; else it has failed.
 
     Returns:
         An outcome for each, in their order.
     """
-    outcomes = []
-    for cfg in jobs:
-        name = f"{cfg.task}/{cfg.method.name}"
-        signals.check()
+    outcomes: dict[int, Outcome] = {}
+    others: dict[int, tuple[DictConfig, Path]] = {}
+    for number, cfg in enumerate(jobs):
         try:
-            with signals.consequences():
-                result, folder = _run_chain(cfg)
-        except (UserError, launch.RanksFailed) as error:
-            outcomes.append(Outcome(name, None, str(error)))
-        except Exception as error:
-            log.exception("%s failed", name)
-            outcomes.append(Outcome(name, None, f"{type(error).__name__}: {error}"))
-        else:
-            diverged = result.status == "diverged"
-            reason = f"the loss was not finite at step {result.diverged_step}: lower recipe.lr" if diverged else ""
-            outcomes.append(Outcome(name, result, reason, folder))
-    return outcomes
+            outcomes[number] = _outcome(cfg)
+        except AtWork as error:
+            if not wait:
+                outcomes[number] = Outcome(_name(cfg), None, str(error))
+                continue
+            others[number] = cfg, error.folder
+            console.print(f"{_name(cfg)}: {error.who} is at work on it: later", highlight=False)
+    while others:
+        for number, (cfg, folder) in list(others.items()):
+            if not is_free(folder):
+                continue
+            try:
+                outcomes[number] = _outcome(cfg)
+                del others[number]
+            except AtWork as error:  # of a third process, or on the next run of a chain
+                others[number] = cfg, error.folder
+        if others:
+            time.sleep(_POLL)
+    return [outcomes[number] for number in sorted(outcomes)]
+
+
+def _outcome(cfg: DictConfig) -> Outcome:
+    """Runs one job and gives its memory back.
+
+    Raises:
+        AtWork: Another process is at work on it.
+    """
+    signals.check()
+    name = _name(cfg)
+    try:
+        with signals.consequences():
+            result, folder = _run_chain(cfg)
+    except AtWork:
+        raise
+    except (UserError, launch.RanksFailed) as error:
+        return Outcome(name, None, str(error))
+    except Exception as error:
+        log.exception("%s failed", name)
+        return Outcome(name, None, f"{type(error).__name__}: {error}")
+    finally:
+        memory.give_back()
+    diverged = result.status == "diverged"
+    reason = f"the loss was not finite at step {result.diverged_step}: lower recipe.lr" if diverged else ""
+    return Outcome(name, result, reason, folder)
+
+
+def _name(cfg: DictConfig) -> str:
+    return f"{cfg.task}/{cfg.method.name}"
 
 
 def _run_chain(cfg: DictConfig) -> tuple[Result, Path]:
@@ -115,11 +158,16 @@ def _run_chain(cfg: DictConfig) -> tuple[Result, Path]:
     made: list[tuple[Result, Path]] = []
 
     def run_one(link: DictConfig) -> Result:
-        made.append(_run_one(link))
+        with _memory_explained(link):
+            made.append(_run_one(link))
         return made[-1][0]
 
     result = chain.run(cfg, run_one)
     return result, next(folder for found, folder in made if found is result)
+
+
+def _memory_explained(cfg: DictConfig) -> AbstractContextManager[None]:
+    return memory.explained(lambda: memory.of_training(cfg.recipe.batch_size, cfg.trainer.accumulate_grad_batches))
 
 
 def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
@@ -146,6 +194,8 @@ def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
 def _run_ranks(run: Run, devices: int) -> Result:
     """Runs one job as a process group on several devices of this machine."""
     run.datamodule.prepare_data()  # once, before the ranks
+    with run_folder.locked(run.folder):
+        pass  # nobody is at work on it
     try:
         with temporary_folder("job") as folder:  # the run's own belongs to whoever holds its lock
             OmegaConf.save(run.cfg, folder / "config.yaml")

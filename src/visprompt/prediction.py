@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from visprompt import memory
 from visprompt.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.classifier import Classifier
 from visprompt.data.decoders import decoder_of
@@ -68,6 +69,7 @@ def backbone_of(state: TunedState, weights: str | None) -> Backbone:
         ) from error
 
 
+@memory.explained(lambda: "give a smaller batch_size=..., or device=cpu")
 def predict(state: str, images: str, *, output: str, batch_size: int, device: str, weights: str | None) -> None:
     """Labels every image below a folder and writes a CSV.
 

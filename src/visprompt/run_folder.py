@@ -32,7 +32,19 @@ _PARTS = ("config.yaml", _CURVE, _STATE)  # of an attempt, besides its result
 
 
 class AtWork(UserError):
-    """Another process is at work on a run."""
+    """Another process is at work on a run.
+
+    Attributes:
+        who: That process.
+        folder: The run's folder.
+    """
+
+    def __init__(self, who: str, folder: Path) -> None:
+        super().__init__(f"{who} is at work on this run in {folder}: wait for it, or end it")
+        self.who, self.folder = who, folder
+
+    def __reduce__(self) -> tuple[type["AtWork"], tuple[str, Path]]:  # rank 0 sends it to the others
+        return AtWork, (self.who, self.folder)
 
 
 @contextmanager
@@ -54,7 +66,7 @@ def locked(folder: Path) -> Iterator[Result | None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0.2)  # who only looks whether it is free holds it for a moment
     except Timeout:
-        raise AtWork(f"{_holder(folder)} is at work on this run in {folder}: wait for it, or end it") from None
+        raise AtWork(_holder(folder), folder) from None
     except OSError as error:
         raise _refused(folder, error) from error
     try:
@@ -70,6 +82,17 @@ def locked(folder: Path) -> Iterator[Result | None]:
                 holder.unlink(missing_ok=True)
             finally:
                 lock.release()
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nobody is at work on a run."""
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    lock.release()
+    return True
 
 
 def _holder(folder: Path) -> str:

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from visprompt import compose, signals
+from visprompt import compose, memory, signals
 from visprompt.cli import arguments, flags, points, words
 from visprompt.cli.show import job_as_yaml
 from visprompt.errors import UserError, unknown
@@ -103,7 +103,7 @@ def one_sentence_errors() -> Iterator[None]:
     if compose.in_multirun():
         signals.install()  # a launcher's worker runs no entry point
     try:
-        with signals.consequences():
+        with signals.consequences(), memory.explained(lambda: "end other programs, or take a machine that has more"):
             yield
     except UserError as error:
         if compose.in_multirun():
