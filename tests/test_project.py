@@ -35,6 +35,7 @@ SHELL = {
     "recipe_rows.py",
     "settings.py",
     "run.py",
+    "stored.py",
     "loop.py",
     "protocol.py",
     "inference.py",

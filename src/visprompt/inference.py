@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
-from yaml import YAMLError
+from omegaconf import DictConfig, OmegaConf
 
 from visprompt import memory, run, run_folder
 from visprompt.classifier import Classifier
@@ -18,6 +17,7 @@ from visprompt.methods.ensemble import Ensemble
 from visprompt.prediction import restore
 from visprompt.results import Result, open_result
 from visprompt.state import TunedState, check_fits, load_state
+from visprompt.stored import job_of, own_data
 from visprompt.terminal import Terminal
 
 console = Terminal()
@@ -28,7 +28,7 @@ def evaluate(cfg: DictConfig) -> float:
     """Scores tuned states on their test set, several of them as one ensemble, and says what the runs had scored.
 
     Args:
-        cfg: run (the folder of a run, or a list of folders), trainer, precision, weights and paths.
+        cfg: run (the folder of a run, or a list of folders), trainer, precision, weights, data and paths.
 
     Returns:
         test/acc.
@@ -41,10 +41,9 @@ def evaluate(cfg: DictConfig) -> float:
         raise UserError("run=[] names no run: give the folder of one, or of several to average their logits")
     results = [_scored(folder) for folder in folders]
     states = [load_state(folder) for folder in folders]
-    job = load_job(folders[0], cfg.paths.data_dir, cfg.weights)
-    with open_dict(job):
-        job.trainer, job.callbacks, job.logger = cfg.trainer, cfg.callbacks, None
-        job.precision = cfg.precision or job.precision
+    where: Any = {"data_dir": cfg.paths.data_dir, "weights": cfg.weights, "data": own_data(cfg)}
+    job = job_of(folders[0], states[0], results[0], **where)
+    job.trainer, job.callbacks, job.precision = cfg.trainer, cfg.callbacks, cfg.precision or job.precision
     prepared = run.prepare(job)
     for folder, state, result in zip(folders, states, results, strict=True):
         if state.method.get("initial") is not None and len(folders) > 1:
@@ -77,40 +76,6 @@ def _scored(folder: Path) -> Result:
     if result.split != "final":
         raise UserError(f"{folder} is a run of split=tune, which has no test set: give a run of split=final")
     return result
-
-
-def load_job(folder: Path, data_dir: str | None, weights: str | None) -> Any:
-    """The job of a finished run, for this machine.
-
-    Args:
-        folder: The run's.
-        data_dir: Where data are that do not lie where the run found them; None leaves its own folders.
-        weights: The file of backbone weights; None takes the run's own.
-
-    Returns:
-        Its config; the trainer in it is still that of the run.
-
-    Raises:
-        UserError: The run's config.yaml cannot be read, or there is no file of weights at that place.
-    """
-    path = folder / "config.yaml"
-    try:
-        job: Any = OmegaConf.load(path)
-    except (OSError, ValueError, YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason}): copy the whole folder of the run") from error
-    with open_dict(job):
-        job.backbone.weights = weights or job.backbone.weights
-        for name, place in (("data_dir", data_dir), ("store_dir", f"{data_dir}/stores")):
-            if data_dir and name in job.data and not Path(job.data[name]).is_dir():
-                job.data[name] = place  # the run was made on another machine
-        if "weights" in job.method:  # of a side network: the state brings the values
-            job.method.weights = load_state(folder).method["weights"]
-        if "download" in job.data:
-            job.data.download = False  # scoring is no occasion to fetch 40 GB
-    if job.backbone.weights and not Path(job.backbone.weights).expanduser().exists():
-        raise UserError(f"there is no file of backbone weights at {job.backbone.weights}: give weights=FILE")
-    return job
 
 
 def check_prepared(prepared: run.Run, state: TunedState, result: Result, folder: Path, source: Path) -> None:

@@ -16,9 +16,8 @@ from visprompt.backbones import check_name
 from visprompt.backbones.options import check_kwargs, is_number
 from visprompt.errors import UserError
 from visprompt.methods import check_options
+from visprompt.text import visible
 
-# control characters, line and paragraph separators, and what turns the direction of the text behind it
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _DTYPES = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
     | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -26,12 +25,13 @@ _DTYPES = frozenset(
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_:+.-]{0,79}"
 _LARGEST = 65536  # of a number among a method's options, and of the entries of a list
 _DEEPEST = 3  # lists in lists: masks of tokens by layer and segment
-_Model = TypeVar("_Model", bound="Closed")
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def has_control(text: str) -> bool:
     """Whether a text holds characters that are not seen and steer a terminal, a page or a table."""
-    return _UNSEEN.search(text) is not None
+    unicode = re.sub("[\udc80-\udcff]", "", text)  # how Python holds bytes of a folder's name that are not UTF-8
+    return visible(unicode) != unicode
 
 
 def _printable(text: Any) -> Any:
@@ -93,6 +93,7 @@ class _Preprocessing(Closed):
     antialias: bool = True
     crop: Literal["random", "center"] | None = None
     flip: Annotated[float, Field(ge=0, le=1)] | bool = 0.0
+    white_level: Annotated[int, Field(ge=1, lt=2**32)] | None = None
     mean: Annotated[list[Number], Field(min_length=3, max_length=3)]
     std: Annotated[list[Annotated[Number, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
@@ -126,7 +127,7 @@ def read(model: type[_Model], values: Any, source: Path | str, mend: str) -> _Mo
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
-    where, value = plain(".".join(str(part) for part in first["loc"])) or "its content", first["input"]
+    where, value = visible(".".join(str(part) for part in first["loc"])) or "its content", first["input"]
     if first["type"] == "extra_forbidden":
         return f"{where} is not a key of this version"
     if first["type"] == "missing":
@@ -134,11 +135,6 @@ def _first_problem(error: ValidationError) -> str:
     given = f", and is {value!r:.60}" if isinstance(value, str | int | float | None) else ""
     problem = re.sub(r"^(Value error,|Input|String|List|Dictionary) ", "", first["msg"])
     return f"{where} {problem}{given}"
-
-
-def plain(text: str) -> str:
-    r"""Return a text with its control characters written out, as in `\x1b`, to be printed."""
-    return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def check_record(record: Mapping[str, Any], source: Path | str, mend: str) -> None:
@@ -189,7 +185,7 @@ def check_tensors(tensors: Mapping[str, Tensor], source: Path | str, mend: str) 
     """
     for name, tensor in tensors.items():
         if has_control(name):
-            raise UserError(f"{source} is refused: a tensor's name, {plain(name)}, holds control characters; {mend}")
+            raise UserError(f"{source} is refused: a tensor's name, {visible(name)}, holds control characters; {mend}")
         if tensor.dtype not in _DTYPES:
             raise UserError(f"{source} is refused: the tensor {name} is of {tensor.dtype}; {mend}")
         if not tensor.isfinite().all():

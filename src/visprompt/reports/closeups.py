@@ -74,7 +74,7 @@ def look(
         folders: Of finished runs.
         names: What to call runs that stand in rows of a table, by their resolved folders; others get those as names.
         device: See `inspect.open_run`, as for the two others.
-        data_dir: Where data are that do not lie where the runs found them.
+        data_dir: This machine's folder of data.
         weights: A file of backbone weights.
     """
     plots: list[Plot] = []

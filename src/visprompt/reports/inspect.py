@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.plugins import Precision
-from omegaconf import open_dict
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -24,7 +23,7 @@ from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.dataset import TicketDataset
 from visprompt.errors import UserError
-from visprompt.inference import check_prepared, load_job, restore_on
+from visprompt.inference import check_prepared, restore_on
 from visprompt.lit.trainer import build_trainer
 from visprompt.methods import Method
 from visprompt.prediction import find_device
@@ -32,6 +31,7 @@ from visprompt.reports.attention import last_attention
 from visprompt.results import Result, open_result
 from visprompt.run_folder import settle
 from visprompt.state import load_state
+from visprompt.stored import job_of
 
 _LEAST_REPEATS = 3
 
@@ -87,7 +87,7 @@ def open_run(folder: Path, device: str = "cpu", *, data_dir: str | None = None, 
     Args:
         folder: The run's, logs/<task>/<method>/<hash>; nothing is written into it.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
-        data_dir: Where data are that do not lie where the run found them.
+        data_dir: This machine's folder of data; None takes that of configs/paths and configs/local.
         weights: A file of backbone weights, where the run's own path is not on this machine.
 
     Raises:
@@ -95,12 +95,10 @@ def open_run(folder: Path, device: str = "cpu", *, data_dir: str | None = None, 
     """
     settle(folder)
     result, state = open_result(folder), load_state(folder)
-    job, where = load_job(folder, data_dir, weights), find_device(device)
+    job, where = job_of(folder, state, result, data_dir=data_dir, weights=weights), find_device(device)
     accelerator, devices = ("gpu", [where.index or 0]) if where.type == "cuda" else (where.type, 1)
-    with open_dict(job):
-        job.callbacks, job.logger, job.data.num_workers = {}, None, 0
-        job.trainer.update(accelerator=accelerator, devices=devices, num_nodes=1, strategy="auto", plugins=None)
-        job.trainer.enable_progress_bar = False
+    job.data.num_workers = 0
+    job.trainer.update(accelerator=accelerator, devices=devices, enable_progress_bar=False)
     prepared = run.prepare(job)
     check_prepared(prepared, state, result, folder, folder / "config.yaml")
     precision = build_trainer(job).precision_plugin

@@ -111,7 +111,7 @@ def _closeups(cfg: DictConfig, made: Sequence[Row]) -> "Closeups | None":
     folders = typical(made) if cfg.inspect == "auto" else list(dict.fromkeys(_paths(cfg.inspect, "inspect")))
     for folder in folders:
         open_result(folder)  # what was asked for by name is there, before any of it is opened
-    seen = look(folders, names, cfg.device, data_dir=cfg.data_dir, weights=cfg.weights)
+    seen = look(folders, names, cfg.device, data_dir=cfg.data_dir or cfg.paths.data_dir, weights=cfg.weights)
     for one in seen.left_out:
         _say(f"{one.folder}: {one.why}")
     return seen
