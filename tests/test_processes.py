@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from cli import call, command, equal, tensors, tiny
+from visprompt.data.synthetic import write_folder
 from visprompt.results import read_result
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -55,6 +56,22 @@ def test_two_ranks_reach_the_result_of_one_process(tmp_path):
     for name, tensor in reference.items():  # sums in another order, which AdamW's division by small numbers enlarges
         assert (ours[name] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), name
     assert two.metrics["test/acc"] == pytest.approx(one.metrics["test/acc"], abs=2.5 / 797)
+
+
+@pytest.mark.parametrize("split", ["final", "tune"])
+def test_fewer_images_than_devices_are_scored_each_once(tmp_path, split):
+    root = write_folder(tmp_path / "shades", ("dark", "light"), 6, splits=("train",))
+    for part in ("val", "test"):
+        write_folder(root, ("dark",), 1, splits=(part,), seed=7)
+    given = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=4")
+    done = call("train", *ddp(tmp_path / "logs", *given, f"split={split}"), timeout=500)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "logs" / "shades" / "vpt_deep").iterdir()
+    result = read_result(folder)
+    scored = {"final": "test", "tune": "val"}[split]
+    assert result.machine["devices"] == 2
+    assert result.metrics[f"{scored}/count"] == 1
+    assert result.metrics[f"{scored}/acc"] in (0.0, 1.0)
 
 
 def test_a_killed_rank_takes_all_with_it_and_the_same_command_ends_with_the_same_bits(tmp_path):

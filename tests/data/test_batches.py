@@ -52,9 +52,15 @@ def test_evaluation_shows_every_row_once_without_padding(num_rows, world, accumu
     dealt = ranks(world, num_rows=num_rows, batch_size=multiple, accumulate=accumulate, seed=seed, training=False)
     steps = [list(batches) for batches in dealt]
     assert [len(own) for own in steps] == [len(batches) for batches in dealt]
-    tickets = [ticket for own in steps for batch in own for ticket in batch]
+    assert all(own and all(own) for own in steps), "a rank without batches would be skipped"
+    tickets = [ticket for own in steps for batch in own for ticket in batch if ticket.weight]
     assert sorted(tickets) == [Ticket(row, None, 1.0) for row in range(num_rows)]
     assert all(len(batch) <= -(-multiple // world) for own in steps for batch in own)
+
+
+def test_a_rank_without_rows_scores_a_filler_of_weight_zero():
+    dealt = [list(own) for own in ranks(3, num_rows=2, batch_size=4, training=False)]
+    assert dealt == [[[Ticket(0, None, 1.0)]], [[Ticket(1, None, 1.0)]], [[Ticket(0, None, 0.0)]]]
 
 
 def test_797_images_on_two_ranks_are_399_and_398():

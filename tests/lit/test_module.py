@@ -71,6 +71,21 @@ def test_the_loss_is_the_weighted_sum_and_rows_of_no_weight_do_not_count(monkeyp
     assert float(one.train_acc.compute()) == pytest.approx(float((logits.argmax(1) == given.labels)[:3].float().mean()))
 
 
+@pytest.mark.parametrize("stage", ["validation", "test"])
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+def test_a_filler_is_not_scored(stage, weights):
+    one = module(num_tokens=2, dropout=0.0)
+    given = batch(weights=weights)
+    with torch.no_grad():
+        getattr(one, f"{stage}_step")(given, 0)
+        said = one.classifier(given.images).argmax(1)
+    short = {"validation": "val"}.get(stage, stage)
+    confusion = getattr(one, f"{short}_confusion").compute()
+    assert int(confusion.sum()) == sum(weights)
+    assert int(confusion.diagonal().sum()) == sum((said == given.labels)[: int(sum(weights))].tolist())
+    assert float(getattr(one, f"{short}_loss").weight) == sum(weights)
+
+
 def test_the_first_step_whose_loss_is_not_finite_is_kept(monkeypatch):
     one = module(num_tokens=2)
     for step, value in [(0, 1.0), (1, float("nan")), (2, 1.0), (3, float("inf"))]:

@@ -18,7 +18,9 @@ class GlobalBatches(Sampler[list[Ticket]]):
     step gives the mean over the true number of images. A share that is empty becomes one ticket of weight 0, because
     all ranks must take the same number of steps.
 
-    Evaluation: rows rank, rank + world, ... in order, weight 1; each row on one rank, none twice.
+    Evaluation: rows rank, rank + world, ... in order, weight 1; each row on one rank, none twice. A rank without rows
+    gets one ticket of weight 0, a filler that no score counts: Lightning skips a loop without batches, and the others
+    would wait for this rank's share of the score.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class GlobalBatches(Sampler[list[Ticket]]):
     def __len__(self) -> int:
         if self.training:
             return -(-self.num_rows // self.batch_size) * self.accumulate
-        return -(-len(range(self.rank, self.num_rows, self.world)) // self._eval_size)
+        return max(1, -(-len(range(self.rank, self.num_rows, self.world)) // self._eval_size))
 
     def __iter__(self) -> Iterator[list[Ticket]]:
         return self._train() if self.training else self._evaluate()
@@ -82,6 +84,8 @@ class GlobalBatches(Sampler[list[Ticket]]):
         rows = range(self.rank, self.num_rows, self.world)
         for start in range(0, len(rows), self._eval_size):
             yield [Ticket(row, None, 1.0) for row in rows[start : start + self._eval_size]]
+        if not rows:
+            yield [Ticket(0, None, 0.0)]
 
 
 def _uneven(batch_size: int, world: int, accumulate: int) -> UserError:

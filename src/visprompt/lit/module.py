@@ -208,7 +208,7 @@ class TuningModule(L.LightningModule):
         """Scores val200; exists in `split=tune` only."""
         logits = self(batch.images).float()
         self.val_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"), batch.weights)
-        self.val_confusion.update(logits.argmax(1), batch.labels)
+        self.val_confusion.update(*_counted(logits, batch))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation figures."""
@@ -220,7 +220,7 @@ class TuningModule(L.LightningModule):
         """Scores test; read once, after the last epoch of a final run."""
         logits = self(batch.images).float()
         self.test_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"), batch.weights)
-        self.test_confusion.update(logits.argmax(1), batch.labels)
+        self.test_confusion.update(*_counted(logits, batch))
 
     def on_test_epoch_end(self) -> None:
         """Logs the test figures."""
@@ -264,6 +264,12 @@ class TuningModule(L.LightningModule):
             with self.trainer.precision_plugin.forward_context():
                 part = self.classifier.frozen(moved.images.to(self.dtype))
             yield part.float().cpu()
+
+
+def _counted(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return predictions and labels without those of a filler, which a device without images scores."""
+    real = batch.weights > 0
+    return logits.argmax(1)[real], batch.labels[real]
 
 
 def accuracies(confusion: Tensor) -> dict[str, Any]:
