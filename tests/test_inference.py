@@ -1,10 +1,12 @@
 """A saved state scores what its run scored, labels images as that score says, and fits nothing else."""
 
 import csv
+import os
 import shutil
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -53,7 +55,7 @@ def evaluate(folder, *arguments):
 def predict(logs, folder, images, output, *arguments):
     given = (f"state={folder}", f"images={images}", f"output={output}", "device=cpu", *arguments)
     with composed("predict", f"weights={logs / 'weights.safetensors'}", *given) as cfg:
-        names = ("state", "images", "output", "batch_size", "device", "weights")
+        names = ("state", "images", "output", "batch_size", "device", "weights", "overwrite")
         prediction.predict(**{name: cfg[name] for name in names})
     with output.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -260,24 +262,29 @@ def test_predict_names_what_it_leaves_out(logs, trained, tmp_path, capsys):
     images = synthetic.write_folder(tmp_path / "images", ("a", "b"), 3)
     (images / "broken.png").write_bytes((images / "a" / "0000.png").read_bytes()[:100])
     (images / "notes.txt").write_text("no image")
-    (images / ".hidden.png").write_bytes(b"")
+    for name in (".hidden.png", "Thumbs.db", ".cache/0000.png"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes((images / "a" / "0000.png").read_bytes())
     Image.new("L", (4, 4)).save(images / "b" / "dot.png")
     rows = predict(logs, folder / "tuned.safetensors", images, tmp_path / "out.csv", "batch_size=2")
     assert [row["path"] for row in rows] == [f"{name}/000{number}.png" for name in "ab" for number in range(3)]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[:2] for line in lines[:-1]] == [
-        ["left out", str(images / name)] for name in ("b/dot.png", "broken.png", "notes.txt")
+    assert [line.split(": ")[:2] for line in lines[:-2]] == [
+        *(["left out", str(images / name)] for name in ("b/dot.png", "broken.png")),
     ]
     assert "less than 16 on the short side" in lines[0]
     assert "cannot be decoded" in lines[1]
-    assert lines[-1] == f"6 of 9 files labelled: {tmp_path / 'out.csv'}"
+    assert lines[-2] == f"6 of 8 files labelled: {tmp_path / 'out.csv'}"
+    assert lines[-1] == "left out: files of other formats (1), hidden files (1), hidden folders (1), system files (1)"
 
 
 @pytest.mark.parametrize("spoil", [lambda images: None, lambda images: (images / "a.png").write_bytes(b"broken")])
 def test_predict_on_a_folder_without_images_is_one_sentence(logs, trained, tmp_path, spoil):
     (tmp_path / "images").mkdir()
     spoil(tmp_path / "images")
-    with pytest.raises(UserError, match=r"^there is no image that can be read in .*images: give a folder of images$"):
+    with pytest.raises(
+        UserError, match=r"^there is no image that can be read in .*images: give an image or a folder of images$"
+    ):
         predict(logs, trained()[0], tmp_path / "images", tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
 
@@ -285,8 +292,10 @@ def test_predict_on_a_folder_without_images_is_one_sentence(logs, trained, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("images=/nowhere",), "there is no folder /nowhere: correct images="),
+        (("images=/nowhere",), "there is no image and no folder /nowhere: correct images="),
         (("state=/nowhere",), "there is no tuned state at /nowhere"),
+        (("batch_size=0",), "batch_size=0 is not a number of images: give a whole number of 1 or more"),
+        (("output=/tmp",), "^output=/tmp is a folder: give the name of a new CSV$"),
         (("device=gpu",), "device=gpu is no device of this machine: choose auto, cpu or cuda"),
         (("weights=/nowhere",), "there is no file of backbone weights at /nowhere"),
     ],
@@ -294,3 +303,66 @@ def test_predict_on_a_folder_without_images_is_one_sentence(logs, trained, tmp_p
 def test_predict_says_what_is_wrong(logs, trained, tmp_path, arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         predict(logs, trained()[0], tmp_path, tmp_path / "out.csv", *arguments)
+
+
+def test_predict_takes_a_single_image(logs, trained, scans, tmp_path):
+    folder, _ = trained()
+    whole = predict(logs, folder, scans, tmp_path / "all.csv")
+    (alone,) = predict(logs, folder, scans / whole[3]["path"], tmp_path / "one.csv")
+    assert alone == whole[3] | {"path": whole[3]["path"].split("/")[1]}
+
+
+def test_predict_replaces_a_csv_only_where_it_is_told_to(logs, trained, tmp_path):
+    images = synthetic.write_folder(tmp_path / "images", ("a",), 2)
+    output = tmp_path / "out.csv"
+    output.write_text("path\nmine\n")
+    with pytest.raises(UserError) as caught:
+        predict(logs, trained()[0], images, output)
+    assert str(caught.value) == (
+        f"output={output} is there already: give overwrite=true to replace it, or the name of a new CSV"
+    )
+    assert output.read_text() == "path\nmine\n"
+    assert len(predict(logs, trained()[0], images, output, "overwrite=true")) == 2
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True, "4"])
+def test_predict_refuses_a_batch_size_that_is_not_a_number_of_images(tmp_path, size):
+    with pytest.raises(UserError, match=rf"^batch_size={size} is not a number of images: give a whole number of 1 or"):
+        prediction.predict("x", "y", output=str(tmp_path / "z.csv"), batch_size=size, device="cpu", weights=None)
+
+
+def test_names_that_are_no_utf8_are_trained_on_and_predicted(tmp_path):
+    root = synthetic.write_folder(tmp_path / "shades", ("dark", "light"), 6)
+    (root / "dark" / "0000.png").rename(root / "dark" / os.fsdecode(b"caf\xe9.png"))
+    (root / "light").rename(root / os.fsdecode(b"li\xe9ght"))
+    options = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=4")
+    one = tiny_run(tmp_path / "logs", *options)
+    run.run_job(one)
+    rows = predict(tmp_path / "logs", one.folder, root, tmp_path / "out.csv")
+    assert list(rows[0]) == ["path", "class", "probability", "dark", r"li\xe9ght"]
+    paths = [row["path"] for row in rows]
+    assert r"dark/caf\xe9.png" in paths
+    assert r"li\xe9ght/0000.png" in paths
+
+
+def test_white_is_what_it_was_in_training(tmp_path):
+    root = tmp_path / "scans"
+    for name, value in (("dark", 40), ("light", 200)):
+        (root / name).mkdir(parents=True)
+        for number in range(10):
+            Image.fromarray(np.full((40, 40), value + number, np.uint16)).save(root / name / f"{number}.png")
+    options = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=4")
+    one = tiny_run(tmp_path / "logs", *options, "data.white_level=255", "recipe.epochs=1", "recipe.warmup_epochs=0")
+    run.run_job(one)
+    state = load_state(one.folder)
+    assert state.preprocessing["white_level"] == 255
+    rows = {
+        row["path"]: float(row["dark"]) for row in predict(tmp_path / "logs", one.folder, root, tmp_path / "out.csv")
+    }
+    data = one.datamodule
+    batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
+    classifier = prediction.restore(state, one.folder, replace(one.backbone, module=deepcopy(one.backbone.module)))
+    with torch.no_grad():
+        shares = classifier(batch.images).softmax(1)[:, 0].tolist()
+    keys = [data.store.keys[int(data.test_dataset.rows[row])] for row in batch.rows]
+    assert [rows[key] for key in keys] == pytest.approx(shares, abs=2e-6)

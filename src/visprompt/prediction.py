@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from visprompt.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.classifier import Classifier
 from visprompt.data.decoders import decoder_of
 from visprompt.data.folder import BadImage
+from visprompt.data.own_images import is_supported
 from visprompt.data.pixels import to_input
+from visprompt.data.walk import files_below
 from visprompt.errors import UserError
 from visprompt.methods import build_method
 from visprompt.methods.sidetune import RANDOM
@@ -70,26 +73,43 @@ def backbone_of(state: TunedState, weights: str | None) -> Backbone:
 
 
 @memory.explained(lambda: "give a smaller batch_size=..., or device=cpu")
-def predict(state: str, images: str, *, output: str, batch_size: int, device: str, weights: str | None) -> None:
-    """Labels every image below a folder and writes a CSV.
+def predict(
+    state: str,
+    images: str,
+    *,
+    output: str,
+    batch_size: int,
+    device: str,
+    weights: str | None,
+    overwrite: bool = False,
+) -> None:
+    """Label an image, or every image below a folder, and write a CSV.
+
+    What training leaves out (hidden and system files, other formats) is left out here. Names that cannot be shown are
+    escaped in the CSV: see `text.visible`.
 
     Args:
         state: A run's folder, or its tuned.safetensors.
-        images: A folder; searched with all below it.
+        images: An image; or a folder, searched with all below it.
         output: The CSV to write: path, class, its probability, and the probability of every class.
         batch_size: Images at a time.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         weights: A file of backbone weights; None where the backbone is embedded or timm's.
+        overwrite: Whether a CSV that is there may be replaced.
 
     Raises:
-        UserError: The state cannot be read or the folder has no image that can.
+        UserError: The state cannot be read, no image can, or the CSV is there.
     """
-    path, folder = Path(state), Path(images)
+    path, place, csv_file = Path(state), Path(images), Path(output)
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is not a number of images: give a whole number of 1 or more")
+    if csv_file.is_dir() or (csv_file.exists() and not overwrite):
+        what = "is a folder: give" if csv_file.is_dir() else "is there already: give overwrite=true to replace it, or"
+        raise UserError(f"output={output} {what} the name of a new CSV")
     settle(path if path.is_dir() else path.parent)
     tuned = open_state(path)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: correct images=...")
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    left_out: Counter[str] = Counter()
+    files, folder = _files(place, left_out)
     classifier = restore(tuned, path, backbone_of(tuned, weights))
     where = find_device(device)
     classifier.to(where)
@@ -108,9 +128,25 @@ def predict(state: str, images: str, *, output: str, batch_size: int, device: st
             writer.writerow([csv_cell(name), csv_cell(tuned.class_names[best]), *figures])
         count += len(names)
     if not count:
-        raise UserError(f"there is no image that can be read in {folder}: give a folder of images")
-    write_atomically(Path(output), lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+        raise UserError(f"there is no image that can be read in {place}: give an image or a folder of images")
+    write_atomically(csv_file, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
     console.print(f"{count} of {len(files)} files labelled: {output}", soft_wrap=True)
+    if left_out:
+        listed = ", ".join(f"{what} ({number})" for what, number in sorted(left_out.items()))
+        console.print(f"left out: {listed}", soft_wrap=True)
+
+
+def _files(place: Path, left_out: Counter[str]) -> tuple[list[Path], Path]:
+    """Return the images to label, and the folder that their names in the CSV are relative to."""
+    if place.is_file():
+        return [place], place.parent
+    if not place.is_dir():
+        raise UserError(f"there is no image and no folder {place}: correct images=...")
+    found = sorted(files_below(place, left_out))
+    images = [file for file in found if is_supported(file)]
+    if len(images) < len(found):
+        left_out["files of other formats"] = len(found) - len(images)
+    return images, place
 
 
 def find_device(name: str) -> torch.device:

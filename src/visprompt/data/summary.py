@@ -7,7 +7,7 @@ from typing import Any
 
 from visprompt.data.own_images import OwnImages
 from visprompt.data.splits import SPLITS
-from visprompt.printable import printable
+from visprompt.text import visible
 
 _NAMED = 10  # classes whose names are printed
 
@@ -80,4 +80,4 @@ def sentences(task: str, class_names: Sequence[str], summary: Mapping[str, Any])
             f"warning: {count:,} grey images use less than a quarter of their 16 or 32 bits (up to {top:,}) and look "
             f"dark: give data.white_level={max(255, 2 ** top.bit_length() - 1)} if that is their white"
         )
-    return [printable(line) for line in lines]
+    return [visible(line) for line in lines]
