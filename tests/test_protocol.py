@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from cli import composed, frozen, tiny
 from damage import rewrite
 from visprompt import chain, compose, loop, protocol, run
+from visprompt.data.synthetic import write_folder
 from visprompt.errors import UserError
 from visprompt.results import read_result
 
@@ -45,6 +46,24 @@ def test_a_grid_on_tune_then_seeds_on_final_with_the_chosen_point(logs, tuned):
     best = max(result.metrics["val/acc"] for result in grid)
     chosen = min(result.recipe["lr"] for result in grid if result.metrics["val/acc"] == best)
     assert sorted((result.seed, result.recipe["lr"]) for result in final) == [(1, chosen), (2, chosen)]
+
+
+@pytest.mark.parametrize(
+    ("splits", "options", "sentence"),
+    [
+        (("train", "val"), (), r"pets has no test images: add test/<class>/ folders"),
+        (("train", "test"), (), r"pets has no val images: add val/<class>/ folders"),
+        (("train", "val"), ("data.test=none",), r"^src/tune.py makes a table of test accuracies, and data.test=none"),
+    ],
+)
+@pytest.mark.parametrize("dry", ["false", "true"])
+def test_missing_images_are_known_before_the_grid(tmp_path, splits, options, sentence, dry):
+    root = write_folder(tmp_path / "pets", ("cat", "dog"), 6, splits=splits)
+    given = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=4")
+    with pytest.raises(UserError, match=sentence):
+        tune(tmp_path / "logs", *given, "methods=[linear]", *options, f"dry_run={dry}")
+    assert not (tmp_path / "logs" / "pets").exists()
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_table_holds_mean_and_deviation_of_the_test_scores(logs, tuned):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 
 import pytest
@@ -10,11 +11,12 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 
 from cli import content, frozen, tiny_job, tiny_run
-from visprompt import run
+from visprompt import loop, run
 from visprompt.data import synthetic
 from visprompt.errors import UserError
 from visprompt.lit.module import TuningModule
-from visprompt.results import read_result
+from visprompt.results import cell, read_result
+from visprompt.state import load_state
 
 pytestmark = frozen
 
@@ -294,6 +296,28 @@ def test_own_images_with_given_splits(tmp_path, capsys):
     tuned = run.run_job(tiny_run(tmp_path / "logs", *options, "split=tune"))
     assert tuned.metrics["val/count"] == 18
     assert "test/acc" not in tuned.metrics
+
+
+def test_without_test_images_a_run_is_refused_or_marked_as_not_scored(tmp_path, capsys):
+    root = synthetic.write_folder(tmp_path / "pets", ("cat", "dog"), 6, splits=("train", "val"))
+    options = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=4")
+    with pytest.raises(UserError, match=r"^pets has no test images: .* split=tune, .* or give data.test=none"):
+        tiny_run(tmp_path / "logs", *options)
+    assert not (tmp_path / "data").exists()
+    assert not (tmp_path / "logs" / "pets").exists()
+    one = tiny_run(tmp_path / "logs", *options, "data.test=none", "diagnostics.best_on_test=true")
+    result = run.run_job(one)
+    assert result.status == "unscored"
+    assert math.isnan(result.score)
+    assert not [name for name in result.metrics if name.startswith(("test/", "val/", "leak/"))]
+    assert load_state(one.folder).task == "pets"
+    assert read_result(one.folder) == result
+    capsys.readouterr()
+    loop.show(result, one)
+    assert "not scored: there are no test images" in capsys.readouterr().out
+    assert run.run_job(one) == result, "it is finished"
+    with pytest.raises(UserError, match="have no test score, are not averaged"):
+        cell([result])
 
 
 def hand_counted(one):

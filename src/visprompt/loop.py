@@ -52,7 +52,8 @@ def train(cfg: DictConfig) -> float:
         cfg: What `@hydra.main` composed.
 
     Returns:
-        Mean score over the tasks: val/acc in `split=tune`, else test/acc; -inf where one diverged.
+        Mean score over the tasks: val/acc in `split=tune`, else test/acc; -inf where one diverged, nan
+        where one was not scored.
 
     Raises:
         UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; all others were run before this
@@ -244,6 +245,8 @@ def show(result: Result, run: Run) -> None:
             table.add_row(name, f"{100 * value:.2f} %")
     if result.status == "diverged":
         table.add_row("status", f"diverged at step {result.diverged_step}")
+    if result.status == "unscored":
+        table.add_row("status", "not scored: there are no test images (data.test=none)")
     tuned = result.tuned
     table.add_row(
         "tuned parameters",

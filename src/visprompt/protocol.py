@@ -19,6 +19,7 @@ from visprompt.lit.trainer import under_agent
 from visprompt.loop import Outcome, run_all
 from visprompt.methods import METHODS
 from visprompt.results import Cell, cell, choose, markdown_table
+from visprompt.run import prepare
 from visprompt.state import write_atomically
 from visprompt.terminal import Terminal
 
@@ -60,13 +61,16 @@ def tune(cfg: DictConfig) -> float:
     for method in methods:
         if method not in METHODS:
             raise unknown("method", method, METHODS)
+    jobs = [job for method in methods for job in compose.jobs(cfg, [f"method={method}"])]
+    if any(job.task == "folder" and job.data.test == "none" for job in jobs):
+        raise UserError("src/tune.py makes a table of test accuracies, and data.test=none scores none: take it away")
     if cfg.dry_run:
         from visprompt import dryrun  # imported late: it is built on this file
 
         return dryrun.tune(cfg, methods, seeds)
-    jobs = [job for method in methods for job in compose.jobs(cfg, [f"method={method}"])]
     for job in jobs:
         job_points(job)  # says what is wrong with it before anything is trained
+        _check_sets(job)
     cells: dict[tuple[str, str], Cell] = {}
     failed: list[str] = []
     for job in jobs:
@@ -85,6 +89,12 @@ def tune(cfg: DictConfig) -> float:
     if failed:
         raise UserError(f"{len(failed)} runs failed: " + "; ".join(failed))
     return sum(found.mean for found in cells.values()) / len(cells)
+
+
+def _check_sets(job: DictConfig) -> None:
+    """Raise where own images lack those that the grid or the final runs score."""
+    for split in ("tune", "final") if job.task == "folder" else ():
+        prepare(chain.vary(job, {"split": split}))
 
 
 def _choices(cfg: DictConfig, name: str) -> list[Any]:

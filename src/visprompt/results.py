@@ -22,7 +22,8 @@ class Result:
     """What one run was and what came of it.
 
     Attributes:
-        status: "finished", or "diverged" where the loss was not finite.
+        status: "finished", "diverged" where the loss was not finite, or "unscored" where a run was to train and score
+            nothing (data.test=none).
         task: Task id, or the name of the user's own images.
         method: Name and options.
         recipe: How it was trained.
@@ -73,7 +74,9 @@ class Result:
 
     @property
     def score(self) -> float:
-        """The figure this run is judged by: val/acc in `split=tune`, else test/acc; -inf where it diverged."""
+        """What this run is judged by: val/acc in `split=tune`, else test/acc; -inf where it diverged; nan unscored."""
+        if self.status == "unscored":
+            return float("nan")
         if self.status == "diverged":
             return float("-inf")
         return self.metrics["val/acc" if self.split == "tune" else "test/acc"]
@@ -123,10 +126,10 @@ def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
     for name, value in record.items():
         if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
             raise DamagedRecord(f"{path} is damaged: its {name} is {value!r}")
-    if record["status"] not in ("finished", "diverged"):
+    if record["status"] not in ("finished", "unscored", "diverged"):
         raise DamagedRecord(f"{path} is damaged: its status is {record['status']!r}")
     result = Result(**record | {"tags": tuple(record["tags"])})
-    if result.status == "finished":
+    if result.status != "diverged":
         _check_state(folder / "tuned.safetensors", result, hashed)
     return result
 

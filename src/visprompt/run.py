@@ -75,6 +75,7 @@ def prepare(cfg: DictConfig) -> Run:
     seed = 0 if cfg.backbone.pretrained else int(cfg.seed)  # loaded weights are the same for every seed
     backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), seed)
     datamodule = build_data(cfg, backbone)
+    datamodule.check_sets()
     identity = identity_of(cfg, recipe, backbone, datamodule)
     about = {name: getattr(datamodule, name) for name in ("task", "class_names", "preprocessing")}
     method = {k: v for k, v in identity["method"].items() if k != "weights"}  # whoever builds it looks for that file
@@ -157,7 +158,7 @@ def run_job(run: Run) -> Result:
             build_loggers(run.cfg, run.folder, stored.attempt, stored.tuned) if trainer.is_global_zero else ()
         ):
             logger.log_metrics(dict(stored.metrics))
-            close(logger, "success" if stored.status == "finished" else "failed", run.folder)
+            close(logger, "failed" if stored.status == "diverged" else "success", run.folder)
         return stored
 
 
@@ -189,7 +190,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     release_pixels(None if classifier.has_frozen_part else datamodule.images_key)  # they were earlier runs'
     measure.reset_peak_memory(device)
     pruning.rewind(classifier, run.folder.parent)  # where the method names stored initial values
-    module = TuningModule(classifier, make_recipe(cfg), cfg.seed, leaks=cfg.diagnostics.best_on_test)
+    module = TuningModule(classifier, make_recipe(cfg), cfg.seed, leaks=_reads_test(run))
     if cfg.compile:
         torch.compiler.reset()  # else the ninth run of a process would exceed a limit and go uncompiled
         module.classifier.compile()  # in place: the names of its parameters stay
@@ -204,13 +205,15 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             console.print(line, soft_wrap=True)
     try:
         diverged = _fit_and_score(trainer, module, datamodule, ckpt_path)
-        if diverged is None and module.scored_step != trainer.global_step:
+        unscored = diverged is None and not datamodule.is_scored
+        if diverged is None and not unscored and module.scored_step != trainer.global_step:
             raise UserError("nothing was scored: take trainer.limit_val_batches and trainer.limit_test_batches off 0")
         metrics = _last_row(resume) | module.scores
-        if diverged is None and not all(map(math.isfinite, (module.scored_loss, *metrics.values()))):
+        figures = [*metrics.values()] if unscored else [module.scored_loss, *metrics.values()]
+        if diverged is None and not all(map(math.isfinite, figures)):
             diverged = trainer.global_step  # the last step spoilt what the parameters make, if not themselves
         result = Result(
-            status="finished" if diverged is None else "diverged",
+            status="diverged" if diverged is not None else "unscored" if unscored else "finished",
             **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
             attempt=attempt,
             data=run.identity["data"] | _data_record(datamodule),
@@ -244,9 +247,11 @@ def _fit_and_score(
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         if not all(parameter.isfinite().all() for _, parameter in module.classifier.tuned_parameters()):
             return trainer.global_step  # the last step spoilt them: the next loss would not be finite
-        if datamodule.split == "final":
+        if datamodule.split == "final" and datamodule.is_scored:
             trainer.test(module, datamodule=datamodule, verbose=False)
-        elif module.scored_step != trainer.global_step:  # killed behind the last epoch, or that is not one to validate
+        elif (
+            datamodule.is_scored and module.scored_step != trainer.global_step
+        ):  # killed behind the last epoch, or that is not one to validate
             trainer.validate(module, datamodule=datamodule, verbose=False)
     except Diverged as error:
         return error.step
@@ -260,7 +265,7 @@ def _fit_and_score(
 def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
     """Writes the tuned state and the result beside the resume state, and puts the complete attempt in place."""
     folder = run.folder / run_folder.RESUME
-    if result.status == "finished":
+    if result.status != "diverged":
         checksum = save_state(
             folder / "tuned.safetensors",
             TunedState(
@@ -299,6 +304,10 @@ def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
     # as they are: in the config a depth of all blocks is null
     shape = {name: getattr(classifier.method, name, None) for name in ("depth", "num_tokens", "kept_tokens")}
     return counts | {name: value for name, value in shape.items() if value is not None}
+
+
+def _reads_test(run: Run) -> bool:
+    return bool(run.cfg.diagnostics.best_on_test) and run.datamodule.is_scored
 
 
 def _data_record(datamodule: TaskDataModule) -> dict[str, Any]:

@@ -76,7 +76,9 @@ _KINDS: dict[str, Kind] = {
     "seed": whole(0, _MOST),
     "seeds": list_of(whole(0, _MOST), f"a list of whole numbers from 0 to {_MOST}"),
     "precision": _PRECISION,
-    **dict.fromkeys(("compile", "dry_run", "rerun", "diagnostics.best_on_test", "verify", "download"), _SWITCH),
+    **dict.fromkeys(
+        ("compile", "dry_run", "rerun", "overwrite", "diagnostics.best_on_test", "verify", "download"), _SWITCH
+    ),
     "resume_every_n_epochs": whole(1, _MOST),
     "split": _TEXT,
     "tags": _WORDS,
@@ -108,6 +110,7 @@ _KINDS: dict[str, Kind] = {
     "data.name": _TEXT | _NULL,
     "data.csv_columns": _MAPPING | _NULL,
     "data.white_level": whole(1, _MOST) | _NULL,
+    "data.test": _TEXT,
     "data.split_names": _MAPPING | Kind("none", lambda value: value == "none") | _NULL,
     "data.fraction": number("a number above 0, 1 at most", lambda value: 0 < value <= 1),
     "data.flip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),

@@ -1,3 +1,4 @@
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -147,10 +148,34 @@ def test_crop_and_flip_decide_whether_training_images_vary(tmp_path, pets, crop)
 def test_missing_sets_are_named(tmp_path):
     root = write_folder(tmp_path / "pets", ("cat", "dog"), 4, splits=("train",))
     assert own(tmp_path, root).sizes == {"train": 8}
-    with pytest.raises(UserError, match=r"pets has no test images: add test/<class>/ folders"):
+    no_test = (
+        "pets has no test images: add test/<class>/ folders (or CSV rows), train with split=tune, which scores val, or "
+        "give data.test=none, which trains and scores nothing"
+    )
+    no_val = "pets has no val images: add val/<class>/ folders (or CSV rows)"
+    wanted = [({}, no_test), ({"split": "tune"}, no_val), ({"final": "train+val"}, no_val)]
+    for options, sentence in [*wanted, ({"final": "train+val", "test": "none"}, no_val)]:
+        with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+            own(tmp_path, root, **options).check_sets()
+    with pytest.raises(UserError, match=f"^{re.escape(no_test)}$"):
         own(tmp_path, root).test_dataloader()
-    with pytest.raises(UserError, match=r"pets has no val images: add val/<class>/ folders"):
-        own(tmp_path, root, split="tune").val_dataloader()
+    own(tmp_path, root, test="none").check_sets()
+    assert not (tmp_path / "stores" / "checksums").exists()
+    write_folder(root, ("cat", "dog"), 1, splits=("test",))
+    with pytest.raises(UserError, match=r"^data.test=none, but pets has test images: take it away to score them$"):
+        own(tmp_path, root, test="none").check_sets()
+    with pytest.raises(UserError, match=r"^unknown data.test 'no': did you mean none\?"):
+        own(tmp_path, root, test="no")
+
+
+def test_a_split_of_which_nothing_can_be_read_is_known_before_training(tmp_path):
+    root = write_folder(tmp_path / "pets", ("cat", "dog"), 4, splits=("train", "test"))
+    for file in (root / "test").rglob("*.png"):
+        file.write_text("damaged")
+    data = own(tmp_path, root, skip_bad=True)
+    data.check_sets()
+    with pytest.raises(UserError, match=r"^pets has no test images"):
+        data.prepare_data()
 
 
 def test_wrong_values_are_named(tmp_path, pets):

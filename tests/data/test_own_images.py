@@ -261,8 +261,8 @@ def test_names_meet_in_one_unicode_form(tmp_path):
 
 def test_names_that_are_no_utf8(tmp_path):
     root = write_folder(tmp_path / "root", ("dark", "light"), 6)
-    for name, target in ((b"dark/0000.png", b"dark/caf\xe9.png"), (b"light", b"li\xe9ght")):
-        os.rename(os.path.join(os.fsencode(root), name), os.path.join(os.fsencode(root), target))  # noqa: PTH104, PTH118
+    (root / "dark" / "0000.png").rename(root / "dark" / os.fsdecode(b"caf\xe9.png"))
+    (root / "light").rename(root / os.fsdecode(b"li\xe9ght"))
     data = own(tmp_path, root)
     data.prepare_data()
     assert data.class_names == ("dark", os.fsdecode(b"li\xe9ght"))

@@ -414,6 +414,14 @@ def test_only_final_runs_have_cells():
     assert rows(runs(result(split="tune"))) == []
 
 
+def test_a_run_that_was_not_scored_is_in_no_row_and_said():
+    found = runs(result(score=0.5), result(seed=44, status="unscored", metrics={"train/acc": 1.0}))
+    assert [row.cells["cifar"].scores for row in rows(found)] == [(0.5,)]
+    assert [(one.folder, one.why) for one in diverged(found)] == [
+        (Path("run1"), "trained without test images (data.test=none): it has no test score, and its seed is in no mean")
+    ]
+
+
 def test_a_diverged_seed_is_in_no_mean_and_said():
     found = runs(result(score=0.5), result(seed=44, status="diverged", diverged_step=7))
     assert rows(found)[0].cells["cifar"].scores == (0.5,)

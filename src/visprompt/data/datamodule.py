@@ -17,6 +17,16 @@ from visprompt.data.splits import share
 from visprompt.errors import UserError, unknown
 
 
+def no_images(task: str, split_set: str) -> UserError:
+    """Build the error for a split set that a run needs and that has no image."""
+    what = f"{task} has no {split_set} images: add {split_set}/<class>/ folders (or CSV rows)"
+    if split_set != "test":
+        return UserError(what)
+    return UserError(
+        f"{what}, train with split=tune, which scores val, or give data.test=none, which trains and scores nothing"
+    )
+
+
 class TaskDataModule(L.LightningDataModule, ABC):
     """One task under one split; subclasses say what the data is, this class how it is fed.
 
@@ -125,6 +135,18 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Tells the trainer where nothing is held out; the images themselves are opened when first asked for."""
         if self.trainer is not None and self.split == "final":
             self.trainer.limit_val_batches = 0  # or Lightning starts a validation of no loaders, and warns about it
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether there are images to score under this split."""
+        return True
+
+    def check_sets(self) -> None:
+        """Refuse a split for which there are no images, before anything is decoded or trained.
+
+        Raises:
+            UserError: It names the split set that is missing.
+        """
 
     @property
     def num_classes(self) -> int:

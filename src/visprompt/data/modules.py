@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from visprompt.data.catalog import TASKS
-from visprompt.data.datamodule import TaskDataModule
+from visprompt.data.datamodule import TaskDataModule, no_images
 from visprompt.data.dataset import ArrayDataset, RaggedDataset
 from visprompt.data.demo import compose
 from visprompt.data.own_images import OwnImages, find
@@ -158,7 +158,7 @@ class RaggedDataModule(TaskDataModule):
         rows = np.concatenate([np.flatnonzero(store.splits == split) for split in sets])
         for split in sets:
             if not (store.splits == split).any():
-                raise UserError(f"{self.task} has no {split} images: add {split}/<class>/ folders (or CSV rows)")
+                raise no_images(self.task, split)
         if "train" in sets and (missing := set(range(self.num_classes)) - set(store.labels[rows].tolist())):
             lost = self.class_names[min(missing)]
             raise UserError(f"no training image of class {lost!r} can be read: mend its images or remove the class")
@@ -179,6 +179,7 @@ class FolderDataModule(RaggedDataModule):
         split_names: Mapping[str, Any] | str | None = None,
         csv_columns: Mapping[str, Any] | None = None,
         white_level: int | None = None,
+        test: str = "required",
         **cropping: Any,
     ) -> None:
         """Reads nothing yet.
@@ -192,6 +193,7 @@ class FolderDataModule(RaggedDataModule):
             split_names: What the splits are called, where these have other names than train, val and test.
             csv_columns: What the columns of the CSV are called, where these have other names than path, label, split.
             white_level: Value of white in grey images of 16 or 32 bits; 65535 by default.
+            test: "required", or "none" where there are no test images and `split=final` trains without a score.
             **cropping: The arguments of `RaggedDataModule`.
 
         Raises:
@@ -199,7 +201,9 @@ class FolderDataModule(RaggedDataModule):
         """
         super().__init__(**cropping)
         self.root, self.csv, self.store_dir, self.skip_bad = Path(root).expanduser(), csv, Path(store_dir), skip_bad
-        self.split_names, self.csv_columns, self.white_level = split_names, csv_columns, white_level
+        if test not in ("required", "none"):
+            raise unknown("data.test", test, ("required", "none"))
+        self.split_names, self.csv_columns, self.white_level, self.test = split_names, csv_columns, white_level, test
         self.task = name or self.root.resolve().name
         if self.task in ("", ".", "..") or "/" in self.task:
             raise UserError(f"data.name={self.task!r} cannot name a folder of results: set data.name to a plain word")
@@ -242,6 +246,31 @@ class FolderDataModule(RaggedDataModule):
         """As for `RaggedDataModule`, with the white level where one is set."""
         white = {} if self.white_level is None else {"white_level": self.white_level}
         return super().preprocessing | white
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether there are images to score: not where data.test=none trains a final state alone."""
+        return self.split == "tune" or self.test == "required"
+
+    def check_sets(self) -> None:
+        """See `TaskDataModule`.
+
+        Raises:
+            UserError: A split that the run trains on or scores has no image; or there are test images, and
+                data.test=none.
+        """
+        splits = {item.split for item in self.images.items}
+        for needed in (*self.train_sets[self.split], *(["val" if self.split == "tune" else "test"] * self.is_scored)):
+            if needed not in splits:
+                raise no_images(self.task, needed)
+        if not self.is_scored and "test" in splits:
+            raise UserError(f"data.test=none, but {self.task} has test images: take it away to score them")
+
+    def prepare_data(self) -> None:
+        """Decode the images, and see that files that cannot be read leave some of each split that is needed."""
+        for needed in {item.split for item in self.images.items}:
+            if not (self.store.splits == needed).any():
+                raise no_images(self.task, needed)
 
     @property
     def described(self) -> list[str]:

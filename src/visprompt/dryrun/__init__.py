@@ -17,6 +17,7 @@ from rich.table import Table
 
 from visprompt import chain, compose, protocol, pruning
 from visprompt.data.batches import GlobalBatches
+from visprompt.data.datamodule import no_images
 from visprompt.data.task import in_bytes
 from visprompt.dryrun.needs import Needs, offline
 from visprompt.dryrun.pace import PATIENCE, Pace, measure_pace, state_bytes
@@ -213,7 +214,7 @@ class DryRun:
     def _count(self, job: DictConfig, split_set: str) -> int:
         sizes = self.needs.facts(job).sizes
         if split_set not in sizes:
-            raise UserError(f"{job.task} has no {split_set} images: add {split_set}/<class>/ folders (or CSV rows)")
+            raise no_images(self.needs.facts(job).datamodule.task, split_set)
         return sizes[split_set]
 
     def _shape(self, job: DictConfig) -> list[Any]:
@@ -240,7 +241,8 @@ class DryRun:
     def _cost(self, job: DictConfig, pace: Pace) -> float:
         """Seconds of a run."""
         final = job.split == "final"
-        scored = self._count(job, "test" if final else self.needs.facts(job).datamodule.val_set)
+        unscored = final and OmegaConf.select(job, "data.test") == "none"
+        scored = 0 if unscored else self._count(job, "test" if final else self.needs.facts(job).datamodule.val_set)
         seconds = self._steps(job) * pace.step
         once = json.dumps([job.task, job.split, *self._shape(job)])
         if once not in self.frozen:

@@ -88,6 +88,7 @@ class Needs:
         datamodule = build_data(job, backbone)
         plan: Plan | None = getattr(datamodule, "plan", None)
         if isinstance(datamodule, FolderDataModule):
+            datamodule.check_sets()
             return Facts(backbone, datamodule, self._own_images(datamodule), datamodule.num_classes, loaded)
         if plan is None or find(plan) is not None:
             return Facts(backbone, datamodule, datamodule.sizes, datamodule.num_classes, loaded)

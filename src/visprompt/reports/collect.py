@@ -71,9 +71,12 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
 def diverged(runs: Sequence[Run]) -> list[LeftOut]:
     """Final runs without a test score: their seeds are in no mean."""
-    found = [run for run in runs if run.result.split == "final" and run.result.status == "diverged"]
-    why = "diverged at step {}: it has no test score, and its seed is in no mean"
-    return [LeftOut(run.folder, why.format(run.result.diverged_step)) for run in found]
+    whys = {
+        "diverged": "diverged at step {}: it has no test score, and its seed is in no mean",
+        "unscored": "trained without test images (data.test=none): it has no test score, and its seed is in no mean",
+    }
+    found = [run for run in runs if run.result.split == "final" and run.result.status in whys]
+    return [LeftOut(run.folder, whys[run.result.status].format(run.result.diverged_step)) for run in found]
 
 
 def _parts(finals: list[Run], tried: Mapping[tuple[object, ...], list[Run]]) -> list[_Part]:
