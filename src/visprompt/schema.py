@@ -92,7 +92,6 @@ class _Preprocessing(Closed):
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     antialias: bool = True
     crop: Literal["random", "center"] | None = None
-    white_level: Annotated[int, Field(ge=1, lt=2**32)] | None = None
     flip: Annotated[float, Field(ge=0, le=1)] | bool = 0.0
     white_level: Annotated[int, Field(ge=1, lt=2**32)] | None = None
     mean: Annotated[list[Number], Field(min_length=3, max_length=3)]
