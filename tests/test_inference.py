@@ -143,6 +143,14 @@ def test_another_run_s_state_in_a_run_s_folder_is_refused(logs, trained, tmp_pat
     assert len(predict(logs, alone, images, tmp_path / "out.csv")) == 2, "a state by itself is a task's"
 
 
+def test_another_run_s_config_in_a_run_s_folder_decides_nothing(trained, tmp_path):
+    """Its seed and recipe are not read: those of result.json are."""
+    folder, result = trained()
+    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    shutil.copy(trained("seed=1")[0] / "config.yaml", mixed)
+    assert evaluate(mixed) == result.score
+
+
 def test_a_state_whose_numbers_overflow_gives_no_probability(logs, trained, tmp_path):
     folder, _ = trained(*METHODS["linear"])
     state = load_state(folder)
