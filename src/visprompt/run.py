@@ -25,8 +25,9 @@ from visprompt.errors import UserError, unknown
 from visprompt.identity import digest, full_digest, identity_of
 from visprompt.lit.checkpoint import Owner, ResumeCheckpoint
 from visprompt.lit.frozen import release_pixels
+from visprompt.lit.instantiate import instantiate
 from visprompt.lit.module import Diverged, TuningModule
-from visprompt.lit.trainer import build, build_loggers, build_trainer, close
+from visprompt.lit.trainer import build_loggers, build_trainer, close
 from visprompt.methods import Method, build_method
 from visprompt.optim import Recipe
 from visprompt.results import Result, read_result, write_result
@@ -109,9 +110,10 @@ def load_backbone(spec: str, seed: int) -> Backbone:
 
 def build_data(cfg: DictConfig, backbone: Backbone) -> TaskDataModule:
     """The data of a job in the size and scale that a backbone reads."""
-    datamodule: TaskDataModule = build(
+    return instantiate(
         "data",
         cfg.data,
+        TaskDataModule,
         batch_size=cfg.recipe.batch_size,
         split=cfg.split,
         seed=cfg.seed,
@@ -120,7 +122,6 @@ def build_data(cfg: DictConfig, backbone: Backbone) -> TaskDataModule:
         std=backbone.std,
         accumulate=cfg.trainer.accumulate_grad_batches,
     )
-    return datamodule
 
 
 def build_classifier(cfg: DictConfig, backbone: Backbone, num_classes: int) -> Classifier:

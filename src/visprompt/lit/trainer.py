@@ -9,44 +9,27 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from visprompt import signals
-from visprompt.errors import UserError
 from visprompt.lit.checkpoint import SafetensorsIO
+from visprompt.lit.instantiate import PLUGINS, instantiate
 from visprompt.results import Result, read_result
 
 log = logging.getLogger(__name__)
-# what to do about refusals of Lightning's that no trainer.<key> mends, by words of theirs
-_WAYS_OUT = {
-    "Precision '": "correct precision=...",
-    "No supported gpu backend found": "without a GPU take trainer=cpu, or trainer=ddp_sim for two processes",
-}
-
-
-def build(what: str, config: Any, **given: Any) -> Any:
-    """Builds what a config names; a wrong word or a refusal becomes one sentence."""
-    try:
-        return instantiate(config, _convert_="all", **given)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        reason = " ".join(str(error.__cause__ or error).split())
-        way_out = next((text for words, text in _WAYS_OUT.items() if words in reason), f"correct {what}.<key>=...")
-        raise UserError(f"{what} cannot be built: {reason.rstrip('.!')}; {way_out}") from error
 
 
 def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
     """The trainer of a job, with the config's callbacks and those given."""
-    configured = [build("callbacks", callback) for callback in (cfg.callbacks or {}).values()]
-    plugins = [SafetensorsIO(), *(build("trainer", plugin) for plugin in cfg.trainer.get("plugins") or [])]
+    configured = [instantiate(f"callbacks.{name}", one, L.Callback) for name, one in _named(cfg.callbacks)]
+    given = cfg.trainer.get("plugins") or []
+    plugins = [SafetensorsIO(), *(instantiate("trainer.plugins", plugin, PLUGINS) for plugin in given)]
     settings = {k: v for k, v in cfg.trainer.items() if k != "plugins"}
-    trainer: L.Trainer = build(
+    trainer = instantiate(
         "trainer",
         settings,
+        L.Trainer,
         callbacks=[*configured, *callbacks],
         plugins=plugins,
         precision=cfg.precision,
@@ -63,6 +46,11 @@ def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
     connector: Any = trainer._signal_connector
     connector._sigterm_notifier_fn = signals.handle
     return trainer
+
+
+def _named(group: DictConfig | None) -> list[tuple[str, Any]]:
+    """The configs of a group by name, without those that were removed by null."""
+    return [(str(name), config) for name, config in (group or {}).items() if config is not None]
 
 
 class TunedWandbLogger(WandbLogger):
@@ -125,7 +113,7 @@ def under_agent() -> bool:
 
 def without_wandb(job: DictConfig) -> DictConfig:
     """A copy of a job that logs to all its loggers but W&B."""
-    kept = {name: one for name, one in (job.logger or {}).items() if not _is_wandb(one)}
+    kept = {name: one for name, one in _named(job.logger) if not _is_wandb(one)}
     quiet = job.copy()
     OmegaConf.update(quiet, "logger", kept, merge=False)
     return quiet
@@ -147,13 +135,13 @@ def build_loggers(cfg: DictConfig, folder: Path, attempt: int, tuned: Mapping[st
     task = folder.parents[1].name
     run_id = {"id": folder.name + (f"-r{attempt}" if attempt else "")}
     loggers = []
-    for config in (cfg.logger or {}).values():
+    for name, config in _named(cfg.logger):
         extra: dict[str, Any] = {"save_dir": str(folder)}
         if _is_wandb(config):
             extra |= {} if under_agent() else run_id  # the agent's id stands
             # the protocol changes the split of a composed job
             extra |= {"resume": "allow", "name": f"{task}/{cfg.method.name}/{folder.name}", "job_type": cfg.split}
-        logger: Logger = build("logger", config, **extra)
+        logger = instantiate(f"logger.{name}", config, Logger, **extra)
         logger.log_hyperparams(_settings(cfg, task, tuned))
         loggers.append(logger)
     return loggers
@@ -184,10 +172,11 @@ def report_together(
     whole = len(finished) == len(jobs)
     metrics |= _means([result.metrics for result in finished]) if whole else {}
     fields = _common(jobs, results) | {"tasks": [str(job.task) for job in jobs]}
-    for config in (jobs[0].logger or {}).values():
+    for logger_name, config in _named(jobs[0].logger):
         if _is_wandb(config):
             place = {"save_dir": str(jobs[0].paths.log_dir), "resume": "allow", "job_type": jobs[0].split}
-            logger = build("logger", config, name=f"{len(jobs)} tasks/{jobs[0].method.name}", **place)
+            place |= {"name": f"{len(jobs)} tasks/{jobs[0].method.name}"}
+            logger = instantiate(f"logger.{logger_name}", config, Logger, **place)
             logger.log_hyperparams(fields)
             logger.log_metrics(metrics)
             for folder in filter(None, folders):
