@@ -14,10 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cli import composed, content, frozen, tiny_run
+from names import NASTY
 from visprompt import inference, prediction, run
 from visprompt.data import demo, synthetic
 from visprompt.errors import UserError
 from visprompt.state import hash_tensors, load_state, save_state
+from visprompt.text import csv_cell, has_control
 
 pytestmark = frozen
 METHODS = {
@@ -374,3 +376,27 @@ def test_white_is_what_it_was_in_training(tmp_path):
         shares = classifier(batch.images).softmax(1)[:, 0].tolist()
     keys = [data.store.keys[int(data.test_dataset.rows[row])] for row in batch.rows]
     assert [rows[key] for key in keys] == pytest.approx(shares, abs=2e-6)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_predict_writes_names_as_they_are_and_no_formula(logs, trained, tmp_path, capsys, batch):
+    """A digit has ten classes, so that the names of classes that a state may have come in two batches."""
+    folder, _ = trained(*METHODS["linear"])
+    allowed = [name for name in NASTY if not has_control(name) and "${" not in name]
+    names = tuple(allowed[20 * batch : 20 * batch + 10])
+    save_state(tmp_path / "state.safetensors", replace(load_state(folder), class_names=names))
+    images = tmp_path / "images [v2] 50%"
+    image = Image.new("RGB", (32, 32), "red")
+    files = [name for name in NASTY if not {"/", "\0", "\ud800"} & set(name) and len(name) < 200][
+        20 * batch : 20 * batch + 20
+    ]
+    for name in files:
+        path = images / "=folder" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "image.png")
+        (tmp_path / "image.png").rename(path)
+    rows = predict(logs, tmp_path / "state.safetensors", f"'{images}'", tmp_path / "out.csv")
+    assert sorted(row["path"] for row in rows) == sorted(csv_cell(f"=folder/{name}.png") for name in files)
+    assert list(rows[0]) == ["path", "class", "probability", *map(csv_cell, names)]
+    assert {row["class"] for row in rows} <= {csv_cell(name) for name in names}
+    assert f"of {len(files)} files labelled: {tmp_path}/out.csv" in capsys.readouterr().out

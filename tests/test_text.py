@@ -3,7 +3,10 @@
 import csv
 import io
 import logging
+import re
 import unicodedata
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,12 +14,15 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from names import NASTY
+from reports.written_runs import result
+from visprompt import loop
 from visprompt.cli import one_sentence_errors
 from visprompt.errors import UserError
 from visprompt.results import markdown_table
 from visprompt.terminal import PlainFormatter, Terminal
 from visprompt.text import csv_cell, in_markdown, visible
 
+ROOT = Path(__file__).resolve().parents[1]
 ANY = st.text(st.characters(exclude_categories=()), max_size=20)
 
 
@@ -112,3 +118,24 @@ def test_a_name_reaches_a_log_and_an_error_as_it_is(name, capsys):
     with pytest.raises(SystemExit), one_sentence_errors():
         raise UserError(f"there is no folder {name}")
     assert capsys.readouterr().err == f"error: there is no folder {visible(name, keep=chr(10))}\n"
+
+
+def test_one_console_prints_everything():
+    """A console of rich's own would read a user's brackets as markup."""
+    sources = {path: path.read_text() for path in (ROOT / "src").rglob("*.py") if path.name != "terminal.py"}
+    assert [
+        path for path, text in sources.items() if re.search(r"rich\.console|rich import|from_markup|Console\(", text)
+    ] == []
+    columns = [column for text in sources.values() for column in re.findall(r"TextColumn\(.*?\)", text)]
+    assert columns
+    assert [column for column in columns if "markup=False" not in column] == []
+
+
+@pytest.mark.parametrize("name", ["birds [v2]", "a[/b]", ":cat:", "$x$"])
+def test_a_run_s_table_shows_its_folder_and_names_as_they_are(name, capsys, monkeypatch):
+    monkeypatch.setattr(loop.console, "_width", 400)
+    folder = Path("/logs") / name / "linear" / "0123"
+    loop.show(result(name), SimpleNamespace(folder=folder))
+    printed = capsys.readouterr().out
+    assert f"{name}, linear, split=final, seed=42" in printed
+    assert printed.endswith(f"folder: {folder}\n")

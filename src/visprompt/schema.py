@@ -16,7 +16,7 @@ from visprompt.backbones import check_name
 from visprompt.backbones.options import check_kwargs, is_number
 from visprompt.errors import UserError
 from visprompt.methods import check_options
-from visprompt.text import visible
+from visprompt.text import has_control, visible
 
 _DTYPES = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
@@ -26,12 +26,6 @@ _WORD = r"[A-Za-z0-9_][A-Za-z0-9_:+.-]{0,79}"
 _LARGEST = 65536  # of a number among a method's options, and of the entries of a list
 _DEEPEST = 3  # lists in lists: masks of tokens by layer and segment
 _Model = TypeVar("_Model", bound=BaseModel)
-
-
-def has_control(text: str) -> bool:
-    """Whether a text holds characters that are not seen and steer a terminal, a page or a table."""
-    unicode = re.sub("[\udc80-\udcff]", "", text)  # how Python holds bytes of a folder's name that are not UTF-8
-    return visible(unicode) != unicode
 
 
 def _printable(text: Any) -> Any:
@@ -155,16 +149,16 @@ def check_record(record: Mapping[str, Any], source: Path | str, mend: str) -> No
         check_kwargs(state.backbone.kwargs)
         check_options(str(options.pop("name", None)), options)
         for name, value in options.items():
-            _check_plain(f"method.{name}", value)
+            _check_visible(f"method.{name}", value)
     except UserError as error:
         raise UserError(f"{source} is refused: {error}; {mend}") from error
 
 
-def _check_plain(where: str, value: Any, depth: int = 0) -> None:
+def _check_visible(where: str, value: Any, depth: int = 0) -> None:
     """Refuses an option of a method that is anything but a word or number of ordinary size, or lists of them."""
     if isinstance(value, list) and len(value) <= _LARGEST and depth < _DEEPEST:
         for entry in value:
-            _check_plain(where, entry, depth + 1)
+            _check_visible(where, entry, depth + 1)
     elif isinstance(value, str):
         if not re.fullmatch(_WORD, value):
             raise UserError(f"{where}={value!r:.60} is not a plain word")

@@ -1,13 +1,21 @@
 """A user's text where it is shown or written: names of folders, classes, files and tasks are never read as markup."""
 
 import re
-import unicodedata
 
-_UNSEEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of pairs, ends of lines and paragraphs
-_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they turn the text behind them around
-_NONE = frozenset("\ufffe\uffff")  # no characters: XML refuses them
+# control characters, ends of lines and paragraphs, and what turns the direction of the text behind it
+_CONTROL = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+_UNSEEN = re.compile(f"[{_CONTROL}\ud800-\udc7f\udd00-\udfff\ufffe\uffff]")  # and what UTF-8 or XML cannot write
+_UNSHOWN = re.compile(f"[{_CONTROL}\ud800-\udfff\ufffe\uffff]")  # and how Python holds a byte that is no UTF-8
 _FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")  # what a spreadsheet runs begins with one of them
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
+
+
+def has_control(text: str) -> bool:
+    """Return whether a text holds characters that are not seen and steer a terminal, a page or a table.
+
+    Bytes of a folder's name that are no UTF-8 are no such characters.
+    """
+    return _UNSEEN.search(text) is not None
 
 
 def visible(text: str, keep: str = "") -> str:
@@ -18,17 +26,13 @@ def visible(text: str, keep: str = "") -> str:
             that is no UTF-8 (0xE9, which Python holds as U+DCE9) as `\xe9`.
         keep: Characters that are left as they are, such as the ends of lines.
     """
-    if text.isprintable():
-        return text
-    return "".join(character if character in keep else _escape(character) for character in text)
+    return _UNSHOWN.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
 
 
 def _escape(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # how Python holds a byte of a name that is no UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
-    if unicodedata.category(character) in _UNSEEN or character in _TURNING | _NONE:
-        return character.encode("unicode_escape").decode()
-    return character
+    return character.encode("unicode_escape").decode()
 
 
 def csv_cell(text: str) -> str:

@@ -183,6 +183,8 @@ def test_wrong_values_are_named(tmp_path, pets):
         own(tmp_path, pets, final="val")
     with pytest.raises(UserError, match=r"data.name='a/b' cannot name a folder"):
         own(tmp_path, pets, name="a/b")
+    with pytest.raises(UserError, match=r"data.name='a\\x1b\[31m' cannot name a folder"):
+        own(tmp_path, pets, name="a\x1b[31m")
     with pytest.raises(UserError, match=r"data.name='' cannot name a folder"):
         own(tmp_path, "/")
     with pytest.raises(UserError, match=r"data.short_side=20 is below the backbone's 28 px"):

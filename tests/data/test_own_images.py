@@ -293,3 +293,12 @@ def test_grey_images_in_a_small_part_of_their_range_are_said_once(tmp_path):
     assert mended.store.image(0)[0, 0].tolist() == [40] * 3
     assert mended.preprocessing == data.preprocessing | {"white_level": 255}
     assert not any(line.startswith("warning") for line in mended.described)
+
+
+def test_a_class_with_control_characters_in_its_name_is_refused_before_anything_is_decoded(tmp_path):
+    for name in ("dog", "cat\x1b[31m"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(b"no image")
+    with pytest.raises(UserError) as error:
+        find(tmp_path)
+    assert str(error.value) == rf"the class cat\x1b[31m in {tmp_path} has control characters in its name: rename it"

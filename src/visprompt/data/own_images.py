@@ -26,6 +26,7 @@ from visprompt.data.split_folders import class_parents
 from visprompt.data.splits import SPLITS, stratified
 from visprompt.data.walk import entries, files_below, folders_in
 from visprompt.errors import UserError
+from visprompt.text import has_control, visible
 
 _log = logging.getLogger(__name__)
 
@@ -204,6 +205,8 @@ def _check_classes(root: Path, names: list[str], images: list[Found]) -> None:
         raise UserError(
             f"data.root={root} has {only}: classification needs a folder (or label) for each of two or more"
         )
+    if unseen := [name for name in names if has_control(name)]:
+        raise UserError(f"the class {visible(unseen[0])} in {root} has control characters in its name: rename it")
     trained = {image.name for image in images if image.split in ("", "train")}
     if missing := [name for name in names if name not in trained]:
         raise UserError(f"class {missing[0]!r} in {root} has no training image: add some or remove the class")
