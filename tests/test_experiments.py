@@ -270,7 +270,8 @@ def test_a_suite_goes_on_where_it_was_killed_and_a_broken_task_stops_no_other(na
     assert done.returncode == 2
     assert done.stdout.count("finished before") == len(before)
     error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("error: 1 of 7 runs failed: svhn/vpt_deep: ")
+    assert error.startswith("error: svhn/vpt_deep: ")
+    assert error.endswith(" (1 of 7 runs failed)")
     assert "train_32x32.mat" in error  # the reason: what the store could be made of anew is not SVHN's own file
     assert set(finished(folder)) == set(SUITES["vtab_natural"]) - {"svhn"}
     accuracy, means, page = reported(folder)

@@ -128,15 +128,23 @@ def test_a_failed_task_is_named_at_the_end_and_stops_no_other(tmp_path, monkeypa
         return prepare(cfg)
 
     monkeypatch.setattr(loop, "prepare", fails)
-    with pytest.raises(UserError, match=f"^1 of 3 runs failed: digits_crowded/vpt_deep: {reason}$"):
+    with pytest.raises(UserError, match=rf"^digits_crowded/vpt_deep: {reason} \(1 of 3 runs failed\)$"):
         train(tmp_path, "tasks=demo")
     assert sorted(path.parts[-4] for path in tmp_path.rglob("result.json")) == ["digits", "digits_loc"]
+
+
+@pytest.mark.parametrize(("given", "name"), [((), "my birds"), (("data.name=jays",), "jays")])
+def test_errors_about_own_images_begin_with_their_own_name(tmp_path, given, name):
+    (tmp_path / "my birds").mkdir()
+    root = f"data.root='{tmp_path / 'my birds'}'"
+    with pytest.raises(UserError, match=rf"^{name}/vpt_deep: .*my birds"):
+        train(tmp_path, "data=folder", root, *given)
 
 
 def test_a_diverged_run_fails_alone_and_scores_lowest_in_a_multirun(tmp_path):
     wild = ("recipe.optimizer=sgd", "recipe.lr=1e30", "recipe.head_lr=null")
     for _ in range(2):  # trained, then stored
-        with pytest.raises(UserError, match=r"^1 of 1 runs failed: .*: the loss was not finite at step \d: lower"):
+        with pytest.raises(UserError, match=r"^digits/vpt_deep: the loss was not finite at step \d: lower"):
             train(tmp_path, *wild)
     assert train(tmp_path, *wild, mode="MULTIRUN") == float("-inf")
     assert read_result(next(tmp_path.glob("digits/*/*"))).status == "diverged"

@@ -82,7 +82,7 @@ def test_a_killed_rank_takes_all_with_it_and_the_same_command_ends_with_the_same
     ranks["0"].kill()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "1 of 1 runs failed: digits/vpt_deep: a rank ended with status -9" in errors
+    assert "error: digits/vpt_deep: a rank ended with status -9" in errors
     assert not alive(ranks.values())
     assert read_result(folder_of(tmp_path / "killed")) is None
     for arguments in (killed, whole):

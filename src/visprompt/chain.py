@@ -23,7 +23,7 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from visprompt import measure, pruning
+from visprompt import compose, measure, pruning
 from visprompt.errors import UserError, unknown
 from visprompt.leftovers import sweep
 from visprompt.lit.trainer import under_agent, without_wandb
@@ -124,7 +124,7 @@ def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[DictConfig, R
     """
     initial = _initial(job, folder)
     points = prune_points(job)
-    console.print(f"{job.task}/{job.method.name}: {len(points)} points of pruning, the unpruned first")
+    console.print(f"{compose.name_of(job)}: {len(points)} points of pruning, the unpruned first")
     bare = vary(job, {"method.prune_tokens": None, "method.prune_segments": None})
     first = link_of(bare, initial)
     trained = run_one(first)

@@ -22,6 +22,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from visprompt import paths, recipe_rows, settings
 from visprompt.data import catalog
+from visprompt.data.task import own_name
 from visprompt.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ CONFIGS = ROOT / "configs"
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT))
 OmegaConf.register_new_resolver("pid", os.getpid)
 OmegaConf.register_new_resolver("expanduser", paths.expanduser)
+
+
+def name_of(job: DictConfig) -> str:
+    """Return what a job is called where it is reported, such as `dtd/vpt_deep`; own images go by their own name."""
+    task = own_name(job.data.root, job.data.name) if job.task == "folder" else job.task
+    return f"{task}/{job.method.name}"
 
 
 def check_own(config_name: str, arguments: Iterable[str]) -> None:

@@ -85,7 +85,8 @@ def train(cfg: DictConfig) -> float:
     if not (compose.in_multirun() or under_agent()):  # there it is a point of a grid
         bad += [f"{o.name}: {o.reason}" for o in outcomes if o.result is not None and o.reason]
     if bad:
-        raise UserError(f"{len(bad)} of {len(outcomes)} runs failed: " + "; ".join(bad))
+        several = f" ({len(bad)} of {len(outcomes)} runs failed)" if len(outcomes) > 1 else ""
+        raise UserError("; ".join(bad) + several)
     return sum(o.result.score for o in outcomes if o.result) / len(outcomes)
 
 
@@ -107,10 +108,10 @@ def run_all(jobs: Iterable[DictConfig], wait: bool = True) -> list[Outcome]:
             outcomes[number] = _outcome(cfg)
         except AtWork as error:
             if not wait:
-                outcomes[number] = Outcome(_name(cfg), None, str(error))
+                outcomes[number] = Outcome(compose.name_of(cfg), None, str(error))
                 continue
             others[number] = cfg, error.folder
-            console.print(f"{_name(cfg)}: {error.who} is at work on it: later", highlight=False)
+            console.print(f"{compose.name_of(cfg)}: {error.who} is at work on it: later", highlight=False)
     while others:
         for number, (cfg, folder) in list(others.items()):
             if not is_free(folder):
@@ -132,7 +133,7 @@ def _outcome(cfg: DictConfig) -> Outcome:
         AtWork: Another process is at work on it.
     """
     signals.check()
-    name = _name(cfg)
+    name = compose.name_of(cfg)
     try:
         with signals.consequences():
             result, folder = _run_chain(cfg)
@@ -148,10 +149,6 @@ def _outcome(cfg: DictConfig) -> Outcome:
     diverged = result.status == "diverged"
     reason = f"the loss was not finite at step {result.diverged_step}: lower recipe.lr" if diverged else ""
     return Outcome(name, result, reason, folder)
-
-
-def _name(cfg: DictConfig) -> str:
-    return f"{cfg.task}/{cfg.method.name}"
 
 
 def _run_chain(cfg: DictConfig) -> tuple[Result, Path]:

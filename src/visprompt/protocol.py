@@ -81,13 +81,13 @@ def tune(cfg: DictConfig) -> float:
             if len(results) == len(seeds):
                 cells[job.method.name, results[0].task] = cell(results)
         except UserError as error:  # an older one is recorded otherwise; the other cells are good all the same
-            failed.append(f"{job.task}/{job.method.name}: {error}")
+            failed.append(f"{compose.name_of(job)}: {error}")
     if cells:
         table = _table(cells)
         write_atomically(Path(cfg.table), lambda temporary: temporary.write_text(table, encoding="utf-8"))
         console.print(f"\n{table}\nwritten to {cfg.table}")
     if failed:
-        raise UserError(f"{len(failed)} runs failed: " + "; ".join(failed))
+        raise UserError("; ".join(failed) + (f" ({len(failed)} runs failed)" if len(failed) > 1 else ""))
     return sum(found.mean for found in cells.values()) / len(cells)
 
 
@@ -119,7 +119,7 @@ def tune_one(job: DictConfig, seeds: Sequence[int], run: RunAll) -> list[Outcome
     Raises:
         UserError: The grid is none, has an unknown key, or tries what the protocol itself sets.
     """
-    name = f"{job.task}/{job.method.name}"
+    name = compose.name_of(job)
     points = job_points(job)
     if alone := {key: value for key, value in points[0].items() if all(point[key] == value for point in points)}:
         console.print(f"{name}: of one value in the grid: {_words(alone)}")

@@ -18,6 +18,7 @@ from visprompt.data.own_images import OwnImages, find
 from visprompt.data.splits import SPLITS
 from visprompt.data.store import RaggedStore, open_store
 from visprompt.data.summary import sentences, summarise
+from visprompt.data.task import own_name
 from visprompt.errors import UserError, unknown
 from visprompt.text import has_control
 
@@ -205,7 +206,7 @@ class FolderDataModule(RaggedDataModule):
         if test not in ("required", "none"):
             raise unknown("data.test", test, ("required", "none"))
         self.split_names, self.csv_columns, self.white_level, self.test = split_names, csv_columns, white_level, test
-        self.task = name or self.root.resolve().name
+        self.task = own_name(root, name)
         if self.task in ("", ".", "..") or "/" in self.task or has_control(self.task):
             raise UserError(f"data.name={self.task!r} cannot name a folder of results: set data.name to a plain word")
 

@@ -2,8 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+
+def own_name(root: str, name: str | None) -> str:
+    """Return the name of the task that own images are: the one given, or that of their folder."""
+    return name or Path(root).expanduser().resolve().name
 
 
 class Cut(NamedTuple):

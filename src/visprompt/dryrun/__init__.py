@@ -121,7 +121,7 @@ class DryRun:
         try:
             yield
         except UserError as error:
-            self.failed.append(f"{job.task}/{job.method.name}: {error}")
+            self.failed.append(f"{compose.name_of(job)}: {error}")
 
     def add_protocol(self, job: DictConfig, seeds: Sequence[int]) -> None:
         """Adds the line of the protocol for one method on one task."""
@@ -129,7 +129,7 @@ class DryRun:
 
         def look(jobs: Iterable[DictConfig]) -> list[Outcome]:
             asked.append(list(jobs))
-            return [Outcome(f"{one.task}/{one.method.name}", self.stored(one)) for one in asked[-1]]
+            return [Outcome(compose.name_of(one), self.stored(one)) for one in asked[-1]]
 
         outcomes = protocol.tune_one(job, seeds, look)
         runs = [Planned(one, one) for one in asked[0]]
@@ -274,7 +274,7 @@ class DryRun:
                 console.print(sentence, soft_wrap=True)
         if self.failed:
             raise UserError(
-                f"{len(self.failed)} of {len(self.lines) + len(self.failed)} would fail: {'; '.join(self.failed)}"
+                f"{'; '.join(self.failed)} ({len(self.failed)} of {len(self.lines) + len(self.failed)} would fail)"
             )
         return math.nan
 
