@@ -18,6 +18,7 @@ from names import NASTY
 from visprompt import inference, prediction, run
 from visprompt.data import demo, synthetic
 from visprompt.errors import UserError
+from visprompt.reports import report
 from visprompt.state import hash_tensors, load_state, save_state
 from visprompt.text import csv_cell, has_control
 
@@ -353,6 +354,10 @@ def test_names_that_are_no_utf8_are_trained_on_and_predicted(tmp_path):
     paths = [row["path"] for row in rows]
     assert r"dark/caf\xe9.png" in paths
     assert r"li\xe9ght/0000.png" in paths
+    given = (f"paths.log_dir={tmp_path}/logs", f"output={tmp_path}/report", "formats=[html,markdown,csv,latex]")
+    with composed("report", *given) as cfg:
+        report.report(cfg)
+    assert "shades" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_white_is_what_it_was_in_training(tmp_path):

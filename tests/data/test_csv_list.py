@@ -3,6 +3,8 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from visprompt.data.own_images import find
 from visprompt.data.synthetic import write_folder
@@ -201,3 +203,35 @@ def test_an_accent_in_another_form_than_on_the_disk(tmp_path):
     images = find(root, "list.csv")
     assert images.class_names == (one, "tea")
     assert images.items[0].key == f"{one}/0000.png"
+
+
+def test_no_splits_by_name_are_for_folders(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^data.split_names=none is for folders: give 'data.csv_columns=\{split: null\}'"
+    ):
+        find(table(tmp_path, "path,label\nx/0000.png,a\n"), "images.csv", split_names="none")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("drawn"), ("x", "y"), 3)
+
+
+_CELLS = st.sampled_from(
+    ["x/0000.png", "y/0001.png", "x/../x/0000.png", ".", "", "a", "train", "test", '"', "\0", ",,"]
+)
+_LINES = st.lists(st.lists(_CELLS | st.text(max_size=6), max_size=4).map(",".join), max_size=5).map("\n".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.binary(max_size=60) | st.builds("{}\n{}".format, st.just("path,label,split"), _LINES).map(str.encode))
+@example(content=b"path,label\nx/0000.png,a,b,c,d\n")
+@example(content=b"path,label\n" + b"x" * 5000 + b",a\n")
+@example(content=b"path,label,split\n\n")
+def test_any_bytes_as_a_csv_are_read_or_refused_in_one_sentence(drawn, content):
+    (drawn / "any.csv").write_bytes(content)
+    try:
+        images = find(drawn, "any.csv")
+    except UserError:
+        return
+    assert all(item.path.is_file() for item in images.items)

@@ -59,17 +59,17 @@ def test_presets_of_preprocessing(arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), ("bicubic", "model")),
-        (("preprocessing=task_adaptation",), ("bilinear", "none")),
-        (("preprocessing=model",), ("bilinear", "model")),
-        (("preprocessing=petl",), ("bicubic", "imagenet")),
-        (("data.interpolation=bilinear",), ("bilinear", "model")),
+        ((), ("bicubic", True, "model")),
+        (("preprocessing=task_adaptation",), ("bilinear", False, "none")),
+        (("preprocessing=model",), ("bilinear", True, "model")),
+        (("preprocessing=petl",), ("bicubic", True, "imagenet")),
+        (("data.interpolation=bilinear",), ("bilinear", True, "model")),
     ],
 )
 def test_preprocessing_means_what_it_says_for_own_images(tmp_path, arguments, expected):
     with composing():
         data = job("train", ["data=folder", f"data.root={tmp_path}", *arguments]).data
-    assert (data.interpolation, data.normalisation) == expected
+    assert (data.interpolation, data.antialias, data.normalisation) == expected
 
 
 def own(tmp_path, root, **options):
@@ -86,6 +86,7 @@ def test_the_config_of_own_images_names_every_argument(tmp_path, pets):
     assert config.pop("defaults") == [{"override /preprocessing@_global_.preprocessing": "own_images"}]
     assert config.pop("normalisation") == "${preprocessing.normalisation}"
     assert config.pop("interpolation") == "${preprocessing.interpolation}"
+    assert config.pop("antialias") == "${preprocessing.antialias}"
     assert config.pop("_target_") == "visprompt.data.modules.FolderDataModule"
     assert config.pop("root") == "???"
     assert config.pop("store_dir") == "${paths.data_dir}/stores"
@@ -131,8 +132,10 @@ def test_batches_of_own_images(tmp_path, pets):
     assert torch.cat([batch.rows for batch in data.test_dataloader()]).tolist() == [0, 1]
 
 
-def test_prediction_prepares_a_file_as_evaluation_does(tmp_path, pets):
-    data = own(tmp_path, pets)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_prediction_prepares_a_file_as_evaluation_does(tmp_path, pets, interpolation, antialias):
+    data = own(tmp_path, pets, interpolation=interpolation, antialias=antialias)
     batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
     first = data.store.keys[int(data.test_dataset.rows[0])]
     assert torch.equal(to_input(decode(pets / first), data.preprocessing), batch.images[0])

@@ -1,3 +1,4 @@
+import json
 import os
 import unicodedata
 from hashlib import sha256
@@ -5,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from visprompt.data.checksums import Checksums
 from visprompt.data.modules import FolderDataModule
 from visprompt.data.own_images import find
 from visprompt.data.synthetic import write_folder
@@ -302,3 +306,22 @@ def test_a_class_with_control_characters_in_its_name_is_refused_before_anything_
     with pytest.raises(UserError) as error:
         find(tmp_path)
     assert str(error.value) == rf"the class cat\x1b[31m in {tmp_path} has control characters in its name: rename it"
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.sampled_from(["schema", "files", "f.png"]), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.binary(max_size=40) | _JSON.map(lambda value: json.dumps(value).encode()))
+@example(content=b'{"schema": 1, "files": {"f.png": [[1, 2, 3, 4], "00"]}}')
+@example(content=b'{"schema": 1, "files": {"f.png": [[1, 2, 3, Infinity], "00"]}}')
+@example(content=b"[" * 100_000)
+def test_damaged_memories_of_checksums_are_not_believed(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("memory")
+    (folder / "f.png").write_bytes(b"content")
+    (folder / "memory.json").write_bytes(content)
+    assert Checksums(folder / "memory.json").of([folder / "f.png"]) == [sha256(b"content").hexdigest()]

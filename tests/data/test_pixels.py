@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from visprompt.data.pixels import center_crop, mean_and_std, normalise, resize, squash, to_input
+from visprompt.data.pixels import center_crop, mean_and_std, normalise, resize, resize_short_side, squash, to_input
 from visprompt.errors import UserError
 
 
@@ -82,6 +82,16 @@ def test_bilinear_without_antialias_is_tensorflow_s_with_half_pixel_centres(shap
     assert np.abs(found - expected).max() < 1e-3
     stored = squash(image[:, :, None], 24, "bilinear", False)[0]
     assert np.abs(stored - expected).max() <= 0.5 + 1e-3, "a store is within half a step of 1/255"
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_short_side_without_antialias_is_tensorflow_s_too(interpolation):
+    image = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    square = resize(torch.from_numpy(image.transpose(2, 0, 1).copy())[None], 24, interpolation, antialias=False)
+    found = resize_short_side(image, 24, interpolation, antialias=False)
+    assert np.array_equal(found, square[0].round().numpy().transpose(1, 2, 0))
+    assert not np.array_equal(found, resize_short_side(image, 24, interpolation))
+    assert resize_short_side(image[:40], 20, interpolation, antialias=False).shape == (20, 30, 3)
 
 
 def test_half_pixel_centres_by_hand():

@@ -82,5 +82,5 @@ def _read(memory: Path) -> Mapping[str, tuple[_Stamp, str]]:
             return {}
         files = stored["files"].items()
         return {str(path): ((int(a), int(b), int(c), int(d)), str(text)) for path, ((a, b, c, d), text) in files}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}

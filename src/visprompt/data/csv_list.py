@@ -64,6 +64,10 @@ def read_csv(
     table = table if table.is_file() else root / table
     if not table.is_file():
         raise UserError(f"data.csv={table} is not a file: give a CSV with the columns path,label or path,label,split")
+    if split_names == "none":
+        raise UserError(
+            "data.split_names=none is for folders: give 'data.csv_columns={split: null}' to read no splits from the CSV"
+        )
     names = _column_names(columns)
     rows, header = _rows(table)
     if names["path"] not in header or names["label"] not in header:

@@ -37,7 +37,7 @@ class FGVCDataModule(RaggedDataModule):
         Raises:
             UserError: If a value is not valid.
         """
-        super().__init__(**cropping)
+        super().__init__(**cropping | {"antialias": True})  # Pillow resizes, whatever the preset says
         self.plan = Plan(
             spec=TASKS[self.task],
             data_dir=Path(data_dir),

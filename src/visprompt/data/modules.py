@@ -95,7 +95,7 @@ class RaggedDataModule(TaskDataModule):
             short_side: Of the stored images; image_size * 256 / 224 rounded down by default, the FGVC rule.
             crop: Whether training crops lie at random; in the middle otherwise.
             flip: Probability of a horizontal flip in training.
-            **feeding: The arguments of `TaskDataModule`; images are always antialiased.
+            **feeding: The arguments of `TaskDataModule`.
 
         Raises:
             UserError: If a value is not valid.
@@ -103,7 +103,7 @@ class RaggedDataModule(TaskDataModule):
         if final not in ("train", "train+val"):
             raise unknown("data.final", final, ("train", "train+val"))
         self.train_sets = {"tune": ("train",), "final": tuple(final.split("+"))}
-        super().__init__(**feeding | {"antialias": True})
+        super().__init__(**feeding)
         self.final = final
         self.crop, self.flip, self.augments = crop, flip, crop or flip > 0
         self.short_side = short_side or int(self.image_size * 256 / 224)
@@ -225,8 +225,9 @@ class FolderDataModule(RaggedDataModule):
     @property
     def store_folder(self) -> Path:
         """Where the decoded images are, or will be."""
+        how = self.interpolation if self.antialias else f"{self.interpolation}-tf"
         white = "" if self.white_level is None else f"-white{self.white_level}"
-        return self.store_dir / f"{self.images.fingerprint[:20]}-{self.short_side}-{self.interpolation}{white}"
+        return self.store_dir / f"{self.images.fingerprint[:20]}-{self.short_side}-{how}{white}"
 
     @cached_property
     def store(self) -> RaggedStore:
@@ -236,6 +237,7 @@ class FolderDataModule(RaggedDataModule):
             self.store_folder,
             self.short_side,
             interpolation=self.interpolation,
+            antialias=self.antialias,
             decode=self.images.decode,
             skip_bad=self.skip_bad,
             notes=self.images.notes,

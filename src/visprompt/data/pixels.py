@@ -58,13 +58,16 @@ def mean_and_std(
     return tuple(float(v) for v in mean), tuple(float(v) for v in std)
 
 
-def resize_short_side(image: np.ndarray, short_side: int, interpolation: str = "bicubic") -> np.ndarray:
-    """Resizes so that the short side has a given length, as Pillow does (with antialiasing).
+def resize_short_side(
+    image: np.ndarray, short_side: int, interpolation: str = "bicubic", antialias: bool = True
+) -> np.ndarray:
+    """Resize so that the short side has a given length.
 
     Args:
         image: uint8 [h, w, 3].
         short_side: New length of the shorter side in pixels; the other follows, rounded down as in torchvision.
         interpolation: "bilinear" or "bicubic".
+        antialias: True for Pillow's arithmetic; False for TensorFlow's, rounded to the nearest value.
 
     Returns:
         uint8 [h', w', 3].
@@ -72,7 +75,13 @@ def resize_short_side(image: np.ndarray, short_side: int, interpolation: str = "
     height, width = image.shape[:2]
     short = min(height, width)
     size = (int(short_side * width / short), int(short_side * height / short))
-    return np.asarray(Image.fromarray(image).resize(size, _FILTERS[interpolation]))
+    if antialias:
+        return np.asarray(Image.fromarray(image).resize(size, _FILTERS[interpolation]))
+    planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))[None].float()
+    for axis, length in zip((-1, -2), size, strict=True):
+        if planes.shape[axis] != length:
+            planes = _filter(planes, axis, *_taps(planes.shape[axis], length, interpolation, antialias))
+    return planes[0].clamp(0, 255).round().to(torch.uint8).numpy().transpose(1, 2, 0)
 
 
 def crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
@@ -216,7 +225,7 @@ def to_input(image: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
         size, mean, std = (preprocessing[name] for name in ("size", "mean", "std"))
         how = preprocessing["interpolation"], preprocessing["antialias"]
         if preprocessing["resize"] == "short_side":
-            image = center_crop(resize_short_side(image, preprocessing["short_side"], how[0]), size)
+            image = center_crop(resize_short_side(image, preprocessing["short_side"], *how), size)
         elif image.shape[:2] != (preprocessing["native"],) * 2:
             image = squash(image, size, *how).transpose(1, 2, 0)
     except KeyError as error:
