@@ -111,6 +111,17 @@ def tiny_run(log_dir: Path, *arguments: str) -> Any:
     return run.prepare(tiny_job(log_dir, *arguments))
 
 
+def leaves(cfg: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a config, those of its groups before what is in them."""
+    from omegaconf import OmegaConf
+
+    for key in map(str, cfg):
+        node = cfg._get_node(key)
+        yield f"{prefix}{key}"
+        if OmegaConf.is_dict(node) and not node._is_missing() and not node._is_none():
+            yield from leaves(node, f"{prefix}{key}.")
+
+
 def content(folder: Path) -> dict[str, str]:
     """Hashes of all files below a folder, by path, but for the lock."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ("lock", "holder")]

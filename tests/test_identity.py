@@ -38,7 +38,8 @@ def identity(words):
     with composing():
         cfg = job("train", words)
     spec = {"name": cfg.backbone.name, "sha256": "0" * 64}
-    backbone = SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3, record=lambda: spec)
+    blocks = SimpleNamespace(num_blocks=12)
+    backbone = SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3, record=lambda: spec, module=blocks)
     return digest(identity_of(cfg, run.make_recipe(cfg), backbone, run.build_data(cfg, backbone)))
 
 
@@ -48,3 +49,12 @@ def test_a_run_keeps_its_hash(words, monkeypatch):
         monkeypatch.setattr(kind, "fingerprint", "1" * 64)
     monkeypatch.setattr(FGVCDataModule, "origin", "raw:json")
     assert identity(words) == json.loads(GOLDEN.read_text())[" ".join(words)]
+
+
+def test_which_blocks_have_prompts_is_nothing_to_tell_where_all_have(monkeypatch):
+    deep = identity(["data=demo/digits", "method=vpt_deep", "method.depth=12"])
+    for word in ("method.depth_from=last", "method.carry_over=true"):
+        assert identity(["data=demo/digits", "method=vpt_deep", "method.depth=12", word]) == deep
+        assert identity(["data=demo/digits", "method=vpt_deep", word]) == identity(DEMO[8])
+        some = ["data=demo/digits", "method=vpt_deep", "method.depth=11"]
+        assert identity([*some, word]) != identity(some)

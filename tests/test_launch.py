@@ -13,6 +13,7 @@ import pytest
 
 from cli import ROOT
 from visprompt import launch
+from visprompt.errors import UserError
 
 HEAD = f"import json, os, signal, subprocess, sys, time; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
 SLEEP = "time.sleep(60)"
@@ -133,12 +134,49 @@ def test_only_rank_0_gives_a_reason(tmp_path, monkeypatch):
 
 def test_ranks_that_somebody_else_started_are_told_as_lightning_tells_them(monkeypatch):
     assert not launch.started_elsewhere()
-    for name in ("LOCAL_RANK", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
+    for name, value in {"LOCAL_RANK": "0", "SLURM_NTASKS": "2", "TORCHELASTIC_RUN_ID": "0"}.items():
         with monkeypatch.context() as patch:
-            patch.setenv(name, "0")
+            patch.setenv(name, value)
             assert launch.started_elsewhere()
+    for name in ("bash", "interactive"):  # a shell in a job, whose tasks nobody started
+        with monkeypatch.context() as patch:
+            patch.setenv("SLURM_NTASKS", "2")
+            patch.setenv("SLURM_JOB_NAME", name)
+            assert not launch.started_elsewhere()
     monkeypatch.setenv("SLURM_PROCID", "0")  # as a batch script of SLURM has without srun, which starts no other rank
     assert not launch.started_elsewhere()
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # a job of one task starts its ranks itself
+    assert not launch.started_elsewhere()
+
+
+def test_the_ranks_of_a_job_of_one_task_do_not_take_slurm_for_what_started_them(tmp_path, monkeypatch):
+    for name in ("JOB_ID", "NTASKS", "NPROCS", "PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "1")
+    seen = f"open(f'{tmp_path}/seen{{rank}}', 'w').write(' '.join(sorted(n for n in os.environ if n[:5] == 'SLURM')))"
+    launch.run_ranks(script(seen), 2)
+    assert [(tmp_path / f"seen{rank}").read_text() for rank in (0, 1)] == ["SLURM_JOB_ID", "SLURM_JOB_ID"]
+
+
+SLURM = [{"_target_": "lightning.pytorch.plugins.environments.SLURMEnvironment", "auto_requeue": False}]
+
+
+def test_processes_that_this_one_cannot_start_are_refused(monkeypatch):
+    launch.check_alone((), 2, 1)
+    with pytest.raises(UserError) as error:
+        launch.check_alone((), 2, 3)
+    assert str(error.value) == (
+        "trainer.num_nodes=3 leaves it to another program to start 6 process(es), and none did: begin the command with "
+        "srun --nodes=3 --ntasks-per-node=2 or torchrun --nnodes=3 --nproc-per-node=2, or take trainer=ddp, which "
+        "starts those of one machine itself"
+    )
+    with pytest.raises(
+        UserError, match=r"^trainer=slurm leaves .* 1 process.*: begin the command with srun --nodes=1 "
+    ):
+        launch.check_alone(SLURM, 1, 1)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    launch.check_alone(SLURM, 1, 1)
+    with pytest.raises(UserError, match=r"^trainer=slurm leaves it to another program to start 2 process"):
+        launch.check_alone(SLURM, 2, 1)
 
 
 def test_a_rank_gets_the_runs_own_config_and_leaves_no_folder_of_hydras(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ A composed *job* is a plain config of one run: its `task` is set, everything is 
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,12 +197,26 @@ def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
     with open_dict(cfg):
         del cfg.hydra
     cfg.task = choices.data.rpartition("/")[2]
+    return complete(cfg, {key_of(override) for override in overrides}, debug=bool(choices.get("debug")))
+
+
+def complete(cfg: DictConfig, said: Set[str], *, debug: bool = False) -> DictConfig:
+    """Make a job of a composed config: checked, resolved, without the recipe's table.
+
+    Args:
+        cfg: The config, which is changed.
+        said: Keys of the command line.
+        debug: Whether `debug=` was among them.
+
+    Raises:
+        UserError: A value does not fit, or one that has no default is missing.
+    """
     check_values(cfg)
-    if choices.get("debug") or settings.debugs(cfg):
+    if debug or settings.debugs(cfg):
         cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
     paths.settle(cfg)
     OmegaConf.resolve(cfg)
-    recipe_rows.settle(cfg, {key_of(override) for override in overrides})
+    recipe_rows.settle(cfg, said)
     return cfg
 
 

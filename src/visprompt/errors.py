@@ -38,6 +38,17 @@ def unknown(kind: str, word: object, choices: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {word!r}: choose one of {listed}")
 
 
+def reason(error: BaseException) -> str:
+    """Return in one line why a library refuses something; nothing where Python itself complains of a type or a name.
+
+    Example:
+        `ValueError("Only token and avg pooling are supported.")` gives its text, `TypeError("'int' object is not
+        iterable")` gives "".
+    """
+    of_python = isinstance(error, TypeError | AttributeError | LookupError | NameError | ArithmeticError)
+    return "" if of_python or "invalid literal" in str(error) else " ".join(str(error).split())
+
+
 def in_one_line(error: Exception) -> str:
     """Return an exception's text without line breaks."""
     return " ".join(str(error).split())

@@ -39,7 +39,7 @@ def identity_of(cfg: DictConfig, recipe: Recipe, backbone: Backbone, datamodule:
         "task": datamodule.task,
         "data": {name: getattr(datamodule, name) for name in ("source", "fingerprint", "fraction", "preprocessing")},
         "backbone": backbone.record(),
-        "method": _method_record(cfg.method),
+        "method": _method_record(cfg.method, backbone.module.num_blocks),
         "recipe": asdict(recipe),
         "split": cfg.split,
         "seed": cfg.seed,
@@ -66,13 +66,18 @@ def _trainer_record(cfg: DictConfig) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in _NEUTRAL_TRAINER} | ({"callbacks": own} if own else {})
 
 
-def _method_record(method: DictConfig) -> dict[str, Any]:
-    """A method's name and options, a number where one is meant; its content's hash in place of a file of weights."""
+def _method_record(method: DictConfig, num_blocks: int) -> dict[str, Any]:
+    """A method's name and options, a number where one is meant; its content's hash in place of a file of weights.
+
+    Where all blocks have prompts, the first ones are the last ones, and there is no block to carry them to.
+    """
     given: Any = OmegaConf.to_container(method)
     options: dict[str, Any] = given
     for option, kind in option_kinds(method.name).items():
         if type(options.get(option)) is int and float in (get_args(kind) or (kind,)) and int not in get_args(kind):
             options[option] = float(options[option])
+    if options.get("depth", 0) in (None, num_blocks) and num_blocks > 1:
+        options |= {k: v for k, v in {"depth_from": "first", "carry_over": False}.items() if k in options}
     if (file := options.get("weights")) and Path(file).expanduser().is_file():
         options["weights"] = f"sha256:{hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}"
     return options

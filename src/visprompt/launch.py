@@ -11,15 +11,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from visprompt import signals
+from visprompt.errors import UserError
 from visprompt.leftovers import temporary_folder
 from visprompt.signals import PARENT
 
 _REASON = "VISPROMPT_REASON"
+# what SLURM tells the one task of a job, from which the trainer of a rank would take SLURM for what started it
+_TASK = frozenset({"SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"})
 _POLL = 0.2  # seconds between two looks at the ranks
 _GRACE = 10.0  # seconds that ranks get to end by themselves
 
@@ -29,10 +33,52 @@ class RanksFailed(Exception):
 
 
 def started_elsewhere() -> bool:
-    """Whether srun, torchrun or the like started this process, one rank of a run, by the trainer's own judgement."""
+    """Whether srun, torchrun or the like started this process, one rank of a run, by the trainer's own judgement.
+
+    A job of one task, as SLURM gives it to a notebook or a batch script, starts its ranks itself: `run_ranks`.
+    """
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment  # late: takes seconds
 
-    return "LOCAL_RANK" in os.environ or TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    return (
+        "LOCAL_RANK" in os.environ
+        or TorchElasticEnvironment.detect()
+        or (tasks.isdecimal() and int(tasks) > 1 and SLURMEnvironment.detect())
+    )
+
+
+def starter() -> str:
+    """What started this process, for a message."""
+    return "SLURM" if "SLURM_NTASKS" in os.environ else "the launcher"
+
+
+def remedy(devices: int, nodes: int) -> str:
+    """How to have as many processes started from outside, for a message."""
+    if "SLURM_NTASKS" in os.environ:
+        return f"srun --nodes={nodes} --ntasks-per-node={devices}"
+    return f"torchrun --nnodes={nodes} --nproc-per-node={devices}"
+
+
+def check_alone(plugins: Iterable[Mapping[str, Any]], devices: int, nodes: int) -> None:
+    """Refuse a trainer whose processes this one cannot start by itself.
+
+    Args:
+        plugins: Configs of the trainer's plugins.
+        devices: Of each machine.
+        nodes: Machines.
+
+    Raises:
+        UserError: It names several machines, or an environment in which SLURM starts the processes.
+    """
+    slurm = any(str(plugin.get("_target_")).endswith("SLURMEnvironment") for plugin in plugins)
+    if nodes > 1 or (slurm and devices > 1) or (slurm and "SLURM_NTASKS" not in os.environ):
+        what = "trainer=slurm" if slurm else f"trainer.num_nodes={nodes}"
+        program = f"srun --nodes={nodes} --ntasks-per-node={devices}"
+        program += "" if slurm else f" or torchrun --nnodes={nodes} --nproc-per-node={devices}"
+        raise UserError(
+            f"{what} leaves it to another program to start {devices * nodes} process(es), and none did: begin the "
+            f"command with {program}, or take trainer=ddp, which starts those of one machine itself"
+        )
 
 
 def run_ranks(command: Sequence[str], world: int) -> None:
@@ -49,7 +95,8 @@ def run_ranks(command: Sequence[str], world: int) -> None:
         reason = folder / "reason"
         ranks: list[subprocess.Popen[bytes]] = []
         try:
-            base = os.environ | _group_env(world) | {_REASON: str(reason)}
+            outer = {name: value for name, value in os.environ.items() if name not in _TASK}
+            base = {**outer, **_group_env(world), _REASON: str(reason)}
             for rank in range(world):
                 ranks.append(subprocess.Popen(command, env=base | {"LOCAL_RANK": str(rank)}, process_group=0))
             code = _wait(ranks)

@@ -14,9 +14,10 @@ from rich.table import Table
 from visprompt import chain, compose, launch, measure, memory, run_folder, signals
 from visprompt.errors import UserError
 from visprompt.leftovers import temporary_folder
+from visprompt.lit.checks import check_login
 from visprompt.lit.trainer import report_together, under_agent, without_wandb
 from visprompt.results import Result, read_result
-from visprompt.run import Run, prepare, run_job
+from visprompt.run import Run, check, prepare, run_job
 from visprompt.run_folder import AtWork, is_free
 from visprompt.terminal import Terminal
 
@@ -76,6 +77,7 @@ def train(cfg: DictConfig) -> float:
 
         return dryrun.train(cfg)
     jobs = compose.jobs(cfg)
+    check_all(jobs)
     together = under_agent() and len(jobs) > 1
     wait = len(jobs) > 1 and not launch.started_elsewhere()  # ranks would have to agree on when
     outcomes = run_all([without_wandb(job) for job in jobs] if together else jobs, wait)
@@ -88,6 +90,20 @@ def train(cfg: DictConfig) -> float:
         several = f" ({len(bad)} of {len(outcomes)} runs failed)" if len(outcomes) > 1 else ""
         raise UserError("; ".join(bad) + several)
     return sum(o.result.score for o in outcomes if o.result) / len(outcomes)
+
+
+def check_all(jobs: Iterable[DictConfig]) -> None:
+    """Check what can be known of jobs before the first of them runs.
+
+    Raises:
+        UserError: A word of one is wrong, or a logger would stop to ask for a key.
+    """
+    for cfg in jobs:
+        try:
+            check(cfg)
+        except UserError as error:
+            raise UserError(f"{cfg.task}/{cfg.method.name}: {error}") from error
+        check_login(cfg)
 
 
 def run_all(jobs: Iterable[DictConfig], wait: bool = True) -> list[Outcome]:
@@ -174,7 +190,10 @@ def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
     run_folder.settle(run.folder)
     stored = None if cfg.rerun else read_result(run.folder)
     devices = local_devices(cfg.trainer)
-    if launch.started_elsewhere():
+    elsewhere = launch.started_elsewhere()
+    if not elsewhere:
+        launch.check_alone(cfg.trainer.get("plugins") or (), devices, cfg.trainer.num_nodes)
+    if elsewhere:
         result = run_job(run)  # in which the first rank decides for all
     elif stored and not cfg.logger:
         result = stored

@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from visprompt import chain, compose
 from visprompt.errors import UserError, unknown
 from visprompt.lit.trainer import under_agent
-from visprompt.loop import Outcome, run_all
+from visprompt.loop import Outcome, check_all, run_all
 from visprompt.methods import METHODS
 from visprompt.results import Cell, cell, choose, markdown_table
-from visprompt.run import prepare
+from visprompt.run import check, prepare
 from visprompt.state import write_atomically
 from visprompt.terminal import Terminal
 
@@ -68,6 +68,12 @@ def tune(cfg: DictConfig) -> float:
         from visprompt import dryrun  # imported late: it is built on this file
 
         return dryrun.tune(cfg, methods, seeds)
+    check_all(jobs)
+    if "debug" in jobs[0].tags:
+        raise UserError(
+            "a trainer setting cuts every run short, and src/tune.py makes results, which such runs are not: leave it "
+            "out, or debug src/train.py"
+        )
     for job in jobs:
         job_points(job)  # says what is wrong with it before anything is trained
         _check_sets(job)
@@ -143,7 +149,8 @@ def job_points(job: DictConfig) -> list[dict[str, Any]]:
     points = grid_points(recipe["grid"])
     for key in points[0].keys() & _tuning(job).keys():
         raise UserError(f"recipe.grid.{key} is nothing to try, the protocol itself sets it: take it out of the grid")
-    chain.vary(job, points[0])  # all have the same keys
+    for point in points:
+        check(chain.vary(job, point))
     return points
 
 

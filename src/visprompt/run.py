@@ -24,11 +24,12 @@ from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, unknown
 from visprompt.identity import digest, full_digest, identity_of
 from visprompt.lit.checkpoint import Owner, ResumeCheckpoint
+from visprompt.lit.checks import warn_random
 from visprompt.lit.frozen import release_pixels
 from visprompt.lit.instantiate import instantiate
 from visprompt.lit.module import Diverged, TuningModule
 from visprompt.lit.trainer import build_loggers, build_trainer, close
-from visprompt.methods import Method, build_method
+from visprompt.methods import Method, build_method, check_options
 from visprompt.optim import Recipe
 from visprompt.results import Result, read_result, write_result
 from visprompt.schema import check_record
@@ -70,8 +71,7 @@ def prepare(cfg: DictConfig) -> Run:
     Raises:
         UserError: Data, weights or a word of the config are missing or wrong, or no tuned state could hold them.
     """
-    if cfg.split not in SPLITS:
-        raise unknown("split", cfg.split, SPLITS)
+    check(cfg)
     recipe = make_recipe(cfg)
     seed = 0 if cfg.backbone.pretrained else int(cfg.seed)  # loaded weights are the same for every seed
     backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), seed)
@@ -84,6 +84,19 @@ def prepare(cfg: DictConfig) -> Run:
     check_record(about, "this run", "its tuned state could not be read again")  # before it is trained
     folder = Path(cfg.paths.log_dir) / datamodule.task / cfg.method.name / digest(identity)
     return Run(cfg, datamodule, backbone, identity, folder)
+
+
+def check(cfg: DictConfig) -> None:
+    """Check what can be known of a composed job before anything of it is loaded or built.
+
+    Raises:
+        UserError: A word, a number or an option of the config is wrong.
+    """
+    if cfg.split not in SPLITS:
+        raise unknown("split", cfg.split, SPLITS)
+    make_recipe(cfg)
+    options: dict[str, Any] = OmegaConf.to_container(cfg.method)  # type: ignore[assignment]  # a mapping of words
+    check_options(options.pop("name"), options)
 
 
 def make_recipe(cfg: DictConfig) -> Recipe:
@@ -196,6 +209,8 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         torch.compiler.reset()  # else the ninth run of a process would exceed a limit and go uncompiled
         module.classifier.compile()  # in place: the names of its parameters stay
     tuned = _tuned_counts(module.classifier)
+    if trainer.is_global_zero and not (cfg.backbone.pretrained or classifier.method.trains_backbone):
+        warn_random(cfg.method.name)
     if trainer.is_global_zero:
         write_atomically(run.folder / run_folder.RESUME / "config.yaml", lambda path: OmegaConf.save(run.cfg, path))
         trainer.loggers = build_loggers(run.cfg, run.folder, attempt, tuned)

@@ -15,7 +15,7 @@ from torch import Tensor
 from visprompt.backbones import check_name
 from visprompt.backbones.options import check_kwargs, is_number
 from visprompt.errors import UserError
-from visprompt.methods import check_options
+from visprompt.methods import LARGEST, check_options
 from visprompt.text import has_control, visible
 
 _DTYPES = frozenset(
@@ -23,7 +23,6 @@ _DTYPES = frozenset(
     | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 )
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_:+.-]{0,79}"
-_LARGEST = 65536  # of a number among a method's options, and of the entries of a list
 _DEEPEST = 3  # lists in lists: masks of tokens by layer and segment
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -156,13 +155,13 @@ def check_record(record: Mapping[str, Any], source: Path | str, mend: str) -> No
 
 def _check_visible(where: str, value: Any, depth: int = 0) -> None:
     """Refuses an option of a method that is anything but a word or number of ordinary size, or lists of them."""
-    if isinstance(value, list) and len(value) <= _LARGEST and depth < _DEEPEST:
+    if isinstance(value, list) and len(value) <= LARGEST and depth < _DEEPEST:
         for entry in value:
             _check_visible(where, entry, depth + 1)
     elif isinstance(value, str):
         if not re.fullmatch(_WORD, value):
             raise UserError(f"{where}={value!r:.60} is not a plain word")
-    elif not (value is None or isinstance(value, bool) or (is_number(value) and abs(value) <= _LARGEST)):
+    elif not (value is None or isinstance(value, bool) or (is_number(value) and abs(value) <= LARGEST)):
         raise UserError(f"{where} is not a number of ordinary size, or a list of some")
 
 

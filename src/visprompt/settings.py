@@ -4,6 +4,7 @@ Recipes and methods check their own options (`optim.Recipe`, `methods.check_opti
 without a config. Words from a list (an interpolation, a source) are checked where that list is.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -111,6 +112,10 @@ _KINDS: dict[str, Kind] = {
     "data.csv_columns": _MAPPING | _NULL,
     "data.white_level": whole(1, _MOST) | _NULL,
     "data.test": _TEXT,
+    **{f"logger.wandb.{name}": _TEXT | _NULL for name in ("project", "group", "name", "entity")},
+    "logger.wandb.tags": _WORDS | _NULL,
+    **dict.fromkeys(("logger.wandb.offline", "logger.wandb.artifact", "callbacks.progress_bar.leave"), _SWITCH),
+    **{f"logger.tensorboard.{name}": _TEXT | _NULL for name in ("name", "version")},
     "data.split_names": _MAPPING | Kind("none", lambda value: value == "none") | _NULL,
     "data.fraction": number("a number above 0, 1 at most", lambda value: 0 < value <= 1),
     "data.flip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
@@ -138,7 +143,15 @@ _OURS = {
 _BATCHES = whole(1, _MOST) | number(
     "a share above 0, 1.0 at most", lambda value: type(value) is float and 0 < value <= 1
 )
-_DURATION = _MAPPING | Kind("text such as 00:02:00:00 (days, hours, minutes, seconds)", _TEXT.fits)
+_UNITS = frozenset({"weeks", "days", "hours", "minutes", "seconds"})
+_DURATION = Kind(
+    "days, hours, minutes and seconds as 00:02:00:00, or a mapping such as {hours: 2}",
+    lambda value: (
+        re.fullmatch(r"\d+(:\d\d){3}", value) is not None
+        if isinstance(value, str)
+        else isinstance(value, dict) and value.keys() <= _UNITS and all(map(is_finite, value.values()))
+    ),
+)
 # those that cut training or scoring short, with the values that do not: such runs are for debugging, no results
 _CUTS: dict[str, tuple[Kind, tuple[Any, ...]]] = {
     "fast_dev_run": (_SWITCH | whole(1, _MOST), (False,)),

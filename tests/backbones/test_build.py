@@ -164,7 +164,7 @@ def test_a_missing_file_is_named(name):
         (
             NAME,
             {"pretrained": False, "kwargs": {"depths": [2]}},
-            "unexpected keyword argument 'depths'; check backbone.",
+            "one of its settings is unknown or of a wrong kind; check backbone.",
         ),
         (NAME, {"pretrained": False, "kwargs": {"num_heads": 5}}, "dim should be divisible by num_heads"),
         ("vit_base_patch16_18x2_224", {}, "timm has no pre-trained weights for backbone vit_base_patch16_18x2_224"),
@@ -174,3 +174,9 @@ def test_wrong_words_and_models_are_one_sentence(name, options, message):
     with pytest.raises(UserError, match=message) as error:
         build(name, **options)
     assert len(str(error.value)) < 700
+
+
+def test_random_weights_and_a_file_of_weights_are_not_both_given(tmp_path):
+    sentence = r"^backbone\.pretrained=false asks for random weights, and backbone\.weights=x\.npz for those"
+    with pytest.raises(UserError, match=sentence):
+        build(pretrained=False, weights="x.npz")

@@ -192,7 +192,7 @@ def test_the_learning_rate_follows_optimiser_steps_whatever_the_accumulation(tmp
             return original(self, given, index)
 
         monkeypatch.setattr(TuningModule, "training_step", note)
-        options = ("recipe.batch_size=200", f"trainer.accumulate_grad_batches={accumulate}", f"tags=[{accumulate}]")
+        options = ("recipe.batch_size=200", f"trainer.accumulate_grad_batches={accumulate}", f"tags=[by{accumulate}]")
         trained(tmp_path / str(accumulate), *options)
     peak = 0.4 * 200 / 256
     warm_up = [peak * (step + 1) / 5 for step in range(5)]

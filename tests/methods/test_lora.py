@@ -174,3 +174,12 @@ def test_blocks_without_the_layer_are_named():
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(UserError, match=message):
         LoRA(VIT_B, **options)
+
+
+def test_a_rank_beyond_the_width_is_refused():
+    assert LoRA(geometry(width=32), rank=32).rank == 32
+    sentence = r"^method\.rank=33 is beyond the width 32 of the layers, whose updates have no higher rank: "
+    with pytest.raises(UserError, match=sentence):
+        LoRA(geometry(width=32), rank=33)
+    with pytest.raises(UserError, match=r"^method\.rank=17 is beyond the width 16 "):
+        LoRA(geometry(widths=(16, 16, 32, 32)), rank=17)

@@ -13,7 +13,7 @@ from visprompt.backbones.family import Family
 from visprompt.backbones.hub import hub_file
 from visprompt.backbones.loading import find_file, load_file
 from visprompt.backbones.options import check_kwargs
-from visprompt.errors import UserError, unknown
+from visprompt.errors import UserError, reason, unknown
 from visprompt.state import hash_tensors
 
 DEMO = "vit64_tiny_imagenet_100"
@@ -29,11 +29,14 @@ class BackboneSpec:
     Attributes:
         name: The embedded demo backbone's name or a timm model name, with or without a pre-training tag.
         weights: A file of weights (.safetensors, .pth, .npz) or a folder with one; None takes timm's cache or hub.
-        pretrained: False leaves random weights, for tests and for training from scratch, and reads no file.
+        pretrained: False leaves random weights, for tests and for training from scratch.
         image_size: Side of the input in pixels; None is the model's own.
         global_pool: Another of timm's poolings for the trained model, whose norms stay where they are; None is its own.
         exact: False carries prompt tokens through every block, for comparison.
         kwargs: Further arguments of the timm model, such as depth and embed_dim of a tiny one; see `options`.
+
+    Raises:
+        UserError: Random weights and a file of weights are both asked for.
     """
 
     name: str = DEMO
@@ -43,6 +46,13 @@ class BackboneSpec:
     global_pool: str | None = None
     exact: bool = True
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.pretrained and self.weights is not None:
+            raise UserError(
+                f"backbone.pretrained=false asks for random weights, and backbone.weights={self.weights} for those of "
+                "a file: leave one of them out, or give backbone.weights=null"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,9 +109,9 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
     except UserError:
         raise
     except Exception as error:  # timm raises of every kind
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        said = textwrap.shorten(reason(error), 300, placeholder=" ...")
         raise UserError(
-            f"backbone {spec.name} cannot be built: {reason or type(error).__name__}; "
+            f"backbone {spec.name} cannot be built: {said or 'one of its settings is unknown or of a wrong kind'}; "
             "check backbone.name, backbone.image_size, backbone.global_pool and backbone.kwargs"
         ) from error
     if spec.image_size not in (None, module.image_size):

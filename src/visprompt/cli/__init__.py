@@ -47,6 +47,8 @@ def _checked(script: str, line: flags.CommandLine) -> list[str]:
     parsed = arguments.parse(settings, script, line.multirun)
     config_name = str(line.options.config_name or script).removesuffix(".yaml")
     compose.check_own(config_name, settings)
+    if config_name == "train" and any(compose.key_of(setting).startswith("recipe.grid") for setting in settings):
+        raise UserError("recipe.grid has no effect on src/train.py, which runs one point: give it to src/tune.py")
     with compose.composing(line.options.config_dir):
         if not words.is_config(config_name):
             raise unknown("config", config_name, words.configs())

@@ -6,6 +6,7 @@ called to find out what it is.
 """
 
 import importlib
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from types import ModuleType
@@ -22,7 +23,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from omegaconf import OmegaConf
 
-from visprompt.errors import UserError
+from visprompt.errors import UserError, reason, unknown
 
 PLUGINS = (ClusterEnvironment, CheckpointIO, LayerSync, Precision)
 """What `trainer.plugins` may hold."""
@@ -30,7 +31,6 @@ PLUGINS = (ClusterEnvironment, CheckpointIO, LayerSync, Precision)
 _ARGUMENTS = (*PLUGINS, Accelerator, L.Callback, Logger, Profiler, Strategy, RichProgressBarTheme, timedelta)
 # what to do about refusals of Lightning's that no trainer.<key> mends, by words of theirs
 _WAYS_OUT = {
-    "Precision '": "correct precision=...",
     "No supported gpu backend found": "without a GPU take trainer=cpu, or trainer=ddp_sim for two processes",
 }
 _Kind = TypeVar("_Kind")
@@ -63,9 +63,13 @@ def instantiate(where: str, config: Any, kind: type[_Kind] | tuple[type[_Kind], 
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        reason = " ".join(str(error.__cause__ or error).split())
-        way_out = next((text for words, text in _WAYS_OUT.items() if words in reason), f"correct {where}.<key>=...")
-        raise UserError(f"{where} cannot be built: {reason.rstrip('.!')}; {way_out}") from error
+        cause = error.__cause__ or error
+        if isinstance(cause, TypeError) and (found := re.search(r"unexpected keyword argument '(\w+)'", str(cause))):
+            known = [f"{where}.{key}" for key in map(str, plain) if key not in (found[1], "_target_")]
+            raise unknown("key", f"{where}.{found[1]}", known) from error
+        said = reason(cause) or "one of its settings is of a wrong kind"
+        way_out = next((text for words, text in _WAYS_OUT.items() if words in said), f"correct {where}.<key>=...")
+        raise UserError(f"{where} cannot be built: {said.rstrip('.!')}; {way_out}") from error
     if not isinstance(made, kinds):
         raise UserError(f"{where} makes no object of {_names(kinds)}: leave _partial_ and the like out of it")
     return made
@@ -113,8 +117,8 @@ def _import(where: str, target: str, name: str) -> Any:
             f"{where}._target_={target} does not exist: there is no module {error.name}, correct it"
         ) from error
     except Exception as error:  # a user's own module may raise of every kind
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}._target_={target} cannot be imported: {reason[:200]}; mend that module") from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where}._target_={target} cannot be imported: {said[:200]}; mend that module") from error
 
 
 def _names(kinds: tuple[type, ...]) -> str:

@@ -96,6 +96,7 @@ class TuningModule(L.LightningModule):
         self.per_class: list[float | None] = []
         self.scored_loss = math.nan
         self._resumed = False
+        self._lr = math.nan  # of the last step: at the end of an epoch the optimiser already has the next one's
         self._bad_step: Tensor
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
 
@@ -181,6 +182,10 @@ class TuningModule(L.LightningModule):
         self.train_acc.update((logits.argmax(1) == batch.labels).float(), real)
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keeps the rate of this step for the curve."""
+        self._lr = float(optimizer.param_groups[0]["lr"])
+
     def on_train_epoch_end(self) -> None:
         """Ends a diverged run before its checkpoint is written; on all ranks alike."""
         bad_step = int(torch.as_tensor(self.trainer.strategy.reduce(self._bad_step, reduce_op="min")))
@@ -188,7 +193,7 @@ class TuningModule(L.LightningModule):
             raise Diverged(bad_step)
         self.log("train/loss", self.train_loss, prog_bar=True)
         self.log("train/acc", self.train_acc, prog_bar=True)
-        self.log("lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        self.log("lr", self._lr)
         if self._leaks and self._datamodule.split == "final":
             self.log("leak/test_acc", self._leak())
 

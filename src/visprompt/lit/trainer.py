@@ -9,20 +9,26 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from visprompt import signals
 from visprompt.lit.checkpoint import SafetensorsIO
+from visprompt.lit.checks import check_trainer
 from visprompt.lit.instantiate import PLUGINS, instantiate
 from visprompt.results import Result, read_result
+from visprompt.settings import PRECISIONS
 
 log = logging.getLogger(__name__)
 
 
 def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
     """The trainer of a job, with the config's callbacks and those given."""
+    without = "progress_bar" in (cfg.callbacks or {}) and cfg.callbacks.progress_bar is None
+    bar = cfg.trainer.enable_progress_bar and not without
     configured = [instantiate(f"callbacks.{name}", one, L.Callback) for name, one in _named(cfg.callbacks)]
+    configured = [callback for callback in configured if bar or not isinstance(callback, ProgressBar)]
     given = cfg.trainer.get("plugins") or []
     plugins = [SafetensorsIO(), *(instantiate("trainer.plugins", plugin, PLUGINS) for plugin in given)]
     settings = {k: v for k, v in cfg.trainer.items() if k != "plugins"}
@@ -31,8 +37,9 @@ def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
         settings,
         L.Trainer,
         callbacks=[*configured, *callbacks],
+        enable_progress_bar=bar,
         plugins=plugins,
-        precision=cfg.precision,
+        precision=PRECISIONS.get(str(cfg.precision), str(cfg.precision)),
         max_epochs=cfg.recipe.epochs,
         limit_val_batches=settings.get("limit_val_batches", 1.0) if cfg.split == "tune" else 0,
         use_distributed_sampler=False,  # the data module deals the rows itself, none twice
@@ -45,6 +52,7 @@ def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
     # Lightning's own broadcasts from within the handler, which hangs where the ranks are not at the same step
     connector: Any = trainer._signal_connector
     connector._sigterm_notifier_fn = signals.handle
+    check_trainer(trainer, cfg)
     return trainer
 
 

@@ -55,6 +55,9 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 }
 
 
+LARGEST = 65536
+"""Of a number among a method's options, on the command line as in a tuned state."""
+
 _KINDS: Mapping[Any, tuple[type, str]] = {  # of an option, by its annotation; the first that a value is
     bool: (bool, "true or false"),
     int: (Integral, "a whole number"),
@@ -71,7 +74,7 @@ def option_kinds(name: str) -> dict[str, Any]:
     Raises:
         UserError: The name is unknown.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise unknown("method", name, METHODS)
     return {p: one.annotation for p, one in inspect.signature(METHODS[name]).parameters.items() if p != "backbone"}
 
@@ -103,7 +106,7 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
     try:
         return factory(backbone, **options)
     except TypeError as error:
-        raise UserError(f"method {name} has an option of the wrong kind ({error}): correct method.<key>=...") from error
+        raise UserError(f"method {name} has an option of the wrong kind: correct method.<key>=...") from error
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
@@ -133,6 +136,8 @@ def _check_kind(option: str, value: Any, annotation: Any) -> None:
         words = " or ".join(_KINDS[kind][1] for kind in wanted)
         value = "null" if value is None else value
         raise UserError(f"method.{option}={value} is of the wrong kind: give {words}")
+    if isinstance(value, int | float) and not abs(value) <= LARGEST:
+        raise UserError(f"method.{option}={value} is out of range: give a number up to {LARGEST}")
 
 
-__all__ = ["METHODS", "Flow", "Geometry", "Method", "Place", "build_method", "check_options", "option_kinds"]
+__all__ = ["LARGEST", "METHODS", "Flow", "Geometry", "Method", "Place", "build_method", "check_options", "option_kinds"]

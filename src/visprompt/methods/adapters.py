@@ -168,6 +168,16 @@ def check_size(name: str, value: int) -> None:
         raise UserError(f"method.{name}={value} is too small: give at least 1, or use method=linear")
 
 
+def check_rank(value: int, width: int) -> None:
+    """Raises a UserError unless the rank of an update is one that layers of a width can have."""
+    check_size("rank", value)
+    if value > width:
+        raise UserError(
+            f"method.rank={value} is beyond the width {width} of the layers, whose updates have no higher rank: give 1 "
+            f"to {width}"
+        )
+
+
 def check_scale(value: float) -> None:
     """Raises a UserError unless `scale` is a positive number."""
     if not (math.isfinite(value) and value > 0):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from visprompt.errors import UserError, unknown
-from visprompt.methods.adapters import check_probability, check_scale, check_size
+from visprompt.methods.adapters import check_probability, check_rank, check_scale
 from visprompt.methods.base import Geometry, Method
 from visprompt.methods.lora import Updated, find_linears
 
@@ -58,7 +58,7 @@ class FacT(Method):
         self, backbone: Geometry, rank: int = 16, form: str = "tt", scale: float = 1.0, dropout: float = 0.1
     ) -> None:
         super().__init__(backbone)
-        check_size("rank", rank)
+        check_rank(rank, backbone.width)
         check_scale(scale)
         check_probability("dropout", dropout)
         if form not in ("tt", "tk"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
-from visprompt.methods.adapters import check_probability, check_size, draw_linear
+from visprompt.methods.adapters import check_probability, check_rank, draw_linear
 from visprompt.methods.base import Geometry, Method, Wrapped, per_block
 
 
@@ -95,7 +95,7 @@ class LoRA(Method):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(backbone)
-        check_size("rank", rank)
+        check_rank(rank, min(backbone.widths))
         check_probability("dropout", dropout)
         if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
             raise UserError(f"method.alpha={alpha} cannot scale what is tuned: give a number above 0, or null for rank")
