@@ -244,7 +244,7 @@ def _problems(tensors: Mapping[str, Any], own: Mapping[str, Tensor]) -> list[str
     """Why tensors do not fill a model, each in a few words; nothing where they do."""
     # files from before batch norm counted its batches lack the counters, which nothing reads in evaluation
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
-    extra = [name for name, tensor in tensors.items() if name not in own or not isinstance(tensor, Tensor)]
+    extra = [name for name, tensor in tensors.items() if name not in own or not _is_plain(tensor)]
     both = {name: tensor for name, tensor in tensors.items() if name not in extra}
     misfits = [f"{n} [{_size(t)}], which is [{_size(own[n])}] here" for n, t in both.items() if t.shape != own[n].shape]
     broken = [name for name, tensor in both.items() if not tensor.isfinite().all()]
@@ -254,6 +254,13 @@ def _problems(tensors: Mapping[str, Any], own: Mapping[str, Tensor]) -> list[str
         *([f"it has other shapes: {_some(misfits)}"] if misfits else []),
         *([f"it has values that are not finite: {_some(broken)}"] if broken else []),
     ]
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is a tensor of real numbers that are all there: not sparse, not quantized, not meta."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return not (value.is_quantized or value.is_complex())
 
 
 def _size(tensor: Tensor) -> str:

@@ -23,6 +23,7 @@ _DAMAGE = (
     lzma.LZMAError,
     zlib.error,
     EOFError,
+    RecursionError,  # of JSON that is nested too deeply
     NotImplementedError,
 )
 
