@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
 
         signals.started()
         settle(cfg)
-        options = {name: cfg[name] for name in ("output", "batch_size", "device", "weights", "overwrite")}
+        options = {name: cfg[name] for name in ("output", "batch_size", "device", "weights", "overwrite", "max_pixels")}
         predict(cfg.state, cfg.images, **options)
 
 

@@ -58,7 +58,7 @@ def evaluate(folder, *arguments):
 def predict(logs, folder, images, output, *arguments):
     given = (f"state={folder}", f"images={images}", f"output={output}", "device=cpu", *arguments)
     with composed("predict", f"weights={logs / 'weights.safetensors'}", *given) as cfg:
-        names = ("state", "images", "output", "batch_size", "device", "weights", "overwrite")
+        names = ("state", "images", "output", "batch_size", "device", "weights", "overwrite", "max_pixels")
         prediction.predict(**{name: cfg[name] for name in names})
     with output.open(newline="") as file:
         return list(csv.DictReader(file))

@@ -13,7 +13,7 @@ from visprompt import memory
 from visprompt.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.classifier import Classifier
 from visprompt.data.decoders import decoder_of
-from visprompt.data.folder import BadImage
+from visprompt.data.folder import MAX_PIXELS, BadImage
 from visprompt.data.own_images import is_supported
 from visprompt.data.pixels import to_input
 from visprompt.data.walk import files_below
@@ -82,6 +82,7 @@ def predict(
     device: str,
     weights: str | None,
     overwrite: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Label an image, or every image below a folder, and write a CSV.
 
@@ -96,6 +97,7 @@ def predict(
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         weights: A file of backbone weights; None where the backbone is embedded or timm's.
         overwrite: Whether a CSV that is there may be replaced.
+        max_pixels: Larger images are left out, before they are decoded.
 
     Raises:
         UserError: The state cannot be read, no image can, or the CSV is there.
@@ -117,7 +119,7 @@ def predict(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(csv_cell, ["path", "class", "probability", *tuned.class_names]))
     count = 0
-    for names, batch in _batches(files, folder, tuned, batch_size):
+    for names, batch in _batches(files, folder, tuned, batch_size, max_pixels):
         with torch.inference_mode():
             shares = classifier(batch.to(where)).float().softmax(1).cpu()
         if not shares.isfinite().all():
@@ -164,10 +166,10 @@ def find_device(name: str) -> torch.device:
 
 
 def _batches(
-    files: Sequence[Path], root: Path, state: TunedState, size: int
+    files: Sequence[Path], root: Path, state: TunedState, size: int, max_pixels: int
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Batches of names and prepared images; a file that cannot be read is named and left out."""
-    decode = decoder_of(state.preprocessing)
+    decode = decoder_of(state.preprocessing, max_pixels)
     names: list[str] = []
     inputs: list[torch.Tensor] = []
     for file in files:

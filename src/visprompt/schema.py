@@ -87,6 +87,7 @@ class _Preprocessing(Closed):
     crop: Literal["random", "center"] | None = None
     flip: Annotated[float, Field(ge=0, le=1)] | bool = 0.0
     white_level: Annotated[int, Field(ge=1, lt=2**32)] | None = None
+    max_pixels: Annotated[int, Field(ge=1, lt=2**48)] | None = None
     mean: Annotated[list[Number], Field(min_length=3, max_length=3)]
     std: Annotated[list[Annotated[Number, Field(gt=0)]], Field(min_length=3, max_length=3)]
 

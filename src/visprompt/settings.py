@@ -111,6 +111,7 @@ _KINDS: dict[str, Kind] = {
     "data.name": _TEXT | _NULL,
     "data.csv_columns": _MAPPING | _NULL,
     "data.white_level": whole(1, _MOST) | _NULL,
+    **dict.fromkeys(("data.max_pixels", "max_pixels"), whole(1, 2**40)),
     "data.test": _TEXT,
     **{f"logger.wandb.{name}": _TEXT | _NULL for name in ("project", "group", "name", "entity")},
     "logger.wandb.tags": _WORDS | _NULL,

@@ -6,9 +6,8 @@ from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from visprompt.data.folder import BadImage, error_reason
+from visprompt.data.folder import MAX_PIXELS, BadImage, error_reason, open_image
 from visprompt.errors import UserError
 
 
@@ -38,23 +37,27 @@ class Found(NamedTuple):
     image: np.ndarray | bytes
 
 
-def decode_rgb(data: bytes) -> np.ndarray:
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes an image as TensorFlow does for VTAB: three channels, transparency dropped, EXIF orientation ignored.
 
     Pillow's JPEG decoder is the exact one; TensorFlow's default is a faster one that differs by a few levels of 256.
 
     Args:
-        data: A file of any format that Pillow reads.
+        data: A file of one of `folder.FORMATS`.
+        max_pixels: See `folder.open_image`.
 
     Returns:
         uint8 [h, w, 3].
 
     Raises:
-        BadImage: The bytes are damaged or of an unknown format; the message is the reason without a name.
+        BadImage: The bytes are damaged, of an unknown format or of too many pixels; the message is the reason without
+            a name.
     """
     try:
-        with Image.open(BytesIO(data)) as image:
+        with open_image(BytesIO(data), max_pixels) as image:
             return np.asarray(image.convert("RGB"))
+    except BadImage:
+        raise
     except Exception as error:  # Pillow's readers let all kinds of errors through when bytes are damaged
         raise BadImage(f"cannot be decoded ({error_reason(error)})") from error
 

@@ -8,25 +8,38 @@ from typing import Any
 import numpy as np
 
 from visprompt.data.content import decode_rgb
-from visprompt.data.folder import decode
+from visprompt.data.folder import MAX_PIXELS, BadImage, decode, error_reason, open_image
 from visprompt.data.raw.natural import decode_sun397
 from visprompt.data.raw.specialized import decode_retina
 from visprompt.errors import UserError
 
-DECODERS: dict[str, Callable[[Path], np.ndarray]] = {
+
+def _checked(path: Path, max_pixels: int) -> bytes:
+    """Return a file's bytes where it is of a supported format and not too large for OpenCV to decode."""
+    try:
+        open_image(path, max_pixels).close()
+        return path.read_bytes()
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's readers let all kinds of errors through when bytes are damaged
+        raise BadImage(f"cannot be decoded ({error_reason(error)})") from error
+
+
+DECODERS: dict[str, Callable[..., np.ndarray]] = {
     "upright": decode,
-    "rgb": lambda path: decode_rgb(path.read_bytes()),
-    "sun397": lambda path: decode_sun397(path.read_bytes()),
-    "retina": lambda path: decode_retina(path.read_bytes()),
+    "rgb": lambda path, max_pixels=MAX_PIXELS: decode_rgb(path.read_bytes(), max_pixels),
+    "sun397": lambda path, max_pixels=MAX_PIXELS: decode_sun397(_checked(path, max_pixels)),
+    "retina": lambda path, max_pixels=MAX_PIXELS: decode_retina(_checked(path, max_pixels)),
 }
-"""Name -> the function that reads a file into uint8 [h, w, 3]; raises `BadImage`."""
+"""Name -> the function that reads a file into uint8 [h, w, 3], given `max_pixels` or not; raises `BadImage`."""
 
 
-def decoder_of(preprocessing: Mapping[str, Any]) -> Callable[[Path], np.ndarray]:
+def decoder_of(preprocessing: Mapping[str, Any], max_pixels: int = MAX_PIXELS) -> Callable[[Path], np.ndarray]:
     """Return the function that decodes a file as the images of a run were decoded.
 
     Args:
         preprocessing: A data module's `preprocessing`, as kept in the tuned state.
+        max_pixels: See `folder.open_image`; whoever gets a state decides it, not the state.
 
     Raises:
         UserError: It does not say how.
@@ -35,4 +48,5 @@ def decoder_of(preprocessing: Mapping[str, Any]) -> Callable[[Path], np.ndarray]
     if found is None:
         raise UserError("the tuned state does not say how images are decoded: an older version wrote it, tune it again")
     white_level = preprocessing.get("white_level")
-    return found if white_level is None else partial(decode, white_level=white_level)
+    options = {} if white_level is None else {"white_level": white_level}
+    return partial(found if white_level is None else decode, max_pixels=max_pixels, **options)

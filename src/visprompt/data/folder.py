@@ -1,5 +1,7 @@
 """A list of image files with their classes and splits, and how one file is decoded."""
 
+import threading
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -12,14 +14,51 @@ from PIL import Image, ImageOps
 from visprompt.errors import UserError
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats that are read, whatever a file is called: EPS, for example, would run Ghostscript."""
+MAX_PIXELS = 178_956_970
+"""Images of more pixels are refused unless data.max_pixels says otherwise: the bound of Pillow itself."""
 MIN_SIDE = 16
 """Images whose short side has fewer pixels are taken for thumbnails or damage, not for data."""
 WIDE_WHITE = 65535
 """White in grey images of 16 or 32 bits, unless data.white_level says otherwise."""
 
 
+_PILLOW = threading.Lock()  # images are decoded in threads, and Pillow's bound is one of the process
+
+
 class BadImage(UserError):
     """A file that cannot be used as an image; the message is the reason, without the file's name."""
+
+
+def open_image(source: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open an image file of a supported format whose size is bounded; its pixels are not decoded yet.
+
+    Args:
+        source: The file, or its content.
+        max_pixels: Of larger ones nothing is decoded: a few kilobytes can claim to be gigabytes of pixels.
+
+    Returns:
+        Pillow's image, to be used in a `with`.
+
+    Raises:
+        BadImage: It is larger.
+        OSError: Pillow cannot read it; see `error_reason`.
+    """
+    with _PILLOW, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # its own bound cannot be set for one image
+        try:
+            image = Image.open(source, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise BadImage(
+            f"is {image.width} x {image.height} pixels, more than the {max_pixels} that are decoded: if it is meant to "
+            "be so large, raise data.max_pixels, or for src/predict.py max_pixels"
+        )
+    return image
 
 
 class Item(NamedTuple):
@@ -64,7 +103,12 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-def decode(path: str | Path | IO[bytes], white_level: int | None = None, tops: list[int] | None = None) -> np.ndarray:
+def decode(
+    path: str | Path | IO[bytes],
+    white_level: int | None = None,
+    tops: list[int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
     """Read an image file as it is meant to be seen.
 
     The EXIF orientation is applied; of an animation the first frame is taken; transparent pixels are laid over white;
@@ -75,16 +119,17 @@ def decode(path: str | Path | IO[bytes], white_level: int | None = None, tops: l
         white_level: The value of white in grey images of 16 or 32 bits, above which all is white; 65535 by default,
             and then higher values are refused.
         tops: Is added the highest value of a grey image of 16 or 32 bits.
+        max_pixels: See `open_image`.
 
     Returns:
         uint8 [h, w, 3].
 
     Raises:
-        BadImage: If the file is damaged, of an unknown format, without a defined range of values, or smaller than
-            `MIN_SIDE` pixels; the message is the reason without the path.
+        BadImage: If the file is damaged, of an unknown format, without a defined range of values, larger than
+            `max_pixels` or smaller than `MIN_SIDE` on a side; the message is the reason without the path.
     """
     try:
-        with Image.open(path) as file:
+        with open_image(path, max_pixels) as file:
             image = _to_rgb(ImageOps.exif_transpose(file), white_level, tops)
     except BadImage:
         raise

@@ -14,6 +14,7 @@ from visprompt.data.catalog import TASKS
 from visprompt.data.datamodule import TaskDataModule, no_images
 from visprompt.data.dataset import ArrayDataset, RaggedDataset
 from visprompt.data.demo import compose
+from visprompt.data.folder import MAX_PIXELS
 from visprompt.data.own_images import OwnImages, find
 from visprompt.data.splits import SPLITS
 from visprompt.data.store import RaggedStore, open_store
@@ -181,6 +182,7 @@ class FolderDataModule(RaggedDataModule):
         split_names: Mapping[str, Any] | str | None = None,
         csv_columns: Mapping[str, Any] | None = None,
         white_level: int | None = None,
+        max_pixels: int = MAX_PIXELS,
         test: str = "required",
         **cropping: Any,
     ) -> None:
@@ -195,6 +197,7 @@ class FolderDataModule(RaggedDataModule):
             split_names: What the splits are called, where these have other names than train, val and test.
             csv_columns: What the columns of the CSV are called, where these have other names than path, label, split.
             white_level: Value of white in grey images of 16 or 32 bits; 65535 by default.
+            max_pixels: Images of more pixels are refused before they are decoded.
             test: "required", or "none" where there are no test images and `split=final` trains without a score.
             **cropping: The arguments of `RaggedDataModule`.
 
@@ -206,7 +209,7 @@ class FolderDataModule(RaggedDataModule):
         if test not in ("required", "none"):
             raise unknown("data.test", test, ("required", "none"))
         self.split_names, self.csv_columns, self.white_level, self.test = split_names, csv_columns, white_level, test
-        self.task = own_name(root, name)
+        self.max_pixels, self.task = max_pixels, own_name(root, name)
         if self.task in ("", ".", "..") or "/" in self.task or has_control(self.task):
             raise UserError(f"data.name={self.task!r} cannot name a folder of results: set data.name to a plain word")
 
@@ -220,13 +223,15 @@ class FolderDataModule(RaggedDataModule):
         """The files with their classes and splits; none is decoded for it."""
         place = sha256(os.fsencode(self.root.absolute())).hexdigest()[:20]
         memory = self.store_dir / "checksums" / f"{place}.json"
-        return find(self.root, self.csv, self.skip_bad, self.split_names, self.csv_columns, memory, self.white_level)
+        names = self.split_names, self.csv_columns
+        return find(self.root, self.csv, self.skip_bad, *names, memory, self.white_level, self.max_pixels)
 
     @property
     def store_folder(self) -> Path:
         """Where the decoded images are, or will be."""
         how = self.interpolation if self.antialias else f"{self.interpolation}-tf"
         white = "" if self.white_level is None else f"-white{self.white_level}"
+        white += "" if self.max_pixels == MAX_PIXELS else f"-max{self.max_pixels}"
         return self.store_dir / f"{self.images.fingerprint[:20]}-{self.short_side}-{how}{white}"
 
     @cached_property
@@ -249,6 +254,7 @@ class FolderDataModule(RaggedDataModule):
     def preprocessing(self) -> dict[str, Any]:
         """As for `RaggedDataModule`, with the white level where one is set."""
         white = {} if self.white_level is None else {"white_level": self.white_level}
+        white |= {} if self.max_pixels == MAX_PIXELS else {"max_pixels": self.max_pixels}
         return super().preprocessing | white
 
     @property

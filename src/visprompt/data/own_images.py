@@ -21,7 +21,7 @@ import numpy as np
 
 from visprompt.data.checksums import UNREADABLE, Checksums
 from visprompt.data.csv_list import Found, read_csv
-from visprompt.data.folder import EXTENSIONS, WIDE_WHITE, ImageFolder, Item, decode
+from visprompt.data.folder import EXTENSIONS, MAX_PIXELS, WIDE_WHITE, ImageFolder, Item, decode
 from visprompt.data.split_folders import class_parents
 from visprompt.data.splits import SPLITS, stratified
 from visprompt.data.walk import entries, files_below, folders_in
@@ -41,6 +41,7 @@ class OwnImages(ImageFolder):
         unread: Columns of the CSV that were not read.
         known: Remembers the files' checksums.
         white_level: See `folder.decode`.
+        max_pixels: See `folder.open_image`.
     """
 
     cut: bool = False
@@ -48,6 +49,7 @@ class OwnImages(ImageFolder):
     unread: tuple[str, ...] = ()
     known: Checksums = field(default_factory=Checksums)
     white_level: int | None = None
+    max_pixels: int = MAX_PIXELS
     _tops: list[int] = field(default_factory=list)  # highest values of the grey images of 16 or 32 bits
 
     @cached_property
@@ -86,10 +88,10 @@ class OwnImages(ImageFolder):
         try:
             content = path.read_bytes()
         except OSError:
-            return decode(path, self.white_level, self._tops)  # which says why
+            return decode(path, self.white_level, self._tops, self.max_pixels)  # which says why
         if sha256(content).hexdigest() != self._by_path[path]:
             raise UserError(f"{path} was changed while the images were read: run the same command again")
-        return decode(BytesIO(content), self.white_level, self._tops)
+        return decode(BytesIO(content), self.white_level, self._tops, self.max_pixels)
 
     def notes(self) -> dict[str, int]:
         """Return how many of the images decoded so far use a small part of their 16 or 32 bits, and their top value."""
@@ -105,6 +107,7 @@ def find(
     columns: Mapping[str, Any] | None = None,
     memory: Path | None = None,
     white_level: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> OwnImages:
     """List the images of a folder or of a CSV.
 
@@ -117,6 +120,7 @@ def find(
         columns: What the columns of the CSV are called: see `read_csv`.
         memory: Where checksums are remembered.
         white_level: See `folder.decode`.
+        max_pixels: See `folder.open_image`.
 
     Returns:
         All images with their classes and splits.
@@ -146,7 +150,7 @@ def find(
     label_of = {name: label for label, name in enumerate(names)}
     items = tuple(Item(i.path, i.key, label_of[i.name], split) for i, split in zip(images, splits, strict=True))
     left = {what: left_out[what] for what in sorted(left_out)}
-    return OwnImages(tuple(names), items, cut, left, tuple(unread), Checksums(memory), white_level)
+    return OwnImages(tuple(names), items, cut, left, tuple(unread), Checksums(memory), white_level, max_pixels)
 
 
 def is_supported(path: Path) -> bool:

@@ -153,7 +153,7 @@ def _read_archive(path: Path, size: int, setting: str) -> Photos:
 
 
 def _decode(jpeg: bytes, size: int) -> np.ndarray:
-    photo = Image.open(io.BytesIO(jpeg))
+    photo = Image.open(io.BytesIO(jpeg), formats=["JPEG"])
     if photo.size != (size, size):
         raise ValueError(f"one has {photo.width} x {photo.height}")
     return np.asarray(photo.convert("RGB")).transpose(2, 0, 1)

@@ -5,11 +5,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from visprompt.data.content import Content, Found, Part, Wanted, check_labels, decode_rgb
+from visprompt.data.folder import BadImage, open_image
 from visprompt.data.raw.archive import Member, damaged, members, pick, readable, texts, unpacked
 from visprompt.data.records import class_names
 from visprompt.errors import UserError
@@ -324,6 +326,12 @@ def opencv_decoded(data: bytes) -> np.ndarray | None:
     """
     import cv2
 
+    try:
+        open_image(BytesIO(data)).close()  # bounds the pixels
+    except BadImage:
+        raise
+    except Exception:  # Pillow's readers let all kinds of errors through: OpenCV has the last word
+        pass
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     except cv2.error:  # of no bytes, or of more pixels than it allows
