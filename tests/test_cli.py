@@ -2,11 +2,13 @@
 
 import csv
 import json
+import os
+import subprocess
 import time
 
 import pytest
 
-from cli import call, content, tiny
+from cli import call, command, content, tiny
 from visprompt.data import synthetic
 from visprompt.data.catalog import SUITES
 
@@ -94,6 +96,54 @@ def test_a_wrong_word_is_one_sentence_within_seconds(script, arguments, message)
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""
     assert time.monotonic() - started < 30  # torch is not even imported
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "status", "out", "lines"),
+    [
+        ("train", ["-m", "method=linear,vpt_depe"], 2, "error: unknown method 'vpt_depe': did you mean vpt_deep", 1),
+        ("train", ["paths.log_dir=/etc/passwd/x"], 2, "error: paths.log_dir=/etc/passwd/x cannot hold what is", 1),
+        ("eval", ["seed=1", "--info", "config"], 2, "error: seed belongs to src/train.py, not to src/eval.py", 1),
+        (
+            "train",
+            ["experiment=vtab_natural_deep", "trainer=ddp", "--cfg", "job"],
+            0,
+            "# cifar, the first of 7 tasks",
+            0,
+        ),
+        ("train", ["seed=1", "-c", "hydra", "-p", "hydra.run"], 0, "# @package hydra.run\ndir: ", 2),
+        ("predict", ["batch_size=8", "--help"], 0, "What each key means: the comments of configs/predict.yaml", 0),
+        ("tune", ["tasks=demo", "-sc", "bash"], 0, "export _HYDRA_OLD_COMP", 0),
+        ("report", ["runs=x", "--info", "searchpath"], 0, "", 0),
+    ],
+)
+def test_flags_of_hydra_behind_settings(script, arguments, status, out, lines):
+    done = call(script, *arguments)
+    printed, other = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
+    assert (done.returncode, other) == (status, "")
+    assert printed.startswith(out)
+    assert not lines or len(printed.strip().splitlines()) == lines
+
+
+@pytest.mark.slow
+def test_relative_paths_are_those_of_the_place_where_the_command_was_typed(tmp_path):
+    synthetic.write_folder(tmp_path / "birds", ("a", "b"), 10)
+    own = ("data=folder", "data.root=birds", "data.store_dir=stores", "method=linear")
+    given = (*tiny(tmp_path, *own, "callbacks=none"), "paths.log_dir=logs", "hydra.job.chdir=true", "recipe.epochs=1")
+    given = [one for one in given if not one.startswith("recipe.warmup")]
+    done = subprocess.run(
+        command("train", *given, "recipe.warmup_epochs=0"),
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"birds", "stores", "logs", "weights.safetensors"}
+    assert len(list((tmp_path / "logs" / "birds" / "linear").glob("*/result.json"))) == 1
 
 
 def test_an_unknown_task_and_missing_weights_are_one_sentence_each(tmp_path):
