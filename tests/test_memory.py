@@ -66,8 +66,8 @@ def test_other_errors_pass(error):
 
 
 def test_what_makes_training_take_less():
-    rest = "precision=bf16-mixed, a smaller backbone.image_size or recipe.batch_size, which change them"
-    dealt = "give trainer.accumulate_grad_batches={}, which leaves the numbers as they are, or " + rest
+    rest = "precision=bf16-mixed, a smaller backbone.image_size or recipe.batch_size, which make another"
+    dealt = "give trainer.accumulate_grad_batches={}, which stays the same run, or " + rest
     assert memory.of_training(64, 1) == dealt.format(2)
     assert memory.of_training(64, 4) == dealt.format(8)
     assert memory.of_training(15, 1) == dealt.format(3)
@@ -86,8 +86,8 @@ def test_a_run_that_has_not_enough_memory_fails_with_its_name_and_stops_no_other
         loop.train(cfg)
     assert str(caught.value) == (
         "1 of 2 runs failed: digits/vpt_deep: there is not enough memory on this machine: "
-        "give trainer.accumulate_grad_batches=2, which leaves the numbers as they are, or precision=bf16-mixed, "
-        "a smaller backbone.image_size or recipe.batch_size, which change them"
+        "give trainer.accumulate_grad_batches=2, which stays the same run, or precision=bf16-mixed, "
+        "a smaller backbone.image_size or recipe.batch_size, which make another"
     )
     assert [path.parts[-4] for path in tmp_path.rglob("result.json")] == ["digits_loc"]
 

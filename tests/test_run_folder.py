@@ -147,8 +147,10 @@ def left_over(tmp_path, whole):
     resume = shutil.copytree(folder / "resume", tmp_path / "resume")
     train(tmp_path)
     shutil.copytree(resume, folder / "resume")
-    for name in (".tuned.safetensors.ab3_xy9z", ".result.json.12345678", "resume/.state.safetensors.abcdefgh"):
+    for name in (".result.json.12345678", ".tmpGFUK0p", "resume/.metrics.csv.abcdefgh"):
         (folder / name).write_bytes(b"half")
+    (folder / ".tuned.safetensors.ab3_xy9z").mkdir()
+    (folder / ".tuned.safetensors.ab3_xy9z" / ".tmpGFUK0p").write_bytes(b"half")
     (folder / "holder").write_text("process 4711 on thor")
     return folder
 

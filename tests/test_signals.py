@@ -59,6 +59,15 @@ def test_while_the_first_imports_run_there_is_nothing_to_unwind(tmp_path, number
     assert ended(process, number) == (128 + number, "", SENTENCES[number])
 
 
+def test_temporary_folders_of_the_first_imports_are_removed(tmp_path):
+    body = "folder = tempfile.TemporaryDirectory()\nsys.modules['__main__'].tell('ready')\ntime.sleep(60)\n"
+    (tmp_path / "heavy.py").write_text(f"import sys, tempfile, time\n{body}")
+    (tmp_path / "tmp").mkdir()
+    process = started(f"sys.path.insert(0, {str(tmp_path)!r})\nimport heavy", TMPDIR=str(tmp_path / "tmp"))
+    assert ended(process, signal.SIGTERM) == (143, "", SENTENCES[signal.SIGTERM])
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 def test_an_import_in_the_middle_of_work_is_unwound(tmp_path):
     (tmp_path / "late.py").write_text("import sys, time\nsys.modules['__main__'].tell('ready')\ntime.sleep(60)\n")
     code = f"signals.started()\nsys.path.insert(0, {str(tmp_path)!r})\ntry: import late\nfinally: tell('tidied')"

@@ -40,10 +40,8 @@ def of_training(batch_size: int, parts: int) -> str:
         parts: Into how many parts each batch is dealt now.
     """
     more = next((n for n in range(parts + 1, batch_size + 1) if batch_size % n == 0), None)
-    dealt = (
-        f"give trainer.accumulate_grad_batches={more}, which leaves the numbers as they are, or " if more else "give "
-    )
-    return f"{dealt}precision=bf16-mixed, a smaller backbone.image_size or recipe.batch_size, which change them"
+    dealt = f"give trainer.accumulate_grad_batches={more}, which stays the same run, or " if more else "give "
+    return f"{dealt}precision=bf16-mixed, a smaller backbone.image_size or recipe.batch_size, which make another"
 
 
 def _lacking(error: Exception) -> str | None:

@@ -182,8 +182,8 @@ def _tidied(folder: Path) -> Result | None:
     if (resume / _RESULT).is_file():
         put_in_place(folder)
     for path in (*folder.glob(".*"), *resume.glob(".*")):
-        if TEMPORARY.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+        if TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     stored = _whole_result(folder)
     if stored and resume.is_dir() and _is_over(folder, stored):
         shutil.rmtree(resume)

@@ -71,6 +71,11 @@ def consequences() -> Iterator[None]:
         raise
 
 
+def is_terminated() -> bool:
+    """Whether SIGTERM came: a scheduler may start the same command again."""
+    return _received == signal.SIGTERM
+
+
 def sentence(number: int) -> str:
     """What is said of a signal."""
     return f"{_WORDS[signal.Signals(number)]}: run the same command again to go on where it stopped"
@@ -104,11 +109,12 @@ def handle(number: int, frame: FrameType | None) -> None:
             _quit()
         return
     _received, _since = number, time.monotonic()
-    if not _started and _importing(frame):
-        _quit()
     patience = threading.Timer(_PATIENCE, _quit)
     patience.daemon = True
     patience.start()
+    if not _started and _importing(frame):
+        atexit._run_exitfuncs()  # libraries make folders for temporary files as they are imported
+        _quit()
     if not _deferrals:
         _raise()
 

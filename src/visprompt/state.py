@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from visprompt.errors import UserError
 from visprompt.leftovers import claimed, sweep
 
 SCHEMA = 1
-TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # names that `write_atomically` gives until a file is complete
+# where `write_atomically` writes until a file is complete; in older versions safetensors wrote beside it
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}|\.tmp[A-Za-z0-9]{6}")
 _KEY = "visprompt"
 _DIGITS = 64  # of a SHA-256 in hexadecimal
 _MEND = "do not use this file, get it again from whoever tuned it"
@@ -86,23 +87,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent.glob(f".{glob.escape(path.name)}.????????"))
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        place = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))  # safetensors writes two files there
     except OSError as error:
         raise _refused(path, error) from error
-    os.close(handle)
-    temporary = Path(name)
+    temporary = place / path.name
     try:
-        with claimed(temporary):
+        with claimed(place):
             write(temporary)
-            temporary.chmod(0o644)  # mkstemp makes files that their owner alone may read
+            temporary.chmod(0o644)  # safetensors makes files that their owner alone may read
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise _refused(path, error) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _refused(path: Path, error: Exception) -> UserError:

@@ -220,4 +220,6 @@ def close(logger: Logger, status: str, folder: Path | None = None) -> None:
         logger.log_state(folder)
     logger.finalize(status)
     if isinstance(logger, WandbLogger):
+        if signals.is_terminated():
+            logger.experiment.mark_preempting()  # a sweep gives the run to another agent
         logger.experiment.finish(exit_code=int(status == "failed"))
