@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock
 
 from cli import content, equal, frozen, tensors, tiny_run
-from visprompt import run
+from visprompt import loop, run, run_folder
 from visprompt.errors import UserError
 from visprompt.lit.module import TuningModule
 from visprompt.results import read_result
@@ -178,6 +178,58 @@ def test_a_cut_or_another_run_s_state_or_result_is_said_and_the_run_starts_again
         assert [m for m in caplog.messages if "damaged" in m or "recorded" in m] == [
             f"{file} {sentence}: the run starts again"
         ]
+
+
+def test_another_run_s_finished_folder_is_not_this_run_s(tmp_path, whole, monkeypatch):
+    other, _ = whole("seed=1")
+    mine = short_run(tmp_path)
+    shutil.copytree(other.folder, mine.folder)
+    before = content(mine.folder)
+    monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("trains"))
+    sentence = (
+        f"{mine.folder}/result.json is another run's (its seed is 1, this run's is 0): move or delete what lies in "
+        "that folder"
+    )
+    with pytest.raises(UserError) as error:
+        run.run_job(mine)
+    assert str(error.value) == sentence
+    (outcome,) = loop.run_all([mine.cfg])
+    assert (outcome.result, outcome.reason) == (None, sentence)
+    assert content(mine.folder) == before
+
+
+def test_another_run_s_complete_attempt_is_not_put_in_place(tmp_path, whole):
+    halves = [short_run(tmp_path, f"seed={seed}") for seed in (0, 1)]
+    for half in halves:
+        with dying(epoch=1, batch=0), pytest.raises(ZeroDivisionError):
+            run.run_job(half)
+    other, here = whole("seed=1")[0].folder, halves[0].folder / "resume"
+    shutil.rmtree(here)
+    shutil.copytree(halves[1].folder / "resume", here)
+    for name in ("result.json", "tuned.safetensors", "metrics.csv", "config.yaml"):
+        shutil.copy(other / name, here)
+    with pytest.raises(UserError) as error:
+        run.run_job(short_run(tmp_path))
+    assert str(error.value) == (
+        f"{here}/state.safetensors is the resume state of another run (its seed is 1, this run's is 0): delete it to "
+        "start over"
+    )
+    assert read_result(halves[0].folder) is None
+
+
+def test_a_damaged_result_of_a_complete_attempt_is_scored_again(tmp_path, whole, monkeypatch, caplog):
+    _, result = whole()
+    half = short_run(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "put_in_place", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.run_job(half)
+    os.truncate(half.folder / "resume" / "result.json", 100)
+    monkeypatch.setattr(TuningModule, "training_step", lambda *_: pytest.fail("trains again"))
+    assert run.run_job(short_run(tmp_path)).metrics == result.metrics
+    assert caplog.messages[0] == (
+        f"{half.folder}/resume/result.json is damaged: it is cut or no JSON: the attempt is scored again"
+    )
 
 
 def test_a_damaged_resume_state_is_one_sentence(tmp_path):

@@ -16,7 +16,7 @@ from visprompt.errors import UserError
 from visprompt.leftovers import temporary_folder
 from visprompt.lit.checks import check_login
 from visprompt.lit.trainer import report_together, under_agent, without_wandb
-from visprompt.results import Result, read_result
+from visprompt.results import Result, check_same_run, read_result
 from visprompt.run import Run, check, prepare, run_job
 from visprompt.run_folder import AtWork, is_free
 from visprompt.terminal import Terminal
@@ -189,6 +189,8 @@ def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
     run = prepare(cfg)
     run_folder.settle(run.folder)
     stored = None if cfg.rerun else read_result(run.folder)
+    if stored:
+        check_same_run(stored, run.identity, run.folder)
     devices = local_devices(cfg.trainer)
     elsewhere = launch.started_elsewhere()
     if not elsewhere:

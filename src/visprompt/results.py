@@ -172,6 +172,33 @@ def open_result(folder: Path) -> Result:
     return result
 
 
+def check_same_run(result: Result, identity: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a whole result, state and all, that another run wrote.
+
+    Args:
+        result: What lies in the folder.
+        identity: What decides the numbers of the run that the folder is for, see `identity.identity_of`.
+        folder: The run's folder, for the message.
+
+    Raises:
+        UserError: They differ in task, split, seed, precision, method, recipe, data or backbone.
+    """
+    wanted = json.loads(json.dumps(identity, default=list))
+    for name in ("task", "split", "seed", "precision", "method", "recipe"):
+        if getattr(result, name) != wanted[name]:
+            raise _another(folder, name, getattr(result, name), wanted[name])
+    for name, key in (("data", "fingerprint"), ("backbone", "sha256")):
+        if getattr(result, name).get(key) != wanted[name][key]:
+            raise _another(folder, f"{name}.{key}", getattr(result, name).get(key), wanted[name][key])
+
+
+def _another(folder: Path, name: str, found: object, wanted: object) -> UserError:
+    return UserError(
+        f"{folder / 'result.json'} is another run's (its {name} is {found}, this run's is {wanted}): move or delete "
+        "what lies in that folder"
+    )
+
+
 def open_state(path: Path) -> TunedState:
     """Reads a tuned state, after comparing it with the result.json beside it where there is one.
 

@@ -31,7 +31,7 @@ from visprompt.lit.module import Diverged, TuningModule
 from visprompt.lit.trainer import build_loggers, build_trainer, close
 from visprompt.methods import Method, build_method, check_options
 from visprompt.optim import Recipe
-from visprompt.results import Result, read_result, write_result
+from visprompt.results import Result, check_same_run, read_result, write_result
 from visprompt.schema import check_record
 from visprompt.state import TunedState, save_state, write_atomically
 from visprompt.terminal import Terminal
@@ -185,6 +185,8 @@ def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
         if trainer.is_global_zero:
             try:
                 stored = stack.enter_context(run_folder.locked(run.folder))
+                if stored:
+                    check_same_run(stored, run.identity, run.folder)
                 attempt = run_folder.next_attempt(run.folder, stored, run.cfg.rerun)
             except UserError as error:
                 trouble = error

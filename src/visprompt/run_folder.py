@@ -4,7 +4,6 @@ A new attempt is written whole under `resume/`, its `result.json` last, and only
 kill at any step leaves either the old result, or a complete attempt that the next look at the folder puts in place.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from visprompt import measure, signals
 from visprompt.errors import UserError
-from visprompt.records import DamagedRecord
+from visprompt.records import DamagedRecord, read_record
 from visprompt.results import Result, load_result
 from visprompt.state import TEMPORARY
 
@@ -159,15 +158,16 @@ def put_in_place(folder: Path) -> None:
     """Makes a complete attempt under `resume/` the run's; may be repeated after a kill at any step.
 
     Raises:
+        DamagedRecord: Its result is damaged; nothing was moved.
         UserError: The file system refuses.
     """
     resume = folder / RESUME
     try:
-        record = json.loads((resume / _RESULT).read_text())
+        record = read_record(resume / _RESULT) or {}
         for name in _PARTS:
             if (resume / name).is_file():
                 (resume / name).replace(folder / name)
-        lacks = {_STATE: record["status"] == "diverged", _CURVE: _CURVE not in record["files"]}
+        lacks = {_STATE: record.get("status") == "diverged", _CURVE: _CURVE not in record.get("files", {})}
         for name in (name for name, lacking in lacks.items() if lacking):
             (folder / name).unlink(missing_ok=True)  # of an older result
         (resume / _RESULT).replace(folder / _RESULT)
@@ -179,8 +179,13 @@ def put_in_place(folder: Path) -> None:
 def _tidied(folder: Path) -> Result | None:
     """Puts a complete attempt in place, removes what a killed process left, and returns the folder's result."""
     resume = folder / RESUME
-    if (resume / _RESULT).is_file():
-        put_in_place(folder)
+    owner = _owner(folder)
+    if (resume / _RESULT).is_file() and (owner is None or owner.run.startswith(folder.name)):  # else `find` refuses it
+        try:
+            put_in_place(folder)
+        except DamagedRecord as error:
+            log.warning("%s: the attempt is scored again", error)
+            (resume / _RESULT).unlink()
     for path in (*folder.glob(".*"), *resume.glob(".*")):
         if TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
