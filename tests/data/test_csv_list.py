@@ -1,3 +1,5 @@
+import csv
+import io
 import os
 import unicodedata
 from pathlib import Path
@@ -6,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from damage import bounded, outcome
 from visprompt.data.own_images import find
 from visprompt.data.synthetic import write_folder
 from visprompt.errors import UserError
@@ -235,3 +238,23 @@ def test_any_bytes_as_a_csv_are_read_or_refused_in_one_sentence(drawn, content):
     except UserError:
         return
     assert all(item.path.is_file() for item in images.items)
+
+
+CELLS = st.sampled_from(
+    ["x/0000.png", "y/0001.png", "path", "label", "split", "train", "test", "../..", "~", "~/", "/", "."]
+)
+ANY_CELL = CELLS | st.text(st.characters(exclude_categories=()), max_size=6)
+
+
+@given(
+    rows=st.lists(st.lists(ANY_CELL, max_size=4), max_size=5),
+    head=st.sampled_from(["path,label\n", "path,label,split\n", ""]),
+)
+@bounded
+def test_any_csv_is_read_or_one_sentence(tmp_path, rows, head):
+    root = table(tmp_path, "")
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows(rows)
+    (root / "any.csv").write_bytes((head + out.getvalue()).encode(errors="surrogatepass"))
+    found, sentence = outcome(find, root, "any.csv")
+    assert sentence or all(item.path.is_file() for item in found.items)

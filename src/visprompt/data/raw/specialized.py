@@ -55,7 +55,9 @@ def _hdf5(path: Path, file: IO[bytes]) -> Iterator["h5py.File"]:
     try:
         with h5py.File(file, "r") as opened:
             yield opened
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # h5py lets all kinds of errors through when bytes are damaged
         raise damaged(path, error) from error
 
 

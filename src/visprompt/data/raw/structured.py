@@ -257,7 +257,8 @@ def dsprites(root: Path) -> Content:
 def _hdf5(path: Path) -> Iterator[Any]:
     import h5py
 
-    with _reading(path, OSError, RuntimeError), h5py.File(path, "r") as file:  # what the HDF5 library raises
+    raised = (OSError, RuntimeError, AttributeError, OverflowError, MemoryError)  # by the HDF5 library
+    with _reading(path, *raised), h5py.File(path, "r") as file:
         yield file
 
 
