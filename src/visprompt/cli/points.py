@@ -7,6 +7,8 @@ from itertools import islice, product
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 
+from visprompt.errors import UserError
+
 _COMBINATIONS, _VALUES = 25, 200  # at most so many are checked: a composition takes 0.1 to 0.3 s, a value 15 ms
 
 
@@ -43,7 +45,7 @@ def axes(overrides: Sequence[Override]) -> list[Axis]:
         if override.is_interval_sweep():
             settings = (f"{key}={override.value().start}",)  # type: ignore[union-attr]  # an interval has a start
         elif override.is_discrete_sweep():
-            settings = tuple(f"{key}={value}" for value in islice(override.sweep_string_iterator(), _VALUES))
+            settings = _values(override, key)
         else:
             settings = (str(override.input_line),)
         group = override.key_or_group
@@ -51,6 +53,16 @@ def axes(overrides: Sequence[Override]) -> list[Axis]:
         axes_by_key.pop(key, None)
         axes_by_key[key] = Axis(key, settings, is_group)
     return list(axes_by_key.values())
+
+
+def _values(override: Override, key: str) -> tuple[str, ...]:
+    try:
+        settings = tuple(f"{key}={value}" for value in islice(override.sweep_string_iterator(), _VALUES))
+    except ValueError:  # range(1,2,0)
+        settings = ()
+    if not settings:
+        raise UserError(f"{override.input_line} gives no value: a sweep needs one at least")
+    return settings
 
 
 def combinations(given: Sequence[Axis]) -> list[list[str]]:

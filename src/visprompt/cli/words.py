@@ -34,6 +34,10 @@ def composed(config_name: str, settings: Sequence[str]) -> DictConfig:
         raise _unknown_option(error) from error
     except ValueError as error:  # a group's option is a number or a mapping
         raise UserError(f"{in_one_line(error)}: {' '.join(_choices(settings))}") from error
+    except TypeError as error:  # Hydra joins a list in a list to a path
+        raise UserError(
+            f"{' '.join(_choices(settings))} cannot be read: an option is a name, as in data=folder"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _unknown_key(config_name, settings, error) from error
 
@@ -107,7 +111,10 @@ def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) ->
         if _group(choice) not in groups:
             others = [name for name in groups if not name.startswith("hydra")]
             return _of_another_script(config_name, _group(choice)) or unknown("key", _group(choice), others)
-    cfg = hydra_compose(config_name, choices, return_hydra_config=True)
+    try:
+        cfg = hydra_compose(config_name, choices, return_hydra_config=True)
+    except HydraException as choice_error:  # a choice itself is wrong, such as backbone={a:b}
+        return UserError(in_one_line(choice_error))
     keys = {key for key in _keys(without_hydra(cfg)) if not key.startswith("recipe.rows.")}
     for setting in settings:
         key = setting.partition("=")[0]
