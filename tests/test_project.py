@@ -20,7 +20,7 @@ LOCK = tomllib.loads((ROOT / "uv.lock").read_text())
 TOP_LEVEL = {
     *(".ci", ".gitattributes", ".gitignore", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"),
     *("benchmarks", "configs", "data", "docs", "environment.yaml", "logs", "notebooks", "pyproject.toml"),
-    *("requirements-uv.txt", "setup.cfg", "src", "tests", "uv.lock"),
+    *("SECURITY.md", "requirements-uv.txt", "setup.cfg", "src", "tests", "uv.lock"),
 }
 # The only modules that may import Lightning, Hydra, OmegaConf or W&B.
 SHELL = {

@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from visprompt.data.content import Found, Wanted
 from visprompt.errors import UserError
+from visprompt.text import has_control
 
 _DAMAGE = (
     tarfile.TarError,
@@ -26,6 +27,11 @@ _DAMAGE = (
     RecursionError,  # of JSON that is nested too deeply
     NotImplementedError,
 )
+
+
+_LARGEST = 2**31  # bytes of a member that is read at once; no dataset has one that comes near
+_SPACE = 2**30, 100  # what an archive may unpack to: these bytes, or so many times its own
+_CHUNK = 2**20
 
 
 class Member(NamedTuple):
@@ -107,7 +113,10 @@ def members(path: Path, stream: IO[bytes] | None = None) -> Iterator[Member]:
 def _member(path: Path, name: str, opener: Callable[[], IO[bytes]]) -> Member:
     def read() -> bytes:
         with readable(path), opener() as file:
-            return file.read()
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise _too_large(path)
+        return content
 
     return Member(name, read, opener)
 
@@ -222,12 +231,12 @@ def inside(path: Path, name: str) -> PurePosixPath:
     """Returns a member's name as a path that stays in its folder.
 
     Raises:
-        UserError: The name is absolute or climbs out.
+        UserError: The name is absolute, climbs out or holds control characters.
     """
     clean = PurePosixPath(_clean(name))
-    if not clean.parts or clean.is_absolute() or ".." in clean.parts or ":" in clean.parts[0]:
+    if not clean.parts or clean.is_absolute() or ".." in clean.parts or ":" in clean.parts[0] or has_control(name):
         raise UserError(
-            f"{path} holds the member {name!r}, which points outside its folder: "
+            f"{path} holds the member {name!r}, which points outside its folder or cannot be shown: "
             "do not use this file, get it again from its official source"
         )
     return clean
@@ -241,12 +250,27 @@ def unpack(path: Path, folder: Path) -> None:
         folder: Where its files go; existing files are replaced.
 
     Raises:
-        UserError: The archive is damaged, or a member points outside the folder.
+        UserError: The archive is damaged, a member points outside the folder, or they unpack to far more than it holds.
         OSError: The folder cannot be written.
     """
+    left = max(_SPACE[0], _SPACE[1] * path.stat().st_size) if path.is_file() else _LARGEST
     for member in members(path):
         target = folder / inside(path, member.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.part")  # so that no half file is there by its own name
-        part.write_bytes(member.read())
+        with readable(path), member.open() as source, part.open("wb") as file:
+            while chunk := source.read(_CHUNK):
+                left -= len(chunk)
+                if left < 0:
+                    break
+                file.write(chunk)
+        if left < 0:
+            part.unlink()
+            raise _too_large(path)
         part.replace(target)
+
+
+def _too_large(path: Path) -> UserError:
+    return UserError(
+        f"{path} unpacks to far more than such a file holds: do not use it, get it again from its official source"
+    )
