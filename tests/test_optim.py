@@ -135,11 +135,6 @@ def test_part_of_an_epoch_may_be_warm_up():
         ({"weight_decay": -1.0}, r"recipe\.weight_decay=-1\.0 does not fit"),
         ({"momentum": -1.0}, r"recipe\.momentum=-1\.0 does not fit"),
         ({"lr": 10**400}, r"recipe\.lr=10+ does not fit: give a finite number"),
-        (
-            {"optimizer": "adamw", "momentum": 0.5},
-            r"^recipe\.momentum=0\.5 is of SGD, and recipe\.optimizer=adamw has none: leave it out, or give "
-            r"recipe\.optimizer=sgd$",
-        ),
     ],
 )
 def test_a_recipe_that_cannot_be_trained_is_refused(changes, message):

@@ -150,3 +150,11 @@ def test_no_more_epochs_than_the_warm_up_shorten_it_in_proportion(caplog):
     given = composed_job("method=linear", "recipe.epochs=1", "recipe.warmup_epochs=1")
     assert given.recipe.warmup_epochs == 1, "what is said stands, and is refused with the recipe"
     assert len(caplog.messages) == 1
+
+
+def test_momentum_is_refused_where_the_optimiser_has_none():
+    sentence = (
+        "recipe.momentum=0.5 is of SGD, and recipe.optimizer=adamw has none: leave it out, or give recipe.optimizer=sgd"
+    )
+    assert said("method=linear", "recipe.momentum=0.5", "recipe.optimizer=adamw") == sentence
+    assert composed_job("method=linear", "recipe.momentum=0.5", "recipe.optimizer=sgd").recipe.momentum == 0.5

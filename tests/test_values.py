@@ -22,6 +22,7 @@ from visprompt.lit.trainer import build_trainer
 from visprompt.methods import METHODS
 from visprompt.reports import report
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # thousands of values
 VALUES = [
     *("yes", "", "None", "a\0b", math.nan, math.inf, -1, 0, 2.5, -0.5, 1e-300, 10**20, True, None),
     *([], {}, [1, 2], [[1]], ["x", None], {"a": 1}),
@@ -118,7 +119,6 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
-@pytest.mark.slow
 def test_every_key_of_training(places):
     cfg = composed("train", "data=demo/digits", "method=linear", *places)
     job(copy.deepcopy(cfg), "")
@@ -129,7 +129,6 @@ def test_every_key_of_training(places):
     assert counts.accepted < counts.tried / 5
 
 
-@pytest.mark.slow
 def test_every_key_of_the_trainer_and_of_loggers(places):
     cfg = composed("train", "data=demo/digits", "method=linear", *places)
     assert faults(cfg, [f"trainer.{name}" for name in [*settings._TRAINER, *settings._OURS, "other"]], job)[0] == []
@@ -139,7 +138,6 @@ def test_every_key_of_the_trainer_and_of_loggers(places):
         assert faults(cfg, keys, lambda cfg, key: compose.complete(cfg, {key}))[0] == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("data", ["folder", "vtab/cifar", "fgvc/cub200"])
 def test_every_key_of_data(data, places, images):
     words = [f"data.root={images}"] if data == "folder" else ["data.download=false"]
@@ -150,14 +148,12 @@ def test_every_key_of_data(data, places, images):
     assert faults(cfg, keys, job)[0] == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_option_of_a_method(method, places):
     cfg = composed("train", "data=demo/digits", f"method={method}", *places)
     assert faults(cfg, [f"method.{name}" for name in cfg.method], job)[0] == []
 
 
-@pytest.mark.slow
 def test_every_key_of_a_grid(places):
     cfg = composed("tune", "data=demo/digits", "method=linear", *places)
     points(copy.deepcopy(cfg), "")
@@ -192,7 +188,6 @@ def prepared(cfg, key):
     compose.plans(cfg)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "words", "go"),
     [
@@ -231,7 +226,6 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("program", "word"), COMMANDS, ids=lambda word: word)
 def test_twenty_through_the_real_command(program, word, tmp_path):
     needed = {"predict": ("state=none", "images=none"), "prepare": ("tasks=cifar",)}.get(program, ("data=demo/digits",))

@@ -34,7 +34,7 @@ class Recipe:
         head_init: One of `HEAD_INITS`.
 
     Raises:
-        UserError: A number lies outside its range, the optimiser is unknown or has no momentum.
+        UserError: A number lies outside its range or the optimiser is unknown.
     """
 
     optimizer: str
@@ -62,11 +62,6 @@ class Recipe:
                 continue
             if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
                 raise UserError(f"recipe.{name}={value} does not fit: give a finite number, 0 or above")
-        if self.optimizer == "adamw" and self.momentum != Recipe.momentum:
-            raise UserError(
-                f"recipe.momentum={self.momentum:g} is of SGD, and recipe.optimizer=adamw has none: leave it out, or "
-                "give recipe.optimizer=sgd"
-            )
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"recipe.warmup_epochs={self.warmup_epochs:g} does not fit: give 0 to below recipe.epochs={self.epochs}"

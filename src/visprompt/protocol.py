@@ -18,6 +18,7 @@ from visprompt.errors import UserError, unknown
 from visprompt.lit.trainer import under_agent
 from visprompt.loop import Outcome, check_all, run_all
 from visprompt.methods import METHODS
+from visprompt.recipe_rows import check_effect
 from visprompt.results import Cell, cell, choose, markdown_table
 from visprompt.run import check, prepare
 from visprompt.state import write_atomically
@@ -150,7 +151,9 @@ def job_points(job: DictConfig) -> list[dict[str, Any]]:
     for key in points[0].keys() & _tuning(job).keys():
         raise UserError(f"recipe.grid.{key} is nothing to try, the protocol itself sets it: take it out of the grid")
     for point in points:
-        check(chain.vary(job, point))
+        varied = chain.vary(job, point)
+        check(varied)
+        check_effect(varied.recipe)
     return points
 
 

@@ -37,11 +37,24 @@ def settle(cfg: DictConfig, said: Set[str]) -> None:
     Args:
         cfg: A job whose recipe still has its table.
         said: Keys of the command line.
+
+    Raises:
+        UserError: A value would have no effect.
     """
+    check_effect(cfg.recipe)
     _shorten_warmup(cfg, said)
     _settle_grid(cfg, said)
     with open_dict(cfg):
         del cfg.recipe.rows
+
+
+def check_effect(recipe: DictConfig) -> None:
+    """Refuse a value that the chosen optimiser does not read; a run of an older version may have recorded one."""
+    if recipe.optimizer == "adamw" and recipe.momentum != 0.9:
+        raise UserError(
+            f"recipe.momentum={recipe.momentum} is of SGD, and recipe.optimizer=adamw has none: leave it out, or give "
+            "recipe.optimizer=sgd"
+        )
 
 
 def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:

@@ -89,7 +89,7 @@ def job_of(
     config = _read(folder / "config.yaml")
     ours = _compose(config.task, folder / "config.yaml", data_dir)
     given = {name: value for name, value in (data or {}).items() if value is not None}
-    weights = weights or config.backbone.weights
+    weights = weights or (config.backbone.weights if state.backbone["pretrained"] else None)
     if state.backbone["pretrained"] and weights and not Path(weights).expanduser().exists():
         raise UserError(f"there is no file of backbone weights at {weights}: give weights=FILE")
     job = OmegaConf.create(
