@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from visprompt.reports.contents import Contents
 from visprompt.reports.render import Table, html
@@ -64,7 +63,7 @@ def page(report: Contents, pictures: Mapping[str, Picture]) -> str:
 
 def _visible(value: object) -> object:
     """Text of the report without control characters; what is HTML already is as it is."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _table_html(table: Table) -> str:
