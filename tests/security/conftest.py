@@ -29,7 +29,8 @@ def _hook(event, arguments):
 
 def _check(event, path, inside, seen):
     where = Path(os.path.abspath(os.fsdecode(path)))  # noqa: PTH100  # a hook must not look at the file system
-    if not (where.is_relative_to(inside) or "__pycache__" in where.parts or where.is_relative_to("/dev")):
+    tools = {"__pycache__", ".hypothesis"} & set(where.parts)
+    if not (where.is_relative_to(inside) or tools or where.is_relative_to("/dev")):
         seen.append((event, str(where)))
 
 
