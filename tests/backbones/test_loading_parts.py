@@ -1,10 +1,8 @@
 """A model that is a part of what a file holds: checkpoints of Lightning, of wrappers, of a student and its teacher."""
 
-import lightning
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from tiny import tiny_model
 from visprompt.backbones.loading import load_file
@@ -44,26 +42,6 @@ def test_a_checkpoint_may_keep_the_model_under_any_key(tmp_path, key):
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
     torch.save({key: under("module.", tiny_model()), "optimizer": optimizer, "epoch": 3}, tmp_path / "best.pt")
     assert_loaded(tmp_path / "best.pt")
-
-
-def test_a_real_checkpoint_of_lightning_is_loaded(tmp_path):
-    class Training(lightning.LightningModule):
-        def __init__(self, rate, name):
-            super().__init__()
-            self.save_hyperparameters()
-            self.model, self.head = tiny_model(), nn.Linear(32, 5)
-            self.criterion = nn.CrossEntropyLoss(weight=torch.ones(5))
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), lr=self.hparams["rate"])
-
-    training = Training(rate=0.001, name="tiny")
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = lightning.Trainer(max_epochs=1, default_root_dir=tmp_path, **options)
-    trainer.strategy.connect(training)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    assert "hyper_parameters" in torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert_loaded(tmp_path / "last.ckpt")
 
 
 def test_of_two_models_that_fit_none_is_guessed(tmp_path):
