@@ -122,8 +122,7 @@ def images(tmp_path):
 def test_every_key_of_training(places):
     cfg = composed("train", "data=demo/digits", "method=linear", *places)
     job(copy.deepcopy(cfg), "")
-    groups = {"data", "backbone", "method", "recipe", "trainer", "paths"}
-    keys = [key for key in leaves(cfg) if key not in groups and not key.startswith("recipe.rows")]
+    keys = [key for key in leaves(cfg) if key not in settings._GROUPS and not key.startswith("recipe.rows")]
     found, counts = faults(cfg, keys, job)
     assert found == []
     assert counts.accepted < counts.tried / 5
@@ -199,7 +198,7 @@ def prepared(cfg, key):
 )
 def test_every_key_of_the_other_programs(program, words, go):
     cfg = composed(program, *words)
-    assert faults(cfg, [key for key in leaves(cfg) if key != "trainer"], go)[0] == []
+    assert faults(cfg, [key for key in leaves(cfg) if key not in settings._GROUPS], go)[0] == []
 
 
 COMMANDS = [

@@ -122,6 +122,8 @@ _KINDS: dict[str, Kind] = {
     "data.flip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "data.short_side": _SIDE | _NULL,
 }
+# what is otherwise in one program, told by a key of its: eval.py takes the run's precision, prepare.py needs a place
+_OF_PROGRAMS = (("run", "precision", _PRECISION | _NULL), ("verify", "data_dir", _PATH))
 _GROUPS = ("data", "backbone", "method", "recipe", "trainer", "paths", "preprocessing", "diagnostics")
 
 # settings of Lightning's trainer that this project gives by itself, with what to give instead
@@ -198,14 +200,14 @@ def check(cfg: DictConfig) -> None:
     for group in _GROUPS:
         if group in cfg and not OmegaConf.is_dict(cfg[group]):
             raise UserError(f"{group}={_shown(cfg[group])} does not fit: {group} is a group of settings")
-    kinds = _KINDS | ({"precision": _PRECISION | _NULL} if "run" in map(str, cfg) else {})  # eval.py: null is the run's
-    for key, kind in kinds.items():
-        _check(cfg, key, kind)
-    _check_trainer(cfg)
     for group in ("callbacks", "logger"):
         _check(cfg, group, _MAPPING | _NULL)
         for name in cfg.get(group) or ():
             _check(cfg, f"{group}.{name}", _TARGET | Kind("null to remove it", _NULL.fits))
+    kinds = _KINDS | {key: kind for program, key, kind in _OF_PROGRAMS if program in map(str, cfg)}
+    for key, kind in kinds.items():
+        _check(cfg, key, kind)
+    _check_trainer(cfg)
 
 
 def debugs(cfg: DictConfig) -> bool:
