@@ -5,8 +5,6 @@ from visprompt import signals
 if __name__ == "__main__":
     signals.install()  # before the imports below, which take seconds
 
-from typing import Any
-
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,9 +20,9 @@ def main(cfg: DictConfig) -> None:
 
         signals.started()
         settle(cfg)
-        settings: dict[Any, Any] = OmegaConf.to_object(cfg)  # type: ignore[assignment]  # a mapping at the top
-        progress = settings.pop("progress")
-        pretrain(PretrainRecipe(**settings), progress)
+        values = dict(OmegaConf.to_object(cfg))  # type: ignore[arg-type]  # a mapping at the top
+        progress = values.pop("progress")
+        pretrain(PretrainRecipe(**values), progress)
 
 
 if __name__ == "__main__":

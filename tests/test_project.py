@@ -30,6 +30,8 @@ SHELL = {
     "data/vtab.py",
     "data/fgvc.py",
     "chain.py",
+    "cli",
+    "paths.py",
     "compose.py",
     "identity.py",
     "recipe_rows.py",

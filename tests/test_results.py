@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 
 from damage import bounded, damages, outcome, rewrite, spoil
+from tiny import RECORD
 from visprompt.errors import UserError
 from visprompt.records import DamagedRecord
 from visprompt.results import (
@@ -141,8 +142,7 @@ WHY = {
 
 def state(value):
     """A tuned state whose size does not depend on its value."""
-    texts = {name: {} for name in ("method", "preprocessing", "backbone", "versions")}
-    return TunedState(tensors={"head": torch.full((2,), value)}, task="digits", class_names=("a", "b"), **texts)
+    return TunedState(tensors={"head": torch.full((2,), value)}, **RECORD)
 
 
 def edit(path, old, new):
@@ -186,7 +186,7 @@ def test_damage_is_named_and_never_a_result(tmp_path, case):
 def test_a_state_by_itself_needs_no_result(tmp_path):
     finished(tmp_path)
     (tmp_path / "result.json").unlink()
-    assert open_state(tmp_path).class_names == ("a", "b")
+    assert open_state(tmp_path).class_names == RECORD["class_names"]
     with pytest.raises(UserError, match=r"holds no finished run: give the folder that its table named$"):
         open_result(tmp_path)
 

@@ -109,9 +109,11 @@ def job_of(
         settings.check(job)
     except UserError as error:
         raise UserError(f"{folder / 'config.yaml'} is refused: {error}; {_MEND}") from error
-    for name in ("root", "csv"):
-        if job.data.get(name) and name not in given:
-            _say(f"data.{name} is {job.data[name]}, as the run recorded it: data.{name}=... names another place")
+    places = {f"data.{name}": job.data.get(name) for name in ("root", "csv") if name not in given}
+    places |= {"weights": weights} if weights == config.backbone.weights else {}
+    for name, place in places.items():
+        if place:
+            _say(f"{name} is {place}, as the run recorded it: {name}=... names another place")
     there = config.data.get("data_dir")
     if isinstance(there, str) and there != ours["data"].get("data_dir") and "data_dir" in ours["data"]:
         _say(f"the run's data lay below {there}, here they are looked for below {ours['data']['data_dir']}")

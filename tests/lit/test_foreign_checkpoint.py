@@ -1,6 +1,6 @@
 """Weights of a backbone in a checkpoint that Lightning itself wrote."""
 
-import lightning
+import lightning.pytorch as L
 import torch
 from torch import nn
 
@@ -9,7 +9,7 @@ from visprompt.backbones.loading import load_file
 
 
 def test_a_real_checkpoint_of_lightning_is_loaded(tmp_path):
-    class Training(lightning.LightningModule):
+    class Training(L.LightningModule):
         def __init__(self, rate, name):
             super().__init__()
             self.save_hyperparameters()
@@ -21,7 +21,7 @@ def test_a_real_checkpoint_of_lightning_is_loaded(tmp_path):
 
     training = Training(rate=0.001, name="tiny")
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = lightning.Trainer(max_epochs=1, default_root_dir=tmp_path, **options)
+    trainer = L.Trainer(max_epochs=1, default_root_dir=tmp_path, **options)
     trainer.strategy.connect(training)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert "hyper_parameters" in torch.load(tmp_path / "last.ckpt", weights_only=True)
