@@ -77,8 +77,12 @@ def check_moment(tmp_path, moment, number, script="train", *more):
     condition, options = moment
     arguments = tiny(tmp_path / "logs", "callbacks=none", *options, *more)
     process = started(script, arguments, tmp_path / "tmp")
-    assert wait_for(lambda: condition(tmp_path / "logs", process), 150)
-    end(process, number, tmp_path / "logs", tmp_path / "tmp")
+    try:
+        assert wait_for(lambda: condition(tmp_path / "logs", process), 400)
+        end(process, number, tmp_path / "logs", tmp_path / "tmp")
+    finally:
+        process.kill()
+        process.communicate()
     return arguments
 
 
