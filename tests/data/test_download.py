@@ -10,13 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from visprompt.data import download as module
 from visprompt.data import publish
 from visprompt.data.download import obtain
 from visprompt.data.task import SourceFile
 from visprompt.errors import UserError
+from visprompt.terminal import Terminal
 
 BODY = bytes(range(256)) * 12_000  # 3 MB: three chunks
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -406,7 +406,7 @@ def test_a_file_that_cannot_be_read(site, tmp_path, monkeypatch):
 def test_a_bar_is_shown_on_a_terminal_only(site, tmp_path, monkeypatch, capsys):
     get(site.file(), tmp_path / "quiet", progress=True)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(module, "Console", lambda **options: Console(force_terminal=True, width=120, **options))
+    monkeypatch.setattr(module, "Terminal", lambda **options: Terminal(force_terminal=True, width=120, **options))
     get(site.file(), tmp_path / "silent")
     assert capsys.readouterr().err == ""
     get(site.file(), tmp_path / "shown", progress=True)

@@ -81,9 +81,16 @@ def test_a_model_of_one_block_has_no_stochastic_depth():
     assert drop_rates(model) == [[0.0, 0.0]]
 
 
-@pytest.mark.parametrize("rate", [1.0, -0.1, float("nan")])
-def test_a_rate_out_of_range_is_named(rate):
-    with pytest.raises(UserError, match=f"method.drop_path={rate} is not a probability: give a number from 0 to below"):
+@pytest.mark.parametrize(
+    ("rate", "problem"),
+    [
+        (1.0, "is not a probability: give a number from 0 to below"),
+        (-0.1, "is not a probability: give a number from 0 to below"),
+        (float("nan"), "is out of range: give a number up to 65536"),
+    ],
+)
+def test_a_rate_out_of_range_is_named(rate, problem):
+    with pytest.raises(UserError, match=f"method.drop_path={rate} {problem}"):
         build_method("full", ViT(tiny_model()), drop_path=rate)
 
 

@@ -143,7 +143,7 @@ def test_without_dropout_training_draws_nothing():
         ({"depth": 5}, "method.depth=5 does not fit: give 1 to 4, the backbone's blocks"),
         ({"depth_from": "frist"}, "unknown method.depth_from 'frist': did you mean first"),
         ({"dropout": 1.0}, "method.dropout=1.0 is not a probability: give a number from 0 to below 1"),
-        ({"dropout": float("nan")}, "method.dropout=nan is not a probability"),
+        ({"dropout": float("nan")}, "method.dropout=nan is out of range: give a number up to 65536"),
         ({"shared": "both"}, "unknown method.shared 'both': choose one of all, inter, intra, none"),
         ({"project": 0}, "method.project=0 is no width: give at least 1, or null for no projection"),
         ({"pool": "images"}, "unknown method.pool 'images': did you mean image"),

@@ -420,13 +420,13 @@ TABLE = Table(
 
 def test_markdown():
     assert markdown(TABLE, bold=(1,)) == (
-        "**A & B_1 \\<50 %>**\n"
+        "**A \\& B_1 \\<50 %>**\n"
         "\n"
         "| method | acc | why |\n"
         "| :-- | --: | :-- |\n"
         '| vpt_deep | **87.0 ± 2.7** | he said "x \\| y", so |\n'
-        "| -1 {x} | -1,234.5 | 50 % & more |\n"
-        "| none | missing (5 of 7) | ~ ^ \\\\ # $ |\n"
+        "| -1 {x} | -1,234.5 | 50 % \\& more |\n"
+        "| none | missing (5 of 7) | \\~ ^ \\\\ # \\$ |\n"
         "\n"
         "- ± is the \\<deviation>.\n"
     )
@@ -439,7 +439,7 @@ def test_csv_is_rfc_4180_with_numbers_in_full_and_nothing_where_they_are_missing
     assert list(csv.reader(io.StringIO(text))) == [
         ["method", "acc", "acc std", "why"],
         ["vpt_deep", "87.0347", "2.66", 'he said "x | y", so'],
-        ["-1 {x}", "-1234.5", "", "50 % & more"],
+        ["'-1 {x}", "-1234.5", "", "50 % & more"],
         ["none", "", "", "~ ^ \\ # $"],
     ]
 

@@ -15,7 +15,14 @@ from visprompt.paths import LISTS, TEXTS, expand_argument
 WHOLE = frozenset(
     (
         *("seed", "seeds", "resume_every_n_epochs", "recipe.epochs", "recipe.batch_size", "batch_size", "image_size"),
-        *("data.num_workers", "data.short_side", "data.white_level", "backbone.image_size"),
+        *(
+            "data.num_workers",
+            "data.short_side",
+            "data.white_level",
+            "data.max_pixels",
+            "max_pixels",
+            "backbone.image_size",
+        ),
         *(f"method.num_{name}" for name in ("tokens", "kv_tokens", "segments", "blocks", "layers")),
         *(f"method.{name}" for name in ("bottleneck", "depth", "project", "rank", "kv_blocks")),
         *("method.prune_tokens", "method.prune_segments"),

@@ -6,6 +6,7 @@ called to find out what it is.
 """
 
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from datetime import timedelta
@@ -65,8 +66,8 @@ def instantiate(where: str, config: Any, kind: type[_Kind] | tuple[type[_Kind], 
             raise error.__cause__ from None
         cause = error.__cause__ or error
         if isinstance(cause, TypeError) and (found := re.search(r"unexpected keyword argument '(\w+)'", str(cause))):
-            known = [f"{where}.{key}" for key in map(str, plain) if key not in (found[1], "_target_")]
-            raise unknown("key", f"{where}.{found[1]}", known) from error
+            known = {*map(str, plain), *_arguments(plain["_target_"])} - {found[1], "_target_", *given}
+            raise unknown("key", f"{where}.{found[1]}", [f"{where}.{key}" for key in known]) from error
         said = reason(cause) or "one of its settings is of a wrong kind"
         way_out = next((text for words, text in _WAYS_OUT.items() if words in said), f"correct {where}.<key>=...")
         raise UserError(f"{where} cannot be built: {said.rstrip('.!')}; {way_out}") from error
@@ -123,3 +124,9 @@ def _import(where: str, target: str, name: str) -> Any:
 
 def _names(kinds: tuple[type, ...]) -> str:
     return " or ".join(kind.__name__ for kind in kinds)
+
+
+def _arguments(target: str) -> set[str]:
+    """The names of a class's arguments, as far as it lists them."""
+    parameters = inspect.signature(hydra.utils.get_class(target)).parameters.values()
+    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
