@@ -95,7 +95,7 @@ def test_verify_lists_what_is_missing_without_a_download(tmp_path):
         ((), "error: tasks has no default: give tasks=..."),
         (("tasks=cifar101",), "error: unknown task 'cifar101': did you mean cifar"),
         (("tasks=dtd", "source=tfds"), "error: unknown source 'tfds': choose one of hf, prepared, raw"),
-        (("tasks=dtd", "image_size=big"), "error: image_size=big is no number of pixels: give image_size=224"),
+        (("tasks=dtd", "image_size=big"), "error: image_size=big does not fit: give a whole number from 1 to 16384"),
         (("tasks=cub200", "source=prepared"), "error: cub200 has no source 'prepared': FGVC datasets are read with"),
         (("tasks=demo",), "error: digits needs no preparation: nothing to do"),
         (("tasks=dtd", "imagesize=224"), "error: unknown key 'imagesize': did you mean image_size"),
