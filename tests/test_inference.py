@@ -73,7 +73,8 @@ def test_eval_repeats_the_score_exactly_and_leaves_run_and_backbone_alone(logs, 
     percent = f"{100 * result.metrics['test/acc']:.2f} %"
     balanced = f"test/balanced_acc {100 * result.metrics['test/balanced_acc']:.2f} %"
     said = " ".join(capsys.readouterr().out.split())
-    assert said == f"test/acc {percent} on 797 images (the run itself: {percent}), {balanced}"
+    recorded = f"weights is {logs / 'weights.safetensors'}, as the run recorded it: weights=... names another place"
+    assert said == f"{recorded} test/acc {percent} on 797 images (the run itself: {percent}), {balanced}"
     assert content(folder) == before
     assert hash_tensors(backbone.module.model.state_dict()) == backbone.sha256
     assert not backbone.module.training
@@ -97,15 +98,14 @@ def test_eval_on_own_images_wherever_they_lie_and_refuses_when_they_have_changed
     result = run.run_job(one)
     here = f"paths.data_dir={tmp_path}/data"
     assert evaluate(one.folder, here) == result.score
-    assert capsys.readouterr().out.splitlines()[0] == (
-        f"data.root is {root}, as the run recorded it: data.root=... names another place"
-    )
+    recorded = f"data.root is {root}, as the run recorded it: data.root=... names another place"
+    assert recorded in capsys.readouterr().out.splitlines()
     moved = shutil.move(root, tmp_path / "moved")
     with pytest.raises(UserError, match=rf"^data\.root={root} is not a folder"):
         evaluate(one.folder, here)
     capsys.readouterr()
     assert evaluate(one.folder, here, f"data.root={moved}") == result.score
-    assert "as the run recorded it" not in capsys.readouterr().out
+    assert "data.root is" not in capsys.readouterr().out
     shutil.copy(moved / "test" / "cat" / "0000.png", moved / "test" / "dog" / "more.png")
     with pytest.raises(UserError, match=r"^the data of .* have changed since it was trained"):
         evaluate(one.folder, here, f"data.root={moved}")

@@ -85,9 +85,9 @@ def test_a_run_that_has_not_enough_memory_fails_with_its_name_and_stops_no_other
     with composed("train", *arguments) as cfg, pytest.raises(UserError) as caught:
         loop.train(cfg)
     assert str(caught.value) == (
-        "1 of 2 runs failed: digits/vpt_deep: there is not enough memory on this machine: "
+        "digits/vpt_deep: there is not enough memory on this machine: "
         "give trainer.accumulate_grad_batches=2, which stays the same run, or precision=bf16-mixed, "
-        "a smaller backbone.image_size or recipe.batch_size, which make another"
+        "a smaller backbone.image_size or recipe.batch_size, which make another (1 of 2 runs failed)"
     )
     assert [path.parts[-4] for path in tmp_path.rglob("result.json")] == ["digits_loc"]
 

@@ -437,6 +437,15 @@ def full(self, *args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.fixture
+def nothing_fits(monkeypatch):
+    """A disk on which no file can be begun."""
+    original = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", **rest: (full if "w" in mode else original)(self, mode, **rest)
+    )
+
+
 FULL = r"the disk of .*stores/{} is full: free space there, or set store_dir \(data.store_dir in training\) to another"
 
 
@@ -461,19 +470,19 @@ def test_a_disk_that_gets_full_of_fgvc_pixels(written, monkeypatch):
         prepare_ragged(plan("cub200", folder))
 
 
-def test_a_disk_that_gets_full_of_unpacked_fgvc_images(written, monkeypatch):
+def test_a_disk_that_gets_full_of_unpacked_fgvc_images(written, request):
     folder = written("cub200")
-    monkeypatch.setattr(Path, "write_bytes", full)
+    request.getfixturevalue("nothing_fits")
     message = r"^the disk of .*raw/cub200 is full: free space there, or set data_dir "
     with refused(folder, message) as caught:
         prepare_ragged(plan("cub200", folder))
     assert "store_dir" not in str(caught.value), "there is no store yet"
 
 
-def test_a_disk_that_gets_full_of_the_folder_in_circulation(written, monkeypatch):
+def test_a_disk_that_gets_full_of_the_folder_in_circulation(written, request):
     folder = written("svhn", "prepared")
     zipped(folder)
-    monkeypatch.setattr(Path, "write_bytes", full)
+    request.getfixturevalue("nothing_fits")
     with refused(folder, r"^the disk of .* is full: free space there") as caught:
         prepare_square(plan("svhn", folder, source="prepared"))
     assert "store_dir" not in str(caught.value), "there is no store yet"

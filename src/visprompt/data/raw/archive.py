@@ -258,8 +258,8 @@ def unpack(path: Path, folder: Path) -> None:
         target = folder / inside(path, member.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.part")  # so that no half file is there by its own name
-        with readable(path), member.open() as source, part.open("wb") as file:
-            while chunk := source.read(_CHUNK):
+        with part.open("wb") as file:
+            for chunk in _chunks(path, member):
                 left -= len(chunk)
                 if left < 0:
                     break
@@ -268,6 +268,13 @@ def unpack(path: Path, folder: Path) -> None:
             part.unlink()
             raise _too_large(path)
         part.replace(target)
+
+
+def _chunks(path: Path, member: Member) -> Iterator[bytes]:
+    """Read a member in pieces; only what reading raises is the archive's fault, not what the target's disk refuses."""
+    with readable(path), member.open() as source:
+        while chunk := source.read(_CHUNK):
+            yield chunk
 
 
 def _too_large(path: Path) -> UserError:
