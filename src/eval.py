@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from visprompt.cli import check_words, one_sentence_errors
-from visprompt.paths import settle
+from visprompt.paths import expand_paths
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval")
@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> float:
         from visprompt import inference  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
-        settle(cfg)
+        expand_paths(cfg)
         return inference.evaluate(cfg)
 
 

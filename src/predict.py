@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from visprompt.cli import check_words, one_sentence_errors
-from visprompt.paths import settle
+from visprompt.paths import expand_paths
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="predict")
@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
         from visprompt.prediction import predict  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
-        settle(cfg)
+        expand_paths(cfg)
         options = {name: cfg[name] for name in ("output", "batch_size", "device", "weights", "overwrite", "max_pixels")}
         predict(cfg.state, cfg.images, **options)
 

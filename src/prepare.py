@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from visprompt.cli import check_words, one_sentence_errors
-from visprompt.paths import settle
+from visprompt.paths import expand_paths
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="prepare")
@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
         from visprompt.data.prepare_all import prepare_all, verify_all
 
         signals.started()
-        settle(cfg)
+        expand_paths(cfg)
         (verify_all if cfg.verify else prepare_all)(plans(cfg))
 
 

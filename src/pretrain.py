@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from visprompt.cli import check_words, one_sentence_errors
-from visprompt.paths import settle
+from visprompt.paths import expand_paths
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="pretrain")
@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
         from visprompt.lit.pretrain import PretrainRecipe, pretrain  # late: a wrong word is answered at once
 
         signals.started()
-        settle(cfg)
+        expand_paths(cfg)
         values = dict(OmegaConf.to_object(cfg))  # type: ignore[arg-type]  # a mapping at the top
         progress = values.pop("progress")
         pretrain(PretrainRecipe(**values), progress)

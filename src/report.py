@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from visprompt.cli import check_words, one_sentence_errors
-from visprompt.paths import settle
+from visprompt.paths import expand_paths
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="report")
@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
         from visprompt.reports import report  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
-        settle(cfg)
+        expand_paths(cfg)
         report.report(cfg)
 
 

@@ -11,7 +11,7 @@ from cli import composed
 from test_compose import said
 from test_words import became
 from visprompt import compose
-from visprompt.paths import PATHS, settle
+from visprompt.paths import PATHS, expand_paths
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +34,17 @@ def values(cfg):
 
 def test_a_tilde_is_written_out_in_every_path_of_a_config(home):
     cfg = config("~/birds")
-    settle(cfg)
+    expand_paths(cfg)
     assert set(values(cfg)) == {f"{home}/birds"}
     cfg = config(["~/a", "b"])
-    settle(cfg)
+    expand_paths(cfg)
     assert all(list(value) == [f"{home}/a", "b"] for value in values(cfg))
 
 
 @pytest.mark.parametrize("value", ["birds", "a/~", "auto", None, ""])
 def test_other_values_stay_as_they_are(value):
     cfg = config(value)
-    settle(cfg)
+    expand_paths(cfg)
     assert set(values(cfg)) == {value}
 
 

@@ -14,7 +14,7 @@ from visprompt import run
 from visprompt.lit.module import TuningModule
 from visprompt.reports.folders import survey
 from visprompt.results import read_result
-from visprompt.run_folder import AtWork, settle
+from visprompt.run_folder import AtWork, tidy
 
 pytestmark = frozen
 SHORT = ("+trainer.limit_train_batches=1", "+trainer.limit_test_batches=1", "recipe.epochs=2")
@@ -161,12 +161,12 @@ def test_a_rerun_never_goes_on_with_a_state_of_the_finished_attempt(tmp_path, wh
     check(folder, whole, 1)
 
 
-@pytest.mark.parametrize("reader", ["train", "settle", "survey"])
+@pytest.mark.parametrize("reader", ["train", "tidy", "survey"])
 def test_the_next_look_at_a_finished_run_removes_what_a_killed_process_left(tmp_path, whole, reader):
     folder = left_over(tmp_path, whole)
     look = {
         "train": lambda: train(tmp_path),
-        "settle": lambda: settle(folder),
+        "tidy": lambda: tidy(folder),
         "survey": lambda: survey([tmp_path / "digits"]),
     }
     look[reader]()
@@ -183,7 +183,7 @@ def test_a_folder_at_work_is_left_alone(tmp_path, whole):
     folder = left_over(tmp_path, whole)
     before = names(folder)
     with FileLock(folder / "lock"):
-        settle(folder)
+        tidy(folder)
     assert names(folder) == before
 
 

@@ -214,9 +214,9 @@ def complete(cfg: DictConfig, said: Set[str], *, debug: bool = False) -> DictCon
     check_values(cfg)
     if debug or settings.debugs(cfg):
         cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
-    paths.settle(cfg)
+    paths.expand_paths(cfg)
     OmegaConf.resolve(cfg)
-    recipe_rows.settle(cfg, said)
+    recipe_rows.apply_row(cfg, said)
     return cfg
 
 

@@ -71,7 +71,7 @@ def evaluate(cfg: DictConfig) -> float:
 
 
 def _scored(folder: Path) -> Result:
-    run_folder.settle(folder)
+    run_folder.tidy(folder)
     result = open_result(folder)
     if result.split != "final":
         raise UserError(f"{folder} is a run of split=tune, which has no test set: give a run of split=final")

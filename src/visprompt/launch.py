@@ -100,7 +100,7 @@ def run_ranks(command: Sequence[str], world: int) -> None:
             for rank in range(world):
                 ranks.append(subprocess.Popen(command, env=base | {"LOCAL_RANK": str(rank)}, process_group=0))
             code = _wait(ranks)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no rank outlives this process
             _end(ranks)
             raise
         if code:

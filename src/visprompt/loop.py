@@ -69,7 +69,7 @@ def train(cfg: DictConfig) -> float:
         try:
             with _memory_explained(cfg):
                 return run_job(prepare(cfg)).score
-        except BaseException as error:
+        except BaseException as error:  # whatever ends a rank is told to the process that started it
             launch.give_reason(error)
             raise
     if cfg.dry_run:
@@ -157,7 +157,7 @@ def _outcome(cfg: DictConfig) -> Outcome:
         raise
     except (UserError, launch.RanksFailed) as error:
         return Outcome(name, None, str(error))
-    except Exception as error:
+    except Exception as error:  # a fault of one run, ours or a library's, stops no other
         log.exception("%s failed", name)
         return Outcome(name, None, f"{type(error).__name__}: {error}")
     finally:
@@ -187,7 +187,7 @@ def _memory_explained(cfg: DictConfig) -> AbstractContextManager[None]:
 def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
     """Runs one job here, or on several devices, and shows what came of it; returns that and the run's folder."""
     run = prepare(cfg)
-    run_folder.settle(run.folder)
+    run_folder.tidy(run.folder)
     stored = None if cfg.rerun else read_result(run.folder)
     if stored:
         check_same_run(stored, run.identity, run.folder)
@@ -220,7 +220,7 @@ def _run_ranks(run: Run, devices: int) -> Result:
             OmegaConf.save(run.cfg, folder / "config.yaml")
             launch.run_ranks(launch.rank_command(folder), devices)
     finally:
-        run_folder.settle(run.folder)  # ranks that did not end in time were killed
+        run_folder.tidy(run.folder)  # ranks that did not end in time were killed
     result = read_result(run.folder)
     if result is None:
         raise launch.RanksFailed(f"the ranks left no whole result in {run.folder}")

@@ -33,7 +33,7 @@ def expanduser(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111  # pathlib's raises where there is no such user
 
 
-def settle(cfg: DictConfig) -> None:
+def expand_paths(cfg: DictConfig) -> None:
     """Write out `~` in every path of a config, and make relative ones absolute where Hydra has changed the folder.
 
     Args:
@@ -45,12 +45,12 @@ def settle(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if value is None:
             continue
-        settled: Any = [_settled(v, start) for v in value] if OmegaConf.is_list(value) else _settled(value, start)
-        if settled != value:
-            OmegaConf.update(cfg, key, settled)
+        expanded: Any = [_expanded(v, start) for v in value] if OmegaConf.is_list(value) else _expanded(value, start)
+        if expanded != value:
+            OmegaConf.update(cfg, key, expanded)
 
 
-def _settled(value: Any, start: Path) -> Any:
+def _expanded(value: Any, start: Path) -> Any:
     if not isinstance(value, str) or value in ("", "auto"):  # `inspect=auto` is a word; a wrong kind is refused later
         return value
     return expanduser(value) if start == Path() else str(start / expanduser(value))

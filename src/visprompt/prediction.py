@@ -21,7 +21,7 @@ from visprompt.errors import UserError
 from visprompt.methods import build_method
 from visprompt.methods.sidetune import RANDOM
 from visprompt.results import open_state
-from visprompt.run_folder import settle
+from visprompt.run_folder import tidy
 from visprompt.state import TunedState, check_fits, write_atomically
 from visprompt.terminal import Terminal
 from visprompt.text import csv_cell
@@ -108,7 +108,7 @@ def predict(
     if csv_file.is_dir() or (csv_file.exists() and not overwrite):
         what = "is a folder: give" if csv_file.is_dir() else "is there already: give overwrite=true to replace it, or"
         raise UserError(f"output={output} {what} the name of a new CSV")
-    settle(path if path.is_dir() else path.parent)
+    tidy(path if path.is_dir() else path.parent)
     tuned = open_state(path)
     left_out: Counter[str] = Counter()
     files, folder = _files(place, left_out)

@@ -31,7 +31,7 @@ def _rows(cfg: DictConfig) -> list[DictConfig]:
 OmegaConf.register_new_resolver("row", _row)
 
 
-def settle(cfg: DictConfig, said: Set[str]) -> None:
+def apply_row(cfg: DictConfig, said: Set[str]) -> None:
     """Settle what of a resolved job's recipe depends on its row: a warm-up in proportion, and the grid.
 
     Args:
@@ -43,7 +43,7 @@ def settle(cfg: DictConfig, said: Set[str]) -> None:
     """
     check_effect(cfg.recipe)
     _shorten_warmup(cfg, said)
-    _settle_grid(cfg, said)
+    _apply_grid(cfg, said)
     with open_dict(cfg):
         del cfg.recipe.rows
 
@@ -72,7 +72,7 @@ def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
         )
 
 
-def _settle_grid(cfg: DictConfig, said: Set[str]) -> None:
+def _apply_grid(cfg: DictConfig, said: Set[str]) -> None:
     """Gives a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
 
     Nothing is tried of what the command line gives, or of prompts that are off: such a key keeps its own value alone.

@@ -105,7 +105,7 @@ def _refused(folder: Path, error: OSError) -> UserError:
     return UserError(f"cannot write to {folder}: {error}; choose another folder with paths.log_dir=...")
 
 
-def settle(folder: Path) -> None:
+def tidy(folder: Path) -> None:
     """Tidies a run's folder before it is read without its lock, unless somebody is at work on it or it is read-only."""
     try:
         names = [path.name for path in folder.iterdir()]

@@ -66,7 +66,7 @@ def consequences() -> Iterator[None]:
     """Raises `Ended` in place of any error that comes after a signal: a rank that is gone, a loader without workers."""
     try:
         yield
-    except Exception:
+    except Exception:  # whatever a library makes of it
         check()
         raise
 

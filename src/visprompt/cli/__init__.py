@@ -115,8 +115,7 @@ def one_sentence_errors() -> Iterator[None]:
     except KeyboardInterrupt:  # of a handler that is not ours
         print(f"\n{signals.sentence(signal.SIGINT)}", file=sys.stderr)
         raise SystemExit(130) from None
-    except Exception:
-        # Hydra would cut the traceback to its own taste
+    except Exception:  # a fault of ours is shown whole: Hydra would cut the traceback
         traceback.print_exc()
         if compose.in_multirun():
             raise

@@ -30,7 +30,7 @@ def job_as_yaml(config_name: str, cfg: DictConfig, settings: Sequence[str], pack
         note = f"# {cfg.task}, the first of {len(jobs)} tasks\n" if len(jobs) > 1 else ""
     else:
         with open_dict(cfg):
-            paths.settle(cfg)
+            paths.expand_paths(cfg)
         OmegaConf.resolve(cfg)
     if package in (None, "_global_"):
         return note + OmegaConf.to_yaml(cfg)

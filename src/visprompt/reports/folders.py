@@ -13,7 +13,7 @@ from visprompt.errors import UserError
 from visprompt.reports.runs import Run
 from visprompt.reports.settings import text
 from visprompt.results import read_result
-from visprompt.run_folder import settle
+from visprompt.run_folder import tidy
 
 _HASH = re.compile(r"[0-9a-f]{12}")  # what a run's folder is called
 _CHAIN = frozenset({"initial.json", "importance.json", "masks.json"})  # in a chain's folder, in which no run lies
@@ -110,7 +110,7 @@ def _below(top: Path, seen: set[str]) -> Iterator[Run | LeftOut]:
         folders.sort()
         names = {*folders, *files}
         if names & {"result.json", "resume"}:
-            settle(here)
+            tidy(here)
             names = {path.name for path in here.iterdir()}
         if "result.json" in names:
             folders.clear()  # what a run keeps below is its own

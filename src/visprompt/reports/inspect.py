@@ -29,7 +29,7 @@ from visprompt.methods import Method
 from visprompt.prediction import find_device
 from visprompt.reports.attention import last_attention
 from visprompt.results import Result, open_result
-from visprompt.run_folder import settle
+from visprompt.run_folder import tidy
 from visprompt.state import load_state
 from visprompt.stored import job_of
 
@@ -93,7 +93,7 @@ def open_run(folder: Path, device: str = "cpu", *, data_dir: str | None = None, 
     Raises:
         UserError: The folder holds no finished run, or its data or backbone are not there or have changed.
     """
-    settle(folder)
+    tidy(folder)
     result, state = open_result(folder), load_state(folder)
     job, where = job_of(folder, state, result, data_dir=data_dir, weights=weights), find_device(device)
     accelerator, devices = ("gpu", [where.index or 0]) if where.type == "cuda" else (where.type, 1)
