@@ -161,6 +161,7 @@ def test_methods_are_scored_and_measured_side_by_side(methods, tmp_path, monkeyp
     assert [row["test accuracy, %"] for row in again.values()] == [row["test accuracy, %"] for row in table.values()]
 
 
+@pytest.mark.slow
 def test_the_committed_table_of_methods_is_whole_and_its_counts_are_the_codes(methods):
     (table,) = tables((ROOT / "docs" / "methods-on-the-demo.md").read_text())
     assert list(table) == list(METHODS)

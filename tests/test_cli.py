@@ -38,6 +38,7 @@ def test_the_table_says_what_was_reached_and_what_it_took(trained):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_the_same_command_shows_the_stored_result_and_writes_nothing(trained):
     logs, folder, done = trained
     before = content(folder), (folder / "result.json").stat().st_mtime_ns

@@ -55,6 +55,7 @@ def test_the_table_of_the_readme_is_of_its_methods_on_all_demo_tasks():
         assert [job.task for job in compose.jobs(cfg)] == list(SUITES["demo"])
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_by_one_command():
     with composed("tune", "experiment=demo_methods") as cfg:
         assert set(cfg.methods) == set(METHODS)
@@ -92,6 +93,7 @@ def test_every_value_of_a_recipe_s_rows_is_read(method):
         assert set(row) <= {*read, "grid", "source"}, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_no_task_of_the_benchmarks_falls_back_to_the_demo_s_row(method):
     with composed("train", f"method={method}", "tasks=[cifar,smallnorb_ele,cub200]", "data='vtab/cifar'") as cfg:
@@ -153,6 +155,7 @@ def test_debug_modes_run_in_a_folder_of_their_own(tmp_path, mode, monkeypatch):
         assert list((tmp_path / "logs").iterdir()) == [tmp_path / "logs" / "debug"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "blocks", "total"), [("vpt_deep", 12, 1.18), ("vpt_shallow", 1, 1.04)])
 def test_the_lengths_give_the_papers_total_over_24_tasks_as_a_multiple_of_one_vit_b(method, blocks, total):
     """Jia et al., Visual Prompt Tuning, table 1: one backbone, and for each task its prompts and head."""

@@ -63,6 +63,7 @@ def test_an_epoch_on_a_fine_grained_dataset(tmp_path):
     assert data["sizes"]["test"] == 24
 
 
+@pytest.mark.slow
 def test_prepare_says_terms_first_and_does_not_stop_at_a_failure(tmp_path):
     done = on_miniatures(tmp_path, "raw", "svhn", "prepare.py", "tasks=[nabirds,svhn]")
     assert done.returncode == 2

@@ -103,5 +103,6 @@ def test_the_page_of_datasets_is_made_of_the_catalog():
         assert all(file.name in page and file.sha256 in page and file.md5 in page for file in spec.files)
 
 
+@pytest.mark.slow
 def test_the_page_of_methods_by_backbones_is_made_by_trying_them():
     assert (ROOT / "docs" / "methods-by-backbones.md").read_text() == pairs.markdown(), "run make docs"

@@ -113,6 +113,7 @@ def test_finished_and_diverged_runs_are_done_and_rerun_does_them_again(tmp_path,
     assert lines(capsys.readouterr().out)[0]["digits", "vpt_deep"][2] == "1, 0 done"
 
 
+@pytest.mark.slow
 def test_the_protocol_is_counted_as_it_would_run(tmp_path, measured, capsys):
     def counted(*more):
         capsys.readouterr()
@@ -144,6 +145,7 @@ PRUNE = (
 )
 
 
+@pytest.mark.slow
 def test_a_chain_of_pruning_is_as_many_runs_as_it_makes(tmp_path, measured, monkeypatch, capsys):
     def counted(*more):
         capsys.readouterr()
@@ -347,6 +349,7 @@ def test_precisions_are_those_of_the_trainer(tmp_path, precision):
     assert found.device == "the CPU (threads: 1)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_can_be_measured(tmp_path, timed, method):
     fits = {"e2vpt": ["method.num_segments=8"], "vpt_low_rank": ["method.rank=2"]}.get(method, [])

@@ -111,7 +111,13 @@ def dying(epoch, batch):
 
 
 @pytest.mark.parametrize(
-    ("noise", "epoch"), [(noise, 1) for noise in NOISY] + [("prompt dropout", 0), ("prompt dropout", 2)]
+    ("noise", "epoch"),
+    [
+        ("prompt dropout", 1),
+        *(pytest.param(noise, 1, marks=pytest.mark.slow) for noise in NOISY if noise != "prompt dropout"),
+        ("prompt dropout", 0),
+        ("prompt dropout", 2),
+    ],
 )
 def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path, whole, noise, epoch):
     one, result = whole(*NOISY[noise])

@@ -71,6 +71,7 @@ def test_a_sweep_says_what_it_does_and_chooses_by_validation_alone(file):
             assert "," not in str(value), "Hydra would take it for a sweep of its own"
 
 
+@pytest.mark.slow
 @every_file
 def test_every_point_is_a_job_whose_method_builds(file, monkeypatch):
     config = read(file)

@@ -63,7 +63,15 @@ PAIRS = [(method, name) for method in METHOD_OPTIONS for name in USUAL]
 PAIRS += [(method, name) for method in ("ssf", "partial") for name in ("group norm, twofold pooling", "norm first")]
 every_model = pytest.mark.parametrize("name", MODELS)
 PAIRS += [("sidetune", "resnet"), ("sidetune", "convnext")]  # 40 M operations an image: twice is enough
-every_pair = pytest.mark.parametrize(("method", "name"), PAIRS, ids=[", ".join(pair) for pair in PAIRS])
+every_pair = pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        pytest.param(
+            m, n, id=f"{m}, {n}", marks=[] if n in ("resnet", "convnext") and m != "sidetune" else pytest.mark.slow
+        )
+        for m, n in PAIRS
+    ],
+)
 
 
 def tiny(name="resnet", **options):

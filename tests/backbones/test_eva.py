@@ -219,7 +219,14 @@ WORKING = [(m, n) for n, refused in BATTERY.items() for m in METHODS if m not in
 WORKING.append(("sidetune", "vit_base_patch16_dinov3"))  # 40 M operations an image: once is enough
 RMS_NORM = ("ssf", "vit_base_patch16_sapiens2")  # which cannot shift
 MERGING = [(m, n) for m, n in WORKING if plain_class(m).can_merge and (m, n) != RMS_NORM]
-each_working_pair = pytest.mark.parametrize(("method", "name"), WORKING, ids=[f"{m}, {n}" for m, n in WORKING])
+QUICK = ("vit_base_patch16_dinov3", MIXED)
+each_working_pair = pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        pytest.param(m, n, id=f"{m}, {n}", marks=[] if n in QUICK and m != "sidetune" else pytest.mark.slow)
+        for m, n in WORKING
+    ],
+)
 
 
 @each_working_pair

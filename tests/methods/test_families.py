@@ -1,4 +1,7 @@
-"""Every method on a small member of every family: it works whole, or one sentence says why not."""
+"""Every method on a small member of every family: it works whole, or one sentence says why not.
+
+What a family's own file holds of its members too is slow here; a new family has it before it has such a file.
+"""
 
 import pytest
 import torch
@@ -42,6 +45,7 @@ def test_a_pair_works_or_one_sentence_says_why_not(method, family):
         assert "\n" not in reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{m}, {f}" for m, f in PAIRS])
 def test_exactly_what_is_tuned_gets_gradients_and_is_saved(method, family):
     classifier = attempt(method, family, **options(method, family))
@@ -72,6 +76,7 @@ def test_two_images_give_what_each_gives_alone_and_the_frozen_part_may_be_kept(m
             assert relative_error(classifier(classifier.frozen(x)), both) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{m}, {f}" for m, f in PAIRS])
 def test_bfloat16_comes_close(method, family):
     classifier = attempt(method, family, **options(method, family)).eval()
@@ -84,6 +89,7 @@ def test_bfloat16_comes_close(method, family):
     assert relative_error(logits.float(), exact) < 2**-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [f for f in MEMBERS if f != "ViT"])
 @pytest.mark.parametrize("method", ["linear", "partial", "bias", "layernorm", "lora", "ssf", "full"])
 def test_merged_is_a_plain_model_with_equal_logits(method, family):

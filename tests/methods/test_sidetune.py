@@ -118,6 +118,7 @@ def test_the_backbones_features_are_kept_beside_the_pixels_and_give_the_same():
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
+@pytest.mark.slow
 @frozen
 @pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging")
 def test_a_run_that_stores_the_features_ends_in_the_same_values(tmp_path, monkeypatch):

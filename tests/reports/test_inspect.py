@@ -31,6 +31,7 @@ RUNS = {
     "mixed": ("precision=bf16-mixed",),
     "half": ("precision=bf16-true",),
 }
+QUICK = ("vpt_deep", "tune", "e2vpt")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def pixels(one):
     return torch.from_numpy(images) / 255, torch.from_numpy(np.asarray(labels))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
 def test_counts_are_those_that_the_run_scored(opened, name):
     one = opened(name)
     found = inspect.confusion(one)

@@ -312,6 +312,7 @@ def test_words_for_a_map_say_whether_its_classes_can_be_told_apart(monkeypatch, 
     assert before.caption == f"Features of the frozen backbone: {about}" + (f" {words}" if number > 24 else "")
 
 
+@pytest.mark.slow
 @frozen
 def test_runs_are_opened_and_shown_where_that_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(closeups.inspect, "latency", short(closeups.inspect.latency))

@@ -140,7 +140,7 @@ def test_a_table_keeps_a_name_in_every_form(name):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", NASTY)
+@pytest.mark.parametrize("name", CHARTED)
 def test_a_figure_draws_a_class_s_name(name):
     counts, names = np.eye(2, dtype=int), (name, "other")
     for draw in (

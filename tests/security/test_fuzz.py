@@ -101,6 +101,7 @@ def test_a_changed_result_is_the_same_or_refused(finished, tmp_path, edits):
         assert result == load_result(finished)
 
 
+@pytest.mark.slow
 @bounded
 @given(key=st.sampled_from(["data", "backbone", "task", "more"]), inner=st.none() | words, value=values, edits=changes)
 def test_a_config_with_anything_in_it_is_data_or_refused(finished, tmp_path, key, inner, value, edits):
