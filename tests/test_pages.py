@@ -89,7 +89,10 @@ def test_what_reads_a_run_runs(folder):
         script = line.split("/")[1].partition(".py")[0]
         words = [re.sub(r"=logs/\S*HASH$|=\[A,B,C\]$", f"={run}", word) for word in line.split()[2:]]
         words = [word.replace("=FOLDER", f"={folder / 'images'}") for word in words]
-        extra = {"predict": [f"output={folder / 'labels.csv'}"], "report": [f"paths.log_dir={logs}", "formats=[html]"]}
+        extra = {
+            "predict": [f"output={folder / 'labels.csv'}", "overwrite=true"],
+            "report": [f"paths.log_dir={logs}", "formats=[html]"],
+        }
         state = [f"weights={logs / 'weights.safetensors'}"] if script != "report" else []
         ran = call(script, *words, *extra.get(script, []), *state)
         assert ran.returncode == 0, (line, ran.stderr)
