@@ -73,6 +73,12 @@ def said(capsys, monkeypatch, script, *arguments):
         ("rerun=flase", "rerun=flase does not fit: give true or false"),
         ("diagnostics.best_on_test='yes'", "diagnostics.best_on_test=yes does not fit: give true or false"),
         ("backbone.exact=1", "backbone.exact=1 does not fit: give true or false"),
+        ("trainer.max_epochs=3", "trainer.max_epochs is set by this project: give recipe.epochs=..."),
+        ("trainer.precision=16-mixed", "trainer.precision is set by this project: give precision=..."),
+        (
+            "trainer.gradient_clip_val=1",
+            "trainer.gradient_clip_val is not in the chosen trainer's config: give +trainer.gradient_clip_val=...",
+        ),
         ("seed=abc", "seed=abc does not fit: give a whole number from 0 to 4294967295"),
         ("seed=-1", "seed=-1 does not fit: give a whole number from 0"),
         ("seed=1.5", "seed=1.5 does not fit: give a whole number from 0"),

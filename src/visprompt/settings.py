@@ -218,11 +218,18 @@ def debugs(cfg: DictConfig) -> bool:
 
 def _check_trainer(cfg: DictConfig) -> None:
     for name in map(str, cfg.get("trainer") or ()):
-        if name in _OURS:
-            raise UserError(f"trainer.{name} is set by this project: {_OURS[name]}")
         if name not in _TRAINER:
-            raise unknown("key", f"trainer.{name}", [f"trainer.{known}" for known in (*_TRAINER, *_OURS)])
+            raise no_trainer_key(name)
         _check(cfg, f"trainer.{name}", _TRAINER[name])
+
+
+def no_trainer_key(name: str) -> UserError:
+    """Return the error for a key of the trainer that the composed config does not have, or must not have."""
+    if name in _OURS:
+        return UserError(f"trainer.{name} is set by this project: {_OURS[name]}")
+    if name in _TRAINER:
+        return UserError(f"trainer.{name} is not in the chosen trainer's config: give +trainer.{name}=... to add it")
+    return unknown("key", f"trainer.{name}", [f"trainer.{known}" for known in (*_TRAINER, *_OURS)])
 
 
 def _check(cfg: DictConfig, key: str, kind: Kind) -> None:

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from visprompt import compose
 from visprompt.errors import UserError, in_one_line, unknown
+from visprompt.settings import no_trainer_key
 
 SCRIPTS = ("train", "tune", "eval", "predict", "prepare", "report", "pretrain")
 """The entry points, each with a config of its name; that which most keys belong to is first."""
@@ -120,6 +121,8 @@ def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) ->
         key = setting.partition("=")[0]
         if setting in choices or not key[:1].isalpha() or key.startswith("hydra") or key in keys:
             continue
+        if key.startswith("trainer.") and key.count(".") == 1:
+            return no_trainer_key(key.partition(".")[2])
         if below := sorted(known for known in keys if known.endswith(f".{key}")):
             return UserError(f"unknown key {key!r}: did you mean {' or '.join(below[:3])}?")
         chosen = dict(cfg.hydra.runtime.choices)
