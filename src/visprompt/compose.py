@@ -239,7 +239,7 @@ def plans(cfg: DictConfig) -> "list[Plan]":
         Plan(
             spec=spec,
             size=cfg.image_size * 256 // 224 if spec.family == "fgvc" else cfg.image_size,
-            antialias=spec.family == "fgvc" or cfg.preprocessing.antialias,
+            resampling="pillow" if spec.family == "fgvc" else cfg.preprocessing.resampling,
             **where,
             **how,
         )

@@ -83,7 +83,7 @@ class _Preprocessing(Closed):
     decode: Word = ""
     native: Side | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    antialias: bool = True
+    resampling: Literal["pillow", "tf1", "tf2"] = "pillow"
     crop: Literal["random", "center"] | None = None
     flip: Annotated[float, Field(ge=0, le=1)] | bool = 0.0
     white_level: Annotated[int, Field(ge=1, lt=2**32)] | None = None

@@ -85,8 +85,7 @@ _KINDS: dict[str, Kind] = {
     "tags": _WORDS,
     "methods": _WORDS | _NULL,
     "tasks": _TEXT | _WORDS | _NULL,
-    **dict.fromkeys(("preprocessing.interpolation", "preprocessing.normalisation"), _TEXT),
-    "preprocessing.antialias": _SWITCH,
+    **dict.fromkeys(("preprocessing.interpolation", "preprocessing.resampling", "preprocessing.normalisation"), _TEXT),
     **dict.fromkeys(("paths.root_dir", "paths.data_dir", "paths.log_dir", "table", "output", "state", "images"), _PATH),
     **dict.fromkeys(("data_dir", "root", "weights"), _PATH | _NULL),
     **dict.fromkeys(("run", "runs"), _PATHS),
@@ -104,8 +103,11 @@ _KINDS: dict[str, Kind] = {
     "backbone.global_pool": _TEXT | _NULL,
     "backbone.kwargs": _MAPPING,
     "data.num_workers": whole(0, 1024),
-    **{f"data.{name}": _SWITCH for name in ("pin_memory", "antialias", "download", "crop", "skip_bad")},
-    **{f"data.{name}": _TEXT for name in ("interpolation", "normalisation", "source", "final", "revision")},
+    **{f"data.{name}": _SWITCH for name in ("pin_memory", "download", "crop", "skip_bad")},
+    **{
+        f"data.{name}": _TEXT
+        for name in ("interpolation", "resampling", "normalisation", "source", "final", "revision")
+    },
     **{f"data.{name}": _PATH for name in ("data_dir", "store_dir")},
     **{f"data.{name}": _PATH | _NULL for name in ("root", "csv")},
     "data.name": _TEXT | _NULL,

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from visprompt.data.pixels import in_present_words
 from visprompt.errors import UserError
 from visprompt.leftovers import claimed, sweep
 
@@ -169,7 +170,8 @@ def load_state(path: Path) -> TunedState:
     try:
         meta: Any = json.loads(text)
         version = meta.pop("schema")
-        record = meta | {"class_names": _split(meta["class_names"])}
+        preprocessing = in_present_words(meta["preprocessing"])
+        record = meta | {"class_names": _split(meta["class_names"]), "preprocessing": preprocessing}
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError) as error:
         raise UserError(f"{path} is refused: its metadata are not those of a tuned state; {_MEND}") from error
     if version != SCHEMA:

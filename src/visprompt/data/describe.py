@@ -22,6 +22,20 @@ A VTAB task has up to three sources, chosen by `data.source`:
   **Its images were saved again as JPEG of quality 75**, which costs CIFAR-100 10 to 20 points; results say "lossy".
 - `hf`: a mirror on the Hugging Face hub, where one is known; its commit and the order of its labels are checked.
 
+How images are resized is part of a run's `preprocessing=`, and of what its result records:
+
+| preprocessing | whose code | resizing of VTAB images | pixels |
+| :-- | :-- | :-- | :-- |
+| `vpt` (default) | VPT, E2VPT | TensorFlow 1's bilinear (`tf1`): no antialias, no half-pixel centres | ImageNet's mean and std |
+| `task_adaptation` | the authors of VTAB | TensorFlow 1's bilinear (`tf1`) | in 0..1 |
+| `petl` | NOAH, FacT, Convpass, RepAdapter | Pillow's bicubic (`pillow`) | ImageNet's mean and std |
+| `model` | none | Pillow's bilinear (`pillow`) | the backbone's mean and std |
+
+`preprocessing.resampling=tf2` is TensorFlow 2's bilinear (half-pixel centres, no antialias), which no paper's code calls;
+earlier versions of this project used it in place of `tf1`. On images of 32 pixels the two are 3 output pixels of 224
+apart. Fine-grained images are always resized by Pillow, as all these codes do. Results with different resizing are never
+averaged together, and each way has stores of its own.
+
 JPEG files are decoded by Pillow; TensorFlow's decoder, which made the published results, may differ by a few of 256
 levels. Results of different sources are never averaged together. The sizes of the files are those of the download; what
 is kept of them afterwards is the store in `data/stores/` (about 22 GB for VTAB-1k at 224 pixels), and the files may be

@@ -5,13 +5,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from visprompt.data.manifest import check_place, whole
-from visprompt.data.pixels import check_interpolation
+from visprompt.data.pixels import check_resizing
 from visprompt.data.square import SquareStore, read_square
 from visprompt.data.store import RaggedStore, read_store
 from visprompt.data.task import TaskSpec
 from visprompt.errors import UserError, unknown
 
 SOURCES = ("raw", "prepared", "hf")
+_SUFFIXES = {"pillow": "-antialias", "tf1": "-tf1", "tf2": ""}  # of stores' folders, as they have always been named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Plan:
         source: "raw", "prepared" or "hf"; FGVC has "raw" alone.
         size: Side of the stored squares (VTAB) or length of the short side (FGVC), in pixels.
         interpolation: "bilinear" or "bicubic".
-        antialias: See `pixels`; FGVC is always antialiased.
+        resampling: A name of `pixels.RESAMPLINGS`; FGVC's is always Pillow's.
         download: Whether missing files may be fetched.
         revision: Commit of the mirror (source "hf"); "" for that of the record.
     """
@@ -38,12 +39,12 @@ class Plan:
     source: str = "raw"
     size: int = 224
     interpolation: str = "bilinear"
-    antialias: bool = False
+    resampling: str = "tf1"
     download: bool = True
     revision: str = ""
 
     def __post_init__(self) -> None:
-        check_interpolation(self.interpolation)
+        check_resizing(self.interpolation, self.resampling)
         if self.spec.family == "demo":
             raise UserError(f"{self.spec.id} needs no preparation: {self.spec.how_to_get}")
         if self.source not in SOURCES:
@@ -61,7 +62,7 @@ class Plan:
     @property
     def folder(self) -> Path:
         """The store's own folder."""
-        kind = f"{self.size}-{self.interpolation}" + ("-antialias" if self.antialias else "")
+        kind = f"{self.size}-{self.interpolation}{_SUFFIXES[self.resampling]}"
         parts = [self.source, "native" if self.native else kind]
         if self.root or self.revision:  # another place or commit may hold other data
             given = f"{self.root.resolve() if self.root else ''} {self.revision}"
@@ -95,7 +96,7 @@ class Plan:
         if self.spec.family == "vtab" and not self.native:
             words |= {"image_size": str(self.size)} if self.size != 224 else {}
             words |= {"preprocessing.interpolation": self.interpolation} if self.interpolation != "bilinear" else {}
-            words |= {"preprocessing.antialias": "true"} if self.antialias else {}
+            words |= {"preprocessing.resampling": self.resampling} if self.resampling != "tf1" else {}
         return " ".join(["python src/prepare.py", *(f"{key}={value}" for key, value in words.items())])
 
 

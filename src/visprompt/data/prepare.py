@@ -192,7 +192,7 @@ def _converter(plan: Plan) -> Callable[[np.ndarray], np.ndarray]:
         return image.transpose(2, 0, 1)
 
     def fit(image: np.ndarray) -> np.ndarray:
-        return squash(image, plan.size, plan.interpolation, plan.antialias)
+        return squash(image, plan.size, plan.interpolation, plan.resampling)
 
     return keep if plan.native else fit
 

@@ -28,7 +28,7 @@ _OF_TASK = frozenset(
 )
 # the same for all tasks of a family: VTAB-1k squashes images, fine-grained tasks crop them
 _OF_FAMILY = frozenset({"data.source", "data.form"}) | {
-    f"data.preprocessing.{name}" for name in ("resize", "short_side", "crop", "flip", "antialias")
+    f"data.preprocessing.{name}" for name in ("resize", "short_side", "crop", "flip", "resampling")
 }
 _OF_A_SEED = frozenset({"token_mask", "segment_mask", "initial"})  # what a seed's own chain of pruning found
 _PRUNING = frozenset({"method.prune", "method.prune_tokens", "method.prune_segments"})  # not yet while a grid is tried
