@@ -26,15 +26,16 @@ How images are resized is part of a run's `preprocessing=`, and of what its resu
 
 | preprocessing | whose code | resizing of VTAB images | pixels |
 | :-- | :-- | :-- | :-- |
-| `vpt` (default) | VPT, E2VPT | TensorFlow 1's bilinear (`tf1`): no antialias, no half-pixel centres | ImageNet's mean and std |
-| `task_adaptation` | the authors of VTAB | TensorFlow 1's bilinear (`tf1`) | in 0..1 |
-| `petl` | NOAH, FacT, Convpass, RepAdapter | Pillow's bicubic (`pillow`) | ImageNet's mean and std |
-| `model` | none | Pillow's bilinear (`pillow`) | the backbone's mean and std |
+| `vpt` (default) | VPT, E2VPT | `tf1`, bilinear | ImageNet's mean and std |
+| `task_adaptation` | the authors of VTAB | `tf1`, bilinear | in 0..1 |
+| `petl` | NOAH, FacT, Convpass, RepAdapter | `pillow`, bicubic | ImageNet's mean and std |
+| `model` | none | `pillow`, bilinear | the backbone's mean and std |
 
-`preprocessing.resampling=tf2` is TensorFlow 2's bilinear (half-pixel centres, no antialias), which no paper's code calls;
-earlier versions of this project used it in place of `tf1`. On images of 32 pixels the two are 3 output pixels of 224
-apart. Fine-grained images are always resized by Pillow, as all these codes do. Results with different resizing are never
-averaged together, and each way has stores of its own.
+`tf1` is TensorFlow 1's arithmetic: no antialias, and output pixel i lies at i * input / output (no half-pixel centres).
+`preprocessing.resampling=tf2` is TensorFlow 2's (half-pixel centres, no antialias), which none of these codes calls; it
+was in the place of `tf1` in earlier versions of this project. On images of 32 pixels the two are 3 output pixels of 224
+apart. Fine-grained images are always resized by Pillow. Results with different resizing are never averaged together,
+and each way has a store of decoded images for itself.
 
 JPEG files are decoded by Pillow; TensorFlow's decoder, which made the published results, may differ by a few of 256
 levels. Results of different sources are never averaged together. The sizes of the files are those of the download; what

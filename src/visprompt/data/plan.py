@@ -12,6 +12,7 @@ from visprompt.data.task import TaskSpec
 from visprompt.errors import UserError, unknown
 
 SOURCES = ("raw", "prepared", "hf")
+_ASPECT = 4 / 3  # long side over short side of a photograph, where it is not known
 _SUFFIXES = {"pillow": "-antialias", "tf1": "-tf1", "tf2": ""}  # of stores' folders, as they have always been named
 
 
@@ -80,6 +81,22 @@ class Plan:
         return bool(self.spec.native and self.spec.native <= self.size and self.source != "prepared")
 
     @property
+    def bytes(self) -> int:
+        """Size of the store; of photographs with their own shapes roughly: they are taken for 4 : 3."""
+        count = sum(self.spec.split_sizes.values())
+        if self.spec.family == "fgvc":
+            return photographs(count, self.size)
+        side = self.spec.native if self.native and self.spec.native else self.size
+        return 3 * count * side * side
+
+    def others(self) -> list[Path]:
+        """Find the stores of the same images and size that were resized in another way."""
+        if self.native or self.spec.family == "fgvc":
+            return []
+        found = self.folder.parent.glob(f"{self.source}-{self.size}-*/manifest.json")
+        return sorted(path.parent for path in found if path.parent != self.folder)
+
+    @property
     def files_dir(self) -> Path:
         """The folder with the source's files."""
         if self.root:
@@ -98,6 +115,11 @@ class Plan:
             words |= {"preprocessing.interpolation": self.interpolation} if self.interpolation != "bilinear" else {}
             words |= {"preprocessing.resampling": self.resampling} if self.resampling != "tf1" else {}
         return " ".join(["python src/prepare.py", *(f"{key}={value}" for key, value in words.items())])
+
+
+def photographs(count: int, short_side: int) -> int:
+    """Return roughly the bytes of decoded photographs of one short side."""
+    return int(3 * count * short_side**2 * _ASPECT)
 
 
 def load_square(plan: Plan) -> SquareStore | None:
