@@ -215,6 +215,7 @@ def complete(cfg: DictConfig, said: Set[str], *, debug: bool = False) -> DictCon
     if debug or settings.debugs(cfg):
         cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
     paths.expand_paths(cfg)
+    recipe_rows.apply_table(cfg)
     OmegaConf.resolve(cfg)
     recipe_rows.apply_row(cfg, said)
     return cfg

@@ -75,7 +75,8 @@ _PRECISION = Kind(f"one of {', '.join(_PRECISE)}", one_of(*_PRECISE, *PRECISIONS
 
 _KINDS: dict[str, Kind] = {
     "seed": whole(0, _MOST),
-    "seeds": list_of(whole(0, _MOST), f"a list of whole numbers from 0 to {_MOST}"),
+    "seeds": list_of(whole(0, _MOST), f"a list of whole numbers from 0 to {_MOST}")
+    | Kind("the word released", lambda value: value == "released"),
     "precision": _PRECISION,
     **dict.fromkeys(
         ("compile", "dry_run", "rerun", "overwrite", "diagnostics.best_on_test", "verify", "download"), _SWITCH
@@ -87,7 +88,7 @@ _KINDS: dict[str, Kind] = {
     "tasks": _TEXT | _WORDS | _NULL,
     **dict.fromkeys(("preprocessing.interpolation", "preprocessing.resampling", "preprocessing.normalisation"), _TEXT),
     **dict.fromkeys(("paths.root_dir", "paths.data_dir", "paths.log_dir", "table", "output", "state", "images"), _PATH),
-    **dict.fromkeys(("data_dir", "root", "weights"), _PATH | _NULL),
+    **dict.fromkeys(("data_dir", "root", "weights", "recipe.table"), _PATH | _NULL),
     **dict.fromkeys(("run", "runs"), _PATHS),
     "inspect": _PATHS | _NULL,
     "store_dir": _PATH,
