@@ -94,7 +94,7 @@ def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
 def _apply_grid(cfg: DictConfig, said: Set[str]) -> None:
     """Gives a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
 
-    Nothing is tried of what the command line gives, or of prompts that are off: such a key keeps its own value alone.
+    Nothing is tried of what the command line gives: such a key keeps its own value alone.
     """
     own = OmegaConf.create() if cfg.recipe.grid is None and "recipe.grid" not in said else cfg.recipe.grid
     if not OmegaConf.is_dict(own):  # the user's null is no grid; the protocol refuses anything else
@@ -103,6 +103,5 @@ def _apply_grid(cfg: DictConfig, said: Set[str]) -> None:
     if not OmegaConf.is_dict(rows):  # a sentence that says why there is none
         cfg.recipe.grid = own or rows
         return
-    off = {key for key in rows if key.startswith("method.num_") and OmegaConf.select(cfg, key) == 0} - set(own)
     found = {**rows, **own}
-    cfg.recipe.grid = found | {key: [OmegaConf.select(cfg, key)] for key in found if key in said | off}
+    cfg.recipe.grid = found | {key: [OmegaConf.select(cfg, key)] for key in found if key in said}

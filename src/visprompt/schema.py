@@ -69,6 +69,7 @@ class _Backbone(Closed):
     pretrained: bool
     image_size: Side | None
     global_pool: Literal["token", "avg", "avgmax", "max", "map"] | None
+    final_norm: Literal["trained", "fresh"] = "trained"  # which states of earlier versions do not say
     exact: bool
     kwargs: dict[str, Any]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -102,6 +102,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("backbone.pretrained", "backbone.exact"), _SWITCH),
     "backbone.image_size": _SIDE | _NULL,
     "backbone.global_pool": _TEXT | _NULL,
+    "backbone.final_norm": _TEXT,
     "backbone.kwargs": _MAPPING,
     "data.num_workers": whole(0, 1024),
     **{f"data.{name}": _SWITCH for name in ("pin_memory", "download", "crop", "skip_bad")},
