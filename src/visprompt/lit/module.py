@@ -15,14 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from visprompt.backbones.family import TokenFamily
 from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.dataset import ArrayDataset, Batch, TicketDataset
 from visprompt.errors import UserError
 from visprompt.lit.frozen import has_own_memory, keep, on_device
+from visprompt.methods.base import TokenBackbone
 from visprompt.methods.inits import MAX_IMAGES, initialise
-from visprompt.methods.vpt import VPT
 from visprompt.optim import Recipe, build_optimizer
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -136,13 +135,12 @@ class TuningModule(L.LightningModule):
                 datamodule.val_dataset = self._kept(datamodule.val_dataset)
 
     def _initialise(self) -> None:
-        """Makes the first prompts of training images, the same on every rank."""
+        """Makes the method's first values of training images, the same on every rank."""
         dataset = self._datamodule.train_dataset
         rows = np.random.default_rng(self.seed).permutation(len(dataset))[:MAX_IMAGES]
         batches = self._datamodule.feature_dataloader(dataset.subset(rows))
         images = (self._apply_batch_transfer_handler(batch).images for batch in batches)
-        method, backbone = self.classifier.method, self.classifier.backbone
-        initialise(cast(VPT, method), cast(TokenFamily, backbone), images, self.seed)
+        initialise(self.classifier.method, cast(TokenBackbone, self.classifier.backbone), images, self.seed)
 
     def _check_batch_norm(self) -> None:
         """Refuses batch statistics of less than the whole batch; on GPUs the trainer synchronises them."""

@@ -79,6 +79,16 @@ def option_kinds(name: str) -> dict[str, Any]:
     return {p: one.annotation for p, one in inspect.signature(METHODS[name]).parameters.items() if p != "backbone"}
 
 
+def option_defaults(name: str) -> dict[str, Any]:
+    """The default of each option of a method.
+
+    Raises:
+        UserError: The name is unknown.
+    """
+    parameters = inspect.signature(METHODS[name]).parameters
+    return {option: parameters[option].default for option in option_kinds(name)}
+
+
 def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
     """Builds a method for a backbone.
 
@@ -140,4 +150,15 @@ def _check_kind(option: str, value: Any, annotation: Any) -> None:
         raise UserError(f"method.{option}={value} is out of range: give a number up to {LARGEST}")
 
 
-__all__ = ["LARGEST", "METHODS", "Flow", "Geometry", "Method", "Place", "build_method", "check_options", "option_kinds"]
+__all__ = [
+    "LARGEST",
+    "METHODS",
+    "Flow",
+    "Geometry",
+    "Method",
+    "Place",
+    "build_method",
+    "check_options",
+    "option_defaults",
+    "option_kinds",
+]

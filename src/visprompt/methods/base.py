@@ -15,7 +15,7 @@ From the answers alone the backbone decides what has to be computed.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
@@ -97,6 +97,22 @@ class Geometry(Protocol):
         ...
 
 
+class TokenBackbone(Geometry, Protocol):
+    """What a method may ask of a frozen backbone made of tokens before training, see `backbones.family.TokenFamily`."""
+
+    def embed(self, images: Tensor, method: "Method") -> Tensor:
+        """Image tokens [B, n, width] before the first block."""
+        ...
+
+    def states(self, images: Tensor) -> list[Tensor]:
+        """Image tokens [B, n, width] before each block and behind the last."""
+        ...
+
+    def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
+        """A block's outputs of all tokens x [B, n, width], prompts among them, behind `num_image` image tokens."""
+        ...
+
+
 class Method(nn.Module):
     """What is tuned and where it enters the backbone; this base tunes the head alone.
 
@@ -146,8 +162,21 @@ class Method(nn.Module):
 
     @property
     def needs_images(self) -> bool:
-        """Whether its first values are made of training images (`inits.initialise`)."""
+        """Whether `inits.initialise` has to be called with training images before the first epoch."""
         return False
+
+    def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
+        """Writes its first values, in place, where `needs_images`; called by `inits.initialise`.
+
+        Args:
+            backbone: The frozen backbone, in evaluation mode, with the method attached.
+            images: Batches of normalised training images [B, 3, H, W], at most `inits.MAX_IMAGES` in all; read once.
+            seed: Decides what is drawn.
+
+        Raises:
+            UserError: The images do not suffice.
+        """
+        raise LookupError(f"{type(self).__name__} needs no images")
 
     @property
     def first_block(self) -> int:
