@@ -98,7 +98,7 @@ class Geometry(Protocol):
 
 
 class TokenBackbone(Geometry, Protocol):
-    """What a method may ask of a frozen backbone made of tokens before training, see `backbones.family.TokenFamily`."""
+    """What a method may ask of a frozen backbone made of tokens, see `backbones.family.TokenFamily`."""
 
     def embed(self, images: Tensor, method: "Method") -> Tensor:
         """Image tokens [B, n, width] before the first block."""
@@ -109,7 +109,7 @@ class TokenBackbone(Geometry, Protocol):
         ...
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """A block's outputs of all tokens x [B, n, width], prompts among them, behind `num_image` image tokens."""
+        """Outputs of a block, of all tokens x [B, n, width]: `num_image` image tokens, prompts behind them."""
         ...
 
 
@@ -170,7 +170,8 @@ class Method(nn.Module):
 
         Args:
             backbone: The frozen backbone, in evaluation mode, with the method attached.
-            images: Batches of normalised training images [B, 3, H, W], at most `inits.MAX_IMAGES` in all; read once.
+            images: Batches of normalised training images [B, 3, H, W], at most `inits.MAX_IMAGES` in all; they
+                can be read once.
             seed: Decides what is drawn.
 
         Raises:

@@ -140,7 +140,7 @@ class Means:
 
 
 def check_plain_attentions(backbone: Geometry, blocks: Sequence[int], option: str) -> None:
-    """Refuses blocks other than timm's plain one: its queries, keys and values are one linear layer of all tokens.
+    """Refuses blocks other than timm's plain one, where one linear layer gives queries, keys and values.
 
     Args:
         backbone: The backbone.

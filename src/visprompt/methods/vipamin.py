@@ -1,25 +1,28 @@
-"""VIPAMIN's first prompts: patches that random prompts are nearest to, and what the backbone's attention cannot say.
+"""VIPAMIN's first prompts: patches near random prompts, and directions that attention lacks.
 
-Park and Chung, VIPAMIN: Visual Prompt Initialization via Embedding Selection and Subspace Expansion, NeurIPS 2025
-(arXiv 2510.16446). VPT starts as P = (1 - lambda) * matched + lambda * orthogonal.
+Park and Chung, VIPAMIN: Visual Prompt Initialization via Embedding Selection and Subspace Expansion,
+NeurIPS 2025 (arXiv 2510.16446). VPT starts as P = (1 - lambda) * matched + lambda * orthogonal.
 
-Matched: prompts drawn as VPT's enter the frozen backbone. In each prompted block the keys of prompts and patches,
-means over heads and images, are compared by cosine; each prompt becomes the mean of its K nearest patches, as tokens
-before the block (means over images).
-Orthogonal: O [n, d] are the attention outputs of all image tokens of the bare backbone before the output projection,
-means over images, and Q [d, n] is an orthonormal basis of their span. Random prompts r, drawn as VPT's, get their
-values v = r W_V^T + b, lose what lies in the span, v' = v - v Q Q^T, and are mapped back, (v' - b) pinv(W_V^T).
+Matched: prompts drawn as VPT's enter the frozen backbone. In each prompted block the keys of prompts and
+patches, means over heads and images, are compared by cosine; each prompt becomes the mean of its K nearest
+patches, as tokens before the block (means over images).
+Orthogonal: O [n, d] are the attention outputs of all image tokens of the bare backbone before the output
+projection, means over images, and Q [d, n] is an orthonormal basis of their span. Random prompts r, drawn
+as VPT's, get their values v = r W_V^T + b, lose what lies in the span, v' = v - v Q Q^T, and are mapped
+back, (v' - b) pinv(W_V^T).
 
-Different from the released code: it maps back by pinv(W_V), although v - b = p W_V^T is undone by pinv(W_V^T), which
-is pinv(W_V)^T. The two agree where W_V is symmetric, and else the values of the code's prompts lie in the span as much
-as others do. Here they lie outside it, exactly so where W_V has full rank (its singular values are cut as in the code,
-relative to float32's precision). Its means are over one shuffled batch of 256 training images; here over up to
-`inits.MAX_IMAGES`, added batch by batch, so that the size of batches does not matter. Its shallow script leaves the
-model in training mode.
-As in the code: random prompts pass no norm before W_V, though a block's tokens do. The code has 100 prompts (deep: 20)
-and chooses K of 2, 8, 32, 128 and lambda of 0 and 0.5 (with K = 2 also 1) by validation; it knows plain ViTs alone, and
-so does this: in windows (Swin) a prompt has other neighbours in every window, and rotary positions (EVA) turn the keys
-of patches but not those of prompts.
+Different from the released code:
+- It maps back by pinv(W_V), although v - b = p W_V^T is undone by pinv(W_V^T), which is pinv(W_V)^T. The
+  two agree where W_V is symmetric; elsewhere the values of the code's prompts lie in the span as others do.
+  Here they lie outside it, exactly so where W_V has full rank (its singular values are cut as in the code,
+  relative to the precision of float32).
+- Its means are over one shuffled batch of 256 training images. Here they are over up to `inits.MAX_IMAGES`,
+  added batch by batch, so that the size of the batches does not matter.
+- Its script for shallow prompts leaves the model in training mode.
+As in the code, random prompts pass no norm before W_V, though a block's tokens do. The code has 100 prompts
+(deep: 20) and chooses K of 2, 8, 32, 128 and lambda of 0 and 0.5 (with K = 2 also 1) by validation. It
+knows plain ViTs alone, and so does this: in windows (Swin) a prompt has other neighbours in every window,
+and rotary positions (EVA) turn the keys of patches but not those of prompts.
 """
 
 import math
