@@ -13,6 +13,7 @@ from visprompt.methods.base import Flow, Geometry, Method, Place
 from visprompt.methods.baselines import MLP, Full, Linear, Partial
 from visprompt.methods.convpass import Convpass
 from visprompt.methods.cvpt import CVPT
+from visprompt.methods.da_vpt import DAVPT
 from visprompt.methods.e2vpt import E2VPT
 from visprompt.methods.fact import FacT
 from visprompt.methods.gated import GatedVPT
@@ -45,6 +46,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "cvpt": CVPT,
     "vpt_low_rank": LowRankVPT,
     "vpt_gated": GatedVPT,
+    "da_vpt": DAVPT,
     "layernorm": LayerNorm,
     "lora": LoRA,
     "ssf": SSF,

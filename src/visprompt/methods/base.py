@@ -131,6 +131,9 @@ class Method(nn.Module):
     fixed_size: bool = False  # whether images must have the backbone's own size
     undecayed: ClassVar[frozenset[str]] = frozenset()  # its own parameters that weight decay leaves alone
     can_merge: ClassVar[bool] = False  # whether what is tuned goes into the weights of a plain model of timm
+    # whether `losses` compares the images of a batch with each other, so that parts of a batch give another loss
+    compares_images: ClassVar[bool] = False
+    images_per_class: ClassVar[int | None] = None  # how many `see_classes` is shown; None for a method without it
     pool: str | None = None
 
     def __init__(self, backbone: Geometry) -> None:
@@ -178,6 +181,18 @@ class Method(nn.Module):
             UserError: The images do not suffice.
         """
         raise LookupError(f"{type(self).__name__} needs no images")
+
+    def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
+        """Makes first values of training images and their labels, once, before the first epoch; the same on all ranks.
+
+        Called where `needs_images` holds and `images_per_class` is given.
+
+        Args:
+            backbone: The frozen backbone, in evaluation mode, with the method attached.
+            batches: Normalised images [B, 3, H, W] with labels [B]; of each class up to `images_per_class`.
+            seed: Decides what is drawn.
+        """
+        raise LookupError(f"{type(self).__name__} sees no classes")
 
     @property
     def first_block(self) -> int:
@@ -254,6 +269,26 @@ class Method(nn.Module):
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
         """Makes the features [B, width] that the head reads of the pooled ones and of the images."""
         return pooled
+
+    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+        """Makes the losses that training minimises of the cross-entropies; called behind each forward in training.
+
+        The weighted sum of what it returns is the mean over the global batch. A term of the whole global batch is
+        added to every image's loss; `ranks.gathered` brings what other devices have.
+
+        Args:
+            cross_entropy: Of each image, [B] in float32.
+            head: The head.
+            labels: Classes [B].
+            weights: Of each image in the sum; 0 marks a filler, which is no image of the batch.
+
+        Returns:
+            [B] in float32.
+        """
+        return cross_entropy
+
+    def end_epoch(self, epoch: int) -> None:
+        """Called behind every epoch of training, counted from 0, on every rank, before the checkpoint is written."""
 
     def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
         """What is kept of images, [B, any], where `first_block` is behind the last; `resumed` goes on from it."""
