@@ -76,9 +76,10 @@ class DAVPT(Method):
         bias: Whether the numbers of the backbone named above are tuned too.
 
     Attributes:
-        prompts: [blocks - guided, num_tokens, width], U(-v, v) with v = sqrt(6 / ((blocks - guided + num_tokens) *
-            width)) / 8 (the released code's: Xavier's rule on the tensor of all those blocks, over 8); None without any.
-        guided: [guided, p, width], likewise.
+        prompts: [depth, num_tokens, width] of the other blocks, U(-v, v) with v = sqrt(6 / ((depth + num_tokens) *
+            width)) / 8 (the released code's: Xavier's rule on the tensor of all these blocks, over 8); None without
+            any.
+        guided: [guided_blocks, p, width], likewise.
         mapping: The prompt of each class, [classes]; saved, so that a run that is resumed goes on with it.
         centres: Of the k-means that made it, [p, width]; zero before.
         value_bias: [blocks, width], from 0, with `bias`.
@@ -109,8 +110,10 @@ class DAVPT(Method):
         bias: bool = False,
     ) -> None:
         super().__init__(backbone)
-        least = {"num_tokens": (num_tokens, 0), "guided_tokens": (guided_tokens, 1), "remap_from": (remap_from, 0)}
-        least |= {"patch_weight": (patch_weight, 0), "class_weight": (class_weight, 0)}
+        least: dict[str, tuple[float, int]] = {
+            **{"num_tokens": (num_tokens, 0), "guided_tokens": (guided_tokens, 1), "remap_from": (remap_from, 0)},
+            **{"patch_weight": (patch_weight, 0), "class_weight": (class_weight, 0)},
+        }
         for option, (value, lowest) in least.items():
             if value < lowest:
                 raise UserError(f"method.{option}={value} is too small: give at least {lowest}")

@@ -23,7 +23,7 @@ def gathered(rows: Tensor) -> Tensor:
     mine = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, mine)
-    out: Tensor = _Gathered.apply(rows, [int(count) for count in counts])  # type: ignore[no-untyped-call]  # torch's
+    out: Tensor = _Gathered.apply(rows, [int(count) for count in counts])
     return out
 
 
@@ -31,7 +31,7 @@ class _Gathered(torch.autograd.Function):
     """Rows of all ranks; backwards the sum over ranks of the gradient of this rank's."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]  # its own arguments
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
         ctx.counts, ctx.rank = counts, dist.get_rank()
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
@@ -40,7 +40,7 @@ class _Gathered(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # one gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.split(ctx.counts)[ctx.rank], None
