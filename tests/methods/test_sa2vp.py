@@ -9,6 +9,7 @@ from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.sa2vp import SA2VP
+from visprompt.reports.attention import last_attention
 
 TINY, VIT_B = geometry(), geometry(**VIT_B_SIZE)
 LABELS = torch.tensor([0, 3, 1])
@@ -107,6 +108,21 @@ def test_a_prompt_is_aligned_with_its_patch():
     changed[:, 6] += 1  # the patch in row 1 and column 1 of 4
     moved = (model.method._read(1, reader, changed) != before).any(dim=-1)[0]
     assert moved.nonzero().flatten().tolist() == [0, 1, 2, 3, 5, 6, 7, 9, 10, 11]
+
+
+def test_attention_maps_are_of_the_block_s_own_attention():
+    model, seen = classifier().eval(), []
+    last = model.backbone.blocks[-1]
+    with torch.no_grad():
+        hook = last.norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(images())
+        hook.remove()
+        tokens = torch.cat(seen[2:], dim=1)  # behind the two sequences that the prompts are read through
+        q, k, _ = last.attn.qkv(last.norm1(tokens)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        expected = (q[:, :, :1] @ k.mT)[:, :, 0] / 4
+        found = last_attention(model, images())
+    weights = torch.cat([found.prefix, found.patches.flatten(2)], dim=-1)
+    assert relative_error(weights, expected.softmax(dim=-1)) < 1e-5
 
 
 def test_nothing_is_kept_behind_a_prediction():

@@ -169,7 +169,7 @@ class SA2VP(Method):
         if model.pos_embed is None:
             return self.maps.new_zeros(())
         missing = self.maps.shape[1] - model.pos_embed.shape[1]  # of class or register tokens without positions
-        return cast(Tensor, F.pad(model.pos_embed, (0, 0, missing, 0)))
+        return F.pad(model.pos_embed, (0, 0, missing, 0))
 
     def _read(self, index: int, reader: Tensor, source: Tensor) -> Tensor:
         """F_i of the tokens that read and those that are read, [1 or B, n, width] each."""
@@ -184,7 +184,8 @@ class SA2VP(Method):
         out = attn.norm(out.transpose(1, 2).flatten(2))
         if attn.gate is not None:
             out = out * attn.gate(q_in).sigmoid()
-        out = reader + self.dropout(attn.proj(out))
+        # not by the layer itself: whoever records what a block projects means the block's own attention
+        out = reader + self.dropout(F.linear(out, attn.proj.weight, attn.proj.bias))
         scale, shift = (parameter[index].to(out.dtype) for parameter in (self.norm_weight, self.norm_bias))
         out = F.layer_norm(out, out.shape[-1:], scale, shift, 1e-6)
         hidden = self.dropout(F.gelu(_linear(out, self.down[index], self.down_bias[index])))
