@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt.backbones import Backbone
 from visprompt.data.datamodule import TaskDataModule
-from visprompt.methods import option_defaults, option_kinds
+from visprompt.methods import option_kinds
 from visprompt.optim import Recipe
 from visprompt.settings import PRECISIONS
 
@@ -21,10 +21,6 @@ _NEUTRAL_TRAINER = {
     *("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "deterministic", "benchmark"),
     *("enable_progress_bar", "profiler", "inference_mode"),
 }
-
-
-# options that came after runs had been made without them: at their defaults they say nothing, and hashes stay
-_LATER_OPTIONS = {"matched_patches", "orthogonal_share", "whitening"}
 
 
 def identity_of(cfg: DictConfig, recipe: Recipe, backbone: Backbone, datamodule: TaskDataModule) -> dict[str, Any]:
@@ -82,10 +78,6 @@ def _method_record(method: DictConfig, num_blocks: int) -> dict[str, Any]:
             options[option] = float(options[option])
     if options.get("depth", 0) in (None, num_blocks) and num_blocks > 1:
         options |= {k: v for k, v in {"depth_from": "first", "carry_over": False}.items() if k in options}
-    defaults = option_defaults(method.name)
-    for option in _LATER_OPTIONS & options.keys():
-        if options[option] == defaults[option]:
-            del options[option]
     if (file := options.get("weights")) and Path(file).expanduser().is_file():
         options["weights"] = f"sha256:{hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}"
     return options

@@ -83,16 +83,6 @@ def option_kinds(name: str) -> dict[str, Any]:
     return {p: one.annotation for p, one in inspect.signature(METHODS[name]).parameters.items() if p != "backbone"}
 
 
-def option_defaults(name: str) -> dict[str, Any]:
-    """The default of each option of a method.
-
-    Raises:
-        UserError: The name is unknown.
-    """
-    parameters = inspect.signature(METHODS[name]).parameters
-    return {option: parameters[option].default for option in option_kinds(name)}
-
-
 def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
     """Builds a method for a backbone.
 
@@ -163,6 +153,5 @@ __all__ = [
     "Place",
     "build_method",
     "check_options",
-    "option_defaults",
     "option_kinds",
 ]
