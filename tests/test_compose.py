@@ -229,7 +229,7 @@ def test_the_default_job():
     ],
 )
 def test_tasks_are_ids_suites_and_aliases_each_once(tasks, expected, monkeypatch):
-    monkeypatch.setitem(catalog._ALIASES, "places", "digits_loc")
+    monkeypatch.setitem(catalog.ALIASES, "places", "digits_loc")
     found = jobs(f"tasks={tasks}", "method=linear", "seed=5")
     assert [job.task for job in found] == expected
     assert [job.data._target_.lower() for job in found] == [

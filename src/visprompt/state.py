@@ -170,8 +170,9 @@ def load_state(path: Path) -> TunedState:
     try:
         meta: Any = json.loads(text)
         version = meta.pop("schema")
-        preprocessing = in_present_words(meta["preprocessing"])
-        record = meta | {"class_names": _split(meta["class_names"]), "preprocessing": preprocessing}
+        record = meta | {"class_names": _split(meta["class_names"])}
+        if isinstance(how := meta.get("preprocessing"), dict):
+            record["preprocessing"] = in_present_words(how)
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError) as error:
         raise UserError(f"{path} is refused: its metadata are not those of a tuned state; {_MEND}") from error
     if version != SCHEMA:

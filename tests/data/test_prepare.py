@@ -906,7 +906,7 @@ def test_another_store_in_the_place_of_one_is_refused_and_kept(written, old):
         outdated(here)
     with pytest.raises(UserError) as error:
         prepare_square(here)
-    name = "svhn/raw-16" if old else "svhn/raw-16-bilinear"
+    name = "svhn/raw-16" if old else "svhn/raw-16-bilinear-tf1"
     assert str(error.value) == (
         f"{here.folder} holds the store {name}, not svhn/raw-native: move it to its own place or delete it"
     )
