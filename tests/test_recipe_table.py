@@ -89,6 +89,6 @@ def test_a_table_that_is_not_there_is_named(tmp_path):
 def test_the_real_command_takes_a_table(tmp_path, table):
     done = call("train", *tiny(tmp_path, f"recipe.table='{table}'", "recipe.epochs=2", "callbacks=none"))
     assert done.returncode == 0, done.stderr
-    (config,) = tmp_path.rglob("config.yaml")
-    stored = OmegaConf.load(config).recipe
+    (result,) = tmp_path.rglob("result.json")
+    stored = OmegaConf.load(result.with_name("config.yaml")).recipe
     assert (stored.lr, stored.weight_decay) == (0.5, 0.02)

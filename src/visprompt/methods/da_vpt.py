@@ -14,7 +14,7 @@ token and patches that enter block l. Then with
 m comes from spherical k-means with p centres over one vector per class, layer-normed without scale: first the mean of
 the frozen backbone's features of up to ten of its training images, behind each epoch from `remap_from` on the mean of
 that epoch's features. Where there are no more classes than prompts, p is their number and m the identity. Predicting
-reads neither m nor the loss. `bias=true` tunes, as every released setting does ("DA-VPT+" in the paper), the class
+reads neither m nor the loss. `bias=true` tunes, as every released setting does, the class
 token, norm1, and the biases of values, attention output, second MLP layer and norm2.
 
 This is what the released code runs. Its settings choose the attention's output at P_lm(y) in place of e
