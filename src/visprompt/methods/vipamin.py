@@ -38,6 +38,32 @@ from visprompt.methods.base import Geometry, Method, TokenBackbone, split_heads
 from visprompt.methods.inits import Means, check_plain_attentions
 from visprompt.methods.locations import vpt_bound
 
+MATCHED_PATCHES, ORTHOGONAL_SHARE = 8, 0.5  # points of the grid that the released code chooses from
+
+
+def check_options(init: str, matched_patches: int, orthogonal_share: float) -> None:
+    """Refuses numbers that are out of range, and such that say nothing because `init` is another.
+
+    Raises:
+        UserError: It says what to give.
+    """
+    if matched_patches < 1:
+        raise UserError(f"method.matched_patches={matched_patches} is too small: give at least 1")
+    if not 0 <= orthogonal_share <= 1:
+        raise UserError(f"method.orthogonal_share={orthogonal_share} is not a share: give a number from 0 to 1")
+    if init == "vipamin":
+        return
+    given = {
+        "matched_patches": (matched_patches, MATCHED_PATCHES),
+        "orthogonal_share": (orthogonal_share, ORTHOGONAL_SHARE),
+    }
+    for option, (value, default) in given.items():
+        if value != default:
+            raise UserError(
+                f"method.{option}={value} is for method.init=vipamin, and says nothing with method.init={init}: "
+                f"give method.init=vipamin, or method.{option}={default}"
+            )
+
 
 def check(backbone: Geometry, blocks: Sequence[int], matched_patches: int) -> None:
     """Refuses a backbone that this cannot be computed on.

@@ -25,9 +25,6 @@ SHARED = ("none", "intra", "inter", "all")
 INITS = ("random", "cls", "cls_layer", "patch_sample", "patch_pool", "patch_kmeans", "vipamin")
 
 
-MATCHED_PATCHES, ORTHOGONAL_SHARE = 8, 0.5  # points of the grid that VIPAMIN's released code chooses from
-
-
 class Buffers(nn.Module):
     """Tensors of different shapes that are saved and never tuned, by their index."""
 
@@ -99,8 +96,8 @@ class VPT(Method):
         init: str = "random",
         frozen: bool = False,
         pad_resize: bool = True,
-        matched_patches: int = MATCHED_PATCHES,
-        orthogonal_share: float = ORTHOGONAL_SHARE,
+        matched_patches: int = vipamin.MATCHED_PATCHES,
+        orthogonal_share: float = vipamin.ORTHOGONAL_SHARE,
     ) -> None:
         super().__init__(backbone)
         depth = self.num_blocks if depth is None else depth
@@ -112,7 +109,7 @@ class VPT(Method):
         if location not in locations.VECTORS:
             _check_pixels(location, self._first, depth, dropout, shared, project)
         _check_init(init, location, project, frozen)
-        _check_vipamin(init, matched_patches, orthogonal_share)
+        vipamin.check_options(init, matched_patches, orthogonal_share)
         if carry_over:
             _check_flow(location, self._first, depth)
         self.depth, self.carry_over, self.location, self.frozen = depth, carry_over, location, frozen
@@ -332,23 +329,3 @@ def _check_init(init: str, location: str, project: int | None, frozen: bool) -> 
             f"method.init={init} gives tokens, and method.location={location} takes none of them: "
             "give method.init=random or method.location=prepend"
         )
-
-
-def _check_vipamin(init: str, matched_patches: int, orthogonal_share: float) -> None:
-    """Refuses numbers that are out of range, and such that say nothing."""
-    if matched_patches < 1:
-        raise UserError(f"method.matched_patches={matched_patches} is too small: give at least 1")
-    if not 0 <= orthogonal_share <= 1:
-        raise UserError(f"method.orthogonal_share={orthogonal_share} is not a share: give a number from 0 to 1")
-    if init == "vipamin":
-        return
-    given = {
-        "matched_patches": (matched_patches, MATCHED_PATCHES),
-        "orthogonal_share": (orthogonal_share, ORTHOGONAL_SHARE),
-    }
-    for option, (value, default) in given.items():
-        if value != default:
-            raise UserError(
-                f"method.{option}={value} is for method.init=vipamin, and says nothing with method.init={init}: "
-                f"give method.init=vipamin, or method.{option}={default}"
-            )
