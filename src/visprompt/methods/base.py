@@ -169,28 +169,18 @@ class Method(nn.Module):
         return False
 
     def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
-        """Writes its first values, in place, where `needs_images`; called by `inits.initialise`.
+        """Writes its first values in place, where `needs_images`; called by `inits.initialise`.
 
-        Args:
-            backbone: The frozen backbone, in evaluation mode, with the method attached.
-            images: Batches of normalised training images [B, 3, H, W], at most `inits.MAX_IMAGES` in all; they
-                can be read once.
-            seed: Decides what is drawn.
-
-        Raises:
-            UserError: The images do not suffice.
+        The backbone is frozen and in evaluation mode, with the method attached. Images are batches of normalised
+        training images [B, 3, H, W], at most `inits.MAX_IMAGES`, to be read once; the seed decides what is drawn.
         """
         raise LookupError(f"{type(self).__name__} needs no images")
 
     def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
-        """Makes first values of training images and their labels, once, before the first epoch; the same on all ranks.
+        """Makes first values of training images and labels, in place of `initialise` where `images_per_class` is given.
 
-        Called where `needs_images` holds and `images_per_class` is given.
-
-        Args:
-            backbone: The frozen backbone, in evaluation mode, with the method attached.
-            batches: Normalised images [B, 3, H, W] with labels [B]; of each class up to `images_per_class`.
-            seed: Decides what is drawn.
+        Batches are normalised images [B, 3, H, W] with labels [B], up to `images_per_class` of each class, the same
+        on all ranks; else as `initialise`.
         """
         raise LookupError(f"{type(self).__name__} sees no classes")
 
@@ -276,14 +266,7 @@ class Method(nn.Module):
         The weighted sum of what it returns is the mean over the global batch. A term of the whole global batch is
         added to every image's loss; `ranks.gathered` brings what other devices have.
 
-        Args:
-            cross_entropy: Of each image, [B] in float32.
-            head: The head.
-            labels: Classes [B].
-            weights: Of each image in the sum; 0 marks a filler, which is no image of the batch.
-
-        Returns:
-            [B] in float32.
+        All are [B], in float32; a weight of 0 marks a filler, which is no image of the batch.
         """
         return cross_entropy
 
