@@ -111,8 +111,8 @@ def test_each_of_several_seeds_is_a_whole_number(capsys, monkeypatch):
 @pytest.mark.parametrize("more", [(), ("-m", "seed=1,2"), ("--cfg", "job")])
 def test_an_option_of_another_method_says_whose_it_is(capsys, monkeypatch, more):
     assert said(capsys, monkeypatch, "train", "method=linear", "method.num_tokens=5", *more) == (
-        "error: num_tokens is an option of cvpt, e2vpt, vapt, vfpt, vpt_deep, vpt_deep_bias, vpt_gated, vpt_low_rank "
-        "and 2 more: method linear has no options\n"
+        "error: num_tokens is an option of cvpt, da_vpt, e2vpt, vapt, vfpt, vpt_deep, vpt_deep_bias, vpt_gated "
+        "and 3 more: method linear has no options\n"
     )
     assert said(capsys, monkeypatch, "train", "method=vpt_deep_bias", "method.pool=cls", *more) == (
         "error: pool is an option of e2vpt, vpt_deep, vpt_gated, vpt_shallow: method vpt_deep_bias has "
@@ -229,7 +229,7 @@ def test_the_default_job():
     ],
 )
 def test_tasks_are_ids_suites_and_aliases_each_once(tasks, expected, monkeypatch):
-    monkeypatch.setitem(catalog._ALIASES, "places", "digits_loc")
+    monkeypatch.setitem(catalog.ALIASES, "places", "digits_loc")
     found = jobs(f"tasks={tasks}", "method=linear", "seed=5")
     assert [job.task for job in found] == expected
     assert [job.data._target_.lower() for job in found] == [

@@ -119,6 +119,71 @@ def test_published_lengths_and_settings_are_in_the_recipes():
     assert given == {"dmlab": (1.0, 0.001, 64), "eurosat": (1.0, 0.001, 64), "sun397": (25.0, 0.0001, 128)}
 
 
+def value(method, task, name):
+    """A value of a recipe's rows: of the task's, else its family's."""
+    rows = OmegaConf.load(CONFIGS / "recipe" / f"{method}.yaml").rows
+    return next(rows[row][name] for row in (task, TASKS[task].family, "default") if row in rows and name in rows[row])
+
+
+def values(method, *names):
+    """Values on all tasks of both benchmarks, each with the tasks that have it."""
+    found = {}
+    for task in (*SUITES["vtab_all"], *SUITES["fgvc"]):
+        found.setdefault(tuple(value(method, task, name) for name in names), []).append(task)
+    return {key if len(names) > 1 else key[0]: tasks for key, tasks in found.items()}
+
+
+LIKE_VPT = {  # its released code and its descendants
+    *("linear", "mlp", "sidetune", "full", "partial", "bias", "adapter"),
+    *("vpt_shallow", "vpt_deep", "vpt_shallow_bias", "vpt_deep_bias", "e2vpt", "vfpt", "vapt"),
+}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_methods_of_vpt_s_code_change_the_rate_per_epoch(method):
+    schedule = "per_epoch" if method in LIKE_VPT else "per_step"
+    assert values(method, "schedule").keys() == {schedule}
+    rows = OmegaConf.load(CONFIGS / "recipe" / f"{method}.yaml").rows
+    assert rows.default.schedule == "per_step", "the demo and own images"
+    adamw = "vpt_adamw" if method in ("full", "partial", "bias", "adapter") else "adamw"
+    assert values(method, "optimizer").keys() <= {"sgd", adamw}
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "warmup"),
+    [*((method, 1024, 10) for method in ("linear", "mlp", "sidetune")), ("full", 384, 5), ("partial", 384, 5)],
+)
+def test_rows_have_the_batch_and_warm_up_of_the_released_code(method, batch, warmup):
+    assert values(method, "batch_size", "warmup_epochs").keys() == {(batch, warmup)}
+
+
+def test_e2vpt_has_the_lengths_of_the_released_commands():
+    found = values("e2vpt", "num_tokens", "num_kv_tokens", "batch_size", "dropout")
+    others = {
+        (32, 5, 64, 0.1): ["caltech101"],
+        (5, 5, 64, 0.1): ["cifar", "dsprites_loc", "dsprites_ori"],
+        (1, 1, 64, 0.1): ["oxford_flowers102"],
+        (10, 10, 64, 0.1): ["patch_camelyon"],
+        (5, 5, 128, 0.1): list(SUITES["fgvc"]),
+    }
+    named = {task for tasks in others.values() for task in tasks}
+    assert found == others | {(10, 5, 64, 0.1): [task for task in SUITES["vtab_all"] if task not in named]}
+
+
+def test_convpass_has_the_scale_and_initialisation_of_the_released_configs():
+    identity = [0.1, 1, None, None, None, None, 0.1, 10, 10, 10, 1, 1, None, 10, None, None, None, None, None]
+    xavier = [None, None, 0.01, 0.1, 1, 100, None, None, None, None, None, None, 0.1, None, 10, 100, 0.1, 100, 1]
+    expected = {
+        task: (a, "identity") if b is None else (b, "xavier")
+        for task, a, b in zip(SUITES["vtab_all"], identity, xavier, strict=True)
+    }
+    found = {task: (value("convpass", task, "scale"), value("convpass", task, "init")) for task in expected}
+    assert found == expected
+    with composed("train", "method=convpass", "data=vtab/svhn") as cfg:
+        (job,) = compose.jobs(cfg)
+    assert (job.method.scale, job.method.init) == (100, "xavier")
+
+
 DEBUG = {  # epochs, batches of an epoch, test images
     "fdr": (1, 1, 64),
     "limit": (3, 2, 128),

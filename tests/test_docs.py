@@ -64,6 +64,19 @@ def test_the_recipe_of_that_method_has_what_the_benchmarks_ask_for():
     assert {recipe["rows"][name]["epochs"] for name in ("vtab", "fgvc")} == {100}
 
 
+def test_the_page_of_fidelity_names_tests_that_there_are():
+    page = (ROOT / "docs" / "fidelity.md").read_text()
+    named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page))
+    assert len(named) > 25
+    assert {test for file, test in named if f"def {test}(" not in (ROOT / file).read_text()} == set()
+    rows = [
+        line
+        for line in page.splitlines()
+        if line.startswith("| ") and not line.startswith(("| :", "| what", "| paper"))
+    ]
+    assert [row for row in rows if "`tests/" not in row and "| none: " not in row] == []
+
+
 def readme_rows():
     """The README's table of methods: their names and the options that are named for each of them."""
     cell = r"`\w+`(?:, `\w+`)*"

@@ -85,6 +85,7 @@ def test_an_experiment_is_a_recipe_on_a_benchmark_under_the_published_figure(ben
     assert content == {
         "defaults": [{"override /method": method}, {"override /backbone": "vit_b16_in21k"}],
         "tasks": benchmark,
+        **({"method": {"drop_path": 0.0, "dropout": 0.1}} if method == "full" else {}),
     }
     assert header["command"] == f"python src/train.py experiment={benchmark}_{word}"
     beside = {"sidetune": "; method.weights=FILE with its AlexNet"}.get(method, "")
@@ -141,14 +142,16 @@ def test_the_command_of_an_experiment_is_accepted(monkeypatch, capsys, script):
     assert capsys.readouterr() == ("", "")
 
 
-RATES = [50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1]
-LENGTHS = [1, 5, 10, 50, 100, 200]
-KINDS = {
-    "head": ([*RATES, 0.05], {}),
-    "adamw": ([0.005, 0.001, 0.0005, 0.0001], {}),
-    "prompts": (RATES, {"method.num_tokens": LENGTHS}),
-    "shallow": ([1000, 500, 250, 100, *RATES], {"method.num_tokens": LENGTHS}),
-    "e2vpt": (RATES, {"method.num_tokens": [5, 10], "method.num_kv_tokens": [5, 10]}),
+RATES = [50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05]
+SMALL = [0.025, 0.005, 0.0025]
+LENGTHS = {"method.num_tokens": [1, 5, 10, 50, 100, 200]}
+SHALLOW = [1000, 500, 250, 100]
+KINDS = {  # rates on VTAB-1k and on FGVC, lengths, and the number of points
+    "head": (RATES, RATES, {}, 40, 40),
+    "adamw": ([0.005, 0.001, 0.0005, 0.0001],) * 2 + ({}, 16, 16),
+    "prompts": (RATES, RATES[:-1], LENGTHS, 240, 216),
+    "shallow": ([*SHALLOW, *RATES], [*SHALLOW, *RATES[:-1]], LENGTHS, 336, 312),
+    "e2vpt": (RATES, RATES[:-1], {}, 40, 36),
 }
 KIND = {
     **dict.fromkeys(("linear", "mlp", "sidetune"), "head"),
@@ -166,25 +169,52 @@ def grid_of(task, *arguments):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_grid_paper_is_the_paper_s_grid_of_each_method(method):
-    rates, lengths = KINDS[KIND.get(method, "adamw")]
-    grid = {"recipe.lr": rates, "recipe.weight_decay": [0.01, 0.001, 0.0001, 0], **lengths}
-    found = grid_of("vtab/cifar", f"method={method}", "grid=paper")
-    assert found == grid
-    assert (
-        len(grid_points(found))
-        == {"head": 40, "adamw": 16, "prompts": 216, "shallow": 312, "e2vpt": 144}[KIND.get(method, "adamw")]
-    )
+    vtab, fgvc, lengths, on_vtab, on_fgvc = KINDS[KIND.get(method, "adamw")]
+    for task, rates, points in (("vtab/cifar", vtab, on_vtab), ("fgvc/cub200", fgvc, on_fgvc)):
+        found = grid_of(task, f"method={method}", "grid=paper")
+        assert found == {"recipe.lr": rates, "recipe.weight_decay": [0.01, 0.001, 0.0001, 0], **lengths}
+        assert len(grid_points(found)) == points
 
 
-def test_grids_of_other_backbones_and_of_the_recipe():
-    assert grid_of("fgvc/cub200", "grid=paper")["recipe.lr"] == RATES
-    assert grid_of("vtab/dtd", "grid=paper_swin")["method.num_tokens"] == [1, 5, 10, 50]
-    pad = grid_of("vtab/dtd", "grid=paper_convnet", "method=vpt_shallow", "method.location=pad")
-    assert pad["recipe.lr"] == [5, 2.5, 1, 0.5, 0.25, 0.1, 0.05, 0.025, 0.01]
-    assert pad["method.num_tokens"] == [1, 3, 5, 7, 9, 11]
-    assert grid_of("vtab/dtd", "grid=paper_convnet", "method=full")["recipe.lr"] == [0.05, 0.025, 0.005, 0.0025]
-    assert grid_of("vtab/dtd", "grid=paper_mae", "method=linear")["recipe.lr"] == [*RATES, 0.05, 0.025, 0.005, 0.0025]
+@pytest.mark.parametrize(
+    ("task", "arguments", "rates", "lengths", "points"),
+    [
+        ("vtab/dtd", ("grid=paper_swin", "method=vpt_deep"), RATES, [1, 5, 10, 50], 160),
+        ("fgvc/cub200", ("grid=paper_swin", "method=vpt_deep"), RATES[:-1], [1, 5, 10, 50], 144),
+        ("vtab/dtd", ("grid=paper_mae", "method=linear"), [*RATES, *SMALL], None, 52),
+        ("fgvc/cub200", ("grid=paper_mae", "method=linear"), [*RATES, *SMALL], None, 52),
+        *(
+            (task, ("grid=paper_convnet", "method=vpt_shallow", "method.location=pad"),
+             [5, 2.5, 1, 0.5, 0.25, 0.1, 0.05, 0.025, 0.01], [1, 3, 5, 7, 9, 11], 216)
+            for task in ("vtab/dtd", "fgvc/cub200")
+        ),
+        ("vtab/dtd", ("grid=paper_convnet", "method=full"),
+         [0.5, 0.25, 0.05, 0.025, 0.005, 0.0025, 0.0005, 0.00025], None, 32),
+        ("fgvc/cub200", ("grid=paper_convnet", "method=full"), [0.05, 0.025, 0.005, 0.0025], None, 16),
+    ],
+)  # fmt: skip
+def test_grids_of_other_backbones(task, arguments, rates, lengths, points):
+    found = grid_of(task, *arguments)
+    assert found["recipe.lr"] == rates
+    assert found.get("method.num_tokens") == lengths
+    assert len(grid_points(found)) == points
+
+
+def test_without_a_grid_of_the_papers_the_recipe_s_is_tried():
     assert grid_of("vtab/dtd") == {"recipe.lr": [0.25, 1, 5, 25]}
+
+
+@pytest.mark.parametrize(
+    ("task", "different"), [("vtab/cifar", 5 * 8), ("vtab/patch_camelyon", 9 * 8), ("vtab/caltech101", 9 * 8)]
+)
+def test_grid_paper_prunes_9_by_9_and_of_equal_masks_one_run_is_made(task, different):
+    """Of 5 tokens 10 and 30 % are as many as 0 and 20; of 16 segments at least 4 stay."""
+    with compose.composing():
+        job = compose.job("tune", [f"data={task}", "method=e2vpt", "grid=paper"])
+    assert len(job.method.prune_tokens) * len(job.method.prune_segments) == 81
+    points = set(chain.prune_points(job))
+    assert len(points) == len(chain.prune_points(job))
+    assert len({point for point in points if point.kept_segments < 16}) == different
 
 
 def test_a_grid_of_ones_own_stands_beside_that_of_the_task_and_in_place_of_the_same_keys():
@@ -197,13 +227,10 @@ def test_a_grid_of_ones_own_stands_beside_that_of_the_task_and_in_place_of_the_s
     assert grid_of("vtab/cifar", "recipe.grid=null") is None
 
 
-def test_what_the_user_gives_or_an_experiment_leaves_out_is_not_tried():
-    whole = grid_of("vtab/dtd", "grid=paper", "method=e2vpt")
-    given = grid_of("vtab/dtd", "grid=paper", "method=e2vpt", "recipe.lr=0.3", "method.num_tokens=7")
+def test_what_the_user_gives_is_not_tried():
+    whole = grid_of("vtab/dtd", "grid=paper")
+    given = grid_of("vtab/dtd", "grid=paper", "recipe.lr=0.3", "method.num_tokens=7")
     assert given == whole | {"recipe.lr": [0.3], "method.num_tokens": [7]}
-    off = grid_of("vtab/dtd", "grid=paper", "experiment=e2vpt_prompts")
-    assert off == whole | {"method.num_kv_tokens": [0]}
-    assert off["recipe.weight_decay"] == [0.01, 0.001, 0.0001, 0], "a decay of zero is not switched off"
     own = "++recipe.grid={method.num_kv_tokens:[0,5]}"
     assert grid_of("vtab/dtd", "experiment=e2vpt_prompts", own)["method.num_kv_tokens"] == [0, 5]
 

@@ -7,7 +7,7 @@ import torch
 
 from tiny import tiny_classifier
 from visprompt.errors import UserError
-from visprompt.optim import Recipe, build_optimizer, param_groups, scaled_lr, warmup_cosine
+from visprompt.optim import Recipe, VPTAdamW, build_optimizer, param_groups, scaled_lr, warmup_cosine
 
 BASE = {"optimizer": "sgd", "lr": 0.5, "weight_decay": 0.01, "batch_size": 64, "epochs": 10, "warmup_epochs": 2}
 
@@ -112,6 +112,79 @@ def test_a_step_of_sgd_is_what_its_definition_says():
     assert parameter.item() == pytest.approx(value)
 
 
+def rates(recipe, steps_per_epoch):
+    """The learning rate of every step that a recipe takes."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer, schedule = build_optimizer([("head.weight", parameter)], recipe, steps_per_epoch)
+    found = []
+    for _ in range(recipe.epochs * steps_per_epoch):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_per_epoch_the_rate_is_that_of_the_released_code():
+    """Ten epochs with a warm-up of four, written out by hand: the first is at 0, the fifth at the whole rate."""
+    half_cosine = [math.cos(math.pi * i / 12) ** 2 for i in range(6)]  # of the six epochs behind the warm-up
+    expected = [0.0, 0.25, 0.5, 0.75, *half_cosine]
+    found = rates(recipe(lr=4.0, epochs=10, warmup_epochs=4, schedule="per_epoch"), 3)
+    assert found == pytest.approx([rate for rate in expected for _ in range(3)])
+
+
+def test_the_sum_of_the_rates_of_100_epochs_is_that_of_the_released_code():
+    """Measured there at a rate of 1.25, over epochs of 16 steps: 62.50, and 62.58 where the rate changes per step."""
+    usual = {"lr": 5.0, "batch_size": 64, "epochs": 100, "warmup_epochs": 10}
+    sums = {name: sum(rates(recipe(**usual, schedule=name), 16)) / 16 for name in ("per_epoch", "per_step")}
+    assert sums == {"per_epoch": pytest.approx(62.50, abs=0.005), "per_step": pytest.approx(62.58, abs=0.005)}
+
+
+def test_per_epoch_without_warm_up_begins_at_the_whole_rate():
+    assert rates(recipe(lr=4.0, epochs=2, warmup_epochs=0, schedule="per_epoch"), 2) == pytest.approx([1, 1, 0.5, 0.5])
+
+
+def test_vpt_s_adamw_takes_the_steps_of_its_definition():
+    """Number by number; two groups, of which one is decayed by 0.01 whatever the recipe says, and eps is 1e-6."""
+    parameters = {name: torch.nn.Parameter(torch.tensor([2.0, -1e-3])) for name in ("method.prompts", "a.bias")}
+    own = recipe(optimizer="vpt_adamw", lr=0.4, batch_size=128, weight_decay=0.0001, warmup_epochs=0)
+    optimizer, _ = build_optimizer(parameters.items(), own, steps_per_epoch=1)
+    expected = {name: [2.0, -1e-3] for name in parameters}
+    moments = {name: [[0.0, 0.0], [0.0, 0.0]] for name in parameters}
+    for step, gradient in enumerate(([1.0, 1e-6], [-0.5, 3e-6], [2.0, 0.0]), start=1):
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(gradient)
+            for i, g in enumerate(gradient):
+                first, second = moments[name]
+                first[i] = 0.9 * first[i] + 0.1 * g
+                second[i] = 0.999 * second[i] + 0.001 * g * g
+                rate = 0.2 * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+                value = expected[name][i] - rate * first[i] / (math.sqrt(second[i]) + 1e-6)
+                expected[name][i] = value - 0.2 * (0.01 if name == "method.prompts" else 0.0) * value
+        assert optimizer.step(lambda: 3.5) == 3.5
+    for name, parameter in parameters.items():
+        assert parameter.tolist() == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_vpt_s_adamw_spares_every_name_with_bias_and_is_sgd_without_a_decay():
+    classifier = tiny_classifier("full")
+    optimizer, _ = build_optimizer(classifier.tuned_parameters(), recipe(optimizer="vpt_adamw"), steps_per_epoch=1)
+    assert type(optimizer) is VPTAdamW
+    for names, _, decay in named(optimizer.param_groups, classifier):
+        assert {("bias" in name) for name in names} == {decay == 0.0}
+        assert decay in (0.0, 0.01)
+    assert len(optimizer.param_groups) == 2
+    plain, _ = build_optimizer(
+        classifier.tuned_parameters(), recipe(optimizer="vpt_adamw", weight_decay=0.0), steps_per_epoch=1
+    )
+    assert type(plain) is torch.optim.SGD
+    assert [(group["momentum"], group["weight_decay"]) for group in plain.param_groups] == [(0.9, 0.0)]
+
+
+def test_a_recipe_records_the_decay_that_vpt_s_adamw_takes():
+    decays = [recipe(optimizer="vpt_adamw", weight_decay=given).weight_decay for given in (0.0, 0.0001, 0.01, 0.5)]
+    assert decays == [0.0, 0.01, 0.01, 0.01]
+
+
 def test_part_of_an_epoch_may_be_warm_up():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer, _ = build_optimizer([("head.bias", parameter)], recipe(warmup_epochs=0.5), steps_per_epoch=8)
@@ -122,6 +195,11 @@ def test_part_of_an_epoch_may_be_warm_up():
     ("changes", "message"),
     [
         ({"optimizer": "sdg"}, r"unknown recipe\.optimizer 'sdg': did you mean sgd"),
+        ({"schedule": "epoch"}, r"unknown recipe\.schedule 'epoch': did you mean per_epoch"),
+        (
+            {"schedule": "per_epoch", "epochs": 1, "warmup_epochs": 0.5},
+            r"^recipe\.schedule=per_epoch trains the first epoch of a warm-up at a learning rate of 0, and recipe",
+        ),
         ({"head_init": "zero"}, r"unknown recipe\.head_init 'zero': did you mean zeros"),
         ({"epochs": 0}, r"recipe\.epochs=0 does not fit: give a whole number, 1 or more"),
         ({"epochs": 2.5}, r"recipe\.epochs=2\.5 does not fit"),

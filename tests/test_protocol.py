@@ -160,6 +160,16 @@ def test_an_option_that_is_null_by_default_can_be_tried(logs):
     assert job.method.depth is None
 
 
+@pytest.mark.parametrize(("given", "seeds"), [("released", [42, 44, 82, 100, 800]), ("[3]", [3])])
+def test_the_released_seeds(logs, monkeypatch, given, seeds):
+    """Those of tune_vtab.py in VPT's released code."""
+    asked = []
+    monkeypatch.setattr(protocol, "tune_one", lambda job, given, run: asked.append(given) or [])
+    with pytest.raises(ZeroDivisionError):  # of no finished cell there is no mean
+        tune(logs, "methods=[linear]", f"seeds={given}")
+    assert asked == [seeds]
+
+
 def test_no_grid_is_one_point():
     assert protocol.grid_points(None) == protocol.grid_points({}) == [{}]
 

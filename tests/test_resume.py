@@ -21,6 +21,13 @@ NOISY = {
     "prompt dropout": ("method.dropout=0.1",),
     "stochastic depth": ("method=full", "method.drop_path=0.5", "recipe.lr=0.02"),
     "frozen features": ("method=linear",),
+    "released": (
+        "method=full",
+        "method.dropout=0.1",
+        "recipe.optimizer=vpt_adamw",
+        "recipe.schedule=per_epoch",
+        "recipe.lr=0.02",
+    ),
     "tune": ("split=tune",),
     "accumulation": ("method.dropout=0.1", "trainer.accumulate_grad_batches=2", "seed=5"),
 }

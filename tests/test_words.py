@@ -108,7 +108,7 @@ def test_the_version_is_hydras(capsys, monkeypatch):
         (("backbone={a:b}",), "Could not override 'backbone'."),
         (("~callbacks=/",), "Could not delete 'callbacks=/'."),
         (("-m", "tasks=digits,digits_lok"), "unknown task 'digits_lok': did you mean digits_loc or "),
-        (("-m", "method=linear,vpt_deep", "method.num_tokens=5"), "num_tokens is an option of cvpt, e2vpt, "),
+        (("-m", "method=linear,vpt_deep", "method.num_tokens=5"), "num_tokens is an option of cvpt, da_vpt, e2vpt, "),
         (("-m", "hydra/launcher=slurm"), "unknown hydra/launcher 'slurm': did you mean submitit_slurm"),
         (("--cfg", "job", "method=vpt_depe"), "unknown method 'vpt_depe': did you mean vpt_deep or "),
         (("--help", "splt=tune"), "unknown key 'splt': did you mean split?"),

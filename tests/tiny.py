@@ -50,7 +50,8 @@ RECORD: dict[str, Any] = {  # what a tuned state says beside its tensors
     "class_names": tuple("abcde"),
     "preprocessing": {
         "size": 32, "resize": "squash", "short_side": None, "decode": "upright", "native": None,
-        "interpolation": "bilinear", "antialias": True, "crop": None, "flip": 0.0, "mean": [0.5] * 3, "std": [0.5] * 3,
+        "interpolation": "bilinear", "resampling": "pillow", "crop": None, "flip": 0.0,
+        "mean": [0.5] * 3, "std": [0.5] * 3,
     },
     "backbone": {
         "name": "vit_tiny_patch16_224", "pretrained": False, "image_size": None, "global_pool": None, "exact": True,

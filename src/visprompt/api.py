@@ -27,8 +27,8 @@ def build(
         method: A name of `visprompt.methods.METHODS`.
         num_classes: Width of the head (C).
         head_init: "vpt", the released VPT code's, or "zeros".
-        **options: The method's own, such as num_tokens. Where the first prompts are to be made of training images
-            (`init=...`), call `visprompt.methods.inits.initialise` before training.
+        **options: The method's own, such as num_tokens. Where the first values are to be made of training images
+            (`init=...`, `whitening=...`), call `visprompt.methods.inits.initialise` before training.
 
     Returns:
         The classifier: `classifier(images) -> logits [B, C]` of normalised images, `tuned_state()`,

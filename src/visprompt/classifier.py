@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from visprompt.errors import UserError
@@ -92,6 +93,18 @@ class Classifier(nn.Module):
         """Logits [B, C] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
         out: Tensor = self.head(self.features(x))
         return out
+
+    def losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Return the loss of each image [B], in float32 under autocast too: cross-entropy, and what the method adds.
+
+        Args:
+            logits: [B, C], what `forward` has just returned in training.
+            labels: Classes [B].
+            weights: Of each image in the sum that is minimised; 0 marks a filler.
+        """
+        with torch.autocast(logits.device.type, enabled=False):
+            cross_entropy = F.cross_entropy(logits.float(), labels, reduction="none")
+            return self.method.losses(cross_entropy, self.head, labels, weights)
 
     @property
     def has_frozen_part(self) -> bool:

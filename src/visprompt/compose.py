@@ -215,6 +215,7 @@ def complete(cfg: DictConfig, said: Set[str], *, debug: bool = False) -> DictCon
     if debug or settings.debugs(cfg):
         cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
     paths.expand_paths(cfg)
+    recipe_rows.apply_table(cfg)
     OmegaConf.resolve(cfg)
     recipe_rows.apply_row(cfg, said)
     return cfg
@@ -239,7 +240,7 @@ def plans(cfg: DictConfig) -> "list[Plan]":
         Plan(
             spec=spec,
             size=cfg.image_size * 256 // 224 if spec.family == "fgvc" else cfg.image_size,
-            antialias=spec.family == "fgvc" or cfg.preprocessing.antialias,
+            resampling="pillow" if spec.family == "fgvc" else cfg.preprocessing.resampling,
             **where,
             **how,
         )

@@ -12,7 +12,7 @@ from visprompt.errors import UserError
 
 PATHS = (
     *("paths.root_dir", "paths.data_dir", "paths.log_dir", "data_dir", "store_dir", "root"),
-    *("data.root", "data.csv", "data.data_dir", "data.store_dir", "backbone.weights", "method.weights"),
+    *("data.root", "data.csv", "data.data_dir", "data.store_dir", "backbone.weights", "method.weights", "recipe.table"),
     *("run", "state", "images", "output", "weights", "runs", "inspect", "table", "train", "val", "init"),
     *("trainer.profiler.dirpath",),
 )

@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Set
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from visprompt import settings
+from visprompt import recipe_table, settings
 from visprompt.data import catalog
 from visprompt.errors import UserError
 
@@ -31,6 +32,22 @@ def _rows(cfg: DictConfig) -> list[DictConfig]:
 OmegaConf.register_new_resolver("row", _row)
 
 
+def apply_table(cfg: DictConfig) -> None:
+    """Put what the user's own `recipe.table` says of a config's task and method into the recipe's row for it.
+
+    Raises:
+        UserError: The file cannot be used, or says nothing of them.
+    """
+    recipe = cfg.recipe
+    if recipe.table is None:
+        return
+    names = {*catalog.TASKS, "vtab", "fgvc", "default"} & set(recipe.rows)  # `grid=paper` has other entries there
+    known = {str(key) for name in names for key in recipe.rows[name]} - {"grid", "source"}
+    values = recipe_table.read(Path(recipe.table), str(cfg.task), cfg.method.name, known)
+    with open_dict(cfg):
+        recipe.rows[cfg.task] = OmegaConf.merge(recipe.rows.get(cfg.task, {}), values)
+
+
 def apply_row(cfg: DictConfig, said: Set[str]) -> None:
     """Settle what of a resolved job's recipe depends on its row: a warm-up in proportion, and the grid.
 
@@ -45,15 +62,16 @@ def apply_row(cfg: DictConfig, said: Set[str]) -> None:
     _shorten_warmup(cfg, said)
     _apply_grid(cfg, said)
     with open_dict(cfg):
-        del cfg.recipe.rows
+        del cfg.recipe.rows, cfg.recipe.table
 
 
 def check_effect(recipe: DictConfig) -> None:
     """Refuse a value that the chosen optimiser does not read; a run of an older version may have recorded one."""
-    if recipe.optimizer == "adamw" and recipe.momentum != 0.9:
+    by_adamw = recipe.optimizer == "adamw" or (recipe.optimizer == "vpt_adamw" and recipe.weight_decay)
+    if by_adamw and recipe.momentum != 0.9:
         raise UserError(
-            f"recipe.momentum={recipe.momentum} is of SGD, and recipe.optimizer=adamw has none: leave it out, or give "
-            "recipe.optimizer=sgd"
+            f"recipe.momentum={recipe.momentum} is of SGD, and recipe.optimizer={recipe.optimizer} has none: leave it "
+            "out, or give recipe.optimizer=sgd"
         )
 
 
@@ -65,7 +83,8 @@ def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
     if "recipe.warmup_epochs" in said or recipe.warmup_epochs != warmup or not all(map(settings.is_finite, numbers)):
         return
     if 0 < recipe.epochs <= warmup < epochs:
-        recipe.warmup_epochs = warmup * recipe.epochs / epochs
+        share = warmup * recipe.epochs / epochs
+        recipe.warmup_epochs = share // 1 if recipe.schedule == "per_epoch" else share
         log.info(
             "recipe.warmup_epochs is %g in a run of recipe.epochs=%s, in proportion to the recipe's %g of %s epochs",
             *(recipe.warmup_epochs, recipe.epochs, warmup, epochs),
@@ -75,7 +94,7 @@ def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
 def _apply_grid(cfg: DictConfig, said: Set[str]) -> None:
     """Gives a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
 
-    Nothing is tried of what the command line gives, or of prompts that are off: such a key keeps its own value alone.
+    Nothing is tried of what the command line gives: such a key keeps its own value alone.
     """
     own = OmegaConf.create() if cfg.recipe.grid is None and "recipe.grid" not in said else cfg.recipe.grid
     if not OmegaConf.is_dict(own):  # the user's null is no grid; the protocol refuses anything else
@@ -84,6 +103,5 @@ def _apply_grid(cfg: DictConfig, said: Set[str]) -> None:
     if not OmegaConf.is_dict(rows):  # a sentence that says why there is none
         cfg.recipe.grid = own or rows
         return
-    off = {key for key in rows if key.startswith("method.num_") and OmegaConf.select(cfg, key) == 0} - set(own)
     found = {**rows, **own}
-    cfg.recipe.grid = found | {key: [OmegaConf.select(cfg, key)] for key in found if key in said | off}
+    cfg.recipe.grid = found | {key: [OmegaConf.select(cfg, key)] for key in found if key in said}

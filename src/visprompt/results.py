@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from visprompt.data.pixels import in_present_words
 from visprompt.errors import UserError
 from visprompt.records import DamagedRecord, read_record, write_record
 from visprompt.state import TunedState, load_state, read_checksum
@@ -128,6 +129,8 @@ def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
             raise DamagedRecord(f"{path} is damaged: its {name} is {value!r}")
     if record["status"] not in ("finished", "unscored", "diverged"):
         raise DamagedRecord(f"{path} is damaged: its status is {record['status']!r}")
+    if isinstance(how := record["data"].get("preprocessing"), dict):
+        record["data"]["preprocessing"] = in_present_words(how)
     result = Result(**record | {"tags": tuple(record["tags"])})
     if result.status != "diverged":
         _check_state(folder / "tuned.safetensors", result, hashed)

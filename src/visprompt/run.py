@@ -106,7 +106,7 @@ def make_recipe(cfg: DictConfig) -> Recipe:
         UserError: A key or a value of it is wrong.
     """
     names = {f.name for f in fields(Recipe)}
-    for key in set(map(str, cfg.recipe)) - names - {"grid", "rows"}:
+    for key in set(map(str, cfg.recipe)) - names - {"grid", "rows", "table"}:
         raise unknown("key of recipe", key, names)
     values = {name: cfg.recipe[name] for name in names}
     for name in ("lr", "head_lr", "weight_decay", "momentum"):

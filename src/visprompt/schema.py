@@ -69,6 +69,7 @@ class _Backbone(Closed):
     pretrained: bool
     image_size: Side | None
     global_pool: Literal["token", "avg", "avgmax", "max", "map"] | None
+    final_norm: Literal["trained", "fresh"] = "trained"  # which states of earlier versions do not say
     exact: bool
     kwargs: dict[str, Any]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -83,7 +84,7 @@ class _Preprocessing(Closed):
     decode: Word = ""
     native: Side | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    antialias: bool = True
+    resampling: Literal["pillow", "tf1", "tf2"] = "pillow"
     crop: Literal["random", "center"] | None = None
     flip: Annotated[float, Field(ge=0, le=1)] | bool = 0.0
     white_level: Annotated[int, Field(ge=1, lt=2**32)] | None = None

@@ -75,7 +75,8 @@ _PRECISION = Kind(f"one of {', '.join(_PRECISE)}", one_of(*_PRECISE, *PRECISIONS
 
 _KINDS: dict[str, Kind] = {
     "seed": whole(0, _MOST),
-    "seeds": list_of(whole(0, _MOST), f"a list of whole numbers from 0 to {_MOST}"),
+    "seeds": list_of(whole(0, _MOST), f"a list of whole numbers from 0 to {_MOST}")
+    | Kind("the word released", lambda value: value == "released"),
     "precision": _PRECISION,
     **dict.fromkeys(
         ("compile", "dry_run", "rerun", "overwrite", "diagnostics.best_on_test", "verify", "download"), _SWITCH
@@ -85,10 +86,9 @@ _KINDS: dict[str, Kind] = {
     "tags": _WORDS,
     "methods": _WORDS | _NULL,
     "tasks": _TEXT | _WORDS | _NULL,
-    **dict.fromkeys(("preprocessing.interpolation", "preprocessing.normalisation"), _TEXT),
-    "preprocessing.antialias": _SWITCH,
+    **dict.fromkeys(("preprocessing.interpolation", "preprocessing.resampling", "preprocessing.normalisation"), _TEXT),
     **dict.fromkeys(("paths.root_dir", "paths.data_dir", "paths.log_dir", "table", "output", "state", "images"), _PATH),
-    **dict.fromkeys(("data_dir", "root", "weights"), _PATH | _NULL),
+    **dict.fromkeys(("data_dir", "root", "weights", "recipe.table"), _PATH | _NULL),
     **dict.fromkeys(("run", "runs"), _PATHS),
     "inspect": _PATHS | _NULL,
     "store_dir": _PATH,
@@ -102,10 +102,14 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("backbone.pretrained", "backbone.exact"), _SWITCH),
     "backbone.image_size": _SIDE | _NULL,
     "backbone.global_pool": _TEXT | _NULL,
+    "backbone.final_norm": _TEXT,
     "backbone.kwargs": _MAPPING,
     "data.num_workers": whole(0, 1024),
-    **{f"data.{name}": _SWITCH for name in ("pin_memory", "antialias", "download", "crop", "skip_bad")},
-    **{f"data.{name}": _TEXT for name in ("interpolation", "normalisation", "source", "final", "revision")},
+    **{f"data.{name}": _SWITCH for name in ("pin_memory", "download", "crop", "skip_bad")},
+    **{
+        f"data.{name}": _TEXT
+        for name in ("interpolation", "resampling", "normalisation", "source", "final", "revision")
+    },
     **{f"data.{name}": _PATH for name in ("data_dir", "store_dir")},
     **{f"data.{name}": _PATH | _NULL for name in ("root", "csv")},
     "data.name": _TEXT | _NULL,

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from visprompt.data.pixels import in_present_words
 from visprompt.errors import UserError
 from visprompt.leftovers import claimed, sweep
 
@@ -170,6 +171,8 @@ def load_state(path: Path) -> TunedState:
         meta: Any = json.loads(text)
         version = meta.pop("schema")
         record = meta | {"class_names": _split(meta["class_names"])}
+        if isinstance(how := meta.get("preprocessing"), dict):
+            record["preprocessing"] = in_present_words(how)
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError) as error:
         raise UserError(f"{path} is refused: its metadata are not those of a tuned state; {_MEND}") from error
     if version != SCHEMA:

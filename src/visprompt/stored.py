@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from visprompt import schema, settings
 from visprompt.compose import CONFIGS, composing
 from visprompt.data.catalog import TASKS
+from visprompt.data.pixels import in_present_words
 from visprompt.errors import UserError
 from visprompt.optim import Recipe
 from visprompt.results import Result
@@ -87,6 +88,7 @@ def job_of(
         UserError: The run's config.yaml cannot be read or says what no run says, or there is no file of weights.
     """
     config = _read(folder / "config.yaml")
+    stored_data = in_present_words(config.data)
     ours = _compose(config.task, folder / "config.yaml", data_dir)
     given = {name: value for name, value in (data or {}).items() if value is not None}
     weights = weights or (config.backbone.weights if state.backbone["pretrained"] else None)
@@ -96,7 +98,7 @@ def job_of(
         {
             **_scoring(folder, result),
             "task": config.task,
-            "data": _data(ours["data"], config.data, given, folder / "config.yaml"),
+            "data": _data(ours["data"], stored_data, given, folder / "config.yaml"),
             "backbone": {k: v for k, v in state.backbone.items() if k != "sha256"} | {"weights": weights},
             "method": dict(state.method),
             "trainer": ours["trainer"],

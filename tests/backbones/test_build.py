@@ -46,6 +46,53 @@ def test_the_demo_backbone_is_the_embedded_file():
     assert backbone.sha256 == hash_tensors(tensors)
 
 
+@pytest.mark.parametrize("method", ["linear", "vpt_deep"])
+def test_a_fresh_norm_stands_behind_the_mean_and_the_trained_one_is_dropped(tmp_path, method):
+    """As MAE's and VPT's codes pool: the mean over prompts and patches, without the class token, then the norm."""
+    file = tmp_path / "weights.safetensors"
+    model = tiny_model()
+    torch.nn.init.uniform_(model.norm.weight)
+    save_file(model.state_dict(), file)
+    backbone = build(weights=str(file), global_pool="avg", final_norm="fresh")
+    options = {} if method == "linear" else {"num_tokens": 3, "dropout": 0.0, "pool": "image_prompt"}
+    tuned = build_method(method, backbone.module, **options)
+    x, net = images(), backbone.module.model
+    tokens = net._pos_embed(net.patch_embed(x))
+    with torch.no_grad():
+        if method == "linear":
+            tokens = net.blocks(tokens)[:, 1:]
+        else:
+            for prompts, block in zip(tuned.prompts, net.blocks, strict=True):
+                rows = prompts.expand(len(x), -1, -1)
+                tokens = block(torch.cat([tokens[:, :1], rows, tokens[:, -16:]], dim=1))
+            tokens = tokens[:, 1:]
+        mean = tokens.mean(dim=1)
+        centred = mean - mean.mean(dim=1, keepdim=True)
+        expected = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+        found = backbone.module(x, tuned)
+    assert relative_error(found, expected) < 1e-5
+    trained = build(weights=str(file), global_pool="avg")
+    assert "norm.weight" not in state(backbone)
+    assert backbone.sha256 != trained.sha256
+    assert relative_error(trained.module(x, build_method("linear", trained.module)), expected) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"final_norm": "new"}, r"^unknown backbone\.final_norm 'new': choose one of fresh, trained"),
+        (
+            {"final_norm": "fresh"},
+            r"^backbone\.final_norm=fresh is for a ViT .* give backbone\.global_pool=avg with it",
+        ),
+        ({"final_norm": "fresh", "name": "test_resnet", "kwargs": {}}, r"^backbone\.final_norm=fresh is for a ViT"),
+    ],
+)
+def test_a_fresh_norm_where_it_has_no_place_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        build(pretrained=False, **options)
+
+
 def test_a_record_says_how_to_build_it_again_and_nothing_of_this_machine(tmp_path):
     file = tmp_path / "weights.safetensors"
     save_file(tiny_model().state_dict(), file)
@@ -55,6 +102,7 @@ def test_a_record_says_how_to_build_it_again_and_nothing_of_this_machine(tmp_pat
         "pretrained": True,
         "image_size": None,
         "global_pool": None,
+        "final_norm": "trained",
         "exact": True,
         "kwargs": SIZE,
         "sha256": hash_tensors(tiny_model().state_dict()),

@@ -67,7 +67,7 @@ def test_what_a_result_records():
         "decode": "upright",
         "native": None,
         "interpolation": "bilinear",
-        "antialias": True,
+        "resampling": "pillow",
         "crop": None,
         "flip": 0.0,
         "mean": [0.5] * 3,

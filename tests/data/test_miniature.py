@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from resizing import tensorflow
 from visprompt.data import catalog, fgvc, prepare, vtab
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.data.plan import Plan
@@ -58,7 +59,7 @@ def test_there_is_a_module_for_each_task():
 @pytest.mark.parametrize(("task", "source"), CASES)
 def test_a_vtab_task_is_prepared_and_loaded(written, task, source, capsys):
     folder = written(task, source)
-    data = module(task, folder, source, normalisation="imagenet", antialias=False)
+    data = module(task, folder, source, normalisation="imagenet", resampling="tf1")
     data.prepare_data()
     assert data.sizes == dict(TASKS[task].split_sizes)
     assert (data.sizes["train800"], data.sizes["val200"]) == (24, 8)
@@ -66,7 +67,7 @@ def test_a_vtab_task_is_prepared_and_loaded(written, task, source, capsys):
     assert data.form == ("lossy" if source == "prepared" else "lossless")
     assert len(data.class_names) == data.num_classes == TASKS[task].num_classes
     assert len(data.train_dataset) == 32
-    assert len(module(task, folder, source, split="tune", antialias=False).train_dataset) == 24
+    assert len(module(task, folder, source, split="tune", resampling="tf1").train_dataset) == 24
 
     batch = next(iter(data.test_dataloader()))
     ready = data.on_after_batch_transfer(batch, 0)
@@ -97,8 +98,8 @@ def test_an_fgvc_dataset_is_prepared_and_loaded(written, task, capsys):
     batch = next(iter(data.val_dataloader()))
     assert data.on_after_batch_transfer(batch, 0).images.shape[1:] == (3, 64, 64)
     assert data.preprocessing["interpolation"] == "bilinear"
-    assert data.preprocessing["antialias"] is True
-    verify_all([plan(task, folder, size=73, antialias=True)])
+    assert data.preprocessing["resampling"] == "pillow"
+    verify_all([plan(task, folder, size=73, resampling="pillow")])
     assert "1 of 1 tasks are prepared" in capsys.readouterr().out
 
 
@@ -126,11 +127,11 @@ def test_a_store_holds_the_images_of_its_keys(written, task):
         for split, key, image in content.read({s: {k for t, k in wanted if t == s} for s in content.parts})
     }
     for row, (split, key) in enumerate(wanted):
-        image = torch.from_numpy(images[split, key].copy()).permute(2, 0, 1)[None].double()
+        planes = images[split, key].transpose(2, 0, 1)
         if not wanted_plan.native:
-            image = torch.nn.functional.interpolate(image, (64, 64), mode="bilinear", antialias=False)
+            planes = np.stack([tensorflow(plane, 64, half_pixel_centres=False) for plane in planes])
         stored = store.take([row])[0].astype(float)
-        assert np.abs(stored - image[0].numpy()).max() <= (0 if wanted_plan.native else 0.5 + 1e-3)
+        assert np.abs(stored - planes).max() <= (0 if wanted_plan.native else 0.5 + 1e-3)
         part = content.parts[split]
         assert store.labels[task][row] == part.labels[task][list(part.keys).index(key)]
 
@@ -155,13 +156,14 @@ def test_the_fingerprint_is_of_the_data_and_not_of_the_size(written):
 def test_stores_differ_by_interpolation_and_native_ones_do_not(written):
     folder = written("dtd")
     folders = {
-        plan("dtd", folder, interpolation=word, antialias=flag).folder.name
-        for word in ("bilinear", "bicubic")
-        for flag in (True, False)
+        plan("dtd", folder, interpolation=word, resampling=way).folder.name
+        for word, way in (("bilinear", "tf1"), *((w, r) for w in ("bilinear", "bicubic") for r in ("pillow", "tf2")))
     }
-    assert folders == {f"raw-64-{word}{end}" for word in ("bilinear", "bicubic") for end in ("", "-antialias")}
-    assert plan("cifar", folder, interpolation="bicubic").folder.name == "raw-native"
-    assert plan("cifar", folder, size=16).folder.name == "raw-16-bilinear", "a smaller target is squashed to once"
+    assert folders == {f"raw-64-{word}{end}" for word in ("bilinear", "bicubic") for end in ("", "-antialias")} | {
+        "raw-64-bilinear-tf1"
+    }
+    assert plan("cifar", folder, interpolation="bicubic", resampling="pillow").folder.name == "raw-native"
+    assert plan("cifar", folder, size=16).folder.name == "raw-16-bilinear-tf1", "a smaller target is squashed to once"
 
 
 @pytest.mark.parametrize(

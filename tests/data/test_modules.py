@@ -45,31 +45,31 @@ def test_every_task_has_a_config_and_a_module_that_agree_with_its_record(spec):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), ("bilinear", False, "imagenet")),
-        (("preprocessing=task_adaptation",), ("bilinear", False, "none")),
-        (("preprocessing=petl",), ("bicubic", True, "imagenet")),
-        (("preprocessing.normalisation=inception",), ("bilinear", False, "inception")),
+        ((), ("bilinear", "tf1", "imagenet")),
+        (("preprocessing=task_adaptation",), ("bilinear", "tf1", "none")),
+        (("preprocessing=petl",), ("bicubic", "pillow", "imagenet")),
+        (("preprocessing.normalisation=inception",), ("bilinear", "tf1", "inception")),
     ],
 )
 def test_presets_of_preprocessing(arguments, expected):
     data = composed(TASKS["cifar"], *arguments).data
-    assert (data.interpolation, data.antialias, data.normalisation) == expected
+    assert (data.interpolation, data.resampling, data.normalisation) == expected
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), ("bicubic", True, "model")),
-        (("preprocessing=task_adaptation",), ("bilinear", False, "none")),
-        (("preprocessing=model",), ("bilinear", True, "model")),
-        (("preprocessing=petl",), ("bicubic", True, "imagenet")),
-        (("data.interpolation=bilinear",), ("bilinear", True, "model")),
+        ((), ("bicubic", "pillow", "model")),
+        (("preprocessing=task_adaptation",), ("bilinear", "tf1", "none")),
+        (("preprocessing=model",), ("bilinear", "pillow", "model")),
+        (("preprocessing=petl",), ("bicubic", "pillow", "imagenet")),
+        (("data.interpolation=bilinear",), ("bilinear", "pillow", "model")),
     ],
 )
 def test_preprocessing_means_what_it_says_for_own_images(tmp_path, arguments, expected):
     with composing():
         data = job("train", ["data=folder", f"data.root={tmp_path}", *arguments]).data
-    assert (data.interpolation, data.antialias, data.normalisation) == expected
+    assert (data.interpolation, data.resampling, data.normalisation) == expected
 
 
 def own(tmp_path, root, **options):
@@ -86,7 +86,7 @@ def test_the_config_of_own_images_names_every_argument(tmp_path, pets):
     assert config.pop("defaults") == [{"override /preprocessing@_global_.preprocessing": "own_images"}]
     assert config.pop("normalisation") == "${preprocessing.normalisation}"
     assert config.pop("interpolation") == "${preprocessing.interpolation}"
-    assert config.pop("antialias") == "${preprocessing.antialias}"
+    assert config.pop("resampling") == "${preprocessing.resampling}"
     assert config.pop("_target_") == "visprompt.data.modules.FolderDataModule"
     assert config.pop("root") == "???"
     assert config.pop("store_dir") == "${paths.data_dir}/stores"
@@ -133,9 +133,9 @@ def test_batches_of_own_images(tmp_path, pets):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("antialias", [True, False])
-def test_prediction_prepares_a_file_as_evaluation_does(tmp_path, pets, interpolation, antialias):
-    data = own(tmp_path, pets, interpolation=interpolation, antialias=antialias)
+@pytest.mark.parametrize("resampling", ["pillow", "tf2"])
+def test_prediction_prepares_a_file_as_evaluation_does(tmp_path, pets, interpolation, resampling):
+    data = own(tmp_path, pets, interpolation=interpolation, resampling=resampling)
     batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
     first = data.store.keys[int(data.test_dataset.rows[0])]
     assert torch.equal(to_input(decode(pets / first), data.preprocessing), batch.images[0])

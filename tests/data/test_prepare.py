@@ -489,6 +489,25 @@ def test_a_disk_that_gets_full_of_the_folder_in_circulation(written, request):
     assert [path.name for path in folder.glob("vtab-1k*")] == ["vtab-1k.zip"]
 
 
+def test_a_store_of_another_resizing_is_neither_used_nor_deleted(written, caplog):
+    folder = written("dtd")
+    older = prepare_square(plan("dtd", folder, resampling="tf2"))
+    before, words = tree(older.folder), plan("dtd", folder)
+    assert caplog.messages == []
+    made = prepare_square(words)
+    assert caplog.messages == [
+        "dtd: its images are resized as preprocessing.resampling=tf1 does, into a new store of "
+        f"{words.bytes / 1e9:.2g} GB (python src/prepare.py tasks=dtd image_size=64); {older.folder}, resized in "
+        "another way, is neither used nor deleted"
+    ]
+    assert (made.folder / "pixels.bin").stat().st_size == words.bytes
+    assert tree(older.folder) == before
+    assert not np.array_equal(made.take([0]), older.take([0]))
+    caplog.clear()
+    prepare_square(words)
+    assert caplog.messages == [], "it is there now"
+
+
 def test_a_store_that_lacks_the_task_is_made_again(written):
     """As of a dataset whose other task was all that an older version knew."""
     folder = written("svhn")
@@ -887,7 +906,7 @@ def test_another_store_in_the_place_of_one_is_refused_and_kept(written, old):
         outdated(here)
     with pytest.raises(UserError) as error:
         prepare_square(here)
-    name = "svhn/raw-16" if old else "svhn/raw-16-bilinear"
+    name = "svhn/raw-16" if old else "svhn/raw-16-bilinear-tf1"
     assert str(error.value) == (
         f"{here.folder} holds the store {name}, not svhn/raw-native: move it to its own place or delete it"
     )

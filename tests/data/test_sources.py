@@ -75,14 +75,14 @@ def test_terms_are_said_before_a_download_in_training(tmp_path, monkeypatch, cap
     [
         ({"size": 224}, ""),
         ({}, " image_size=64"),
-        ({"interpolation": "bicubic", "antialias": True, "size": 224}, " preprocessing.interpolation=bicubic "),
+        ({"interpolation": "bicubic", "resampling": "pillow", "size": 224}, " preprocessing.interpolation=bicubic "),
         ({"source": "prepared", "size": 224}, " source=prepared"),
     ],
 )
 def test_the_command_prepares_what_is_missing(tmp_path, given, options):
     command = plan("dtd", tmp_path, **given).command
     assert command.startswith(f"python src/prepare.py tasks=dtd{options}".rstrip())
-    assert ("antialias=true" in command) == given.get("antialias", False)
+    assert ("resampling=pillow" in command) == ("resampling" in given)
 
 
 def test_json_splits_that_come_later_make_a_new_store(written, tmp_path):
@@ -128,7 +128,7 @@ def test_prediction_decodes_as_preparation_did(written, tmp_path, task):
     split, key = store.keys[0].split("/", 1)
     (found,) = content.read({split: {key}})
     (tmp_path / "image").write_bytes(found.image)
-    how = {"size": 64, "resize": "squash", "native": None, "interpolation": "bilinear", "antialias": False}
+    how = {"size": 64, "resize": "squash", "native": None, "interpolation": "bilinear", "resampling": "tf1"}
     planes = to_input(DECODERS[spec.decode](tmp_path / "image"), {**how, "mean": [0.0] * 3, "std": [1.0] * 3})
     assert np.array_equal((255 * planes).round().numpy().astype(np.uint8), store.take([0])[0])
     assert (content.decode is decode_rgb) == (spec.decode == "rgb")

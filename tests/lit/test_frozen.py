@@ -15,6 +15,7 @@ from visprompt.lit import frozen
 from visprompt.lit.frozen import keep
 from visprompt.lit.module import TuningModule
 from visprompt.methods import inits
+from visprompt.state import load_state
 
 pytestmark = frozen_backbone
 Usage = namedtuple("Usage", "total used free")
@@ -190,3 +191,22 @@ def test_a_resumed_run_keeps_the_prompts_that_it_trained(tmp_path, monkeypatch):
     again = run.run_job(cut)
     assert again.score == whole.score
     assert again.tuned["sha256"] == whole.tuned["sha256"]
+
+
+@pytest.mark.parametrize("whitening", ["frozen", "tuned"])
+def test_right_matrices_are_made_of_training_images_and_saved(tmp_path, monkeypatch, whitening):
+    seen, original = [], inits.initialise
+
+    def note(method, backbone, images, seed):
+        before = method.right.detach().clone()
+        original(method, backbone, images, seed)
+        seen.append((before, method.right.detach().clone()))
+
+    monkeypatch.setattr("visprompt.lit.module.initialise", note)
+    options = ("method=vpt_low_rank", "method.rank=2", f"method.whitening={whitening}", "recipe.epochs=1")
+    one = tiny_run(tmp_path, *options, "recipe.warmup_epochs=0")
+    run.run_job(one)
+    ((before, after),) = seen
+    assert not torch.equal(before, after)
+    saved = load_state(one.folder).tensors["right"]
+    assert torch.equal(saved, after) == (whitening == "frozen")

@@ -8,6 +8,7 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 from torch import nn
 
+import visprompt
 from tiny import NUM_IMAGE, built, images, measured, timm_logits, tiny_classifier, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.errors import UserError
@@ -73,6 +74,28 @@ def test_stochastic_depth_is_on_in_training_only():
         assert not torch.equal(training, again)
         classifier.eval()
         assert torch.equal(classifier(images()), classifier(images()))
+
+
+def test_full_drops_where_the_released_code_does_and_nowhere_else():
+    """Behind the position embedding and behind both layers of every MLP; not in the attention."""
+    model = tiny_model()
+    classifier = tiny_classifier("full", model=model, drop_path=0.0, dropout=0.1)
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p}
+    assert rates == {"pos_drop": 0.1} | {f"blocks.{i}.mlp.drop{k}": 0.1 for i in range(4) for k in (1, 2)}
+    assert not torch.equal(classifier.train()(images()), classifier(images()))
+    assert torch.equal(
+        classifier.eval()(images()), tiny_classifier("full", model=model, drop_path=0.0).eval()(images())
+    )
+
+
+def test_dropout_where_there_is_no_place_for_it_is_refused():
+    from timm.models.resnet import BasicBlock, ResNet
+
+    net = ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=0)
+    with pytest.raises(UserError, match=r"^method\.dropout=0\.1 is of the MLPs of transformers, and this backbone has"):
+        visprompt.build(net, "full", 2, dropout=0.1)
+    with pytest.raises(UserError, match=r"^method\.dropout=1\.0 is not a probability: give a number from 0 to below 1"):
+        build_method("full", ViT(tiny_model()), dropout=1.0)
 
 
 def test_a_model_of_one_block_has_no_stochastic_depth():

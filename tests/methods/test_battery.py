@@ -283,7 +283,7 @@ def test_what_is_no_batch_of_images_is_refused(name, shape):
         built(name)(torch.zeros(*shape))
 
 
-@pytest.mark.parametrize("name", ["convpass", "vapt"])
+@pytest.mark.parametrize("name", ["convpass", "vapt", "sa2vp"])
 @pytest.mark.parametrize("shape", [(16, 64), (48, 48)])
 def test_methods_of_one_grid_refuse_other_images(name, shape):
     classifier = tiny_classifier(name, model=tiny_model(dynamic_img_size=True))

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from timm.layers import RmsNorm
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
+import visprompt
 from tiny import built, images, measured, naive_logits, timm_logits, tiny_model, worst_error
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
@@ -47,6 +49,23 @@ def test_exactly_the_named_weights_are_tuned_and_saved(method, options, model, e
     classifier(images()).square().sum().backward()
     assert {n for n, p in classifier.named_parameters() if p.grad is not None} == names
     assert not classifier.backbone.training
+
+
+def test_bias_may_tune_the_tables_of_relative_positions_too():
+    """As VPT's released code does on Swin, where every name with "bias" in it is tuned."""
+    model = SwinTransformer(img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 2))
+    classifier = visprompt.build(model, "bias", 3, relative_positions=True)
+    tuned = {name for name in classifier.tuned_names if name.startswith("backbone.")}
+    assert tuned == {
+        name for name, _ in classifier.named_parameters() if name.startswith("backbone.") and "bias" in name
+    }
+    tables = {name for name in tuned if name.endswith("relative_position_bias_table")}
+    assert len(tables) == 2
+    assert set(visprompt.build(model, "bias", 3).tuned_names) == set(classifier.tuned_names) - tables
+    classifier(images()).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for n, p in classifier.named_parameters() if n in tables)
+    with pytest.raises(UserError, match=r"^this backbone has no tables of relative positions to tune"):
+        visprompt.build(tiny_model(), "bias", 3, relative_positions=True)
 
 
 @pytest.mark.parametrize(("method", "options", "model", "expected"), TUNED)

@@ -248,9 +248,9 @@ def test_rows_come_in_the_order_of_the_methods():
         ({"data": {"fraction": 0.1}}, "fraction 0.1", "fraction 0.1 (others: 1.0)"),
         ({"data": preprocessing(size=384)}, "data preprocessing size 384", "data preprocessing size 384 (others: 224)"),
         (
-            {"data": preprocessing(antialias=True)},
-            "data preprocessing antialias (vtab) true",
-            "data preprocessing antialias (vtab) true (others: false)",
+            {"data": preprocessing(resampling="pillow")},
+            "data preprocessing resampling (vtab) pillow",
+            "data preprocessing resampling (vtab) pillow (others: tf1)",
         ),
         ({"precision": "bf16-mixed"}, "precision bf16-mixed", "precision bf16-mixed (others: 32-true)"),
         (

@@ -114,7 +114,9 @@ def test_a_caution_goes_with_the_figures():
     table = tables.accuracy(made(*over(["cifar"], "adapter")), "vtab_natural")
     assert table.notes[1].startswith("Jia et al., Visual Prompt Tuning, ECCV 2022, adapter: its accuracies by task do")
     named = tables.aggregates(made(*over(VTAB, "vpt_deep")), paper="one_protocol")
-    assert entries(named, "vpt_deep: a unifying study of 2024")[GROUPED] == "73.4"
+    (study,) = {published("vpt_deep", "vit_b16_in21k", paper="one_protocol").source}
+    assert study.endswith("Parameter-Efficient Fine-Tuning (PEFT) in Visual Recognition, CVPR 2025")
+    assert entries(named, f"vpt_deep: {study}")[GROUPED] == "73.4"
     assert not any("worked out" in note for note in named.notes), "that paper prints it"
 
 

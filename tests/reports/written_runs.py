@@ -16,13 +16,19 @@ PREPROCESSING = {
     "decode": "rgb",
     "native": None,
     "interpolation": "bilinear",
-    "antialias": False,
+    "resampling": "tf1",
     "crop": None,
     "flip": 0.0,
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
 }
-CROPPED = PREPROCESSING | {"resize": "short_side", "short_side": 256, "antialias": True, "crop": "random", "flip": 0.5}
+CROPPED = PREPROCESSING | {
+    "resize": "short_side",
+    "short_side": 256,
+    "resampling": "pillow",
+    "crop": "random",
+    "flip": 0.5,
+}
 RECIPE = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.001, "epochs": 100, "batch_size": 64}
 
 

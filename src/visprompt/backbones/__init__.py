@@ -7,6 +7,8 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from visprompt.backbones.families import family
 from visprompt.backbones.family import Family
@@ -17,6 +19,7 @@ from visprompt.errors import UserError, reason, unknown
 from visprompt.state import hash_tensors
 
 DEMO = "vit64_tiny_imagenet_100"
+FINAL_NORMS = ("trained", "fresh")
 _DEMO_WEIGHTS = Path(__file__).parent / "weights" / f"{DEMO}.safetensors"
 _DEMO_MODEL = "vit_tiny_patch16_224"
 _DEMO_KWARGS: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
@@ -32,6 +35,8 @@ class BackboneSpec:
         pretrained: False leaves random weights, for tests and for training from scratch.
         image_size: Side of the input in pixels; None is the model's own.
         global_pool: Another of timm's poolings for the trained model, whose norms stay where they are; None is its own.
+        final_norm: "trained" for the norm behind the last block as it was trained; "fresh" for one of weight 1 and bias
+            0 behind the mean in its place, as the codes of MAE, VPT and E2VPT pool MAE's features.
         exact: False carries prompt tokens through every block, for comparison.
         kwargs: Further arguments of the timm model, such as depth and embed_dim of a tiny one; see `options`.
 
@@ -44,10 +49,13 @@ class BackboneSpec:
     pretrained: bool = True
     image_size: int | None = None
     global_pool: str | None = None
+    final_norm: str = "trained"
     exact: bool = True
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.final_norm not in FINAL_NORMS:
+            raise unknown("backbone.final_norm", self.final_norm, FINAL_NORMS)
         if not self.pretrained and self.weights is not None:
             raise UserError(
                 f"backbone.pretrained=false asks for random weights, and backbone.weights={self.weights} for those of "
@@ -105,6 +113,8 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
             load_file(model, file)
         if spec.global_pool is not None:
             model.reset_classifier(0, spec.global_pool)
+        if spec.final_norm == "fresh":
+            _renew_norm(model)
         module = family(model, spec.exact)
     except UserError:
         raise
@@ -123,6 +133,18 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
     module.mean, module.std = tuple(config["mean"]), tuple(config["std"])
     digest = hash_tensors(model.state_dict())
     return Backbone(module, spec, digest, module.image_size, module.mean, module.std)
+
+
+def _renew_norm(model: Any) -> None:
+    """Drop the trained norm behind the last block, and put one of weight 1 and bias 0 behind the mean."""
+    norm = getattr(model, "norm", None)
+    if not isinstance(model, VisionTransformer) or not isinstance(norm, nn.LayerNorm) or model.global_pool != "avg":
+        raise UserError(
+            "backbone.final_norm=fresh is for a ViT with a layer norm behind its last block whose features are the "
+            "mean of the patches: give backbone.global_pool=avg with it, or backbone.final_norm=trained"
+        )
+    model.fc_norm = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
+    model.norm = nn.Identity()
 
 
 def check_name(name: str) -> None:

@@ -25,7 +25,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "demo": _suite("demo"),
 }
 
-_ALIASES = {alias: spec.id for spec in _RECORDS for alias in spec.aliases}
+ALIASES = {alias: spec.id for spec in _RECORDS for alias in spec.aliases}
 
 
 def resolve(tasks: str | Sequence[str]) -> list[TaskSpec]:
@@ -50,7 +50,7 @@ def resolve(tasks: str | Sequence[str]) -> list[TaskSpec]:
 def _expand(word: str) -> Iterator[str]:
     if word in SUITES:
         yield from SUITES[word]
-    elif (task := _ALIASES.get(word, word)) in TASKS:
+    elif (task := ALIASES.get(word, word)) in TASKS:
         yield task
     else:
         raise unknown("task", word, [*TASKS, *SUITES])

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from visprompt.data.batches import GlobalBatches
 from visprompt.data.dataset import Batch, DeviceDataset, TicketDataset, as_is
-from visprompt.data.pixels import check_interpolation, mean_and_std, normalise
+from visprompt.data.pixels import check_resizing, mean_and_std, normalise
 from visprompt.data.splits import share
 from visprompt.errors import UserError, unknown
 
@@ -59,7 +59,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         mean: Sequence[float],
         std: Sequence[float],
         interpolation: str = "bilinear",
-        antialias: bool = True,
+        resampling: str = "pillow",
         normalisation: str = "model",
         fraction: float = 1.0,
         accumulate: int = 1,
@@ -76,7 +76,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
             mean: The backbone's, per channel, of pixels in 0..1; what `normalisation=model` means.
             std: The backbone's, per channel, of pixels in 0..1.
             interpolation: "bilinear" or "bicubic".
-            antialias: See `pixels`.
+            resampling: A name of `pixels.RESAMPLINGS`.
             normalisation: A name of `pixels.NORMALISATIONS`.
             fraction: Share of each class's training images that is trained on.
             accumulate: Micro steps per optimiser step; the trainer's `accumulate_grad_batches`.
@@ -89,11 +89,11 @@ class TaskDataModule(L.LightningDataModule, ABC):
         super().__init__()
         if split not in self.train_sets:
             raise unknown("split", split, self.train_sets)
-        check_interpolation(interpolation)
+        check_resizing(interpolation, resampling)
         if not 0 < fraction <= 1:
             raise UserError(f"data.fraction={fraction} is no share of the training images: give 0.1, 0.2, ... or 1.0")
         self.batch_size, self.split, self.seed, self.image_size = batch_size, split, seed, image_size
-        self.interpolation, self.antialias, self.fraction = interpolation, antialias, float(fraction)
+        self.interpolation, self.resampling, self.fraction = interpolation, resampling, float(fraction)
         self.mean, self.std = mean_and_std(normalisation, (mean, std))
         self.accumulate, self.num_workers, self.pin_memory = accumulate, num_workers, pin_memory
 
@@ -163,7 +163,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
             "decode": "upright",
             "native": None,
             "interpolation": self.interpolation,
-            "antialias": self.antialias,
+            "resampling": self.resampling,
             "crop": None,
             "flip": 0.0,
             "mean": list(self.mean),
@@ -220,7 +220,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Makes floating-point input of the pixels on the device; what is floating point already is left alone."""
         if batch.images.is_floating_point():
             return batch
-        images = normalise(batch.images, self.image_size, self.mean, self.std, self.interpolation, self.antialias)
+        images = normalise(batch.images, self.image_size, self.mean, self.std, self.interpolation, self.resampling)
         return batch._replace(images=images)
 
     def _loader(self, dataset: TicketDataset, training: bool = False, everywhere: bool = False) -> DataLoader[Batch]:

@@ -22,6 +22,21 @@ A VTAB task has up to three sources, chosen by `data.source`:
   **Its images were saved again as JPEG of quality 75**, which costs CIFAR-100 10 to 20 points; results say "lossy".
 - `hf`: a mirror on the Hugging Face hub, where one is known; its commit and the order of its labels are checked.
 
+How images are resized is part of a run's `preprocessing=`, and of what its result records:
+
+| preprocessing | whose code | resizing of VTAB images | pixels |
+| :-- | :-- | :-- | :-- |
+| `vpt` (default) | VPT, E2VPT | `tf1`, bilinear | ImageNet's mean and std |
+| `task_adaptation` | the authors of VTAB | `tf1`, bilinear | in 0..1 |
+| `petl` | NOAH, FacT, Convpass, RepAdapter | `pillow`, bicubic | ImageNet's mean and std |
+| `model` | none | `pillow`, bilinear | the backbone's mean and std |
+
+`tf1` is TensorFlow 1's arithmetic: no antialias, and output pixel i lies at i * input / output (no half-pixel centres).
+`preprocessing.resampling=tf2` is TensorFlow 2's (half-pixel centres, no antialias), which none of these codes calls; it
+was in the place of `tf1` in earlier versions of this project. On images of 32 pixels the two are 3 output pixels of 224
+apart. Fine-grained images are always resized by Pillow. Results with different resizing are never averaged together,
+and each way has a store of decoded images for itself.
+
 JPEG files are decoded by Pillow; TensorFlow's decoder, which made the published results, may differ by a few of 256
 levels. Results of different sources are never averaged together. The sizes of the files are those of the download; what
 is kept of them afterwards is the store in `data/stores/` (about 22 GB for VTAB-1k at 224 pixels), and the files may be

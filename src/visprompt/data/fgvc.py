@@ -37,7 +37,7 @@ class FGVCDataModule(RaggedDataModule):
         Raises:
             UserError: If a value is not valid.
         """
-        super().__init__(**cropping | {"antialias": True})  # Pillow resizes, whatever the preset says
+        super().__init__(**cropping | {"resampling": "pillow"})  # Pillow resizes, whatever the preset says
         self.plan = Plan(
             spec=TASKS[self.task],
             data_dir=Path(data_dir),
@@ -46,7 +46,7 @@ class FGVCDataModule(RaggedDataModule):
             source=source,
             size=self.short_side,
             interpolation=self.interpolation,
-            antialias=True,
+            resampling="pillow",
             download=download,
         )
 

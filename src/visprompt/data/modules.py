@@ -229,7 +229,7 @@ class FolderDataModule(RaggedDataModule):
     @property
     def store_folder(self) -> Path:
         """Where the decoded images are, or will be."""
-        how = self.interpolation if self.antialias else f"{self.interpolation}-tf"
+        how = self.interpolation + {"pillow": "", "tf1": "-tf1", "tf2": "-tf"}[self.resampling]
         white = "" if self.white_level is None else f"-white{self.white_level}"
         white += "" if self.max_pixels == MAX_PIXELS else f"-max{self.max_pixels}"
         return self.store_dir / f"{self.images.fingerprint[:20]}-{self.short_side}-{how}{white}"
@@ -242,7 +242,7 @@ class FolderDataModule(RaggedDataModule):
             self.store_folder,
             self.short_side,
             interpolation=self.interpolation,
-            antialias=self.antialias,
+            resampling=self.resampling,
             decode=self.images.decode,
             skip_bad=self.skip_bad,
             notes=self.images.notes,

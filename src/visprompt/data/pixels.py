@@ -1,10 +1,15 @@
 """Resizing, cropping and normalising, the same for training, evaluation and prediction.
 
-Two arithmetics of resizing are in use. Pillow's (`antialias=True`): the filter widens when the image shrinks, each pass
-is done in fixed point and rounded to 8 bits. TensorFlow's (`antialias=False`): the filter keeps its width, in floating
-point. Both place sample i of n at (i + 0.5) / n (half-pixel centres, as TensorFlow 2 does), and both divide the weights
-that fall on the image by their sum. `squash` and `resize` follow each of them; Pillow's is reproduced bit for bit on
-any device, which lets small images be stored as they are.
+Codes resize in three ways, which `resampling` names. An output of n pixels is made of an input of m:
+
+- "pillow": output pixel i lies at (i + 0.5) * m / n - 0.5 of the input (half-pixel centres). The filter widens when the
+  image shrinks (antialias); each pass is done in fixed point and rounded to 8 bits.
+- "tf1": TensorFlow 1's bilinear, which VPT, E2VPT and task_adaptation call. Output pixel i lies at i * m / n, so that
+  an enlarged image is shifted by half an input pixel; the filter keeps its width, in floating point.
+- "tf2": TensorFlow 2's without antialias. Half-pixel centres; the filter keeps its width, in floating point.
+
+Weights that fall on the image are divided by their sum. `squash` and `resize` follow each of them; Pillow's is
+reproduced bit for bit on any device, which lets small images be stored as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,18 +31,31 @@ NORMALISATIONS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]] | None]
 }
 """Mean and standard deviation by name, of pixels in 0..1; "model" stands for those that come with the backbone."""
 
+RESAMPLINGS = ("pillow", "tf1", "tf2")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _FIXED = 22  # bits behind the point of Pillow's 8-bit filters: 32 - 8 - 2
 
 
-def check_interpolation(interpolation: str) -> None:
-    """Refuses the name of a filter that is not there.
+def check_resizing(interpolation: str, resampling: str) -> None:
+    """Refuse a way of resizing that is not there.
 
     Raises:
-        UserError: It names the ones that are.
+        UserError: It names those that are.
     """
     if interpolation not in _FILTERS:
         raise unknown("interpolation", interpolation, _FILTERS)
+    if resampling not in RESAMPLINGS:
+        raise unknown("resampling", resampling, RESAMPLINGS)
+    if (interpolation, resampling) == ("bicubic", "tf1"):
+        raise UserError("resampling=tf1 is bilinear only: give interpolation=bilinear, or resampling=pillow or tf2")
+
+
+def in_present_words(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of data or preprocessing in which `antialias`, as earlier versions wrote, is a `resampling`."""
+    known = dict(settings)
+    if isinstance(known.get("antialias"), bool):
+        known["resampling"] = "pillow" if known.pop("antialias") else "tf2"
+    return known
 
 
 def mean_and_std(
@@ -59,7 +77,7 @@ def mean_and_std(
 
 
 def resize_short_side(
-    image: np.ndarray, short_side: int, interpolation: str = "bicubic", antialias: bool = True
+    image: np.ndarray, short_side: int, interpolation: str = "bicubic", resampling: str = "pillow"
 ) -> np.ndarray:
     """Resize so that the short side has a given length.
 
@@ -67,7 +85,7 @@ def resize_short_side(
         image: uint8 [h, w, 3].
         short_side: New length of the shorter side in pixels; the other follows, rounded down as in torchvision.
         interpolation: "bilinear" or "bicubic".
-        antialias: True for Pillow's arithmetic; False for TensorFlow's, rounded to the nearest value.
+        resampling: A name of `RESAMPLINGS`; TensorFlow's values are rounded to the nearest whole ones.
 
     Returns:
         uint8 [h', w', 3].
@@ -75,12 +93,12 @@ def resize_short_side(
     height, width = image.shape[:2]
     short = min(height, width)
     size = (int(short_side * width / short), int(short_side * height / short))
-    if antialias:
+    if resampling == "pillow":
         return np.asarray(Image.fromarray(image).resize(size, _FILTERS[interpolation]))
     planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))[None].float()
     for axis, length in zip((-1, -2), size, strict=True):
         if planes.shape[axis] != length:
-            planes = _filter(planes, axis, *_taps(planes.shape[axis], length, interpolation, antialias))
+            planes = _filter(planes, axis, *_taps(planes.shape[axis], length, interpolation, resampling))
     return planes[0].clamp(0, 255).round().to(torch.uint8).numpy().transpose(1, 2, 0)
 
 
@@ -95,46 +113,46 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return crop(image, round((height - size) / 2), round((width - size) / 2), size)
 
 
-def squash(image: np.ndarray, size: int, interpolation: str, antialias: bool) -> np.ndarray:
+def squash(image: np.ndarray, size: int, interpolation: str, resampling: str) -> np.ndarray:
     """Resizes one image to a square of whole 8-bit values, for a store.
 
     Args:
         image: uint8 [h, w, c] with 1 or 3 channels.
         size: Side of the result in pixels.
         interpolation: "bilinear" or "bicubic".
-        antialias: True for Pillow's arithmetic; False for TensorFlow's, rounded to the nearest value.
+        resampling: A name of `RESAMPLINGS`; TensorFlow's values are rounded to the nearest whole ones.
 
     Returns:
         uint8 [c, size, size].
     """
     if image.shape[:2] == (size, size):
         return np.ascontiguousarray(image.transpose(2, 0, 1))
-    if antialias:
+    if resampling == "pillow":
         pixels = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
         resized = np.asarray(pixels.resize((size, size), _FILTERS[interpolation])).reshape(size, size, -1)
         return np.ascontiguousarray(resized.transpose(2, 0, 1))
     planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # a copy: torch wants it writable
-    return resize(planes[None], size, interpolation, antialias)[0].round().to(torch.uint8).numpy()
+    return resize(planes[None], size, interpolation, resampling)[0].round().to(torch.uint8).numpy()
 
 
-def resize(images: Tensor, size: int, interpolation: str, antialias: bool) -> Tensor:
+def resize(images: Tensor, size: int, interpolation: str, resampling: str) -> Tensor:
     """Resizes a batch to squares, on the device where it is.
 
     Args:
         images: uint8 [b, c, h, w].
         size: Side of the result in pixels.
         interpolation: "bilinear" or "bicubic".
-        antialias: True for the very values that Pillow gives; False for TensorFlow's, not rounded.
+        resampling: A name of `RESAMPLINGS`: the very values that Pillow gives, or TensorFlow's, not rounded.
 
     Returns:
         float32 [b, c, size, size] in 0..255.
     """
     if images.device.type == "cpu" and len(images) > 2:  # a few at a time stay in the cache: four times as fast
-        return torch.cat([resize(few, size, interpolation, antialias) for few in images.split(2)])
-    x = images.to(torch.int32 if antialias else torch.float32)
+        return torch.cat([resize(few, size, interpolation, resampling) for few in images.split(2)])
+    x = images.to(torch.int32 if resampling == "pillow" else torch.float32)
     for axis in (-1, -2):
         if x.shape[axis] != size:
-            x = _filter(x, axis, *_taps(x.shape[axis], size, interpolation, antialias))
+            x = _filter(x, axis, *_taps(x.shape[axis], size, interpolation, resampling))
     return x.clamp(0, 255).float()  # a bicubic filter overshoots
 
 
@@ -149,19 +167,20 @@ def _filter(x: Tensor, axis: int, rows: Tensor, weights: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _taps(length: int, size: int, interpolation: str, antialias: bool) -> tuple[Tensor, Tensor]:
+def _taps(length: int, size: int, interpolation: str, resampling: str) -> tuple[Tensor, Tensor]:
     """Returns which samples make up each new one and with what weight.
 
     The filters are the triangle, and Keys' cubic with a = -0.5 (IEEE Trans. ASSP 29(6), 1981, equation 15).
 
     Returns:
-        Rows (int64 [k, size]) and weights (float64 [k, size]; whole numbers of 2**-22 where it antialiases), filled up
+        Rows (int64 [k, size]) and weights (float64 [k, size]; whole numbers of 2**-22 for Pillow's), filled up
         with weights of zero.
     """
     scale = length / size
-    wide = max(scale, 1.0) if antialias else 1.0
+    wide = max(scale, 1.0) if resampling == "pillow" else 1.0
     support = (1.0 if interpolation == "bilinear" else 2.0) * wide
-    center = (np.arange(size) + 0.5) * scale
+    # in coordinates in which input pixel k covers k to k + 1
+    center = np.arange(size) * scale + 0.5 if resampling == "tf1" else (np.arange(size) + 0.5) * scale
     first = np.maximum((center - support + 0.5).astype(np.int64), 0)
     last = np.minimum((center + support + 0.5).astype(np.int64), length)
     rows = first + np.arange((last - first).max())[:, None]
@@ -174,7 +193,7 @@ def _taps(length: int, size: int, interpolation: str, antialias: bool) -> tuple[
         weights = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
     weights = np.where(rows < last, weights, 0.0)
     weights /= weights.sum(axis=0)
-    if antialias:
+    if resampling == "pillow":
         weights = np.trunc(weights * 2**_FIXED + np.copysign(0.5, weights))
     return torch.from_numpy(np.minimum(rows, length - 1)), torch.from_numpy(weights)
 
@@ -185,7 +204,7 @@ def normalise(
     mean: Sequence[float],
     std: Sequence[float],
     interpolation: str = "bilinear",
-    antialias: bool = True,
+    resampling: str = "pillow",
 ) -> Tensor:
     """Turns stored pixels into what a backbone reads, on the device where they are.
 
@@ -195,13 +214,13 @@ def normalise(
         mean: Per channel, subtracted after scaling to 0..1.
         std: Per channel, divided by.
         interpolation: See `resize`.
-        antialias: See `resize`.
+        resampling: See `resize`.
 
     Returns:
         float32 [b, 3, size, size].
     """
     if images.shape[-2:] != (size, size):
-        scaled = resize(images, size, interpolation, antialias) / 255
+        scaled = resize(images, size, interpolation, resampling) / 255
     else:
         scaled = images.float() / 255
     shift, scale = (torch.tensor(list(v), dtype=torch.float32, device=images.device).view(3, 1, 1) for v in (mean, std))
@@ -223,7 +242,7 @@ def to_input(image: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
     """
     try:
         size, mean, std = (preprocessing[name] for name in ("size", "mean", "std"))
-        how = preprocessing["interpolation"], preprocessing["antialias"]
+        how = preprocessing["interpolation"], preprocessing["resampling"]
         if preprocessing["resize"] == "short_side":
             image = center_crop(resize_short_side(image, preprocessing["short_side"], *how), size)
         elif image.shape[:2] != (preprocessing["native"],) * 2:

@@ -5,13 +5,15 @@ from hashlib import sha256
 from pathlib import Path
 
 from visprompt.data.manifest import check_place, whole
-from visprompt.data.pixels import check_interpolation
+from visprompt.data.pixels import check_resizing
 from visprompt.data.square import SquareStore, read_square
 from visprompt.data.store import RaggedStore, read_store
 from visprompt.data.task import TaskSpec
 from visprompt.errors import UserError, unknown
 
 SOURCES = ("raw", "prepared", "hf")
+_ASPECT = 4 / 3  # long side over short side of a photograph, where it is not known
+_SUFFIXES = {"pillow": "-antialias", "tf1": "-tf1", "tf2": ""}  # of stores' folders, as they have always been named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Plan:
         source: "raw", "prepared" or "hf"; FGVC has "raw" alone.
         size: Side of the stored squares (VTAB) or length of the short side (FGVC), in pixels.
         interpolation: "bilinear" or "bicubic".
-        antialias: See `pixels`; FGVC is always antialiased.
+        resampling: A name of `pixels.RESAMPLINGS`; FGVC's is always Pillow's.
         download: Whether missing files may be fetched.
         revision: Commit of the mirror (source "hf"); "" for that of the record.
     """
@@ -38,12 +40,12 @@ class Plan:
     source: str = "raw"
     size: int = 224
     interpolation: str = "bilinear"
-    antialias: bool = False
+    resampling: str = "tf1"
     download: bool = True
     revision: str = ""
 
     def __post_init__(self) -> None:
-        check_interpolation(self.interpolation)
+        check_resizing(self.interpolation, self.resampling)
         if self.spec.family == "demo":
             raise UserError(f"{self.spec.id} needs no preparation: {self.spec.how_to_get}")
         if self.source not in SOURCES:
@@ -61,7 +63,7 @@ class Plan:
     @property
     def folder(self) -> Path:
         """The store's own folder."""
-        kind = f"{self.size}-{self.interpolation}" + ("-antialias" if self.antialias else "")
+        kind = f"{self.size}-{self.interpolation}{_SUFFIXES[self.resampling]}"
         parts = [self.source, "native" if self.native else kind]
         if self.root or self.revision:  # another place or commit may hold other data
             given = f"{self.root.resolve() if self.root else ''} {self.revision}"
@@ -77,6 +79,22 @@ class Plan:
     def native(self) -> bool:
         """Whether images are stored as they are and resized on the device."""
         return bool(self.spec.native and self.spec.native <= self.size and self.source != "prepared")
+
+    @property
+    def bytes(self) -> int:
+        """Size of the store; of photographs with their own shapes roughly: they are taken for 4 : 3."""
+        count = sum(self.spec.split_sizes.values())
+        if self.spec.family == "fgvc":
+            return photographs(count, self.size)
+        side = self.spec.native if self.native and self.spec.native else self.size
+        return 3 * count * side * side
+
+    def others(self) -> list[Path]:
+        """Find the stores of the same images and size that were resized in another way."""
+        if self.native or self.spec.family == "fgvc":
+            return []
+        found = self.folder.parent.glob(f"{self.source}-{self.size}-*/manifest.json")
+        return sorted(path.parent for path in found if path.parent != self.folder)
 
     @property
     def files_dir(self) -> Path:
@@ -95,8 +113,13 @@ class Plan:
         if self.spec.family == "vtab" and not self.native:
             words |= {"image_size": str(self.size)} if self.size != 224 else {}
             words |= {"preprocessing.interpolation": self.interpolation} if self.interpolation != "bilinear" else {}
-            words |= {"preprocessing.antialias": "true"} if self.antialias else {}
+            words |= {"preprocessing.resampling": self.resampling} if self.resampling != "tf1" else {}
         return " ".join(["python src/prepare.py", *(f"{key}={value}" for key, value in words.items())])
+
+
+def photographs(count: int, short_side: int) -> int:
+    """Return roughly the bytes of decoded photographs of one short side."""
+    return int(3 * count * short_side**2 * _ASPECT)
 
 
 def load_square(plan: Plan) -> SquareStore | None:

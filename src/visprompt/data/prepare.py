@@ -67,6 +67,13 @@ def _made(plan: Plan, make: Callable[[Plan], None], find: Callable[[Plan], S | N
         with alone(plan.folder.with_name(f".{plan.folder.name}.lock"), f"preparing {plan.name}"):
             store = find(plan)  # another process may have made it by now
             if store is None:
+                if others := plan.others():
+                    _log.warning(
+                        "%s: its images are resized as preprocessing.resampling=%s does, into a new store of %.2g GB "
+                        "(%s); %s, resized in another way, is neither used nor deleted",
+                        *(plan.spec.id, plan.resampling, plan.bytes / 1e9, plan.command),
+                        " and ".join(str(path) for path in others),
+                    )
                 make(plan)
                 store = find(plan)
     except OSError as error:
@@ -192,7 +199,7 @@ def _converter(plan: Plan) -> Callable[[np.ndarray], np.ndarray]:
         return image.transpose(2, 0, 1)
 
     def fit(image: np.ndarray) -> np.ndarray:
-        return squash(image, plan.size, plan.interpolation, plan.antialias)
+        return squash(image, plan.size, plan.interpolation, plan.resampling)
 
     return keep if plan.native else fit
 

@@ -106,7 +106,7 @@ def open_store(
     short_side: int,
     *,
     interpolation: str = "bicubic",
-    antialias: bool = True,
+    resampling: str = "pillow",
     decode: Callable[[Path], np.ndarray] = decode,
     skip_bad: bool = False,
     advice: str = "mend or remove them, or set data.skip_bad=true to leave them out",
@@ -123,7 +123,7 @@ def open_store(
         folder: The store's own folder; its name must differ for each short side and interpolation.
         short_side: Of the stored images, in pixels.
         interpolation: See `resize_short_side`.
-        antialias: See `resize_short_side`.
+        resampling: See `resize_short_side`.
         decode: Reads one file; raises `BadImage`.
         skip_bad: Leave out files that cannot be decoded, with a warning, instead of refusing them.
         advice: What to do about files that cannot be decoded.
@@ -139,7 +139,7 @@ def open_store(
     """
 
     def load(item: Item) -> np.ndarray:
-        return resize_short_side(decode(item.path), short_side, interpolation, antialias)
+        return resize_short_side(decode(item.path), short_side, interpolation, resampling)
 
     made_for = made_for or folder.name
 

@@ -54,7 +54,7 @@ class VTABDataModule(TaskDataModule):
             source=source,
             size=self.image_size,
             interpolation=self.interpolation,
-            antialias=self.antialias,
+            resampling=self.resampling,
             download=download,
             revision=revision,
         )

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from visprompt.dryrun.pace import PATIENCE, Pace, measure_pace, state_bytes
 from visprompt.errors import UserError
 from visprompt.loop import Outcome, local_devices
 from visprompt.results import Result, read_result
-from visprompt.run import build_classifier, prepare
+from visprompt.run import build_classifier, make_recipe, prepare
 from visprompt.terminal import Terminal
 
 console = Terminal()
@@ -132,13 +132,14 @@ class DryRun:
             return [Outcome(compose.name_of(one), self.stored(one)) for one in asked[-1]]
 
         outcomes = protocol.tune_one(job, seeds, look)
-        runs = [Planned(one, one) for one in asked[0]]
+        points = {json.dumps(self._numbers(one)): one for one in asked[0]}.values()  # equal ones are one run
+        runs = [Planned(one, one) for one in points]
         if len(asked) > 1:
             runs += [run for one in asked[1] for run in self.planned(one)]
         elif any(outcome.result is None for outcome in outcomes):  # else the whole grid diverged, and nothing follows
             finals = [chain.vary(job, {"split": "final", "seed": seed}) for seed in seeds]
             runs += [replace(run, exact=None) for one in finals for run in self.planned(one)]
-        self.add(job, str(len(asked[0])), seeds, runs)
+        self.add(job, _in_words(len(asked[0]), len(points), job.recipe.grid), seeds, runs)
 
     def planned(self, job: DictConfig) -> list[Planned]:
         """The runs that a job stands for: itself, or its chain of pruning."""
@@ -184,7 +185,7 @@ class DryRun:
         for one in left:
             size = self._state(one)
             self.results += size + _BESIDE
-            copies = 3 if one.recipe.optimizer == "adamw" else 2  # the state, and what its optimiser keeps of it
+            copies = 3 if "adamw" in one.recipe.optimizer else 2  # the state, and what its optimiser keeps of it
             self.resume = max(self.resume, copies * size)
         if chain.prunes(job):
             grid += f", {len(chain.prune_points(job))} of pruning"
@@ -222,6 +223,10 @@ class DryRun:
         parts: list[Any] = [OmegaConf.to_container(job[name]) for name in ("backbone", "method")]
         parts += [job.recipe.batch_size, job.recipe.optimizer, job.precision, job.trainer.accelerator, _devices(job)]
         return [*parts, job.trainer.accumulate_grad_batches, self.needs.facts(job).datamodule.augments]
+
+    def _numbers(self, job: DictConfig) -> list[Any]:
+        """What decides the numbers of one of a grid's runs."""
+        return [asdict(make_recipe(job)), OmegaConf.to_container(job.method)]
 
     def _pace(self, job: DictConfig) -> Pace:
         facts, key = self.needs.facts(job), json.dumps(self._shape(job))  # the head takes next to no time
@@ -298,6 +303,13 @@ class DryRun:
         parts = self.needs.disk() | ({"results": self.results + self.resume} if self.results else {})
         listed = ", ".join(f"{in_bytes(size)} of {name}" for name, size in parts.items())
         return f"disk: about {in_bytes(sum(parts.values()))} more: {listed}" if parts else "disk: nothing more"
+
+
+def _in_words(points: int, runs: int, grid: DictConfig | None) -> str:
+    """A grid's number of points, of what they are made, and how many runs they are where some are equal."""
+    sizes = [f"{len(values)} {key!s}" for key, values in (grid or {}).items() if len(values) > 1]
+    made_of = f": {' x '.join(sizes)}" if len(sizes) > 1 else ""
+    return f"{points}{made_of}" + (f", {runs} of them different" if runs < points else "")
 
 
 def _devices(job: DictConfig) -> int:

@@ -17,12 +17,10 @@ from visprompt.compose import ROOT
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.modules import FolderDataModule
-from visprompt.data.plan import Plan, find
+from visprompt.data.plan import Plan, find, photographs
 from visprompt.data.splits import SPLITS
 from visprompt.errors import UserError
 from visprompt.run import build_data, load_backbone, make_recipe
-
-_ASPECT = 4 / 3  # long side over short side of a photograph, where it is not known
 
 
 @dataclass(frozen=True)
@@ -109,14 +107,13 @@ class Needs:
     def _own_images(self, datamodule: FolderDataModule) -> dict[str, int]:
         images = datamodule.images
         if not datamodule.store_folder.is_dir():
-            self.stores[datamodule.store_folder] = _photographs(len(images.items), datamodule.short_side)
+            self.stores[datamodule.store_folder] = photographs(len(images.items), datamodule.short_side)
         splits = [item.split for item in images.items]
         return {split: splits.count(split) for split in SPLITS if split in splits}
 
     def _unprepared(self, plan: Plan, job: DictConfig) -> None:
-        spec, count = plan.spec, sum(plan.spec.split_sizes.values())
-        side = spec.native if plan.native and spec.native else plan.size
-        self.stores[plan.folder] = _photographs(count, side) if spec.family == "fgvc" else 3 * count * side * side
+        spec = plan.spec
+        self.stores[plan.folder] = plan.bytes
         files = spec.files if plan.source == "raw" else ()
         places = {plan.files_dir / file.name: file.size or file.roughly or 0 for file in files}
         self.originals |= {place: size for place, size in places.items() if not place.exists()}
@@ -163,7 +160,3 @@ def _how_to_get(error: str, name: str) -> str:
         f"the weights of backbone {name}: the first run fetches {url[0]}; where it cannot be reached, copy that file "
         "here and give backbone.weights=FILE"
     )
-
-
-def _photographs(count: int, short_side: int) -> int:
-    return int(3 * count * short_side**2 * _ASPECT)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.nn import functional as F
 
 from visprompt import settings
 from visprompt.backbones import Backbone
@@ -111,10 +110,12 @@ class Bench:
         self.classifier.eval()
         inputs = self._kept(self._images(count))
         labels = torch.zeros(count, dtype=torch.long, device=self.like.device)
+        weights = torch.ones(count, device=self.like.device)
         self.classifier.train()
 
         def step() -> None:
-            F.cross_entropy(self.classifier(inputs).float(), labels).backward()
+            logits = self.classifier(inputs)
+            self.classifier.losses(logits, labels, weights).mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 

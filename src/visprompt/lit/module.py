@@ -15,14 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from visprompt.backbones.family import TokenFamily
 from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.dataset import ArrayDataset, Batch, TicketDataset
 from visprompt.errors import UserError
 from visprompt.lit.frozen import has_own_memory, keep, on_device
+from visprompt.methods.base import TokenBackbone
 from visprompt.methods.inits import MAX_IMAGES, initialise
-from visprompt.methods.vpt import VPT
 from visprompt.optim import Recipe, build_optimizer
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -126,6 +125,7 @@ class TuningModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Computes once what can never change, the output of frozen layers; else a GPU gets the pixels, once."""
         self._check_batch_norm()
+        self._check_comparison()
         datamodule = self._datamodule
         # Lightning restores the modules before this hook, but the number of steps only after it
         if self.classifier.method.needs_images and not self._resumed:
@@ -136,13 +136,21 @@ class TuningModule(L.LightningModule):
                 datamodule.val_dataset = self._kept(datamodule.val_dataset)
 
     def _initialise(self) -> None:
-        """Makes the first prompts of training images, the same on every rank."""
+        """Makes the method's first values of training images, the same on every rank."""
         dataset = self._datamodule.train_dataset
-        rows = np.random.default_rng(self.seed).permutation(len(dataset))[:MAX_IMAGES]
-        batches = self._datamodule.feature_dataloader(dataset.subset(rows))
-        images = (self._apply_batch_transfer_handler(batch).images for batch in batches)
         method, backbone = self.classifier.method, self.classifier.backbone
-        initialise(cast(VPT, method), cast(TokenFamily, backbone), images, self.seed)
+        rows = np.random.default_rng(self.seed).permutation(len(dataset))
+        if method.images_per_class is None:
+            rows = rows[:MAX_IMAGES]
+        else:
+            rows = first_of_each(dataset.labels.numpy(), rows, method.images_per_class)
+        loaded = self._datamodule.feature_dataloader(dataset.subset(rows))
+        batches = (self._apply_batch_transfer_handler(batch) for batch in loaded)
+        if method.images_per_class is None:
+            images = (batch.images for batch in batches)
+            initialise(method, cast(TokenBackbone, backbone), images, self.seed)
+        else:
+            method.see_classes(backbone, ((b.images, b.labels) for b in batches), self.seed)
 
     def _check_batch_norm(self) -> None:
         """Refuses batch statistics of less than the whole batch; on GPUs the trainer synchronises them."""
@@ -165,6 +173,14 @@ class TuningModule(L.LightningModule):
                 f"{self.trainer.world_size} devices: change recipe.batch_size"
             )
 
+    def _check_comparison(self) -> None:
+        """Refuses a loss that compares images where it would see parts of a batch."""
+        if self.classifier.method.compares_images and self.trainer.accumulate_grad_batches > 1:
+            raise UserError(
+                "this method's loss compares the images of a batch, and each of the accumulated parts of a batch would "
+                "be compared by itself: set trainer.accumulate_grad_batches=1"
+            )
+
     def on_train_epoch_start(self) -> None:
         """Seeds the noise of this epoch."""
         text = f"{self.seed} {self.current_epoch} {self.global_rank}"
@@ -173,7 +189,7 @@ class TuningModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Weighted sum of the losses: the weights make it the mean over the true size of the global batch."""
         logits = self(batch.images).float()
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        losses = self.classifier.losses(logits, batch.labels, batch.weights)
         loss = (losses * batch.weights).sum()
         step = torch.where(loss.isfinite(), _NEVER, self.global_step)
         self._bad_step = torch.minimum(self._bad_step, step)
@@ -191,6 +207,7 @@ class TuningModule(L.LightningModule):
         bad_step = int(torch.as_tensor(self.trainer.strategy.reduce(self._bad_step, reduce_op="min")))
         if bad_step != _NEVER:
             raise Diverged(bad_step)
+        self.classifier.method.end_epoch(self.current_epoch)
         self.log("train/loss", self.train_loss, prog_bar=True)
         self.log("train/acc", self.train_acc, prog_bar=True)
         self.log("lr", self._lr)
@@ -269,6 +286,13 @@ class TuningModule(L.LightningModule):
             with self.trainer.precision_plugin.forward_context():
                 part = self.classifier.frozen(moved.images.to(self.dtype))
             yield part.float().cpu()
+
+
+def first_of_each(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """Return up to `count` rows of each class, those that come first in `rows`, in its order."""
+    ordered = labels[rows]
+    places = [np.flatnonzero(ordered == label)[:count] for label in np.unique(ordered)]
+    return np.asarray(rows[np.sort(np.concatenate(places))])
 
 
 def _counted(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,13 @@ from visprompt.methods.base import Flow, Geometry, Method, Place
 from visprompt.methods.baselines import MLP, Full, Linear, Partial
 from visprompt.methods.convpass import Convpass
 from visprompt.methods.cvpt import CVPT
+from visprompt.methods.da_vpt import DAVPT
 from visprompt.methods.e2vpt import E2VPT
 from visprompt.methods.fact import FacT
 from visprompt.methods.gated import GatedVPT
 from visprompt.methods.lora import LoRA
 from visprompt.methods.low_rank import LowRankVPT
+from visprompt.methods.sa2vp import SA2VP
 from visprompt.methods.sidetune import SideTune
 from visprompt.methods.ssf import SSF
 from visprompt.methods.vapt import VAPT
@@ -45,6 +47,8 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "cvpt": CVPT,
     "vpt_low_rank": LowRankVPT,
     "vpt_gated": GatedVPT,
+    "da_vpt": DAVPT,
+    "sa2vp": SA2VP,
     "layernorm": LayerNorm,
     "lora": LoRA,
     "ssf": SSF,
@@ -140,4 +144,14 @@ def _check_kind(option: str, value: Any, annotation: Any) -> None:
         raise UserError(f"method.{option}={value} is out of range: give a number up to {LARGEST}")
 
 
-__all__ = ["LARGEST", "METHODS", "Flow", "Geometry", "Method", "Place", "build_method", "check_options", "option_kinds"]
+__all__ = [
+    "LARGEST",
+    "METHODS",
+    "Flow",
+    "Geometry",
+    "Method",
+    "Place",
+    "build_method",
+    "check_options",
+    "option_kinds",
+]

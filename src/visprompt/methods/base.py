@@ -15,7 +15,7 @@ From the answers alone the backbone decides what has to be computed.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
@@ -97,6 +97,22 @@ class Geometry(Protocol):
         ...
 
 
+class TokenBackbone(Geometry, Protocol):
+    """What a method may ask of a frozen backbone made of tokens, see `backbones.family.TokenFamily`."""
+
+    def embed(self, images: Tensor, method: "Method") -> Tensor:
+        """Image tokens [B, n, width] before the first block."""
+        ...
+
+    def states(self, images: Tensor) -> list[Tensor]:
+        """Image tokens [B, n, width] before each block and behind the last."""
+        ...
+
+    def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
+        """Outputs of a block, of all tokens x [B, n, width]: `num_image` image tokens, prompts behind them."""
+        ...
+
+
 class Method(nn.Module):
     """What is tuned and where it enters the backbone; this base tunes the head alone.
 
@@ -115,6 +131,9 @@ class Method(nn.Module):
     fixed_size: bool = False  # whether images must have the backbone's own size
     undecayed: ClassVar[frozenset[str]] = frozenset()  # its own parameters that weight decay leaves alone
     can_merge: ClassVar[bool] = False  # whether what is tuned goes into the weights of a plain model of timm
+    # whether `losses` compares the images of a batch with each other, so that parts of a batch give another loss
+    compares_images: ClassVar[bool] = False
+    images_per_class: ClassVar[int | None] = None  # how many `see_classes` is shown; None for a method without it
     pool: str | None = None
 
     def __init__(self, backbone: Geometry) -> None:
@@ -146,8 +165,24 @@ class Method(nn.Module):
 
     @property
     def needs_images(self) -> bool:
-        """Whether its first values are made of training images (`inits.initialise`)."""
+        """Whether `inits.initialise` has to be called with training images before the first epoch."""
         return False
+
+    def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
+        """Writes its first values in place, where `needs_images`; called by `inits.initialise`.
+
+        The backbone is frozen and in evaluation mode, with the method attached. Images are batches of normalised
+        training images [B, 3, H, W], at most `inits.MAX_IMAGES`, to be read once; the seed decides what is drawn.
+        """
+        raise LookupError(f"{type(self).__name__} needs no images")
+
+    def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
+        """Makes first values of training images and labels, in place of `initialise` where `images_per_class` is given.
+
+        Batches are normalised images [B, 3, H, W] with labels [B], up to `images_per_class` of each class, the same
+        on all ranks; else as `initialise`.
+        """
+        raise LookupError(f"{type(self).__name__} sees no classes")
 
     @property
     def first_block(self) -> int:
@@ -224,6 +259,19 @@ class Method(nn.Module):
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
         """Makes the features [B, width] that the head reads of the pooled ones and of the images."""
         return pooled
+
+    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+        """Makes the losses that training minimises of the cross-entropies; called behind each forward in training.
+
+        The weighted sum of what it returns is the mean over the global batch. A term of the whole global batch is
+        added to every image's loss; `ranks.gathered` brings what other devices have.
+
+        All are [B], in float32; a weight of 0 marks a filler, which is no image of the batch.
+        """
+        return cross_entropy
+
+    def end_epoch(self, epoch: int) -> None:
+        """Called behind every epoch of training, counted from 0, on every rank, before the checkpoint is written."""
 
     def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
         """What is kept of images, [B, any], where `first_block` is behind the last; `resumed` goes on from it."""

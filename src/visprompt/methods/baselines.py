@@ -139,34 +139,55 @@ class Partial(Method):
 
 
 class Full(Method):
-    """Tunes every parameter, with stochastic depth on.
+    """Tunes every parameter, with stochastic depth or dropout on.
+
+    VPT's released code has no stochastic depth on ViT-B, and dropout of 0.1 behind the position embedding and behind
+    both layers of every MLP: `drop_path=0, dropout=0.1`.
 
     Args:
         backbone: The backbone that is tuned.
         drop_path: Probability that the last block's branches are skipped for an image; it grows linearly from 0 at the
             first block.
+        dropout: Dropout behind the position embedding and in the MLPs of a transformer.
 
     Raises:
-        UserError: The probability is none.
+        UserError: A number is not a probability, or the backbone has no MLPs with dropout.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"weights"})
     trains_backbone: ClassVar[bool] = True
     can_merge: ClassVar[bool] = True
 
-    def __init__(self, backbone: Geometry, drop_path: float = 0.1) -> None:
+    def __init__(self, backbone: Geometry, drop_path: float = 0.1, dropout: float = 0.0) -> None:
         super().__init__(backbone)
-        if not 0 <= drop_path < 1:
-            raise UserError(f"method.drop_path={drop_path} is not a probability: give a number from 0 to below 1")
-        self.drop_path = drop_path
+        for name, value in (("drop_path", drop_path), ("dropout", dropout)):
+            if not 0 <= value < 1:
+                raise UserError(f"method.{name}={value} is not a probability: give a number from 0 to below 1")
+        self.drop_path, self.dropout = drop_path, dropout
 
     def attach(self, backbone: Geometry) -> None:
-        """Sets the stochastic depth of every residual branch that has one."""
+        """Sets the stochastic depth of every residual branch that has one, and the dropout."""
+        if self.dropout:
+            self._drop(backbone)
         for i, block in enumerate(backbone.blocks):
             rate = self.drop_path * i / max(1, self.num_blocks - 1)
             for module in list(block.modules()):
                 for name in [name for name in vars(module) | module._modules if name.startswith("drop_path")]:
                     setattr(module, name, DropPath(rate) if rate else nn.Identity())
+
+    def _drop(self, backbone: Geometry) -> None:
+        """Sets the dropout; a GRN or gated MLP of timm has one or both of the two places."""
+        places = [getattr(backbone.model, "pos_drop", None)]
+        found = [(block, getattr(block, "mlp", None)) for block in backbone.blocks]
+        if any(not isinstance(getattr(mlp, "drop2", None), nn.Dropout) for _, mlp in found):
+            raise UserError(
+                f"method.dropout={self.dropout} is of the MLPs of transformers, and this backbone has none with "
+                "dropout: give method.dropout=0"
+            )
+        places += [getattr(mlp, name, None) for _, mlp in found for name in ("drop1", "drop2")]
+        for place in places:
+            if isinstance(place, nn.Dropout):
+                place.p = self.dropout
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
         """Every parameter."""

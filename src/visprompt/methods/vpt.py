@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError, unknown
-from visprompt.methods import locations
-from visprompt.methods.base import Flow, Geometry, Method, drop, per_block
+from visprompt.methods import locations, vipamin
+from visprompt.methods.base import Flow, Geometry, Method, TokenBackbone, drop, per_block
+from visprompt.methods.inits import features
 
 SHARED = ("none", "intra", "inter", "all")
-INITS = ("random", "cls", "cls_layer", "patch_sample", "patch_pool", "patch_kmeans")
+INITS = ("random", "cls", "cls_layer", "patch_sample", "patch_pool", "patch_kmeans", "vipamin")
 
 
 class Buffers(nn.Module):
@@ -59,7 +60,9 @@ class VPT(Method):
             is over image and prompts, as in the paper).
         init: "random", or features of training images that `inits.initialise` puts in: "cls" (class tokens behind the
             last block), "cls_layer" (behind each prompted block), "patch_sample", "patch_pool" or "patch_kmeans"
-            (patch tokens before each prompted block, as SPT has them).
+            (patch tokens before each prompted block, as SPT has them), "vipamin" (see `methods.vipamin`).
+        matched_patches: Where init is "vipamin": how many patches each prompt is matched with (the paper's K).
+        orthogonal_share: Where init is "vipamin": the share of the orthogonal part (the paper's lambda), 0 to 1.
         frozen: Whether the prompts keep their initial values, so that only the head is tuned.
         pad_resize: Where the location is "pad": whether images shrink so that their side stays, or the side grows.
 
@@ -93,6 +96,8 @@ class VPT(Method):
         init: str = "random",
         frozen: bool = False,
         pad_resize: bool = True,
+        matched_patches: int = vipamin.MATCHED_PATCHES,
+        orthogonal_share: float = vipamin.ORTHOGONAL_SHARE,
     ) -> None:
         super().__init__(backbone)
         depth = self.num_blocks if depth is None else depth
@@ -104,10 +109,12 @@ class VPT(Method):
         if location not in locations.VECTORS:
             _check_pixels(location, self._first, depth, dropout, shared, project)
         _check_init(init, location, project, frozen)
+        vipamin.check_options(init, matched_patches, orthogonal_share)
         if carry_over:
             _check_flow(location, self._first, depth)
         self.depth, self.carry_over, self.location, self.frozen = depth, carry_over, location, frozen
         self.pool, self.init, self.pad_resize = pool, init, pad_resize
+        self.matched_patches, self.orthogonal_share = matched_patches, orthogonal_share
         self._counts = [locations.tokens_at(location, num_tokens, backbone, i) for i in range(self.num_blocks)]
         self.num_tokens = self._counts[self._first]
         self.dropout = nn.Dropout(dropout)
@@ -133,19 +140,21 @@ class VPT(Method):
                 )
                 for block in self.prompted_blocks
             ]
-            self._own("prompts", per_block(shapes[:1] if shared in ("inter", "all") else shapes, draw))
+            prompts = per_block(shapes[:1] if shared in ("inter", "all") else shapes, draw)
+            self._own("prompts", prompts, not self.frozen)
             return
         count = self._counts[0]
-        self._own("prompts", nn.Parameter(locations.draw_pixels(self.location, count, backbone, self.pad_resize)))
+        pixels = nn.Parameter(locations.draw_pixels(self.location, count, backbone, self.pad_resize))
+        self._own("prompts", pixels, not self.frozen)
         if self.location == "concat_channel":
             conv: nn.Conv2d = backbone.model.get_submodule(backbone.stem)  # type: ignore[assignment]  # the stem is one
             bound = locations.vpt_bound(backbone.patch_size, conv.out_channels)
             shape = (conv.out_channels, count, *conv.kernel_size)
-            self._own("channel_embed", nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+            self._own("channel_embed", nn.Parameter(torch.empty(shape).uniform_(-bound, bound)), not self.frozen)
 
-    def _own(self, name: str, values: nn.Parameter | nn.ParameterList) -> None:
-        """Registers values, as buffers where they are frozen: saved with the state, never tuned."""
-        if not self.frozen:
+    def _own(self, name: str, values: nn.Parameter | nn.ParameterList, tuned: bool) -> None:
+        """Registers values, as buffers where they are not tuned: saved with the state all the same."""
+        if tuned:
             setattr(self, name, values)
         elif isinstance(values, nn.ParameterList):
             self.add_module(name, Buffers(values))
@@ -177,10 +186,24 @@ class VPT(Method):
         """Whether `inits.initialise` has to be called with training images before the first epoch."""
         return self.init != "random"
 
+    def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
+        """Puts what `init` makes of training images into the prompts, see `Method.initialise`."""
+        blocks, count = self.prompted_blocks[: len(self.prompts)], self.prompts[0].shape[0]
+        if self.init == "vipamin":
+            drawn = [self.prompts[i].expand(self._counts[block], -1) for i, block in enumerate(blocks)]
+            values = vipamin.prompts(backbone, blocks, drawn, images, self.matched_patches, self.orthogonal_share, seed)
+        else:
+            values = features(self.init, backbone, blocks, count, images, seed)
+        with torch.no_grad():
+            for i, value in enumerate(values):
+                self.prompts[i].copy_(value[:count])
+
     def attach(self, backbone: Geometry) -> None:
         """Puts further channels into the first convolution, or checks what only the model itself can tell."""
         if self.init in ("cls", "cls_layer") and not backbone.has_class_token:
             raise UserError(f"method.init={self.init} needs a class token, which this backbone does not have")
+        if self.init == "vipamin":
+            vipamin.check(backbone, self.prompted_blocks, self.matched_patches)
         if self.location == "pad" and not self.pad_resize:
             locations.check_padded_side(backbone, self.num_tokens)
         if self.location == "prepend_pixel":

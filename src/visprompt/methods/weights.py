@@ -10,7 +10,8 @@ LayerNorm:  scale and shift of every layer norm, on a ResNet of every batch norm
 
 The released VPT code takes every parameter that has "bias" somewhere in its name; here the last part of the name
 decides, which on a plain ViT is the same set. On Swin that code takes the tables of relative positions too, which are
-no biases in this sense; on its conv nets it trains the head alone, here the biases of norms and convolutions as well.
+no biases in this sense: `relative_positions=true` of Bias. On its conv nets it trains the head alone, here the biases
+of norms and convolutions as well.
 """
 
 from typing import ClassVar
@@ -27,20 +28,32 @@ _NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 class Bias(Method):
     """Tunes every bias of the backbone.
 
+    Args:
+        backbone: The backbone that is tuned.
+        relative_positions: Whether Swin's tables of relative positions are tuned too.
+
     Raises:
-        UserError: `attach` finds no bias.
+        UserError: `attach` finds no bias, or no table.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"weights"})
     can_merge: ClassVar[bool] = True
 
+    def __init__(self, backbone: Geometry, relative_positions: bool = False) -> None:
+        super().__init__(backbone)
+        self.relative_positions = relative_positions
+
     def attach(self, backbone: Geometry) -> None:
-        """Changes nothing; refuses a backbone without any bias."""
+        """Changes nothing; refuses a backbone without what is to be tuned."""
         _require(bias_names(backbone.model), "biases")
+        if self.relative_positions:
+            _require(table_names(backbone.model), "tables of relative positions")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head and every bias of the backbone."""
-        return super().tuned_names(classifier) | _of_backbone(bias_names(classifier.get_submodule("backbone")))
+        """The head, every bias of the backbone and, where asked for, its tables of relative positions."""
+        backbone = classifier.get_submodule("backbone")
+        tables = table_names(backbone) if self.relative_positions else frozenset()
+        return super().tuned_names(classifier) | _of_backbone(bias_names(backbone) | tables)
 
 
 class VPTBias(VPT):
@@ -95,6 +108,12 @@ def bias_names(module: nn.Module) -> frozenset[str]:
     """Names of all biases in a module, those of EVA's queries and values (q_bias, v_bias) among them."""
     last = ((name, name.rpartition(".")[2]) for name, _ in module.named_parameters())
     return frozenset(name for name, own in last if own == "bias" or own.endswith("_bias"))
+
+
+def table_names(module: nn.Module) -> frozenset[str]:
+    """Names of the tables of relative positions in a module."""
+    names = (name for name, _ in module.named_parameters())
+    return frozenset(name for name in names if name.endswith("relative_position_bias_table"))
 
 
 def norm_names(module: nn.Module) -> frozenset[str]:

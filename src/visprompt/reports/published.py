@@ -29,6 +29,7 @@ class Published:
         backbone: Name of our config of the backbone.
         weights: Name of the backbone's weights in timm; None where timm has none.
         global_pools: Values of a run's backbone.global_pool that pool as the paper does; None is the model's own.
+        final_norm: Value of a run's backbone.final_norm that normalises features as the paper does.
         tasks: Accuracy by task, those of `unreliable` groups included; empty where the paper's are not known.
         means: Mean accuracy by group: "vtab_natural", "vtab_specialized", "vtab_structured", "fgvc".
         printed_mean: Mean of VTAB-1k's three group means; None where the paper does not print it.
@@ -46,6 +47,7 @@ class Published:
     backbone: str
     weights: str | None
     global_pools: tuple[str | None, ...]
+    final_norm: str = "trained"
     tasks: Mapping[str, float] = field(default_factory=dict)
     means: Mapping[str, float] = field(default_factory=dict)
     printed_mean: float | None = None
@@ -113,22 +115,24 @@ def _records(read: Mapping[str, Any]) -> Iterator[Published]:
         for backbone, methods in backbones.items():
             for name, figures in methods.items():
                 ours = read["methods"].get(name, {"method": name})
+                options = {**ours.get("options", {}), **figures.get("options", {})}
                 pooling = read["pooling"][backbone]
                 unreliable = tuple(figures.get("unreliable", ()))
                 yield Published(
                     paper=paper,
                     source=f"{about['title']}, {about['venue']}" if "venue" in about else about["title"],
                     name=name,
-                    **_on_backbone(ours, read["blocks"].get(backbone), pooling["pool"]),
+                    **_on_backbone({**ours, "options": options}, read["blocks"].get(backbone), pooling["pool"]),
                     backbone=backbone,
                     weights=read["backbones"][backbone],
                     global_pools=tuple(pooling["global_pool"]),
+                    final_norm=pooling.get("final_norm", "trained"),
                     tasks=_by_task(read["order"], figures.get("tasks", {})),
                     means=figures.get("means", {}),
                     printed_mean=figures.get("mean_of_groups"),
                     params=figures.get("params"),
                     unreliable=unreliable,
-                    caution=_caution(about, unreliable),
+                    caution=_caution(about, unreliable, figures.get("caution")),
                 )
 
 
@@ -150,11 +154,13 @@ def _on_backbone(ours: Mapping[str, Any], blocks: int | None, pools: list[str | 
     return dict(ours) | {"options": options}
 
 
-def _caution(about: Mapping[str, Any], unreliable: tuple[str, ...]) -> str:
+def _caution(about: Mapping[str, Any], unreliable: tuple[str, ...], own: str | None) -> str:
     """The reasons to be careful, as one text."""
     parts = ["quoted by another paper, not read in its own"] if about.get("secondary") else []
     if unreliable:
         parts.append(f"its accuracies by task do not agree with its own means of {', '.join(unreliable)}")
+    if own:
+        parts.append(own)
     if "note" in about:
         parts.append(about["note"])
     return "; ".join(parts)

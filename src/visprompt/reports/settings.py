@@ -17,7 +17,8 @@ OWN_IMAGES = "own images"
 _CHOSEN = frozenset(
     {
         *("num_tokens", "num_kv_tokens", "prune_tokens", "prune_segments", "fourier_share", "gate_init"),
-        *("rank", "scale", "bottleneck", "dropout"),
+        *("rank", "scale", "bottleneck", "dropout", "inner", "prompt_weight"),
+        *("guided_tokens", "guided_blocks", "patch_weight", "class_weight", "norm", "remap_from", "bias"),
     }
 )
 _CHOSEN_INIT = frozenset({"adapter_plus", "convpass"})  # whose `init` the row chooses; other methods' is an ablation
@@ -28,7 +29,7 @@ _OF_TASK = frozenset(
 )
 # the same for all tasks of a family: VTAB-1k squashes images, fine-grained tasks crop them
 _OF_FAMILY = frozenset({"data.source", "data.form"}) | {
-    f"data.preprocessing.{name}" for name in ("resize", "short_side", "crop", "flip", "antialias")
+    f"data.preprocessing.{name}" for name in ("resize", "short_side", "crop", "flip", "resampling")
 }
 _OF_A_SEED = frozenset({"token_mask", "segment_mask", "initial"})  # what a seed's own chain of pruning found
 _PRUNING = frozenset({"method.prune", "method.prune_tokens", "method.prune_segments"})  # not yet while a grid is tried

@@ -163,8 +163,9 @@ def published_of(row: Row, paper: str | None = None) -> Published | None:
     first, *others = (published(row.method, row.backbone, paper, run.result.method) for run in row.runs)
     if first is None or any(other != first for other in others):
         return None
-    pooled = row.told.get("backbone.global_pool", UNRECORDED)
-    return first if pooled in (*map(text, first.global_pools), UNRECORDED) else None
+    pooled, norm = (row.told.get(f"backbone.{name}", UNRECORDED) for name in ("global_pool", "final_norm"))
+    same = pooled in (*map(text, first.global_pools), UNRECORDED) and norm in (first.final_norm, UNRECORDED)
+    return first if same else None
 
 
 def published_means(found: Published) -> dict[str, float]:
