@@ -100,7 +100,7 @@ def _apply_grid(cfg: DictConfig, said: Set[str]) -> None:
     if not OmegaConf.is_dict(own):  # the user's null is no grid; the protocol refuses anything else
         return
     rows: Any = next((row.grid for row in _rows(cfg) if "grid" in row), {})
-    if not OmegaConf.is_dict(rows):  # a sentence that says why there is none
+    if not OmegaConf.is_dict(rows):  # a text in place of a grid: the protocol refuses it with that text
         cfg.recipe.grid = own or rows
         return
     found = {**rows, **own}

@@ -123,7 +123,7 @@ def photographs(count: int, short_side: int) -> int:
 
 
 def load_square(plan: Plan) -> SquareStore | None:
-    """Reads the store of a VTAB task, None where there is none for it.
+    """Read the store of a VTAB task; return None where no store holds it.
 
     Raises:
         DamagedRecord: It is damaged.
@@ -154,7 +154,7 @@ def has_json(plan: Plan) -> bool:
 
 
 def load_ragged(plan: Plan) -> RaggedStore | None:
-    """Reads the store of an FGVC dataset, None where there is none of the lists that are to be read.
+    """Read the store of an FGVC dataset; return None where no store was made of the lists that are to be read.
 
     Raises:
         DamagedRecord: It is damaged.

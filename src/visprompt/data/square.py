@@ -104,7 +104,7 @@ class SquareStore:
 
 
 def read_square(folder: Path) -> SquareStore | None:
-    """Reads a store; None if there is none, or one of another schema.
+    """Read a store; return None where the folder holds no store of this schema.
 
     Raises:
         DamagedRecord: It is damaged; the message says why.

@@ -170,7 +170,7 @@ def open_store(
 
 
 def read_store(folder: Path) -> RaggedStore | None:
-    """Reads a store; None if there is none, or one of another schema.
+    """Read a store; return None where the folder holds no store of this schema.
 
     Raises:
         DamagedRecord: It is damaged; the message says why.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
+from visprompt.methods.adapters import check_probability
 from visprompt.methods.base import Geometry, Method, init_linear
 
 
@@ -50,8 +51,7 @@ class MLP(Linear):
         super().__init__(backbone)
         if num_layers < 2:
             raise UserError(f"method.num_layers={num_layers} is too small: give at least 2, or use method=linear")
-        if not 0 <= dropout < 1:
-            raise UserError(f"method.dropout={dropout} is not a probability: give a number from 0 to below 1")
+        check_probability("dropout", dropout)
         self.num_layers, self.dropout = operator.index(num_layers), dropout
 
     def make_head(self, width: int, num_classes: int, init: str) -> nn.Module:
@@ -161,8 +161,7 @@ class Full(Method):
     def __init__(self, backbone: Geometry, drop_path: float = 0.1, dropout: float = 0.0) -> None:
         super().__init__(backbone)
         for name, value in (("drop_path", drop_path), ("dropout", dropout)):
-            if not 0 <= value < 1:
-                raise UserError(f"method.{name}={value} is not a probability: give a number from 0 to below 1")
+            check_probability(name, value)
         self.drop_path, self.dropout = drop_path, dropout
 
     def attach(self, backbone: Geometry) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
+from visprompt.methods.adapters import check_probability
 from visprompt.methods.base import Geometry, Method, Place, drop, split_heads
 
 
@@ -43,8 +44,7 @@ class CVPT(Method):
         super().__init__(backbone)
         if num_tokens < 1:
             raise UserError(f"method.num_tokens={num_tokens} is too small: give at least 1, or use method=linear")
-        if not 0 <= dropout < 1:
-            raise UserError(f"method.dropout={dropout} is not a probability: give a number from 0 to below 1")
+        check_probability("dropout", dropout)
         self.dropout = nn.Dropout(dropout)
         self.prompts = nn.Parameter(torch.empty(self.num_blocks, num_tokens, backbone.width))
         nn.init.xavier_uniform_(self.prompts)

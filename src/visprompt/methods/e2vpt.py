@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from visprompt.errors import UserError, unknown
+from visprompt.methods.adapters import check_probability
 from visprompt.methods.base import Flow, Geometry, Method, drop, per_block
 from visprompt.methods.locations import vpt_bound
 
@@ -98,8 +99,7 @@ class E2VPT(Method):
         depth = self.num_blocks if depth is None else depth
         if not 1 <= depth <= self.num_blocks:
             raise UserError(f"method.depth={depth} does not fit: give 1 to {self.num_blocks}, the backbone's blocks")
-        if not 0 <= dropout < 1:
-            raise UserError(f"method.dropout={dropout} is not a probability: give a number from 0 to below 1")
+        check_probability("dropout", dropout)
         pruned = token_mask is not None or segment_mask is not None
         widths = backbone.widths[:depth]
         _check_pruning(widths, num_tokens, num_segments, prune or pruned)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from visprompt.errors import UserError, unknown
 from visprompt.methods import locations, vipamin
+from visprompt.methods.adapters import check_probability
 from visprompt.methods.base import Flow, Geometry, Method, TokenBackbone, drop, per_block
 from visprompt.methods.inits import features
 
@@ -268,8 +269,7 @@ def _check_numbers(num_tokens: int, depth: int, num_blocks: int, dropout: float,
         raise UserError(f"method.num_tokens={num_tokens} is too small: give at least 1, or use method=linear")
     if not 1 <= depth <= num_blocks:
         raise UserError(f"method.depth={depth} does not fit: give 1 to {num_blocks}, the backbone's blocks")
-    if not 0 <= dropout < 1:
-        raise UserError(f"method.dropout={dropout} is not a probability: give a number from 0 to below 1")
+    check_probability("dropout", dropout)
     if project is not None and project < 1:
         raise UserError(f"method.project={project} is no width: give at least 1, or null for no projection")
 
