@@ -46,7 +46,7 @@ def test_an_unknown_pair_has_no_figures():
 def test_a_paper_can_be_named():
     assert published("vpt_deep", "vit_b16_in21k", paper="one_protocol").mean_of_groups == 73.4
     assert published("bias", "vit_b16_in21k", paper="one_protocol").name == "bitfit"
-    assert published("fact", "vit_b16_in21k", options={"form": "tk"}) is None
+    assert published("fact", "vit_b16_in21k", options={"form": "tk"}).name == "fact_tk"
 
 
 def test_a_run_that_contradicts_the_papers_options_is_another_method():
@@ -101,7 +101,7 @@ def test_figures_of_another_set_up_than_a_run_s_are_not_found_or_carry_a_caution
     for backbone in ("convnext_b_in21k", "resnet50"):
         assert "trains the head alone on conv nets" in published("bias", backbone).caution
     assert "could not be checked which of its variants" in published("vpt_low_rank", "vit_b16_in21k").caution
-    norms = {backbone: published("linear", backbone).final_norm for backbone in contents()["backbones"]}
+    norms = {found.backbone: found.final_norm for found in all_published()}
     assert norms == dict.fromkeys(contents()["backbones"], "trained") | {"mae_b16": "fresh"}
 
 
@@ -122,7 +122,7 @@ def test_all_blocks_are_as_many_as_the_backbone_has():
 def test_e2vpts_19_tasks_have_the_mean_that_is_known_of_them():
     found = published("e2vpt", "vit_b16_in21k", options={"prune": True})
     assert found.flat_mean == pytest.approx(71.42, abs=0.005)
-    assert published("vfpt", "vit_b16_in21k").flat_mean is None
+    assert published("vapt", "vit_b16_in21k").flat_mean is None
 
 
 def test_what_is_unreliable_is_said_to_be_and_has_no_flat_mean():
@@ -133,16 +133,107 @@ def test_what_is_unreliable_is_said_to_be_and_has_no_flat_mean():
     assert "recalled" in (Path(__file__).parents[2] / "src/visprompt/reports/published.yaml").read_text()
 
 
+def test_figures_of_others_say_whose_they_are():
+    assert "quoted by another paper" in published("fact", "vit_b16_in21k", options={"form": "tt"}).caution
+    assert "run by the authors of Convpass" in published("adaptformer", "vit_b16_in21k").caution
+    assert "share one A" in published("lora", "vit_b16_in21k").caution
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone", "options", "name"),
+    [
+        ("lora", "vit_b16_in21k", {"rank": 8}, "noah"),
+        ("lora", "vit_b16_in21k", {"rank": 4}, "one_protocol"),
+        ("adaptformer", "vit_b16_in21k", {"bottleneck": 8}, "convpass"),
+        ("adaptformer", "vit_b16_in21k", {"bottleneck": 64}, "one_protocol"),
+        ("ssf", "vit_b16_augreg", {}, "ssf"),
+        ("ssf", "vit_b16_in21k", {}, "one_protocol"),
+        ("vpt_shallow", "mae_b16", {"init": "vipamin", "pool": "image_prompt"}, "vipamin"),
+        ("vpt_shallow", "mae_b16", {"init": "random", "pool": "image_prompt"}, "vpt"),
+    ],
+)
+def test_a_run_is_compared_with_figures_of_its_weights_and_options(method, backbone, options, name):
+    assert published(method, backbone, options=options).paper == name
+
+
+def test_da_vpt_s_figures_are_of_augreg_weights_with_and_without_biases():
+    names = [published("da_vpt", "vit_b16_augreg", options={"bias": bias}).name for bias in (False, True)]
+    assert names == ["da_vpt", "da_vpt_plus"]
+    assert published("da_vpt", "vit_b16_in21k") is None
+
+
+def rounded(*figures):
+    """Half a unit of the last decimal of figures that are printed alike, where 79.1 may stand for 79.10."""
+    return 0.5 * 10.0 ** -max(1, *(len(str(figure).partition(".")[2]) for figure in figures))
+
+
+def group_mean(found, group):
+    """The mean of a group's list; None where there is none."""
+    known = all(task in found.tasks for task in SUITES[group])
+    return fmean(found.tasks[task] for task in SUITES[group]) if known else None
+
+
 def test_lists_of_accuracies_agree_with_the_papers_means_but_where_it_is_said():
-    """A mean of figures rounded to 0.05 is known to 0.05, and the paper's is rounded to 0.005."""
+    """A mean of rounded figures is known to half a unit of theirs, and the printed one to half a unit of its own."""
     checked = 0
     for found in all_published():
         for group in (*GROUPS, "fgvc"):
-            if all(task in found.tasks for task in SUITES[group]):
-                agrees = abs(fmean(found.tasks[task] for task in SUITES[group]) - found.means[group]) < 0.056
+            mean = group_mean(found, group)
+            if mean is not None and group in found.means:
+                known = rounded(*(found.tasks[task] for task in SUITES[group])) + rounded(*found.means.values())
                 checked += 1
-                assert agrees == (group not in found.unreliable), (found.name, group)
-    assert checked == 43
+                assert (abs(mean - found.means[group]) < known + 1e-3) == (group not in found.unreliable), (
+                    found,
+                    group,
+                )
+    assert checked == 77
+
+
+def test_every_list_is_checked_by_a_mean_that_its_source_prints():
+    """Where group means are not printed, by the mean over the groups or over all tasks."""
+    unprinted = []
+    for found in all_published():
+        missing = [group for group in GROUPS if group_mean(found, group) is not None and group not in found.means]
+        if missing:
+            unprinted.append((found.paper, found.name))
+            assert found.printed_mean is not None or found.printed_flat_mean is not None, found
+        assert group_mean(found, "fgvc") is None or "fgvc" in found.means, found
+    assert unprinted == [("noah", "lora"), ("fact", "fact_tt"), ("fact", "fact_tk"), ("ssf", "ssf")]
+
+
+def test_printed_means_over_groups_and_tasks_follow_from_the_lists_or_the_group_means():
+    """To half a unit each of what is averaged and what is printed; DA-VPT's 73.53 on MoCo v3 is off by one unit."""
+    for found in all_published():
+        listed = {group: group_mean(found, group) for group in GROUPS}
+        if None in listed.values():
+            listed = {group: found.means.get(group) for group in GROUPS}
+        if None in listed.values():
+            continue
+        of_groups = fmean(listed.values())
+        of_tasks = fmean(listed[group] for group in GROUPS for _ in SUITES[group])
+        for mean, printed in ((of_groups, found.printed_mean), (of_tasks, found.printed_flat_mean)):
+            if printed is not None:
+                known = (0.05 if found.tasks.keys() >= set(SUITES["vtab_all"]) else 0.01) + rounded(printed)
+                assert abs(mean - printed) < known, found
+
+
+def test_prompt_lengths_give_the_shares_that_are_printed():
+    """And of the lengths searched no other does, but on the four tasks that published.yaml names."""
+    settings, order, backbone = contents()["settings"], contents()["order"], 85_798_656
+    several = []
+    for method, groups in settings["tuned_shares"].items():
+        for group, shares in groups.items():
+            for task, share, length in zip(order[group], shares, settings["lengths"][method][group], strict=True):
+                head = TASKS[task].num_classes * 769
+                fit = []
+                for searched in (1, 5, 10, 50, 100, 200):
+                    tuned = searched * 768 * (12 if method == "vpt_deep" else 1) + head
+                    if abs(100 * tuned / (backbone + tuned) - share) < 0.0051:
+                        fit.append(searched)
+                assert length in fit, (method, task)
+                several += [(method, task)] if len(fit) > 1 else []
+    names = ("caltech101", "sun397", "patch_camelyon", "diabetic_retinopathy")
+    assert several == [("vpt_shallow", name) for name in names]
 
 
 def test_tasks_methods_and_backbones_are_ours():

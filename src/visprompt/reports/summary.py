@@ -176,7 +176,10 @@ def published_means(found: Published) -> dict[str, float]:
 
 def worked_out(found: Published) -> tuple[str, ...]:
     """The means of `published_means` that the paper does not print: they follow from its other figures."""
-    unprinted = {FLAT: found.flat_mean, GROUPED: found.mean_of_groups if found.printed_mean is None else None}
+    unprinted = {
+        FLAT: found.flat_mean if found.printed_flat_mean is None else None,
+        GROUPED: found.mean_of_groups if found.printed_mean is None else None,
+    }
     return tuple(name for name, value in unprinted.items() if value is not None)
 
 
