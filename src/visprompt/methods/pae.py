@@ -57,7 +57,8 @@ class PAE(VPT):
         stride: From one window to the next (r).
         koopman_dim: Width that the operator works in (k).
         koopman_weight: Of the Koopman term.
-        lyapunov_weight: Of the Lyapunov term; with both weights 0 there is no operator.
+        lyapunov_weight: Of the Lyapunov term; with both weights 0, or fewer than three blocks and thus no pair,
+            there is no operator.
 
     Attributes:
         prompts: [blocks, num_tokens, width]; drawn as VPT's until `see_classes`.
@@ -96,17 +97,12 @@ class PAE(VPT):
                 raise UserError(f"method.{option}={value} is too small: give at least {lowest}")
         self.by_frequency, self.window, self.stride = init == "frequency", window, stride
         self.koopman_weight, self.lyapunov_weight = koopman_weight, lyapunov_weight
-        self.evolves = koopman_weight > 0 or lyapunov_weight > 0
+        self.evolves = self.num_blocks > 2 and (koopman_weight > 0 or lyapunov_weight > 0)
         if self.evolves:
-            if self.num_blocks < 3:
-                raise UserError(
-                    "method pae ties prompts of blocks from the second block on, and the backbone has only "
-                    f"{self.num_blocks}: give method.koopman_weight=0 and method.lyapunov_weight=0"
-                )
             self.koopman_in = nn.Linear(backbone.width, koopman_dim, bias=False)
             self.koopman = nn.Parameter(torch.eye(koopman_dim))
-        if lyapunov_weight > 0:
-            self.lyapunov = nn.Parameter(torch.eye(koopman_dim))
+            if lyapunov_weight > 0:
+                self.lyapunov = nn.Parameter(torch.eye(koopman_dim))
         self._head: tuple[Any, ...] = ()  # in a tuple, so that its parameters stay the classifier's alone
 
     @property
