@@ -183,7 +183,7 @@ def test_only_the_first_images_count_and_nothing_is_drawn():
 
 
 def test_descent_makes_prompts_evolve_by_one_operator():
-    """What the paper promises of the loss: each block's prompts are a linear map of the last's, V grows less."""
+    """What the paper promises of the loss: each block's prompts are a linear map of the last's."""
     model = classifier(koopman_weight=1.0, lyapunov_weight=1.0)
     optimizer = torch.optim.SGD([p for n, p in model.tuned_parameters() if n.startswith("method.")], lr=0.05)
     before = [float(term.detach()) for term in naive_terms(model.method)]
@@ -337,7 +337,7 @@ TOO_FEW = [({"num_tokens": 10}, 9), ({"window": 40}, 0), ({"stride": 99}, 1)]
 @pytest.mark.parametrize(("options", "windows"), TOO_FEW)
 def test_too_few_windows_are_one_sentence(options, windows):
     model = classifier(**options)
-    message = rf"needs as many windows of frequencies, and images of 32 x 32 have {windows} with method\.window"
+    message = rf"needs as many windows of frequencies, and images of 32 x 32 have {windows} with"
     with pytest.raises(UserError, match=message):
         model.method.see_classes(model.backbone, [(images(6), LABELS)], seed=0)
 

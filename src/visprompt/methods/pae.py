@@ -57,8 +57,8 @@ class PAE(VPT):
         stride: From one window to the next (r).
         koopman_dim: Width that the operator works in (k).
         koopman_weight: Of the Koopman term.
-        lyapunov_weight: Of the Lyapunov term; with both weights 0, or fewer than three blocks and thus no pair,
-            there is no operator.
+        lyapunov_weight: Of the Lyapunov term; with both weights 0, or with fewer than three blocks and so no
+            pair, there is no operator.
 
     Attributes:
         prompts: [blocks, num_tokens, width]; drawn as VPT's until `see_classes`.
