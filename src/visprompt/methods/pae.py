@@ -15,18 +15,17 @@ KLD. With z_i = P_i C of the prompts P_i of block i, C [width, k] and one operat
     Lyapunov: sum over i of 10 tanh(mean over tokens of softplus(V(z_i K) - V(z_i)) / 10)
 
 where V(z) = z~ Q z~^T, Q = L^T L / |L^T L|_2 and z~ = z / max(1, |z|). Both, times their weights, are added
-to the cross-entropy. C, K and L are tuned with the prompts; a prediction does not read them.
+to the cross-entropy. C, K and L are tuned with the prompts, their gradient clipped at a norm of 10; a
+prediction does not read them.
 
-All this is the released code's; its README, in place of the second, has max(0, V(z_{i+1}) - V(z_i)). As
-there:
+All this is the released code's; its README has max(0, V(z_{i+1}) - V(z_i)) in place of the second. As there:
 - The windows are scored by the head before it is trained, with the random weights that it starts from. A head
   of zeros would give all of them one loss, and is refused.
 - The pairs are of the second block's prompts and those behind: the first block's are in none.
 
-Different from the released code: the images of the one batch are not augmented as in training; gradients of
-C, K and L are not clipped at a norm of 10; not there are a matrix back from k to the width, which no loss
-reads, and an operator for each pair of blocks (KOOPMAN_MOD layerwise), in place of the one that the paper is
-about.
+Different from the released code: the images of the one batch are not augmented as in training; not there are a
+matrix back from k to the width, which no loss reads, and an operator for each pair of blocks (KOOPMAN_MOD
+layerwise), in place of the one that the paper is about.
 """
 
 from collections.abc import Iterable
@@ -43,6 +42,7 @@ from visprompt.methods.vpt import VPT
 INITS = ("frequency", "random")
 IMAGES = 128  # of the one batch: the released code's batch size
 _SATURATION = 10.0  # of the Lyapunov term of a pair
+_CLIP = 10.0  # norm of the gradient of C, K and L together
 
 
 class PAE(VPT):
@@ -177,12 +177,24 @@ class PAE(VPT):
         return cross_entropy + self._evolution() if self.evolves else cross_entropy
 
     def _evolution(self) -> Tensor:
-        """Both terms, weighted."""
-        z = self.koopman_in(cast(Tensor, self.prompts)[1:])
-        evolved = z[:-1] @ self.koopman
+        """Both terms, weighted; the gradient of C, K and L together is at most `_CLIP` long."""
+        prompts = cast(Tensor, self.prompts)[1:]
+        operators: list[Tensor] = [p for name, p in self.named_parameters() if name != "prompts"]
+        if torch.is_grad_enabled():
+            # by the gradient of the whole term, so that parts of a batch, each with its share, add up to it
+            gradients = torch.autograd.grad(self._terms(prompts.detach(), *operators), operators)
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            share = (_CLIP / (norm + 1e-6)).clamp(max=1.0)
+            operators = [p.detach() + share * (p - p.detach()) for p in operators]
+        return self._terms(prompts, *operators)
+
+    def _terms(self, prompts: Tensor, koopman: Tensor, *others: Tensor) -> Tensor:
+        """Both terms of prompts [n, p, width]; K, L where there is one, and C as [k, width]."""
+        z = prompts @ others[-1].T
+        evolved = z[:-1] @ koopman
         term: Tensor = self.koopman_weight * (evolved - z[1:]).square().mean(dim=(1, 2)).sum()
         if self.lyapunov_weight:
-            q = self.lyapunov.T @ self.lyapunov
+            q = others[0].T @ others[0]
             q = q / (torch.linalg.eigvalsh(q).amax() + 1e-8)  # symmetric: its largest eigenvalue is its norm
             growth = F.softplus(_energy(evolved, q) - _energy(z[:-1], q)).mean(dim=1)
             term = term + self.lyapunov_weight * _SATURATION * (growth / _SATURATION).tanh().sum()
