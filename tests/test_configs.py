@@ -135,7 +135,7 @@ def values(method, *names):
 
 LIKE_VPT = {  # its released code and its descendants
     *("linear", "mlp", "sidetune", "full", "partial", "bias", "adapter"),
-    *("vpt_shallow", "vpt_deep", "vpt_shallow_bias", "vpt_deep_bias", "e2vpt", "vfpt", "vapt"),
+    *("vpt_shallow", "vpt_deep", "vpt_shallow_bias", "vpt_deep_bias", "e2vpt", "vfpt", "vapt", "pae"),
 }
 
 

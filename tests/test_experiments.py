@@ -156,7 +156,7 @@ KINDS = {  # rates on VTAB-1k and on FGVC, lengths, and the number of points
 KIND = {
     **dict.fromkeys(("linear", "mlp", "sidetune"), "head"),
     **dict.fromkeys(("vpt_shallow", "vpt_shallow_bias", "vpt_gated"), "shallow"),
-    **dict.fromkeys(("vpt_deep", "vpt_deep_bias", "vfpt", "vapt", "cvpt", "vpt_low_rank"), "prompts"),
+    **dict.fromkeys(("vpt_deep", "vpt_deep_bias", "vfpt", "vapt", "cvpt", "vpt_low_rank", "pae"), "prompts"),
     "e2vpt": "e2vpt",
 }
 

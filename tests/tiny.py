@@ -139,11 +139,18 @@ def naive_logits(classifier: Classifier, x: Tensor, masks: Any = None) -> Tensor
 
 
 def measured(classifier: nn.Module, logits: Tensor) -> dict[str, Tensor]:
-    """The logits, and the gradient of every tuned parameter under cross-entropy."""
+    """The logits, and the gradient of every tuned parameter under cross-entropy and what the method adds to it."""
     labels = torch.arange(len(logits)) % NUM_CLASSES
     names, parameters = zip(*((n, p) for n, p in classifier.named_parameters() if p.requires_grad), strict=True)
-    gradients = torch.autograd.grad(F.cross_entropy(logits.float(), labels), parameters)
+    gradients = torch.autograd.grad(mean_loss(classifier, logits, labels), parameters)
     return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def mean_loss(classifier: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """What training minimises; of a reference that is no `Classifier`, the cross-entropy."""
+    if not isinstance(classifier, Classifier):
+        return F.cross_entropy(logits.float(), labels)
+    return classifier.losses(logits, labels, torch.full((len(labels),), 1 / len(labels))).mean()
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

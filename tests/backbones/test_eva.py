@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import visprompt
-from tiny import NUM_CLASSES, images, measured, relative_error, worst_error
+from tiny import NUM_CLASSES, images, mean_loss, measured, relative_error, worst_error
 from visprompt.backbones.eva import EVA
 from visprompt.backbones.families import family
 from visprompt.backbones.vit import ViT
@@ -236,7 +236,7 @@ each_working_pair = pytest.mark.parametrize(
 def test_every_method_tunes_what_it_names_and_is_restored(method, name):
     model, x = tiny_eva(name), images(3)
     classifier = classifier_on(model, method)
-    F.cross_entropy(classifier(x), torch.arange(3)).backward()
+    mean_loss(classifier, classifier(x), torch.arange(3)).backward()
     graded = {n for n, p in classifier.named_parameters() if p.grad is not None}
     assert graded == set(classifier.tuned_names)
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for _, p in classifier.tuned_parameters())
@@ -284,7 +284,7 @@ def test_blocks_with_their_norms_behind_take_what_needs_no_way_into_them(method)
     model = tiny_eva(POST_NORM)
     if plain_class(method).sites <= {"tokens", "weights", "pixels", "stream"}:
         classifier = classifier_on(model, method)
-        F.cross_entropy(classifier(images(3)), torch.arange(3)).backward()
+        mean_loss(classifier, classifier(images(3)), torch.arange(3)).backward()
         assert {n for n, p in classifier.named_parameters() if p.grad is not None} == set(classifier.tuned_names)
     else:
         with pytest.raises(UserError, match=f"method {method} cannot work on this backbone: it needs the site "):

@@ -12,10 +12,9 @@ import timm
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
-from torch.nn import functional as F
 
 import visprompt
-from tiny import NUM_CLASSES, RECORD, images, relative_error, tiny_classifier, tiny_model
+from tiny import NUM_CLASSES, RECORD, images, mean_loss, relative_error, tiny_classifier, tiny_model
 from visprompt.backbones import DEMO
 from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
@@ -57,7 +56,7 @@ def built(name, backbone="class token", **options):
 
 def loss(classifier):
     labels = torch.arange(3) % NUM_CLASSES
-    return F.cross_entropy(classifier(images(3)), labels)
+    return mean_loss(classifier, classifier(images(3)), labels)
 
 
 def buffers(classifier):

@@ -20,7 +20,7 @@ WORKS = {
     }
     for family in CONVNETS
 }  # fmt: skip
-WORKS["Swin"] = set(METHODS) - {"vapt", "cvpt", "vpt_gated", "da_vpt", "sa2vp", "convpass", "fact"}
+WORKS["Swin"] = set(METHODS) - {"vapt", "cvpt", "vpt_gated", "da_vpt", "sa2vp", "pae", "convpass", "fact"}
 WORKS["DINOv3"] = set(METHODS) - {"cvpt", "da_vpt", "sa2vp"}
 WORKS["EVA-02"] = set(METHODS) - {"cvpt", "da_vpt", "sa2vp", "fact", "lora"}
 WORKS["ViT"] = set(METHODS)

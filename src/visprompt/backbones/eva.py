@@ -134,7 +134,7 @@ class EVA(ViT):
     def _rotations(self, num_image: int) -> Tensor | None:
         """The rotations of image tokens that come without their images: those that timm's `_pos_embed` makes."""
         rope: Any = self.model.rope
-        if rope is None:
+        if rope is None or not num_image:
             return None
         grid = side_of(num_image - self.num_prefix, self.grids[0])
         fixed = hasattr(rope, "feat_shape") and not self.model.dynamic_img_size

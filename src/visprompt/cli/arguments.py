@@ -26,6 +26,7 @@ WHOLE = frozenset(
         *(f"method.num_{name}" for name in ("tokens", "kv_tokens", "segments", "blocks", "layers")),
         *(f"method.{name}" for name in ("bottleneck", "depth", "inner", "project", "rank", "kv_blocks")),
         *(f"method.{name}" for name in ("guided_tokens", "guided_blocks", "matched_patches", "remap_from")),
+        *(f"method.{name}" for name in ("window", "stride", "koopman_dim")),
         *("method.prune_tokens", "method.prune_segments"),
         *(f"trainer.{name}" for name in ("devices", "num_nodes", "accumulate_grad_batches")),
         *("trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"),

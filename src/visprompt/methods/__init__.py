@@ -19,6 +19,7 @@ from visprompt.methods.fact import FacT
 from visprompt.methods.gated import GatedVPT
 from visprompt.methods.lora import LoRA
 from visprompt.methods.low_rank import LowRankVPT
+from visprompt.methods.pae import PAE
 from visprompt.methods.sa2vp import SA2VP
 from visprompt.methods.sidetune import SideTune
 from visprompt.methods.ssf import SSF
@@ -49,6 +50,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "vpt_gated": GatedVPT,
     "da_vpt": DAVPT,
     "sa2vp": SA2VP,
+    "pae": PAE,
     "layernorm": LayerNorm,
     "lora": LoRA,
     "ssf": SSF,

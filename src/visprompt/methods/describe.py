@@ -5,7 +5,6 @@ from typing import Any
 
 import timm
 import torch
-from torch.nn import functional as F
 
 from visprompt.api import build
 from visprompt.classifier import Classifier
@@ -72,7 +71,8 @@ def attempt(method: str, family: str, **options: Any) -> Classifier:
         classifier = build(member(family), method, _CLASSES, **options)
         side = int(classifier.backbone.image_size)  # type: ignore[arg-type]  # an int
         images = torch.randn(2, 3, side, side)
-        F.cross_entropy(classifier(images), torch.tensor([0, 1])).backward()
+        weights = torch.full((2,), 0.5)
+        classifier.losses(classifier(images), torch.tensor([0, 1]), weights).mean().backward()
     return classifier
 
 
