@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from visprompt.errors import UserError
 from visprompt.methods import Geometry, Method
 from visprompt.methods.merge import merge
-from visprompt.state import not_finite
+from visprompt.tensors import not_finite
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from visprompt import chain, compose, launch, measure, memory, run_folder, signals
 from visprompt.errors import UserError
-from visprompt.leftovers import temporary_folder
+from visprompt.files import temporary_folder
 from visprompt.lit.checks import check_login
 from visprompt.lit.trainer import report_together, under_agent, without_wandb
 from visprompt.results import Result, check_same_run, read_result

@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt import chain, compose
 from visprompt.errors import UserError, unknown
+from visprompt.files import write_atomically
 from visprompt.lit.trainer import under_agent
 from visprompt.loop import Outcome, check_all, run_all
 from visprompt.methods import METHODS
 from visprompt.recipe_rows import check_effect
 from visprompt.results import Cell, cell, choose, markdown_table
 from visprompt.run import check, prepare
-from visprompt.state import write_atomically
 from visprompt.terminal import Terminal
 
 GRID_SEED = 42

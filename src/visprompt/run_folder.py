@@ -15,9 +15,8 @@ from filelock import FileLock, Timeout
 
 from visprompt import measure, signals
 from visprompt.errors import UserError
-from visprompt.records import DamagedRecord, read_record
+from visprompt.files import TEMPORARY, DamagedRecord, read_record
 from visprompt.results import Result, load_result
-from visprompt.state import TEMPORARY
 
 if TYPE_CHECKING:
     from visprompt.lit.checkpoint import Owner

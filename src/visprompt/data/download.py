@@ -25,9 +25,9 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from visprompt.data.publish import alone
 from visprompt.data.task import SourceFile, in_bytes
 from visprompt.errors import UserError
+from visprompt.files import alone
 from visprompt.terminal import Terminal
 
 PAUSES = (1.0, 5.0, 15.0)

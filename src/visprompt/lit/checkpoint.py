@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from visprompt.errors import UserError
+from visprompt.files import write_atomically
 from visprompt.run_folder import STATE
-from visprompt.state import hash_tensors, not_finite, write_atomically
+from visprompt.tensors import hash_tensors, not_finite
 
 _KEY = "visprompt.resume"
 _DIGITS = 64  # of a SHA-256 in hexadecimal
