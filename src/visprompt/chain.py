@@ -31,8 +31,7 @@ from visprompt.pruning import Importance, Point
 from visprompt.results import Result, choose, markdown_table, open_state
 from visprompt.run import Run, build_classifier, prepare
 from visprompt.state import TunedState
-from visprompt.terminal import Terminal
-from visprompt.text import in_markdown, visible
+from visprompt.text import Terminal, in_markdown, visible
 
 log = logging.getLogger(__name__)
 console = Terminal()

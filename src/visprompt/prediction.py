@@ -24,8 +24,7 @@ from visprompt.methods.sidetune import RANDOM
 from visprompt.results import open_state
 from visprompt.run_folder import tidy
 from visprompt.state import TunedState, check_fits
-from visprompt.terminal import Terminal
-from visprompt.text import csv_cell
+from visprompt.text import Terminal, csv_cell
 
 console = Terminal()
 

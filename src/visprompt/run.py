@@ -35,7 +35,7 @@ from visprompt.optim import Recipe
 from visprompt.results import Result, check_same_run, read_result, write_result
 from visprompt.schema import check_record
 from visprompt.state import TunedState, save_state
-from visprompt.terminal import Terminal
+from visprompt.text import Terminal
 
 SPLITS = ("tune", "final")
 console = Terminal()

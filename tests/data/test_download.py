@@ -16,7 +16,7 @@ from visprompt.data import download as module
 from visprompt.data.download import obtain
 from visprompt.data.task import SourceFile
 from visprompt.errors import UserError
-from visprompt.terminal import Terminal
+from visprompt.text import Terminal
 
 BODY = bytes(range(256)) * 12_000  # 3 MB: three chunks
 SHA = hashlib.sha256(BODY).hexdigest()

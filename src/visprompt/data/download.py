@@ -28,7 +28,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from visprompt.data.task import SourceFile, in_bytes
 from visprompt.errors import UserError
 from visprompt.files import alone
-from visprompt.terminal import Terminal
+from visprompt.text import Terminal
 
 PAUSES = (1.0, 5.0, 15.0)
 """Seconds before each new try on a connection that broke without a new byte; after the last one the next url follows"""

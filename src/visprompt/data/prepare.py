@@ -25,8 +25,7 @@ from visprompt.data.store import RaggedStore, open_store
 from visprompt.data.task import TaskSpec
 from visprompt.errors import UserError
 from visprompt.files import alone, explained, publish
-from visprompt.terminal import Terminal
-from visprompt.text import visible
+from visprompt.text import Terminal, visible
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
