@@ -15,10 +15,10 @@ from visprompt.cli import check_words, one_sentence_errors
 def main(cfg: DictConfig) -> float:
     """Returns the mean score over the tasks, by which a sweeper of Hydra's may choose in split=tune."""
     with one_sentence_errors():
-        from visprompt import loop  # imported late: a wrong word is said before torch is loaded
+        from visprompt import dryrun, loop  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
-        return loop.train(cfg)
+        return (dryrun if cfg.dry_run else loop).train(cfg)
 
 
 if __name__ == "__main__":

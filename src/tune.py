@@ -16,11 +16,11 @@ from visprompt.paths import expand_paths
 def main(cfg: DictConfig) -> float:
     """Returns the mean test accuracy over methods and tasks."""
     with one_sentence_errors():
-        from visprompt import protocol  # imported late: a wrong word is said before torch is loaded
+        from visprompt import dryrun, protocol  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
         expand_paths(cfg)
-        return protocol.tune(cfg)
+        return (dryrun if cfg.dry_run else protocol).tune(cfg)
 
 
 if __name__ == "__main__":

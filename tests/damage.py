@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from visprompt.errors import UserError
-from visprompt.records import read_record, write_record
+from visprompt.files import read_record, write_record
 
 bounded = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -43,7 +43,7 @@ def measured(monkeypatch):
 def go(script, logs, *arguments, dry=True):
     given = tiny(logs, *SHORT, *arguments, f"dry_run={dry}".lower())
     with composed(script, *given) as cfg:
-        return (loop.train if script == "train" else protocol.tune)(cfg)
+        return getattr(dryrun if dry else {"train": loop, "tune": protocol}[script], script)(cfg)
 
 
 train, tune = partial(go, "train"), partial(go, "tune")
@@ -232,7 +232,7 @@ def test_own_images_are_counted_and_stay_undecoded(tmp_path, measured, capsys):
 def test_missing_weights_are_named_and_random_ones_measured(tmp_path, measured, capsys):
     given = [a for a in tiny(tmp_path, "dry_run=true") if not a.startswith(("backbone.weights", "++backbone.kwargs"))]
     with composed("train", *given, "backbone=timm", "backbone.name=vit_tiny_patch16_224.augreg_in21k") as cfg:
-        loop.train(cfg)
+        dryrun.train(cfg)
     _, (_, disk, missing) = lines(capsys.readouterr().out)
     url = r"https://huggingface\.co/timm/vit_tiny_patch16_224\.augreg_in21k/resolve/main/\S+"
     start = rf"missing: the weights of backbone vit_tiny_patch16_224\.augreg_in21k: the first run fetches {url}; "

@@ -19,7 +19,8 @@ from visprompt import inference, prediction, run
 from visprompt.data import demo, synthetic
 from visprompt.errors import UserError
 from visprompt.reports import report
-from visprompt.state import hash_tensors, load_state, save_state
+from visprompt.state import load_state, save_state
+from visprompt.tensors import hash_tensors
 from visprompt.text import csv_cell, has_control
 
 pytestmark = frozen

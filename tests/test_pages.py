@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cli import ROOT, call, composed, frozen, tiny
-from visprompt import compose, dryrun, loop, protocol
+from visprompt import compose, dryrun
 from visprompt.dryrun.pace import Pace
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks" / "README.md"]
@@ -58,7 +58,7 @@ def test_what_trains_composes_and_is_counted(line, folder, monkeypatch, capsys):
     script = "train" if "src/train.py" in line else "tune"
     paths = [f"paths.{name}={folder / 'new'}" for name in ("log_dir", "data_dir")]
     with composed(script, *arguments(line, folder), *paths, "dry_run=true") as cfg:
-        (loop.train if script == "train" else protocol.tune)(cfg)
+        getattr(dryrun, script)(cfg)
     printed = capsys.readouterr().out
     assert "time left" in printed
     assert not (folder / "new").exists()

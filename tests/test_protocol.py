@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from cli import composed, frozen, tiny
 from damage import rewrite
-from visprompt import chain, compose, loop, protocol, run
+from visprompt import chain, compose, dryrun, loop, protocol, run
 from visprompt.data.synthetic import write_folder
 from visprompt.errors import UserError
 from visprompt.results import read_result
@@ -25,7 +25,7 @@ def logs(tmp_path_factory):
 def tune(logs, *arguments):
     given = tiny(logs, "callbacks=none", f"table={logs}/table.md", "seeds=[1,2]", *arguments)
     with composed("tune", *(option for option in given if not option.startswith("method."))) as cfg:
-        return protocol.tune(cfg)
+        return (dryrun if cfg.dry_run else protocol).tune(cfg)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given
 from damage import bounded, damages, outcome, rewrite, spoil
 from tiny import RECORD
 from visprompt.errors import UserError
-from visprompt.records import DamagedRecord
+from visprompt.files import DamagedRecord
 from visprompt.results import (
     Cell,
     Result,

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tiny import RECORD, tiny_classifier, tiny_model
 from visprompt.errors import UserError
-from visprompt.state import TunedState, check_fits, hash_tensors, load_state, save_state, write_atomically
+from visprompt.files import write_atomically
+from visprompt.state import TunedState, check_fits, load_state, save_state
+from visprompt.tensors import hash_tensors
 
 BACKBONE = {
     "name": "vit_base_patch16_224.orig_in21k",

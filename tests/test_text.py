@@ -19,8 +19,7 @@ from visprompt import loop
 from visprompt.cli import one_sentence_errors
 from visprompt.errors import UserError
 from visprompt.results import markdown_table
-from visprompt.terminal import PlainFormatter, Terminal
-from visprompt.text import csv_cell, in_markdown, visible
+from visprompt.text import PlainFormatter, Terminal, csv_cell, in_markdown, visible
 
 ROOT = Path(__file__).resolve().parents[1]
 ANY = st.text(st.characters(exclude_categories=()), max_size=20)
@@ -122,7 +121,7 @@ def test_a_name_reaches_a_log_and_an_error_as_it_is(name, capsys):
 
 def test_one_console_prints_everything():
     """A console of rich's own would read a user's brackets as markup."""
-    sources = {path: path.read_text() for path in (ROOT / "src").rglob("*.py") if path.name != "terminal.py"}
+    sources = {path: path.read_text() for path in (ROOT / "src").rglob("*.py") if path.name != "text.py"}
     assert [
         path for path, text in sources.items() if re.search(r"rich\.console|rich import|from_markup|Console\(", text)
     ] == []

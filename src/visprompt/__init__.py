@@ -1,16 +1,17 @@
 """Visual prompt tuning of frozen vision backbones: `visprompt.build(backbone, method, num_classes, **options)`."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visprompt.api import build
+    from visprompt.methods.merge import merge
 
-__all__ = ["build"]
+__all__ = ["build", "merge"]
+_HOMES = {"build": "api", "merge": "methods.merge"}
 
 
 def __getattr__(name: str) -> Any:  # torch and timm take seconds: entry points say a wrong word before they are loaded
-    if name == "build":
-        from visprompt.api import build
-
-        return build
+    if name in _HOMES:
+        return getattr(import_module(f"visprompt.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,8 +32,8 @@ def build(
 
     Returns:
         The classifier: `classifier(images) -> logits [B, C]` of normalised images, `tuned_state()`,
-        `load_tuned_state(state)`, `summary()`, `merge()`. What images are normalised with is in
-        `classifier.backbone.mean` and `.std`.
+        `load_tuned_state(state)`, `summary()`. What images are normalised with is in `classifier.backbone.mean` and
+        `.std`. `visprompt.merge(classifier)` makes a plain timm model of it where its method allows.
 
     Raises:
         UserError: A name or option is unknown, method and backbone do not fit, or another method lives in the model.
@@ -52,6 +52,6 @@ def _check_plain(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Wrapped | MoreChannels):
             raise UserError(
-                f"another method still lives in this model, in {name}: build from a fresh model, or from what merge() "
-                "returns"
+                f"another method still lives in this model, in {name}: build from a fresh model, or from what "
+                "visprompt.merge returns"
             )

@@ -25,15 +25,13 @@ from torch import Tensor
 
 from visprompt import compose, measure, pruning
 from visprompt.errors import UserError, unknown
-from visprompt.leftovers import sweep
+from visprompt.files import DamagedRecord, read_record, sweep, write_atomically, write_record
 from visprompt.lit.trainer import under_agent, without_wandb
 from visprompt.pruning import Importance, Point
-from visprompt.records import DamagedRecord, read_record, write_record
 from visprompt.results import Result, choose, markdown_table, open_state
 from visprompt.run import Run, build_classifier, prepare
-from visprompt.state import TunedState, write_atomically
-from visprompt.terminal import Terminal
-from visprompt.text import in_markdown, visible
+from visprompt.state import TunedState
+from visprompt.text import Terminal, in_markdown, visible
 
 log = logging.getLogger(__name__)
 console = Terminal()

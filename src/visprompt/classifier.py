@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visprompt.errors import UserError
 from visprompt.methods import Geometry, Method
-from visprompt.methods.merge import merge
-from visprompt.state import not_finite
+from visprompt.tensors import not_finite
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,6 @@ class Classifier(nn.Module):
             return self.method.stored(self.backbone(images, self.method), images)
         out: Tensor = self.backbone.to_block(self.method.first_block, images, self.method)  # type: ignore[operator]  # a method of the backbone
         return out
-
-    def merge(self) -> nn.Module:
-        """A plain timm model with equal logits, where the method can be merged into its weights."""
-        return merge(self)
 
     def tuned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that are tuned, in the module's order."""

@@ -18,7 +18,7 @@ from visprompt.prediction import restore
 from visprompt.results import Result, open_result
 from visprompt.state import TunedState, check_fits, load_state
 from visprompt.stored import job_of, own_data
-from visprompt.terminal import Terminal
+from visprompt.text import Terminal
 
 console = Terminal()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from visprompt import signals
 from visprompt.errors import UserError
-from visprompt.leftovers import temporary_folder
+from visprompt.files import temporary_folder
 from visprompt.signals import PARENT
 
 _REASON = "VISPROMPT_REASON"

@@ -13,13 +13,13 @@ from rich.table import Table
 
 from visprompt import chain, compose, launch, measure, memory, run_folder, signals
 from visprompt.errors import UserError
-from visprompt.leftovers import temporary_folder
+from visprompt.files import temporary_folder
 from visprompt.lit.checks import check_login
 from visprompt.lit.trainer import report_together, under_agent, without_wandb
 from visprompt.results import Result, check_same_run, read_result
 from visprompt.run import Run, check, prepare, run_job
 from visprompt.run_folder import AtWork, is_free
-from visprompt.terminal import Terminal
+from visprompt.text import Terminal
 
 log = logging.getLogger(__name__)
 console = Terminal()
@@ -60,10 +60,7 @@ def train(cfg: DictConfig) -> float:
         UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; all others were run before this
             is said. Or a sweeper would choose by the test accuracy.
     """
-    if cfg.split != "tune" and compose.has_choosing_sweeper():
-        raise UserError(
-            "this sweeper chooses by the figure that a run returns, and no choice reads test: give it split=tune"
-        )
+    check_sweeper(cfg)
     launch.end_with_parent()
     if launch.is_rank():
         try:
@@ -72,10 +69,6 @@ def train(cfg: DictConfig) -> float:
         except BaseException as error:  # whatever ends a rank is told to the process that started it
             launch.give_reason(error)
             raise
-    if cfg.dry_run:
-        from visprompt import dryrun  # imported late: it is built on this file
-
-        return dryrun.train(cfg)
     jobs = compose.jobs(cfg)
     check_all(jobs)
     together = under_agent() and len(jobs) > 1
@@ -90,6 +83,14 @@ def train(cfg: DictConfig) -> float:
         several = f" ({len(bad)} of {len(outcomes)} runs failed)" if len(outcomes) > 1 else ""
         raise UserError("; ".join(bad) + several)
     return sum(o.result.score for o in outcomes if o.result) / len(outcomes)
+
+
+def check_sweeper(cfg: DictConfig) -> None:
+    """Refuse a sweeper that would choose by the test accuracy."""
+    if cfg.split != "tune" and compose.has_choosing_sweeper():
+        raise UserError(
+            "this sweeper chooses by the figure that a run returns, and no choice reads test: give it split=tune"
+        )
 
 
 def check_all(jobs: Iterable[DictConfig]) -> None:

@@ -18,13 +18,13 @@ from visprompt.data.own_images import is_supported
 from visprompt.data.pixels import to_input
 from visprompt.data.walk import files_below
 from visprompt.errors import UserError
+from visprompt.files import write_atomically
 from visprompt.methods import build_method
 from visprompt.methods.sidetune import RANDOM
 from visprompt.results import open_state
 from visprompt.run_folder import tidy
-from visprompt.state import TunedState, check_fits, write_atomically
-from visprompt.terminal import Terminal
-from visprompt.text import csv_cell
+from visprompt.state import TunedState, check_fits
+from visprompt.text import Terminal, csv_cell
 
 console = Terminal()
 

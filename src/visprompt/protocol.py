@@ -15,14 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt import chain, compose
 from visprompt.errors import UserError, unknown
+from visprompt.files import write_atomically
 from visprompt.lit.trainer import under_agent
 from visprompt.loop import Outcome, check_all, run_all
 from visprompt.methods import METHODS
 from visprompt.recipe_rows import check_effect
 from visprompt.results import Cell, cell, choose, markdown_table
 from visprompt.run import check, prepare
-from visprompt.state import write_atomically
-from visprompt.terminal import Terminal
+from visprompt.text import Terminal
 
 GRID_SEED = 42
 RELEASED_SEEDS = (42, 44, 82, 100, 800)
@@ -44,33 +44,7 @@ def tune(cfg: DictConfig) -> float:
         UserError: An empty or unknown choice, a grid that is none, runs that failed (what is finished stays finished),
             or a W&B agent or Hydra's `-m`: what these are told of the final runs, they would choose by.
     """
-    if compose.in_multirun():
-        raise UserError(
-            "src/tune.py is one command with one table: give methods=[...], tasks=[...] and seeds=[...] instead of -m; "
-            "src/train.py -m split=tune can make the points of its grid beforehand"
-        )
-    if cfg.rerun:
-        raise UserError(
-            "rerun=true, which debug=... sets too, would run the whole grid anew at each call: give another "
-            "paths.log_dir=... instead, and debug src/train.py"
-        )
-    if under_agent():
-        raise UserError(
-            "src/tune.py tries a grid and chooses from it, and so does a W&B sweep: "
-            "give its agents src/train.py with split=tune, or run src/tune.py without an agent"
-        )
-    methods = [cfg.method.name] if cfg.methods is None else _choices(cfg, "methods")
-    seeds = list(RELEASED_SEEDS) if cfg.seeds == "released" else _choices(cfg, "seeds")
-    for method in methods:
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
-    jobs = [job for method in methods for job in compose.jobs(cfg, [f"method={method}"])]
-    if any(job.task == "folder" and job.data.test == "none" for job in jobs):
-        raise UserError("src/tune.py makes a table of test accuracies, and data.test=none scores none: take it away")
-    if cfg.dry_run:
-        from visprompt import dryrun  # imported late: it is built on this file
-
-        return dryrun.tune(cfg, methods, seeds)
+    jobs, seeds = asked(cfg)
     check_all(jobs)
     if "debug" in jobs[0].tags:
         raise UserError(
@@ -98,6 +72,38 @@ def tune(cfg: DictConfig) -> float:
     if failed:
         raise UserError("; ".join(failed) + (f" ({len(failed)} runs failed)" if len(failed) > 1 else ""))
     return sum(found.mean for found in cells.values()) / len(cells)
+
+
+def asked(cfg: DictConfig) -> tuple[list[DictConfig], list[int]]:
+    """Return a job for each method and task of a command line, and the seeds of their final runs.
+
+    Raises:
+        UserError: As `tune`, before anything is run.
+    """
+    if compose.in_multirun():
+        raise UserError(
+            "src/tune.py is one command with one table: give methods=[...], tasks=[...] and seeds=[...] instead of -m; "
+            "src/train.py -m split=tune can make the points of its grid beforehand"
+        )
+    if cfg.rerun:
+        raise UserError(
+            "rerun=true, which debug=... sets too, would run the whole grid anew at each call: give another "
+            "paths.log_dir=... instead, and debug src/train.py"
+        )
+    if under_agent():
+        raise UserError(
+            "src/tune.py tries a grid and chooses from it, and so does a W&B sweep: "
+            "give its agents src/train.py with split=tune, or run src/tune.py without an agent"
+        )
+    methods = [cfg.method.name] if cfg.methods is None else _choices(cfg, "methods")
+    seeds = list(RELEASED_SEEDS) if cfg.seeds == "released" else _choices(cfg, "seeds")
+    for method in methods:
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
+    jobs = [job for method in methods for job in compose.jobs(cfg, [f"method={method}"])]
+    if any(job.task == "folder" and job.data.test == "none" for job in jobs):
+        raise UserError("src/tune.py makes a table of test accuracies, and data.test=none scores none: take it away")
+    return jobs, seeds
 
 
 def _check_sets(job: DictConfig) -> None:

@@ -22,7 +22,8 @@ from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.e2vpt import E2VPT
 from visprompt.results import markdown_table
-from visprompt.state import TunedState, hash_tensors, load_state, save_state
+from visprompt.state import TunedState, load_state, save_state
+from visprompt.tensors import hash_tensors
 
 MIN_TOKENS = 1
 MIN_SEGMENTS = 4  # of each token that is left

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from visprompt.data.pixels import in_present_words
 from visprompt.errors import UserError
-from visprompt.records import DamagedRecord, read_record, write_record
+from visprompt.files import DamagedRecord, read_record, write_record
 from visprompt.state import TunedState, load_state, read_checksum
 from visprompt.text import in_markdown
 

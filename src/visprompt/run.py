@@ -22,6 +22,7 @@ from visprompt.backbones.family import Family
 from visprompt.classifier import Classifier
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, unknown
+from visprompt.files import write_atomically
 from visprompt.identity import digest, full_digest, identity_of
 from visprompt.lit.checkpoint import Owner, ResumeCheckpoint
 from visprompt.lit.checks import warn_random
@@ -33,8 +34,8 @@ from visprompt.methods import Method, build_method, check_options
 from visprompt.optim import Recipe
 from visprompt.results import Result, check_same_run, read_result, write_result
 from visprompt.schema import check_record
-from visprompt.state import TunedState, save_state, write_atomically
-from visprompt.terminal import Terminal
+from visprompt.state import TunedState, save_state
+from visprompt.text import Terminal
 
 SPLITS = ("tune", "final")
 console = Terminal()

@@ -9,18 +9,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from visprompt import measure, signals
 from visprompt.errors import UserError
-from visprompt.records import DamagedRecord, read_record
+from visprompt.files import TEMPORARY, DamagedRecord, read_record
 from visprompt.results import Result, load_result
-from visprompt.state import TEMPORARY
-
-if TYPE_CHECKING:
-    from visprompt.lit.checkpoint import Owner
+from visprompt.resume_state import Owner, owner_of
 
 log = logging.getLogger(__name__)
 RESUME = "resume"
@@ -145,13 +141,9 @@ def _begun(folder: Path) -> int | None:
     return owner.attempt if owner and owner.run.startswith(folder.name) else None
 
 
-def _owner(folder: Path) -> "Owner | None":
+def _owner(folder: Path) -> Owner | None:
     state = folder / RESUME / STATE
-    if not state.is_file():
-        return None
-    from visprompt.lit.checkpoint import owner_of  # late: Lightning takes seconds, and a report needs none of it
-
-    return owner_of(state)
+    return owner_of(state) if state.is_file() else None
 
 
 def put_in_place(folder: Path) -> None:

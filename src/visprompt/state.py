@@ -6,30 +6,22 @@ signature: what a file says is checked by `schema` before anything is built of i
 begins with their separator: quotes, escaped twice, would add ten bytes to each of a thousand names.
 """
 
-import glob
-import hashlib
 import json
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from visprompt.data.pixels import in_present_words
 from visprompt.errors import UserError
-from visprompt.leftovers import claimed, sweep
+from visprompt.files import write_atomically
+from visprompt.tensors import hash_tensors
 
 SCHEMA = 1
-# where `write_atomically` writes until a file is complete; in older versions safetensors wrote beside it
-TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}|\.tmp[A-Za-z0-9]{6}")
 _KEY = "visprompt"
 _DIGITS = 64  # of a SHA-256 in hexadecimal
 _MEND = "do not use this file, get it again from whoever tuned it"
@@ -57,56 +49,6 @@ class TunedState:
     preprocessing: Mapping[str, Any]
     backbone: Mapping[str, Any]
     versions: Mapping[str, str]
-
-
-def hash_tensors(tensors: Mapping[str, Tensor], also: str = "") -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
-    digest = hashlib.sha256(also.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the name of the first tensor that holds NaN or infinity, "" where all numbers are finite."""
-    floating = (name for name in sorted(tensors) if tensors[name].is_floating_point())
-    return next((name for name in floating if not tensors[name].isfinite().all()), "")
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file so that it either stands complete under its name or not at all.
-
-    Args:
-        path: The file to write; its folder is made.
-        write: Writes the content to the path it is given.
-
-    Raises:
-        UserError: The file system refuses (full disk, read-only); what stood there before still stands.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent.glob(f".{glob.escape(path.name)}.????????"))
-        place = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))  # safetensors writes two files there
-    except OSError as error:
-        raise _refused(path, error) from error
-    temporary = place / path.name
-    try:
-        with claimed(place):
-            write(temporary)
-            temporary.chmod(0o644)  # safetensors makes files that their owner alone may read
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise _refused(path, error) from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _refused(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot write {path}: {error}; free some space or choose another folder with paths.log_dir=...")
 
 
 def save_state(path: Path, state: TunedState) -> str:

@@ -27,8 +27,7 @@ from visprompt.errors import UserError
 from visprompt.optim import Recipe
 from visprompt.results import Result
 from visprompt.state import TunedState
-from visprompt.terminal import Terminal
-from visprompt.text import visible
+from visprompt.text import Terminal, visible
 
 console = Terminal()
 _MEND = "copy the whole folder of the run again, and do not use it if you do not know who made it"

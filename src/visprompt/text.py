@@ -1,12 +1,18 @@
 """A user's text where it is shown or written: names of folders, classes, files and tasks are never read as markup."""
 
+import logging
 import re
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 # control characters, ends of lines and paragraphs, and what turns the direction of the text behind it
 _CONTROL = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 _UNSEEN = re.compile(f"[{_CONTROL}\ud800-\udc7f\udd00-\udfff\ufffe\uffff]")  # and what UTF-8 or XML cannot write
 _UNSHOWN = re.compile(f"[{_CONTROL}\ud800-\udfff\ufffe\uffff]")  # and how Python holds a byte that is no UTF-8
 _FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")  # what a spreadsheet runs begins with one of them
+_LAYOUT = "\n\t"
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
@@ -50,3 +56,22 @@ def in_markdown(text: str) -> str:
     """Return text on one line of Markdown, in which nothing of it is markup."""
     # an underscore between letters or digits is no markup; $ and ~ are on GitHub
     return re.sub(r"([\\|*`<\[\]&~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", visible(text))
+
+
+class Terminal(Console):
+    """rich's console for a user's text: brackets, `:cat:` and control characters in it are shown as they are."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False} | options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a string, a cell or a title of a table for example, as rich's text."""
+        return super().render_str(visible(text, _LAYOUT), **options)
+
+
+class PlainFormatter(logging.Formatter):
+    """Formats what is logged, without control characters: names of files and classes are in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return visible(super().format(record), _LAYOUT)

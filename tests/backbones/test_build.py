@@ -12,7 +12,7 @@ from visprompt import backbones
 from visprompt.backbones import DEMO, BackboneSpec, build_backbone
 from visprompt.errors import UserError
 from visprompt.methods import build_method
-from visprompt.state import hash_tensors
+from visprompt.tensors import hash_tensors
 
 NAME = "vit_tiny_patch16_224"
 HUB = "vit_base_patch16_224.augreg_in21k"

@@ -22,6 +22,7 @@ from visprompt.backbones.families import family
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods import METHODS, build_method
+from visprompt.methods.merge import merge
 from visprompt.state import TunedState, load_state, save_state
 
 FLOAT32, SIDE, BATCH_NORM = 1e-5, 64, nn.BatchNorm2d
@@ -303,12 +304,12 @@ def test_the_frozen_part_the_16_bits_and_the_merged_model_agree(method, name):
     channels_last = copy.deepcopy(classifier.to(memory_format=torch.channels_last))
     assert relative_error(channels_last(x.to(memory_format=torch.channels_last)), expected) < FLOAT32
     if method in MERGED:
-        merged = classifier.merge()
+        merged = merge(classifier)
         assert type(merged) is type(tiny(name))
         assert relative_error(merged(x), expected) < FLOAT32
     else:
         with pytest.raises(UserError, match="merge"):
-            classifier.merge()
+            merge(classifier)
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet", 48), ("convnext", 64), ("convnext", 72)])
@@ -376,7 +377,7 @@ class Resized(ResNet):
         (lambda: built("partial").frozen(torch.zeros(1, 3, 64, 96)), "square images alone, and these are 64 x 96"),
         (lambda: built("partial").frozen(torch.zeros(1, 3, 32, 128)), "square images alone, and these are 32 x 128"),
         (lambda: built("partial", num_blocks=6), "method.num_blocks=6 does not fit: give 1 to 5, the"),
-        (lambda: built("ssf", "root mean square").merge(), "method ssf does not merge into an RmsNorm, which cannot"),
+        (lambda: merge(built("ssf", "root mean square")), "method ssf does not merge into an RmsNorm, which cannot"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_sentence(build, message):

@@ -18,6 +18,7 @@ from visprompt.backbones.vit import ViT
 from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods import METHODS, Place, build_method
+from visprompt.methods.merge import merge
 
 FLOAT32 = 1e-5
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -264,7 +265,7 @@ def test_every_method_is_near_itself_in_bfloat16_and_without_the_exact_path(meth
 @pytest.mark.parametrize(("method", "name"), MERGING)
 def test_what_merges_is_a_plain_eva(method, name):
     classifier = classifier_on(tiny_eva(name), method).eval()
-    merged = classifier.merge()
+    merged = merge(classifier)
     assert type(merged) is Eva
     assert relative_error(merged(images(3)), classifier(images(3))) < FLOAT32
     again = classifier_on(merged, dropout=0.0)  # with biases both in and beside the joint projection

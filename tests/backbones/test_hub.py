@@ -16,7 +16,7 @@ from tiny import SIZE, tiny_model
 from visprompt.backbones import BackboneSpec, build_backbone, hub
 from visprompt.backbones.hub import hub_file
 from visprompt.errors import UserError
-from visprompt.state import hash_tensors
+from visprompt.tensors import hash_tensors
 
 HUB = "vit_base_patch16_224.augreg_in21k"
 IJEPA = "vit_giant_patch16_gap_224.in22k_ijepa"

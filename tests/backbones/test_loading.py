@@ -15,7 +15,7 @@ from tiny import images, relative_error
 from visprompt.backbones import BackboneSpec, build_backbone, loading
 from visprompt.backbones.loading import load_file
 from visprompt.errors import UserError
-from visprompt.state import hash_tensors
+from visprompt.tensors import hash_tensors
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 TINY = {

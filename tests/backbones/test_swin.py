@@ -19,6 +19,7 @@ from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods import METHODS, build_method
 from visprompt.methods.inits import initialise
+from visprompt.methods.merge import merge
 
 FLOAT32 = 1e-5
 SIZE = {"img_size": 32, "patch_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
@@ -561,7 +562,7 @@ def test_merged_is_a_plain_swin_with_equal_logits(which, name):
     with torch.no_grad():
         for _, parameter in classifier.tuned_parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    merged = classifier.merge()
+    merged = merge(classifier)
     assert type(merged) is SwinTransformer
     assert {type(module) for module in merged.modules()} <= {type(m) for m in tiny_swin(num_classes=2).modules()}
     x = pictures(model, 3)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from visprompt import files
 from visprompt.data import download as module
-from visprompt.data import publish
 from visprompt.data.download import obtain
 from visprompt.data.task import SourceFile
 from visprompt.errors import UserError
-from visprompt.terminal import Terminal
+from visprompt.text import Terminal
 
 BODY = bytes(range(256)) * 12_000  # 3 MB: three chunks
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -385,7 +385,7 @@ def test_a_right_file_in_a_read_only_folder_is_used(site, tmp_path, monkeypatch,
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(module, "FileLock", refuse)
-    monkeypatch.setattr(publish, "FileLock", refuse)
+    monkeypatch.setattr(files, "FileLock", refuse)
     assert get(site.file(), tmp_path, download=False) == SHA
     assert "cannot note in" in caplog.text
     with pytest.raises(UserError, match=r"cannot write other.tar to .*Read-only file system"):

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from visprompt import leftovers
-from visprompt.data.publish import explained, publish
+from visprompt import files
 from visprompt.errors import UserError
-from visprompt.leftovers import claimed
+from visprompt.files import claimed, explained, publish
 
 
 def writer(text):
@@ -203,7 +202,7 @@ def test_where_the_file_system_has_no_locks_the_age_decides(tmp_path, monkeypatc
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(leftovers.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     fresh = left_behind(tmp_path, "x.tmp-0123456789ab", 60)
     growing = left_behind(tmp_path, "x.tmp-1123456789ab", 2 * 3600, file_seconds=60)
     left_behind(tmp_path, "x.tmp-2123456789ab", 2 * 3600)

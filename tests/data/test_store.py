@@ -20,7 +20,7 @@ from visprompt.data.pixels import resize_short_side
 from visprompt.data.store import open_store, read_store
 from visprompt.data.synthetic import write_folder
 from visprompt.errors import UserError
-from visprompt.leftovers import claimed
+from visprompt.files import claimed
 
 NAME = "pets-24"
 

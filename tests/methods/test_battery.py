@@ -21,6 +21,7 @@ from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods import METHODS, build_method
 from visprompt.methods.base import Wrapped
+from visprompt.methods.merge import merge
 from visprompt.state import TunedState, load_state, save_state
 
 BACKBONES = {
@@ -208,7 +209,7 @@ def test_the_public_call_needs_no_more_than_names(name):
     other.load_tuned_state(classifier.tuned_state())
     assert torch.equal(other.eval()(images()), classifier.eval()(images()))
     if classifier.method.can_merge:
-        merged = classifier.merge()
+        merged = merge(classifier)
         assert type(merged) is type(model)
         assert relative_error(merged(images()), classifier(images())) < 1e-5
     assert plain.shape == (2, 32)
@@ -243,7 +244,7 @@ def test_a_model_in_which_a_method_lives_is_refused_until_it_is_merged(name, par
     with pytest.raises(UserError, match=message):
         visprompt.build(model, "vpt_deep", 3)
     if first.method.can_merge:
-        assert visprompt.build(first.merge(), "vpt_deep", 3)(images()).shape == (2, 3)
+        assert visprompt.build(merge(first), "vpt_deep", 3)(images()).shape == (2, 3)
 
 
 def test_a_model_that_sees_further_channels_is_refused():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tiny import relative_error
 from visprompt.methods import METHODS
 from visprompt.methods.describe import MEMBERS, attempt, refusal
+from visprompt.methods.merge import merge
 
 PIXELS = {"location": "pad", "depth": 1, "dropout": 0.0}  # what is left of VPT where there are no tokens
 BY_PIXELS = {"vpt_shallow", "vpt_deep", "vpt_shallow_bias", "vpt_deep_bias"}
@@ -99,7 +100,7 @@ def test_merged_is_a_plain_model_with_equal_logits(method, family):
     with torch.no_grad():
         for name, parameter in classifier.tuned_parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    merged = classifier.merge()
+    merged = merge(classifier)
     side = classifier.backbone.image_size
     x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
     assert type(merged) is type(classifier.backbone.model)

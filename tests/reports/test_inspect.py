@@ -16,7 +16,8 @@ from visprompt import run
 from visprompt.data import demo, synthetic
 from visprompt.errors import UserError
 from visprompt.reports import inspect
-from visprompt.state import hash_tensors, load_state, save_state
+from visprompt.state import load_state, save_state
+from visprompt.tensors import hash_tensors
 
 pytestmark = frozen
 RUNS = {

@@ -14,8 +14,9 @@ from tiny import RECORD
 from visprompt import run
 from visprompt.errors import UserError
 from visprompt.results import load_result
-from visprompt.state import hash_tensors, load_state
+from visprompt.state import load_state
 from visprompt.stored import job_of
+from visprompt.tensors import hash_tensors
 
 pytestmark = frozen
 bounded = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

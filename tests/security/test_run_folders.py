@@ -11,7 +11,7 @@ from cli import ROOT, call, composed, content, frozen, tiny_run
 from visprompt import inference, run
 from visprompt.data import synthetic
 from visprompt.errors import UserError
-from visprompt.records import write_record
+from visprompt.files import write_record
 from visprompt.reports import inspect
 
 pytestmark = frozen

@@ -13,7 +13,8 @@ from tiny import RECORD
 from visprompt import prediction
 from visprompt.data import synthetic
 from visprompt.errors import UserError
-from visprompt.state import TunedState, hash_tensors, load_state, save_state
+from visprompt.state import TunedState, load_state, save_state
+from visprompt.tensors import hash_tensors
 
 TENSORS = {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}
 MEND = "do not use this file, get it again from whoever tuned it$"

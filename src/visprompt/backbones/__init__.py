@@ -16,7 +16,7 @@ from visprompt.backbones.hub import hub_file
 from visprompt.backbones.loading import find_file, load_file
 from visprompt.backbones.options import check_kwargs
 from visprompt.errors import UserError, reason, unknown
-from visprompt.state import hash_tensors
+from visprompt.tensors import hash_tensors
 
 DEMO = "vit64_tiny_imagenet_100"
 FINAL_NORMS = ("trained", "fresh")

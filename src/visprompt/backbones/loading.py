@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from visprompt.backbones.flax import read_npz
 from visprompt.backbones.transformers_layouts import check_activation, to_timm
 from visprompt.errors import UserError
-from visprompt.state import hash_tensors
+from visprompt.tensors import hash_tensors
 
 # files that are in no hub of timm's, by the names they are published under
 PUBLISHED = {

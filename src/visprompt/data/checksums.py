@@ -15,7 +15,7 @@ from hashlib import file_digest
 from pathlib import Path
 
 from visprompt.errors import UserError
-from visprompt.state import write_atomically
+from visprompt.files import write_atomically
 
 UNREADABLE = "unreadable"
 """In place of the checksum of a file that cannot be read; decoding says why."""

@@ -25,10 +25,10 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from visprompt.data.publish import alone
 from visprompt.data.task import SourceFile, in_bytes
 from visprompt.errors import UserError
-from visprompt.terminal import Terminal
+from visprompt.files import alone
+from visprompt.text import Terminal
 
 PAUSES = (1.0, 5.0, 15.0)
 """Seconds before each new try on a connection that broke without a new byte; after the last one the next url follows"""

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from visprompt.data.mapped import checksums
-from visprompt.data.publish import alone
 from visprompt.errors import UserError
-from visprompt.records import DamagedRecord, read_record, record_text
+from visprompt.files import DamagedRecord, alone, read_record, record_text
 
 _LATER = frozenset({"chunks", "made_for"})  # what stores of older versions lack, with the digest
 _log = logging.getLogger(__name__)

@@ -18,15 +18,14 @@ from visprompt.data.folder import BadImage, ImageFolder
 from visprompt.data.manifest import adopt
 from visprompt.data.pixels import squash
 from visprompt.data.plan import Plan, find_ragged, find_square
-from visprompt.data.publish import alone, explained, publish
 from visprompt.data.sources import list_images, open_source
 from visprompt.data.splits import md5_order
 from visprompt.data.square import Selection, SquareStore, write_square
 from visprompt.data.store import RaggedStore, open_store
 from visprompt.data.task import TaskSpec
 from visprompt.errors import UserError
-from visprompt.terminal import Terminal
-from visprompt.text import visible
+from visprompt.files import alone, explained, publish
+from visprompt.text import Terminal, visible
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()

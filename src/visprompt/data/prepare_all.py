@@ -17,7 +17,7 @@ from visprompt.data.square import SquareStore
 from visprompt.data.store import RaggedStore
 from visprompt.data.task import SourceFile, in_bytes
 from visprompt.errors import UserError
-from visprompt.terminal import Terminal
+from visprompt.text import Terminal
 
 console = Terminal()
 

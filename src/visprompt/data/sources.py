@@ -11,12 +11,12 @@ from visprompt.data.folder import ImageFolder
 from visprompt.data.hf import hub
 from visprompt.data.plan import Plan, has_json
 from visprompt.data.prepared import prepared
-from visprompt.data.publish import alone, explained, publish
 from visprompt.data.raw.archive import unpack, unpacked
 from visprompt.data.raw.fgvc import fgvc, fgvc_root
 from visprompt.data.raw.readers import READERS
 from visprompt.data.task import SourceFile, in_bytes
 from visprompt.errors import UserError
+from visprompt.files import alone, explained, publish
 
 CIRCULATED = SourceFile(
     name="vtab-1k.zip",

@@ -25,7 +25,7 @@ from visprompt.data.folder import BadImage
 from visprompt.data.manifest import check_size, read_manifest, write_manifest
 from visprompt.data.mapped import MappedFile
 from visprompt.errors import UserError
-from visprompt.records import DamagedRecord
+from visprompt.files import DamagedRecord
 
 SCHEMA = 1
 _NAMES = frozenset({"schema", "shape", "sets", "labels", "images", "record", "keys"})

@@ -22,9 +22,8 @@ from visprompt.data.folder import BadImage, ImageFolder, Item, decode
 from visprompt.data.manifest import adopt, check_place, check_size, read_manifest, whole, write_manifest
 from visprompt.data.mapped import MappedFile
 from visprompt.data.pixels import resize_short_side
-from visprompt.data.publish import publish
 from visprompt.errors import UserError
-from visprompt.records import DamagedRecord
+from visprompt.files import DamagedRecord, publish
 
 SCHEMA = 2
 _NAMES = frozenset({"schema", "fingerprint", "class_names", "origin", "images", "bad"})

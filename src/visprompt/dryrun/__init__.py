@@ -22,10 +22,10 @@ from visprompt.data.task import in_bytes
 from visprompt.dryrun.needs import Needs, offline
 from visprompt.dryrun.pace import PATIENCE, Pace, measure_pace, state_bytes
 from visprompt.errors import UserError
-from visprompt.loop import Outcome, local_devices
+from visprompt.loop import Outcome, check_sweeper, local_devices
 from visprompt.results import Result, read_result
 from visprompt.run import build_classifier, make_recipe, prepare
-from visprompt.terminal import Terminal
+from visprompt.text import Terminal
 
 console = Terminal()
 _BESIDE = 20_000  # bytes of config, curve and result beside a tuned state
@@ -57,6 +57,7 @@ def train(cfg: DictConfig) -> float:
     Raises:
         UserError: Runs could not begin, for a reason other than missing files.
     """
+    check_sweeper(cfg)
     found = DryRun()
     with offline():
         for job in compose.jobs(cfg):
@@ -65,13 +66,11 @@ def train(cfg: DictConfig) -> float:
     return found.say()
 
 
-def tune(cfg: DictConfig, methods: Sequence[str], seeds: Sequence[int]) -> float:
+def tune(cfg: DictConfig) -> float:
     """Says what `tune.py` would do with a command line.
 
     Args:
         cfg: What `@hydra.main` composed.
-        methods: Methods of the table.
-        seeds: Seeds of the final runs.
 
     Returns:
         nan: nothing is scored.
@@ -79,12 +78,12 @@ def tune(cfg: DictConfig, methods: Sequence[str], seeds: Sequence[int]) -> float
     Raises:
         UserError: As `train`.
     """
+    jobs, seeds = protocol.asked(cfg)
     found = DryRun()
     with offline():
-        for method in methods:
-            for job in compose.jobs(cfg, [f"method={method}"]):
-                with found.line(job):
-                    found.add_protocol(job, seeds)
+        for job in jobs:
+            with found.line(job):
+                found.add_protocol(job, seeds)
     return found.say()
 
 

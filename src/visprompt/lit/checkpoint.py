@@ -1,129 +1,39 @@
-"""Resume state without pickle: tensors as safetensors, everything else as JSON in the same file."""
+"""What Lightning calls to keep a run's resume state: an IO plugin without pickle, and the callback that writes."""
 
 import csv
 import io
-import json
 import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from visprompt.errors import UserError
+from visprompt.files import write_atomically
+from visprompt.resume_state import Owner, read_checkpoint, write_checkpoint
 from visprompt.run_folder import STATE
-from visprompt.state import hash_tensors, not_finite, write_atomically
-
-_KEY = "visprompt.resume"
-_DIGITS = 64  # of a SHA-256 in hexadecimal
-
-
-def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Replaces tensors by references, and dicts and tuples by forms that JSON gives back unchanged."""
-    if isinstance(value, torch.Tensor):
-        # a copy, because two entries may share memory; safetensors takes contiguous ones only
-        tensors[str(len(tensors))] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"tensor": str(len(tensors) - 1)}
-    if isinstance(value, dict):
-        return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [_pack(v, tensors) for v in value]}
-    if isinstance(value, list):
-        return [_pack(v, tensors) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"resume state holds a {type(value).__name__}, which is neither a tensor nor plain data")
-
-
-def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Undoes `_pack`."""
-    if isinstance(value, list):
-        return [_unpack(v, tensors) for v in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "tuple":
-        return tuple(_unpack(v, tensors) for v in content)
-    return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
+from visprompt.tensors import not_finite
 
 
 class SafetensorsIO(CheckpointIO):
-    """Lightning checkpoints as one safetensors file each, written atomically."""
+    """Lightning checkpoints as one safetensors file each, see `resume_state`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint of tensors and plain data.
-
-        Args:
-            checkpoint: The tree to keep.
-            path: The file.
-            storage_options: Not used.
-
-        Raises:
-            TypeError: It holds something that is neither a tensor nor plain data.
-        """
-        tensors: dict[str, torch.Tensor] = {}
-        text = json.dumps(_pack(checkpoint, tensors))
-        tensors |= {"": torch.empty(0)} if not tensors else {}
-        meta = {_KEY: hash_tensors(tensors, also=text) + text}
-        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=meta))
+        """Write a checkpoint."""
+        write_checkpoint(checkpoint, Path(path))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint, its tensors on the CPU.
-
-        Raises:
-            UserError: The file is not readable, or damaged.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-                stored = (file.metadata() or {})[_KEY]
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is not a readable resume state: delete it to start over") from error
-        checksum, text = stored[:_DIGITS], stored[_DIGITS:]
-        if hash_tensors(tensors, also=text) != checksum:
-            raise UserError(f"{path} is damaged, its checksum differs: delete it to start over")
-        checkpoint: dict[str, Any] = _unpack(json.loads(text), tensors)
-        return checkpoint
+        """Read a checkpoint, its tensors on the CPU."""
+        return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Deletes a checkpoint."""
+        """Delete a checkpoint."""
         Path(path).unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The attempt of a run that a resume state belongs to.
-
-    Attributes:
-        run: sha256 (hex) of the run's whole identity, of which the folder's name is the beginning.
-        seed: Seed of the run; part of the identity, kept for messages.
-        attempt: 0, and one more for each `rerun=true` that was completed before.
-    """
-
-    run: str
-    seed: int
-    attempt: int
-
-
-def owner_of(path: Path) -> Owner | None:
-    """Returns whose resume state a file is, by its header alone; None where that cannot be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {})[_KEY][_DIGITS:]
-        checkpoint = _unpack(json.loads(text), defaultdict(lambda: torch.empty(0)))
-        return Owner(**checkpoint["callbacks"][ResumeCheckpoint.__qualname__]["owner"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 class ResumeCheckpoint(Checkpoint):
@@ -168,7 +78,7 @@ class ResumeCheckpoint(Checkpoint):
         self.owner = owner
         if not self.path.is_file():
             return None
-        checkpoint = SafetensorsIO().load_checkpoint(self.path)
+        checkpoint = read_checkpoint(self.path)
         if trouble := _trouble(checkpoint, self.state_key, owner):
             raise UserError(f"{self.path} {trouble}: delete it to start over")
         return self.path

@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from visprompt.errors import UserError
+from visprompt.files import write_atomically
 from visprompt.optim import param_groups, warmup_cosine
-from visprompt.state import write_atomically
 
 METADATA_KEY = "visprompt"
 

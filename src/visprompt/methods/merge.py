@@ -1,18 +1,16 @@
 """From a tuned classifier back to a plain timm model with the same logits."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from visprompt.classifier import Classifier
 from visprompt.errors import UserError
 from visprompt.methods.base import Wrapped
 
-if TYPE_CHECKING:  # the classifier's own module may import this one
-    from visprompt.classifier import Classifier
 
-
-def merge(classifier: "Classifier") -> nn.Module:
+def merge(classifier: Classifier) -> nn.Module:
     """Builds the plain model that a classifier is equal to.
 
     Args:

@@ -19,8 +19,7 @@ from visprompt.reports.page import Picture, page
 from visprompt.reports.published import all_published
 from visprompt.reports.render import LATEX_PACKAGES, csv_text, latex, markdown
 from visprompt.results import open_result
-from visprompt.terminal import Terminal
-from visprompt.text import in_markdown
+from visprompt.text import Terminal, in_markdown
 
 if TYPE_CHECKING:
     from visprompt.reports.closeups import Closeups
