@@ -62,7 +62,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     write_all(folder / "logs")
     with composing():
-        cfg = compose("report", [f"runs={folder / 'logs'}", f"output={folder / 'report'}", "formats=[markdown,csv,latex]"])
+        places = (f"runs={folder / 'logs'}", f"output={folder / 'report'}")
+        cfg = compose("report", [*places, "formats=[markdown,csv,latex]"])
     output = report(cfg)
     texts = [path for path in output.rglob("*") if path.suffix in (".md", ".csv", ".tex")]
     return {path.relative_to(output).as_posix(): settled(path.read_text(), folder) for path in sorted(texts)}
