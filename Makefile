@@ -53,8 +53,8 @@ report: $(STAMP)  ## the protocol and an ablation on the demo, then a page of ta
 	$(RUN) src/report.py inspect=auto $(ARGS)
 
 docs: $(STAMP)  ## the generated pages: docs/datasets.md, docs/methods-by-backbones.md
-	$(RUN) -m visprompt.data.describe > docs/datasets.md
-	$(RUN) -m visprompt.methods.describe > docs/methods-by-backbones.md
+	$(RUN) -m visprompt.data.catalog.describe > docs/datasets.md
+	$(RUN) -m visprompt.models.methods.describe > docs/methods-by-backbones.md
 
 setup: $(STAMP)  ## only the environment, .venv, from the hashes in uv.lock; uv itself goes to .uv
 	@:

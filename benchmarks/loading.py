@@ -26,10 +26,10 @@ from torch import Generator
 from torch.utils.data import DataLoader
 
 from measuring import machine
-from visprompt.data.batches import GlobalBatches
-from visprompt.data.dataset import SquareDataset, as_is
-from visprompt.data.manifest import write_manifest
-from visprompt.data.square import SCHEMA, SquareStore, read_square
+from visprompt.data.datasets import SquareDataset, as_is
+from visprompt.data.sampler import GlobalBatches
+from visprompt.data.stores.manifest import write_manifest
+from visprompt.data.stores.square import SCHEMA, SquareStore, read_square
 from visprompt.errors import UserError
 
 SIZE = 224

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from visprompt.measure import git_commit, versions
+from visprompt.runs.environment import git_commit, versions
 
 
 def milliseconds(step: Callable[[], object], device: str) -> float:

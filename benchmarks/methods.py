@@ -22,14 +22,15 @@ from typing import Any
 from omegaconf import DictConfig
 
 from measuring import added_mib, machine, milliseconds
-from visprompt import chain, compose, pruning
-from visprompt.dryrun.pace import Bench
 from visprompt.errors import UserError
-from visprompt.loop import run_all
-from visprompt.methods import METHODS
-from visprompt.protocol import tune_one
-from visprompt.results import Result, cell, markdown_table
-from visprompt.run import build_classifier, prepare
+from visprompt.models.methods import METHODS
+from visprompt.runs import compose
+from visprompt.runs.result import Result, cell, markdown_table
+from visprompt.runs.run import build_classifier, prepare
+from visprompt.runs.run_all import run_all
+from visprompt.tuning import pruning, pruning_chain
+from visprompt.tuning.dry_run.pace import Bench
+from visprompt.tuning.protocol import tune_one
 
 BESIDE = "full"  # the method whose step is 1
 HEADER = (
@@ -54,7 +55,7 @@ def make_job(method: str, words: Sequence[str]) -> DictConfig:
 def make_step(method: str, options: Mapping[str, Any], words: Sequence[str], device: str) -> Callable[[], None]:
     """A training step of a method with options of a run."""
     changes = {f"method.{name}": value for name, value in options.items() if name != "weights"}  # a hash, not a place
-    job = chain.vary(make_job(method, words), changes)
+    job = pruning_chain.vary(make_job(method, words), changes)
     run = prepare(job)
     classifier = build_classifier(job, run.backbone, run.datamodule.num_classes).to(device)
     return Bench(job, classifier, run.datamodule.augments).step(job.recipe.batch_size)

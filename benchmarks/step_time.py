@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from measuring import added_mib, machine, milliseconds
-from visprompt.backbones import DEMO, BackboneSpec, build_backbone
-from visprompt.backbones.vit import ViT
-from visprompt.classifier import Classifier
 from visprompt.errors import UserError
-from visprompt.methods import build_method
-from visprompt.methods.baselines import Linear
+from visprompt.models.backbones import DEMO, BackboneSpec, build_backbone
+from visprompt.models.backbones.vit import ViT
+from visprompt.models.classifier import Classifier
+from visprompt.models.methods import build_method
+from visprompt.models.methods.baselines import Linear
 
 CLASSES = 100
 WAYS = ("exact", "carried", "promptless")

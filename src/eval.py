@@ -1,6 +1,6 @@
 """Scores a saved state on its test set: `python src/eval.py run=logs/<task>/<method>/<hash>`."""
 
-from visprompt import signals
+from visprompt.runs import signals
 
 if __name__ == "__main__":
     signals.install()  # before the imports below, which take seconds
@@ -8,19 +8,19 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig
 
-from visprompt.cli import check_words, one_sentence_errors
-from visprompt.paths import expand_paths
+from visprompt.runs.cli import check_words, one_sentence_errors
+from visprompt.runs.paths import expand_paths
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval")
 def main(cfg: DictConfig) -> float:
     """Returns test/acc."""
     with one_sentence_errors():
-        from visprompt import inference  # imported late: a wrong word is said before torch is loaded
+        from visprompt.runs import evaluate  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
         expand_paths(cfg)
-        return inference.evaluate(cfg)
+        return evaluate.evaluate(cfg)
 
 
 if __name__ == "__main__":

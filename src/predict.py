@@ -1,6 +1,6 @@
 """Labels a folder of images: `python src/predict.py state=logs/<task>/<method>/<hash> images=FOLDER`."""
 
-from visprompt import signals
+from visprompt.runs import signals
 
 if __name__ == "__main__":
     signals.install()  # before the imports below, which take seconds
@@ -8,15 +8,15 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig
 
-from visprompt.cli import check_words, one_sentence_errors
-from visprompt.paths import expand_paths
+from visprompt.runs.cli import check_words, one_sentence_errors
+from visprompt.runs.paths import expand_paths
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="predict")
 def main(cfg: DictConfig) -> None:
     """Writes predictions.csv."""
     with one_sentence_errors():
-        from visprompt.prediction import predict  # imported late: a wrong word is said before torch is loaded
+        from visprompt.runs.predict import predict  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
         expand_paths(cfg)

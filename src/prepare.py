@@ -1,6 +1,6 @@
 """Downloads, verifies and decodes datasets, once: `python src/prepare.py tasks=vtab_natural`."""
 
-from visprompt import signals
+from visprompt.runs import signals
 
 if __name__ == "__main__":
     signals.install()  # before the imports below, which take seconds
@@ -8,16 +8,16 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig
 
-from visprompt.cli import check_words, one_sentence_errors
-from visprompt.paths import expand_paths
+from visprompt.runs.cli import check_words, one_sentence_errors
+from visprompt.runs.paths import expand_paths
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="prepare")
 def main(cfg: DictConfig) -> None:
     """Prepares the tasks of a command line, or says what is missing of them."""
     with one_sentence_errors():
-        from visprompt.compose import plans  # imported late: a wrong word is said before torch is loaded
-        from visprompt.data.prepare_all import prepare_all, verify_all
+        from visprompt.data.stores.prepare_all import prepare_all, verify_all
+        from visprompt.runs.compose import plans  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
         expand_paths(cfg)

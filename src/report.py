@@ -1,6 +1,6 @@
 """Tables, tests, figures and a page of all runs below a folder: `python src/report.py runs=logs`."""
 
-from visprompt import signals
+from visprompt.runs import signals
 
 if __name__ == "__main__":
     signals.install()  # before the imports below, which take seconds
@@ -8,8 +8,8 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig
 
-from visprompt.cli import check_words, one_sentence_errors
-from visprompt.paths import expand_paths
+from visprompt.runs.cli import check_words, one_sentence_errors
+from visprompt.runs.paths import expand_paths
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="report")

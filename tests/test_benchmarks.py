@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cli import frozen
-from visprompt import compose
-from visprompt.api import build
-from visprompt.methods import METHODS
+from helpers.cli import frozen
+from visprompt.models.api import build
+from visprompt.models.methods import METHODS
+from visprompt.runs import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--backbone", "test_vit", "--batch", "4", "--pairs", "1", "--lengths", "1", "50"]

@@ -6,13 +6,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from cli import ROOT, composed, frozen, tiny
-from visprompt import compose, run
+from helpers.cli import ROOT, composed, frozen, tiny
 from visprompt.data import catalog
 from visprompt.data.catalog import SUITES, TASKS
-from visprompt.lit.module import TuningModule
-from visprompt.methods import METHODS
-from visprompt.protocol import grid_points
+from visprompt.models.methods import METHODS
+from visprompt.models.tuning_module import TuningModule
+from visprompt.runs import compose, run
+from visprompt.tuning.protocol import grid_points
 
 CONFIGS = ROOT / "configs"
 GROUPS = ("backbone", "callbacks", "data", "debug", "logger", "method", "trainer")  # a method takes its recipe

@@ -11,13 +11,12 @@ import yaml
 from hydra import compose
 from omegaconf import OmegaConf
 
-from visprompt import methods
-from visprompt.backbones import BackboneSpec, build_backbone
-from visprompt.classifier import Classifier
-from visprompt.compose import composing
-from visprompt.data import describe
-from visprompt.data.catalog import TASKS
-from visprompt.methods import describe as pairs
+from visprompt.data.catalog import TASKS, describe
+from visprompt.models import methods
+from visprompt.models.backbones import BackboneSpec, build_backbone
+from visprompt.models.classifier import Classifier
+from visprompt.models.methods import describe as pairs
+from visprompt.runs.compose import composing
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

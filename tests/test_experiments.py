@@ -15,15 +15,16 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from cli import ROOT, call, command, composed, tiny
+from helpers.cli import ROOT, call, command, composed, tiny
 from test_datasets_cli import MAIN
-from visprompt import chain, cli, compose
 from visprompt.data.catalog import SUITES
 from visprompt.errors import UserError
-from visprompt.methods import METHODS
-from visprompt.protocol import grid_points
+from visprompt.models.methods import METHODS
 from visprompt.reports.published import contents, published
-from visprompt.results import read_result
+from visprompt.runs import cli, compose
+from visprompt.runs.result import read_result
+from visprompt.tuning import pruning_chain
+from visprompt.tuning.protocol import grid_points
 
 EXPERIMENTS = ROOT / "configs" / "experiment"
 BENCHMARKS = ("vtab_natural", "vtab_specialized", "vtab_structured", "vtab_all", "fgvc")
@@ -106,7 +107,7 @@ def test_parts_of_e2vpt_are_runs_of_their_own(name):
         10,
         PARTS[name].get("num_kv_tokens", 5),
     )
-    trainings = len(chain.prune_points(job)) + 1 if chain.prunes(job) else 1
+    trainings = len(pruning_chain.prune_points(job)) + 1 if pruning_chain.prunes(job) else 1
     assert trainings == (11 if "eleven trainings" in header["time"] else 1)
 
 
@@ -212,8 +213,8 @@ def test_grid_paper_prunes_9_by_9_and_of_equal_masks_one_run_is_made(task, diffe
     with compose.composing():
         job = compose.job("tune", [f"data={task}", "method=e2vpt", "grid=paper"])
     assert len(job.method.prune_tokens) * len(job.method.prune_segments) == 81
-    points = set(chain.prune_points(job))
-    assert len(points) == len(chain.prune_points(job))
+    points = set(pruning_chain.prune_points(job))
+    assert len(points) == len(pruning_chain.prune_points(job))
     assert len({point for point in points if point.kept_segments < 16}) == different
 
 

@@ -7,9 +7,10 @@ import subprocess
 import pytest
 from PIL import Image
 
-from cli import ROOT, call, composed, frozen, tiny
-from visprompt import compose, dryrun
-from visprompt.dryrun.pace import Pace
+from helpers.cli import ROOT, call, composed, frozen, tiny
+from visprompt.runs import compose
+from visprompt.tuning import dry_run
+from visprompt.tuning.dry_run.pace import Pace
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks" / "README.md"]
 SHOWN = [
@@ -54,11 +55,11 @@ def trains():
 
 @pytest.mark.parametrize("line", list(trains()))
 def test_what_trains_composes_and_is_counted(line, folder, monkeypatch, capsys):
-    monkeypatch.setattr(dryrun, "measure_pace", lambda *_: Pace(device="a machine", step=1.0, image=0.01, kept=0.01))
+    monkeypatch.setattr(dry_run, "measure_pace", lambda *_: Pace(device="a machine", step=1.0, image=0.01, kept=0.01))
     script = "train" if "src/train.py" in line else "tune"
     paths = [f"paths.{name}={folder / 'new'}" for name in ("log_dir", "data_dir")]
     with composed(script, *arguments(line, folder), *paths, "dry_run=true") as cfg:
-        getattr(dryrun, script)(cfg)
+        getattr(dry_run, script)(cfg)
     printed = capsys.readouterr().out
     assert "time left" in printed
     assert not (folder / "new").exists()
@@ -68,12 +69,6 @@ def test_what_trains_composes_and_is_counted(line, folder, monkeypatch, capsys):
 def test_what_prepares_is_planned(line, folder):
     with composed("prepare", *arguments(line, folder)) as cfg:
         assert compose.plans(cfg)
-
-
-@pytest.mark.parametrize("line", shown("python src/pretrain.py"))
-def test_what_pretrains_composes(line, folder):
-    with composed("pretrain", *arguments(line, folder)) as cfg:
-        assert cfg.output
 
 
 @frozen

@@ -24,25 +24,9 @@ TOP_LEVEL = {
 }
 # The only modules that may import Lightning, Hydra, OmegaConf or W&B.
 SHELL = {
-    "lit",
-    "data/datamodule.py",
-    "data/modules.py",
-    "data/vtab.py",
-    "data/fgvc.py",
-    "chain.py",
-    "cli",
-    "paths.py",
-    "compose.py",
-    "identity.py",
-    "recipe_rows.py",
-    "settings.py",
-    "run.py",
-    "stored.py",
-    "loop.py",
-    "protocol.py",
-    "inference.py",
-    "dryrun",
-    "reports",
+    *("models/tuning_module.py", "data/datamodule.py", "data/ragged_datamodule.py", "data/vtab_datamodule.py"),
+    *("data/fgvc_datamodule.py", "data/folder_datamodule.py", "data/digits_datamodule.py"),
+    *("runs", "tuning", "reports"),
 }
 BLOCKED = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb")
 
@@ -174,7 +158,7 @@ def test_ignored_patterns_hide_results_and_nothing_of_the_source():
         "src/visprompt/data/new.py",
         "configs/data/new.yaml",
         "tests/data/test_new.py",
-        "src/visprompt/lit/logs/new.py",
+        "src/visprompt/runs/logs/new.py",
     ]
     kept = ["data/.gitkeep", "logs/.gitkeep", "configs/local/.gitkeep"]
     hidden = [
@@ -201,10 +185,10 @@ def test_the_core_imports_without_lightning_hydra_and_wandb():
     names = [".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__") for path in core]
     assert {
         "visprompt.data.catalog",
-        "visprompt.data.dataset",
-        "visprompt.classifier",
-        "visprompt.state",
-        "visprompt.optim",
+        "visprompt.data.datasets",
+        "visprompt.models.classifier",
+        "visprompt.models.tuned_state",
+        "visprompt.models.optim",
     } <= {*names}
     program = (
         f"import importlib, sys\nsys.modules.update(dict.fromkeys({BLOCKED}))\n"

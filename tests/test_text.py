@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from names import NASTY
-from reports.written_runs import result
-from visprompt import loop
-from visprompt.cli import one_sentence_errors
+from helpers.names import NASTY
+from helpers.written_runs import result
 from visprompt.errors import UserError
-from visprompt.results import markdown_table
+from visprompt.runs import run_all
+from visprompt.runs.cli import one_sentence_errors
+from visprompt.runs.result import markdown_table
 from visprompt.text import PlainFormatter, Terminal, csv_cell, in_markdown, visible
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,9 +132,9 @@ def test_one_console_prints_everything():
 
 @pytest.mark.parametrize("name", ["birds [v2]", "a[/b]", ":cat:", "$x$"])
 def test_a_run_s_table_shows_its_folder_and_names_as_they_are(name, capsys, monkeypatch):
-    monkeypatch.setattr(loop.console, "_width", 400)
+    monkeypatch.setattr(run_all.console, "_width", 400)
     folder = Path("/logs") / name / "linear" / "0123"
-    loop.show(result(name), SimpleNamespace(folder=folder))
+    run_all.show(result(name), SimpleNamespace(folder=folder))
     printed = capsys.readouterr().out
     assert f"{name}, linear, split=final, seed=42" in printed
     assert printed.endswith(f"folder: {folder}\n")

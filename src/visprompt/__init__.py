@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visprompt.api import build
-    from visprompt.methods.merge import merge
+    from visprompt.models.api import build
+    from visprompt.models.merge import merge
 
 __all__ = ["build", "merge"]
-_HOMES = {"build": "api", "merge": "methods.merge"}
+_HOMES = {"build": "models.api", "merge": "models.merge"}
 
 
 def __getattr__(name: str) -> Any:  # torch and timm take seconds: entry points say a wrong word before they are loaded

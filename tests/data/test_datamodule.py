@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from visprompt.data.batches import GlobalBatches
-from visprompt.data.dataset import Batch
-from visprompt.data.demo import compose
-from visprompt.data.modules import DigitsLocDataModule
+from visprompt.data.datasets import Batch
+from visprompt.data.digits_datamodule import DigitsLocDataModule
+from visprompt.data.sampler import GlobalBatches
+from visprompt.data.sources.digits import compose
 from visprompt.errors import UserError
 
 GIVEN = {"batch_size": 64, "split": "final", "seed": 42, "image_size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}

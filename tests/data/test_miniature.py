@@ -6,21 +6,27 @@ import numpy as np
 import pytest
 import torch
 
-from resizing import tensorflow
-from visprompt.data import catalog, fgvc, prepare, vtab
+from helpers.miniatures import miniature
+from helpers.miniatures.natural import tar_bytes
+from helpers.resizing import tensorflow
+from visprompt.data import catalog, fgvc_datamodule, vtab_datamodule
 from visprompt.data.catalog import SUITES, TASKS
-from visprompt.data.plan import Plan
-from visprompt.data.prepare import prepare_ragged, prepare_square
-from visprompt.data.prepare_all import verify_all
-from visprompt.data.raw.archive import members
-from visprompt.data.raw.readers import READERS
-from visprompt.data.synthetic import miniature
-from visprompt.data.synthetic.natural import tar_bytes
+from visprompt.data.sources.archive import members
+from visprompt.data.sources.readers import READERS
+from visprompt.data.stores import prepare
+from visprompt.data.stores.plan import Plan
+from visprompt.data.stores.prepare import prepare_ragged, prepare_square
+from visprompt.data.stores.prepare_all import verify_all
 from visprompt.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VTAB = [TASKS[task] for task in SUITES["vtab_all"]]
-MODULES = {m.task: m for file in (vtab, fgvc) for m in vars(file).values() if isinstance(getattr(m, "task", None), str)}
+MODULES = {
+    m.task: m
+    for file in (vtab_datamodule, fgvc_datamodule)
+    for m in vars(file).values()
+    if isinstance(getattr(m, "task", None), str)
+}
 CASES = [(spec.id, source) for spec in VTAB for source in ("raw", "prepared", *(["hf"] if spec.mirror else []))]
 
 

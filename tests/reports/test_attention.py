@@ -8,11 +8,11 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import ParallelScalingBlock
 
-from tiny import NUM_CLASSES, NUM_IMAGE, SIZE, images, relative_error, tiny_classifier, tiny_model
-from visprompt.backbones.families import family
-from visprompt.classifier import Classifier
+from helpers.tiny import NUM_CLASSES, NUM_IMAGE, SIZE, images, relative_error, tiny_classifier, tiny_model
 from visprompt.errors import UserError
-from visprompt.methods import build_method
+from visprompt.models.backbones.families import family
+from visprompt.models.classifier import Classifier
+from visprompt.models.methods import build_method
 from visprompt.reports.attention import last_attention
 
 FLOAT32 = 1e-5

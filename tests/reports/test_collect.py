@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from written_runs import CROPPED, PREPROCESSING, RECIPE, result, write
 
+from helpers.written_runs import CROPPED, PREPROCESSING, RECIPE, result, write
 from visprompt.errors import UserError
 from visprompt.reports.collect import LeftOut, diverged, grids, read_runs, rows, survey
 from visprompt.reports.runs import Run

@@ -2,8 +2,7 @@
 
 from datetime import UTC, datetime
 
-from written_runs import result, write
-
+from helpers.written_runs import result, write
 from visprompt.data.catalog import SUITES
 from visprompt.reports.collect import survey
 from visprompt.reports.contents import contents

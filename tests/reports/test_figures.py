@@ -11,8 +11,8 @@ import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
-from written_runs import result, write
 
+from helpers.written_runs import result, write
 from visprompt.reports import figures, pictures
 from visprompt.reports.charts import Chart, Line, Point, front, in_parts
 from visprompt.reports.collect import grids, rows

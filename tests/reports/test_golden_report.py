@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from hydra import compose
-from written_runs import CROPPED, result, write
 
-from visprompt.compose import composing
+from helpers.written_runs import CROPPED, result, write
 from visprompt.data.catalog import SUITES
 from visprompt.reports.report import report
+from visprompt.runs.compose import composing
 
 pytestmark = pytest.mark.slow  # 450 runs are written and read
 GOLDEN = Path(__file__).parents[1] / "golden" / "report"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from written_runs import result, write
 
+from helpers.written_runs import result, write
 from visprompt.reports import figures
 from visprompt.reports.collect import survey
 from visprompt.reports.contents import contents

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from visprompt.data.catalog import SUITES, TASKS
-from visprompt.methods import METHODS
+from visprompt.models.methods import METHODS
 from visprompt.reports.published import GROUPS, all_published, contents, published
 
 CONFIGS = Path(__file__).parents[2] / "configs"

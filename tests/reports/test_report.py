@@ -9,19 +9,19 @@ from weakref import ref
 import numpy as np
 import pytest
 from hydra import compose
-from written_runs import result, write
 
-from cli import call, frozen, tiny_run
-from visprompt import run
-from visprompt.compose import composing
+from helpers.cli import call, frozen, tiny_run
+from helpers.written_runs import result, write
 from visprompt.errors import UserError
 from visprompt.reports import closeups
 from visprompt.reports import report as module
 from visprompt.reports.closeups import typical
 from visprompt.reports.collect import read_runs, rows
-from visprompt.reports.inspect import Features
+from visprompt.reports.inspection import Features
 from visprompt.reports.render import Table, decimal, latex
 from visprompt.reports.report import FORMATS, report
+from visprompt.runs import run
+from visprompt.runs.compose import composing
 
 
 @pytest.fixture(scope="module")
@@ -281,9 +281,9 @@ def test_a_run_is_let_go_before_the_next_is_opened(monkeypatch):
         before.append(ref(one := Opened(folder)))
         return one
 
-    monkeypatch.setattr(closeups.inspect, "open_run", open_run)
+    monkeypatch.setattr(closeups.inspection, "open_run", open_run)
     for name in ("confusion", "features", "attention", "latency"):
-        monkeypatch.setattr(closeups.inspect, name, refuse)
+        monkeypatch.setattr(closeups.inspection, name, refuse)
     seen = closeups.look([Path("a"), Path("b")], {}, "cpu", data_dir=None, weights=None)
     whats = ("confusion matrix", "t-SNE", "attention", "latency")
     expected = [(name, f"{what} not shown: there is nothing to see") for name in "ab" for what in whats]
@@ -300,12 +300,12 @@ def test_a_run_is_let_go_before_the_next_is_opened(monkeypatch):
 )
 def test_words_for_a_map_say_whether_its_classes_can_be_told_apart(monkeypatch, number, words):
     features = np.zeros((5, 2), np.float32)
-    monkeypatch.setattr(closeups.inspect, "open_run", lambda folder, *_, **__: Opened(folder, number))
+    monkeypatch.setattr(closeups.inspection, "open_run", lambda folder, *_, **__: Opened(folder, number))
     monkeypatch.setattr(
-        closeups.inspect, "features", lambda _: Features(features, features, np.arange(5), np.arange(5))
+        closeups.inspection, "features", lambda _: Features(features, features, np.arange(5), np.arange(5))
     )
     for name in ("confusion", "attention", "latency"):
-        monkeypatch.setattr(closeups.inspect, name, refuse)
+        monkeypatch.setattr(closeups.inspection, name, refuse)
     before, after = closeups.look([Path("a")], {}, "cpu", data_dir=None, weights=None).plots
     about = "5 images of test; distances between groups mean little in t-SNE."
     assert before.alt == after.alt == f"Points in the plane for {about} {words}"
@@ -315,8 +315,8 @@ def test_words_for_a_map_say_whether_its_classes_can_be_told_apart(monkeypatch, 
 @pytest.mark.slow
 @frozen
 def test_runs_are_opened_and_shown_where_that_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(closeups.inspect, "latency", short(closeups.inspect.latency))
-    monkeypatch.setattr(closeups.inspect, "features", few(closeups.inspect.features))
+    monkeypatch.setattr(closeups.inspection, "latency", short(closeups.inspect.latency))
+    monkeypatch.setattr(closeups.inspection, "features", few(closeups.inspect.features))
     for options in ((), ("method=linear",)):
         one = tiny_run(tmp_path / "logs", "recipe.epochs=2", *options)
         run.run_job(one)

@@ -11,15 +11,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from hydra import compose
-from written_runs import result, write
 
-from names import NASTY
-from visprompt.compose import composing
+from helpers.names import NASTY
+from helpers.written_runs import result, write
 from visprompt.reports import pictures
 from visprompt.reports.figures import LIGHT, Plot, png, svg
 from visprompt.reports.render import Number, Table, csv_text, html, latex, markdown
 from visprompt.reports.report import report
-from visprompt.results import write_result
+from visprompt.runs.compose import composing
+from visprompt.runs.result import write_result
 from visprompt.text import csv_cell, in_markdown, visible
 
 CHARTED = ("birds [v2]", "$\\alpha$", "_private", "\u540d\u524d", "\x1b[31mred", "new\nline", "x" * 230, "caf\udce9")

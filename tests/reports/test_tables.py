@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from written_runs import CROPPED, VIT_B, VIT_B_SIZE, result, write
 
+from helpers.written_runs import CROPPED, VIT_B, VIT_B_SIZE, result, write
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.reports import tables
 from visprompt.reports.collect import grids, rows, survey

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from visprompt.data.raw import archive
+from visprompt.data.sources import archive
 from visprompt.errors import UserError
 
 NAMES = ["/etc/x", "../x", "a/../../x", "..\\x", "C:\\x", "a/b/../../../x", "\\\\host\\x", "a\x1b[2J", "a\x00b", "a\nb"]

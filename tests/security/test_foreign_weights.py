@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 
-from tiny import geometry, tiny_model
-from visprompt.backbones import BackboneSpec, build_backbone
-from visprompt.backbones.loading import load_file
+from helpers.tiny import geometry, tiny_model
 from visprompt.errors import UserError
-from visprompt.methods.sidetune import SideTune
+from visprompt.models.backbones import BackboneSpec, build_backbone
+from visprompt.models.backbones.weights.loading import load_file
+from visprompt.models.methods.sidetune import SideTune
 
 
 class Payload:

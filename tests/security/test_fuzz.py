@@ -9,14 +9,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cli import frozen, tiny_run
-from tiny import RECORD
-from visprompt import run
+from helpers.cli import frozen, tiny_run
+from helpers.tiny import RECORD
 from visprompt.errors import UserError
-from visprompt.results import load_result
-from visprompt.state import load_state
-from visprompt.stored import job_of
-from visprompt.tensors import hash_tensors
+from visprompt.models.tensors import hash_tensors
+from visprompt.models.tuned_state import load_state
+from visprompt.runs import run
+from visprompt.runs.recorded import job_of
+from visprompt.runs.result import load_result
 
 pytestmark = frozen
 bounded = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,7 +119,7 @@ def test_a_config_with_anything_in_it_is_data_or_refused(finished, tmp_path, key
         (folder / "config.yaml").write_bytes(text)
         job = sentence_or(lambda: job_of(folder, state, result, data_dir=str(tmp_path), weights=None))
         if job is not None:
-            assert job.data._target_ == "visprompt.data.modules.DigitsDataModule"
+            assert job.data._target_ == "visprompt.data.digits_datamodule.DigitsDataModule"
             assert dict(job.method) == dict(state.method)
             assert job.trainer._target_ == "lightning.pytorch.Trainer"
             assert (job.callbacks, job.logger) == ({}, None)

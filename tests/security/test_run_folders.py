@@ -7,12 +7,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from cli import ROOT, call, composed, content, frozen, tiny_run
-from visprompt import inference, run
-from visprompt.data import synthetic
+from helpers import miniatures
+from helpers.cli import ROOT, call, composed, content, frozen, tiny_run
 from visprompt.errors import UserError
 from visprompt.files import write_record
-from visprompt.reports import inspect
+from visprompt.reports import inspection
+from visprompt.runs import evaluate as inference
+from visprompt.runs import run
 
 pytestmark = frozen
 MEND = "copy the whole folder of the run again, and do not use it if you do not know who made it$"
@@ -23,7 +24,7 @@ TARGETS = [
     {"_target_": "subprocess.check_output", "args": ["touch", "owned"]},
     {"_target_": "builtins.eval", "_args_": ["open('owned', 'w')"]},
     {"_target_": "builtins.exec", "_args_": ["open('owned', 'w')"]},
-    {"_target_": "visprompt.launch.run_ranks", "command": ["touch", "owned"], "world": 1},
+    {"_target_": "visprompt.runs.engine.run_ranks", "command": ["touch", "owned"], "world": 1},
     {"_target_": "hydra.utils.get_method", "path": "os.system"},
     {"_target_": "hydra.utils.instantiate", "_args_": [TOUCH]},
     {"_target_": "torch.load", "f": "owned.pth", "weights_only": False},
@@ -38,7 +39,7 @@ def trained(tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     one = tiny_run(logs, "recipe.epochs=2", "method=linear")
     run.run_job(one)
-    root = synthetic.write_folder(logs / "images" / "pets", per_class=5, splits=("train", "test"))
+    root = miniatures.write_folder(logs / "images" / "pets", per_class=5, splits=("train", "test"))
     options = ("data=folder", f"data.root={root}", f"paths.data_dir={logs}/data", "recipe.batch_size=4")
     two = tiny_run(logs, *options, "recipe.epochs=2", "method=linear")
     run.run_job(two)
@@ -86,7 +87,7 @@ def test_targets_out_of_a_folder_are_not_looked_at(stranger, tmp_path, target):
     folder = stranger(change)
     before = content(folder)
     assert evaluate(folder, tmp_path) == scored(folder)
-    assert inspect.open_run(folder, data_dir=f"{tmp_path}/data").classifier is not None
+    assert inspection.open_run(folder, data_dir=f"{tmp_path}/data").classifier is not None
     assert content(folder) == before
 
 
@@ -99,7 +100,7 @@ def test_a_data_module_is_not_named_by_a_folder(stranger, tmp_path, target):
     with pytest.raises(UserError, match=sentence):
         evaluate(folder, tmp_path)
     with pytest.raises(UserError, match=sentence):
-        inspect.open_run(folder)
+        inspection.open_run(folder)
     shutil.rmtree(folder)
     folder = stranger(lambda config: config["data"].update(fraction=target))
     with pytest.raises(UserError, match=rf"config\.yaml is refused: data\.fraction is not a plain value; {MEND}"):
@@ -191,7 +192,7 @@ def test_stored_places_are_never_written_to(stranger, tmp_path, capsys):
 
 
 def test_another_folder_of_images_is_noticed_before_it_is_decoded(stranger, tmp_path):
-    other = synthetic.write_folder(tmp_path / "other", per_class=4, splits=("train", "test"))
+    other = miniatures.write_folder(tmp_path / "other", per_class=4, splits=("train", "test"))
     folder = stranger(lambda config: config["data"].update(root=str(other)), "own")
     with pytest.raises(UserError, match=r"the data of .* have changed since it was trained"):
         evaluate(folder, tmp_path)
@@ -227,7 +228,8 @@ def test_what_no_result_says_is_refused(stranger, tmp_path, change, sentence):
 
 def test_own_module_from_the_own_command_line_is_taken(stranger, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
-        "from visprompt.data.modules import DigitsDataModule\n\nclass Mine(DigitsDataModule):\n    used = []\n\n"
+        "from visprompt.data.digits_datamodule import DigitsDataModule\n\n"
+        "class Mine(DigitsDataModule):\n    used = []\n\n"
         "    def open_sets(self, sets):\n        self.used.append(sets)\n        return super().open_sets(sets)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -249,7 +251,7 @@ def test_every_setting_of_this_projects_data_is_one_that_a_run_may_record(tmp_pa
 
 @pytest.mark.slow
 def test_the_attack_that_was_seen_through_the_real_commands(stranger, tmp_path, sealed):
-    evil = {"_target_": "visprompt.launch.run_ranks", "command": ["touch", str(tmp_path / "owned")], "world": 1}
+    evil = {"_target_": "visprompt.runs.engine.run_ranks", "command": ["touch", str(tmp_path / "owned")], "world": 1}
 
     def change(config):
         config["callbacks"] = {"evil": evil}
@@ -260,7 +262,7 @@ def test_the_attack_that_was_seen_through_the_real_commands(stranger, tmp_path, 
     done = call("eval", f"run={folder}", "trainer=cpu", hydra)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "names the data module 'visprompt.launch.run_ranks', and a run's folder does not decide" in done.stderr
+    assert "names the data module 'visprompt.runs.engine.run_ranks', and a run's folder does not decide" in done.stderr
     done = call(
         "report", f"runs={tmp_path}", f"output={tmp_path}/report", f"inspect={folder}", hydra, "formats=[markdown]"
     )

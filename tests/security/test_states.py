@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cli import call
-from tiny import RECORD
-from visprompt import prediction
-from visprompt.data import synthetic
+from helpers import miniatures
+from helpers.cli import call
+from helpers.tiny import RECORD
 from visprompt.errors import UserError
-from visprompt.state import TunedState, load_state, save_state
-from visprompt.tensors import hash_tensors
+from visprompt.models.tensors import hash_tensors
+from visprompt.models.tuned_state import TunedState, load_state, save_state
+from visprompt.runs import predict
 
 TENSORS = {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}
 MEND = "do not use this file, get it again from whoever tuned it$"
@@ -39,7 +39,7 @@ def changed(*keys, to):
 
 def refused(path, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
-        prediction.predict(str(path), ".", output="out.csv", batch_size=1, device="cpu", weights=None)
+        predict.predict(str(path), ".", output="out.csv", batch_size=1, device="cpu", weights=None)
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
 
@@ -192,7 +192,7 @@ def test_a_lone_surrogate_in_a_class_name_is_a_byte_of_a_folders_name(tmp_path):
 def test_the_attack_that_was_seen_through_the_real_command(tmp_path, sealed):
     kwargs = {"pretrained": True, "cache_dir": "src", "pretrained_cfg_overlay": {"url": "http://127.0.0.1:1/evil.py"}}
     path = write(tmp_path, json.dumps(changed("backbone", "kwargs", to=kwargs)))
-    images = synthetic.write_folder(tmp_path / "images")
+    images = miniatures.write_folder(tmp_path / "images")
     done = call(
         "predict", f"state={path}", f"images={images}", f"output={tmp_path}/out.csv", "hydra.run.dir=" + str(tmp_path)
     )

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from visprompt.data.batches import GlobalBatches
-from visprompt.data.dataset import Batch, DeviceDataset, TicketDataset, as_is
-from visprompt.data.pixels import check_resizing, mean_and_std, normalise
+from visprompt.data.datasets import Batch, DeviceDataset, TicketDataset, as_is
+from visprompt.data.sampler import GlobalBatches
 from visprompt.data.splits import share
+from visprompt.data.transforms import check_resizing, mean_and_std, normalise
 from visprompt.errors import UserError, unknown
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from visprompt.backbones.family import side_of
-from visprompt.backbones.vit import ViT
-from visprompt.classifier import Classifier
 from visprompt.errors import UserError
+from visprompt.models.backbones.family import side_of
+from visprompt.models.backbones.vit import ViT
+from visprompt.models.classifier import Classifier
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]  # positional and named arguments
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from visprompt.reports.runs import Run, Values, differing, grouped, held, method_place, task_place
 from visprompt.reports.settings import UNRECORDED, before_the_choice, labels, telling, text, words
-from visprompt.results import Result, choose
+from visprompt.runs.result import Result, choose
 
 
 @dataclass(frozen=True, kw_only=True)

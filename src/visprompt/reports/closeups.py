@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from visprompt.errors import UserError
-from visprompt.reports import inspect
+from visprompt.reports import inspection
 from visprompt.reports.charts import file_name
 from visprompt.reports.collect import LeftOut, Row
 from visprompt.reports.comparable import protocols
 from visprompt.reports.figures import Plot
-from visprompt.reports.inspect import Latency, Opened
+from visprompt.reports.inspection import Latency, Opened
 from visprompt.reports.pictures import MOST_NAMED, draw_attention, draw_confusion, draw_map
 from visprompt.reports.render import Entry, Table, decimal
 from visprompt.text import visible
@@ -83,7 +83,7 @@ def look(
     placed: dict[bytes, np.ndarray] = {}  # runs on one backbone and task have the same features before
     for folder in folders:
         try:
-            opened = inspect.open_run(folder, device, data_dir=data_dir, weights=weights)
+            opened = inspection.open_run(folder, device, data_dir=data_dir, weights=weights)
         except UserError as error:
             left_out.append(LeftOut(folder, f"not seen closely: {error}"))
             continue
@@ -103,7 +103,7 @@ def _show(one: _Look, placed: dict[bytes, np.ndarray]) -> None:
 
 
 def _confusion(one: _Look) -> None:
-    found = inspect.confusion(one.opened)
+    found = inspection.confusion(one.opened)
     wrong = found.counts * (1 - np.eye(len(found.counts), dtype=found.counts.dtype))
     most = np.argsort(-wrong, axis=None, kind="stable")[:_TOLD]
     pairs = [(*np.unravel_index(place, wrong.shape), wrong.flat[place]) for place in most if wrong.flat[place]]
@@ -123,17 +123,17 @@ def _confusion(one: _Look) -> None:
 
 
 def _maps(one: _Look, placed: dict[bytes, np.ndarray]) -> None:
-    found = inspect.features(one.opened)
+    found = inspection.features(one.opened)
     key = found.before.tobytes()
     if key not in placed:
-        placed[key] = inspect.embed(found.before)
+        placed[key] = inspection.embed(found.before)
     names, set_name = one.opened.datamodule.class_names, one.opened.set_name
     about = f"{len(found.labels)} images of {set_name}; distances between groups mean little in t-SNE."
     few = len(names) <= MOST_NAMED
     looks = f"The {len(names)} classes " + (
         "differ in colour and shape." if few else "are too many for a legend, and some of them share colour or shape."
     )
-    for when, places in (("before", placed[key]), ("after", inspect.embed(found.after))):
+    for when, places in (("before", placed[key]), ("after", inspection.embed(found.after))):
         title = f"t-SNE {when} tuning, {one.name}"
         of = "the frozen backbone" if when == "before" else "the tuned classifier, which its head reads"
         caption = f"Features of {of}: {about}" + ("" if few else f" {looks}")
@@ -143,7 +143,7 @@ def _maps(one: _Look, placed: dict[bytes, np.ndarray]) -> None:
 
 def _attention(one: _Look) -> None:
     rows = np.linspace(0, len(one.opened.dataset) - 1, _IMAGES).round().astype(int)
-    found = inspect.attention(one.opened, sorted(set(rows.tolist())))
+    found = inspection.attention(one.opened, sorted(set(rows.tolist())))
     names = [visible(name) for name in one.opened.datamodule.class_names]
     tokens = {"class": found.prefix, "prompts": found.prompts, "keys, values": found.keys_values}
     bars = [(name, weights.mean(1)) for name, weights in tokens.items() if weights.size]
@@ -166,7 +166,7 @@ def _attention(one: _Look) -> None:
 
 
 def _latency(one: _Look) -> None:
-    one.measured.extend((one.name, found) for found in inspect.latency(one.opened))
+    one.measured.extend((one.name, found) for found in inspection.latency(one.opened))
 
 
 def _latency_table(measured: Sequence[tuple[str, Latency]]) -> Table:

@@ -14,7 +14,7 @@ from visprompt.reports.choices import Grid, chosen, grids
 from visprompt.reports.folders import LeftOut, Survey, read_runs, survey
 from visprompt.reports.runs import Run, Values, differing, grouped, held, method_place, task_place
 from visprompt.reports.settings import OF_EACH_TASK, UNRECORDED, built, differences, is_protocol, labels, telling, words
-from visprompt.results import Cell, cell
+from visprompt.runs.result import Cell, cell
 
 _Settle = Callable[[Mapping[Values, list[Run]]], list[Run]]
 _TRAINING = tuple(f"recipe.{name}" for name in ("optimizer", "epochs", "batch_size", "head_init"))

@@ -12,8 +12,8 @@ from typing import Any
 from visprompt.errors import UserError
 from visprompt.reports.runs import Run
 from visprompt.reports.settings import text
-from visprompt.results import read_result
-from visprompt.run_folder import tidy
+from visprompt.runs.result import read_result
+from visprompt.runs.run_folder import tidy
 
 _HASH = re.compile(r"[0-9a-f]{12}")  # what a run's folder is called
 _CHAIN = frozenset({"initial.json", "importance.json", "masks.json"})  # in a chain's folder, in which no run lies

@@ -18,7 +18,7 @@ from visprompt.reports.contents import Contents, contents
 from visprompt.reports.page import Picture, page
 from visprompt.reports.published import all_published
 from visprompt.reports.render import LATEX_PACKAGES, csv_text, latex, markdown
-from visprompt.results import open_result
+from visprompt.runs.result import open_result
 from visprompt.text import Terminal, in_markdown
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from visprompt.data.catalog import TASKS
-from visprompt.methods import METHODS
+from visprompt.models.methods import METHODS
 from visprompt.reports.settings import UNRECORDED, before_the_choice, family, is_protocol, scope, settings
-from visprompt.results import Result
+from visprompt.runs.result import Result
 
 Values = tuple[tuple[str, str], ...]
 """Settings and their values, sorted: what runs are grouped by."""

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from visprompt.data.catalog import TASKS
-from visprompt.results import Result
+from visprompt.runs.result import Result
 
 UNRECORDED = "not recorded"
 NEUTRAL = "neutral"  # a trainer without settings that bear on the figures

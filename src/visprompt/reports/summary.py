@@ -8,8 +8,8 @@ from visprompt.data.catalog import SUITES
 from visprompt.reports.collect import Row, Run
 from visprompt.reports.published import GROUPS, Published, published
 from visprompt.reports.settings import NEUTRAL, UNRECORDED, family, is_protocol, scope, text
-from visprompt.reports.statistics import gap
-from visprompt.results import Result
+from visprompt.reports.statistical_tests import gap
+from visprompt.runs.result import Result
 
 FLAT = "vtab, mean of 19 tasks"
 GROUPED = "vtab, mean of 3 groups"

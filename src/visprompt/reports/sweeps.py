@@ -14,7 +14,7 @@ from visprompt.reports.charts import Chart, Line, Point, file_name, in_parts, sp
 from visprompt.reports.choices import chosen
 from visprompt.reports.runs import Run, grouped, task_place
 from visprompt.reports.settings import built, labels, telling
-from visprompt.results import Cell, cell
+from visprompt.runs.result import Cell, cell
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from visprompt.reports.collect import Grid, LeftOut, Row, Survey, diverged
 from visprompt.reports.published import GROUPS, Published
 from visprompt.reports.render import Entry, Missing, Number, Table, decimal, p_value
 from visprompt.reports.settings import OWN_IMAGES
-from visprompt.reports.statistics import RESAMPLES, Paired, average_ranks, compare, seed_interval, smallest_p
+from visprompt.reports.statistical_tests import RESAMPLES, Paired, average_ranks, compare, seed_interval, smallest_p
 from visprompt.reports.summary import (
     FLAT,
     SUMMED,

@@ -1,0 +1,227 @@
+"""Decoded images as tensors: map-style datasets that answer a list of tickets with one ready batch."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from visprompt.data.stores.square import SquareStore
+from visprompt.data.transforms import center_crop, crop
+
+
+class Batch(NamedTuple):
+    """What a loader yields.
+
+    Attributes:
+        images: uint8 [b, c, h, w] from the loader, with 1 or 3 channels; float32 [b, 3, h, w], normalised, after the
+            transfer to the device. What frozen layers made of them comes as float32 [b, ...] from the loader on.
+        labels: int64 [b].
+        rows: int64 [b], positions in the dataset.
+        weights: float32 [b], the factor of each image's loss (see `GlobalBatches`); 0 marks a filler.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    weights: Tensor
+
+
+class Ticket(NamedTuple):
+    """One image asked of a dataset.
+
+    Attributes:
+        row: Position in the dataset.
+        epoch: Training epoch, which with the row decides all randomness; None in evaluation, which has none.
+        weight: Handed through to `Batch.weights`.
+    """
+
+    row: int
+    epoch: int | None
+    weight: float
+
+
+class TicketDataset(Dataset[Batch], ABC):
+    """Answers tickets; torch's fetcher calls `__getitems__` with a whole batch, so nothing is collated afterwards."""
+
+    labels: Tensor
+    """int64 [n], the label of every row."""
+
+    keys: Sequence[str]
+    """The key of every row, the same on every machine."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, ticket: Ticket) -> Batch:
+        return self.__getitems__([ticket])
+
+    def __getitems__(self, tickets: list[Ticket]) -> Batch:
+        rows = torch.tensor([ticket.row for ticket in tickets])
+        weights = torch.tensor([ticket.weight for ticket in tickets], dtype=torch.float32)
+        return Batch(torch.from_numpy(self.pixels(tickets)), self.labels[rows], rows, weights)
+
+    @abstractmethod
+    def pixels(self, tickets: list[Ticket]) -> np.ndarray:
+        """Returns the images of the tickets, uint8 [b, c, h, w], as an array of its own."""
+
+    @abstractmethod
+    def subset(self, rows: np.ndarray) -> Self:
+        """Returns a dataset of some rows, int64 [n], in their order."""
+
+
+class ArrayDataset(TicketDataset):
+    """Images of one size in one array in memory; not augmented."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, keys: Sequence[str]) -> None:
+        """Keeps the arrays without a copy.
+
+        Args:
+            images: uint8 [n, 3, h, w], or float32 [n, ...]: what frozen layers made of them.
+            labels: int64 [n].
+            keys: One per image.
+        """
+        self.images, self.keys = images, keys
+        self.labels = torch.from_numpy(np.asarray(labels, np.int64))
+
+    def pixels(self, tickets: list[Ticket]) -> np.ndarray:
+        """Copies the rows asked for."""
+        return np.asarray(self.images[[ticket.row for ticket in tickets]])
+
+    def subset(self, rows: np.ndarray) -> Self:
+        """Copies some rows."""
+        return type(self)(self.images[rows], self.labels.numpy()[rows], [self.keys[row] for row in rows])
+
+
+class SquareDataset(TicketDataset):
+    """Rows of a store of equal squares, read through its memory map; not augmented."""
+
+    def __init__(self, store: SquareStore, rows: np.ndarray, task: str) -> None:
+        """Reads no image yet.
+
+        Args:
+            store: The decoded images.
+            rows: int64 [n], the store's rows that make up this dataset, in its order.
+            task: Whose labels are meant.
+        """
+        self.store, self.rows, self.task = store, rows, task
+        self.keys = [store.keys[row] for row in rows]
+        self.labels = torch.from_numpy(np.asarray(store.labels[task][rows], np.int64))
+
+    def pixels(self, tickets: list[Ticket]) -> np.ndarray:
+        """Copies the images asked for out of the memory map."""
+        return self.store.take(self.rows[[ticket.row for ticket in tickets]])
+
+    def subset(self, rows: np.ndarray) -> Self:
+        """Selects some rows of these."""
+        return type(self)(self.store, self.rows[rows], self.task)
+
+
+class DeviceDataset(TicketDataset):
+    """Images of one size that lie on a GPU; not augmented, and read in the process that put them there."""
+
+    def __init__(self, images: Tensor, labels: Tensor, keys: Sequence[str]) -> None:
+        """Keeps the tensors without a copy.
+
+        Args:
+            images: uint8 [n, c, h, w], on any device.
+            labels: int64 [n].
+            keys: One per image.
+        """
+        self.images, self.labels, self.keys = images, labels, keys
+
+    def __getitems__(self, tickets: list[Ticket]) -> Batch:
+        rows = torch.tensor([ticket.row for ticket in tickets])
+        weights = torch.tensor([ticket.weight for ticket in tickets], dtype=torch.float32)
+        return Batch(self.images[rows.to(self.images.device)], self.labels[rows], rows, weights)
+
+    def pixels(self, tickets: list[Ticket]) -> np.ndarray:
+        """Copies the rows asked for back."""
+        return self.__getitems__(tickets).images.cpu().numpy()
+
+    def subset(self, rows: np.ndarray) -> Self:
+        """Copies some rows, on their device."""
+        chosen = torch.from_numpy(rows)
+        images = self.images[chosen.to(self.images.device)]
+        return type(self)(images, self.labels[chosen], [self.keys[row] for row in rows])
+
+
+class ImageStore(Protocol):
+    """What `RaggedDataset` asks of a store: images of any size by row, and their labels."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """One per image."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [n]."""
+        ...
+
+    def release(self) -> None:
+        """Lets go of the memory that the images looked at take."""
+        ...
+
+    def image(self, row: int) -> np.ndarray:
+        """Returns one image, uint8 [h, w, 3]."""
+        ...
+
+
+class RaggedDataset(TicketDataset):
+    """Images of differing sizes, cropped to a square: at random in training, in the middle in evaluation.
+
+    The crop's place and the flip are drawn from `default_rng([seed, epoch, row of the store])` and from nothing else:
+    they do not depend on workers, devices, the order of rows, or on where a run was resumed.
+    """
+
+    def __init__(
+        self, store: ImageStore, rows: np.ndarray, *, size: int, seed: int, random_crop: bool, flip: float
+    ) -> None:
+        """Selects rows of a store.
+
+        Args:
+            store: Decoded images whose short side is at least `size`.
+            rows: int64 [n], the store's rows that make up this dataset, in its order.
+            size: Height and width of the crop in pixels.
+            seed: Seed of crops and flips.
+            random_crop: Whether training crops lie at random; in the middle otherwise.
+            flip: Probability of a horizontal flip in training.
+        """
+        self.store, self.rows, self.size, self.seed = store, rows, size, seed
+        self.random_crop, self.flip = random_crop, flip
+        self.keys = [store.keys[row] for row in rows]
+        self.labels = torch.from_numpy(np.asarray(store.labels[rows], np.int64))
+
+    def pixels(self, tickets: list[Ticket]) -> np.ndarray:
+        """Crops the images asked for."""
+        images = np.stack([self._view(int(self.rows[ticket.row]), ticket.epoch) for ticket in tickets])
+        self.store.release()
+        return images
+
+    def subset(self, rows: np.ndarray) -> Self:
+        """Selects some rows of these; a row of the store keeps its crops and flips."""
+        options = {"size": self.size, "seed": self.seed, "random_crop": self.random_crop, "flip": self.flip}
+        return type(self)(self.store, self.rows[rows], **options)  # type: ignore[arg-type]  # one type per option
+
+    def _view(self, row: int, epoch: int | None) -> np.ndarray:
+        image = self.store.image(row)
+        if epoch is None:
+            return center_crop(image, self.size).transpose(2, 0, 1)
+        draw = np.random.default_rng([self.seed, epoch, row])
+        down, right, mirror = draw.random(3)
+        if self.random_crop:
+            height, width = image.shape[:2]
+            top, left = int(down * (height - self.size + 1)), int(right * (width - self.size + 1))
+            view = crop(image, top, left, self.size)
+        else:
+            view = center_crop(image, self.size)
+        return (view[:, ::-1] if mirror < self.flip else view).transpose(2, 0, 1)
+
+
+def as_is(batch: Any) -> Any:
+    """The collate function of all loaders: the dataset has made the batch already."""
+    return batch

@@ -1,0 +1,63 @@
+"""Data modules of the demo tasks, composed in memory from scikit-learn's digits."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from hashlib import sha256
+
+import numpy as np
+
+from visprompt.data.catalog import TASKS
+from visprompt.data.datamodule import TaskDataModule
+from visprompt.data.datasets import ArrayDataset
+from visprompt.data.sources.digits import compose
+
+
+class DemoDataModule(TaskDataModule):
+    """A demo task, composed in memory from scikit-learn's digits."""
+
+    source = "scikit-learn"
+    train_sets: Mapping[str, tuple[str, ...]] = {"tune": ("train800",), "final": ("train800", "val200")}
+    val_set = "val200"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels."""
+        return TASKS[self.task].class_names
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of images of each split set."""
+        return dict(TASKS[self.task].split_sizes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over name, keys, labels and pixels of all split sets."""
+        digest = sha256()
+        for split_set in self.sizes:
+            images, labels, keys = compose(self.task, split_set)
+            digest.update(f"{split_set}\n{' '.join(keys)}\n{' '.join(map(str, labels))}\n".encode())
+            digest.update(images.data)
+        return digest.hexdigest()
+
+    def open_sets(self, sets: tuple[str, ...]) -> ArrayDataset:
+        """Composes some split sets."""
+        images, labels, keys = zip(*(compose(self.task, split_set) for split_set in sets), strict=True)
+        return ArrayDataset(np.concatenate(images), np.concatenate(labels), [key for part in keys for key in part])
+
+
+class DigitsDataModule(DemoDataModule):
+    """The scan: which digit?"""
+
+    task = "digits"
+
+
+class DigitsCrowdedDataModule(DemoDataModule):
+    """The digit between the halves of two others, as in SVHN: which one?"""
+
+    task = "digits_crowded"
+
+
+class DigitsLocDataModule(DemoDataModule):
+    """The scan in one of 4 x 4 cells: in which?"""
+
+    task = "digits_loc"

@@ -1,0 +1,155 @@
+"""The data module of the user's own images."""
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from visprompt.data.catalog.task import own_name
+from visprompt.data.datamodule import no_images
+from visprompt.data.ragged_datamodule import RaggedDataModule
+from visprompt.data.sources.images import MAX_PIXELS
+from visprompt.data.sources.own_images import OwnImages, find
+from visprompt.data.sources.summary import sentences, summarise
+from visprompt.data.stores.ragged import RaggedStore, open_store
+from visprompt.errors import UserError, unknown
+from visprompt.text import has_control
+
+
+class FolderDataModule(RaggedDataModule):
+    """The user's own images, decoded once into a store, cropped and flipped as the FGVC protocol does."""
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        store_dir: str,
+        name: str | None = None,
+        csv: str | None = None,
+        skip_bad: bool = False,
+        split_names: Mapping[str, Any] | str | None = None,
+        csv_columns: Mapping[str, Any] | None = None,
+        white_level: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        test: str = "required",
+        **cropping: Any,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            root: See `own_images.find`.
+            store_dir: Where decoded images are kept.
+            name: Name of the task; that of the root folder by default.
+            csv: See `own_images.find`.
+            skip_bad: Leave out files that cannot be used instead of refusing them.
+            split_names: What the splits are called, where these have other names than train, val and test.
+            csv_columns: What the columns of the CSV are called, where these have other names than path, label, split.
+            white_level: Value of white in grey images of 16 or 32 bits; 65535 by default.
+            max_pixels: Images of more pixels are refused before they are decoded.
+            test: "required", or "none" where there are no test images and `split=final` trains without a score.
+            **cropping: The arguments of `RaggedDataModule`.
+
+        Raises:
+            UserError: If a value is not valid.
+        """
+        super().__init__(**cropping)
+        self.root, self.csv, self.store_dir, self.skip_bad = Path(root).expanduser(), csv, Path(store_dir), skip_bad
+        if test not in ("required", "none"):
+            raise unknown("data.test", test, ("required", "none"))
+        self.split_names, self.csv_columns, self.white_level, self.test = split_names, csv_columns, white_level, test
+        self.max_pixels, self.task = max_pixels, own_name(root, name)
+        if self.task in ("", ".", "..") or "/" in self.task or has_control(self.task):
+            raise UserError(f"data.name={self.task!r} cannot name a folder of results: set data.name to a plain word")
+
+    @property
+    def origin(self) -> str:
+        """A CSV or a folder."""
+        return "csv" if self.csv else "folder"
+
+    @cached_property
+    def images(self) -> OwnImages:
+        """The files with their classes and splits; none is decoded for it."""
+        place = sha256(os.fsencode(self.root.absolute())).hexdigest()[:20]
+        memory = self.store_dir / "checksums" / f"{place}.json"
+        names = self.split_names, self.csv_columns
+        return find(self.root, self.csv, self.skip_bad, *names, memory, self.white_level, self.max_pixels)
+
+    @property
+    def store_folder(self) -> Path:
+        """Where the decoded images are, or will be."""
+        how = self.interpolation + {"pillow": "", "tf1": "-tf1", "tf2": "-tf"}[self.resampling]
+        white = "" if self.white_level is None else f"-white{self.white_level}"
+        white += "" if self.max_pixels == MAX_PIXELS else f"-max{self.max_pixels}"
+        return self.store_dir / f"{self.images.fingerprint[:20]}-{self.short_side}-{how}{white}"
+
+    @cached_property
+    def store(self) -> RaggedStore:
+        """The decoded images, made if there are none."""
+        store = open_store(
+            self.images,
+            self.store_folder,
+            self.short_side,
+            interpolation=self.interpolation,
+            resampling=self.resampling,
+            decode=self.images.decode,
+            skip_bad=self.skip_bad,
+            notes=self.images.notes,
+        )
+        self.images.known.remember()
+        return store
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """As for `RaggedDataModule`, with the white level where one is set."""
+        white = {} if self.white_level is None else {"white_level": self.white_level}
+        white |= {} if self.max_pixels == MAX_PIXELS else {"max_pixels": self.max_pixels}
+        return super().preprocessing | white
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether there are images to score: not where data.test=none trains a final state alone."""
+        return self.split == "tune" or self.test == "required"
+
+    def check_sets(self) -> None:
+        """See `TaskDataModule`.
+
+        Raises:
+            UserError: A split that the run trains on or scores has no image; or there are test images, and
+                data.test=none.
+        """
+        splits = {item.split for item in self.images.items}
+        for needed in (*self.train_sets[self.split], *(["val" if self.split == "tune" else "test"] * self.is_scored)):
+            if needed not in splits:
+                raise no_images(self.task, needed)
+        if not self.is_scored and "test" in splits:
+            raise UserError(f"data.test=none, but {self.task} has test images: take it away to score them")
+
+    def prepare_data(self) -> None:
+        """Decode the images, and see that files that cannot be read leave some of each split that is needed."""
+        for needed in {item.split for item in self.images.items}:
+            if not (self.store.splits == needed).any():
+                raise no_images(self.task, needed)
+
+    @property
+    def described(self) -> list[str]:
+        """The summary in a few lines."""
+        return sentences(self.task, self.class_names, self.summary)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """See `summary.summarise`; files that cannot be read are known once the images are decoded."""
+        if "store" not in vars(self):
+            return summarise(self.images, self.root)
+        return summarise(self.images, self.root, [key for key, _ in self.store.bad], self.store.notes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Sorted names of the class folders or labels."""
+        return self.images.class_names
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over relative path, content, class and split of all files."""
+        return self.images.fingerprint

@@ -1,0 +1,105 @@
+"""What the data modules of images of differing sizes share: FGVC and own images."""
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+
+from visprompt.data.datamodule import TaskDataModule, no_images
+from visprompt.data.datasets import RaggedDataset
+from visprompt.data.splits import SPLITS
+from visprompt.data.stores.ragged import RaggedStore
+from visprompt.errors import UserError, unknown
+
+
+class RaggedDataModule(TaskDataModule):
+    """Images of differing sizes in a store: the short side resized, random square crops and flips in training."""
+
+    val_set = "val"
+
+    def __init__(
+        self,
+        *,
+        final: str = "train",
+        short_side: int | None = None,
+        crop: bool = True,
+        flip: float = 0.5,
+        **feeding: Any,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            final: What `split=final` trains on: "train" or "train+val".
+            short_side: Of the stored images; image_size * 256 / 224 rounded down by default, the FGVC rule.
+            crop: Whether training crops lie at random; in the middle otherwise.
+            flip: Probability of a horizontal flip in training.
+            **feeding: The arguments of `TaskDataModule`.
+
+        Raises:
+            UserError: If a value is not valid.
+        """
+        if final not in ("train", "train+val"):
+            raise unknown("data.final", final, ("train", "train+val"))
+        self.train_sets = {"tune": ("train",), "final": tuple(final.split("+"))}
+        super().__init__(**feeding)
+        self.final = final
+        self.crop, self.flip, self.augments = crop, flip, crop or flip > 0
+        self.short_side = short_side or int(self.image_size * 256 / 224)
+        if self.short_side < self.image_size:
+            raise UserError(
+                f"data.short_side={short_side} is below the backbone's {self.image_size} px: make it larger"
+            )
+
+    @property
+    @abstractmethod
+    def origin(self) -> str:
+        """Where images and splits come from."""
+
+    @property
+    def source(self) -> str:  # type: ignore[override]  # of several parts
+        """Where the data comes from, as results record it."""
+        # the pixels are the same, the training set is not: results must tell
+        return self.origin + (":train+val" if self.split == "final" and self.final != "train" else "")
+
+    @property
+    @abstractmethod
+    def store(self) -> RaggedStore:
+        """The decoded images, made if there are none."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels."""
+        return self.store.class_names
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over relative path, size in bytes, class and split of all files."""
+        return self.store.fingerprint
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of images that can be used, of each split that exists."""
+        counts = {split: int((self.store.splits == split).sum()) for split in SPLITS}
+        return {split: count for split, count in counts.items() if count}
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """As for `TaskDataModule`, with short side and crop."""
+        view = {"resize": "short_side", "short_side": self.short_side}
+        return {**super().preprocessing, **view, "crop": "random" if self.crop else "center", "flip": self.flip}
+
+    def prepare_data(self) -> None:
+        """Decodes the images, if that was not done before; Lightning calls it on one rank of each machine."""
+        _ = self.store
+
+    def open_sets(self, sets: tuple[str, ...]) -> RaggedDataset:
+        """Selects the rows of some splits of the store."""
+        store = self.store
+        rows = np.concatenate([np.flatnonzero(store.splits == split) for split in sets])
+        for split in sets:
+            if not (store.splits == split).any():
+                raise no_images(self.task, split)
+        if "train" in sets and (missing := set(range(self.num_classes)) - set(store.labels[rows].tolist())):
+            lost = self.class_names[min(missing)]
+            raise UserError(f"no training image of class {lost!r} can be read: mend its images or remove the class")
+        return RaggedDataset(store, rows, size=self.image_size, seed=self.seed, random_crop=self.crop, flip=self.flip)

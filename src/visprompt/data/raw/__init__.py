@@ -1,1 +1,0 @@
-"""Readers of datasets' original files; `readers.py` lists them."""

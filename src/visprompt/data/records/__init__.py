@@ -1,8 +1,0 @@
-"""The records of all tasks, one file per family; `catalog` puts them together."""
-
-from importlib.resources import files
-
-
-def class_names(task: str) -> tuple[str, ...]:
-    """Returns the names in `classes/<task>.txt`, one per line, in the order of the labels."""
-    return tuple((files(__name__) / "classes" / f"{task}.txt").read_text(encoding="utf-8").splitlines())

@@ -1,5 +1,0 @@
-"""The records of VTAB-1k: 19 tasks in three groups, in the order of the papers' tables."""
-
-from visprompt.data.records import vtab_natural, vtab_specialized, vtab_structured
-
-RECORDS = (*vtab_natural.RECORDS, *vtab_specialized.RECORDS, *vtab_structured.RECORDS)

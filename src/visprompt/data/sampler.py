@@ -1,0 +1,98 @@
+"""Deals one global batch to devices and accumulation steps so that the loss is the mean over its true images."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from visprompt.data.datasets import Ticket
+from visprompt.errors import UserError
+
+
+class GlobalBatches(Sampler[list[Ticket]]):
+    """Yields the micro batches of one rank, as lists of tickets.
+
+    Training: a permutation drawn from (seed, epoch) is cut into global batches, the last one short; each is dealt to
+    `world * accumulate` nearly equal shares. A ticket's weight is world * accumulate / (images in the global batch):
+    DDP averages gradients over ranks and Lightning divides a loss by `accumulate`, so sum(weight * loss) in every micro
+    step gives the mean over the true number of images. A share that is empty becomes one ticket of weight 0, because
+    all ranks must take the same number of steps.
+
+    Evaluation: rows rank, rank + world, ... in order, weight 1; each row on one rank, none twice. A rank without rows
+    gets one ticket of weight 0, a filler that no score counts: Lightning skips a loop without batches, and the others
+    would wait for this rank's share of the score.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        seed: int = 0,
+        epoch: Callable[[], int] = lambda: 0,
+        training: bool,
+    ) -> None:
+        """Checks that the batch can be dealt.
+
+        Args:
+            num_rows: Rows of the dataset.
+            batch_size: Images of a global batch: on all ranks and in all accumulation steps together.
+            rank: This process, 0 .. world - 1.
+            world: Number of processes.
+            accumulate: Micro steps per optimiser step.
+            seed: Seed of the permutations.
+            epoch: Read at the start of each iteration, so that a resumed run goes on with the right permutation.
+            training: Whether rows are shuffled and dealt as above, or scored in order.
+
+        Raises:
+            UserError: If a training batch cannot be dealt evenly.
+        """
+        shares = world * accumulate
+        if training and (batch_size < 1 or batch_size % shares):
+            raise _uneven(batch_size, world, accumulate)
+        self.num_rows, self.batch_size, self.rank, self.world = num_rows, batch_size, rank, world
+        self.accumulate, self.seed, self.epoch, self.training = accumulate, seed, epoch, training
+
+    def __len__(self) -> int:
+        if self.training:
+            return -(-self.num_rows // self.batch_size) * self.accumulate
+        return max(1, -(-len(range(self.rank, self.num_rows, self.world)) // self._eval_size))
+
+    def __iter__(self) -> Iterator[list[Ticket]]:
+        return self._train() if self.training else self._evaluate()
+
+    @property
+    def _eval_size(self) -> int:
+        return -(-self.batch_size // self.world)
+
+    def _train(self) -> Iterator[list[Ticket]]:
+        epoch = self.epoch()
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        shares = self.world * self.accumulate
+        for start in range(0, self.num_rows, self.batch_size):
+            batch = order[start : start + self.batch_size]
+            parts = np.array_split(batch, shares)
+            for micro in range(self.accumulate):
+                mine = parts[micro * self.world + self.rank].tolist()
+                weight = shares / len(batch)
+                yield [Ticket(row, epoch, weight) for row in mine] or [Ticket(int(batch[0]), epoch, 0.0)]
+
+    def _evaluate(self) -> Iterator[list[Ticket]]:
+        rows = range(self.rank, self.num_rows, self.world)
+        for start in range(0, len(rows), self._eval_size):
+            yield [Ticket(row, None, 1.0) for row in rows[start : start + self._eval_size]]
+        if not rows:
+            yield [Ticket(0, None, 0.0)]
+
+
+def _uneven(batch_size: int, world: int, accumulate: int) -> UserError:
+    shares = world * accumulate
+    below = batch_size // shares * shares
+    near = f"{below} or {below + shares}" if below > 0 else str(shares)
+    return UserError(
+        f"recipe.batch_size={batch_size} cannot be dealt to {world} device(s) x {accumulate} accumulation step(s): "
+        f"it must be a multiple of {shares}, the nearest being {near}"
+    )

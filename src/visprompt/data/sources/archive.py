@@ -1,0 +1,283 @@
+"""Reading archives member by member, without unpacking them, and unpacking them without leaving their folder."""
+
+import gzip
+import io
+import lzma
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple, cast
+
+from visprompt.data.sources.content import Found, Wanted
+from visprompt.errors import UserError
+from visprompt.text import has_control
+
+_DAMAGE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    RecursionError,  # of JSON that is nested too deeply
+    NotImplementedError,
+)
+
+
+_LARGEST = 2**31  # bytes of a member that is read at once; no dataset has one that comes near
+_SPACE = 2**30, 100  # what an archive may unpack to: these bytes, or so many times its own
+_CHUNK = 2**20
+
+
+class Member(NamedTuple):
+    """One file of an archive; valid until the next one is asked for.
+
+    Attributes:
+        name: Its path in the archive, with forward slashes and no leading "./".
+        read: Returns its bytes.
+        open: Opens it, for files too big for `read` and for archives inside archives; read it within `readable`.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    open: Callable[[], IO[bytes]]
+
+
+def damaged(path: Path, reason: object) -> UserError:
+    """Builds the error for a file whose bytes are not what they should be.
+
+    Args:
+        path: The file.
+        reason: What is wrong with it, in words or as the exception of who read it.
+
+    Returns:
+        The error to raise.
+    """
+    text = str(reason) or type(reason).__name__
+    return UserError(f"{path} is truncated or damaged ({text}): delete it and run the same command again")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file is read into one sentence that names it.
+
+    Raises:
+        UserError: The file is missing, truncated or damaged.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {error.filename or path}: get it, or run prepare.py again") from error
+    except _DAMAGE as error:
+        raise damaged(path, error) from error
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror or error}): mend that") from error
+
+
+def unpacked(path: Path) -> Path:
+    """Returns an archive, or, where it is not there, the folder of its name that a user unpacked it to."""
+    folder = path.with_name(path.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip"))
+    return folder if not path.exists() and folder.is_dir() else path
+
+
+def members(path: Path, stream: IO[bytes] | None = None) -> Iterator[Member]:
+    """Yields the files of a tar archive (plain or gzip), a zip archive or a folder, in their order there.
+
+    Args:
+        path: Archive or folder; a folder's files come sorted, named relative to it.
+        stream: A tar archive that lies inside another one, from `Member.open`; `path` then only names it in errors.
+
+    Yields:
+        Files; folders and links are left out.
+
+    Raises:
+        UserError: The archive is missing, truncated or damaged; also from the members' `read`.
+    """
+    with readable(path):
+        if stream is not None:
+            yield from _tar_members(path, stream)
+        elif path.is_dir():
+            yield from _folder_members(path)
+        else:
+            with path.open("rb") as file:
+                kind = _zip_members if file.read(2) == b"PK" else _tar_members
+                file.seek(0)
+                yield from kind(path, file)
+
+
+def _member(path: Path, name: str, opener: Callable[[], IO[bytes]]) -> Member:
+    def read() -> bytes:
+        with readable(path), opener() as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise _too_large(path)
+        return content
+
+    return Member(name, read, opener)
+
+
+def _folder_members(path: Path) -> Iterator[Member]:
+    for file in sorted(file for file in path.rglob("*") if file.is_file() and not file.is_symlink()):
+        yield _member(file, file.relative_to(path).as_posix(), partial(_open, file))
+
+
+def _open(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
+def _zip_members(path: Path, stream: IO[bytes]) -> Iterator[Member]:
+    with zipfile.ZipFile(stream) as archive:
+        for info in archive.infolist():
+            name = _clean(info.filename)
+            if not name.endswith("/") and not stat.S_ISLNK(info.external_attr >> 16):
+                yield _member(path, name, partial(archive.open, info))
+
+
+class _Bytes:
+    """A tar's bytes, read straight through, that remember whether their end was met.
+
+    A whole tar ends with blocks of zeros, behind which tarfile does not look; where a tar was cut between two members
+    it meets the end of the bytes instead, and takes that silently for the end of the archive.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        head = cast(io.BufferedReader, stream).peek(2)  # suffixes lie: dtd-r1.0.1.tar.gz is a plain tar
+        self._stream = cast(IO[bytes], gzip.GzipFile(fileobj=stream)) if head[:2] == b"\x1f\x8b" else stream
+        self.ended = False
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self.ended = not data
+        return data
+
+
+def _tar_members(path: Path, stream: IO[bytes]) -> Iterator[Member]:
+    data = _Bytes(stream)
+    # r| reads straight through: no seeking back in 39 GB of gzip
+    with tarfile.open(fileobj=cast(Any, data), mode="r|") as archive:
+        while (info := archive.next()) is not None:
+            cast(Any, archive).members.clear()  # else the descriptions of all files stay in memory
+            if info.isfile():
+                yield _member(path, _clean(info.name), partial(_extract, archive, info))
+    if data.ended:
+        raise tarfile.ReadError("unexpected end of data")
+    while data.read(1 << 16):  # gzip's checksum is behind the rest
+        pass
+
+
+def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    return cast(IO[bytes], archive.extractfile(info))  # None of folders and the like only
+
+
+def _clean(name: str) -> str:
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def pick(found: Iterable[Member], key_of: Callable[[str], str | None], wanted: Wanted) -> Iterator[Found]:
+    """Yields the wanted images among an archive's members, encoded, and stops behind the last one.
+
+    Args:
+        found: The members.
+        key_of: Makes a key of a member's name; None (or what is no key) for members that are no images.
+        wanted: Official split -> keys, of which no two splits share one.
+
+    Yields:
+        Each wanted image once, in the order of the members.
+    """
+    split_of = {key: split for split, keys in wanted.items() for key in keys}
+    if not split_of:
+        return
+    for member in found:
+        key = key_of(member.name)
+        if key is not None and key in split_of:
+            yield Found(split_of.pop(key), key, member.read())
+            if not split_of:
+                return
+
+
+def texts(path: Path, *names: str) -> list[str]:
+    """Reads small text files of an archive.
+
+    Args:
+        path: The archive.
+        names: The members.
+
+    Returns:
+        Their contents, in the order of the names.
+
+    Raises:
+        UserError: The archive is damaged or holds no such member.
+    """
+    found: dict[str, str] = {}
+    for member in members(path):
+        if member.name in names:
+            try:
+                found[member.name] = member.read().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise damaged(path, f"{member.name} is no text") from error
+            if len(found) == len(names):
+                break
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{path} holds no {missing[0]}: it is not the official file, get it again")
+    return [found[name] for name in names]
+
+
+def inside(path: Path, name: str) -> PurePosixPath:
+    """Returns a member's name as a path that stays in its folder.
+
+    Raises:
+        UserError: The name is absolute, climbs out or holds control characters.
+    """
+    clean = PurePosixPath(_clean(name))
+    if not clean.parts or clean.is_absolute() or ".." in clean.parts or ":" in clean.parts[0] or has_control(name):
+        raise UserError(
+            f"{path} holds the member {name!r}, which points outside its folder or cannot be shown: "
+            "do not use this file, get it again from its official source"
+        )
+    return clean
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Unpacks an archive's files into a folder; links are left out.
+
+    Args:
+        path: Archive.
+        folder: Where its files go; existing files are replaced.
+
+    Raises:
+        UserError: The archive is damaged, a member points outside the folder, or they unpack to far more than it holds.
+        OSError: The folder cannot be written.
+    """
+    left = max(_SPACE[0], _SPACE[1] * path.stat().st_size) if path.is_file() else _LARGEST
+    for member in members(path):
+        target = folder / inside(path, member.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")  # so that no half file is there by its own name
+        with part.open("wb") as file:
+            for chunk in _chunks(path, member):
+                left -= len(chunk)
+                if left < 0:
+                    break
+                file.write(chunk)
+        if left < 0:
+            part.unlink()
+            raise _too_large(path)
+        part.replace(target)
+
+
+def _chunks(path: Path, member: Member) -> Iterator[bytes]:
+    """Read a member in pieces; only what reading raises is the archive's fault, not what the target's disk refuses."""
+    with readable(path), member.open() as source:
+        while chunk := source.read(_CHUNK):
+            yield chunk
+
+
+def _too_large(path: Path) -> UserError:
+    return UserError(
+        f"{path} unpacks to far more than such a file holds: do not use it, get it again from its official source"
+    )

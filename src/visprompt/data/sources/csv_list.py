@@ -1,0 +1,208 @@
+"""A CSV that lists the user's own images: path, label and, by choice, split."""
+
+import csv
+import os
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from visprompt.data.sources.split_folders import as_argument, guess_splits, named_splits, split_of, words_of
+from visprompt.data.splits import SPLITS
+from visprompt.errors import UserError, unknown
+
+COLUMNS = ("path", "label", "split")
+_SPLIT_COLUMNS = frozenset(
+    {"split", "splits", "fold", "folds", "subset", "set", "dataset", "phase", "partition", "usage"}
+)
+_MOST_SPLITS = 20  # different values that a column of splits or folds has at most
+
+Row = dict[str, str | None]
+
+
+class Found(NamedTuple):
+    """An image file as a folder or a CSV names it.
+
+    Attributes:
+        path: Where the file is.
+        key: The same on every machine: its POSIX path relative to the data (Unicode NFC).
+        name: Of its class (Unicode NFC).
+        split: "train", "val" or "test"; "" where none is given.
+    """
+
+    path: Path
+    key: str
+    name: str
+    split: str
+
+
+class _Line(NamedTuple):
+    number: int
+    given: str
+    path: Path
+    label: str
+    split: str
+
+
+def read_csv(
+    root: Path, table: Path, columns: Mapping[str, Any] | None, split_names: Mapping[str, Any] | str | None
+) -> tuple[list[Found], list[str]]:
+    """Read which images there are.
+
+    Args:
+        root: Paths are relative to it, or to the CSV, or absolute.
+        table: The CSV, relative to the working directory or to the root.
+        columns: The CSV's own names: `{path: file, label: class, split: fold}`; a split of None reads none.
+        split_names: What the CSV calls the splits: `{train: Training, test: Testing}`.
+
+    Returns:
+        The images, and the names of the columns that were not read.
+
+    Raises:
+        UserError: Something is wrong with the CSV, or it looks as if it gave splits in another column.
+    """
+    table = table if table.is_file() else root / table
+    if not table.is_file():
+        raise UserError(f"data.csv={table} is not a file: give a CSV with the columns path,label or path,label,split")
+    if split_names == "none":
+        raise UserError(
+            "data.split_names=none is for folders: give 'data.csv_columns={split: null}' to read no splits from the CSV"
+        )
+    names = _column_names(columns)
+    rows, header = _rows(table)
+    if names["path"] not in header or names["label"] not in header:
+        raise UserError(
+            f"data.csv={table} has no columns named {names['path']} and {names['label']}, only {', '.join(header)}: "
+            "give 'data.csv_columns={path: NAME, label: NAME}' or write path,label[,split] as first line"
+        )
+    unread = [name for name in header if name not in names.values()]
+    has_splits = any(_cell(row, names["split"]) for row in rows)
+    if not has_splits and "split" not in (columns or {}):
+        for name in unread:
+            _refuse_splits(table, name, {_cell(row, name) for row in rows} - {""})
+    called = named_splits(split_names) if split_names is not None else dict(zip(SPLITS, SPLITS, strict=True))
+    lines = [_line(root, table, number, row, names, called) for number, row in enumerate(rows, start=2)]
+    if odd := [line for line in lines if bool(line.split) != bool(lines[0].split)]:
+        raise UserError(f"data.csv={table}, line {odd[0].number}: give a split for all images or for none")
+    keys = _keys(root, [line.path for line in lines])
+    found = [Found(line.path, key, line.label, line.split) for line, key in zip(lines, keys, strict=True)]
+    _refuse_repeated(table, lines)
+    return found, unread
+
+
+def _column_names(columns: Mapping[str, Any] | None) -> dict[str, str | None]:
+    names: dict[str, str | None] = dict(zip(COLUMNS, COLUMNS, strict=True))
+    if columns is not None and not isinstance(columns, Mapping):
+        raise UserError(f"data.csv_columns={columns} names no columns: give 'data.csv_columns={{split: NAME}}'")
+    for column, name in (columns or {}).items():
+        if column not in COLUMNS:
+            raise unknown("column in data.csv_columns", column, COLUMNS)
+        if name is None and column != "split":
+            raise UserError(f"data.csv_columns.{column}=null: the CSV must have it, give its name")
+        names[column] = None if name is None else str(name)
+    return names
+
+
+def _rows(table: Path) -> tuple[list[Row], list[str]]:
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
+            reader = csv.DictReader(file, skipinitialspace=True)
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data.csv={table} is not a CSV in UTF-8 ({error}): save it as one") from error
+    if not rows:
+        raise UserError(f"data.csv={table} lists no images: its first line is path,label[,split], then one per image")
+    return rows, [str(name) for name in reader.fieldnames or ()]
+
+
+def _cell(row: Row, column: str | None) -> str:
+    value = row.get(column) if column is not None else None
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _refuse_splits(table: Path, column: str, values: set[str]) -> None:
+    """Raise what to type where a column that is not read looks like the splits."""
+    says = bool(values) and all(split_of(value) for value in values)
+    named = bool(_SPLIT_COLUMNS.intersection(words_of(column))) and 2 <= len(values) <= _MOST_SPLITS
+    if not says and not named:
+        return
+    take = f"'data.csv_columns={{split: {column}}}'"
+    if not values <= set(SPLITS):
+        take += f" and {as_argument(guess_splits(sorted(values)))}"
+    listed = ", ".join(sorted(values)[:4]) + (", ..." if len(values) > 4 else "")
+    raise UserError(
+        f"data.csv={table} has no column split, but a column {column!r} ({listed}): give {take} to read it, "
+        "or 'data.csv_columns={split: null}' to cut every class 80/10/10"
+    )
+
+
+def _line(
+    root: Path, table: Path, number: int, row: Row, names: Mapping[str, str | None], called: Mapping[str, str]
+) -> _Line:
+    where = f"data.csv={table}, line {number}"
+    given, label, split = (_cell(row, names[column]) for column in COLUMNS)
+    if not given or not label:
+        raise UserError(f"{where}: the path or the label is empty, fill it in or remove the line")
+    if split and split not in called:
+        if split_of(split):
+            raise UserError(f"{where}: the split is called {split!r}: give {_example(split)}")
+        raise UserError(f"{where}: {unknown('split', split, called)}")
+    path = next((path for path in _places(root, table, given) if _is_file(path)), None)
+    if path is None:
+        raise UserError(f"{where}: there is no file {given}, neither below {root} nor next to the CSV")
+    return _Line(number, given, path, unicodedata.normalize("NFC", label), called[split] if split else "")
+
+
+def _example(split: str) -> str:
+    names = {"train": ["NAME"], "test": ["NAME"]} | {split_of(split): [split]}
+    return as_argument({known: names[known] for known in SPLITS if known in names})
+
+
+def _places(root: Path, table: Path, given: str) -> Iterator[Path]:
+    """Yield where a path may be; a file system may write an accent in another form than the CSV."""
+    forms = dict.fromkeys([given, unicodedata.normalize("NFC", given), unicodedata.normalize("NFD", given)])
+    for form in forms:
+        home = [Path(form).expanduser()] if form.startswith("~/") else []
+        yield from (root / form, table.parent / form, *home)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # its name is too long
+        return False
+
+
+def _keys(root: Path, paths: Sequence[Path]) -> list[str]:
+    """Return paths relative to the root; where some are elsewhere, to the folder that holds all of them."""
+    relative = [_below(path, root) for path in paths]
+    if None in relative:
+        real = [_resolved(path) for path in paths]
+        base = os.path.commonpath([path.parent for path in real])
+        relative = [path.relative_to(base) for path in real]
+    return [unicodedata.normalize("NFC", path.as_posix()) for path in relative if path is not None]
+
+
+def _below(path: Path, root: Path) -> Path | None:
+    """Return a path relative to the root, however both are written; None where it is not below it."""
+    if ".." not in path.parts and path.absolute().is_relative_to(root.absolute()):
+        return path.absolute().relative_to(root.absolute())
+    real, place = _resolved(path), root.resolve()
+    return real.relative_to(place) if real.is_relative_to(place) else None
+
+
+def _resolved(path: Path) -> Path:
+    return path.parent.resolve() / path.name  # a link to a file keeps its own name
+
+
+def _refuse_repeated(table: Path, lines: Sequence[_Line]) -> None:
+    """Refuse a file that is listed twice, under whatever spelling, or over a link."""
+    seen: dict[tuple[int, int], _Line] = {}
+    for line in lines:
+        status = line.path.stat()
+        first = seen.setdefault((status.st_dev, status.st_ino), line)
+        if first is not line:
+            what = (
+                "is listed twice" if line.given == first.given else f"is the file of line {first.number}, {first.given}"
+            )
+            raise UserError(f"data.csv={table}, line {line.number}: {line.given} {what}: remove one of the lines")

@@ -1,0 +1,312 @@
+"""Lists of the five fine-grained datasets (FGVC), read from their unpacked files; no pixel is read.
+
+Where `train.json`, `val.json` and `test.json` lie beside the images, they are the splits: those of the Visual Prompt
+Tuning paper (Jia et al., ECCV 2022), each `{image path: class id}`. The class map is built once, from train: its
+sorted ids become 0, 1, ... Otherwise the dataset's official lists are the splits, and this project's own rule cuts val
+from the official train: in each class, in md5 order (salt "val"), the first n / 10 images, rounded half up and at
+least one (never all). Oxford Flowers has an official val of 1,020 images, so nothing is cut there. The published sizes
+(CUB 5,394 + 600, NABirds 21,536 + 2,393, Dogs 10,800 + 1,200, Cars 7,329 + 815) are those of the json files; by the
+own rule train and val may differ from them by a few images, test does not.
+
+Stanford Cars is in circulation in two layouts that number its images differently: `car_ims/000001.jpg` to `016185.jpg`
+with `cars_annos.mat`, and `cars_train/00001.jpg`, `cars_test/00001.jpg` with a devkit. A number of one layout names
+another image in the other, so keys and json files (which number `car_ims`) cannot be carried from one to the other.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from visprompt.data.catalog.task import TaskSpec
+from visprompt.data.sources.archive import damaged, readable
+from visprompt.data.sources.content import check_labels
+from visprompt.data.sources.images import ImageFolder, Item
+from visprompt.data.sources.natural import flowers_lists, mat
+from visprompt.data.splits import SPLITS, md5_order
+from visprompt.errors import UserError, unknown
+
+Id = int | str
+
+
+class _List(NamedTuple):
+    """One list of a dataset: its file, its split, and the images (relative to the image folder) with their classes."""
+
+    path: Path
+    split: str
+    ids: Mapping[str, Id]
+
+
+class _Layout(NamedTuple):
+    """Where a dataset keeps its images, how its official lists are read, and how a class is named."""
+
+    marks: tuple[str, ...]  # one of them shows the dataset's root
+    folders: tuple[str, ...]  # where images may lie; paths in lists are relative to one of them
+    lists: Callable[[Path, TaskSpec], list[_List]]
+    namer: Callable[[Path], Callable[[str, Id], str]]  # image and class id -> name of the class
+    prefix: str = ""  # that json files may or may not have
+    hint: str = ""  # where the lists may be right and the images be others
+
+
+def fgvc(root: Path, spec: TaskSpec) -> ImageFolder:
+    """Lists a fine-grained dataset.
+
+    Args:
+        root: Folder that holds the dataset's unpacked files, or the one folder that its archive makes.
+        spec: Record of the task. `num_classes` bounds the labels; fewer classes are accepted (its caller compares the
+            counts of the splits with the record).
+
+    Returns:
+        All images, sorted by key; a key is the path in the lists (for Flowers the file's name). Classes are named as in
+        the record; where it has no names, as the data's own folders or `classes.txt` name them.
+
+    Raises:
+        UserError: A list is missing, damaged or contradicts another one, a label is out of range, or a listed image is
+            not there.
+    """
+    layout, found = _layout(spec), fgvc_root(root, spec)
+    lists = _splits(layout, root, found, spec)
+    label_of = _class_map(lists, spec)
+    folders = [found / folder for folder in layout.folders]
+    items = []
+    for listed in lists:
+        paths = _located(listed, folders, layout.hint)
+        items += [Item(paths[key], key, label_of[id_], listed.split) for key, id_ in listed.ids.items()]
+    items.sort(key=lambda item: item.key)
+    names = spec.class_names
+    if len(names) != len(label_of):
+        name, examples = layout.namer(found), {id_: key for listed in lists for key, id_ in listed.ids.items()}
+        names = tuple(name(examples[id_], id_) for id_ in label_of)
+    return ImageFolder(names, tuple(items))
+
+
+def fgvc_root(root: Path, spec: TaskSpec) -> Path:
+    """Finds a dataset's own root: the folder itself or a folder in it, such as `CUB_200_2011`.
+
+    Args:
+        root: Where the dataset was unpacked.
+        spec: Record of the task.
+
+    Returns:
+        The folder that holds the images' folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    marks = _layout(spec).marks
+    below = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    for place in (root, *below):
+        if any((place / mark).exists() for mark in marks):
+            return place
+    raise UserError(
+        f"{root} does not hold the images of {spec.id} (there is no {' or '.join(marks)} in it or in a folder in it): "
+        f"unpack {' and '.join(file.name for file in spec.files) or 'its archives'} there"
+    )
+
+
+def _layout(spec: TaskSpec) -> _Layout:
+    if spec.id not in _LAYOUTS:
+        raise unknown("fine-grained dataset", spec.id, _LAYOUTS)
+    return _LAYOUTS[spec.id]
+
+
+def _splits(layout: _Layout, root: Path, found: Path, spec: TaskSpec) -> list[_List]:
+    for place in (found, root):  # who unpacks an archive below the json files means them too
+        if (place / "train.json").is_file():
+            lists = [_json_list(place / f"{split}.json", split, layout.prefix) for split in SPLITS]
+            break
+    else:
+        lists = _hold_out(layout.lists(found, spec))
+    seen: dict[str, Path] = {}
+    for listed in lists:
+        for key in listed.ids:
+            if seen.setdefault(key, listed.path) is not listed.path:
+                raise UserError(f"{seen[key]} and {listed.path} both list {key}: get the lists again, one is wrong")
+    return lists
+
+
+def _json_list(path: Path, split: str, prefix: str) -> _List:
+    with readable(path):
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise damaged(path, error) from error
+    if not isinstance(given, dict) or not all(isinstance(id_, int | str) for id_ in given.values()):
+        raise UserError(f"{path} is not of the form {{image path: class id}}: get the split files again")
+    numbers = all(str(id_).isdecimal() for id_ in given.values())
+    ids = {key.removeprefix("./").removeprefix(prefix): id_ for key, id_ in given.items()}
+    return _List(path, split, {key: int(id_) if numbers else str(id_) for key, id_ in ids.items()})
+
+
+def _hold_out(lists: list[_List]) -> list[_List]:
+    if any(listed.split == "val" for listed in lists):
+        return lists
+    train, *others = lists
+    keys_of: defaultdict[Id, list[str]] = defaultdict(list)
+    for key, id_ in train.ids.items():
+        keys_of[id_].append(key)
+    val: dict[str, Id] = {}
+    for id_, keys in keys_of.items():
+        held = min(len(keys) - 1, max(1, (len(keys) + 5) // 10))
+        val |= dict.fromkeys(md5_order(keys, "val")[:held], id_)
+    rest = {key: id_ for key, id_ in train.ids.items() if key not in val}
+    return [train._replace(ids=rest), _List(train.path, "val", val), *others]
+
+
+def _class_map(lists: Iterable[_List], spec: TaskSpec) -> dict[Id, int]:
+    train = next(listed for listed in lists if listed.split == "train")
+    label_of = {id_: label for label, id_ in enumerate(sorted(set(train.ids.values()), key=_order))}
+    if not 0 < len(label_of) <= spec.num_classes:
+        raise UserError(
+            f"{train.path} has {len(label_of)} classes where {spec.id} has {spec.num_classes}: get the right list"
+        )
+    for listed in lists:
+        for key, id_ in listed.ids.items():
+            if id_ not in label_of:
+                raise UserError(
+                    f"{listed.path} gives image {key} the class {id_}, of which {train.path} has no image: "
+                    "get the lists again, they do not belong together"
+                )
+    return label_of
+
+
+def _order(id_: Id) -> tuple[bool, Id]:
+    return isinstance(id_, str), id_
+
+
+def _located(listed: _List, folders: Sequence[Path], hint: str) -> dict[str, Path]:
+    paths = {key: next((f / key for f in folders if (f / key).is_file()), None) for key in listed.ids}
+    found = {key: path for key, path in paths.items() if path}
+    if missing := sorted(set(paths) - set(found)):
+        raise UserError(
+            f"{listed.path} lists {len(missing)} image(s) that are not in {folders[0]} (first: {missing[0]}): "
+            f"unpack the dataset's archive again{hint}"
+        )
+    return found
+
+
+# ---- official lists
+
+
+def _table(path: Path) -> dict[str, str]:
+    """Reads lines of a key and, after a space, a value."""
+    with readable(path):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise damaged(path, error) from error
+    rows = [line.strip().partition(" ") for line in lines if line.strip()]
+    if bad := [key for key, _, value in rows if not value]:
+        raise damaged(path, f"the line of {bad[0]!r} has one column of two")
+    return {key: value.strip() for key, _, value in rows}
+
+
+def _bird_lists(root: Path, spec: TaskSpec) -> list[_List]:
+    """CUB-200-2011 and NABirds: four text files whose first column is the image's id."""
+    path, labels = root / "images.txt", root / "image_class_labels.txt"
+    images, class_of, trained = _table(path), _table(labels), _table(root / "train_test_split.txt")
+    classes = _table(root / "classes.txt")
+    ids: dict[str, dict[str, Id]] = {"1": {}, "0": {}}
+    for image, key in images.items():
+        if image not in class_of or trained.get(image) not in ids:
+            raise UserError(f"{path} names image {image}, which {labels} or train_test_split.txt lacks: unpack again")
+        if class_of[image] not in classes or not class_of[image].isdecimal():
+            raise UserError(
+                f"{labels} gives image {key} the class {class_of[image]}, unknown to classes.txt: "
+                "the file is not the right one or is damaged, unpack the archive again"
+            )
+        ids[trained[image]][key] = int(class_of[image])
+    return [_List(path, "train", ids["1"]), _List(path, "test", ids["0"])]
+
+
+def _dog_lists(root: Path, spec: TaskSpec) -> list[_List]:
+    """Stanford Dogs: `train_list.mat` and `test_list.mat`, which `lists.tar` holds without a folder."""
+    lists = []
+    for split in ("train", "test"):
+        path = _first(root / "lists" / f"{split}_list.mat", root / f"{split}_list.mat")
+        files, labels = mat(path, "file_list", "labels")
+        lists.append(_numbered(path, split, [str(cell.item()) for cell in files.ravel()], labels.ravel(), spec))
+    return lists
+
+
+def _flower_lists(root: Path, spec: TaskSpec) -> list[_List]:
+    """Oxford Flowers: the official split, the same as VTAB's."""
+    names = {"train": "train", "validation": "val", "test": "test"}
+    return [
+        _List(root / "setid.mat", names[split], dict(zip(keys, labels.tolist(), strict=True)))
+        for split, (keys, labels) in flowers_lists(root).items()
+    ]
+
+
+def _car_lists(root: Path, spec: TaskSpec) -> list[_List]:
+    """Stanford Cars in either layout; the plain `cars_test_annos.mat` has no classes and is of no use."""
+    if (root / "car_ims").is_dir():
+        path = root / "cars_annos.mat"
+        files, classes, tested = _annotations(path, "relative_im_path", "class", "test")
+        numbered = _numbered(path, "all", files, classes, spec)
+        of = dict(zip(files, tested, strict=True))
+        return [
+            _List(path, split, {key: id_ for key, id_ in numbered.ids.items() if bool(of[key]) == (split == "test")})
+            for split in ("train", "test")
+        ]
+    lists = []
+    for split, name in (("train", "cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+        path = _first(root / "devkit" / name, root / name)
+        files, classes = _annotations(path, "fname", "class")
+        lists.append(_numbered(path, split, [f"cars_{split}/{file}" for file in files], classes, spec))
+    return lists
+
+
+def _first(path: Path, other: Path) -> Path:
+    return path if path.is_file() else other
+
+
+def _annotations(path: Path, *names: str) -> list[list[Any]]:
+    table = mat(path, "annotations")[0].ravel()
+    if missing := set(names) - set(table.dtype.names or ()):
+        raise UserError(f"{path} has no field {min(missing)}: it is not the file with all labels, get that one")
+    return [[cell.item() for cell in table[name]] for name in names]
+
+
+def _numbered(path: Path, split: str, keys: list[str], classes: Any, spec: TaskSpec) -> _List:
+    """A list whose classes count from 1."""
+    if len(keys) != len(classes):
+        raise damaged(path, f"{len(keys)} images have {len(classes)} labels")
+    labels = check_labels(np.array([int(one) - 1 for one in classes]), spec.num_classes, keys, str(path))
+    return _List(path, split, dict(zip(keys, labels.tolist(), strict=True)))
+
+
+# ---- names of classes
+
+
+def _folder_names(separator: str) -> Callable[[Path], Callable[[str, Id], str]]:
+    """Names after the folder, without the number before it: `001.Black_footed_Albatross`, `n02085620-Chihuahua`."""
+    return lambda root: lambda key, id_: key.partition("/")[0].partition(separator)[2] or str(id_)
+
+
+def _nabirds_names(root: Path) -> Callable[[str, Id], str]:
+    """Names of `classes.txt`; the folder `0817` is class 817 whatever a json file numbers it."""
+    names = _table(root / "classes.txt")
+    return lambda key, id_: names.get(key.partition("/")[0].lstrip("0") or "0", str(id_))
+
+
+def _numbers(root: Path) -> Callable[[str, Id], str]:
+    return lambda key, id_: str(id_)
+
+
+_LAYOUTS = {
+    "cub200": _Layout(("images",), ("images",), _bird_lists, _folder_names(".")),
+    "nabirds": _Layout(("images",), ("images",), _bird_lists, _nabirds_names),
+    "oxford_flowers": _Layout(("jpg", "image_00001.jpg"), ("jpg", ""), _flower_lists, _numbers, prefix="jpg/"),
+    "stanford_dogs": _Layout(("Images",), ("Images",), _dog_lists, _folder_names("-")),
+    "stanford_cars": _Layout(
+        ("car_ims", "cars_train"),
+        ("", "cars_train", "cars_test"),  # some copies nest them: cars_train/cars_train/00001.jpg
+        _car_lists,
+        _numbers,
+        hint=" (the json files and cars_annos.mat number the images of car_ims, not those of cars_train and cars_test)",
+    ),
+}

@@ -1,0 +1,83 @@
+"""What a run says about the user's own images before it trains on them, and records in its result."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from visprompt.data.sources.own_images import OwnImages
+from visprompt.data.splits import SPLITS
+from visprompt.text import visible
+
+_NAMED = 10  # classes whose names are printed
+
+
+def summarise(
+    images: OwnImages, root: Path, unreadable: Sequence[str] = (), notes: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Return the facts of some images, as plain JSON values.
+
+    Args:
+        images: The images.
+        root: Where they were read.
+        unreadable: Keys of those that could not be decoded and were left out.
+        notes: What was noted when they were decoded (`OwnImages.notes`).
+
+    Returns:
+        root, classes (their number), images (number by split), cut (whether every class was cut 80/10/10 here),
+        smallest_class and smallest (its training images), left_out (numbers by what it is), unread_columns,
+        repeated (numbers by split of images whose bytes are also those of a training image), and the notes.
+    """
+    lost = set(unreadable)
+    items = [item for item in images.items if item.key not in lost]
+    counts = Counter(item.split for item in items)
+    trained = Counter(dict.fromkeys(range(len(images.class_names)), 0))
+    trained.update(item.label for item in items if item.split == "train")
+    label, smallest = min(trained.items(), key=lambda pair: (pair[1], pair[0]))
+    left_out = dict(images.left_out) | ({"files that cannot be read": len(lost)} if lost else {})
+    return {
+        "root": str(root.absolute()),
+        "classes": len(images.class_names),
+        "images": {split: counts[split] for split in SPLITS if counts[split]},
+        "cut": images.cut,
+        "smallest_class": images.class_names[label],
+        "smallest": smallest,
+        "left_out": left_out,
+        "unread_columns": list(images.unread),
+        "repeated": images.repeated,
+        **(notes or {}),
+    }
+
+
+def sentences(task: str, class_names: Sequence[str], summary: Mapping[str, Any]) -> list[str]:
+    """Return a summary in a line or two, and a line more for each warning.
+
+    Args:
+        task: Name of the task.
+        class_names: Names of the classes; printed where they are few.
+        summary: What `summarise` returned.
+    """
+    images = summary["images"]
+    names = f" ({', '.join(class_names)})" if len(class_names) <= _NAMED else ""
+    counts = ", ".join(f"{split} {count:,}" for split, count in images.items())
+    cut = " (no splits were given: every class was cut 80/10/10)" if summary["cut"] else ""
+    smallest = f"smallest class: {summary['smallest_class']} with {summary['smallest']:,} training images"
+    lines = [
+        f"data: {task} in {summary['root']}: {summary['classes']:,} classes{names}; images: {counts}{cut}; {smallest}"
+    ]
+    left = [f"{what} ({count:,})" for what, count in summary["left_out"].items()]
+    left += [f"columns {', '.join(summary['unread_columns'])} of the CSV"] if summary["unread_columns"] else []
+    if left:
+        lines.append(f"left out: {', '.join(left)}")
+    lines += [
+        f"warning: {count:,} of {images[split]:,} {split} images have the same bytes as training images, so the score "
+        "says little: remove them from one of the two"
+        for split, count in summary["repeated"].items()
+    ]
+    if count := summary.get("faint"):
+        top = summary["faint_top"]
+        lines.append(
+            f"warning: {count:,} grey images use less than a quarter of their 16 or 32 bits (up to {top:,}) and look "
+            f"dark: give data.white_level={max(255, 2 ** top.bit_length() - 1)} if that is their white"
+        )
+    return [visible(line) for line in lines]

@@ -1,0 +1,103 @@
+"""What is known of a task's data, held against a store: counts, golden keys and labels, histograms, disjoint sets."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from visprompt.data.catalog.task import Golden, TaskSpec
+
+
+class Check(NamedTuple):
+    """One statement about a task's data.
+
+    Attributes:
+        name: What was looked at.
+        good: Whether it is as it must be.
+        detail: What was found, and what was expected where that differs.
+        fatal: Whether data that fails is refused; otherwise it is only said.
+    """
+
+    name: str
+    good: bool
+    detail: str
+    fatal: bool = True
+
+
+def check(
+    spec: TaskSpec, keys: Mapping[str, list[str]], labels: Mapping[str, np.ndarray], *, ordered: bool = True
+) -> list[Check]:
+    """Holds split sets against the record of their task.
+
+    Args:
+        spec: The record.
+        keys: Split set -> the key of every image, the same text for the same image in all sets.
+        labels: Split set -> int64 [n].
+        ordered: Whether the images are in md5 order; where they are not, first keys and labels cannot be compared.
+
+    Returns:
+        All checks, passed or not.
+    """
+    if "train800" in keys and "val200" in keys:
+        both = {"train800val200": np.concatenate([labels["train800"], labels["val200"]])}
+    else:
+        both = {}
+    return [
+        *_sizes(spec, keys),
+        *_range(spec, labels),
+        *(_disjoint(keys, "") if ordered else _disjoint(_names(keys), ", by name")),
+        *(
+            found
+            for name, golden in spec.golden.items()
+            if name in labels or name in both
+            for found in _golden(name, golden, keys.get(name, []), {**both, **labels}[name], ordered)
+        ),
+    ]
+
+
+def _sizes(spec: TaskSpec, keys: Mapping[str, list[str]]) -> Iterator[Check]:
+    for name, expected in spec.split_sizes.items():
+        found = len(keys.get(name, ()))
+        wrong = "" if found == expected else f", expected {expected:,}"
+        yield Check(f"number of images in {name}", found == expected, f"{found:,}{wrong}")
+
+
+def _range(spec: TaskSpec, labels: Mapping[str, np.ndarray]) -> Iterator[Check]:
+    everything = np.concatenate(list(labels.values()))
+    low, high = int(everything.min()), int(everything.max())
+    yield Check("range of labels", low >= 0 and high < spec.num_classes, f"{low}..{high} of {spec.num_classes} classes")
+
+
+def _disjoint(keys: Mapping[str, list[str]], how: str) -> Iterator[Check]:
+    names = list(keys)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            both = set(keys[first]) & set(keys[second])
+            detail = f"{len(both)} in both" + (f", {min(both)} for one" if both else "")
+            yield Check(f"{first} and {second} disjoint{how}", not both, detail)
+    repeated = sum(len(k) - len(set(k)) for k in keys.values())
+    yield Check("no image twice in a set", repeated == 0, f"{repeated} repeated")
+
+
+def _names(keys: Mapping[str, list[str]]) -> Mapping[str, list[str]]:
+    """Keys without the list that they are from, which is a split set's own where images are not in md5 order."""
+    return {name: [key.partition("/")[2] for key in listed] for name, listed in keys.items()}
+
+
+def _golden(name: str, golden: Golden, keys: list[str], labels: np.ndarray, ordered: bool) -> Iterator[Check]:
+    if golden.keys and ordered:
+        found = tuple(key.partition("/")[2] for key in keys[: len(golden.keys)])
+        yield _same(f"first keys of {name}", found, golden.keys)
+    if golden.labels and ordered:
+        yield _same(f"first labels of {name}", tuple(labels[: len(golden.labels)].tolist()), golden.labels)
+    if golden.histogram:
+        counts = tuple(np.bincount(labels[labels >= 0], minlength=len(golden.histogram)).tolist())
+        yield _same(f"images per class in {name}", counts, golden.histogram)
+    if golden.classes:
+        # not fatal: that every class occurs in a test set is what one expects, not what the datasets' authors say
+        yield _same(f"classes in {name}", (len(np.unique(labels)),), (golden.classes,))._replace(fatal=name != "test")
+
+
+def _same(name: str, found: tuple[object, ...], expected: tuple[object, ...]) -> Check:
+    listed, wanted = (" ".join(map(str, values)) for values in (found, expected))
+    return Check(name, found == expected, listed if found == expected else f"{listed}, expected {wanted}")

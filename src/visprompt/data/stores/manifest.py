@@ -1,0 +1,128 @@
+"""manifest.json of a store: what it holds, with a digest, the checksums of its pixels, and the place it was made for.
+
+Stores that older versions made have none of the three. They are read as they are, and given them once (`adopt`): what
+changed before that day stays unseen, and nothing has to be prepared anew.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from visprompt.data.stores.mapped import checksums
+from visprompt.errors import UserError
+from visprompt.files import DamagedRecord, alone, read_record, record_text
+
+_LATER = frozenset({"chunks", "made_for"})  # what stores of older versions lack, with the digest
+_log = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+def read_manifest(
+    folder: Path, schema: int, names: Collection[str], optional: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """Reads a store's manifest and compares it with its digest.
+
+    Args:
+        folder: The store's folder.
+        schema: The schema that is read.
+        names: Every name that a manifest of an older version has.
+        optional: Names that one may have.
+
+    Returns:
+        The manifest, with "chunks" and "made_for" (None in a store of an older version); None where there is none, or
+        one of another schema.
+
+    Raises:
+        DamagedRecord: It is damaged; the message says why.
+    """
+    path = folder / "manifest.json"
+    manifest = read_record(path)
+    if manifest is None:
+        return None
+    stored = set(manifest) - {"digest"} - set(optional)
+    if stored != (set(names) | _LATER if "digest" in manifest else set(names)):
+        raise DamagedRecord(f"{path} is damaged: it is no manifest of a store")
+    if manifest["schema"] != schema:
+        return None
+    return dict.fromkeys(_LATER) | manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any], made_for: str) -> None:
+    """Writes a manifest with its digest and the checksums of the pixels that lie beside it.
+
+    Args:
+        folder: The store's folder, with its `pixels.bin`.
+        manifest: What the store holds.
+        made_for: Names the place that it was made for, "dtd/raw-224-bilinear" for example: data, size and filter.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    added = {"chunks": checksums(folder / "pixels.bin"), "made_for": made_for}
+    temporary = folder / ".manifest.json.new"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(record_text({**manifest, **added}))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / "manifest.json")
+
+
+def adopt(folder: Path, made_for: str) -> None:
+    """Gives a store of an older version the checksums of what it holds now; where that cannot be written, says so.
+
+    Args:
+        folder: The store's folder.
+        made_for: See `write_manifest`.
+    """
+    size = (folder / "pixels.bin").stat().st_size
+    try:
+        with alone(folder.with_name(f".{folder.name}.lock"), f"writing the checksums of {folder}"):
+            manifest = read_record(folder / "manifest.json")
+            if manifest is not None and "digest" not in manifest:
+                _log.info("writing once the checksums of the store %s, %.1f GB", folder, size / 1e9)
+                write_manifest(folder, manifest, made_for)
+    except OSError as error:
+        say_once(
+            f"the store {folder} is of an older version without checksums, and none can be written "
+            f"({error.strerror}): it is read unchecked"
+        )
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raises `DamagedRecord` where a store's pixels are missing, cut or too many."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size != expected:
+        raise DamagedRecord(f"{path} is damaged: it has {size:,} bytes, not {expected:,}")
+
+
+def check_place(folder: Path, made_for: str | None, expected: str) -> None:
+    """Refuses a store that lies in the place of another one.
+
+    Args:
+        folder: Where it lies.
+        made_for: What it was made for; None where an older version made it.
+        expected: What the place is for.
+
+    Raises:
+        UserError: They differ.
+    """
+    if made_for not in (None, expected):
+        raise UserError(f"{folder} holds the store {made_for}, not {expected}: move it to its own place or delete it")
+
+
+def whole(read: Callable[[], Any]) -> Any:
+    """Returns what a function reads of a store; None, and one line that says why, where the store is damaged."""
+    try:
+        return read()
+    except DamagedRecord as error:
+        say_once(f"{error}: the store is made anew from the original files")
+        return None
+
+
+def say_once(sentence: str) -> None:
+    """Warns of something the first time that this process meets it."""
+    if sentence not in _said:
+        _said.add(sentence)
+        _log.warning("%s", sentence)

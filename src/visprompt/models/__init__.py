@@ -1,0 +1,1 @@
+"""Backbones, methods and the classifier that joins them; the tuned state."""

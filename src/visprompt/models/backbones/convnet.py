@@ -1,0 +1,174 @@
+"""Convolutional networks of timm: ConvNeXt with its second version, and ResNet with ResNeXt, SE-ResNet and deep stems.
+
+Their blocks take maps [B, channels, height, width], which no token can join: methods enter through the pixels, the
+layers and the weights. timm's own blocks run one after the other, so that what comes before the tuned ones can be
+computed once. Frozen batch norm keeps its statistics, because a frozen backbone stays in evaluation mode.
+"""
+
+from typing import Any, cast
+
+import torch
+from timm.models import convnext, resnet
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from visprompt.errors import UserError
+from visprompt.models.backbones.family import Family, side_of
+from visprompt.models.contract import Method
+
+
+class ConvNet(Family):
+    """A timm convolutional network without its head.
+
+    Args:
+        model: A model of exactly `model_class`. It takes images of any size; its own is `input_size` in its
+            `pretrained_cfg`, else 224.
+        exact: Changes nothing: there are no prompt tokens to carry.
+
+    Raises:
+        UserError: The model is of another class, or pools nothing.
+    """
+
+    any_size = True
+    sites = frozenset({"weights", "modules", "pixels"})
+
+    def __init__(self, model: nn.Module, exact: bool = True) -> None:
+        self.check_class(model)
+        cast(Any, model).reset_classifier(0)
+        super().__init__(model, exact)
+        order = self._order()
+        self.block_names, self.between_names = tuple(order), tuple(order.values())
+        convs = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+        self.stem, conv = next(convs)
+        self.patch_size = conv.kernel_size[0]
+        config = getattr(model, "pretrained_cfg", None) or {}
+        self.image_size = (config.get("input_size") or (3, 224, 224))[-1]
+        self.heads = (0,) * self.num_blocks
+        self._measure()
+
+    def _order(self) -> dict[str, str | None]:
+        """Each block's name, and that of what stands between it and the one before."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """Reads widths and grids off a run on tensors without values."""
+        maps: list[torch.Size] = []
+        hooks = [block.register_forward_hook(lambda *call: maps.append(call[2].shape)) for block in self.blocks]
+        tensors = {name: t.to("meta") for name, t in (*self.named_parameters(), *self.named_buffers())}
+        like = next(iter(tensors.values()))
+        images = like.new_empty(2, 3, self.image_size, self.image_size)  # two: batch statistics need more than one
+        features: Tensor = functional_call(self, tensors, (images, Method(self)))
+        for hook in hooks:
+            hook.remove()
+        if features.ndim != 2:
+            raise UserError("the backbone pools nothing: set backbone.global_pool to avg, avgmax or max")
+        self.width = features.shape[1]
+        self.widths = tuple(shape[1] for shape in maps)
+        self.grids = tuple((shape[2], shape[3]) for shape in maps)
+
+    def embed(self, images: Tensor, method: Method) -> Tensor:
+        """Maps [B, channels, height, width] of images [B, 3, H, W], before the first block."""
+        raise NotImplementedError
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Features [B, width] of the last block's maps, as the model's own classifier would get them."""
+        return cast(Tensor, cast(Any, self.model).forward_head(x, pre_logits=True))
+
+    def pooling(self, pool: str | None) -> str:
+        """Timm's own word: there are no tokens to choose from."""
+        return str(cast(Any, getattr(self.model, "head", self.model)).global_pool.pool_type)
+
+    def to_block(self, stop: int, images: Tensor, method: Method) -> Tensor:
+        """Flat maps [B, channels, height * width] before block `stop`, at or below the method's `first_block`.
+
+        Raises:
+            UserError: Images that are not square: `from_block` could not tell height from width.
+        """
+        x = self._through(self.embed(images, method), 0, stop)
+        flat = x.flatten(2)
+        if x.shape[2] != x.shape[3]:
+            raise UserError(
+                f"the first blocks are computed once for all epochs, for square images alone, and these are "
+                f"{images.shape[-2]} x {images.shape[-1]}: crop or resize them"
+            )
+        return flat
+
+    def from_block(self, start: int, x: Tensor, method: Method) -> Tensor:
+        """Pooled features [B, width] of what `to_block` gave, or of maps that are not flat."""
+        if x.ndim == 3:
+            x = x.unflatten(2, side_of(x.shape[2], self.grids[start]))
+        return self.pool(self._through(x, start, self.num_blocks))
+
+    def _through(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Maps before block `stop` of those before block `start`."""
+        for i in range(start, stop):
+            x = self.model.get_submodule(self.block_names[i])(x)
+            between = self.between_names[i + 1] if i + 1 < self.num_blocks else None
+            if between is not None:
+                x = self.model.get_submodule(between)(x)
+        return x
+
+
+class ConvNeXt(ConvNet):
+    """A timm `ConvNeXt` without its head: any stem, linear or convolutional MLPs, norm before or behind the pooling.
+
+    Args:
+        model: The model; it takes images of any size.
+        exact: Changes nothing: there are no prompt tokens to carry.
+
+    Raises:
+        UserError: The model is of another class, pools nothing, or has a stage without blocks.
+    """
+
+    model_class = convnext.ConvNeXt
+    model: convnext.ConvNeXt
+
+    def __init__(self, model: nn.Module, exact: bool = True) -> None:
+        super().__init__(model, exact)
+        norms = {name: module for name, module in self.model.named_modules() if name in ("norm_pre", "head.norm")}
+        self.final_names = tuple(name for name, norm in norms.items() if not isinstance(norm, nn.Identity))
+
+    def _order(self) -> dict[str, str | None]:
+        order: dict[str, str | None] = {}
+        for i, stage in enumerate(cast(Any, self.model.stages)):
+            if not len(stage.blocks):
+                raise UserError(f"stage {i} of the backbone has no blocks: give backbone.kwargs.depths of at least 1")
+            before = None if i == 0 or isinstance(stage.downsample, nn.Identity) else f"stages.{i}.downsample"
+            order |= {f"stages.{i}.blocks.{j}": before if j == 0 else None for j in range(len(stage.blocks))}
+        return order
+
+    def embed(self, images: Tensor, method: Method) -> Tensor:
+        """Maps [B, channels, height, width] before the first block; the first stage's downsampling belongs to them."""
+        self.check_size(images, method)
+        maps = self.model.stem(method.pixels(images))
+        return cast(Tensor, cast(Any, self.model.stages[0]).downsample(maps))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Features [B, width] of the last block's maps."""
+        return super().pool(self.model.norm_pre(x))
+
+
+class ResNet(ConvNet):
+    """A timm `ResNet` without its head: basic blocks or bottlenecks, any stem; no norm stands behind the last block.
+
+    Args:
+        model: The model; it takes images of any size.
+        exact: Changes nothing: there are no prompt tokens to carry.
+
+    Raises:
+        UserError: The model is of another class, or pools nothing.
+    """
+
+    model_class = resnet.ResNet
+    model: resnet.ResNet
+
+    def _order(self) -> dict[str, str | None]:
+        stages = ("layer1", "layer2", "layer3", "layer4")
+        return {f"{stage}.{name}": None for stage in stages for name, _ in getattr(self.model, stage).named_children()}
+
+    def embed(self, images: Tensor, method: Method) -> Tensor:
+        """Maps [B, channels, height, width] before the first block."""
+        self.check_size(images, method)
+        model = self.model
+        return cast(Tensor, model.maxpool(model.act1(model.bn1(model.conv1(method.pixels(images))))))

@@ -1,0 +1,147 @@
+"""Plain vision transformers of timm: supervised ViT, MAE, MoCo v3, DINO, DINOv2, DeiT III, CLIP, SigLIP.
+
+`block.run_block` leaves out the outputs that nobody reads. It is taken for the block classes in `block.is_proven`.
+"""
+
+from typing import ClassVar, cast
+
+from timm.layers import global_pool_nlc
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from visprompt.errors import UserError
+from visprompt.models.backbones.block import attend, is_proven, run_block
+from visprompt.models.backbones.family import TokenFamily
+from visprompt.models.contract import Method
+
+
+class ViT(TokenFamily):
+    """A timm `VisionTransformer` without its head.
+
+    Args:
+        model: Any `VisionTransformer`: class token or not, register tokens, any pooling, dynamic image size.
+        exact: False carries the prompt tokens through every block, as the papers' codes do; for comparison.
+
+    Raises:
+        UserError: The model is of another class, pools nothing, or its side is no multiple of the patch's.
+    """
+
+    model_class: ClassVar[type[nn.Module]] = VisionTransformer
+    model: VisionTransformer
+    final_names = ("norm", "fc_norm")
+    stem = "patch_embed.proj"
+
+    def __init__(self, model: nn.Module, exact: bool = True) -> None:
+        self.check_class(model)
+        model = cast(VisionTransformer, model)
+        if model.attn_pool is None and not model.global_pool:
+            raise UserError("the backbone pools nothing: set backbone.global_pool to token, avg, avgmax or max")
+        _check_sides(model)
+        model.reset_classifier(0)
+        super().__init__(model, exact)
+        self.block_names = tuple(f"blocks.{i}" for i in range(len(model.blocks)))
+        self.between_names = (None,) * self.num_blocks
+        self.width = model.num_features
+        self.widths = (self.width,) * self.num_blocks
+        # 0 for blocks of other classes, whose attentions no method may enter
+        self.heads = tuple(getattr(getattr(block, "attn", None), "num_heads", 0) for block in model.blocks)
+        self.grids = (model.patch_embed.grid_size,) * self.num_blocks
+        self.patch_size = model.patch_embed.patch_size[0]
+        self.image_size = model.patch_embed.img_size[0]
+        self.any_size = model.dynamic_img_size
+        self.num_prefix, self.has_class_token = model.num_prefix_tokens, model.cls_token is not None
+        everywhere = {"tokens", "weights", "pixels", "stream"}
+        driven = {"modules", "keys_values", "branches"} if all(map(self.is_proven, model.blocks)) else set()
+        self.sites = frozenset(everywhere | driven)
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images it was built for; a model may be oblong."""
+        height, width = self.model.patch_embed.img_size
+        return height, width
+
+    def check_size(self, images: Tensor, method: Method) -> None:
+        """Refuses, too, images of a size that the patch embedding does not take.
+
+        Raises:
+            UserError: Of another than the backbone's own or, where it takes any, of a side that no patches fill.
+        """
+        super().check_size(images, method)
+        (height, width), embed = images.shape[-2:], self.model.patch_embed
+        if not self.any_size:
+            if (height, width) != self.own_size:
+                own = " x ".join(map(str, self.own_size))
+                raise UserError(
+                    f"this backbone takes images of its own size {own} and got {height} x {width}: resize them, or set "
+                    "backbone.image_size"
+                )
+        elif not embed.dynamic_img_pad and (height % embed.patch_size[0] or width % embed.patch_size[1]):
+            raise UserError(
+                f"images of {height} x {width} do not fit, their sides are no multiples of the patch size "
+                f"{self.patch_size}: crop or resize them"
+            )
+
+    def is_proven(self, block: nn.Module) -> bool:
+        """Whether the block is of the plain class."""
+        return is_proven(block)
+
+    def embed(self, images: Tensor, method: Method) -> Tensor:
+        """Image tokens [B, n, width] before the first block; class and register tokens stand first."""
+        self.check_size(images, method)
+        model = self.model
+        tokens = model._pos_embed(model.patch_embed(method.pixels(images)))
+        return cast(Tensor, model.norm_pre(model.patch_drop(tokens)))
+
+    def drive(
+        self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
+    ) -> Tensor:
+        """Runs a plain block; tokens that are not read give keys and values only."""
+        block = cast(Block, self.model.blocks[index])
+        parts = [x[:, : rows.start], x[:, rows.stop :], *([] if entering is None else [entering])]
+        context = [part for part in parts if part.shape[1]]
+        return run_block(block, x[:, rows], context, attend, method, index)
+
+    def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
+        """Runs timm's block on all tokens."""
+        return cast(Tensor, self.model.blocks[index](x))
+
+    def pooled_rows(self, num_image: int, pool: str | None) -> tuple[slice, bool]:
+        """Rows of the last block's output that the pooling reads, and whether prompts are among them."""
+        model = self.model
+        if pool is not None:
+            rows = {
+                "cls": slice(0, 1),
+                "image": slice(self.num_prefix, num_image),
+                "prompt": slice(num_image, None),
+                "image_prompt": slice(self.num_prefix, None),
+            }
+            return rows[pool], pool in ("prompt", "image_prompt")
+        if model.attn_pool is None and model.global_pool == "token":
+            return slice(0, 1), False
+        return slice(0 if self._pools_prefix() else model.num_prefix_tokens, num_image), False
+
+    def _pools_prefix(self) -> bool:
+        """Whether a pooling over tokens reads class and register tokens with the patches."""
+        return self.model.pool_include_prefix
+
+    def pool(self, x: Tensor, pool: str | None) -> Tensor:
+        """Norms and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
+        model = self.model
+        x = model.norm(x)
+        if pool is not None:
+            x = x.mean(dim=1)
+        elif model.attn_pool is not None:
+            x = model.attn_pool(x)
+        else:
+            x = global_pool_nlc(x, pool_type=model.global_pool, num_prefix_tokens=0)
+        return cast(Tensor, model.head_drop(model.fc_norm(x)))
+
+
+def _check_sides(model: VisionTransformer) -> None:
+    """Refuses a side whose last pixels no patch reads, unless the model was pre-trained so, as one SigLIP was."""
+    embed, config = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}
+    if tuple(config.get("input_size", ())[1:]) == embed.img_size or getattr(embed, "dynamic_img_pad", False):
+        return
+    for side, patch in zip(embed.img_size, embed.patch_size, strict=True):
+        if side % patch:
+            raise UserError(f"backbone.image_size={side} is no multiple of the patch size {patch}: give one")

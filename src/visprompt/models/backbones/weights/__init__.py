@@ -1,0 +1,1 @@
+"""Read the weights that others published."""

@@ -1,0 +1,159 @@
+"""Methods by name: what each tunes is in its own file."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from visprompt.errors import UserError, unknown
+from visprompt.models.contract import Flow, Geometry, Method, Place
+from visprompt.models.methods.adapters import Adapter, AdapterPlus, AdaptFormer
+from visprompt.models.methods.baselines import MLP, Full, Linear, Partial
+from visprompt.models.methods.convpass import Convpass
+from visprompt.models.methods.cvpt import CVPT
+from visprompt.models.methods.da_vpt import DAVPT
+from visprompt.models.methods.e2vpt import E2VPT
+from visprompt.models.methods.fact import FacT
+from visprompt.models.methods.gated import GatedVPT
+from visprompt.models.methods.lora import LoRA
+from visprompt.models.methods.low_rank import LowRankVPT
+from visprompt.models.methods.pae import PAE
+from visprompt.models.methods.sa2vp import SA2VP
+from visprompt.models.methods.sidetune import SideTune
+from visprompt.models.methods.ssf import SSF
+from visprompt.models.methods.vapt import VAPT
+from visprompt.models.methods.vfpt import VFPT
+from visprompt.models.methods.vpt import VPT
+from visprompt.models.methods.weights import Bias, LayerNorm, VPTBias
+
+_SHALLOW: dict[str, Any] = {"depth": 1, "carry_over": True, "dropout": 0.0}  # the paper's: no prompt dropout
+
+METHODS: Mapping[str, Callable[..., Method]] = {
+    "linear": Linear,
+    "full": Full,
+    "partial": Partial,
+    "mlp": MLP,
+    "sidetune": SideTune,
+    "bias": Bias,
+    "adapter": Adapter,
+    "vpt_shallow": partial(VPT, **_SHALLOW),
+    "vpt_deep": VPT,
+    "vpt_shallow_bias": partial(VPTBias, **_SHALLOW),
+    "vpt_deep_bias": VPTBias,
+    "e2vpt": E2VPT,
+    "vfpt": VFPT,
+    "vapt": VAPT,
+    "cvpt": CVPT,
+    "vpt_low_rank": LowRankVPT,
+    "vpt_gated": GatedVPT,
+    "da_vpt": DAVPT,
+    "sa2vp": SA2VP,
+    "pae": PAE,
+    "layernorm": LayerNorm,
+    "lora": LoRA,
+    "ssf": SSF,
+    "adaptformer": AdaptFormer,
+    "adapter_plus": AdapterPlus,
+    "convpass": Convpass,
+    "fact": FacT,
+}
+
+
+LARGEST = 65536
+"""Of a number among a method's options, on the command line as in a tuned state."""
+
+_KINDS: Mapping[Any, tuple[type, str]] = {  # of an option, by its annotation; the first that a value is
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a word"),
+    Sequence: (Sequence, "a list"),
+    NoneType: (NoneType, "null"),
+}
+
+
+def option_kinds(name: str) -> dict[str, Any]:
+    """The annotation of each option of a method.
+
+    Raises:
+        UserError: The name is unknown.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return {p: one.annotation for p, one in inspect.signature(METHODS[name]).parameters.items() if p != "backbone"}
+
+
+def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
+    """Builds a method for a backbone.
+
+    Args:
+        name: One of `METHODS`.
+        backbone: The backbone it is for.
+        **options: The method's own options.
+
+    Returns:
+        The method, its parameters drawn from torch's global generator.
+
+    Raises:
+        UserError: The name or an option is unknown, an option is of the wrong kind, or the backbone lacks a site that
+            the method needs.
+    """
+    check_options(name, options)
+    factory = METHODS[name]
+    cls = factory.func if isinstance(factory, partial) else factory
+    missing: frozenset[str] = getattr(cls, "sites", frozenset()) - backbone.sites
+    if missing:
+        raise UserError(
+            f"method {name} cannot work on this backbone: it needs the site {', '.join(sorted(missing))}, "
+            f"and the backbone offers {', '.join(sorted(backbone.sites))}"
+        )
+    try:
+        return factory(backbone, **options)
+    except TypeError as error:
+        raise UserError(f"method {name} has an option of the wrong kind: correct method.<key>=...") from error
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise unless a method of this name takes these options, each of its kind.
+
+    Raises:
+        UserError: The name or an option is unknown, or an option is of the wrong kind.
+    """
+    valid = option_kinds(name)
+    for option, value in options.items():
+        if option not in valid:
+            raise unknown(f"option of method {name}", option, valid or ["(it has none)"])
+        _check_kind(option, value, valid[option])
+
+
+def _check_kind(option: str, value: Any, annotation: Any) -> None:
+    """Refuses a value that its annotation does not name: "no" is a word, and a word that is not empty counts as true.
+
+    Raises:
+        UserError: It says what to give.
+    """
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    wanted = [get_origin(kind) or kind for kind in kinds]
+    found = next((kind for kind, (types, _) in _KINDS.items() if isinstance(value, types)), None)
+    fits = found in wanted or (found is int and float in wanted)
+    if not fits and all(kind in _KINDS for kind in wanted):
+        words = " or ".join(_KINDS[kind][1] for kind in wanted)
+        value = "null" if value is None else value
+        raise UserError(f"method.{option}={value} is of the wrong kind: give {words}")
+    if isinstance(value, int | float) and not abs(value) <= LARGEST:
+        raise UserError(f"method.{option}={value} is out of range: give a number up to {LARGEST}")
+
+
+__all__ = [
+    "LARGEST",
+    "METHODS",
+    "Flow",
+    "Geometry",
+    "Method",
+    "Place",
+    "build_method",
+    "check_options",
+    "option_kinds",
+]

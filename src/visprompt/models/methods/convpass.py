@@ -1,0 +1,103 @@
+"""Convpass: convolutional bypasses. Jie and Deng, Convolutional Bypasses Are Better Vision Transformer Adapters, 2022.
+
+x + Attention(LN(x)) + s * Bypass(LN(x)), then x + MLP(LN(x)) + s * Bypass'(LN(x)), with
+Bypass(z) = Up(GELU(Conv(GELU(Down(z))))): Down and Up work token by token (1x1), Conv is 3x3 over the grid of patches;
+the class token goes through it alone, as an image of one pixel (of the 3x3 kernel only the centre meets it).
+
+Each bypass starts at zero, because Up does. Different from the released code: GELU as the paper says, where the code
+approximates it by x * sigmoid(1.702 x); register tokens are treated as the class token is; any grid and bottleneck.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visprompt.errors import unknown
+from visprompt.models.contract import Geometry, Method, Place
+from visprompt.models.methods.adapters import check_probability, check_scale, check_size
+
+_ORDER = (Place.ATTENTION, Place.MLP)  # of the bypasses of a block in the stacked parameters
+
+
+class Convpass(Method):
+    """Two convolutional bypasses in every block, beside its attention and beside its MLP.
+
+    Args:
+        backbone: The backbone whose width, grid and number of blocks shape the bypasses.
+        bottleneck: Channels of the convolution (r).
+        scale: Of both bypasses (s); the released code chooses 0.01 to 100 per task.
+        dropout: Dropout before Up.
+        init: Of the convolution: "identity", which passes every channel on as it is, or "xavier".
+
+    Attributes:
+        down: [blocks, 2, width, bottleneck], xavier; the second axis is attention, MLP.
+        down_bias: [blocks, 2, bottleneck], zero at first.
+        conv: [blocks, 2, bottleneck, bottleneck, 3, 3].
+        conv_bias: [blocks, 2, bottleneck], zero at first.
+        up: [blocks, 2, bottleneck, width], zero at first.
+        up_bias: [blocks, 2, width], zero at first.
+
+    Raises:
+        UserError: A number lies outside its range, or a word is unknown.
+    """
+
+    sites: ClassVar[frozenset[str]] = frozenset({"branches", "stream"})
+    places: ClassVar[frozenset[Place]] = frozenset(_ORDER)
+    fixed_size = True  # the convolution needs the grid of patches
+    tokenwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        backbone: Geometry,
+        bottleneck: int = 8,
+        scale: float = 1.0,
+        dropout: float = 0.1,
+        init: str = "identity",
+    ) -> None:
+        super().__init__(backbone)
+        check_size("bottleneck", bottleneck)
+        check_scale(scale)
+        check_probability("dropout", dropout)
+        if init not in ("identity", "xavier"):
+            raise unknown("method.init", init, ("identity", "xavier"))
+        self.num_prefix, self.grid = backbone.num_prefix, backbone.grids[0]
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        stack, width = (self.num_blocks, len(_ORDER)), backbone.width
+        bound = math.sqrt(6 / (width + bottleneck))
+        self.down = nn.Parameter(torch.empty(*stack, width, bottleneck).uniform_(-bound, bound))
+        self.down_bias = nn.Parameter(torch.zeros(*stack, bottleneck))
+        self.conv = nn.Parameter(_kernel(bottleneck, init, stack))
+        self.conv_bias = nn.Parameter(torch.zeros(*stack, bottleneck))
+        self.up = nn.Parameter(torch.zeros(*stack, bottleneck, width))
+        self.up_bias = nn.Parameter(torch.zeros(*stack, width))
+
+    def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
+        """The scaled bypass of normed image tokens [B, n, width], all or those before the patches."""
+        assert normed is not None  # both places have one
+        at = (block, _ORDER.index(place))
+        hidden = F.gelu(F.linear(normed, self.down[at].T, self.down_bias[at]))
+        hidden = F.gelu(self._convolve(hidden, self.conv[at], self.conv_bias[at]))
+        return self.scale * F.linear(self.dropout(hidden), self.up[at].T, self.up_bias[at])
+
+    def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+        """The convolution [r, r, 3, 3] of tokens [B, n, r]: of all patches or none together, of each other alone."""
+        alone, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
+        alone = F.linear(alone, kernel[:, :, 1, 1], bias)
+        if not patches.shape[1]:  # the last block's, where the pooling reads none
+            return alone
+        patches = F.conv2d(patches.transpose(1, 2).unflatten(2, self.grid), kernel, bias, padding=1)
+        return torch.cat([alone, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _kernel(channels: int, init: str, stack: tuple[int, int]) -> Tensor:
+    """Initial kernels [*stack, channels, channels, 3, 3]."""
+    if init == "xavier":
+        bound = math.sqrt(6 / (2 * 9 * channels))
+        return torch.empty(*stack, channels, channels, 3, 3).uniform_(-bound, bound)
+    kernel = torch.zeros(*stack, channels, channels, 3, 3)
+    kernel[..., 1, 1] = torch.eye(channels)
+    return kernel

@@ -1,0 +1,225 @@
+"""Prompt-agnostic evolution ("PAE"). Wang et al., Visual Prompt-Agnostic Evolution, ICLR 2026.
+
+Deep prompts that start from what the backbone recognises classes by ("MPA"), and a loss that ties the prompts
+of each block to those of the last one ("KLD"). Prediction is VPT-deep's.
+
+MPA. A window of w x w frequencies slides with stride r over the centred spectrum of one batch of training
+images. For each window the batch is made of its frequencies alone and classified with all prompts at zero.
+The p windows of the least cross-entropy each give a prompt of the first block: t = sum of |e|^2 e / sum of
+|e|^2, over the patch tokens e of all these images. The prompts of block i + 1 are what block i makes of its
+own alone.
+
+KLD. With z_i = P_i C of the prompts P_i of block i, C [width, k] and one operator K [k, k] for all blocks,
+
+    Koopman:  sum over i of mean((z_i K - z_{i+1})^2)
+    Lyapunov: sum over i of 10 tanh(mean over tokens of softplus(V(z_i K) - V(z_i)) / 10)
+
+where V(z) = z~ Q z~^T, Q = L^T L / |L^T L|_2 and z~ = z / max(1, |z|). Both, times their weights, are added
+to the cross-entropy. C, K and L are tuned with the prompts, their gradient clipped at a norm of 10; a
+prediction does not read them.
+
+All this is the released code's; its README has max(0, V(z_{i+1}) - V(z_i)) in place of the second. As there:
+- The windows are scored by the head before it is trained, with the random weights that it starts from. A head
+  of zeros would give all of them one loss, and is refused.
+- The pairs are of the second block's prompts and those behind: the first block's are in none.
+
+Different from the released code: the images of the one batch are not augmented as in training; not there are a
+matrix back from k to the width, which no loss reads, and an operator for each pair of blocks (KOOPMAN_MOD
+layerwise), in place of the one that the paper is about.
+"""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, fft, nn
+from torch.nn import functional as F
+
+from visprompt.errors import UserError, unknown
+from visprompt.models.contract import Geometry, Method, TokenBackbone
+from visprompt.models.methods.vpt import VPT
+
+INITS = ("frequency", "random")
+IMAGES = 128  # of the one batch: the released code's batch size
+_SATURATION = 10.0  # of the Lyapunov term of a pair
+_CLIP = 10.0  # norm of the gradient of C, K and L together
+
+
+class PAE(VPT):
+    """VPT-deep with first values from windows of frequencies, and a loss that ties the prompts of blocks.
+
+    Args:
+        backbone: The backbone whose width and number of blocks shape the prompts.
+        num_tokens: Prompt tokens of a block (p).
+        dropout: Dropout on prompt values, drawn for every image anew; the loss sees them without it.
+        init: "frequency", or "random" for prompts drawn as VPT's.
+        window: Side of a window of frequencies (w), in pixels of the spectrum.
+        stride: From one window to the next (r).
+        koopman_dim: Width that the operator works in (k).
+        koopman_weight: Of the Koopman term.
+        lyapunov_weight: Of the Lyapunov term; with both weights 0, or with fewer than three blocks and so no
+            pair, there is no operator.
+
+    Attributes:
+        prompts: [blocks, num_tokens, width]; drawn as VPT's until `see_classes`.
+        koopman_in: Linear(width -> k) without bias (C), drawn as PyTorch draws it.
+        koopman: [k, k], from the identity (K).
+        lyapunov: [k, k], from the identity (L); only with a weight of its term.
+
+    Raises:
+        UserError: A number lies outside its range, or a word is unknown.
+    """
+
+    sites: ClassVar[frozenset[str]] = frozenset({"tokens", "stream"})
+    images_per_class: ClassVar[int | None] = IMAGES  # no more can be among the first images
+
+    def __init__(
+        self,
+        backbone: Geometry,
+        num_tokens: int = 10,
+        dropout: float = 0.1,
+        init: str = "frequency",
+        window: int = 16,
+        stride: int = 8,
+        koopman_dim: int = 256,
+        koopman_weight: float = 0.5,
+        lyapunov_weight: float = 0.2,
+    ) -> None:
+        super().__init__(backbone, num_tokens=num_tokens, dropout=dropout)
+        if init not in INITS:
+            raise unknown("method.init", init, INITS)
+        least: dict[str, tuple[float, int]] = {
+            **{"window": (window, 1), "stride": (stride, 1), "koopman_dim": (koopman_dim, 1)},
+            **{"koopman_weight": (koopman_weight, 0), "lyapunov_weight": (lyapunov_weight, 0)},
+        }
+        for option, (value, lowest) in least.items():
+            if value < lowest:
+                raise UserError(f"method.{option}={value} is too small: give at least {lowest}")
+        self.by_frequency, self.window, self.stride = init == "frequency", window, stride
+        self.koopman_weight, self.lyapunov_weight = koopman_weight, lyapunov_weight
+        self.evolves = self.num_blocks > 2 and (koopman_weight > 0 or lyapunov_weight > 0)
+        if self.evolves:
+            self.koopman_in = nn.Linear(backbone.width, koopman_dim, bias=False)
+            self.koopman = nn.Parameter(torch.eye(koopman_dim))
+            if lyapunov_weight > 0:
+                self.lyapunov = nn.Parameter(torch.eye(koopman_dim))
+        self._head: tuple[Any, ...] = ()  # in a tuple, so that its parameters stay the classifier's alone
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether prompts are made of windows of frequencies."""
+        return self.by_frequency
+
+    def make_head(self, width: int, num_classes: int, init: str) -> nn.Module:
+        """Builds a linear head, and keeps it to score windows."""
+        if self.by_frequency and init == "zeros":
+            raise UserError(
+                "method.init=frequency compares windows by the loss of the head before training, and with "
+                "recipe.head_init=zeros all have the same: give recipe.head_init=vpt, or method.init=random"
+            )
+        head = super().make_head(width, num_classes, init)
+        self._head = (head,)
+        return head
+
+    @torch.no_grad()
+    def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
+        """Makes the prompts of all blocks of the first images; nothing is drawn."""
+        tokens, like = cast(TokenBackbone, backbone), next(backbone.parameters())
+        images, labels = _first(batches)
+        spectrum = fft.fftshift(fft.fft2(images.to(like.device).float()), dim=(-2, -1))
+        windows = self._windows(*spectrum.shape[-2:])
+        prompts = cast(Tensor, self.prompts).zero_()
+        training, labels = self.training, labels.to(like.device)
+        self.eval()
+        losses = []
+        for window in windows:
+            losses.append(self._score(backbone, self._filtered(spectrum, window).to(like.dtype), labels))
+        self.train(training)
+        best = torch.stack(losses).argsort(stable=True)[: self.num_tokens].tolist()
+        plain = Method(tokens)
+        made = [tokens.embed(self._filtered(spectrum, windows[i]).to(like.dtype), plain) for i in best]
+        x = torch.stack([_by_energy(patches[:, tokens.num_prefix :].float()) for patches in made])[None]
+        prompts[0].copy_(x[0])
+        for block in range(self.num_blocks - 1):
+            x = tokens.carry(block, x.to(like.dtype), 0)
+            prompts[block + 1].copy_(x[0])
+
+    def _windows(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Top left corners of all windows in a spectrum."""
+        side = self.window
+        corners = [
+            (top, left)
+            for top in range(0, height - side + 1, self.stride)
+            for left in range(0, width - side + 1, self.stride)
+        ]
+        if len(corners) < self.num_tokens:
+            raise UserError(
+                f"method.num_tokens={self.num_tokens} needs as many windows of frequencies, and images of "
+                f"{height} x {width} have {len(corners)} with method.window={side} and "
+                f"method.stride={self.stride}: give smaller ones, or fewer tokens"
+            )
+        return corners
+
+    def _filtered(self, spectrum: Tensor, corner: tuple[int, int]) -> Tensor:
+        """Images [B, 3, H, W] of the frequencies of one window alone."""
+        rows, columns = (slice(start, start + self.window) for start in corner)
+        kept = torch.zeros_like(spectrum)
+        kept[..., rows, columns] = spectrum[..., rows, columns]
+        return fft.ifft2(fft.ifftshift(kept, dim=(-2, -1))).real
+
+    def _score(self, backbone: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of images."""
+        head = self._head[0]
+        return F.cross_entropy(head(backbone(images, self).to(head.weight.dtype)).float(), labels)
+
+    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+        """Adds the terms of the prompts to the cross-entropies [B]."""
+        return cross_entropy + self._evolution() if self.evolves else cross_entropy
+
+    def _evolution(self) -> Tensor:
+        """Both terms, weighted; the gradient of C, K and L together is at most `_CLIP` long."""
+        prompts = cast(Tensor, self.prompts)[1:]
+        operators: list[Tensor] = [p for name, p in self.named_parameters() if name != "prompts"]
+        if torch.is_grad_enabled():
+            # by the gradient of the whole term, so that parts of a batch, each with its share, add up to it
+            gradients = torch.autograd.grad(self._terms(prompts.detach(), *operators), operators)
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            share = (_CLIP / (norm + 1e-6)).clamp(max=1.0)
+            operators = [p.detach() + share * (p - p.detach()) for p in operators]
+        return self._terms(prompts, *operators)
+
+    def _terms(self, prompts: Tensor, koopman: Tensor, *others: Tensor) -> Tensor:
+        """Both terms of prompts [n, p, width]; K, L where there is one, and C as [k, width]."""
+        z = prompts @ others[-1].T
+        evolved = z[:-1] @ koopman
+        term: Tensor = self.koopman_weight * (evolved - z[1:]).square().mean(dim=(1, 2)).sum()
+        if self.lyapunov_weight:
+            q = others[0].T @ others[0]
+            q = q / (torch.linalg.eigvalsh(q).amax() + 1e-8)  # symmetric: its largest eigenvalue is its norm
+            growth = F.softplus(_energy(evolved, q) - _energy(z[:-1], q)).mean(dim=1)
+            term = term + self.lyapunov_weight * _SATURATION * (growth / _SATURATION).tanh().sum()
+        return term
+
+
+def _first(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The first `IMAGES` images, and their labels."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for some, of_some in batches:
+        images.append(some)
+        labels.append(of_some)
+        if sum(map(len, labels)) >= IMAGES:
+            break
+    return torch.cat(images)[:IMAGES], torch.cat(labels)[:IMAGES]
+
+
+def _by_energy(patches: Tensor) -> Tensor:
+    """Mean [d] of all tokens [B, n, d], each with its squared length as its weight."""
+    energies = patches.square().sum(dim=-1, keepdim=True)
+    return (energies / energies.sum() * patches).sum(dim=(0, 1))
+
+
+def _energy(z: Tensor, q: Tensor) -> Tensor:
+    """V of vectors [..., k], those longer than 1 at length 1."""
+    z = z / (z.norm(dim=-1, keepdim=True) + 1e-8).clamp(min=1.0)
+    return (z @ q * z).sum(dim=-1)

@@ -1,0 +1,259 @@
+"""The only place where a learning rate is scaled, warmed up or decayed, and where a weight decay is grouped.
+
+VPT (Jia et al., ECCV 2022, appendix A): lr = base * batch / 256, linear warm-up, cosine decay to zero, SGD with
+momentum 0.9 for heads and prompts, AdamW for methods that tune the backbone; the last layer's bias is not decayed.
+Its released code (github.com/KMnP/vpt, src/solver) does two things that the text does not say, each a setting here:
+lr changes once per epoch, from 0 in the first (`schedule=per_epoch`), and its AdamW is `VPTAdamW` (`vpt_adamw`).
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from visprompt.errors import UserError, unknown
+from visprompt.models.contract import HEAD_INITS
+
+OPTIMIZERS = ("sgd", "adamw", "vpt_adamw")
+SCHEDULES = ("per_step", "per_epoch")
+_VPT_DECAY = 0.01  # of vpt_adamw, whatever weight decay above 0 is asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the tuned parameters are trained.
+
+    Attributes:
+        optimizer: One of `OPTIMIZERS`.
+        lr: Base learning rate, for a batch of 256.
+        head_lr: Base learning rate of the head; None means `lr`.
+        weight_decay: Weight decay of everything but the head's bias. With `vpt_adamw` it is 0.01 for any value above 0,
+            and 0 stands for SGD with momentum.
+        momentum: Momentum of SGD.
+        batch_size: Images of one optimiser step, over all devices and accumulation steps.
+        epochs: Passes over the training images.
+        warmup_epochs: Epochs of linear warm-up, fewer than `epochs`.
+        schedule: One of `SCHEDULES`: when the learning rate changes.
+        head_init: One of `HEAD_INITS`.
+
+    Raises:
+        UserError: A number lies outside its range or the optimiser is unknown.
+    """
+
+    optimizer: str
+    lr: float
+    head_lr: float | None = None
+    weight_decay: float
+    momentum: float = 0.9
+    batch_size: int
+    epochs: int
+    warmup_epochs: float
+    schedule: str = "per_step"
+    head_init: str = "vpt"
+
+    def __post_init__(self) -> None:
+        if self.head_init not in HEAD_INITS:
+            raise unknown("recipe.head_init", self.head_init, HEAD_INITS)
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("recipe.optimizer", self.optimizer, OPTIMIZERS)
+        if self.schedule not in SCHEDULES:
+            raise unknown("recipe.schedule", self.schedule, SCHEDULES)
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"recipe.{name}={value} does not fit: give a whole number, 1 or more")
+        for name in ("lr", "head_lr", "weight_decay", "momentum", "warmup_epochs"):
+            value = getattr(self, name)
+            if value is None and name == "head_lr":
+                continue
+            if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+                raise UserError(f"recipe.{name}={value} does not fit: give a finite number, 0 or above")
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"recipe.warmup_epochs={self.warmup_epochs:g} does not fit: give 0 to below recipe.epochs={self.epochs}"
+            )
+        if self.schedule == "per_epoch" and self.epochs == 1 and self.warmup_epochs:
+            raise UserError(
+                "recipe.schedule=per_epoch trains the first epoch of a warm-up at a learning rate of 0, and "
+                "recipe.epochs=1 has no other: give recipe.warmup_epochs=0 or recipe.schedule=per_step"
+            )
+        if self.optimizer == "vpt_adamw" and self.weight_decay:  # as recorded: what the optimiser really takes
+            object.__setattr__(self, "weight_decay", _VPT_DECAY)
+
+
+def scaled_lr(base: float, batch_size: int) -> float:
+    """Learning rate of a global batch: base * batch_size / 256."""
+    return base * batch_size / 256
+
+
+def param_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    head_lr: float | None,
+    weight_decay: float,
+    undecayed: frozenset[str] = frozenset(),
+    decay_biases: bool = True,
+) -> list[dict[str, object]]:
+    """Groups tuned parameters by learning rate and weight decay.
+
+    Args:
+        parameters: Names and parameters that are tuned.
+        lr: Learning rate of everything but the head, already scaled.
+        head_lr: Learning rate of the head, already scaled; None means `lr`.
+        weight_decay: Weight decay of all but the head's last bias and what is named next.
+        undecayed: Parameters of the method, or groups of them, that are not decayed (`Method.undecayed`).
+        decay_biases: Whether parameters with "bias" in their names are decayed.
+
+    Returns:
+        Groups for a torch optimiser, none of them empty, in a fixed order.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        rate = head_lr if head_lr is not None and name.startswith("head.") else lr
+        own = name.removeprefix("method.").partition(".")[0]
+        spared = name == "head.bias" or (name.startswith("method.") and own in undecayed)
+        spared = spared or (not decay_biases and "bias" in name)
+        decay = 0.0 if spared else weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def warmup_cosine(total_steps: int, warmup_steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate after a number of optimiser steps.
+
+    Args:
+        total_steps: Optimiser steps of the whole run.
+        warmup_steps: Steps of linear warm-up, fewer than `total_steps`.
+
+    Returns:
+        step -> factor: (step + 1) / warmup_steps while warming up, then half a cosine that would reach 0 at
+        `total_steps`, one step after the last.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+    return factor
+
+
+def warmup_cosine_per_epoch(epochs: int, warmup_epochs: float) -> Callable[[int], float]:
+    """Factor on the learning rate in an epoch, as in VPT's released code (`WarmupCosineSchedule`).
+
+    Args:
+        epochs: Of the whole run.
+        warmup_epochs: Of linear warm-up, fewer than `epochs`.
+
+    Returns:
+        epoch -> factor: epoch / warmup_epochs while warming up, so 0 in the first, then half a cosine that would reach
+        0 at `epochs`, one epoch after the last.
+    """
+
+    def factor(epoch: int) -> float:
+        if epoch < warmup_epochs:
+            return epoch / max(1.0, warmup_epochs)
+        return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / max(1, epochs - warmup_epochs)))
+
+    return factor
+
+
+class VPTAdamW(torch.optim.Optimizer):
+    """The AdamW of VPT's released code, once that of the library transformers.
+
+    It differs from PyTorch's in two places: eps is added before the second moment's bias is corrected, and the weight
+    decay follows the step. With first and second moments m and v of t steps:
+
+        p <- p - lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps);    p <- p - lr * weight_decay * p
+
+    Args:
+        params: Groups with "params", "lr" and "weight_decay".
+        betas: b1 and b2.
+        eps: See above.
+    """
+
+    def __init__(
+        self, params: list[dict[str, object]], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6
+    ) -> None:
+        super().__init__(params, {"betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as torch's
+        """Take a step; `closure` computes the loss and its gradients, which it returns."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if params:
+                self._update(params, **{name: value for name, value in group.items() if name != "params"})
+        return loss
+
+    def _update(
+        self,
+        params: list[Tensor],
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        **_: object,
+    ) -> None:
+        for parameter in params:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": 0,
+                    "first": torch.zeros_like(parameter),
+                    "second": torch.zeros_like(parameter),
+                }
+        states = [self.state[parameter] for parameter in params]
+        for state in states:
+            state["step"] += 1
+        gradients = [cast(Tensor, parameter.grad) for parameter in params]
+        first, second = ([state[name] for state in states] for name in ("first", "second"))
+        torch._foreach_lerp_(first, gradients, 1 - betas[0])
+        torch._foreach_mul_(second, betas[1])
+        torch._foreach_addcmul_(second, gradients, gradients, value=1 - betas[1])
+        divisors = torch._foreach_sqrt(second)
+        torch._foreach_add_(divisors, eps)
+        rates = [-lr * math.sqrt(1 - betas[1] ** s["step"]) / (1 - betas[0] ** s["step"]) for s in states]
+        torch._foreach_addcdiv_(params, first, divisors, rates)
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    recipe: Recipe,
+    steps_per_epoch: int,
+    undecayed: frozenset[str] = frozenset(),
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Builds the optimiser and its schedule, which is stepped after every optimiser step.
+
+    Args:
+        parameters: Names and parameters that are tuned.
+        recipe: How they are tuned.
+        steps_per_epoch: Optimiser steps of an epoch.
+        undecayed: See `param_groups`.
+
+    Returns:
+        Optimiser and scheduler.
+    """
+    lr = scaled_lr(recipe.lr, recipe.batch_size)
+    head_lr = None if recipe.head_lr is None else scaled_lr(recipe.head_lr, recipe.batch_size)
+    decay_biases = recipe.optimizer != "vpt_adamw"
+    groups = param_groups(parameters, lr, head_lr, recipe.weight_decay, undecayed, decay_biases)
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd" or (recipe.optimizer == "vpt_adamw" and not recipe.weight_decay):
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum)
+    elif recipe.optimizer == "vpt_adamw":
+        optimizer = VPTAdamW(groups)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=lr)
+    schedule = warmup_cosine(recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch))
+    if recipe.schedule == "per_epoch":
+        of_epoch = warmup_cosine_per_epoch(recipe.epochs, recipe.warmup_epochs)
+        schedule = lambda step: of_epoch(step // steps_per_epoch)  # noqa: E731  # a name for one expression
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

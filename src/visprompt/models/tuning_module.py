@@ -1,0 +1,324 @@
+"""The LightningModule: training, scoring, and what a diverged run looks like."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from visprompt.data.datamodule import TaskDataModule
+from visprompt.data.datasets import ArrayDataset, Batch, TicketDataset
+from visprompt.errors import UserError
+from visprompt.models.classifier import Classifier
+from visprompt.models.contract import TokenBackbone
+from visprompt.models.feature_cache import has_own_memory, keep, on_device
+from visprompt.models.methods.inits import MAX_IMAGES, initialise
+from visprompt.models.optim import Recipe, build_optimizer
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class Diverged(Exception):
+    """The loss was not finite.
+
+    Attributes:
+        step: The first optimiser step at which it was not, counted from 0.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss is not finite at step {step}: lower recipe.lr")
+        self.step = step
+
+
+class Mean(Metric):
+    """Weighted mean over all ranks; a value that is not finite stays in it (torchmetrics' own drops it, or weights)."""
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weights: Tensor) -> None:
+        """Adds values [n] with their weights [n]."""
+        self.total = self.total + (values * weights).sum()
+        self.weight = self.weight + weights.sum()
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.total / self.weight
+
+
+class TuningModule(L.LightningModule):
+    """Tunes a classifier by a recipe.
+
+    A checkpoint's `state_dict` is the tuned state alone. Every epoch seeds torch anew from (seed, epoch, rank), so that
+    a run resumed at an epoch draws the same dropout and no state of a generator has to be kept.
+
+    Args:
+        classifier: What is tuned.
+        recipe: How.
+        seed: Seed of the run.
+        leaks: Whether a final run's test accuracy is logged after every epoch, as `leak/test_acc`: a diagnostic of what
+            codes that report the best epoch on test report. Nothing reads it, and nothing else changes.
+
+    Attributes:
+        scores: Figures of the last scoring, by metric name.
+        scored_step: Number of optimiser steps at the last scoring.
+        per_class: Accuracy of each class at the last scoring; None where a class has no image.
+        scored_loss: Mean loss at the last scoring: where it is not finite, its accuracies mean nothing.
+    """
+
+    def __init__(self, classifier: Classifier, recipe: Recipe, seed: int, leaks: bool = False) -> None:
+        super().__init__()
+        self._leaks = leaks
+        self.classifier = classifier
+        self.recipe = recipe
+        self.seed = seed
+        classes = classifier.num_classes
+        self.train_loss, self.train_acc, self.val_loss, self.test_loss = Mean(), Mean(), Mean(), Mean()
+        self.val_confusion = MulticlassConfusionMatrix(classes)
+        self.test_confusion = MulticlassConfusionMatrix(classes)
+        self.scores: dict[str, float] = {}
+        self.scored_step = -1
+        self.per_class: list[float | None] = []
+        self.scored_loss = math.nan
+        self._resumed = False
+        self._lr = math.nan  # of the last step: at the end of an epoch the optimiser already has the next one's
+        self._bad_step: Tensor
+        self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of normalised images [B, 3, H, W], or of what the frozen part made of them."""
+        out: Tensor = self.classifier(images.to(self.dtype))  # pixels are floats only after Lightning's conversion
+        return out
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form for all
+        """The tuned state: a frozen backbone is never written."""
+        return self.classifier.tuned_state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+        """Loads a tuned state; a name that is missing or too much is an error."""
+        self.classifier.load_tuned_state(state_dict)
+        self._resumed = True
+
+    def configure_optimizers(self) -> Any:
+        """The recipe's optimiser with its schedule, stepped after every optimiser step."""
+        # Lightning's own estimate would load the data before frozen features can take its place
+        steps = math.ceil(len(self._datamodule.train_dataset) / self.recipe.batch_size)
+        optimizer, schedule = build_optimizer(
+            self.classifier.tuned_parameters(), self.recipe, steps, self.classifier.method.undecayed
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Computes once what can never change, the output of frozen layers; else a GPU gets the pixels, once."""
+        self._check_batch_norm()
+        self._check_comparison()
+        datamodule = self._datamodule
+        # Lightning restores the modules before this hook, but the number of steps only after it
+        if self.classifier.method.needs_images and not self._resumed:
+            self._initialise()
+        if not datamodule.augments:
+            datamodule.train_dataset = self._kept(datamodule.train_dataset)
+            if datamodule.split == "tune":
+                datamodule.val_dataset = self._kept(datamodule.val_dataset)
+
+    def _initialise(self) -> None:
+        """Makes the method's first values of training images, the same on every rank."""
+        dataset = self._datamodule.train_dataset
+        method, backbone = self.classifier.method, self.classifier.backbone
+        rows = np.random.default_rng(self.seed).permutation(len(dataset))
+        if method.images_per_class is None:
+            rows = rows[:MAX_IMAGES]
+        else:
+            rows = first_of_each(dataset.labels.numpy(), rows, method.images_per_class)
+        loaded = self._datamodule.feature_dataloader(dataset.subset(rows))
+        batches = (self._apply_batch_transfer_handler(batch) for batch in loaded)
+        if method.images_per_class is None:
+            images = (batch.images for batch in batches)
+            initialise(method, cast(TokenBackbone, backbone), images, self.seed)
+        else:
+            method.see_classes(backbone, ((b.images, b.labels) for b in batches), self.seed)
+
+    def _check_batch_norm(self) -> None:
+        """Refuses batch statistics of less than the whole batch; on GPUs the trainer synchronises them."""
+        trained = self.classifier.method.trains_backbone  # frozen, a backbone keeps its batch statistics
+        names = [n for n in self.classifier.tuned_names if trained or not n.startswith("backbone.")]
+        tuned = {name.rpartition(".")[0] for name in names}
+        if not any(isinstance(m, _BatchNorm) and name in tuned for name, m in self.classifier.named_modules()):
+            return
+        if self.trainer.accumulate_grad_batches > 1:
+            raise UserError(
+                "batch norm is trained here, and each of the accumulated parts of a batch would have statistics of its "
+                "own: set trainer.accumulate_grad_batches=1"
+            )
+        if self.trainer.world_size > 1 and self.device.type == "cpu":
+            raise UserError("batch norm is trained here, and cannot be synchronised over CPU processes: use one device")
+        short = len(self._datamodule.train_dataset) % self.recipe.batch_size
+        if 0 < short < self.trainer.world_size:
+            raise UserError(
+                f"batch norm is trained here, and the last batch of {short} images is too short for "
+                f"{self.trainer.world_size} devices: change recipe.batch_size"
+            )
+
+    def _check_comparison(self) -> None:
+        """Refuses a loss that compares images where it would see parts of a batch."""
+        if self.classifier.method.compares_images and self.trainer.accumulate_grad_batches > 1:
+            raise UserError(
+                "this method's loss compares the images of a batch, and each of the accumulated parts of a batch would "
+                "be compared by itself: set trainer.accumulate_grad_batches=1"
+            )
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds the noise of this epoch."""
+        text = f"{self.seed} {self.current_epoch} {self.global_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Weighted sum of the losses: the weights make it the mean over the true size of the global batch."""
+        logits = self(batch.images).float()
+        losses = self.classifier.losses(logits, batch.labels, batch.weights)
+        loss = (losses * batch.weights).sum()
+        step = torch.where(loss.isfinite(), _NEVER, self.global_step)
+        self._bad_step = torch.minimum(self._bad_step, step)
+        real = (batch.weights > 0).float()
+        self.train_loss.update(losses.detach(), real)
+        self.train_acc.update((logits.argmax(1) == batch.labels).float(), real)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keeps the rate of this step for the curve."""
+        self._lr = float(optimizer.param_groups[0]["lr"])
+
+    def on_train_epoch_end(self) -> None:
+        """Ends a diverged run before its checkpoint is written; on all ranks alike."""
+        bad_step = int(torch.as_tensor(self.trainer.strategy.reduce(self._bad_step, reduce_op="min")))
+        if bad_step != _NEVER:
+            raise Diverged(bad_step)
+        self.classifier.method.end_epoch(self.current_epoch)
+        self.log("train/loss", self.train_loss, prog_bar=True)
+        self.log("train/acc", self.train_acc, prog_bar=True)
+        self.log("lr", self._lr)
+        if self._leaks and self._datamodule.split == "final":
+            self.log("leak/test_acc", self._leak())
+
+    @torch.no_grad()
+    def _leak(self) -> float:
+        """Test accuracy now; every rank scores all images."""
+        dataset, hits = self._datamodule.test_dataset, 0
+        self.classifier.eval()
+        for batch in self._datamodule.feature_dataloader(dataset):
+            moved = self._apply_batch_transfer_handler(batch)
+            with self.trainer.precision_plugin.forward_context():
+                hits += int((self(moved.images).argmax(1) == moved.labels).sum())
+        self.classifier.train()
+        return hits / len(dataset)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores val200; exists in `split=tune` only."""
+        logits = self(batch.images).float()
+        self.val_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"), batch.weights)
+        self.val_confusion.update(*_counted(logits, batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation figures."""
+        self._score("val", self.val_confusion, self.val_loss)
+        self.scores["val/loss"] = self.scored_loss
+        self.log("val/loss", self.val_loss)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores test; read once, after the last epoch of a final run."""
+        logits = self(batch.images).float()
+        self.test_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"), batch.weights)
+        self.test_confusion.update(*_counted(logits, batch))
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test figures."""
+        self._score("test", self.test_confusion, self.test_loss)
+        self.test_loss.reset()  # it is not logged, and so Lightning does not
+
+    def _score(self, stage: str, confusion: MulticlassConfusionMatrix, loss: Mean) -> None:
+        """Logs and keeps the accuracies of a split set; keeps its loss."""
+        found = accuracies(confusion.compute())
+        confusion.reset()
+        self.per_class = found.pop("per_class")
+        self.scores = {f"{stage}/{name}": value for name, value in found.items()}
+        self.scored_step, self.scored_loss = self.trainer.global_step, float(loss.compute())
+        self.log_dict(self.scores, prog_bar=True)
+
+    @property
+    def _datamodule(self) -> TaskDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+
+    def _kept(self, dataset: TicketDataset) -> TicketDataset:
+        """A data set as what stays of it: its frozen part where there is one, on every rank all of it, else its pixels.
+
+        Itself where that has no room.
+        """
+        datamodule, device = self._datamodule, self.device
+        images = (datamodule.fingerprint, json.dumps(datamodule.preprocessing), *dataset.keys)
+        if not self.classifier.has_frozen_part:
+            key = (datamodule.images_key, device, images)
+            return on_device(dataset, device, key) if has_own_memory(device) else dataset
+        first_block = self.classifier.method.first_block
+        made = (device, self.trainer.precision, datamodule.batch_size, first_block, images)
+        self.classifier.eval()
+        kept = keep(self._frozen_parts(dataset), len(dataset), self.trainer.world_size, made)
+        self.classifier.train()
+        return dataset if kept is None else ArrayDataset(kept, dataset.labels.numpy(), dataset.keys)
+
+    @torch.no_grad()
+    def _frozen_parts(self, dataset: TicketDataset) -> Iterator[Tensor]:
+        for batch in self._datamodule.feature_dataloader(dataset):
+            moved = self._apply_batch_transfer_handler(batch)
+            with self.trainer.precision_plugin.forward_context():
+                part = self.classifier.frozen(moved.images.to(self.dtype))
+            yield part.float().cpu()
+
+
+def first_of_each(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """Return up to `count` rows of each class, those that come first in `rows`, in its order."""
+    ordered = labels[rows]
+    places = [np.flatnonzero(ordered == label)[:count] for label in np.unique(ordered)]
+    return np.asarray(rows[np.sort(np.concatenate(places))])
+
+
+def _counted(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return predictions and labels without those of a filler, which a device without images scores."""
+    real = batch.weights > 0
+    return logits.argmax(1)[real], batch.labels[real]
+
+
+def accuracies(confusion: Tensor) -> dict[str, Any]:
+    """Accuracy figures of a confusion matrix.
+
+    Args:
+        confusion: Counts [C, C], a row for every true class.
+
+    Returns:
+        acc (share of images), balanced_acc (mean over the classes that are present) and per_class (share of each
+        class, None where it has no image), count (images).
+    """
+    counts = confusion.sum(1)
+    hits = confusion.diagonal()
+    present = counts > 0
+    shares = hits[present].double() / counts[present]
+    per_class = [float(hits[c] / counts[c]) if present[c] else None for c in range(len(counts))]
+    return {
+        "acc": float(hits.sum().double() / counts.sum()),
+        "balanced_acc": float(shares.mean()),
+        "per_class": per_class,
+        "count": int(counts.sum()),
+    }

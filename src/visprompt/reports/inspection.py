@@ -1,0 +1,333 @@
+"""What a report needs the model for: a finished run's confusion matrix, features, attention and latency.
+
+Everything runs as scoring does: the run's data, precision and batches, without a tuned or frozen value changed.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.plugins import Precision
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from visprompt.data.datamodule import TaskDataModule
+from visprompt.data.datasets import TicketDataset
+from visprompt.errors import UserError
+from visprompt.models.backbones import Backbone
+from visprompt.models.classifier import Classifier
+from visprompt.models.methods import Method
+from visprompt.models.tuned_state import load_state
+from visprompt.reports.attention import last_attention
+from visprompt.runs import run
+from visprompt.runs.evaluate import check_prepared, restore_on
+from visprompt.runs.predict import find_device
+from visprompt.runs.recorded import job_of
+from visprompt.runs.result import Result, open_result
+from visprompt.runs.run_folder import tidy
+from visprompt.runs.trainer import build_trainer
+
+_LEAST_REPEATS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A finished run, ready to be asked.
+
+    Attributes:
+        folder: Where it lies.
+        result: What it recorded.
+        classifier: Tuned, in evaluation mode, on `device`.
+        backbone: As it was before the run; shared by all runs of this process, copy its module before moving it.
+        datamodule: The run's data.
+        device: Where the classifier is.
+        precision: Lightning's, of the run.
+    """
+
+    folder: Path
+    result: Result
+    classifier: Classifier
+    backbone: Backbone
+    datamodule: TaskDataModule
+    device: torch.device
+    precision: Precision
+
+    @property
+    def set_name(self) -> str:
+        """The split set that the run was scored on: test, or in `split=tune` the validation set."""
+        return "test" if self.result.split == "final" else self.datamodule.val_set
+
+    @property
+    def dataset(self) -> TicketDataset:
+        """The images of that set."""
+        return self.datamodule.test_dataset if self.result.split == "final" else self.datamodule.val_dataset
+
+    def batches(self, dataset: TicketDataset) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images [B, 3, H, W] on the device and labels [B], in order and in batches as in scoring."""
+        like = next(self.classifier.parameters())
+        for batch in self.datamodule.feature_dataloader(dataset):
+            moved = self.datamodule.on_after_batch_transfer(batch._replace(images=batch.images.to(self.device)), 0)
+            yield moved.images.to(like.dtype), batch.labels
+
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function makes of its arguments in the run's precision, without gradients."""
+        with torch.no_grad(), self.precision.forward_context():
+            return function(*arguments)
+
+
+def open_run(folder: Path, device: str = "cpu", *, data_dir: str | None = None, weights: str | None = None) -> Opened:
+    """Restores a finished run with its data.
+
+    Args:
+        folder: The run's, logs/<task>/<method>/<hash>; nothing is written into it.
+        device: "auto", "cpu", "cuda" or another device of PyTorch.
+        data_dir: This machine's folder of data; None takes that of configs/paths and configs/local.
+        weights: A file of backbone weights, where the run's own path is not on this machine.
+
+    Raises:
+        UserError: The folder holds no finished run, or its data or backbone are not there or have changed.
+    """
+    tidy(folder)
+    result, state = open_result(folder), load_state(folder)
+    job, where = job_of(folder, state, result, data_dir=data_dir, weights=weights), find_device(device)
+    accelerator, devices = ("gpu", [where.index or 0]) if where.type == "cuda" else (where.type, 1)
+    job.data.num_workers = 0
+    job.trainer.update(accelerator=accelerator, devices=devices, enable_progress_bar=False)
+    prepared = run.prepare(job)
+    check_prepared(prepared, state, result, folder, folder / "config.yaml")
+    precision = build_trainer(job).precision_plugin
+    classifier = restore_on(prepared, state, folder)
+    precision.convert_module(classifier.to(where))
+    return Opened(folder, result, classifier, prepared.backbone, prepared.datamodule, where, precision)
+
+
+@dataclass(frozen=True, eq=False)
+class Confusion:
+    """How often images of one class were taken for another.
+
+    Attributes:
+        counts: int64 [C, C], a row for every true class, a column for every predicted one.
+        class_names: In the order of both.
+        set_name: The split set that was scored.
+    """
+
+    counts: np.ndarray
+    class_names: tuple[str, ...]
+    set_name: str
+
+
+def confusion(opened: Opened) -> Confusion:
+    """Counts of a run's scored set.
+
+    Raises:
+        UserError: They do not give the score that the run recorded.
+    """
+    names = opened.datamodule.class_names
+    counts = torch.zeros(len(names) ** 2, dtype=torch.int64)
+    for images, labels in opened.batches(opened.dataset):
+        predicted = opened.compute(opened.classifier, images).argmax(1).cpu()
+        counts += torch.bincount(labels * len(names) + predicted, minlength=len(counts))
+    found = counts.view(len(names), len(names))
+    hits, total = int(found.trace()), int(found.sum())
+    if hits != round(opened.result.score * total):
+        raise UserError(
+            f"{opened.folder} recorded {100 * opened.result.score:.2f} % on {opened.set_name}, and this machine finds "
+            f"{100 * hits / total:.2f} %: use the kind of device it ran on ({opened.result.machine['device']}), and "
+            "the versions it names"
+        )
+    return Confusion(found.numpy(), names, opened.set_name)
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What the head reads, and what the frozen backbone makes of the same images.
+
+    Attributes:
+        after: float32 [N, width], of the tuned classifier.
+        before: float32 [N, width], of the backbone as it was before the run, without method or prompts.
+        labels: int64 [N].
+        rows: int64 [N], positions in the scored set.
+    """
+
+    after: np.ndarray
+    before: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray
+
+
+def features(opened: Opened, limit: int = 1000, seed: int = 0) -> Features:
+    """Features of a run's scored set before and after tuning.
+
+    Args:
+        opened: The run.
+        limit: Number of images at most (N).
+        seed: Which of more images are drawn.
+    """
+    dataset = opened.dataset
+    rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:limit])
+    backbone = opened.precision.convert_module(deepcopy(opened.backbone.module).to(opened.device))
+    nobody = Method(opened.backbone.module)
+    after, before, labels = [], [], []
+    for images, of_batch in opened.batches(dataset.subset(rows)):
+        after.append(opened.compute(opened.classifier.features, images).float().cpu())
+        before.append(opened.compute(backbone, images, nobody).float().cpu())
+        labels.append(of_batch)
+    return Features(torch.cat(after).numpy(), torch.cat(before).numpy(), torch.cat(labels).numpy(), rows)
+
+
+def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Places images in the plane by t-SNE; the same for the same features and seed.
+
+    Args:
+        features: float32 [N, width].
+        seed: Of the random numbers in its start by principal components.
+
+    Returns:
+        float32 [N, 2].
+
+    Raises:
+        UserError: There are less than four images.
+    """
+    if len(features) < 4:
+        raise UserError(f"t-SNE places no less than 4 images, and there are {len(features)}: take a larger set")
+    if not np.ptp(features, axis=0).any():
+        return np.zeros((len(features), 2), np.float32)  # principal components of equal rows cannot be scaled
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    with threadpool_limits(1):  # sums of several threads come in any order
+        placed = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)
+    return np.asarray(placed, np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """What the last block's pooled tokens attend to; over all tokens the weights of an image and a head sum to 1.
+
+    Attributes:
+        asking: The token whose weights they are, in words, or the tokens whose weights were averaged.
+        block: Index of the block.
+        images: float32 [N, H, W, 3], RGB in 0..1, as the backbone saw them.
+        labels: int64 [N].
+        predicted: int64 [N].
+        prefix: To class and register tokens, float32 [N, heads, prefix].
+        patches: To patches, float32 [N, heads, h, w] of their grid.
+        prompts: To prompt tokens of the sequence, float32 [N, heads, p]; p is 0 where the block has none.
+        keys_values: To rows that the method put beside keys and values, float32 [N, heads, t]; t is 0 where there are
+            none.
+    """
+
+    asking: str
+    block: int
+    images: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+    prefix: np.ndarray
+    patches: np.ndarray
+    prompts: np.ndarray
+    keys_values: np.ndarray
+
+
+def attention(opened: Opened, rows: Sequence[int]) -> Attention:
+    """Attention of some images, one at a time, in the last block.
+
+    Args:
+        opened: A run on a plain ViT or an EVA.
+        rows: Positions in the scored set.
+
+    Raises:
+        UserError: There is no such image, or the backbone has no such attention.
+    """
+    dataset, data = opened.dataset, opened.datamodule
+    wrong = next((row for row in rows if not 0 <= row < len(dataset)), None)
+    if wrong is not None or not len(rows):
+        asked = "no image" if wrong is None else f"image {wrong}"
+        raise UserError(f"{asked} was asked for, of {opened.set_name} in {opened.folder}: give 0 to {len(dataset) - 1}")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    images, labels, found = [], [], []
+    for batch, of_batch in opened.batches(dataset.subset(np.asarray(rows))):
+        for image in batch:
+            found.append(opened.compute(last_attention, opened.classifier, image[None]))
+            images.append((image.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0))
+        labels.append(of_batch)
+    parts = ("prefix", "patches", "prompts", "keys_values")
+    return Attention(
+        asking=found[0].asking,
+        block=found[0].block,
+        images=torch.stack(images).numpy(),
+        labels=torch.cat(labels).numpy(),
+        predicted=np.array([int(one.logits.argmax()) for one in found]),
+        **{name: torch.cat([getattr(one, name) for one in found]).cpu().numpy() for name in parts},
+    )
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds per image of a classifier's logits, from normalised images that are on the device already.
+
+    Attributes:
+        batch_size: Images at a time.
+        seconds: Median over the repetitions, per image.
+        low: Lower quartile.
+        high: Upper quartile.
+        repeats: Number of repetitions.
+        device: The GPU's name, or "cpu".
+        threads: PyTorch's, on the CPU.
+        precision: Lightning's word.
+    """
+
+    batch_size: int
+    seconds: float
+    low: float
+    high: float
+    repeats: int
+    device: str
+    threads: int
+    precision: str
+
+
+def latency(
+    opened: Opened, batch_sizes: Sequence[int] = (1, 64), repeats: int = 20, seconds: float = 0.2
+) -> list[Latency]:
+    """Measures a run's classifier, not compiled, after one unmeasured batch of each size.
+
+    Args:
+        opened: The run.
+        batch_sizes: Images at a time.
+        repeats: Repetitions of each size at most.
+        seconds: After so long no repetition of a size is begun, once there are three.
+    """
+    cuda = opened.device.type == "cuda"
+    device = torch.cuda.get_device_name(opened.device) if cuda else opened.device.type
+    measured = []
+    for size in batch_sizes:
+        times = np.array(_times(opened, size, repeats, seconds)) / size
+        low, median, high = (float(value) for value in np.quantile(times, (0.25, 0.5, 0.75)))
+        threads, precision = torch.get_num_threads(), opened.result.precision
+        measured.append(Latency(size, median, low, high, len(times), device, threads, precision))
+    return measured
+
+
+def _times(opened: Opened, batch_size: int, repeats: int, seconds: float) -> list[float]:
+    """Seconds of each repetition."""
+    side, like = opened.datamodule.image_size, next(opened.classifier.parameters())
+    images = torch.zeros(batch_size, 3, side, side, device=opened.device, dtype=like.dtype)
+    times: list[float] = []
+    opened.compute(opened.classifier, images)
+    _wait(opened.device)
+    while len(times) < min(repeats, _LEAST_REPEATS) or (len(times) < repeats and sum(times) < seconds):
+        started = time.perf_counter()
+        opened.compute(opened.classifier, images)
+        _wait(opened.device)
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    """Waits until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,122 @@
+"""Check what a user typed before Hydra reads it, and print errors as one sentence."""
+
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from visprompt.errors import UserError, unknown
+from visprompt.runs import compose, memory, signals
+from visprompt.runs.cli import arguments, flags, points, words
+from visprompt.runs.cli.show import job_as_yaml
+from visprompt.runs.paths import check_writable
+from visprompt.text import visible
+
+
+class PointFailed(UserError, CompactHydraException):
+    """A point of a multirun failed for a reason that its message explains; Hydra prints the message alone."""
+
+
+def check_words(config_name: str) -> None:
+    """Check a command line before Hydra reads it, and write it as Hydra can read it.
+
+    Every setting is composed as Hydra will compose it, under `-m` those of every point, so that a wrong word is one
+    sentence that names the nearest valid one. Flags may stand between and behind settings. `--cfg job` is answered
+    here.
+
+    Args:
+        config_name: The entry point's primary config.
+
+    Raises:
+        SystemExit: A flag, key, option or value is wrong; one sentence says so. Or `--cfg job` was answered.
+    """
+    with one_sentence_errors():
+        line = flags.split(sys.argv[1:])
+        settings = line.settings if line.settings_are_hydras else _checked(config_name, line)
+        sys.argv[1:] = [*line.flags, *settings]
+
+
+def _checked(script: str, line: flags.CommandLine) -> list[str]:
+    settings = [arguments.plain(setting) for setting in line.settings]
+    parsed = arguments.parse(settings, script, line.multirun)
+    config_name = str(line.options.config_name or script).removesuffix(".yaml")
+    compose.check_own(config_name, settings)
+    if config_name == "train" and any(compose.key_of(setting).startswith("recipe.grid") for setting in settings):
+        raise UserError("recipe.grid has no effect on src/train.py, which runs one point: give it to src/tune.py")
+    with compose.composing(line.options.config_dir):
+        if not words.is_config(config_name):
+            raise unknown("config", config_name, words.configs())
+        given = points.axes(parsed)
+        data = compose.data_of_tasks(config_name, [axis.settings for axis in given])
+        for number, point in enumerate(points.combinations(given)):
+            whole = words.composed(config_name, [*point, *data])
+            cfg = words.without_hydra(whole)
+            words.check_added(config_name, point)
+            _check(cfg, given, line.runs)
+            _check_values_of(cfg, given)
+            if number == 0 and line.runs:
+                _check_folder(cfg, Path(whole.hydra.sweep.dir if line.multirun else whole.hydra.run.dir))
+        if line.options.cfg == "job":
+            print(job_as_yaml(config_name, cfg, [*settings, *data], line.options.package), end="")
+            raise SystemExit(0)
+    return [*settings, *data]
+
+
+def _check(cfg: DictConfig, given: Sequence[points.Axis], to_run: bool) -> None:
+    compose.check_values(cfg, to_run)
+    if cfg.get("tasks") is not None:
+        compose.specs(cfg.tasks)
+    if "recipe" in cfg and any(len(axis.settings) > 1 and axis.key.startswith("recipe.") for axis in given):
+        from visprompt.runs.run import make_recipe  # takes seconds, after which the runs of a sweep need no more for it
+
+        make_recipe(cfg)
+
+
+def _check_values_of(cfg: DictConfig, given: Sequence[points.Axis]) -> None:
+    """Check the other values of a multirun's settings, one at a time."""
+    for values in points.other_values(given):
+        for setting in values:
+            override = OverridesParser.create().parse_override(setting)
+            with open_dict(cfg):
+                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False, force_add=True)
+            _check(cfg, given, to_run=True)
+
+
+def _check_folder(cfg: DictConfig, hydras: Path) -> None:
+    """Refuse a place where Hydra could not make its folder, for each of its runs."""
+    log_dir = str(OmegaConf.select(cfg, "paths.log_dir", default=""))
+    below = log_dir and hydras.is_relative_to(Path(log_dir).expanduser())
+    key, value = ("paths.log_dir", log_dir) if below else ("hydra.run.dir", str(hydras))
+    check_writable(hydras.parent, key, value)
+
+
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """Prints a `UserError` as its sentence, without a traceback, and exits with status 2.
+
+    A signal goes through, as `signals.Ended`. In a multirun any error goes on to Hydra, which runs the other jobs.
+    """
+    if compose.in_multirun():
+        signals.install()  # a launcher's worker runs no entry point
+    try:
+        with signals.consequences(), memory.explained(lambda: "end other programs, or take a machine that has more"):
+            yield
+    except UserError as error:
+        if compose.in_multirun():
+            raise PointFailed(f"error: {error}") from None
+        print(f"error: {visible(str(error), keep=chr(10))}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:  # of a handler that is not ours
+        print(f"\n{signals.sentence(signal.SIGINT)}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception:  # a fault of ours is shown whole: Hydra would cut the traceback
+        traceback.print_exc()
+        if compose.in_multirun():
+            raise
+        raise SystemExit(1) from None

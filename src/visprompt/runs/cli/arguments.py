@@ -1,0 +1,158 @@
+"""Read `key=value` as Hydra's grammar does, and say how to quote a text that it cannot read."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from visprompt.errors import UserError
+from visprompt.runs.paths import LISTS, TEXTS, expand_argument
+
+WHOLE = frozenset(
+    (
+        *("seed", "seeds", "resume_every_n_epochs", "recipe.epochs", "recipe.batch_size", "batch_size", "image_size"),
+        *(
+            "data.num_workers",
+            "data.short_side",
+            "data.white_level",
+            "data.max_pixels",
+            "max_pixels",
+            "backbone.image_size",
+        ),
+        *(f"method.num_{name}" for name in ("tokens", "kv_tokens", "segments", "blocks", "layers")),
+        *(f"method.{name}" for name in ("bottleneck", "depth", "inner", "project", "rank", "kv_blocks")),
+        *(f"method.{name}" for name in ("guided_tokens", "guided_blocks", "matched_patches", "remap_from")),
+        *(f"method.{name}" for name in ("window", "stride", "koopman_dim")),
+        *("method.prune_tokens", "method.prune_segments"),
+        *(f"trainer.{name}" for name in ("devices", "num_nodes", "accumulate_grad_batches")),
+        *("trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"),
+    )
+)
+"""Keys of all entry points whose values are whole numbers: W&B's agents write some of them as 2.0."""
+
+_ONE_OF_LIST = r"(?P<before>^|[\[,]\s*){}(?=\s*(?:[,\]]|$))"
+_NONE = re.compile(_ONE_OF_LIST.format("None"))
+_FLOAT = re.compile(_ONE_OF_LIST.format(r"(?P<whole>[+-]?\d+)\.0*"))
+_KEY = re.compile(r"[+~]{0,2}[\w.$/@:-]+")
+
+
+def plain(argument: str) -> str:
+    """Write an argument as Hydra wants it: no `~`, and none of Python's spellings that W&B's agents use.
+
+    Args:
+        argument: `method.depth=None`, `method.num_tokens=10.0` or `data.root=~/birds`, for example.
+
+    Returns:
+        `method.depth=null`, `method.num_tokens=10` or `data.root=/home/me/birds`.
+    """
+    key, equals, value = expand_argument(argument).partition("=")
+    value = _NONE.sub(r"\g<before>null", value)
+    if key.lstrip("+") in WHOLE:
+        value = _FLOAT.sub(r"\g<before>\g<whole>", value)
+    return f"{key}{equals}{value}"
+
+
+def quoted(key: str, text: str) -> str:
+    """Return what to type in a shell so that Hydra reads a text as it is.
+
+    Args:
+        key: Of a setting.
+        text: Its value.
+
+    Returns:
+        For example `"data.root='/data/my birds [v2]'"`.
+    """
+    argument = f"{key}={QuotedString(text, Quote.single).with_quotes()}"
+    as_it_is = not re.search(r'[$`"!\n]|\\["\\]', argument)  # between double quotes of a shell
+    return f'"{argument}"' if as_it_is else shlex.quote(argument)
+
+
+def parse(settings: Sequence[str], script: str, multirun: bool) -> list[Override]:
+    """Parse settings with Hydra's grammar.
+
+    Args:
+        settings: Of a command line, as `plain` writes them.
+        script: The entry point, for example "train".
+        multirun: Whether lists with commas are a run for each value.
+
+    Returns:
+        The parsed settings, in their order.
+
+    Raises:
+        UserError: One cannot be read, is a free text that would be read as something else, or needs `-m`.
+    """
+    parsed = []
+    for number, setting in enumerate(settings):
+        key, _, text = setting.partition("=")
+        try:
+            if not _KEY.fullmatch(key):
+                raise ValueError
+            override = OverridesParser.create().parse_override(setting)
+        except (HydraException, ValueError):  # the latter of a function's own, such as range(1,2,0)
+            raise _unreadable(settings, number) from None
+        if key.lstrip("+") in TEXTS:
+            _check_text(key, text, override, multirun)
+        if override.is_sweep_override() and not multirun:
+            raise _needs_multirun(setting, script)
+        parsed.append(override)
+    return parsed
+
+
+def _unreadable(settings: Sequence[str], number: int) -> UserError:
+    setting = settings[number]
+    key, equals, text = setting.partition("=")
+    if not equals:
+        before = [i for i, earlier in enumerate(settings[:number]) if "=" in earlier]
+        owner, _, start = settings[before[-1]].partition("=") if before else ("", "", "")
+        if owner.lstrip("+") not in TEXTS:
+            return UserError(f"{setting!r} is not key=value: settings are typed as seed=1, for example")
+        rest = settings[before[-1] + 1 :]
+        end = next((i for i, word in enumerate(rest) if "=" in word), len(rest))
+        whole = quoted(owner, " ".join([start, *rest[:end]]))
+        return UserError(f"{setting!r} is not key=value: a value with spaces is quoted: type {whole}")
+    if not _KEY.fullmatch(key) or not _can_be_quoted(key, text):
+        return UserError(f"{setting!r} cannot be read: settings are typed as key=value, such as seed=1")
+    return UserError(f"{setting} cannot be read: type {quoted(key, text)}")
+
+
+def _can_be_quoted(key: str, text: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(shlex.split(quoted(key, text))[0])
+    except HydraException:
+        return False
+    return True
+
+
+def _check_text(key: str, text: str, override: Override, multirun: bool) -> None:
+    """Refuse a free text that Hydra reads as something else; what is quoted or has backslashes says what it means."""
+    if override.is_sweep_override():
+        if multirun:
+            return
+        reading = "several values, for which -m is missing"
+    else:
+        value: Any = override.value()
+        reading = _other_reading(value, text, key.lstrip("+") in LISTS)
+    if reading:
+        raise UserError(f"{key}={text} is read as {reading}: for a text type {quoted(key, text)}")
+
+
+def _other_reading(value: Any, text: str, list_is_right: bool) -> str:
+    if isinstance(value, str):
+        literal = value == text or text[:1] in ("'", '"') or "\\" in text
+        return "" if literal else repr(value)
+    if isinstance(value, list):
+        return "" if list_is_right else "a list"
+    if isinstance(value, dict):
+        return "a mapping"
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else f"the number {value}"
+
+
+def _needs_multirun(setting: str, script: str) -> UserError:
+    command = shlex.join(["python", f"src/{script}.py", "-m", setting])
+    key, _, text = setting.partition("=")
+    as_list = f"{key}=[{text}] for one command with all of them, or " if key in ("tasks", "methods", "seeds") else ""
+    return UserError(f"{setting} gives several values: type {as_list}{command} for a run with each")

@@ -1,0 +1,192 @@
+"""Say which word of a command line Hydra does not know, and which ones are near."""
+
+from collections.abc import Iterator, Sequence
+
+from hydra import compose as hydra_compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from visprompt.errors import UserError, in_one_line, unknown
+from visprompt.runs import compose
+from visprompt.runs.settings import no_trainer_key
+
+SCRIPTS = ("train", "tune", "eval", "predict", "prepare", "report")
+"""The entry points, each with a config of its name; that which most keys belong to is first."""
+
+
+def composed(config_name: str, settings: Sequence[str]) -> DictConfig:
+    """Compose a config as Hydra will.
+
+    Args:
+        config_name: A primary config.
+        settings: Of a command line, without sweeps.
+
+    Returns:
+        The config, with `hydra`.
+
+    Raises:
+        UserError: An option or a key is unknown.
+    """
+    try:
+        return hydra_compose(config_name, list(settings), return_hydra_config=True)
+    except MissingConfigException as error:
+        raise _unknown_option(error) from error
+    except ValueError as error:  # a group's option is a number or a mapping
+        raise UserError(f"{in_one_line(error)}: {' '.join(_choices(settings))}") from error
+    except TypeError as error:  # Hydra joins a list in a list to a path
+        raise UserError(
+            f"{' '.join(_choices(settings))} cannot be read: an option is a name, as in data=folder"
+        ) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _unknown_key(config_name, settings, error) from error
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """Return a composed config without Hydra's settings, some of which have no value before Hydra runs."""
+    return OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key != "hydra"])
+
+
+def check_added(config_name: str, settings: Sequence[str]) -> None:
+    """Refuse `+key=...` next to the known keys, which nothing would read; below a known key its reader judges."""
+    added = [_group(setting) for setting in settings if setting[:1] == "+"]
+    known = {"hydra", *map(str, hydra_compose(config_name))} if added else set()
+    for key in added:
+        top = key.partition(".")[0]
+        if top in known:
+            continue
+        if other := _of_another_script(config_name, key):
+            raise other
+        if not _is_group(top):
+            raise unknown("key", top, known)
+
+
+def is_config(name: str) -> bool:
+    """Whether there is a primary config of this name."""
+    return name in configs()
+
+
+def configs() -> list[str]:
+    """List the primary configs, also those of `--config-dir`."""
+    names = GlobalHydra.instance().config_loader().get_group_options("")
+    return [name for name in names if not name.startswith("_")]  # one of Hydra's has no use for a user
+
+
+def _is_group(name: str) -> bool:
+    return bool(name) and bool(GlobalHydra.instance().config_loader().get_group_options(name))
+
+
+def _group(setting: str) -> str:
+    """The config group, or the key, that a setting names: `data` of `+data@other=folder`."""
+    return compose.key_of(setting).partition("@")[0]
+
+
+def _choices(settings: Sequence[str]) -> list[str]:
+    """Those settings that choose an option of a config group."""
+    return [setting for setting in settings if _is_group(_group(setting))]
+
+
+def _unknown_option(error: MissingConfigException) -> UserError:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    top = group.split("/")[0]
+    folder = compose.CONFIGS / top
+    if not error.options or not group:
+        return UserError(in_one_line(error))
+    if top == "hydra" or not folder.is_dir():
+        return unknown(group, option, error.options)
+    below = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    options = [f"{group}/{name}".removeprefix(f"{top}/") for name in error.options]  # also those of --config-dir
+    return unknown(top, f"{group}/{option}".removeprefix(f"{top}/"), [*below, *options])
+
+
+def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) -> UserError:
+    choices = _choices(settings)
+    try:
+        hydra = hydra_compose(config_name, return_hydra_config=True).hydra
+    except HydraException as bare:  # without any setting
+        hint = "configs/local/default.yaml may give values, but choose no groups"
+        return UserError(f"the files in configs cannot be composed: {in_one_line(bare)}; {hint}")
+    groups = [str(group) for group in hydra.runtime.choices]
+    for choice in choices:
+        if _group(choice) not in groups:
+            others = [name for name in groups if not name.startswith("hydra")]
+            return _of_another_script(config_name, _group(choice)) or unknown("key", _group(choice), others)
+    try:
+        cfg = hydra_compose(config_name, choices, return_hydra_config=True)
+    except HydraException as choice_error:  # a choice itself is wrong, such as backbone={a:b}
+        return UserError(in_one_line(choice_error))
+    keys = {key for key in _keys(without_hydra(cfg)) if not key.startswith("recipe.rows.")}
+    for setting in settings:
+        key = setting.partition("=")[0]
+        if setting in choices or not key[:1].isalpha() or key.startswith("hydra") or key in keys:
+            continue
+        if key.startswith("trainer.") and key.count(".") == 1:
+            return no_trainer_key(key.partition(".")[2])
+        if below := sorted(known for known in keys if known.endswith(f".{key}")):
+            return UserError(f"unknown key {key!r}: did you mean {' or '.join(below[:3])}?")
+        chosen = dict(cfg.hydra.runtime.choices)
+        other = _of_another_script(config_name, key) or _of_another_option(key, chosen, keys)
+        return other or unknown("key", key, keys)
+    return UserError(in_one_line(error))
+
+
+def _of_another_script(config_name: str, key: str) -> UserError | None:
+    """The error for a key that another entry point has; None where this one has it, or none."""
+    top = key.partition(".")[0]
+    if config_name not in SCRIPTS or top in _top_keys(config_name):
+        return None
+    for script in SCRIPTS:
+        if top in _top_keys(script):
+            return UserError(f"{key} belongs to src/{script}.py, not to src/{config_name}.py: leave it out")
+    return None
+
+
+def _top_keys(config_name: str) -> set[str]:
+    """The keys and config groups at the top of a primary config, read from its file: composing takes longer."""
+    cfg = OmegaConf.load(compose.CONFIGS / f"{config_name}.yaml")
+    names = {str(key) for key in cfg} - {"defaults"}
+    for entry in OmegaConf.select(cfg, "defaults", default=()):
+        if OmegaConf.is_dict(entry):
+            names |= {str(group) for group in entry if " " not in str(group)}  # `override hydra/help` gives no key
+        elif entry != "_self_":
+            names |= _top_keys(str(entry))
+    return names
+
+
+def _of_another_option(key: str, chosen: dict[str, str], keys: set[str]) -> UserError | None:
+    """The error for a key that another option of its group has: `method.num_tokens` with `method=linear`."""
+    group, _, name = key.partition(".")
+    if group not in chosen or not _is_group(group):
+        return None
+    folder = compose.CONFIGS / group
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    owners = [option for option, path in files.items() if name in _names(path.relative_to(compose.CONFIGS).as_posix())]
+    if not owners:
+        return None
+    has = sorted(other.partition(".")[2] for other in keys if other.startswith(f"{group}.") and other.count(".") == 1)
+    has = [other for other in has if other not in ("name", "_target_")]
+    listed = ", ".join(owners[:8]) + (f" and {len(owners) - 8} more" if len(owners) > 8 else "")
+    what = f"has {', '.join(has)}" if has else "has no options"
+    return UserError(f"{name} is an option of {listed}: {group} {chosen[group]} {what}")
+
+
+def _names(file: str) -> set[str]:
+    """The keys at the top of a config file, and of the files that it takes in beside itself."""
+    cfg = OmegaConf.load(compose.CONFIGS / file)
+    if not isinstance(cfg, DictConfig):
+        return set()
+    names = {str(key) for key in cfg} - {"defaults"}
+    for entry in cfg.get("defaults", ()):
+        path = str(entry).partition("@")[0]
+        if isinstance(entry, str) and path != "_self_":
+            folder = "" if path.startswith("/") else f"{file.rpartition('/')[0]}/"
+            names |= _names(f"{folder}{path.lstrip('/')}.yaml")
+    return names
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in map(str, cfg):
+        yield f"{prefix}{key}"
+        if OmegaConf.is_dict(cfg._get_node(key)) and not OmegaConf.is_missing(cfg, key):
+            yield from _keys(cfg[key], f"{prefix}{key}.")

@@ -1,0 +1,94 @@
+"""Which settings are paths, and what a user's `~` and relative paths stand for."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from visprompt.errors import UserError
+
+PATHS = (
+    *("paths.root_dir", "paths.data_dir", "paths.log_dir", "data_dir", "store_dir", "root"),
+    *("data.root", "data.csv", "data.data_dir", "data.store_dir", "backbone.weights", "method.weights", "recipe.table"),
+    *("run", "state", "images", "output", "weights", "runs", "inspect", "table"),
+    *("trainer.profiler.dirpath",),
+)
+"""Keys of all entry points whose values are paths; `paths.*` first: others refer to them."""
+
+LISTS = ("run", "runs", "inspect")
+"""Those that may be a list of paths."""
+
+TEXTS = (*PATHS, "data.name")
+"""Keys whose values are names that a user chose freely."""
+
+
+_TILDE = re.compile(r"(?:^|(?<=[\[,]))\s*(~[^/,\]]*)")  # at the start of a value, or of one in a list
+
+
+def expanduser(path: str) -> str:
+    """Write out `~` and `~name` at the start of a path; an unknown name stays as it is."""
+    return os.path.expanduser(path)  # noqa: PTH111  # pathlib's raises where there is no such user
+
+
+def expand_paths(cfg: DictConfig) -> None:
+    """Write out `~` in every path of a config, and make relative ones absolute where Hydra has changed the folder.
+
+    Args:
+        cfg: Of any entry point; its paths are changed in place.
+    """
+    chdir = HydraConfig.initialized() and HydraConfig.get().job.chdir
+    start = Path(HydraConfig.get().runtime.cwd) if chdir else Path()
+    for key in PATHS:
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if value is None:
+            continue
+        expanded: Any = [_expanded(v, start) for v in value] if OmegaConf.is_list(value) else _expanded(value, start)
+        if expanded != value:
+            OmegaConf.update(cfg, key, expanded)
+
+
+def _expanded(value: Any, start: Path) -> Any:
+    if not isinstance(value, str) or value in ("", "auto"):  # `inspect=auto` is a word; a wrong kind is refused later
+        return value
+    return expanduser(value) if start == Path() else str(start / expanduser(value))
+
+
+def expand_argument(argument: str) -> str:
+    """Write out `~` at the start of the paths in `key=value`, which Hydra's grammar cannot read.
+
+    Args:
+        argument: Of a command line, for example `runs=[~/a,~/b]`.
+
+    Returns:
+        The argument; as it is where its key is no path.
+    """
+    key, _, value = argument.partition("=")
+    if key.lstrip("+") not in PATHS:
+        return argument
+    return f"{key}={_TILDE.sub(lambda found: expanduser(found[1]), value)}"
+
+
+def check_writable(folder: Path, key: str, value: str) -> None:
+    """Make the folder that Hydra's folders go into, before Hydra does.
+
+    Args:
+        folder: To be made where it does not exist.
+        key: The setting that decides it.
+        value: Of this setting.
+
+    Raises:
+        UserError: It cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+        reason = f"{file} is a file" if file else f"{folder} cannot be made ({error.strerror})"
+    else:
+        if os.access(folder, os.W_OK | os.X_OK):
+            return
+        reason = f"{folder} cannot be written to"
+    raise UserError(f"{key}={value} cannot hold what is written: {reason}; give {key}= a folder that you may write to")

@@ -1,0 +1,186 @@
+"""Labelling a folder of images with a saved state; without Lightning and Hydra, whose imports take seconds."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from visprompt.data.sources.decoders import decoder_of
+from visprompt.data.sources.images import MAX_PIXELS, BadImage
+from visprompt.data.sources.own_images import is_supported
+from visprompt.data.sources.walk import files_below
+from visprompt.data.transforms import to_input
+from visprompt.errors import UserError
+from visprompt.files import write_atomically
+from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
+from visprompt.models.classifier import Classifier
+from visprompt.models.methods import build_method
+from visprompt.models.methods.sidetune import RANDOM
+from visprompt.models.tuned_state import TunedState, check_fits
+from visprompt.runs import memory
+from visprompt.runs.result import open_state
+from visprompt.runs.run_folder import tidy
+from visprompt.text import Terminal, csv_cell
+
+console = Terminal()
+
+
+def restore(state: TunedState, path: Path, backbone: Backbone) -> Classifier:
+    """Builds the classifier of a tuned state.
+
+    Args:
+        state: What was tuned.
+        path: Where it came from, for messages.
+        backbone: The backbone to put it on; its module becomes part of the classifier.
+
+    Returns:
+        The classifier, in evaluation mode.
+
+    Raises:
+        UserError: The state was tuned on another backbone.
+    """
+    check_fits(state, path, backbone=backbone.record())
+    options = dict(state.method)
+    if "weights" in options:  # the hash of a file that a side network started from: the state brings the values
+        options["weights"] = RANDOM
+    method = build_method(options.pop("name"), backbone.module, **options)
+    classifier = Classifier(backbone.module, method, len(state.class_names))
+    classifier.load_tuned_state(state.tensors)
+    return classifier.eval()
+
+
+def backbone_of(state: TunedState, weights: str | None) -> Backbone:
+    """Builds the backbone that a tuned state names.
+
+    Args:
+        state: The state.
+        weights: A file of its weights; None where it is embedded or timm's.
+    """
+    names = {f.name for f in fields(BackboneSpec)}
+    spec = BackboneSpec(**{k: v for k, v in state.backbone.items() if k in names})
+    try:
+        return build_backbone(replace(spec, weights=weights))
+    except UserError as error:
+        if weights is not None:
+            raise
+        raise UserError(
+            f"{error}; where the state was tuned on weights of a file, give that file: weights=FILE"
+        ) from error
+
+
+@memory.explained(lambda: "give a smaller batch_size=..., or device=cpu")
+def predict(
+    state: str,
+    images: str,
+    *,
+    output: str,
+    batch_size: int,
+    device: str,
+    weights: str | None,
+    overwrite: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> None:
+    """Label an image, or every image below a folder, and write a CSV.
+
+    What training leaves out (hidden and system files, other formats) is left out here. Names that cannot be shown are
+    escaped in the CSV: see `text.visible`.
+
+    Args:
+        state: A run's folder, or its tuned.safetensors.
+        images: An image; or a folder, searched with all below it.
+        output: The CSV to write: path, class, its probability, and the probability of every class.
+        batch_size: Images at a time.
+        device: "auto", "cpu", "cuda" or another device of PyTorch.
+        weights: A file of backbone weights; None where the backbone is embedded or timm's.
+        overwrite: Whether a CSV that is there may be replaced.
+        max_pixels: Larger images are left out, before they are decoded.
+
+    Raises:
+        UserError: The state cannot be read, no image can, or the CSV is there.
+    """
+    path, place, csv_file = Path(state), Path(images), Path(output)
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is not a number of images: give a whole number of 1 or more")
+    if csv_file.is_dir() or (csv_file.exists() and not overwrite):
+        what = "is a folder: give" if csv_file.is_dir() else "is there already: give overwrite=true to replace it, or"
+        raise UserError(f"output={output} {what} the name of a new CSV")
+    tidy(path if path.is_dir() else path.parent)
+    tuned = open_state(path)
+    left_out: Counter[str] = Counter()
+    files, folder = _files(place, left_out)
+    classifier = restore(tuned, path, backbone_of(tuned, weights))
+    where = find_device(device)
+    classifier.to(where)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(csv_cell, ["path", "class", "probability", *tuned.class_names]))
+    count = 0
+    for names, batch in _batches(files, folder, tuned, batch_size, max_pixels):
+        with torch.inference_mode():
+            shares = classifier(batch.to(where)).float().softmax(1).cpu()
+        if not shares.isfinite().all():
+            raise UserError(f"{path} gives no probabilities for {names[0]}: its numbers overflow, so tune it again")
+        for name, row in zip(names, shares, strict=True):
+            best = int(row.argmax())
+            figures = [f"{share:.6f}" for share in (row[best], *row)]
+            writer.writerow([csv_cell(name), csv_cell(tuned.class_names[best]), *figures])
+        count += len(names)
+    if not count:
+        raise UserError(f"there is no image that can be read in {place}: give an image or a folder of images")
+    write_atomically(csv_file, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+    console.print(f"{count} of {len(files)} files labelled: {output}", soft_wrap=True)
+    if left_out:
+        listed = ", ".join(f"{what} ({number})" for what, number in sorted(left_out.items()))
+        console.print(f"left out: {listed}", soft_wrap=True)
+
+
+def _files(place: Path, left_out: Counter[str]) -> tuple[list[Path], Path]:
+    """Return the images to label, and the folder that their names in the CSV are relative to."""
+    if place.is_file():
+        return [place], place.parent
+    if not place.is_dir():
+        raise UserError(f"there is no image and no folder {place}: correct images=...")
+    found = sorted(files_below(place, left_out))
+    images = [file for file in found if is_supported(file)]
+    if len(images) < len(found):
+        left_out["files of other formats"] = len(found) - len(images)
+    return images, place
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
+        raise UserError(f"device={name} is no device of this machine: choose auto, cpu or cuda") from error
+    return device
+
+
+def _batches(
+    files: Sequence[Path], root: Path, state: TunedState, size: int, max_pixels: int
+) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Batches of names and prepared images; a file that cannot be read is named and left out."""
+    decode = decoder_of(state.preprocessing, max_pixels)
+    names: list[str] = []
+    inputs: list[torch.Tensor] = []
+    for file in files:
+        try:
+            inputs.append(to_input(decode(file), state.preprocessing))
+        except BadImage as error:
+            console.print(f"left out: {file}: {error}", soft_wrap=True)
+            continue
+        names.append(file.relative_to(root).as_posix())
+        if len(names) == size:
+            yield names, torch.stack(inputs)
+            names, inputs = [], []
+    if names:
+        yield names, torch.stack(inputs)

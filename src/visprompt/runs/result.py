@@ -1,0 +1,304 @@
+"""result.json: one run's record, its schema, and how several are read together or chosen from."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from visprompt.data.transforms import in_present_words
+from visprompt.errors import UserError
+from visprompt.files import DamagedRecord, read_record, write_record
+from visprompt.models.tuned_state import TunedState, load_state, read_checksum
+from visprompt.text import in_markdown
+
+SCHEMA = 1
+_LATER = {"trainer", "files"}  # fields that records of older versions lack
+_Point = TypeVar("_Point")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one run was and what came of it.
+
+    Attributes:
+        status: "finished", "diverged" where the loss was not finite, or "unscored" where a run was to train and score
+            nothing (data.test=none).
+        task: Task id, or the name of the user's own images.
+        method: Name and options.
+        recipe: How it was trained.
+        split: "tune" or "final".
+        seed: Seed of the run.
+        attempt: 0, and one more for each `rerun=true` that was completed.
+        precision: Lightning's precision.
+        data: Source, form (lossless or lossy), fingerprint, fraction, preprocessing, sizes of the split sets.
+        backbone: Name, options, weights' hash, the blocks that carried prompt tokens in full, and what was pooled.
+        metrics: Logged figures by name; accuracies are shares, not per cent.
+        per_class: Test (in tune: validation) accuracy by class name; null where a class has no image.
+        tuned: Parameters, head parameters, share of the backbone, parameters by name, pairs of a multiplication and an
+            addition for one image (macs), depth and length of prompts, bytes of the file, its checksum.
+        time: Seconds of training, and of the whole run; of the last process where a run was resumed.
+        peak_memory: Bytes, and what was measured.
+        machine: Device, devices, accumulation, threads.
+        versions: Libraries, Python, git commit.
+        diverged_step: The optimiser step at which the loss was not finite, else null.
+        trainer: The trainer's settings that may change the numbers, such as clipped gradients; records of older
+            versions have none.
+        files: sha256 (hex) by name of files beside the record that no checksum of their own guards: metrics.csv.
+        tags: The user's own.
+        schema: Version of this record.
+    """
+
+    status: str
+    task: str
+    method: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    split: str
+    seed: int
+    attempt: int
+    precision: str
+    data: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    per_class: Mapping[str, float | None]
+    tuned: Mapping[str, Any]
+    time: Mapping[str, float]
+    peak_memory: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str | None]
+    diverged_step: int | None = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = field(default=())
+    schema: int = SCHEMA
+
+    @property
+    def score(self) -> float:
+        """What this run is judged by: val/acc in `split=tune`, else test/acc; -inf where it diverged; nan unscored."""
+        if self.status == "unscored":
+            return float("nan")
+        if self.status == "diverged":
+            return float("-inf")
+        return self.metrics["val/acc" if self.split == "tune" else "test/acc"]
+
+
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("status", "task", "split", "precision"), str),
+    **dict.fromkeys(("seed", "attempt", "schema"), int),
+    **dict.fromkeys(("method", "recipe", "data", "backbone", "metrics", "per_class", "tuned"), dict),
+    **dict.fromkeys(("time", "peak_memory", "machine", "versions", "trainer", "files"), dict),
+    **{"diverged_step": (int, type(None)), "tags": list},
+}
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Writes a run's result.json with its digest, atomically.
+
+    Raises:
+        ValueError: A figure is not finite; JSON has no word for it.
+    """
+    write_record(folder / "result.json", asdict(result), indent=1)
+
+
+def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
+    """Reads a run's result.json and compares the tuned state beside it with the checksum that it recorded.
+
+    Args:
+        folder: The run's folder.
+        hashed: Whether the state's tensors are hashed, 1 to 3 ms for each MB. Else only its size and the checksum in
+            its header are compared, 0.2 ms at any size, which finds another run's state and a cut one: for reports
+            over thousands of runs.
+
+    Returns:
+        The result, None where there is no result.json.
+
+    Raises:
+        DamagedRecord: The record or the tuned state is damaged, or they do not belong together. The message names the
+            file and says why, not what to do.
+    """
+    path = folder / "result.json"
+    record = read_record(path)
+    if record is None:
+        return None
+    record.pop("digest", None)
+    if {*record, *_LATER} != {f.name for f in fields(Result)} or record["schema"] != SCHEMA:
+        raise DamagedRecord(f"{path} is damaged or of another version of visprompt")
+    for name, value in record.items():
+        if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
+            raise DamagedRecord(f"{path} is damaged: its {name} is {value!r}")
+    if record["status"] not in ("finished", "unscored", "diverged"):
+        raise DamagedRecord(f"{path} is damaged: its status is {record['status']!r}")
+    if isinstance(how := record["data"].get("preprocessing"), dict):
+        record["data"]["preprocessing"] = in_present_words(how)
+    result = Result(**record | {"tags": tuple(record["tags"])})
+    if result.status != "diverged":
+        _check_state(folder / "tuned.safetensors", result, hashed)
+    return result
+
+
+def _check_state(path: Path, result: Result, hashed: bool) -> None:
+    """Raises `DamagedRecord` where a tuned state is not the one that a result recorded."""
+    if not path.is_file():
+        raise DamagedRecord(f"{path} is missing, which result.json names")
+    if path.stat().st_size != result.tuned.get("bytes"):
+        raise DamagedRecord(f"{path} is not the state that result.json recorded: its size differs")
+    if "sha256" not in result.tuned:
+        return  # every run of this project records it; a record that somebody else wrote may lack it
+    checksum = read_checksum(path, hashed=hashed)
+    if checksum is None:
+        raise DamagedRecord(f"{path} is damaged: its checksum differs")
+    if checksum != result.tuned["sha256"]:
+        raise DamagedRecord(f"{path} is not the state that result.json recorded: it is another run's or attempt's")
+
+
+def read_result(folder: Path, *, hashed: bool = True) -> Result | None:
+    """Reads a run's result where it is finished: `load_result`, with None for what is damaged too."""
+    try:
+        return load_result(folder, hashed=hashed)
+    except DamagedRecord:
+        return None
+
+
+def open_result(folder: Path) -> Result:
+    """Reads the result of a run that has to be finished, without hashing its state, which `load_state` does.
+
+    Raises:
+        UserError: The folder holds no finished run, or its files are damaged or do not belong together.
+    """
+    try:
+        result = load_result(folder, hashed=False)
+    except DamagedRecord as error:
+        raise UserError(f"{error}; copy the run's whole folder again, or run its command again") from error
+    if result is None:
+        raise UserError(f"{folder} holds no finished run: give the folder that its table named")
+    return result
+
+
+def check_same_run(result: Result, identity: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a whole result, state and all, that another run wrote.
+
+    Args:
+        result: What lies in the folder.
+        identity: What decides the numbers of the run that the folder is for, see `identity.identity_of`.
+        folder: The run's folder, for the message.
+
+    Raises:
+        UserError: They differ in task, split, seed, precision, method, recipe, data or backbone.
+    """
+    wanted = json.loads(json.dumps(identity, default=list))
+    for name in ("task", "split", "seed", "precision", "method", "recipe"):
+        if getattr(result, name) != wanted[name]:
+            raise _another(folder, name, getattr(result, name), wanted[name])
+    for name, key in (("data", "fingerprint"), ("backbone", "sha256")):
+        if getattr(result, name).get(key) != wanted[name][key]:
+            raise _another(folder, f"{name}.{key}", getattr(result, name).get(key), wanted[name][key])
+
+
+def _another(folder: Path, name: str, found: object, wanted: object) -> UserError:
+    return UserError(
+        f"{folder / 'result.json'} is another run's (its {name} is {found}, this run's is {wanted}): move or delete "
+        "what lies in that folder"
+    )
+
+
+def open_state(path: Path) -> TunedState:
+    """Reads a tuned state, after comparing it with the result.json beside it where there is one.
+
+    Args:
+        path: The file, or the run's folder that holds `tuned.safetensors`.
+
+    Raises:
+        UserError: The state cannot be used, see `load_state`, or is not the one that the result recorded.
+    """
+    folder = path if path.is_dir() else path.parent
+    if (folder / "result.json").is_file() and path in (folder, folder / "tuned.safetensors"):
+        open_result(folder)
+    return load_state(path)
+
+
+def choose(results: Sequence[Result | None], points: Sequence[_Point]) -> _Point | None:
+    """Chooses a point of a grid by its validation accuracy after the last epoch.
+
+    Ties, common on 200 images, go to the smallest learning rate, then the largest weight decay, then the shortest
+    prompt, then to the first. A point that failed or diverged is never chosen.
+
+    Args:
+        results: Results of runs of `split=tune`, None where a run failed.
+        points: What they were runs of, in the same order.
+
+    Returns:
+        The chosen point, None where every one failed.
+
+    Raises:
+        UserError: A result is not of `split=tune`.
+    """
+    candidates = []
+    for result, point in zip(results, points, strict=True):
+        if result is None or result.status == "diverged":
+            continue
+        if result.split != "tune":
+            raise UserError(f"a run of split={result.split} was offered to a choice: only val200 may decide")
+        length = result.method.get("num_tokens", 0)
+        rank = (result.score, -result.recipe["lr"], result.recipe["weight_decay"], -length)
+        candidates.append((rank, point))
+    return max(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Scores of one method on one task over seeds.
+
+    Attributes:
+        scores: Test accuracies as shares, one for each seed.
+    """
+
+    scores: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.scores)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over the seeds (n - 1); 0 of a single seed, which has none."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+    def __str__(self) -> str:
+        spread = f" ± {100 * self.std:.1f}" if len(self.scores) > 1 else ""
+        return f"{100 * self.mean:.1f}{spread}"
+
+
+def cell(results: Iterable[Result]) -> Cell:
+    """Puts runs together that differ in nothing but the seed.
+
+    Raises:
+        UserError: They differ in protocol, one of them has no test score, or two are of one seed.
+    """
+    found = list(results)
+    alike = {json.dumps(_protocol(result), sort_keys=True) for result in found}
+    scored = all(result.split == "final" and result.status == "finished" for result in found)
+    if len(alike) != 1 or not scored:
+        raise UserError("runs that differ in more than the seed, or have no test score, are not averaged together")
+    if len({result.seed for result in found}) < len(found):
+        raise UserError("two runs of one seed are not averaged together: keep the one that is meant")
+    return Cell(tuple(result.score for result in found))
+
+
+def _protocol(result: Result) -> dict[str, Any]:
+    names = ("task", "method", "recipe", "split", "precision", "data", "trainer")
+    found = {name: getattr(result, name) for name in names}
+    own = ("token_mask", "segment_mask", "initial")  # what a seed's own chain of pruning found
+    follows = {"pooling"} if result.backbone.get("pretrained", True) else {"pooling", "sha256"}  # of the seed's weights
+    found["data"] = {name: value for name, value in result.data.items() if name != "summary"}  # where it was, and so on
+    found["backbone"] = {name: value for name, value in result.backbone.items() if name not in follows}
+    return found | {"method": {name: value for name, value in result.method.items() if name not in own}}
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, its first column left-aligned, the others right-aligned."""
+    columns = list(header)
+    marks = [":--"] + ["--:"] * (len(columns) - 1)
+    lines = [map(in_markdown, columns), marks, *(map(in_markdown, row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,351 @@
+"""One run: its folder, skip, resume or run anew, training, scoring, and what it leaves behind."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from visprompt.data.datamodule import TaskDataModule
+from visprompt.errors import UserError, unknown
+from visprompt.files import write_atomically
+from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
+from visprompt.models.backbones.family import Family
+from visprompt.models.classifier import Classifier
+from visprompt.models.feature_cache import release_pixels
+from visprompt.models.methods import Method, build_method, check_options
+from visprompt.models.optim import Recipe
+from visprompt.models.state_schema import check_record
+from visprompt.models.tuned_state import TunedState, save_state
+from visprompt.models.tuning_module import Diverged, TuningModule
+from visprompt.runs import environment, run_folder, signals
+from visprompt.runs.checkpoint import Owner, ResumeCheckpoint
+from visprompt.runs.identity import digest, full_digest, identity_of
+from visprompt.runs.instantiate import instantiate
+from visprompt.runs.result import Result, check_same_run, read_result, write_result
+from visprompt.runs.trainer import build_loggers, build_trainer, close
+from visprompt.runs.trainer_checks import warn_random
+from visprompt.text import Terminal
+from visprompt.tuning import pruning
+
+SPLITS = ("tune", "final")
+console = Terminal()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job with its data and backbone, known well enough to have a folder.
+
+    Attributes:
+        cfg: The composed job.
+        datamodule: Its data.
+        backbone: Its backbone, shared by all runs of this process: copy its module before tuning it.
+        identity: What decides the numbers.
+        folder: logs/<task>/<method>/<hash of the identity>.
+    """
+
+    cfg: DictConfig
+    datamodule: TaskDataModule
+    backbone: Backbone
+    identity: Mapping[str, Any]
+    folder: Path
+
+
+def prepare(cfg: DictConfig) -> Run:
+    """Builds a job's data and backbone and finds its folder.
+
+    Args:
+        cfg: A composed job.
+
+    Returns:
+        The run; nothing is written and nothing trained yet.
+
+    Raises:
+        UserError: Data, weights or a word of the config are missing or wrong, or no tuned state could hold them.
+    """
+    check(cfg)
+    recipe = make_recipe(cfg)
+    seed = 0 if cfg.backbone.pretrained else int(cfg.seed)  # loaded weights are the same for every seed
+    backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), seed)
+    datamodule = build_data(cfg, backbone)
+    datamodule.check_sets()
+    identity = identity_of(cfg, recipe, backbone, datamodule)
+    about = {name: getattr(datamodule, name) for name in ("task", "class_names", "preprocessing")}
+    method = {k: v for k, v in identity["method"].items() if k != "weights"}  # whoever builds it looks for that file
+    about |= {"method": method, "backbone": backbone.record(), "versions": {}}
+    check_record(about, "this run", "its tuned state could not be read again")  # before it is trained
+    folder = Path(cfg.paths.log_dir) / datamodule.task / cfg.method.name / digest(identity)
+    return Run(cfg, datamodule, backbone, identity, folder)
+
+
+def check(cfg: DictConfig) -> None:
+    """Check what can be known of a composed job before anything of it is loaded or built.
+
+    Raises:
+        UserError: A word, a number or an option of the config is wrong.
+    """
+    if cfg.split not in SPLITS:
+        raise unknown("split", cfg.split, SPLITS)
+    make_recipe(cfg)
+    options: dict[str, Any] = OmegaConf.to_container(cfg.method)  # type: ignore[assignment]  # a mapping of words
+    check_options(options.pop("name"), options)
+
+
+def make_recipe(cfg: DictConfig) -> Recipe:
+    """The recipe of a composed job.
+
+    Raises:
+        UserError: A key or a value of it is wrong.
+    """
+    names = {f.name for f in fields(Recipe)}
+    for key in set(map(str, cfg.recipe)) - names - {"grid", "rows", "table"}:
+        raise unknown("key of recipe", key, names)
+    values = {name: cfg.recipe[name] for name in names}
+    for name in ("lr", "head_lr", "weight_decay", "momentum"):
+        if type(values[name]) is int:
+            values[name] = float(values[name])  # 1 and 1.0 are one run
+    return Recipe(**values)
+
+
+@lru_cache(maxsize=1)
+def load_backbone(spec: str, seed: int) -> Backbone:
+    """Builds the backbone of a config given as JSON; the last one stays loaded for the next run."""
+    return build_backbone(BackboneSpec(**json.loads(spec)), seed)
+
+
+def build_data(cfg: DictConfig, backbone: Backbone) -> TaskDataModule:
+    """The data of a job in the size and scale that a backbone reads."""
+    return instantiate(
+        "data",
+        cfg.data,
+        TaskDataModule,
+        batch_size=cfg.recipe.batch_size,
+        split=cfg.split,
+        seed=cfg.seed,
+        image_size=backbone.image_size,
+        mean=backbone.mean,
+        std=backbone.std,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+    )
+
+
+def build_classifier(cfg: DictConfig, backbone: Backbone, num_classes: int) -> Classifier:
+    """Backbone (copied), method and head of a job, drawn from the job's seed."""
+    L.seed_everything(int(cfg.seed), verbose=False)
+    module = deepcopy(backbone.module)
+    options: dict[str, Any] = OmegaConf.to_container(cfg.method)  # type: ignore[assignment]  # a mapping of words
+    method = build_method(options.pop("name"), module, **options)
+    return Classifier(module, method, num_classes, cfg.recipe.head_init)
+
+
+def run_job(run: Run) -> Result:
+    """Runs a job in this process, which may be one rank of several: skips it, resumes it, or runs it.
+
+    Args:
+        run: What `prepare` returned.
+
+    Returns:
+        The result; the stored one where the run was finished before and `rerun` is not set.
+
+    Raises:
+        UserError: Another process holds the run, or something of the config is wrong.
+    """
+    resume = ResumeCheckpoint(run.folder / run_folder.RESUME, run.cfg.resume_every_n_epochs)
+    trainer = build_trainer(run.cfg, resume)
+    if trainer.world_size > 1:
+        trainer.strategy.setup_environment()  # rank 0 decides for all: the group is made before the decision
+    with _held(run, trainer) as attempt:
+        if attempt is not None:
+            return _train(run, trainer, resume, attempt)
+        stored = read_result(run.folder, hashed=False)  # it was hashed when the lock was taken
+        if stored is None:
+            raise UserError(f"{run.folder} changed while it was read: run the same command again")
+        for logger in (
+            build_loggers(run.cfg, run.folder, stored.attempt, stored.tuned) if trainer.is_global_zero else ()
+        ):
+            logger.log_metrics(dict(stored.metrics))
+            close(logger, "failed" if stored.status == "diverged" else "success", run.folder)
+        return stored
+
+
+@contextmanager
+def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
+    """Holds the run's lock; yields on all ranks the number of the attempt to make, None where there is none."""
+    attempt: int | None = None
+    trouble: UserError | None = None
+    with ExitStack() as stack:
+        if trainer.is_global_zero:
+            try:
+                stored = stack.enter_context(run_folder.locked(run.folder))
+                if stored:
+                    check_same_run(stored, run.identity, run.folder)
+                attempt = run_folder.next_attempt(run.folder, stored, run.cfg.rerun)
+            except UserError as error:
+                trouble = error
+        attempt, trouble = trainer.strategy.broadcast((attempt, trouble))
+        if trouble:
+            raise trouble
+        yield attempt
+
+
+def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
+    """Trains and scores a run on all ranks; rank 0 leaves the folder finished."""
+    started = time.monotonic()
+    device = trainer.strategy.root_device
+    cfg, datamodule = run.cfg, run.datamodule
+    ckpt_path = resume.find(Owner(full_digest(run.identity), int(cfg.seed), attempt))
+    classifier = build_classifier(cfg, run.backbone, datamodule.num_classes)
+    release_pixels(None if classifier.has_frozen_part else datamodule.images_key)  # they were earlier runs'
+    environment.reset_peak_memory(device)
+    pruning.rewind(classifier, run.folder.parent)  # where the method names stored initial values
+    module = TuningModule(classifier, make_recipe(cfg), cfg.seed, leaks=_reads_test(run))
+    if cfg.compile:
+        torch.compiler.reset()  # else the ninth run of a process would exceed a limit and go uncompiled
+        module.classifier.compile()  # in place: the names of its parameters stay
+    tuned = _tuned_counts(module.classifier)
+    if trainer.is_global_zero and not (cfg.backbone.pretrained or classifier.method.trains_backbone):
+        warn_random(cfg.method.name)
+    if trainer.is_global_zero:
+        write_atomically(run.folder / run_folder.RESUME / "config.yaml", lambda path: OmegaConf.save(run.cfg, path))
+        trainer.loggers = build_loggers(run.cfg, run.folder, attempt, tuned)
+    status = "failed"
+    if trainer.is_global_zero and datamodule.described:
+        datamodule.prepare_data()  # what cannot be decoded and is left out is known then
+        for line in datamodule.described:
+            console.print(line, soft_wrap=True)
+    try:
+        diverged = _fit_and_score(trainer, module, datamodule, ckpt_path)
+        unscored = diverged is None and not datamodule.is_scored
+        if diverged is None and not unscored and module.scored_step != trainer.global_step:
+            raise UserError("nothing was scored: take trainer.limit_val_batches and trainer.limit_test_batches off 0")
+        metrics = _last_row(resume) | module.scores
+        figures = [*metrics.values()] if unscored else [module.scored_loss, *metrics.values()]
+        if diverged is None and not all(map(math.isfinite, figures)):
+            diverged = trainer.global_step  # the last step spoilt what the parameters make, if not themselves
+        result = Result(
+            status="diverged" if diverged is not None else "unscored" if unscored else "finished",
+            **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
+            attempt=attempt,
+            data=run.identity["data"] | _data_record(datamodule),
+            backbone=run.identity["backbone"] | _as_driven(run.backbone.module, module.classifier.method),
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+            per_class=dict(zip(datamodule.class_names, module.per_class, strict=False)),
+            tuned=tuned,
+            time={"train_s": resume.seconds, "last_process_s": time.monotonic() - started},
+            peak_memory=environment.peak_memory(device),
+            machine=_machine(trainer),
+            versions=environment.versions() | {"git_commit": environment.git_commit()},
+            diverged_step=diverged,
+            trainer=run.identity["trainer"],
+            tags=tuple(cfg.tags),
+        )
+        if trainer.is_global_zero:
+            result = _finish(run, result, module.classifier)
+        status = "success" if diverged is None else "failed"  # a sweep must not take its last figure for a score
+    finally:
+        for logger in trainer.loggers:
+            close(logger, status, run.folder)
+    finished: Result = trainer.strategy.broadcast(result)  # with the checksum of the file that rank 0 wrote
+    return finished
+
+
+def _fit_and_score(
+    trainer: L.Trainer, module: TuningModule, datamodule: TaskDataModule, ckpt_path: Path | None
+) -> int | None:
+    """Fits and scores once after the last epoch; returns the step at which the loss was not finite, else None."""
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        if not all(parameter.isfinite().all() for _, parameter in module.classifier.tuned_parameters()):
+            return trainer.global_step  # the last step spoilt them: the next loss would not be finite
+        if datamodule.split == "final" and datamodule.is_scored:
+            trainer.test(module, datamodule=datamodule, verbose=False)
+        elif (
+            datamodule.is_scored and module.scored_step != trainer.global_step
+        ):  # killed behind the last epoch, or that is not one to validate
+            trainer.validate(module, datamodule=datamodule, verbose=False)
+    except Diverged as error:
+        return error.step
+    except SystemExit as error:
+        if trainer.interrupted and not isinstance(error, signals.Ended):
+            raise KeyboardInterrupt from None  # Lightning makes an exit of Ctrl-C
+        raise
+    return None
+
+
+def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
+    """Writes the tuned state and the result beside the resume state, and puts the complete attempt in place."""
+    folder = run.folder / run_folder.RESUME
+    if result.status != "diverged":
+        checksum = save_state(
+            folder / "tuned.safetensors",
+            TunedState(
+                tensors=classifier.tuned_state(),
+                method=result.method,
+                task=result.task,
+                class_names=run.datamodule.class_names,
+                preprocessing=run.datamodule.preprocessing,
+                backbone=run.backbone.record(),
+                versions=environment.versions(),
+            ),
+        )
+        size = (folder / "tuned.safetensors").stat().st_size
+        result = replace(result, tuned=dict(result.tuned) | {"bytes": size, "sha256": checksum})
+    else:
+        (folder / "tuned.safetensors").unlink(missing_ok=True)  # of an attempt that was killed here
+    curve = folder / "metrics.csv"  # missing where the first epoch diverged
+    result = replace(result, files={curve.name: sha256(curve.read_bytes()).hexdigest()} if curve.is_file() else {})
+    write_result(folder, result)
+    with signals.deferred():
+        run_folder.put_in_place(run.folder)
+    return result
+
+
+def _last_row(resume: ResumeCheckpoint) -> dict[str, float]:
+    row = resume.rows[max(resume.rows)] if resume.rows else {}
+    leaked = [row["leak/test_acc"] for row in resume.rows.values() if "leak/test_acc" in row]
+    best = {"leak/best_on_test": max(leaked)} if leaked else {}  # a diagnostic: no choice reads it
+    return {k: v for k, v in row.items() if "/" in k} | best
+
+
+def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
+    summary = classifier.summary()
+    counts: dict[str, Any] = {"parameters": summary.tuned, "head_parameters": summary.head, "share": summary.share}
+    counts |= {"parts": dict(summary.parts), "macs": summary.macs}
+    # as they are: in the config a depth of all blocks is null
+    shape = {name: getattr(classifier.method, name, None) for name in ("depth", "num_tokens", "kept_tokens")}
+    return counts | {name: value for name, value in shape.items() if value is not None}
+
+
+def _reads_test(run: Run) -> bool:
+    return bool(run.cfg.diagnostics.best_on_test) and run.datamodule.is_scored
+
+
+def _data_record(datamodule: TaskDataModule) -> dict[str, Any]:
+    """What is recorded of the data beyond what decides the numbers."""
+    record: dict[str, Any] = {"form": datamodule.form, "sizes": datamodule.sizes}
+    return record | ({"summary": datamodule.summary} if datamodule.summary else {})
+
+
+def _as_driven(family: Family, method: Method) -> dict[str, Any]:
+    """How the backbone was driven: blocks that carried prompt tokens in full, and what was pooled."""
+    return {"carried_blocks": family.carried_blocks(), "pooling": family.pooling(method.pool)}
+
+
+def _machine(trainer: L.Trainer) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "devices": trainer.world_size,
+        "accumulation": trainer.accumulate_grad_batches,
+        "threads": torch.get_num_threads(),
+    }

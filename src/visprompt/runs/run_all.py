@@ -1,0 +1,280 @@
+"""The loop over runs: each in this process, or on several local devices as a process group of its own."""
+
+import logging
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from visprompt.errors import UserError
+from visprompt.files import temporary_folder
+from visprompt.runs import compose, engine, environment, memory, run_folder, signals
+from visprompt.runs.result import Result, check_same_run, read_result
+from visprompt.runs.run import Run, check, prepare, run_job
+from visprompt.runs.run_folder import AtWork, is_free
+from visprompt.runs.trainer import report_together, under_agent, without_wandb
+from visprompt.runs.trainer_checks import check_login
+from visprompt.text import Terminal
+from visprompt.tuning import pruning_chain
+
+log = logging.getLogger(__name__)
+console = Terminal()
+_POLL = 2.0  # seconds between two looks at runs that other processes are at work on
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one job.
+
+    Attributes:
+        name: Task and method.
+        result: The result, None where the run failed.
+        reason: Why it failed, or diverged; empty otherwise.
+        folder: Where the result lies, None where the run failed.
+    """
+
+    name: str
+    result: Result | None
+    reason: str = ""
+    folder: Path | None = None
+
+
+def train(cfg: DictConfig) -> float:
+    """Trains every task of a command line.
+
+    Under a W&B agent one command is one W&B run: one task logs to it as it trains, several report to it at the end. A
+    sweep of final runs is a table and not a choice: it goes through its points (`method: grid`).
+
+    Args:
+        cfg: What `@hydra.main` composed.
+
+    Returns:
+        Mean score over the tasks: val/acc in `split=tune`, else test/acc; -inf where one diverged, nan
+        where one was not scored.
+
+    Raises:
+        UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; all others were run before this
+            is said. Or a sweeper would choose by the test accuracy.
+    """
+    check_sweeper(cfg)
+    engine.end_with_parent()
+    if engine.is_rank():
+        try:
+            with _memory_explained(cfg):
+                return run_job(prepare(cfg)).score
+        except BaseException as error:  # whatever ends a rank is told to the process that started it
+            engine.give_reason(error)
+            raise
+    jobs = compose.jobs(cfg)
+    check_all(jobs)
+    together = under_agent() and len(jobs) > 1
+    wait = len(jobs) > 1 and not engine.started_elsewhere()  # ranks would have to agree on when
+    outcomes = run_all([without_wandb(job) for job in jobs] if together else jobs, wait)
+    if together and _is_first():
+        report_together(jobs, [o.result for o in outcomes], [o.folder for o in outcomes])
+    bad = [f"{o.name}: {o.reason}" for o in outcomes if o.result is None]
+    if not (compose.in_multirun() or under_agent()):  # there it is a point of a grid
+        bad += [f"{o.name}: {o.reason}" for o in outcomes if o.result is not None and o.reason]
+    if bad:
+        several = f" ({len(bad)} of {len(outcomes)} runs failed)" if len(outcomes) > 1 else ""
+        raise UserError("; ".join(bad) + several)
+    return sum(o.result.score for o in outcomes if o.result) / len(outcomes)
+
+
+def check_sweeper(cfg: DictConfig) -> None:
+    """Refuse a sweeper that would choose by the test accuracy."""
+    if cfg.split != "tune" and compose.has_choosing_sweeper():
+        raise UserError(
+            "this sweeper chooses by the figure that a run returns, and no choice reads test: give it split=tune"
+        )
+
+
+def check_all(jobs: Iterable[DictConfig]) -> None:
+    """Check what can be known of jobs before the first of them runs.
+
+    Raises:
+        UserError: A word of one is wrong, or a logger would stop to ask for a key.
+    """
+    for cfg in jobs:
+        try:
+            check(cfg)
+        except UserError as error:
+            raise UserError(f"{cfg.task}/{cfg.method.name}: {error}") from error
+        check_login(cfg)
+
+
+def run_all(jobs: Iterable[DictConfig], wait: bool = True) -> list[Outcome]:
+    """Runs jobs one after the other; one that fails does not stop the others.
+
+    Args:
+        jobs: Composed jobs.
+        wait: Whether a run that another process is at work on is come back to behind the others, as soon as that one
+            has finished it or is gone; else it has failed.
+
+    Returns:
+        An outcome for each, in their order.
+    """
+    outcomes: dict[int, Outcome] = {}
+    others: dict[int, tuple[DictConfig, Path]] = {}
+    for number, cfg in enumerate(jobs):
+        try:
+            outcomes[number] = _outcome(cfg)
+        except AtWork as error:
+            if not wait:
+                outcomes[number] = Outcome(compose.name_of(cfg), None, str(error))
+                continue
+            others[number] = cfg, error.folder
+            console.print(f"{compose.name_of(cfg)}: {error.who} is at work on it: later", highlight=False)
+    while others:
+        for number, (cfg, folder) in list(others.items()):
+            if not is_free(folder):
+                continue
+            try:
+                outcomes[number] = _outcome(cfg)
+                del others[number]
+            except AtWork as error:  # of a third process, or on the next run of a chain
+                others[number] = cfg, error.folder
+        if others:
+            time.sleep(_POLL)
+    return [outcomes[number] for number in sorted(outcomes)]
+
+
+def _outcome(cfg: DictConfig) -> Outcome:
+    """Runs one job and gives its memory back.
+
+    Raises:
+        AtWork: Another process is at work on it.
+    """
+    signals.check()
+    name = compose.name_of(cfg)
+    try:
+        with signals.consequences():
+            result, folder = _run_chain(cfg)
+    except AtWork:
+        raise
+    except (UserError, engine.RanksFailed) as error:
+        return Outcome(name, None, str(error))
+    except Exception as error:  # a fault of one run, ours or a library's, stops no other
+        log.exception("%s failed", name)
+        return Outcome(name, None, f"{type(error).__name__}: {error}")
+    finally:
+        memory.give_back()
+    diverged = result.status == "diverged"
+    reason = f"the loss was not finite at step {result.diverged_step}: lower recipe.lr" if diverged else ""
+    return Outcome(name, result, reason, folder)
+
+
+def _run_chain(cfg: DictConfig) -> tuple[Result, Path]:
+    """Runs a job, or the chain of runs that it stands for; returns its result and where that lies."""
+    made: list[tuple[Result, Path]] = []
+
+    def run_one(link: DictConfig) -> Result:
+        with _memory_explained(link):
+            made.append(_run_one(link))
+        return made[-1][0]
+
+    result = pruning_chain.run(cfg, run_one)
+    return result, next(folder for found, folder in made if found is result)
+
+
+def _memory_explained(cfg: DictConfig) -> AbstractContextManager[None]:
+    return memory.explained(lambda: memory.of_training(cfg.recipe.batch_size, cfg.trainer.accumulate_grad_batches))
+
+
+def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
+    """Runs one job here, or on several devices, and shows what came of it; returns that and the run's folder."""
+    run = prepare(cfg)
+    run_folder.tidy(run.folder)
+    stored = None if cfg.rerun else read_result(run.folder)
+    if stored:
+        check_same_run(stored, run.identity, run.folder)
+    devices = local_devices(cfg.trainer)
+    elsewhere = engine.started_elsewhere()
+    if not elsewhere:
+        engine.check_alone(cfg.trainer.get("plugins") or (), devices, cfg.trainer.num_nodes)
+    if elsewhere:
+        result = run_job(run)  # in which the first rank decides for all
+    elif stored and not cfg.logger:
+        result = stored
+    elif devices > 1:
+        result = _run_ranks(run, devices)
+    else:
+        result = run_job(run)
+    if _is_first():
+        if stored:
+            _say_skipped(stored, cfg)
+        show(result, run)
+    return result, run.folder
+
+
+def _run_ranks(run: Run, devices: int) -> Result:
+    """Runs one job as a process group on several devices of this machine."""
+    run.datamodule.prepare_data()  # once, before the ranks
+    with run_folder.locked(run.folder):
+        pass  # nobody is at work on it
+    try:
+        with temporary_folder("job") as folder:  # the run's own belongs to whoever holds its lock
+            OmegaConf.save(run.cfg, folder / "config.yaml")
+            engine.run_ranks(engine.rank_command(folder), devices)
+    finally:
+        run_folder.tidy(run.folder)  # ranks that did not end in time were killed
+    result = read_result(run.folder)
+    if result is None:
+        raise engine.RanksFailed(f"the ranks left no whole result in {run.folder}")
+    return result
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all that run the same job."""
+    return not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
+
+
+def local_devices(trainer: DictConfig) -> int:
+    """Number of devices of this machine that a trainer config asks for."""
+    devices = trainer.devices
+    if OmegaConf.is_list(devices):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    try:
+        return int(devices)
+    except (TypeError, ValueError):
+        raise UserError(f"trainer.devices={devices} is no number: give one, auto, or a list such as [0,1]") from None
+
+
+def _say_skipped(stored: Result, cfg: DictConfig) -> None:
+    commit, now = stored.versions["git_commit"], environment.git_commit()
+    other = f" (by commit {commit}; this is {now})" if commit != now else ""
+    leaks = cfg.diagnostics.best_on_test and stored.split == "final" and "leak/best_on_test" not in stored.metrics
+    lacks = " and adds what diagnostics.best_on_test=true asks for" if leaks else ""
+    console.print(f"finished before{other}, not run again: rerun=true runs it anew{lacks}")
+
+
+def show(result: Result, run: Run) -> None:
+    """Prints a run's short table."""
+    table = Table(title=f"{result.task}, {result.method['name']}, split={result.split}, seed={result.seed}")
+    table.add_column("what")
+    table.add_column("figure", overflow="fold")
+    for name, value in result.metrics.items():
+        if name.startswith(("val/", "test/")) and "acc" in name:
+            table.add_row(name, f"{100 * value:.2f} %")
+    if result.status == "diverged":
+        table.add_row("status", f"diverged at step {result.diverged_step}")
+    if result.status == "unscored":
+        table.add_row("status", "not scored: there are no test images (data.test=none)")
+    tuned = result.tuned
+    table.add_row(
+        "tuned parameters",
+        f"{tuned['parameters']:,} ({100 * tuned['share']:.2f} % of the backbone) + head {tuned['head_parameters']:,}",
+    )
+    if "bytes" in tuned:
+        table.add_row("tuned state", f"{tuned['bytes'] / 1000:,.1f} kB")
+    table.add_row("training time", f"{result.time['train_s']:.1f} s")
+    table.add_row("peak memory", f"{result.peak_memory['bytes'] / 2**20:,.0f} MiB ({result.peak_memory['of']})")
+    console.print(table)
+    console.print(f"folder: {run.folder}", soft_wrap=True)  # in one piece, to be copied

@@ -1,0 +1,1 @@
+"""The protocol of the papers: grid, choice, seeds; pruning; dry runs."""

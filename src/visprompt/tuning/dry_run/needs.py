@@ -1,0 +1,162 @@
+"""What jobs need of data and weights, found out without fetching or making any of it."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from omegaconf import DictConfig, OmegaConf
+
+from visprompt.data.catalog import SUITES, TASKS
+from visprompt.data.datamodule import TaskDataModule
+from visprompt.data.folder_datamodule import FolderDataModule
+from visprompt.data.splits import SPLITS
+from visprompt.data.stores.plan import Plan, find, photographs
+from visprompt.errors import UserError
+from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
+from visprompt.runs.compose import ROOT
+from visprompt.runs.run import build_data, load_backbone, make_recipe
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a job's backbone and data.
+
+    Attributes:
+        backbone: With random weights where its own are missing.
+        datamodule: The data, not opened.
+        sizes: Images of each split set.
+        classes: Number of classes.
+        ready: Whether data and weights are there, without which a run has no folder.
+    """
+
+    backbone: Backbone
+    datamodule: TaskDataModule
+    sizes: dict[str, int]
+    classes: int
+    ready: bool
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Keeps the hub's client from fetching; what its cache holds is found."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+class Needs:
+    """What is missing for the jobs that were looked at.
+
+    Attributes:
+        stores: Bytes of decoded images that are to be written, by the store's folder; photographs are taken for 4 : 3.
+        originals: Bytes of original files that are to be fetched, by their place.
+        commands: Tasks that are not prepared, by the command that prepares them.
+        weights: Bytes of weights that are missing, by the sentence that says so.
+    """
+
+    def __init__(self) -> None:
+        self.stores: dict[Path, int] = {}
+        self.originals: dict[Path, int] = {}
+        self.commands: dict[str, list[str]] = {}
+        self.weights: dict[str, int] = {}
+        self._facts: dict[str, Facts] = {}
+
+    def facts(self, job: DictConfig) -> Facts:
+        """What is known of a job's backbone and data; call it inside `offline`.
+
+        Raises:
+            UserError: A word of the job is wrong, or the user's own images are.
+        """
+        key = json.dumps([OmegaConf.to_container(job[name]) for name in ("backbone", "data")])
+        if key not in self._facts:
+            self._facts[key] = self._look(job)
+        return self._facts[key]
+
+    def _look(self, job: DictConfig) -> Facts:
+        backbone, loaded = self._backbone(job)
+        make_recipe(job)  # says what is wrong with it
+        datamodule = build_data(job, backbone)
+        plan: Plan | None = getattr(datamodule, "plan", None)
+        if isinstance(datamodule, FolderDataModule):
+            datamodule.check_sets()
+            return Facts(backbone, datamodule, self._own_images(datamodule), datamodule.num_classes, loaded)
+        if plan is None or find(plan) is not None:
+            return Facts(backbone, datamodule, datamodule.sizes, datamodule.num_classes, loaded)
+        self._unprepared(plan, job)
+        return Facts(backbone, datamodule, dict(plan.spec.split_sizes), plan.spec.num_classes, False)
+
+    def _backbone(self, job: DictConfig) -> tuple[Backbone, bool]:
+        """A job's backbone, and whether it has its own weights."""
+        options: dict[str, Any] = OmegaConf.to_container(job.backbone)  # type: ignore[assignment]  # a mapping of words
+        try:
+            return load_backbone(json.dumps(options), 0 if job.backbone.pretrained else int(job.seed)), True
+        except UserError as error:
+            backbone = _random(json.dumps(options | {"pretrained": False, "weights": None}))
+            size = 4 * sum(p.numel() for p in backbone.module.parameters())
+            self.weights[_how_to_get(str(error), options["name"])] = size
+            return backbone, False
+
+    def _own_images(self, datamodule: FolderDataModule) -> dict[str, int]:
+        images = datamodule.images
+        if not datamodule.store_folder.is_dir():
+            self.stores[datamodule.store_folder] = photographs(len(images.items), datamodule.short_side)
+        splits = [item.split for item in images.items]
+        return {split: splits.count(split) for split in SPLITS if split in splits}
+
+    def _unprepared(self, plan: Plan, job: DictConfig) -> None:
+        spec = plan.spec
+        self.stores[plan.folder] = plan.bytes
+        files = spec.files if plan.source == "raw" else ()
+        places = {plan.files_dir / file.name: file.size or file.roughly or 0 for file in files}
+        self.originals |= {place: size for place, size in places.items() if not place.exists()}
+        command = plan.command.replace(f"tasks={spec.id}", "tasks=TASKS")
+        if Path(job.paths.data_dir) != ROOT / "data":
+            command += f" paths.data_dir={job.paths.data_dir}"
+        self.commands.setdefault(command, []).append(spec.id)
+
+    def described(self) -> list[str]:
+        """What is said of the user's own images, once."""
+        return list(dict.fromkeys(line for facts in self._facts.values() for line in facts.datamodule.described))
+
+    def sentences(self) -> Iterator[str]:
+        """What is missing and how to get it, in one sentence each."""
+        for command, tasks in self.commands.items():
+            suite = next((name for name, ids in SUITES.items() if set(ids) == set(tasks)), None)
+            words = suite or (tasks[0] if len(tasks) == 1 else f"'[{','.join(tasks)}]'")
+            hands = [task for task in tasks if TASKS[task].how_to_get and "source=" not in command]
+            note = f" ({', '.join(hands)}: by hand, verify=true says how)" if hands else ""
+            yield f"missing: the data of {', '.join(tasks)}: {command.replace('TASKS', words)}{note}"
+        for sentence in self.weights:
+            yield f"missing: {sentence}"
+        if self.commands or self.weights:
+            yield "runs that lack data or weights count as not done"
+
+    def disk(self) -> dict[str, int]:
+        """Bytes that are to be written, by what they are."""
+        sizes = [sum(self.stores.values()), sum(self.originals.values()), sum(self.weights.values())]
+        names = ("decoded images", "original files", "weights")
+        return {name: size for name, size in zip(names, sizes, strict=True) if size}
+
+
+@lru_cache(maxsize=1)
+def _random(spec: str) -> Backbone:
+    return build_backbone(BackboneSpec(**json.loads(spec)))
+
+
+def _how_to_get(error: str, name: str) -> str:
+    """The sentence for weights that are missing; it was not tried whether the hub answers."""
+    url = re.search(r"https?://\S+", error)
+    if "the hub cannot be reached" not in error or url is None:
+        return error
+    return (
+        f"the weights of backbone {name}: the first run fetches {url[0]}; where it cannot be reached, copy that file "
+        "here and give backbone.weights=FILE"
+    )

@@ -1,0 +1,164 @@
+"""How long a run would take on this machine, from a few real steps on random images of its own shapes."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from visprompt.models.backbones import Backbone
+from visprompt.models.classifier import Classifier
+from visprompt.models.optim import build_optimizer
+from visprompt.runs import settings
+from visprompt.runs.run import build_classifier, make_recipe
+
+PATIENCE = 5.0  # seconds; the time of a step that would take longer is scaled up from one of a few images
+_FEW = 4  # images
+_TIMED = 3  # calls whose median counts
+_DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a run of some shape costs on one device.
+
+    Attributes:
+        device: What it was measured on; empty where it could not be.
+        why: Why it could not be measured, else empty.
+        step: Seconds of an optimiser step on one device's share of the batch.
+        image: Seconds to score one image.
+        kept: The same from what the frozen layers made of it, where that is kept; else as `image`.
+        frozen: Seconds that one image takes in those layers; 0 where nothing is kept.
+        whole: Whether a whole share was measured, and not a few images.
+    """
+
+    device: str = ""
+    why: str = ""
+    step: float = 0.0
+    image: float = 0.0
+    kept: float = 0.0
+    frozen: float = 0.0
+    whole: bool = True
+
+
+def measure_pace(job: DictConfig, backbone: Backbone, classes: int, devices: int, augments: bool) -> Pace:
+    """Measures what a job costs; reads no data and writes nothing. Nothing is compiled, whatever the job says.
+
+    Args:
+        job: A composed job.
+        backbone: Its backbone; one with random weights takes as long.
+        classes: Number of classes.
+        devices: Number of devices that share a batch.
+        augments: Whether training images differ between epochs, so that nothing made of them can be kept.
+
+    Returns:
+        The pace, or why it could not be measured.
+
+    Raises:
+        UserError: A word of the job is wrong, or its method and its backbone do not fit.
+    """
+    precision = settings.PRECISIONS.get(str(job.precision), str(job.precision))
+    kind = precision.partition("-")[0]
+    classifier = build_classifier(job, backbone, classes)
+    device = _device(str(job.trainer.accelerator))
+    if device is None:
+        return Pace(why=f"trainer.accelerator={job.trainer.accelerator} has no device on this machine")
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU (threads: {torch.get_num_threads()})"
+    )
+    mixed = precision.endswith("mixed")
+    context = torch.autocast(device.type, _DTYPES[kind]) if mixed else contextlib.nullcontext()
+    try:
+        with context:
+            bench = Bench(job, classifier.to(device, torch.float32 if mixed else _DTYPES[kind]), augments)
+            return Pace(device=name, **bench.figures(-(-job.recipe.batch_size // devices)))
+    except torch.OutOfMemoryError:
+        many = f"recipe.batch_size={job.recipe.batch_size} on {devices} device(s)"
+        return Pace(why=f"{many} has no room on {name}: raise trainer.accumulate_grad_batches")
+
+
+def state_bytes(classifier: Classifier) -> int:
+    """Bytes of the tensors of a classifier's tuned state."""
+    return sum(tensor.nbytes for tensor in classifier.tuned_state().values())
+
+
+def _device(accelerator: str) -> torch.device | None:
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+class Bench:
+    """A classifier with its optimiser, and random images for it."""
+
+    def __init__(self, job: DictConfig, classifier: Classifier, augments: bool) -> None:
+        self.classifier = classifier
+        self.side = int(classifier.backbone.image_size)  # type: ignore[arg-type]  # nn.Module hides the int
+        self.like = next(classifier.parameters())
+        self.accumulate = int(job.trainer.accumulate_grad_batches)
+        self.keeps = classifier.has_frozen_part and not augments
+        recipe, undecayed = make_recipe(job), classifier.method.undecayed
+        self.optimizer, _ = build_optimizer(classifier.tuned_parameters(), recipe, 1, undecayed)
+
+    def step(self, count: int) -> Callable[[], None]:
+        """Returns an optimiser step on as many random images, or on what is kept of them."""
+        self.classifier.eval()
+        inputs = self._kept(self._images(count))
+        labels = torch.zeros(count, dtype=torch.long, device=self.like.device)
+        weights = torch.ones(count, device=self.like.device)
+        self.classifier.train()
+
+        def step() -> None:
+            logits = self.classifier(inputs)
+            self.classifier.losses(logits, labels, weights).mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return step
+
+    def figures(self, share: int) -> dict[str, Any]:
+        """The figures of `Pace`, for a device's share of a batch."""
+        micro = -(-share // self.accumulate)
+        few = min(_FEW, micro)
+        part = self._seconds(self.step(few))
+        whole = part * micro / few <= PATIENCE
+        step = self._seconds(self.step(micro)) if whole else part * micro / few
+        count = micro if whole else few
+        images = self._images(count)
+        self.classifier.eval()
+        with torch.no_grad():
+            image = self._seconds(lambda: self.classifier(images)) / count
+            if not self.keeps:
+                return {"step": self.accumulate * step, "whole": whole, "image": image, "kept": image}
+            inputs = self._kept(images)
+            kept = self._seconds(lambda: self.classifier(inputs)) / count
+        # all of an image, without what comes behind the frozen layers
+        frozen = max(0.0, image - kept)
+        return {"step": self.accumulate * step, "whole": whole, "image": image, "kept": kept, "frozen": frozen}
+
+    def _images(self, count: int) -> Tensor:
+        return torch.randn(count, 3, self.side, self.side, device=self.like.device, dtype=self.like.dtype)
+
+    @torch.no_grad()
+    def _kept(self, images: Tensor) -> Tensor:
+        return self.classifier.frozen(images) if self.keeps else images
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        """Median time of calls after one that warms up; of fewer where they take long."""
+        times: list[float] = []
+        while len(times) < 2 or (len(times) <= _TIMED and sum(times) < PATIENCE / 2):
+            self._wait()
+            started = time.perf_counter()
+            work()
+            self._wait()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
+
+    def _wait(self) -> None:
+        if self.like.device.type == "cuda":
+            torch.cuda.synchronize()

@@ -1,0 +1,319 @@
+"""Which prompt tokens and segments matter, which of them go, and how a run starts from stored initial values again.
+
+E^2VPT (Han et al., ICCV 2023, section 3.3) after XPrompt (Ma et al., EMNLP 2022): a prompt token j is multiplied by a
+mask rho_j and each of its S segments by a mask rho_jk; the importance of a mask is the mean over the images of
+|dL_i / d rho| at rho = 1. The least important ones are pruned, and what is left is trained again from its initial
+values. Different from the released code: the absolute value is there and taken image by image, masks are never
+trained, "rewinding" restores the very values, and "nothing pruned" is one of the choices.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from visprompt.errors import UserError
+from visprompt.models.classifier import Classifier
+from visprompt.models.methods.e2vpt import E2VPT
+from visprompt.models.tensors import hash_tensors
+from visprompt.models.tuned_state import TunedState, load_state, save_state
+from visprompt.runs.result import markdown_table
+
+MIN_TOKENS = 1
+MIN_SEGMENTS = 4  # of each token that is left
+_DIGITS = 16  # of the hash that names stored initial values
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Importance of tokens and segments, at least 0.
+
+    Attributes:
+        tokens: float64 [1, p], or [layers, p] for masks per layer.
+        segments: float64 [1, p, S], or [layers, p, S].
+    """
+
+    tokens: Tensor
+    segments: Tensor
+
+    def lists(self) -> dict[str, Any]:
+        """As plain JSON values, from which `of` makes the same numbers again."""
+        return {"tokens": self.tokens.tolist(), "segments": self.segments.tolist()}
+
+    @classmethod
+    def of(cls, lists: Mapping[str, Any]) -> "Importance":
+        """Importance from what `lists` made."""
+        tokens, segments = (torch.tensor(lists[name], dtype=torch.float64) for name in ("tokens", "segments"))
+        return cls(tokens, segments)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What is kept.
+
+    Attributes:
+        tokens: bool [1 or layers, p].
+        segments: bool [1 or layers, p, S], false for the segments of pruned tokens.
+    """
+
+    tokens: Tensor
+    segments: Tensor
+
+    def options(self) -> dict[str, Any]:
+        """The masks as options of the method, nested lists of 0 and 1."""
+        tokens, segments = self.tokens.int(), self.segments.int()
+        if len(tokens) == 1:
+            tokens, segments = tokens[0], segments[0]
+        return {"token_mask": tokens.tolist(), "segment_mask": segments.tolist()}
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """A point of the prune grid; in order, what keeps less comes first.
+
+    Attributes:
+        kept_tokens: Tokens left in each layer.
+        kept_segments: Segments left of each of them.
+    """
+
+    kept_tokens: int
+    kept_segments: int
+
+
+def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
+    """Mean over the images of the absolute gradient of each image's loss with respect to the masks.
+
+    Every image gets masks of its own in the computation, so that one backward pass gives the gradient of each.
+    Scaling a whole token changes little where a norm follows and its output is dropped (deep prompts on a pre-norm
+    block): LN(rho P) = LN(P) but for the norm's epsilon. What is left of a token's importance is then small against
+    the rounding of float32: give a classifier and images in float64.
+
+    Args:
+        classifier: A trained classifier whose method is an unpruned `E2VPT` with input prompts; used in evaluation
+            mode and left as it was.
+        batches: Normalised images [B, 3, H, W] and labels [B], each image once.
+
+    Returns:
+        The importance, summed over the layers before the absolute value is taken where they share their masks.
+    """
+    method = classifier.method
+    assert isinstance(method, E2VPT)  # for the type checker
+    assert method.num_tokens
+    assert method.token_mask is None
+    training, count = classifier.training, 0
+    shape = (method.depth, method.num_tokens, method.num_segments)
+    layers = method.depth if method.mask_per_layer else 1
+    tokens = torch.zeros(layers, *shape[1:2], dtype=torch.float64)
+    segments = torch.zeros(layers, *shape[1:], dtype=torch.float64)
+    classifier.eval()
+    try:
+        for images, labels in batches:
+            method.gates = torch.ones(len(images), *shape, dtype=images.dtype, device=images.device, requires_grad=True)
+            loss = F.cross_entropy(classifier(images), labels, reduction="sum")  # no image sees another
+            (gradient,) = torch.autograd.grad(loss, method.gates)
+            gradient = gradient.double().cpu()
+            if not method.mask_per_layer:
+                gradient = gradient.sum(1, keepdim=True)
+            segments += gradient.abs().sum(0)
+            tokens += gradient.sum(-1).abs().sum(0)  # a token's mask multiplies all of its segments
+            count += len(images)
+    finally:
+        method.gates = None
+        classifier.train(training)
+    return Importance(tokens / count, segments / count)
+
+
+def grid(tokens: Sequence[int], segments: Sequence[int], num_tokens: int, num_segments: int) -> list[Point]:
+    """The points that are tried.
+
+    Args:
+        tokens: Percentages of tokens to prune; rounded down to whole tokens, and at least 1 is left.
+        segments: Percentages of each token's segments to prune; rounded down, and at least 4 are left.
+        num_tokens: Number of tokens (p).
+        num_segments: Number of segments of a token (S).
+
+    Returns:
+        Different points, what keeps less first; the last one prunes nothing.
+    """
+    points = {Point(num_tokens, num_segments)}
+    for token, segment in product(tokens, segments):
+        points.add(Point(_left(num_tokens, token, MIN_TOKENS), _left(num_segments, segment, MIN_SEGMENTS)))
+    return sorted(points)
+
+
+def _left(count: int, percentage: int, least: int) -> int:
+    return max(min(least, count), count - count * percentage // 100)
+
+
+def prune(found: Importance, point: Point) -> Masks:
+    """Keeps the most important tokens, and of each of them the most important segments.
+
+    Args:
+        found: Importance of tokens and segments.
+        point: How many are kept.
+
+    Returns:
+        The masks; of equally important ones the first are kept.
+    """
+    tokens = _largest(found.tokens, point.kept_tokens)
+    return Masks(tokens, _largest(found.segments, point.kept_segments) & tokens.unsqueeze(-1))
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    first = values.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return torch.zeros(values.shape, dtype=torch.bool).scatter(-1, first, True)
+
+
+def store_initial(folder: Path, state: TunedState) -> str:
+    """Stores the initial values of an unpruned classifier under their hash.
+
+    Args:
+        folder: Where the initial values of all runs of a method on a task lie.
+        state: The values.
+
+    Returns:
+        The hash, which is the option `initial` of the runs that start from them.
+    """
+    name = hash_tensors(state.tensors)[:_DIGITS]
+    path = _initial_path(folder, name)
+    if not path.is_file():
+        save_state(path, state)
+    return name
+
+
+def has_initial(folder: Path, name: str) -> bool:
+    """Whether the initial values of that hash are stored in a folder."""
+    return _initial_path(folder, name).is_file()
+
+
+def rewind(classifier: Classifier, folder: Path) -> None:
+    """Gives a classifier the stored initial values that its method names, or of them what its masks keep.
+
+    Args:
+        classifier: Any classifier; one whose method names no initial values is left as it is.
+        folder: Where they lie, see `store_initial`.
+
+    Raises:
+        UserError: They are gone or damaged.
+    """
+    method = classifier.method
+    if not isinstance(method, E2VPT) or method.initial is None:
+        return
+    path = _initial_path(folder, method.initial)
+    if not path.is_file():
+        raise UserError(f"the initial values that this run starts from are not at {path}: run split=tune again")
+    tensors = dict(load_state(path).tensors)
+    if hash_tensors(tensors)[:_DIGITS] != method.initial:
+        raise UserError(f"{path} holds other initial values than its name says: delete it and run split=tune again")
+    if method.token_mask is not None:
+        own = classifier.tuned_state()
+        tensors |= {name: own[name] for name in ("token_mask", "segment_mask")}
+        names = [f"prompts.{layer}" for layer in range(method.depth) if f"prompts.{layer}" in own] or ["prompts"]
+        prompts = tensors["prompts"] if names == ["prompts"] else [tensors[name] for name in names]
+        left = method.unpruned(layer.to(own[names[0]].device) for layer in prompts)
+        tensors |= {"prompts": torch.stack(left)} if names == ["prompts"] else dict(zip(names, left, strict=True))
+    classifier.load_tuned_state(tensors)
+
+
+def _initial_path(folder: Path, name: str) -> Path:
+    return folder / "initial" / f"{name}.safetensors"
+
+
+def masks_of(options: Mapping[str, Any], layers: int = 1) -> Masks:
+    """The masks among a method's options; where there are none, everything is kept in that many layers."""
+    shape = (layers, options["num_tokens"], options["num_segments"])
+    if options["token_mask"] is None:
+        return Masks(torch.ones(shape[:2], dtype=torch.bool), torch.ones(shape, dtype=torch.bool))
+    tokens, segments = (torch.tensor(options[name]).bool() for name in ("token_mask", "segment_mask"))
+    return Masks(tokens, segments) if tokens.ndim == 2 else Masks(tokens[None], segments[None])
+
+
+def table(masks: Masks, found: Importance) -> str:
+    """A Markdown table of what is kept of each token.
+
+    Args:
+        masks: What is kept.
+        found: Importance of the tokens.
+
+    Returns:
+        A row for every token of every layer, or of all layers where they share their masks.
+    """
+    rows = []
+    for layer, (tokens, segments) in enumerate(zip(masks.tokens, masks.segments, strict=True)):
+        name = "all" if len(masks.tokens) == 1 else str(layer + 1)
+        for token, kept in enumerate(tokens.tolist()):
+            score = float(found.tokens[layer, token])
+            left = _ranges(segments[token].nonzero().flatten().tolist()) if kept else "pruned"
+            rows.append([name, str(token + 1), f"{score:.3g}", left])
+    return markdown_table(["layer", "token", "importance", "segments left"], rows)
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Indices counted from 0 as ranges counted from 1: "1-4, 7"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1]:
+            runs[-1][1] = index + 1
+        else:
+            runs.append([index + 1, index + 1])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+
+
+COLOURS = {"kept": "#2f6db5", "segment pruned": "#d9e4f0", "token pruned": "#e8a87c"}
+_CELL, _GAP, _HEAD, _PANELS = 18, 44, 96, 4  # pixels; panels in a row
+
+
+def picture(masks: Masks, title: str) -> Image.Image:
+    """Draws which segments of which tokens are kept: a panel for every layer, or one for all.
+
+    Args:
+        masks: What is kept.
+        title: One line, or several, above.
+    """
+    layers, count, segments = masks.segments.shape
+    tall = min(_CELL, max(4, 640 // count))
+    width, height = segments * _CELL + _GAP, count * tall + _GAP + 16
+    columns = min(layers, _PANELS)
+    top = _HEAD + 20 * title.count("\n")
+    font, small = ImageFont.load_default(16), ImageFont.load_default(12)
+    wide = max(columns * width, 500, *(int(font.getlength(line)) for line in title.split("\n")))
+    size = (wide + 2 * _GAP, top + -(-layers // columns) * height + _GAP // 2)
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    draw.multiline_text((_GAP, 12), title, "black", font)
+    left = _GAP
+    for word, colour in COLOURS.items():
+        draw.rectangle((left, top - 50, left + 14, top - 36), colour, "black")
+        draw.text((left + 20, top - 51), word, "black", small)
+        left += 150
+    for layer in range(layers):
+        x, y = _GAP + layer % columns * width, top + layer // columns * height
+        name = "all layers" if layers == 1 else f"layer {layer + 1}"
+        draw.text((x, y - 18), f"{name}: token down, segment across", "black", small)
+        _panel(draw, (x, y), masks.tokens[layer], masks.segments[layer], tall, small)
+    return image
+
+
+def _panel(
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], tokens: Tensor, segments: Tensor, tall: int, font: Any
+) -> None:
+    """Draws one layer's tokens (down) and segments (across), numbered from 1."""
+    left, top = corner
+    every = 1 if tall >= 12 else -(-12 // tall)
+    for row, (kept, parts) in enumerate(zip(tokens.tolist(), segments.tolist(), strict=True)):
+        y = top + row * tall
+        if row % every == 0:
+            draw.text((left - 6, y + tall // 2), str(row + 1), "black", font, anchor="rm")
+        for column, part in enumerate(parts):
+            colour = COLOURS["kept" if part else "segment pruned" if kept else "token pruned"]
+            x = left + column * _CELL
+            draw.rectangle((x, y, x + _CELL, y + tall), colour, "white")
+    for column in range(0, segments.shape[1], 1 if segments.shape[1] < 10 else 3):
+        x = left + column * _CELL + _CELL // 2
+        draw.text((x, top + len(tokens) * tall + 3), str(column + 1), "black", font, anchor="mt")

@@ -1,0 +1,107 @@
+"""Every method on a small member of every family: it works whole, or one sentence says why not.
+
+What a family's own file holds of its members too is slow here; a new family has it before it has such a file.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from helpers.tiny import relative_error
+from visprompt.models.merge import merge
+from visprompt.models.methods import METHODS
+from visprompt.models.methods.describe import MEMBERS, attempt, refusal
+
+PIXELS = {"location": "pad", "depth": 1, "dropout": 0.0}  # what is left of VPT where there are no tokens
+BY_PIXELS = {"vpt_shallow", "vpt_deep", "vpt_shallow_bias", "vpt_deep_bias"}
+CONVNETS = ("ConvNeXt", "ResNet")
+WORKS = {
+    family: {
+        "linear", "full", "partial", "mlp", "sidetune", "bias", "layernorm", "ssf", *BY_PIXELS,
+    }
+    for family in CONVNETS
+}  # fmt: skip
+WORKS["Swin"] = set(METHODS) - {"vapt", "cvpt", "vpt_gated", "da_vpt", "sa2vp", "pae", "convpass", "fact"}
+WORKS["DINOv3"] = set(METHODS) - {"cvpt", "da_vpt", "sa2vp"}
+WORKS["EVA-02"] = set(METHODS) - {"cvpt", "da_vpt", "sa2vp", "fact", "lora"}
+WORKS["ViT"] = set(METHODS)
+SLOW = {"sidetune"}  # 40 M operations an image: the ViT's battery has it
+PAIRS = [(m, f) for f in MEMBERS for m in METHODS if m in WORKS[f] and f != "ViT" and not (m in SLOW and f != "Swin")]
+
+
+def options(method, family):
+    if family in CONVNETS and method in BY_PIXELS:
+        return {k: v for k, v in PIXELS.items() if k == "location" or "deep" in method}
+    return {}
+
+
+@pytest.mark.parametrize("family", MEMBERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pair_works_or_one_sentence_says_why_not(method, family):
+    reason = refusal(method, family, **options(method, family))
+    if method in WORKS[family]:
+        assert reason is None
+    else:
+        assert reason.startswith(f"method {method} cannot work on this backbone: ")
+        assert "\n" not in reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{m}, {f}" for m, f in PAIRS])
+def test_exactly_what_is_tuned_gets_gradients_and_is_saved(method, family):
+    classifier = attempt(method, family, **options(method, family))
+    with_gradient = {n for n, p in classifier.named_parameters() if p.grad is not None}
+    assert with_gradient == set(classifier.tuned_names)
+    assert all(torch.isfinite(p.grad).all() for _, p in classifier.tuned_parameters())
+
+    twin = attempt(method, family, **options(method, family))
+    with torch.no_grad():
+        for _, parameter in twin.tuned_parameters():
+            parameter.add_(1)
+    state = {name: tensor.clone() for name, tensor in twin.tuned_state().items()}
+    classifier.load_tuned_state(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in classifier.tuned_state().items())
+    counted = classifier.summary()
+    assert counted.tuned + counted.head == sum(p.numel() for _, p in classifier.tuned_parameters())
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{m}, {f}" for m, f in PAIRS])
+def test_two_images_give_what_each_gives_alone_and_the_frozen_part_may_be_kept(method, family):
+    classifier = attempt(method, family, **options(method, family)).eval()
+    side = classifier.backbone.image_size
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        both = classifier(x)
+        assert relative_error(torch.cat([classifier(x[:1]), classifier(x[1:])]), both) < 1e-5
+        if classifier.has_frozen_part:
+            assert relative_error(classifier(classifier.frozen(x)), both) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{m}, {f}" for m, f in PAIRS])
+def test_bfloat16_comes_close(method, family):
+    classifier = attempt(method, family, **options(method, family)).eval()
+    side = classifier.backbone.image_size
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    exact = classifier(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = classifier(x)
+        F.cross_entropy(logits.float(), torch.tensor([0, 1])).backward()
+    assert relative_error(logits.float(), exact) < 2**-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [f for f in MEMBERS if f != "ViT"])
+@pytest.mark.parametrize("method", ["linear", "partial", "bias", "layernorm", "lora", "ssf", "full"])
+def test_merged_is_a_plain_model_with_equal_logits(method, family):
+    if method not in WORKS[family]:
+        return
+    classifier = attempt(method, family).eval()
+    with torch.no_grad():
+        for name, parameter in classifier.tuned_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    merged = merge(classifier)
+    side = classifier.backbone.image_size
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    assert type(merged) is type(classifier.backbone.model)
+    assert relative_error(merged(x), classifier(x)) < 1e-5
