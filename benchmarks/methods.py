@@ -19,16 +19,17 @@ from multiprocessing import get_context
 from statistics import fmean, median
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 
 from measuring import added_mib, machine, milliseconds
 from visprompt.errors import UserError
 from visprompt.models.methods import METHODS
 from visprompt.runs import compose
+from visprompt.runs.job import Job
 from visprompt.runs.result import Result, cell, markdown_table
 from visprompt.runs.run import build_classifier, prepare
 from visprompt.runs.run_all import run_all
-from visprompt.tuning import pruning, pruning_chain
+from visprompt.tuning import pruning
 from visprompt.tuning.dry_run.pace import Bench
 from visprompt.tuning.protocol import tune_one
 
@@ -46,7 +47,7 @@ HEADER = (
 )
 
 
-def make_job(method: str, words: Sequence[str]) -> DictConfig:
+def make_job(method: str, words: Sequence[str]) -> Job:
     """The composed job of one method; tuned as the protocol does."""
     with compose.composing():
         return compose.job("tune", ["experiment=demo_methods", "tasks=null", f"method={method}", *words])
@@ -55,7 +56,7 @@ def make_job(method: str, words: Sequence[str]) -> DictConfig:
 def make_step(method: str, options: Mapping[str, Any], words: Sequence[str], device: str) -> Callable[[], None]:
     """A training step of a method with options of a run."""
     changes = {f"method.{name}": value for name, value in options.items() if name != "weights"}  # a hash, not a place
-    job = pruning_chain.vary(make_job(method, words), changes)
+    job = make_job(method, words).vary(changes)
     run = prepare(job)
     classifier = build_classifier(job, run.backbone, run.datamodule.num_classes).to(device)
     return Bench(job, classifier, run.datamodule.augments).step(job.recipe.batch_size)
@@ -87,7 +88,8 @@ def score(method: str, words: Sequence[str]) -> tuple[list[str], Mapping[str, An
     """The first cells of a method's row, and the options of its first final run."""
     job = make_job(method, words)
     with contextlib.redirect_stdout(sys.stderr):
-        outcomes = tune_one(job, list(job.seeds), run_all)
+        seeds = list(OmegaConf.load(compose.CONFIGS / "tune.yaml").seeds)
+        outcomes = tune_one(job, seeds, run_all)
     if reasons := [outcome.reason for outcome in outcomes if outcome.reason]:
         raise UserError(f"{method}: {'; '.join(reasons)}")
     results = [outcome.result for outcome in outcomes if outcome.result]
@@ -99,7 +101,7 @@ def score(method: str, words: Sequence[str]) -> tuple[list[str], Mapping[str, An
         f"{100 * share:.2f}",
         str(results[0].recipe["epochs"]),
         f"{100 * fmean(result.metrics['train/acc'] for result in results):.1f}",
-        chosen(results, dict(job.recipe.grid or {})),
+        chosen(results, dict(job.grid or {})),
     ]
     return cells, results[0].method
 

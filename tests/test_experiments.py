@@ -13,7 +13,6 @@ from statistics import fmean
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from helpers.cli import ROOT, call, command, composed, tiny
 from test_datasets_cli import MAIN
@@ -164,8 +163,7 @@ KIND = {
 
 def grid_of(task, *arguments):
     with compose.composing():
-        grid = compose.job("tune", [f"data={task}", *arguments]).recipe.grid
-    return OmegaConf.to_container(grid) if OmegaConf.is_dict(grid) else grid
+        return compose.job("tune", [f"data={task}", *arguments]).grid
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

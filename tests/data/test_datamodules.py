@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
 
 from helpers.miniatures import write_folder
 from visprompt.data.catalog import TASKS
@@ -28,7 +27,7 @@ def composed(spec, *arguments):
 
 @pytest.mark.parametrize("spec", TASKS.values(), ids=list(TASKS))
 def test_every_task_has_a_config_and_a_module_that_agree_with_its_record(spec):
-    config = OmegaConf.to_container(composed(spec).data)
+    config = dict(composed(spec).data)
     path, name = config.pop("_target_").rsplit(".", 1)
     data = getattr(import_module(path), name)(**config, **GIVEN)
     assert data.task == spec.id

@@ -169,8 +169,8 @@ def test_trained_batch_norm_is_refused_under_accumulation(tmp_path):
 def test_trained_batch_norm_is_refused_on_several_cpu_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.Trainer.world_size", 2)
     one = tiny_run(tmp_path, "method=mlp", "recipe.epochs=1", "recipe.warmup_epochs=0", "trainer.devices=2")
-    module = TuningModule(run.build_classifier(one.cfg, one.backbone, 10), run.make_recipe(one.cfg), 0)
-    module.trainer = run.build_trainer(one.cfg)
+    module = TuningModule(run.build_classifier(one.job, one.backbone, 10), one.job.recipe, 0)
+    module.trainer = run.build_trainer(one.job)
     with pytest.raises(UserError, match="cannot be synchronised over CPU processes: use one device"):
         module._check_batch_norm()
 

@@ -7,7 +7,8 @@ import torch
 
 from helpers.tiny import tiny_classifier
 from visprompt.errors import UserError
-from visprompt.models.optim import Recipe, VPTAdamW, build_optimizer, param_groups, scaled_lr, warmup_cosine
+from visprompt.models.optim import VPTAdamW, build_optimizer, param_groups, scaled_lr, warmup_cosine
+from visprompt.models.recipe import Recipe
 
 BASE = {"optimizer": "sgd", "lr": 0.5, "weight_decay": 0.01, "batch_size": 64, "epochs": 10, "warmup_epochs": 2}
 
@@ -203,7 +204,7 @@ def test_part_of_an_epoch_may_be_warm_up():
         ({"head_init": "zero"}, r"unknown recipe\.head_init 'zero': did you mean zeros"),
         ({"epochs": 0}, r"recipe\.epochs=0 does not fit: give a whole number, 1 or more"),
         ({"epochs": 2.5}, r"recipe\.epochs=2\.5 does not fit"),
-        ({"lr": True}, r"recipe\.lr=True does not fit"),
+        ({"lr": True}, r"recipe\.lr=true does not fit"),
         ({"batch_size": 0}, r"recipe\.batch_size=0 does not fit: give a whole number, 1 or more"),
         ({"warmup_epochs": 10}, r"recipe\.warmup_epochs=10 does not fit: give 0 to below recipe\.epochs=10"),
         ({"warmup_epochs": -0.5}, r"recipe\.warmup_epochs=-0\.5 does not fit"),
@@ -222,5 +223,5 @@ def test_a_recipe_that_cannot_be_trained_is_refused(changes, message):
 
 def test_a_recipe_is_plain_and_frozen():
     assert (recipe().momentum, recipe().head_lr, recipe().head_init) == (0.9, None, "vpt")
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match="Instance is frozen"):
         recipe().lr = 1.0

@@ -14,7 +14,7 @@ from helpers.tiny import images, measured, tiny_classifier, worst_error
 from visprompt.data.datasets import Batch
 from visprompt.models import feature_cache as kept_outputs
 from visprompt.models.backbones.vit import ViT
-from visprompt.models.optim import Recipe
+from visprompt.models.recipe import Recipe
 from visprompt.models.tuning_module import Mean, TuningModule, accuracies
 from visprompt.runs import run
 

@@ -315,8 +315,8 @@ def test_words_for_a_map_say_whether_its_classes_can_be_told_apart(monkeypatch, 
 @pytest.mark.slow
 @frozen
 def test_runs_are_opened_and_shown_where_that_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(closeups.inspection, "latency", short(closeups.inspect.latency))
-    monkeypatch.setattr(closeups.inspection, "features", few(closeups.inspect.features))
+    monkeypatch.setattr(closeups.inspection, "latency", short(closeups.inspection.latency))
+    monkeypatch.setattr(closeups.inspection, "features", few(closeups.inspection.features))
     for options in ((), ("method=linear",)):
         one = tiny_run(tmp_path / "logs", "recipe.epochs=2", *options)
         run.run_job(one)

@@ -1,6 +1,7 @@
 """How settings are read and quoted: free texts, what W&B's agents write, `~`."""
 
 import shlex
+from operator import attrgetter
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -140,7 +141,7 @@ def test_python_s_spellings_are_written_as_hydra_wants_them(typed, written):
 def test_what_an_agent_passes_is_a_value_of_the_job(monkeypatch, typed, key, value):
     with composed("train", *became(monkeypatch, "train", typed)) as cfg:
         (job,) = compose.jobs(cfg)
-    got = OmegaConf.select(job, key)
+    got = attrgetter(key)(job)
     assert (got, type(got)) == (value, type(value)) or list(got) == value
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from visprompt.reports import report
 from visprompt.runs import evaluate as inference
 from visprompt.runs import predict as prediction
 from visprompt.runs import run
+from visprompt.runs.job import Job
 from visprompt.text import csv_cell, has_control
 
 pytestmark = frozen
@@ -180,7 +182,7 @@ def test_several_states_are_scored_as_one_ensemble(logs, trained, capsys):
     each = ", ".join(f"{100 * result.score:.2f} %" for result in results)
     assert f"test/acc {100 * score:.2f} % on 797 images (2 runs averaged; each by itself: {each})" in said
 
-    job = OmegaConf.load(folders[0] / "config.yaml")
+    job = Job(**yaml.safe_load((folders[0] / "config.yaml").read_text()))
     prepared = run.prepare(job)
     states = [load_state(folder) for folder in folders]
     models = [

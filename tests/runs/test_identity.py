@@ -40,7 +40,7 @@ def identity(words):
     spec = {"name": cfg.backbone.name, "sha256": "0" * 64}
     blocks = SimpleNamespace(num_blocks=12)
     backbone = SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3, record=lambda: spec, module=blocks)
-    return digest(identity_of(cfg, run.make_recipe(cfg), backbone, run.build_data(cfg, backbone)))
+    return digest(identity_of(cfg, backbone, run.build_data(cfg, backbone)))
 
 
 @pytest.mark.parametrize("words", [*DEMO, *VTAB, *FGVC, *OTHERS], ids=" ".join)

@@ -105,7 +105,7 @@ def trained(monkeypatch):
     seen, train = [], run._train
 
     def note(one, *rest):
-        seen.append((one.cfg.seed, one.cfg.recipe.lr))
+        seen.append((one.job.seed, one.job.recipe.lr))
         return train(one, *rest)
 
     monkeypatch.setattr(run, "_train", note)

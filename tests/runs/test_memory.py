@@ -78,7 +78,7 @@ def test_a_run_that_has_not_enough_memory_fails_with_its_name_and_stops_no_other
     original = run_all.run_job
 
     def run_job(one):
-        return torch.empty(2**60) if one.cfg.task == "digits" else original(one)
+        return torch.empty(2**60) if one.job.task == "digits" else original(one)
 
     monkeypatch.setattr(run_all, "run_job", run_job)
     arguments = tiny(tmp_path, *SHORT, "tasks=[digits,digits_loc]", "callbacks=none")

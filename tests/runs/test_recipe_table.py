@@ -6,7 +6,6 @@ from omegaconf import OmegaConf
 from helpers.cli import call, composed, tiny
 from visprompt.errors import UserError
 from visprompt.runs import compose
-from visprompt.runs.run import make_recipe
 from visprompt.tuning.protocol import grid_points
 
 TABLE = """\
@@ -33,7 +32,7 @@ def jobs(table, *arguments, script="train"):
 def settings(job):
     return {
         "num_tokens": job.method.get("num_tokens"),
-        **{k: job.recipe[k] for k in ("lr", "weight_decay", "batch_size")},
+        **{k: getattr(job.recipe, k) for k in ("lr", "weight_decay", "batch_size")},
     }
 
 
@@ -42,7 +41,7 @@ def test_a_table_gives_each_task_its_settings_and_leaves_the_rest_to_the_recipe(
     assert settings(dtd) == {"num_tokens": 5, "lr": 2.5, "weight_decay": 0.01, "batch_size": 128}
     assert settings(svhn) == {"num_tokens": 50, "lr": 2.5, "weight_decay": 0, "batch_size": 128}
     assert (dtd.recipe.epochs, dtd.recipe.schedule, dtd.method.dropout) == (100, "per_epoch", 0.1)
-    assert "table" not in dtd.recipe, "the run is told by its values, not by where they came from"
+    assert "table" not in dtd.content()["recipe"], "the run is told by its values, not by where they came from"
     (linear,) = jobs(table, "tasks=dtd", "method=linear")
     assert settings(linear) == {"num_tokens": None, "lr": 0.25, "weight_decay": 0.0001, "batch_size": 1024}
 
@@ -52,7 +51,7 @@ def test_the_command_line_wins_over_a_table_and_a_grid_stays(table):
         table, "tasks=dtd", "method=vpt_deep", "recipe.lr=1.0", "method.num_tokens=3", "grid=paper", script="tune"
     )
     assert settings(job) == {"num_tokens": 3, "lr": 1.0, "weight_decay": 0.01, "batch_size": 128}
-    assert len(grid_points(OmegaConf.to_container(job.recipe.grid))) > 1
+    assert len(grid_points(job.grid)) > 1
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_a_table_that_cannot_be_used_is_one_sentence(tmp_path, text, message):
     path = tmp_path / "t.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        make_recipe(*jobs(path, "tasks=dtd", "method=vpt_deep"))
+        jobs(path, "tasks=dtd", "method=vpt_deep")
     assert "\n" not in str(caught.value)
 
 

@@ -206,7 +206,7 @@ def test_another_run_s_finished_folder_is_not_this_run_s(tmp_path, whole, monkey
     with pytest.raises(UserError) as error:
         run.run_job(mine)
     assert str(error.value) == sentence
-    (outcome,) = run_all.run_all([mine.cfg])
+    (outcome,) = run_all.run_all([mine.job])
     assert (outcome.result, outcome.reason) == (None, sentence)
     assert content(mine.folder) == before
 

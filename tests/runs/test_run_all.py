@@ -2,9 +2,11 @@
 
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from filelock import FileLock
 from omegaconf import OmegaConf
 
@@ -12,6 +14,7 @@ from helpers.cli import composed, content, frozen, tiny, tiny_job
 from visprompt.errors import UserError
 from visprompt.models.backbones import build_backbone
 from visprompt.runs import engine, run, run_all
+from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import read_result
 
 pytestmark = frozen
@@ -100,7 +103,7 @@ def test_a_skip_says_that_it_adds_no_diagnostic(logs, demo, capsys):
 
 def test_ranks_that_somebody_else_started_decide_together_what_is_finished(logs, demo, monkeypatch):
     asked = []
-    monkeypatch.setattr(run_all, "run_job", lambda one: asked.append(one.cfg.task) or read_result(one.folder))
+    monkeypatch.setattr(run_all, "run_job", lambda one: asked.append(one.job.task) or read_result(one.folder))
     train(logs, "tasks=digits")
     assert asked == []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
@@ -160,8 +163,8 @@ def test_ctrl_c_goes_through(tmp_path, monkeypatch):
 
 
 def test_missing_weights_without_a_network_are_said_at_once(tmp_path):
-    job = tiny_job(tmp_path)
-    job.backbone = {**job.backbone, "name": "vit_base_patch16_224.orig_in21k", "weights": None, "kwargs": {}}
+    others = {"name": "vit_base_patch16_224.orig_in21k", "weights": None, "kwargs": {}}
+    job = tiny_job(tmp_path).vary({f"backbone.{name}": value for name, value in others.items()})
     started = time.monotonic()
     (outcome,) = run_all.run_all([job])
     assert time.monotonic() - started < 10
@@ -176,10 +179,9 @@ def test_several_devices_run_as_ranks_of_the_same_run(tmp_path, monkeypatch):
     def ranks(command, world):
         assert not list(tmp_path.rglob("resume")), "what lies there is written under the run's lock"
         folder = command[command.index("--config-path") + 1]
-        stored = OmegaConf.load(f"{folder}/config.yaml")
+        stored = Job(**yaml.safe_load(Path(f"{folder}/config.yaml").read_text()))
         calls.append((world, stored.task))
-        stored.trainer.devices, stored.trainer.strategy = 1, "auto"
-        run.run_job(run.prepare(stored))
+        run.run_job(run.prepare(stored.vary({"trainer.devices": 1, "trainer.strategy": "auto"})))
 
     monkeypatch.setattr(engine, "run_ranks", ranks)
     train(tmp_path, "trainer=ddp_sim", "tasks=[digits,digits_loc]")
@@ -211,10 +213,11 @@ def test_a_rank_runs_its_one_job_and_tells_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "end_with_parent", lambda: None)
     monkeypatch.setattr(run_all, "run_all", None)  # is not called
     job = tiny_job(tmp_path, *SHORT)
-    assert run_all.train(job) == read_result(next(tmp_path.glob("digits/*/*"))).score
-    job.split = "test"
+    cfg = OmegaConf.create(job.content())
+    assert run_all.train(cfg) == read_result(next(tmp_path.glob("digits/*/*"))).score
+    cfg.split = "test"
     with pytest.raises(UserError):
-        run_all.train(job)
+        run_all.train(cfg)
     assert (tmp_path / "reason").read_text().startswith("unknown split 'test': did you mean tune?")
 
 
@@ -231,11 +234,11 @@ def test_a_rank_runs_its_one_job_and_tells_its_reason(tmp_path, monkeypatch):
 )
 def test_number_of_local_devices(trainer, count, monkeypatch):
     monkeypatch.setattr(run_all.torch.cuda, "device_count", lambda: 4)
-    assert run_all.local_devices(OmegaConf.create(trainer)) == count
+    assert run_all.local_devices(Trainer(**trainer)) == count
 
 
 def test_devices_that_are_no_number_are_one_sentence():
-    trainer = OmegaConf.create({"devices": "0,1", "accelerator": "gpu"})
+    trainer = Trainer(devices="0,1", accelerator="gpu")
     sentence = r"trainer\.devices=0,1 is no number: give one, auto, or a list such as \[0,1\]$"
     with pytest.raises(UserError, match=sentence):
         run_all.local_devices(trainer)
@@ -248,7 +251,7 @@ def test_a_run_that_another_process_is_at_work_on_is_come_back_to(tmp_path, monk
     first.folder.mkdir(parents=True)
     (first.folder / "holder").write_text("process 4711 on thor")
     other, trained, original = FileLock(first.folder / "lock"), [], run._train
-    monkeypatch.setattr(run, "_train", lambda one, *given: trained.append(one.cfg.task) or original(one, *given))
+    monkeypatch.setattr(run, "_train", lambda one, *given: trained.append(one.job.task) or original(one, *given))
 
     def pause(_):
         trained.append("pause")

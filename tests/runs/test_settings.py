@@ -147,8 +147,8 @@ def test_no_more_epochs_than_the_warm_up_shorten_it_in_proportion(caplog):
         "recipe.warmup_epochs is 0.25 in a run of recipe.epochs=3, in proportion to the recipe's 5 of 60 epochs"
     ]
     assert composed_job("method=linear", "recipe.epochs=6").recipe.warmup_epochs == 5, "it fits, and stays"
-    given = composed_job("method=linear", "recipe.epochs=1", "recipe.warmup_epochs=1")
-    assert given.recipe.warmup_epochs == 1, "what is said stands, and is refused with the recipe"
+    sentence = "recipe.warmup_epochs=1 does not fit: give 0 to below recipe.epochs=1"
+    assert said("method=linear", "recipe.epochs=1", "recipe.warmup_epochs=1") == sentence, "what is said stands"
     assert len(caplog.messages) == 1
 
 

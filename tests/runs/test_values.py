@@ -82,8 +82,8 @@ def job(cfg, key):
     made = compose.complete(cfg, {key})
     run_all.check_all([made])
     one = run.prepare(made)
-    build_trainer(one.cfg)
-    run.build_classifier(one.cfg, one.backbone, 3)
+    build_trainer(one.job)
+    run.build_classifier(one.job, one.backbone, 3)
 
 
 def points(cfg, key):

@@ -213,7 +213,7 @@ def test_a_stored_root_is_printed_without_control_characters(stranger, tmp_path)
         ({"seed": 2**70}, r"seed should be less than 4294967296"),
         ({"seed": -1}, r"seed should be greater than or equal to 0"),
         ({"recipe": {"_target_": "os.system"}}, r"its recipe is not of this version"),
-        ({"recipe": {}}, r"its recipe lacks values"),
+        ({"recipe": {}}, r"recipe.optimizer has no value: give recipe.optimizer=..."),
     ],
 )
 def test_what_no_result_says_is_refused(stranger, tmp_path, change, sentence):

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from omegaconf import OmegaConf
 
 from helpers.cli import composed, frozen, tiny
 from helpers.damage import rewrite
@@ -13,7 +12,7 @@ from helpers.miniatures import write_folder
 from visprompt.errors import UserError
 from visprompt.runs import compose, run, run_all
 from visprompt.runs.result import read_result
-from visprompt.tuning import dry_run, protocol, pruning_chain
+from visprompt.tuning import dry_run, protocol
 
 pytestmark = frozen
 
@@ -155,9 +154,9 @@ def test_what_the_command_line_gives_is_tried_in_no_other_value(tmp_path, monkey
 def test_an_option_that_is_null_by_default_can_be_tried(logs):
     with composed("tune", *tiny(logs, "callbacks=none", "+recipe.grid={method.depth:[1,2],compile:[true]}")) as cfg:
         (job,) = compose.jobs(cfg)
-    points = protocol.grid_points(OmegaConf.to_container(job.recipe.grid))
+    points = protocol.grid_points(job.grid)
     assert points == [{"recipe.lr": lr, "method.depth": d, "compile": True} for lr in (0.2, 0.4) for d in (1, 2)]
-    assert [pruning_chain.vary(job, one).method.depth for one in points] == [1, 2, 1, 2]
+    assert [job.vary(one).method.depth for one in points] == [1, 2, 1, 2]
     assert job.method.depth is None
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from visprompt.errors import UserError, unknown
+from visprompt.models.recipe import HEAD_INITS
 
-HEAD_INITS = ("vpt", "zeros")
 POOLS = ("cls", "image", "prompt", "image_prompt")
 
 

@@ -7,82 +7,13 @@ lr changes once per epoch, from 0 in the first (`schedule=per_epoch`), and its A
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from visprompt.errors import UserError, unknown
-from visprompt.models.contract import HEAD_INITS
-
-OPTIMIZERS = ("sgd", "adamw", "vpt_adamw")
-SCHEDULES = ("per_step", "per_epoch")
-_VPT_DECAY = 0.01  # of vpt_adamw, whatever weight decay above 0 is asked for
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How the tuned parameters are trained.
-
-    Attributes:
-        optimizer: One of `OPTIMIZERS`.
-        lr: Base learning rate, for a batch of 256.
-        head_lr: Base learning rate of the head; None means `lr`.
-        weight_decay: Weight decay of everything but the head's bias. With `vpt_adamw` it is 0.01 for any value above 0,
-            and 0 stands for SGD with momentum.
-        momentum: Momentum of SGD.
-        batch_size: Images of one optimiser step, over all devices and accumulation steps.
-        epochs: Passes over the training images.
-        warmup_epochs: Epochs of linear warm-up, fewer than `epochs`.
-        schedule: One of `SCHEDULES`: when the learning rate changes.
-        head_init: One of `HEAD_INITS`.
-
-    Raises:
-        UserError: A number lies outside its range or the optimiser is unknown.
-    """
-
-    optimizer: str
-    lr: float
-    head_lr: float | None = None
-    weight_decay: float
-    momentum: float = 0.9
-    batch_size: int
-    epochs: int
-    warmup_epochs: float
-    schedule: str = "per_step"
-    head_init: str = "vpt"
-
-    def __post_init__(self) -> None:
-        if self.head_init not in HEAD_INITS:
-            raise unknown("recipe.head_init", self.head_init, HEAD_INITS)
-        if self.optimizer not in OPTIMIZERS:
-            raise unknown("recipe.optimizer", self.optimizer, OPTIMIZERS)
-        if self.schedule not in SCHEDULES:
-            raise unknown("recipe.schedule", self.schedule, SCHEDULES)
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UserError(f"recipe.{name}={value} does not fit: give a whole number, 1 or more")
-        for name in ("lr", "head_lr", "weight_decay", "momentum", "warmup_epochs"):
-            value = getattr(self, name)
-            if value is None and name == "head_lr":
-                continue
-            if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
-                raise UserError(f"recipe.{name}={value} does not fit: give a finite number, 0 or above")
-        if self.warmup_epochs >= self.epochs:
-            raise UserError(
-                f"recipe.warmup_epochs={self.warmup_epochs:g} does not fit: give 0 to below recipe.epochs={self.epochs}"
-            )
-        if self.schedule == "per_epoch" and self.epochs == 1 and self.warmup_epochs:
-            raise UserError(
-                "recipe.schedule=per_epoch trains the first epoch of a warm-up at a learning rate of 0, and "
-                "recipe.epochs=1 has no other: give recipe.warmup_epochs=0 or recipe.schedule=per_step"
-            )
-        if self.optimizer == "vpt_adamw" and self.weight_decay:  # as recorded: what the optimiser really takes
-            object.__setattr__(self, "weight_decay", _VPT_DECAY)
+from visprompt.models.recipe import Recipe
 
 
 def scaled_lr(base: float, batch_size: int) -> float:
@@ -246,7 +177,7 @@ def build_optimizer(
     decay_biases = recipe.optimizer != "vpt_adamw"
     groups = param_groups(parameters, lr, head_lr, recipe.weight_decay, undecayed, decay_biases)
     optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "sgd" or (recipe.optimizer == "vpt_adamw" and not recipe.weight_decay):
+    if recipe.uses_sgd:
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum)
     elif recipe.optimizer == "vpt_adamw":
         optimizer = VPTAdamW(groups)

@@ -97,8 +97,8 @@ def open_run(folder: Path, device: str = "cpu", *, data_dir: str | None = None, 
     result, state = open_result(folder), load_state(folder)
     job, where = job_of(folder, state, result, data_dir=data_dir, weights=weights), find_device(device)
     accelerator, devices = ("gpu", [where.index or 0]) if where.type == "cuda" else (where.type, 1)
-    job.data.num_workers = 0
-    job.trainer.update(accelerator=accelerator, devices=devices, enable_progress_bar=False)
+    here = {"accelerator": accelerator, "devices": devices, "enable_progress_bar": False}
+    job = job.vary({"data.num_workers": 0, **{f"trainer.{name}": value for name, value in here.items()}})
     prepared = run.prepare(job)
     check_prepared(prepared, state, result, folder, folder / "config.yaml")
     precision = build_trainer(job).precision_plugin

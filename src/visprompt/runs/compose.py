@@ -1,11 +1,11 @@
 """Compose the config of each task. What is wrong with a command line is said by `visprompt.runs.cli`.
 
-A composed *job* is a plain config of one run: its `task` is set, everything is resolved, the recipe's table is gone.
+What comes out is one typed `Job` for each task, or what is to be prepared.
 """
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from visprompt.data import catalog
-from visprompt.data.catalog.task import own_name
 from visprompt.errors import UserError, in_one_line
 from visprompt.runs import paths, recipe_rows, settings
+from visprompt.runs.job import Job, check_effect
 
 if TYPE_CHECKING:
     from visprompt.data.stores.plan import Plan
@@ -35,12 +35,6 @@ CONFIGS = ROOT / "configs"
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT))
 OmegaConf.register_new_resolver("pid", os.getpid)
 OmegaConf.register_new_resolver("expanduser", paths.expanduser)
-
-
-def name_of(job: DictConfig) -> str:
-    """Return what a job is called where it is reported, such as `dtd/vpt_deep`; own images go by their own name."""
-    task = own_name(job.data.root, job.data.name) if job.task == "folder" else job.task
-    return f"{task}/{job.method.name}"
 
 
 def check_own(config_name: str, arguments: Iterable[str]) -> None:
@@ -79,6 +73,7 @@ def check_values(cfg: DictConfig, to_run: bool = True) -> None:
     """
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
+        content = plain(cfg)
     except InterpolationKeyError as error:
         key = error.full_key
         raise UserError(f"{key}={_as_written(cfg, key)} refers to a key that does not exist") from error
@@ -86,7 +81,25 @@ def check_values(cfg: DictConfig, to_run: bool = True) -> None:
         raise UserError(str(error).splitlines()[0].rpartition("resolving interpolation: ")[2]) from error
     if missing and to_run:
         raise UserError(f"{missing[0]} has no default: give {missing[0]}=...")
-    settings.check(cfg)
+    settings.check(content)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return a config in plain containers, without what has no value yet and without the tables of recipes."""
+    content: dict[str, Any] = {}
+    for key in map(str, cfg):
+        if OmegaConf.is_missing(cfg, key) or key == "rows":
+            continue
+        try:
+            value = cfg[key]
+        except InterpolationToMissingValueError:
+            continue
+        content[key] = plain(value) if OmegaConf.is_dict(value) else _in_lists(value)
+    return content
+
+
+def _in_lists(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def in_multirun() -> bool:
@@ -99,7 +112,7 @@ def has_choosing_sweeper() -> bool:
     return in_multirun() and not str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper")
 
 
-def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[DictConfig]:
+def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[Job]:
     """Composes one job for each task of a command line.
 
     Args:
@@ -112,11 +125,15 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[DictConfig]:
     Raises:
         UserError: `data=` together with `tasks=`, an unknown task, or a key that is not for the command line.
     """
+    if cfg.task is not None and not HydraConfig.initialized():
+        return [Job(**plain(cfg))]
     hydra = HydraConfig.get()
     said: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${task} is for each job to resolve
     check_own("train", said)
     if cfg.task is not None:
-        return [cfg]
+        return [Job(**plain(cfg))]
+    if cfg.tasks is None and not extra:
+        return [complete(cfg.copy(), {key_of(setting) for setting in said}, hydra.runtime.choices)]
     return [job(str(hydra.job.config_name), one) for one in settings_of_tasks([*said, *extra], cfg.tasks)]
 
 
@@ -176,7 +193,7 @@ def _tasks_of_experiment(name: str) -> str:
     return "null" if tasks is None else tasks if isinstance(tasks, str) else ",".join(tasks)
 
 
-def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
+def job(config_name: str, overrides: Sequence[str]) -> Job:
     """Composes one job.
 
     Args:
@@ -196,29 +213,31 @@ def job(config_name: str, overrides: Sequence[str]) -> DictConfig:
     choices = cfg.hydra.runtime.choices
     with open_dict(cfg):
         del cfg.hydra
-    cfg.task = choices.data.rpartition("/")[2]
-    return complete(cfg, {key_of(override) for override in overrides}, debug=bool(choices.get("debug")))
+    return complete(cfg, {key_of(override) for override in overrides}, choices)
 
 
-def complete(cfg: DictConfig, said: Set[str], *, debug: bool = False) -> DictConfig:
-    """Make a job of a composed config: checked, resolved, without the recipe's table.
+def complete(cfg: DictConfig, said: Set[str], choices: Mapping[str, Any]) -> Job:
+    """Make a job of a composed config.
 
     Args:
         cfg: The config, which is changed.
         said: Keys of the command line.
-        debug: Whether `debug=` was among them.
+        choices: The option of each config group, as Hydra chose them.
 
     Raises:
         UserError: A value does not fit, or one that has no default is missing.
     """
+    cfg.task = choices["data"].rpartition("/")[2]
     check_values(cfg)
-    if debug or settings.debugs(cfg):
+    if choices.get("debug") or settings.debugs(plain(cfg.trainer)):
         cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
     paths.expand_paths(cfg)
     recipe_rows.apply_table(cfg)
     OmegaConf.resolve(cfg)
     recipe_rows.apply_row(cfg, said)
-    return cfg
+    job = Job(**plain(cfg))
+    check_effect(job.recipe)
+    return job
 
 
 def plans(cfg: DictConfig) -> "list[Plan]":

@@ -43,7 +43,8 @@ def evaluate(cfg: DictConfig) -> float:
     states = [load_state(folder) for folder in folders]
     where: Any = {"data_dir": cfg.paths.data_dir, "weights": cfg.weights, "data": own_data(cfg)}
     job = job_of(folders[0], states[0], results[0], **where)
-    job.trainer, job.callbacks, job.precision = cfg.trainer, cfg.callbacks, cfg.precision or job.precision
+    trainer, callbacks = (OmegaConf.to_container(cfg[name], resolve=True) for name in ("trainer", "callbacks"))
+    job = job.vary({"trainer": trainer, "callbacks": callbacks, "precision": cfg.precision or job.precision})
     prepared = run.prepare(job)
     for folder, state, result in zip(folders, states, results, strict=True):
         if state.method.get("initial") is not None and len(folders) > 1:
@@ -52,7 +53,7 @@ def evaluate(cfg: DictConfig) -> float:
                 "give runs with method.prune=false"
             )
         check_prepared(prepared, state, result, folder, folders[0])
-    module = TuningModule(restore_on(prepared, states[0], folders[0]), run.make_recipe(job), job.seed)
+    module = TuningModule(restore_on(prepared, states[0], folders[0]), job.recipe, job.seed)
     if len(states) > 1:
         members = Ensemble(module.classifier, [state.tensors for state in states])
         module.classifier = members.eval()  # type: ignore[assignment]  # it gives logits, all that scoring asks for

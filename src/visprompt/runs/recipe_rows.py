@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from visprompt.data import catalog
-from visprompt.errors import UserError
-from visprompt.runs import recipe_table, settings
+from visprompt.errors import UserError, is_finite
+from visprompt.runs import recipe_table
 
 log = logging.getLogger(__name__)
 
@@ -58,21 +58,10 @@ def apply_row(cfg: DictConfig, said: Set[str]) -> None:
     Raises:
         UserError: A value would have no effect.
     """
-    check_effect(cfg.recipe)
     _shorten_warmup(cfg, said)
     _apply_grid(cfg, said)
     with open_dict(cfg):
         del cfg.recipe.rows, cfg.recipe.table
-
-
-def check_effect(recipe: DictConfig) -> None:
-    """Refuse a value that the chosen optimiser does not read; a run of an older version may have recorded one."""
-    by_adamw = recipe.optimizer == "adamw" or (recipe.optimizer == "vpt_adamw" and recipe.weight_decay)
-    if by_adamw and recipe.momentum != 0.9:
-        raise UserError(
-            f"recipe.momentum={recipe.momentum} is of SGD, and recipe.optimizer={recipe.optimizer} has none: leave it "
-            "out, or give recipe.optimizer=sgd"
-        )
 
 
 def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
@@ -80,7 +69,7 @@ def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
     recipe, rows = cfg.recipe, _rows(cfg)
     epochs, warmup = (next((row[name] for row in rows if name in row), None) for name in ("epochs", "warmup_epochs"))
     numbers = (recipe.epochs, recipe.warmup_epochs, epochs, warmup)
-    if "recipe.warmup_epochs" in said or recipe.warmup_epochs != warmup or not all(map(settings.is_finite, numbers)):
+    if "recipe.warmup_epochs" in said or recipe.warmup_epochs != warmup or not all(map(is_finite, numbers)):
         return
     if 0 < recipe.epochs <= warmup < epochs:
         share = warmup * recipe.epochs / epochs

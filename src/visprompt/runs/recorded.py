@@ -9,7 +9,6 @@ in a config.yaml (hydra, callbacks, logger, trainer, paths) is not looked at.
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,10 +22,10 @@ from visprompt.data.catalog import TASKS
 from visprompt.data.transforms import in_present_words
 from visprompt.errors import UserError
 from visprompt.models import state_schema
-from visprompt.models.optim import Recipe
+from visprompt.models.recipe import Recipe
 from visprompt.models.tuned_state import TunedState
-from visprompt.runs import settings
 from visprompt.runs.compose import CONFIGS, composing
+from visprompt.runs.job import Job
 from visprompt.runs.result import Result
 from visprompt.text import Terminal, visible
 
@@ -70,7 +69,7 @@ def job_of(
     data_dir: str | None,
     weights: str | None,
     data: Mapping[str, Any] | None = None,
-) -> Any:
+) -> Job:
     """Build the job of a finished run, for this machine.
 
     Args:
@@ -82,7 +81,7 @@ def job_of(
         data: The user's own settings of the data, such as another root; `_target_` among them names a data module.
 
     Returns:
-        A config for `run.prepare`, with this machine's default trainer.
+        A job for `run.prepare`, with this machine's default trainer.
 
     Raises:
         UserError: The run's config.yaml cannot be read or says what no run says, or there is no file of weights.
@@ -94,21 +93,19 @@ def job_of(
     weights = weights or (config.backbone.weights if state.backbone["pretrained"] else None)
     if state.backbone["pretrained"] and weights and not Path(weights).expanduser().exists():
         raise UserError(f"there is no file of backbone weights at {weights}: give weights=FILE")
-    job = OmegaConf.create(
-        {
-            **_scoring(folder, result),
-            "task": config.task,
-            "data": _data(ours["data"], stored_data, given, folder / "config.yaml"),
-            "backbone": {k: v for k, v in state.backbone.items() if k != "sha256"} | {"weights": weights},
-            "method": dict(state.method),
-            "trainer": ours["trainer"],
-            "paths": ours["paths"],
-            "callbacks": {},
-            "logger": None,
-        }
-    )
+    content = {
+        **_scoring(folder, result),
+        "task": config.task,
+        "data": _data(ours["data"], stored_data, given, folder / "config.yaml"),
+        "backbone": {k: v for k, v in state.backbone.items() if k != "sha256"} | {"weights": weights},
+        "method": dict(state.method),
+        "trainer": ours["trainer"],
+        "paths": ours["paths"],
+        "callbacks": {},
+        "logger": None,
+    }
     try:
-        settings.check(job)
+        job = Job(**content)
     except UserError as error:
         raise UserError(f"{folder / 'config.yaml'} is refused: {error}; {_MEND}") from error
     places = {f"data.{name}": job.data.get(name) for name in ("root", "csv") if name not in given}
@@ -189,15 +186,13 @@ def _scoring(folder: Path, result: Result) -> dict[str, Any]:
     path = folder / "result.json"
     record = {name: getattr(result, name) for name in _Scoring.model_fields}
     known = state_schema.read(_Scoring, record, path, _MEND)
-    names = {f.name for f in fields(Recipe)}
     try:
-        if not known.recipe.keys() <= names:
+        if not known.recipe.keys() <= Recipe.model_fields.keys():
             raise UserError("its recipe is not of this version")
         recipe = Recipe(**known.recipe)
-    except (UserError, TypeError) as error:
-        why = error if isinstance(error, UserError) else "its recipe lacks values"
-        raise UserError(f"{path} is refused: {why}; {_MEND}") from error
-    return known.model_dump() | {"recipe": asdict(recipe)}
+    except UserError as error:
+        raise UserError(f"{path} is refused: {error}; {_MEND}") from error
+    return known.model_dump() | {"recipe": recipe.model_dump()}
 
 
 def own_data(cfg: DictConfig) -> dict[str, Any]:

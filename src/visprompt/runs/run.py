@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -14,17 +14,15 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from visprompt.data.datamodule import TaskDataModule
-from visprompt.errors import UserError, unknown
+from visprompt.errors import UserError
 from visprompt.files import write_atomically
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.family import Family
 from visprompt.models.classifier import Classifier
 from visprompt.models.feature_cache import release_pixels
 from visprompt.models.methods import Method, build_method, check_options
-from visprompt.models.optim import Recipe
 from visprompt.models.state_schema import check_record
 from visprompt.models.tuned_state import TunedState, save_state
 from visprompt.models.tuning_module import Diverged, TuningModule
@@ -32,13 +30,13 @@ from visprompt.runs import environment, run_folder, signals
 from visprompt.runs.checkpoint import Owner, ResumeCheckpoint
 from visprompt.runs.identity import digest, full_digest, identity_of
 from visprompt.runs.instantiate import instantiate
+from visprompt.runs.job import Job
 from visprompt.runs.result import Result, check_same_run, read_result, write_result
 from visprompt.runs.trainer import build_loggers, build_trainer, close
 from visprompt.runs.trainer_checks import warn_random
 from visprompt.text import Terminal
 from visprompt.tuning import pruning
 
-SPLITS = ("tune", "final")
 console = Terminal()
 
 
@@ -47,25 +45,25 @@ class Run:
     """A job with its data and backbone, known well enough to have a folder.
 
     Attributes:
-        cfg: The composed job.
+        job: What it is asked to do.
         datamodule: Its data.
         backbone: Its backbone, shared by all runs of this process: copy its module before tuning it.
         identity: What decides the numbers.
         folder: logs/<task>/<method>/<hash of the identity>.
     """
 
-    cfg: DictConfig
+    job: Job
     datamodule: TaskDataModule
     backbone: Backbone
     identity: Mapping[str, Any]
     folder: Path
 
 
-def prepare(cfg: DictConfig) -> Run:
+def prepare(job: Job) -> Run:
     """Builds a job's data and backbone and finds its folder.
 
     Args:
-        cfg: A composed job.
+        job: A job.
 
     Returns:
         The run; nothing is written and nothing trained yet.
@@ -73,48 +71,28 @@ def prepare(cfg: DictConfig) -> Run:
     Raises:
         UserError: Data, weights or a word of the config are missing or wrong, or no tuned state could hold them.
     """
-    check(cfg)
-    recipe = make_recipe(cfg)
-    seed = 0 if cfg.backbone.pretrained else int(cfg.seed)  # loaded weights are the same for every seed
-    backbone = load_backbone(json.dumps(OmegaConf.to_container(cfg.backbone)), seed)
-    datamodule = build_data(cfg, backbone)
+    check(job)
+    seed = 0 if job.backbone.pretrained else job.seed  # loaded weights are the same for every seed
+    backbone = load_backbone(json.dumps(dict(job.backbone)), seed)
+    datamodule = build_data(job, backbone)
     datamodule.check_sets()
-    identity = identity_of(cfg, recipe, backbone, datamodule)
+    identity = identity_of(job, backbone, datamodule)
     about = {name: getattr(datamodule, name) for name in ("task", "class_names", "preprocessing")}
     method = {k: v for k, v in identity["method"].items() if k != "weights"}  # whoever builds it looks for that file
     about |= {"method": method, "backbone": backbone.record(), "versions": {}}
     check_record(about, "this run", "its tuned state could not be read again")  # before it is trained
-    folder = Path(cfg.paths.log_dir) / datamodule.task / cfg.method.name / digest(identity)
-    return Run(cfg, datamodule, backbone, identity, folder)
+    folder = Path(job.paths.log_dir) / datamodule.task / job.method.name / digest(identity)
+    return Run(job, datamodule, backbone, identity, folder)
 
 
-def check(cfg: DictConfig) -> None:
-    """Check what can be known of a composed job before anything of it is loaded or built.
+def check(job: Job) -> None:
+    """Check a job's method before anything of it is loaded or built.
 
     Raises:
-        UserError: A word, a number or an option of the config is wrong.
+        UserError: An option of the method is unknown or of a wrong kind.
     """
-    if cfg.split not in SPLITS:
-        raise unknown("split", cfg.split, SPLITS)
-    make_recipe(cfg)
-    options: dict[str, Any] = OmegaConf.to_container(cfg.method)  # type: ignore[assignment]  # a mapping of words
+    options = dict(job.method)
     check_options(options.pop("name"), options)
-
-
-def make_recipe(cfg: DictConfig) -> Recipe:
-    """The recipe of a composed job.
-
-    Raises:
-        UserError: A key or a value of it is wrong.
-    """
-    names = {f.name for f in fields(Recipe)}
-    for key in set(map(str, cfg.recipe)) - names - {"grid", "rows", "table"}:
-        raise unknown("key of recipe", key, names)
-    values = {name: cfg.recipe[name] for name in names}
-    for name in ("lr", "head_lr", "weight_decay", "momentum"):
-        if type(values[name]) is int:
-            values[name] = float(values[name])  # 1 and 1.0 are one run
-    return Recipe(**values)
 
 
 @lru_cache(maxsize=1)
@@ -123,29 +101,29 @@ def load_backbone(spec: str, seed: int) -> Backbone:
     return build_backbone(BackboneSpec(**json.loads(spec)), seed)
 
 
-def build_data(cfg: DictConfig, backbone: Backbone) -> TaskDataModule:
+def build_data(job: Job, backbone: Backbone) -> TaskDataModule:
     """The data of a job in the size and scale that a backbone reads."""
     return instantiate(
         "data",
-        cfg.data,
+        dict(job.data),
         TaskDataModule,
-        batch_size=cfg.recipe.batch_size,
-        split=cfg.split,
-        seed=cfg.seed,
+        batch_size=job.recipe.batch_size,
+        split=job.split,
+        seed=job.seed,
         image_size=backbone.image_size,
         mean=backbone.mean,
         std=backbone.std,
-        accumulate=cfg.trainer.accumulate_grad_batches,
+        accumulate=job.trainer.accumulate_grad_batches,
     )
 
 
-def build_classifier(cfg: DictConfig, backbone: Backbone, num_classes: int) -> Classifier:
+def build_classifier(job: Job, backbone: Backbone, num_classes: int) -> Classifier:
     """Backbone (copied), method and head of a job, drawn from the job's seed."""
-    L.seed_everything(int(cfg.seed), verbose=False)
+    L.seed_everything(int(job.seed), verbose=False)
     module = deepcopy(backbone.module)
-    options: dict[str, Any] = OmegaConf.to_container(cfg.method)  # type: ignore[assignment]  # a mapping of words
+    options = dict(job.method)
     method = build_method(options.pop("name"), module, **options)
-    return Classifier(module, method, num_classes, cfg.recipe.head_init)
+    return Classifier(module, method, num_classes, job.recipe.head_init)
 
 
 def run_job(run: Run) -> Result:
@@ -160,8 +138,8 @@ def run_job(run: Run) -> Result:
     Raises:
         UserError: Another process holds the run, or something of the config is wrong.
     """
-    resume = ResumeCheckpoint(run.folder / run_folder.RESUME, run.cfg.resume_every_n_epochs)
-    trainer = build_trainer(run.cfg, resume)
+    resume = ResumeCheckpoint(run.folder / run_folder.RESUME, run.job.resume_every_n_epochs)
+    trainer = build_trainer(run.job, resume)
     if trainer.world_size > 1:
         trainer.strategy.setup_environment()  # rank 0 decides for all: the group is made before the decision
     with _held(run, trainer) as attempt:
@@ -171,7 +149,7 @@ def run_job(run: Run) -> Result:
         if stored is None:
             raise UserError(f"{run.folder} changed while it was read: run the same command again")
         for logger in (
-            build_loggers(run.cfg, run.folder, stored.attempt, stored.tuned) if trainer.is_global_zero else ()
+            build_loggers(run.job, run.folder, stored.attempt, stored.tuned) if trainer.is_global_zero else ()
         ):
             logger.log_metrics(dict(stored.metrics))
             close(logger, "failed" if stored.status == "diverged" else "success", run.folder)
@@ -189,7 +167,7 @@ def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
                 stored = stack.enter_context(run_folder.locked(run.folder))
                 if stored:
                     check_same_run(stored, run.identity, run.folder)
-                attempt = run_folder.next_attempt(run.folder, stored, run.cfg.rerun)
+                attempt = run_folder.next_attempt(run.folder, stored, run.job.rerun)
             except UserError as error:
                 trouble = error
         attempt, trouble = trainer.strategy.broadcast((attempt, trouble))
@@ -202,22 +180,25 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     """Trains and scores a run on all ranks; rank 0 leaves the folder finished."""
     started = time.monotonic()
     device = trainer.strategy.root_device
-    cfg, datamodule = run.cfg, run.datamodule
-    ckpt_path = resume.find(Owner(full_digest(run.identity), int(cfg.seed), attempt))
-    classifier = build_classifier(cfg, run.backbone, datamodule.num_classes)
+    job, datamodule = run.job, run.datamodule
+    ckpt_path = resume.find(Owner(full_digest(run.identity), job.seed, attempt))
+    classifier = build_classifier(job, run.backbone, datamodule.num_classes)
     release_pixels(None if classifier.has_frozen_part else datamodule.images_key)  # they were earlier runs'
     environment.reset_peak_memory(device)
     pruning.rewind(classifier, run.folder.parent)  # where the method names stored initial values
-    module = TuningModule(classifier, make_recipe(cfg), cfg.seed, leaks=_reads_test(run))
-    if cfg.compile:
+    module = TuningModule(classifier, job.recipe, job.seed, leaks=_reads_test(run))
+    if job.compile:
         torch.compiler.reset()  # else the ninth run of a process would exceed a limit and go uncompiled
         module.classifier.compile()  # in place: the names of its parameters stay
     tuned = _tuned_counts(module.classifier)
-    if trainer.is_global_zero and not (cfg.backbone.pretrained or classifier.method.trains_backbone):
-        warn_random(cfg.method.name)
+    if trainer.is_global_zero and not (job.backbone.pretrained or classifier.method.trains_backbone):
+        warn_random(job.method.name)
     if trainer.is_global_zero:
-        write_atomically(run.folder / run_folder.RESUME / "config.yaml", lambda path: OmegaConf.save(run.cfg, path))
-        trainer.loggers = build_loggers(run.cfg, run.folder, attempt, tuned)
+        write_atomically(
+            run.folder / run_folder.RESUME / "config.yaml",
+            lambda path: path.write_text(job.as_yaml(), encoding="utf-8"),
+        )
+        trainer.loggers = build_loggers(run.job, run.folder, attempt, tuned)
     status = "failed"
     if trainer.is_global_zero and datamodule.described:
         datamodule.prepare_data()  # what cannot be decoded and is left out is known then
@@ -247,7 +228,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             versions=environment.versions() | {"git_commit": environment.git_commit()},
             diverged_step=diverged,
             trainer=run.identity["trainer"],
-            tags=tuple(cfg.tags),
+            tags=job.tags,
         )
         if trainer.is_global_zero:
             result = _finish(run, result, module.classifier)
@@ -327,7 +308,7 @@ def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
 
 
 def _reads_test(run: Run) -> bool:
-    return bool(run.cfg.diagnostics.best_on_test) and run.datamodule.is_scored
+    return bool(run.job.diagnostics.best_on_test) and run.datamodule.is_scored
 
 
 def _data_record(datamodule: TaskDataModule) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.table import Table
 
 from visprompt.errors import UserError
 from visprompt.files import temporary_folder
 from visprompt.runs import compose, engine, environment, memory, run_folder, signals
+from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import Result, check_same_run, read_result
 from visprompt.runs.run import Run, check, prepare, run_job
 from visprompt.runs.run_folder import AtWork, is_free
@@ -65,8 +66,9 @@ def train(cfg: DictConfig) -> float:
     engine.end_with_parent()
     if engine.is_rank():
         try:
-            with _memory_explained(cfg):
-                return run_job(prepare(cfg)).score
+            (job,) = compose.jobs(cfg)
+            with _memory_explained(job):
+                return run_job(prepare(job)).score
         except BaseException as error:  # whatever ends a rank is told to the process that started it
             engine.give_reason(error)
             raise
@@ -94,21 +96,21 @@ def check_sweeper(cfg: DictConfig) -> None:
         )
 
 
-def check_all(jobs: Iterable[DictConfig]) -> None:
+def check_all(jobs: Iterable[Job]) -> None:
     """Check what can be known of jobs before the first of them runs.
 
     Raises:
         UserError: A word of one is wrong, or a logger would stop to ask for a key.
     """
-    for cfg in jobs:
+    for job in jobs:
         try:
-            check(cfg)
+            check(job)
         except UserError as error:
-            raise UserError(f"{cfg.task}/{cfg.method.name}: {error}") from error
-        check_login(cfg)
+            raise UserError(f"{job.name}: {error}") from error
+        check_login(job)
 
 
-def run_all(jobs: Iterable[DictConfig], wait: bool = True) -> list[Outcome]:
+def run_all(jobs: Iterable[Job], wait: bool = True) -> list[Outcome]:
     """Runs jobs one after the other; one that fails does not stop the others.
 
     Args:
@@ -120,41 +122,41 @@ def run_all(jobs: Iterable[DictConfig], wait: bool = True) -> list[Outcome]:
         An outcome for each, in their order.
     """
     outcomes: dict[int, Outcome] = {}
-    others: dict[int, tuple[DictConfig, Path]] = {}
-    for number, cfg in enumerate(jobs):
+    others: dict[int, tuple[Job, Path]] = {}
+    for number, job in enumerate(jobs):
         try:
-            outcomes[number] = _outcome(cfg)
+            outcomes[number] = _outcome(job)
         except AtWork as error:
             if not wait:
-                outcomes[number] = Outcome(compose.name_of(cfg), None, str(error))
+                outcomes[number] = Outcome(job.name, None, str(error))
                 continue
-            others[number] = cfg, error.folder
-            console.print(f"{compose.name_of(cfg)}: {error.who} is at work on it: later", highlight=False)
+            others[number] = job, error.folder
+            console.print(f"{job.name}: {error.who} is at work on it: later", highlight=False)
     while others:
-        for number, (cfg, folder) in list(others.items()):
+        for number, (job, folder) in list(others.items()):
             if not is_free(folder):
                 continue
             try:
-                outcomes[number] = _outcome(cfg)
+                outcomes[number] = _outcome(job)
                 del others[number]
             except AtWork as error:  # of a third process, or on the next run of a chain
-                others[number] = cfg, error.folder
+                others[number] = job, error.folder
         if others:
             time.sleep(_POLL)
     return [outcomes[number] for number in sorted(outcomes)]
 
 
-def _outcome(cfg: DictConfig) -> Outcome:
+def _outcome(job: Job) -> Outcome:
     """Runs one job and gives its memory back.
 
     Raises:
         AtWork: Another process is at work on it.
     """
     signals.check()
-    name = compose.name_of(cfg)
+    name = job.name
     try:
         with signals.consequences():
-            result, folder = _run_chain(cfg)
+            result, folder = _run_chain(job)
     except AtWork:
         raise
     except (UserError, engine.RanksFailed) as error:
@@ -169,37 +171,37 @@ def _outcome(cfg: DictConfig) -> Outcome:
     return Outcome(name, result, reason, folder)
 
 
-def _run_chain(cfg: DictConfig) -> tuple[Result, Path]:
+def _run_chain(job: Job) -> tuple[Result, Path]:
     """Runs a job, or the chain of runs that it stands for; returns its result and where that lies."""
     made: list[tuple[Result, Path]] = []
 
-    def run_one(link: DictConfig) -> Result:
+    def run_one(link: Job) -> Result:
         with _memory_explained(link):
             made.append(_run_one(link))
         return made[-1][0]
 
-    result = pruning_chain.run(cfg, run_one)
+    result = pruning_chain.run(job, run_one)
     return result, next(folder for found, folder in made if found is result)
 
 
-def _memory_explained(cfg: DictConfig) -> AbstractContextManager[None]:
-    return memory.explained(lambda: memory.of_training(cfg.recipe.batch_size, cfg.trainer.accumulate_grad_batches))
+def _memory_explained(job: Job) -> AbstractContextManager[None]:
+    return memory.explained(lambda: memory.of_training(job.recipe.batch_size, job.trainer.accumulate_grad_batches))
 
 
-def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
+def _run_one(job: Job) -> tuple[Result, Path]:
     """Runs one job here, or on several devices, and shows what came of it; returns that and the run's folder."""
-    run = prepare(cfg)
+    run = prepare(job)
     run_folder.tidy(run.folder)
-    stored = None if cfg.rerun else read_result(run.folder)
+    stored = None if job.rerun else read_result(run.folder)
     if stored:
         check_same_run(stored, run.identity, run.folder)
-    devices = local_devices(cfg.trainer)
+    devices = local_devices(job.trainer)
     elsewhere = engine.started_elsewhere()
     if not elsewhere:
-        engine.check_alone(cfg.trainer.get("plugins") or (), devices, cfg.trainer.num_nodes)
+        engine.check_alone(job.trainer.get("plugins") or (), devices, job.trainer.num_nodes)
     if elsewhere:
         result = run_job(run)  # in which the first rank decides for all
-    elif stored and not cfg.logger:
+    elif stored and not job.logger:
         result = stored
     elif devices > 1:
         result = _run_ranks(run, devices)
@@ -207,7 +209,7 @@ def _run_one(cfg: DictConfig) -> tuple[Result, Path]:
         result = run_job(run)
     if _is_first():
         if stored:
-            _say_skipped(stored, cfg)
+            _say_skipped(stored, job)
         show(result, run)
     return result, run.folder
 
@@ -219,7 +221,7 @@ def _run_ranks(run: Run, devices: int) -> Result:
         pass  # nobody is at work on it
     try:
         with temporary_folder("job") as folder:  # the run's own belongs to whoever holds its lock
-            OmegaConf.save(run.cfg, folder / "config.yaml")
+            (folder / "config.yaml").write_text(run.job.as_yaml(), encoding="utf-8")
             engine.run_ranks(engine.rank_command(folder), devices)
     finally:
         run_folder.tidy(run.folder)  # ranks that did not end in time were killed
@@ -234,10 +236,10 @@ def _is_first() -> bool:
     return not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
 
 
-def local_devices(trainer: DictConfig) -> int:
+def local_devices(trainer: Trainer) -> int:
     """Number of devices of this machine that a trainer config asks for."""
     devices = trainer.devices
-    if OmegaConf.is_list(devices):
+    if isinstance(devices, list):
         return len(devices)
     if str(devices) in ("auto", "-1"):
         return 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
@@ -247,10 +249,10 @@ def local_devices(trainer: DictConfig) -> int:
         raise UserError(f"trainer.devices={devices} is no number: give one, auto, or a list such as [0,1]") from None
 
 
-def _say_skipped(stored: Result, cfg: DictConfig) -> None:
+def _say_skipped(stored: Result, job: Job) -> None:
     commit, now = stored.versions["git_commit"], environment.git_commit()
     other = f" (by commit {commit}; this is {now})" if commit != now else ""
-    leaks = cfg.diagnostics.best_on_test and stored.split == "final" and "leak/best_on_test" not in stored.metrics
+    leaks = job.diagnostics.best_on_test and stored.split == "final" and "leak/best_on_test" not in stored.metrics
     lacks = " and adds what diagnostics.best_on_test=true asks for" if leaks else ""
     console.print(f"finished before{other}, not run again: rerun=true runs it anew{lacks}")
 

@@ -11,27 +11,26 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
-from omegaconf import DictConfig, OmegaConf
 
 from visprompt.runs import quiet, signals  # noqa: F401  # quiet works by being imported
 from visprompt.runs.checkpoint import SafetensorsIO
 from visprompt.runs.instantiate import PLUGINS, instantiate
+from visprompt.runs.job import Job
 from visprompt.runs.result import Result, read_result
-from visprompt.runs.settings import PRECISIONS
 from visprompt.runs.trainer_checks import check_trainer
 
 log = logging.getLogger(__name__)
 
 
-def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
-    """The trainer of a job, with the config's callbacks and those given."""
-    without = "progress_bar" in (cfg.callbacks or {}) and cfg.callbacks.progress_bar is None
-    bar = cfg.trainer.enable_progress_bar and not without
-    configured = [instantiate(f"callbacks.{name}", one, L.Callback) for name, one in _named(cfg.callbacks)]
+def build_trainer(job: Job, *callbacks: L.Callback) -> L.Trainer:
+    """The trainer of a job, with the job's callbacks and those given."""
+    without = (job.callbacks or {}).get("progress_bar", "") is None
+    bar = job.trainer.enable_progress_bar and not without
+    configured = [instantiate(f"callbacks.{name}", one, L.Callback) for name, one in _named(job.callbacks)]
     configured = [callback for callback in configured if bar or not isinstance(callback, ProgressBar)]
-    given = cfg.trainer.get("plugins") or []
+    given = job.trainer.get("plugins") or []
     plugins = [SafetensorsIO(), *(instantiate("trainer.plugins", plugin, PLUGINS) for plugin in given)]
-    settings = {k: v for k, v in cfg.trainer.items() if k != "plugins"}
+    settings = {name: value for name, value in job.trainer if name != "plugins"}
     trainer = instantiate(
         "trainer",
         settings,
@@ -39,24 +38,24 @@ def build_trainer(cfg: DictConfig, *callbacks: L.Callback) -> L.Trainer:
         callbacks=[*configured, *callbacks],
         enable_progress_bar=bar,
         plugins=plugins,
-        precision=PRECISIONS.get(str(cfg.precision), str(cfg.precision)),
-        max_epochs=cfg.recipe.epochs,
-        limit_val_batches=settings.get("limit_val_batches", 1.0) if cfg.split == "tune" else 0,
+        precision=job.precision,
+        max_epochs=job.recipe.epochs,
+        limit_val_batches=settings.get("limit_val_batches", 1.0) if job.split == "tune" else 0,
         use_distributed_sampler=False,  # the data module deals the rows itself, none twice
         num_sanity_val_steps=0,  # would draw from generators before the first epoch
         logger=False,
         enable_model_summary=False,
         sync_batchnorm=settings["accelerator"] != "cpu" and torch.cuda.is_available(),
-        default_root_dir=cfg.paths.log_dir,
+        default_root_dir=job.paths.log_dir,
     )
     # Lightning's own broadcasts from within the handler, which hangs where the ranks are not at the same step
     connector: Any = trainer._signal_connector
     connector._sigterm_notifier_fn = signals.handle
-    check_trainer(trainer, cfg)
+    check_trainer(trainer, job)
     return trainer
 
 
-def _named(group: DictConfig | None) -> list[tuple[str, Any]]:
+def _named(group: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     """The configs of a group by name, without those that were removed by null."""
     return [(str(name), config) for name, config in (group or {}).items() if config is not None]
 
@@ -119,23 +118,21 @@ def under_agent() -> bool:
     return "WANDB_RUN_ID" in os.environ
 
 
-def without_wandb(job: DictConfig) -> DictConfig:
+def without_wandb(job: Job) -> Job:
     """A copy of a job that logs to all its loggers but W&B."""
     kept = {name: one for name, one in _named(job.logger) if not _is_wandb(one)}
-    copy = job.copy()
-    OmegaConf.update(copy, "logger", kept, merge=False)
-    return copy
+    return job.vary({"logger": kept})
 
 
-def _is_wandb(logger: DictConfig) -> bool:
-    return str(logger._target_).endswith("WandbLogger")
+def _is_wandb(logger: Mapping[str, Any]) -> bool:
+    return str(logger["_target_"]).endswith("WandbLogger")
 
 
-def build_loggers(cfg: DictConfig, folder: Path, attempt: int, tuned: Mapping[str, Any]) -> list[Logger]:
+def build_loggers(job: Job, folder: Path, attempt: int, tuned: Mapping[str, Any]) -> list[Logger]:
     """The config's loggers, with the run's config and tuned share as searchable fields.
 
     Args:
-        cfg: The composed job.
+        job: The job.
         folder: The run's folder, logs/<task>/<method>/<hash>.
         attempt: Number of the attempt; every one is a W&B run of its own.
         tuned: Counts of tuned parameters.
@@ -143,29 +140,27 @@ def build_loggers(cfg: DictConfig, folder: Path, attempt: int, tuned: Mapping[st
     task = folder.parents[1].name
     run_id = {"id": folder.name + (f"-r{attempt}" if attempt else "")}
     loggers = []
-    for name, config in _named(cfg.logger):
+    for name, config in _named(job.logger):
         extra: dict[str, Any] = {"save_dir": str(folder)}
         if _is_wandb(config):
             extra |= {} if under_agent() else run_id  # the agent's id stands
             # the protocol changes the split of a composed job
-            extra |= {"resume": "allow", "name": f"{task}/{cfg.method.name}/{folder.name}", "job_type": cfg.split}
+            extra |= {"resume": "allow", "name": f"{task}/{job.method.name}/{folder.name}", "job_type": job.split}
         logger = instantiate(f"logger.{name}", config, Logger, **extra)
-        logger.log_hyperparams(_settings(cfg, task, tuned))
+        logger.log_hyperparams(_settings(job, task, tuned))
         loggers.append(logger)
     return loggers
 
 
-def _settings(cfg: DictConfig, task: str, tuned: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(job: Job, task: str, tuned: Mapping[str, Any]) -> dict[str, Any]:
     """What a logger gets of a job: its config, its task, what is tuned, and what papers plot accuracy against."""
-    settings: Any = OmegaConf.to_container(cfg)
+    settings = job.content()
     # as numbers, where the config says null for all blocks
     axes = {name: tuned[name] for name in ("num_tokens", "depth") if name in tuned}
     return settings | axes | {"task": task, "tuned": dict(tuned)}
 
 
-def report_together(
-    jobs: Sequence[DictConfig], results: Sequence[Result | None], folders: Sequence[Path | None]
-) -> None:
+def report_together(jobs: Sequence[Job], results: Sequence[Result | None], folders: Sequence[Path | None]) -> None:
     """Logs what the jobs of one command came to as one W&B run: every figure as <task>/<figure>, and their means.
 
     Where a job failed or diverged, the run ends as failed and has no means: those of the others would pass for them.
@@ -199,7 +194,7 @@ def _means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(one[name] for one in metrics) / len(metrics) for name in names}
 
 
-def _common(jobs: Sequence[DictConfig], results: Sequence[Result | None]) -> dict[str, Any]:
+def _common(jobs: Sequence[Job], results: Sequence[Result | None]) -> dict[str, Any]:
     """The fields in which all jobs agree; where each task has a recipe of its own, its values are none."""
     known = [
         dict(_flat(_settings(job, str(job.task), result.tuned if result else {})))

@@ -6,21 +6,20 @@ from functools import lru_cache
 from typing import Any
 
 import lightning.pytorch as L
-from omegaconf import DictConfig
 
 from visprompt.errors import UserError, in_one_line
 from visprompt.runs import engine
-from visprompt.runs.settings import PRECISIONS
+from visprompt.runs.job import Job
 
 log = logging.getLogger(__name__)
 
 
-def check_trainer(trainer: L.Trainer, cfg: DictConfig) -> None:
+def check_trainer(trainer: L.Trainer, job: Job) -> None:
     """Compare a trainer with the settings it was built from.
 
     Args:
         trainer: The trainer.
-        cfg: The job it was built for.
+        job: The job it was built for.
 
     Raises:
         UserError: It has fewer or more processes, or another precision, than was asked for.
@@ -29,24 +28,24 @@ def check_trainer(trainer: L.Trainer, cfg: DictConfig) -> None:
     got = max(got, int(os.environ.get("WORLD_SIZE", got))) if engine.started_elsewhere() else got
     if got != asked:
         raise UserError(
-            f"trainer.devices={cfg.trainer.devices} and trainer.num_nodes={trainer.num_nodes} ask for {asked} "
+            f"trainer.devices={job.trainer.devices} and trainer.num_nodes={trainer.num_nodes} ask for {asked} "
             f"process(es), and {engine.starter()} started {got}: start as many as are asked for "
             f"({engine.remedy(trainer.num_devices, trainer.num_nodes)}), or change trainer.devices"
         )
-    wanted, device = PRECISIONS.get(str(cfg.precision), str(cfg.precision)), trainer.strategy.root_device.type
+    wanted, device = job.precision, trainer.strategy.root_device.type
     if trainer.precision != wanted or (device == "mps" and wanted == "64-true"):
         instead = trainer.precision if trainer.precision != wanted else "32-true"
         raise UserError(f"precision={wanted} cannot be had on device {device}: give precision={instead}")
 
 
-def check_login(cfg: DictConfig) -> None:
+def check_login(job: Job) -> None:
     """Check that W&B's logger, where a job has one that is online, finds a key without asking for it.
 
     Raises:
         UserError: There is no key.
     """
-    for logger in (cfg.logger or {}).values():
-        if logger is None or not str(logger._target_).endswith("WandbLogger"):
+    for logger in (job.logger or {}).values():
+        if logger is None or not str(logger["_target_"]).endswith("WandbLogger"):
             continue
         if logger.get("offline") or logger.get("mode") in ("offline", "disabled"):
             continue

@@ -17,7 +17,7 @@ from visprompt.errors import UserError, unknown
 from visprompt.files import write_atomically
 from visprompt.models.methods import METHODS
 from visprompt.runs import compose
-from visprompt.runs.recipe_rows import check_effect
+from visprompt.runs.job import Job, check_effect
 from visprompt.runs.result import Cell, cell, choose, markdown_table
 from visprompt.runs.run import check, prepare
 from visprompt.runs.run_all import Outcome, check_all, run_all
@@ -29,7 +29,7 @@ GRID_SEED = 42
 RELEASED_SEEDS = (42, 44, 82, 100, 800)
 """Seeds of the final runs in VPT's released code; its published table of settings has the first three."""
 console = Terminal()
-RunAll = Callable[[Iterable[DictConfig]], list[Outcome]]
+RunAll = Callable[[Iterable[Job]], list[Outcome]]
 
 
 def tune(cfg: DictConfig) -> float:
@@ -65,7 +65,7 @@ def tune(cfg: DictConfig) -> float:
             if len(results) == len(seeds):
                 cells[job.method.name, results[0].task] = cell(results)
         except UserError as error:  # an older one is recorded otherwise; the other cells are good all the same
-            failed.append(f"{compose.name_of(job)}: {error}")
+            failed.append(f"{job.name}: {error}")
     if cells:
         table = _table(cells)
         write_atomically(Path(cfg.table), lambda temporary: temporary.write_text(table, encoding="utf-8"))
@@ -75,7 +75,7 @@ def tune(cfg: DictConfig) -> float:
     return sum(found.mean for found in cells.values()) / len(cells)
 
 
-def asked(cfg: DictConfig) -> tuple[list[DictConfig], list[int]]:
+def asked(cfg: DictConfig) -> tuple[list[Job], list[int]]:
     """Return a job for each method and task of a command line, and the seeds of their final runs.
 
     Raises:
@@ -107,10 +107,10 @@ def asked(cfg: DictConfig) -> tuple[list[DictConfig], list[int]]:
     return jobs, seeds
 
 
-def _check_sets(job: DictConfig) -> None:
+def _check_sets(job: Job) -> None:
     """Raise where own images lack those that the grid or the final runs score."""
     for split in ("tune", "final") if job.task == "folder" else ():
-        prepare(pruning_chain.vary(job, {"split": split}))
+        prepare(job.vary({"split": split}))
 
 
 def _choices(cfg: DictConfig, name: str) -> list[Any]:
@@ -121,7 +121,7 @@ def _choices(cfg: DictConfig, name: str) -> list[Any]:
     return list(given)
 
 
-def tune_one(job: DictConfig, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
+def tune_one(job: Job, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
     """The protocol for one method on one task.
 
     Args:
@@ -135,7 +135,7 @@ def tune_one(job: DictConfig, seeds: Sequence[int], run: RunAll) -> list[Outcome
     Raises:
         UserError: The grid is none, has an unknown key, or tries what the protocol itself sets.
     """
-    name = compose.name_of(job)
+    name = job.name
     points = job_points(job)
     if alone := {key: value for key, value in points[0].items() if all(point[key] == value for point in points)}:
         console.print(f"{name}: of one value in the grid: {_words(alone)}")
@@ -149,31 +149,30 @@ def tune_one(job: DictConfig, seeds: Sequence[int], run: RunAll) -> list[Outcome
     return _run(job, [chosen | {"split": "final", "seed": seed} for seed in seeds], run)
 
 
-def job_points(job: DictConfig) -> list[dict[str, Any]]:
+def job_points(job: Job) -> list[dict[str, Any]]:
     """All points of a job's grid.
 
     Raises:
         UserError: As `tune_one`.
     """
-    recipe: Any = OmegaConf.to_container(job.recipe)
-    points = grid_points(recipe["grid"])
+    points = grid_points(job.grid)
     for key in points[0].keys() & _tuning(job).keys():
         raise UserError(f"recipe.grid.{key} is nothing to try, the protocol itself sets it: take it out of the grid")
     for point in points:
-        varied = pruning_chain.vary(job, point)
+        varied = job.vary(point)
         check(varied)
         check_effect(varied.recipe)
     return points
 
 
-def _tuning(job: DictConfig) -> dict[str, Any]:
+def _tuning(job: Job) -> dict[str, Any]:
     """What the protocol itself sets for the points of a grid; pruning comes when all else is chosen."""
     return {"split": "tune", "seed": GRID_SEED} | pruning_chain.unpruned(job)
 
 
-def _run(job: DictConfig, varied: Sequence[Mapping[str, Any]], run: RunAll) -> list[Outcome]:
+def _run(job: Job, varied: Sequence[Mapping[str, Any]], run: RunAll) -> list[Outcome]:
     """Runs a job with other values; the outcomes' names tell them apart."""
-    outcomes = run([pruning_chain.vary(job, values) for values in varied])
+    outcomes = run([job.vary(values) for values in varied])
     pairs = zip(outcomes, varied, strict=True)
     return [replace(outcome, name=f"{outcome.name} {_words(values)}") for outcome, values in pairs]
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from visprompt.errors import UserError, unknown
+from visprompt.errors import UserError
 from visprompt.files import DamagedRecord, read_record, sweep, write_atomically, write_record
 from visprompt.models.tuned_state import TunedState
-from visprompt.runs import compose, environment
+from visprompt.runs import environment
+from visprompt.runs.job import Job
 from visprompt.runs.result import Result, choose, markdown_table, open_state
 from visprompt.runs.run import Run, build_classifier, prepare
 from visprompt.runs.trainer import under_agent, without_wandb
@@ -43,16 +43,16 @@ RECORDS = {
 }
 """Records of a chain in the folder of its identity, and the names in them."""
 _AT_ONCE = 8  # images whose activations are kept in float64: some 165 MB each for ViT-B/16
-RunOne = Callable[[DictConfig], Result]
+RunOne = Callable[[Job], Result]
 
 
-def prunes(job: DictConfig) -> bool:
+def prunes(job: Job) -> bool:
     """Whether a job is a whole chain; its links, which name their initial values, are plain runs."""
     found = ("initial", "token_mask", "segment_mask")  # by a chain: a job that has one of them is a plain run
-    return "prune" in job.method and job.method.prune is True and all(job.method[name] is None for name in found)
+    return job.method.get("prune") is True and all(job.method[name] is None for name in found)
 
 
-def unpruned(job: DictConfig) -> dict[str, Any]:
+def unpruned(job: Job) -> dict[str, Any]:
     """What turns a chain into the plain method, by dotted key; empty for any other job.
 
     Learning rate, weight decay and lengths are chosen so, before anything is pruned.
@@ -61,27 +61,7 @@ def unpruned(job: DictConfig) -> dict[str, Any]:
     return {f"method.{name}": value for name, value in plain.items()} if prunes(job) else {}
 
 
-def vary(job: DictConfig, values: Mapping[str, Any]) -> DictConfig:
-    """A copy of a job with other values.
-
-    Args:
-        job: A composed job.
-        values: New values by dotted key; each replaces the old one as a whole.
-
-    Raises:
-        UserError: The job has no such key.
-    """
-    varied = job.copy()
-    for key, value in values.items():
-        parent, _, name = key.rpartition(".")
-        holder = OmegaConf.select(varied, parent) if parent else varied
-        if not OmegaConf.is_dict(holder) or name not in holder:  # its value may be null, as that of method.depth
-            raise unknown("key of recipe.grid", key, ["recipe.lr", "recipe.weight_decay", "method.num_tokens"])
-        OmegaConf.update(varied, key, value, merge=False)
-    return varied
-
-
-def run(job: DictConfig, run_one: RunOne) -> Result:
+def run(job: Job, run_one: RunOne) -> Result:
     """Runs a job, or the chain of runs that it stands for.
 
     Args:
@@ -99,14 +79,14 @@ def run(job: DictConfig, run_one: RunOne) -> Result:
         return run_one(job)
     prepare(job)  # says what is wrong before anything is trained
     quiet = without_wandb(job) if under_agent() else job  # what this process runs would log into one W&B run
-    tune = vary(quiet, {"split": "tune", "rerun": bool(job.rerun and job.split == "tune")})
+    tune = quiet.vary({"split": "tune", "rerun": bool(job.rerun and job.split == "tune")})
     folder = prepare(tune).folder
     found = stored(folder / "masks.json")
     if job.split == "tune" or found is None or not pruning.has_initial(folder.parent, found["initial"]):
         link, result, found = _tune(tune, folder, run_one)
         if job.split == "tune" or found is None:
             if link.logger != job.logger:  # it was silent; it is finished, so that now it only reports
-                run_one(vary(link, {"logger": job.logger, "rerun": False}))
+                run_one(link.vary({"logger": job.logger, "rerun": False}))
             return result
     link = link_of(job, found["initial"], found["options"])
     result = run_one(link)
@@ -115,7 +95,7 @@ def run(job: DictConfig, run_one: RunOne) -> Result:
     return result
 
 
-def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[DictConfig, Result, dict[str, Any] | None]:
+def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[str, Any] | None]:
     """Trains, scores, tries the prune grid and chooses.
 
     Returns:
@@ -123,8 +103,8 @@ def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[DictConfig, R
     """
     initial = _initial(job, folder)
     points = prune_points(job)
-    console.print(f"{compose.name_of(job)}: {len(points)} points of pruning, the unpruned first")
-    bare = vary(job, {"method.prune_tokens": None, "method.prune_segments": None})
+    console.print(f"{job.name}: {len(points)} points of pruning, the unpruned first")
+    bare = job.vary({"method.prune_tokens": None, "method.prune_segments": None})
     first = link_of(bare, initial)
     trained = run_one(first)
     if trained.status == "diverged":
@@ -150,7 +130,7 @@ def _tune(job: DictConfig, folder: Path, run_one: RunOne) -> tuple[DictConfig, R
     return links[best], results[best], record
 
 
-def prune_points(job: DictConfig) -> list[Point]:
+def prune_points(job: Job) -> list[Point]:
     """The points of pruning that a chain tries; the last one prunes nothing."""
     method = job.method
     # without percentages of the one kind the other kind is tried alone
@@ -158,14 +138,14 @@ def prune_points(job: DictConfig) -> list[Point]:
     return pruning.grid(tokens, segments, method.num_tokens, method.num_segments)
 
 
-def _initial(job: DictConfig, folder: Path) -> str:
+def _initial(job: Job, folder: Path) -> str:
     """Hash of the chain's stored initial values; draws and stores them where that has not been done."""
     with _alone(folder):
         known = stored(folder / "initial.json")
         if known and pruning.has_initial(folder.parent, known["initial"]):
             return str(known["initial"])
         one = prepare(job)
-        classifier = build_classifier(one.cfg, one.backbone, one.datamodule.num_classes)
+        classifier = build_classifier(one.job, one.backbone, one.datamodule.num_classes)
         state = TunedState(
             tensors=classifier.tuned_state(),
             method=one.identity["method"],
@@ -180,7 +160,7 @@ def _initial(job: DictConfig, folder: Path) -> str:
         return name
 
 
-def _importance(link: DictConfig, trained: Result, folder: Path) -> Importance:
+def _importance(link: Job, trained: Result, folder: Path) -> Importance:
     """Importance of the trained run's tokens and segments; measured once, by one process for all."""
     with _alone(folder):
         known = stored(folder / "importance.json")
@@ -195,11 +175,11 @@ def _importance(link: DictConfig, trained: Result, folder: Path) -> Importance:
 
 def _measure(one: Run) -> Importance:
     """Measures importance on the images that the run was trained on, without augmentation."""
-    classifier = build_classifier(one.cfg, one.backbone, one.datamodule.num_classes)
+    classifier = build_classifier(one.job, one.backbone, one.datamodule.num_classes)
     classifier.load_tuned_state(open_state(one.folder).tensors)
-    on_cpu = one.cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-    devices = one.cfg.trainer.devices
-    index = devices[0] if OmegaConf.is_list(devices) else 0
+    on_cpu = one.job.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    devices = one.job.trainer.devices
+    index = devices[0] if isinstance(devices, list) else 0
     device = torch.device("cpu") if on_cpu else torch.device("cuda", index)
     return pruning.importance(classifier.to(device).double(), _batches(one, device))
 
@@ -214,10 +194,10 @@ def _batches(one: Run, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
             yield part.double(), labels
 
 
-def link_of(job: DictConfig, initial: str, masks: dict[str, Any] | None = None) -> DictConfig:
+def link_of(job: Job, initial: str, masks: dict[str, Any] | None = None) -> Job:
     """A run of the chain: it starts from the stored initial values, or from what the masks keep of them."""
     options = {"initial": initial} | (masks or {})
-    return vary(job, {f"method.{name}": value for name, value in options.items()})
+    return job.vary({f"method.{name}": value for name, value in options.items()})
 
 
 @contextmanager

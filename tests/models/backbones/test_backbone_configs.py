@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import timm
-from omegaconf import OmegaConf
 
 from helpers.cli import ROOT, composed
 from visprompt.errors import UserError
@@ -21,7 +20,7 @@ TINY = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 def spec(name, *arguments):
     with composed("train", f"backbone={name}", *arguments) as cfg:
         (job,) = compose.jobs(cfg)
-    return BackboneSpec(**OmegaConf.to_container(job.backbone))
+    return BackboneSpec(**dict(job.backbone))
 
 
 def header(name):

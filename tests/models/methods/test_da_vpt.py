@@ -17,7 +17,7 @@ from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
 from visprompt.models.contract import Method
 from visprompt.models.methods.da_vpt import DAVPT, cosine_kmeans
-from visprompt.models.optim import Recipe
+from visprompt.models.recipe import Recipe
 from visprompt.models.tuning_module import TuningModule, first_of_each
 from visprompt.runs import run
 

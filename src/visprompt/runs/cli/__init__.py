@@ -12,6 +12,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from visprompt.errors import UserError, unknown
+from visprompt.models.recipe import Recipe
 from visprompt.runs import compose, memory, signals
 from visprompt.runs.cli import arguments, flags, points, words
 from visprompt.runs.cli.show import job_as_yaml
@@ -73,9 +74,8 @@ def _check(cfg: DictConfig, given: Sequence[points.Axis], to_run: bool) -> None:
     if cfg.get("tasks") is not None:
         compose.specs(cfg.tasks)
     if "recipe" in cfg and any(len(axis.settings) > 1 and axis.key.startswith("recipe.") for axis in given):
-        from visprompt.runs.run import make_recipe  # takes seconds, after which the runs of a sweep need no more for it
-
-        make_recipe(cfg)
+        recipe = compose.plain(cfg.recipe)
+        Recipe(**{name: value for name, value in recipe.items() if name not in ("grid", "table")})
 
 
 def _check_values_of(cfg: DictConfig, given: Sequence[points.Axis]) -> None:

@@ -26,8 +26,10 @@ def job_as_yaml(config_name: str, cfg: DictConfig, settings: Sequence[str], pack
     note = ""
     if "task" in cfg:
         jobs = compose.settings_of_tasks(settings, cfg.tasks)
-        cfg = compose.job(config_name, jobs[0])
-        note = f"# {cfg.task}, the first of {len(jobs)} tasks\n" if len(jobs) > 1 else ""
+        job = compose.job(config_name, jobs[0])
+        note = f"# {job.task}, the first of {len(jobs)} tasks\n" if len(jobs) > 1 else ""
+        others = {key: value for key, value in compose.plain(cfg).items() if key in ("methods", "seeds", "table")}
+        cfg = OmegaConf.create(job.content() | others)
     else:
         with open_dict(cfg):
             paths.expand_paths(cfg)

@@ -6,13 +6,13 @@ command itself would find them.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.table import Table
 
 from visprompt.data.catalog.task import in_bytes
@@ -20,8 +20,9 @@ from visprompt.data.datamodule import no_images
 from visprompt.data.sampler import GlobalBatches
 from visprompt.errors import UserError
 from visprompt.runs import compose
+from visprompt.runs.job import Job
 from visprompt.runs.result import Result, read_result
-from visprompt.runs.run import build_classifier, make_recipe, prepare
+from visprompt.runs.run import build_classifier, prepare
 from visprompt.runs.run_all import Outcome, check_sweeper, local_devices
 from visprompt.text import Terminal
 from visprompt.tuning import protocol, pruning, pruning_chain
@@ -42,8 +43,8 @@ class Planned:
         exact: The run's own job; None where runs before it are still to say it (the chosen point, pruning's masks).
     """
 
-    shape: DictConfig
-    exact: DictConfig | None
+    shape: Job
+    exact: Job | None
 
 
 def train(cfg: DictConfig) -> float:
@@ -116,20 +117,20 @@ class DryRun:
         self.limits: set[str] = set()
 
     @contextmanager
-    def line(self, job: DictConfig) -> Iterator[None]:
+    def line(self, job: Job) -> Iterator[None]:
         """Finds out one line of the table; what is wrong with it does not stop the others."""
         try:
             yield
         except UserError as error:
-            self.failed.append(f"{compose.name_of(job)}: {error}")
+            self.failed.append(f"{job.name}: {error}")
 
-    def add_protocol(self, job: DictConfig, seeds: Sequence[int]) -> None:
+    def add_protocol(self, job: Job, seeds: Sequence[int]) -> None:
         """Adds the line of the protocol for one method on one task."""
-        asked: list[list[DictConfig]] = []
+        asked: list[list[Job]] = []
 
-        def look(jobs: Iterable[DictConfig]) -> list[Outcome]:
+        def look(jobs: Iterable[Job]) -> list[Outcome]:
             asked.append(list(jobs))
-            return [Outcome(compose.name_of(one), self.stored(one)) for one in asked[-1]]
+            return [Outcome(one.name, self.stored(one)) for one in asked[-1]]
 
         outcomes = protocol.tune_one(job, seeds, look)
         points = {json.dumps(self._numbers(one)): one for one in asked[0]}.values()  # equal ones are one run
@@ -137,31 +138,29 @@ class DryRun:
         if len(asked) > 1:
             runs += [run for one in asked[1] for run in self.planned(one)]
         elif any(outcome.result is None for outcome in outcomes):  # else the whole grid diverged, and nothing follows
-            finals = [pruning_chain.vary(job, {"split": "final", "seed": seed}) for seed in seeds]
+            finals = [job.vary({"split": "final", "seed": seed}) for seed in seeds]
             runs += [replace(run, exact=None) for one in finals for run in self.planned(one)]
-        self.add(job, _in_words(len(asked[0]), len(points), job.recipe.grid), seeds, runs)
+        self.add(job, _in_words(len(asked[0]), len(points), job.grid), seeds, runs)
 
-    def planned(self, job: DictConfig) -> list[Planned]:
+    def planned(self, job: Job) -> list[Planned]:
         """The runs that a job stands for: itself, or its chain of pruning."""
         if not pruning_chain.prunes(job):
             return [Planned(job, job)]
         points = pruning_chain.prune_points(job)
         links = self._links(job, points) if self._has_folder(job) else [None] * (len(points) + 1)
-        tune, final = (
-            pruning_chain.vary(job, pruning_chain.unpruned(job) | {"split": split}) for split in ("tune", "final")
-        )
+        tune, final = (job.vary(pruning_chain.unpruned(job) | {"split": split}) for split in ("tune", "final"))
         shapes = [tune] * len(points) + [final] * (job.split == "final")
         return [Planned(shape, link) for shape, link in zip(shapes, links, strict=False)]
 
-    def _links(self, job: DictConfig, points: Sequence[pruning.Point]) -> list[DictConfig | None]:
+    def _links(self, job: Job, points: Sequence[pruning.Point]) -> list[Job | None]:
         """The runs of a chain of pruning; None where runs before it are still to say it."""
-        tune = pruning_chain.vary(job, {"split": "tune", "rerun": bool(job.rerun and job.split == "tune")})
+        tune = job.vary({"split": "tune", "rerun": job.rerun and job.split == "tune"})
         folder = prepare(tune).folder
         start, found, chosen = (
             pruning_chain.stored(folder / f"{name}.json") for name in ("initial", "importance", "masks")
         )
-        bare = pruning_chain.vary(tune, {"method.prune_tokens": None, "method.prune_segments": None})
-        links: list[DictConfig | None] = [None] * len(points)
+        bare = tune.vary({"method.prune_tokens": None, "method.prune_segments": None})
+        links: list[Job | None] = [None] * len(points)
         if start:
             links[0] = pruning_chain.link_of(bare, start["initial"])
         if start and found:
@@ -169,23 +168,23 @@ class DryRun:
             links[1:] = [pruning_chain.link_of(bare, start["initial"], one) for one in masks]
         return [*links, pruning_chain.link_of(job, chosen["initial"], chosen["options"]) if chosen else None]
 
-    def _has_folder(self, job: DictConfig) -> bool:
+    def _has_folder(self, job: Job) -> bool:
         """Whether a job has a folder, and others of its task and method are there."""
         facts = self.needs.facts(job)
         return facts.ready and (Path(job.paths.log_dir) / facts.datamodule.task / job.method.name).is_dir()
 
-    def stored(self, job: DictConfig) -> Result | None:
+    def stored(self, job: Job) -> Result | None:
         """The result of a job that is finished and not to be run anew."""
         return read_result(prepare(job).folder, hashed=False) if self._has_folder(job) and not job.rerun else None
 
-    def add(self, job: DictConfig, grid: str, seeds: Sequence[int], runs: Sequence[Planned]) -> None:
+    def add(self, job: Job, grid: str, seeds: Sequence[int], runs: Sequence[Planned]) -> None:
         """Adds a line to the table, and what its runs cost to the sums."""
         steps = sorted({self._steps(run.shape) for run in runs})
         left = [run.shape for run in runs if run.exact is None or self.stored(run.exact) is None]
         paces = [self._pace(one) for one in left]
         seconds = sum(self._cost(one, pace) for one, pace in zip(left, paces, strict=True))
         self.seconds += seconds
-        self.limits |= {f"trainer.{key}" for key in map(str, job.trainer) if key.startswith("limit_")}
+        self.limits |= {f"trainer.{key}" for key, _ in job.trainer if key.startswith("limit_")}
         for one in left:
             size = self._state(one)
             self.results += size + _BESIDE
@@ -199,7 +198,7 @@ class DryRun:
         task = self.needs.facts(job).datamodule.task
         self.lines.append((task, str(job.method.name), grid, ", ".join(map(str, seeds)), done, each, time))
 
-    def _steps(self, job: DictConfig) -> int:
+    def _steps(self, job: Job) -> int:
         """Optimiser steps of a run."""
         accumulate = int(job.trainer.accumulate_grad_batches)
         batches = GlobalBatches(
@@ -211,28 +210,28 @@ class DryRun:
         )
         return int(job.recipe.epochs) * (len(batches) // accumulate)
 
-    def _rows(self, job: DictConfig) -> int:
+    def _rows(self, job: Job) -> int:
         """Training images, nearly: a share is taken of each class, and rounded there."""
         sets = self.needs.facts(job).datamodule.train_sets[job.split]
         return round(sum(self._count(job, name) for name in sets) * job.data.fraction)
 
-    def _count(self, job: DictConfig, split_set: str) -> int:
+    def _count(self, job: Job, split_set: str) -> int:
         sizes = self.needs.facts(job).sizes
         if split_set not in sizes:
             raise no_images(self.needs.facts(job).datamodule.task, split_set)
         return sizes[split_set]
 
-    def _shape(self, job: DictConfig) -> list[Any]:
+    def _shape(self, job: Job) -> list[Any]:
         """What decides the cost of a step."""
-        parts: list[Any] = [OmegaConf.to_container(job[name]) for name in ("backbone", "method")]
+        parts: list[Any] = [dict(job.backbone), dict(job.method)]
         parts += [job.recipe.batch_size, job.recipe.optimizer, job.precision, job.trainer.accelerator, _devices(job)]
         return [*parts, job.trainer.accumulate_grad_batches, self.needs.facts(job).datamodule.augments]
 
-    def _numbers(self, job: DictConfig) -> list[Any]:
+    def _numbers(self, job: Job) -> list[Any]:
         """What decides the numbers of one of a grid's runs."""
-        return [asdict(make_recipe(job)), OmegaConf.to_container(job.method)]
+        return [job.recipe.model_dump(), dict(job.method)]
 
-    def _pace(self, job: DictConfig) -> Pace:
+    def _pace(self, job: Job) -> Pace:
         facts, key = self.needs.facts(job), json.dumps(self._shape(job))  # the head takes next to no time
         if key not in self.paces:
             datamodule = facts.datamodule
@@ -240,17 +239,17 @@ class DryRun:
             self.paces[key] = found
         return self.paces[key]
 
-    def _state(self, job: DictConfig) -> int:
+    def _state(self, job: Job) -> int:
         facts = self.needs.facts(job)
         key = json.dumps([*self._shape(job)[:2], facts.classes])
         if key not in self.states:
             self.states[key] = state_bytes(build_classifier(job, facts.backbone, facts.classes))
         return self.states[key]
 
-    def _cost(self, job: DictConfig, pace: Pace) -> float:
+    def _cost(self, job: Job, pace: Pace) -> float:
         """Seconds of a run."""
         final = job.split == "final"
-        unscored = final and OmegaConf.select(job, "data.test") == "none"
+        unscored = final and job.data.get("test") == "none"
         scored = 0 if unscored else self._count(job, "test" if final else self.needs.facts(job).datamodule.val_set)
         seconds = self._steps(job) * pace.step
         once = json.dumps([job.task, job.split, *self._shape(job)])
@@ -309,14 +308,14 @@ class DryRun:
         return f"disk: about {in_bytes(sum(parts.values()))} more: {listed}" if parts else "disk: nothing more"
 
 
-def _in_words(points: int, runs: int, grid: DictConfig | None) -> str:
+def _in_words(points: int, runs: int, grid: Mapping[str, Any] | None) -> str:
     """A grid's number of points, of what they are made, and how many runs they are where some are equal."""
     sizes = [f"{len(values)} {key!s}" for key, values in (grid or {}).items() if len(values) > 1]
     made_of = f": {' x '.join(sizes)}" if len(sizes) > 1 else ""
     return f"{points}{made_of}" + (f", {runs} of them different" if runs < points else "")
 
 
-def _devices(job: DictConfig) -> int:
+def _devices(job: Job) -> int:
     return local_devices(job.trainer) * int(job.trainer.num_nodes)
 
 

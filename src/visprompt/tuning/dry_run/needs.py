@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants
-from omegaconf import DictConfig, OmegaConf
 
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.data.datamodule import TaskDataModule
@@ -20,7 +18,8 @@ from visprompt.data.stores.plan import Plan, find, photographs
 from visprompt.errors import UserError
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.runs.compose import ROOT
-from visprompt.runs.run import build_data, load_backbone, make_recipe
+from visprompt.runs.job import Job
+from visprompt.runs.run import build_data, load_backbone
 
 
 @dataclass(frozen=True)
@@ -69,20 +68,19 @@ class Needs:
         self.weights: dict[str, int] = {}
         self._facts: dict[str, Facts] = {}
 
-    def facts(self, job: DictConfig) -> Facts:
+    def facts(self, job: Job) -> Facts:
         """What is known of a job's backbone and data; call it inside `offline`.
 
         Raises:
             UserError: A word of the job is wrong, or the user's own images are.
         """
-        key = json.dumps([OmegaConf.to_container(job[name]) for name in ("backbone", "data")])
+        key = json.dumps([dict(job.backbone), dict(job.data)])
         if key not in self._facts:
             self._facts[key] = self._look(job)
         return self._facts[key]
 
-    def _look(self, job: DictConfig) -> Facts:
+    def _look(self, job: Job) -> Facts:
         backbone, loaded = self._backbone(job)
-        make_recipe(job)  # says what is wrong with it
         datamodule = build_data(job, backbone)
         plan: Plan | None = getattr(datamodule, "plan", None)
         if isinstance(datamodule, FolderDataModule):
@@ -93,11 +91,11 @@ class Needs:
         self._unprepared(plan, job)
         return Facts(backbone, datamodule, dict(plan.spec.split_sizes), plan.spec.num_classes, False)
 
-    def _backbone(self, job: DictConfig) -> tuple[Backbone, bool]:
+    def _backbone(self, job: Job) -> tuple[Backbone, bool]:
         """A job's backbone, and whether it has its own weights."""
-        options: dict[str, Any] = OmegaConf.to_container(job.backbone)  # type: ignore[assignment]  # a mapping of words
+        options = dict(job.backbone)
         try:
-            return load_backbone(json.dumps(options), 0 if job.backbone.pretrained else int(job.seed)), True
+            return load_backbone(json.dumps(options), 0 if job.backbone.pretrained else job.seed), True
         except UserError as error:
             backbone = _random(json.dumps(options | {"pretrained": False, "weights": None}))
             size = 4 * sum(p.numel() for p in backbone.module.parameters())
@@ -111,7 +109,7 @@ class Needs:
         splits = [item.split for item in images.items]
         return {split: splits.count(split) for split in SPLITS if split in splits}
 
-    def _unprepared(self, plan: Plan, job: DictConfig) -> None:
+    def _unprepared(self, plan: Plan, job: Job) -> None:
         spec = plan.spec
         self.stores[plan.folder] = plan.bytes
         files = spec.files if plan.source == "raw" else ()

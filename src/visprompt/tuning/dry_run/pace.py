@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from visprompt.models.backbones import Backbone
 from visprompt.models.classifier import Classifier
 from visprompt.models.optim import build_optimizer
-from visprompt.runs import settings
-from visprompt.runs.run import build_classifier, make_recipe
+from visprompt.runs.job import Job
+from visprompt.runs.run import build_classifier
 
 PATIENCE = 5.0  # seconds; the time of a step that would take longer is scaled up from one of a few images
 _FEW = 4  # images
@@ -46,7 +45,7 @@ class Pace:
     whole: bool = True
 
 
-def measure_pace(job: DictConfig, backbone: Backbone, classes: int, devices: int, augments: bool) -> Pace:
+def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augments: bool) -> Pace:
     """Measures what a job costs; reads no data and writes nothing. Nothing is compiled, whatever the job says.
 
     Args:
@@ -62,8 +61,7 @@ def measure_pace(job: DictConfig, backbone: Backbone, classes: int, devices: int
     Raises:
         UserError: A word of the job is wrong, or its method and its backbone do not fit.
     """
-    precision = settings.PRECISIONS.get(str(job.precision), str(job.precision))
-    kind = precision.partition("-")[0]
+    kind = job.precision.partition("-")[0]
     classifier = build_classifier(job, backbone, classes)
     device = _device(str(job.trainer.accelerator))
     if device is None:
@@ -71,7 +69,7 @@ def measure_pace(job: DictConfig, backbone: Backbone, classes: int, devices: int
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU (threads: {torch.get_num_threads()})"
     )
-    mixed = precision.endswith("mixed")
+    mixed = job.precision.endswith("mixed")
     context = torch.autocast(device.type, _DTYPES[kind]) if mixed else contextlib.nullcontext()
     try:
         with context:
@@ -96,13 +94,13 @@ def _device(accelerator: str) -> torch.device | None:
 class Bench:
     """A classifier with its optimiser, and random images for it."""
 
-    def __init__(self, job: DictConfig, classifier: Classifier, augments: bool) -> None:
+    def __init__(self, job: Job, classifier: Classifier, augments: bool) -> None:
         self.classifier = classifier
         self.side = int(classifier.backbone.image_size)  # type: ignore[arg-type]  # nn.Module hides the int
         self.like = next(classifier.parameters())
         self.accumulate = int(job.trainer.accumulate_grad_batches)
         self.keeps = classifier.has_frozen_part and not augments
-        recipe, undecayed = make_recipe(job), classifier.method.undecayed
+        recipe, undecayed = job.recipe, classifier.method.undecayed
         self.optimizer, _ = build_optimizer(classifier.tuned_parameters(), recipe, 1, undecayed)
 
     def step(self, count: int) -> Callable[[], None]:
