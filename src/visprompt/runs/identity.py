@@ -9,7 +9,7 @@ from typing import Any, get_args
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.models.backbones import Backbone
 from visprompt.models.methods import option_kinds
-from visprompt.runs.job import Job
+from visprompt.runs.job import DEFAULT_MODULE, Job
 
 # trainer settings that leave the numbers as they are; any other one is part of a run's identity
 _NEUTRAL_TRAINER = {
@@ -17,6 +17,8 @@ _NEUTRAL_TRAINER = {
     *("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "deterministic", "benchmark"),
     *("enable_progress_bar", "profiler", "inference_mode"),
 }
+
+_NEUTRAL_CALLBACKS = {"progress_bar", "model_summary", "lr_monitor"}  # of configs/callbacks; they only show
 
 
 def identity_of(job: Job, backbone: Backbone, datamodule: TaskDataModule) -> dict[str, Any]:
@@ -54,12 +56,13 @@ def digest(identity: Mapping[str, Any]) -> str:
 
 
 def _trainer_record(job: Job) -> dict[str, Any]:
-    """What of the trainer may change the numbers: its settings but for neutral ones, and callbacks of the user's."""
+    """What of the trainer may change the numbers: settings that are not neutral, and classes of the user's."""
+    module = dict(job.lightning_module)
     callbacks = (job.callbacks or {}).items()
-    own = {name: callback for name, callback in callbacks if name != "progress_bar" and callback is not None}
-    return {k: v for k, v in dict(job.trainer).items() if k not in _NEUTRAL_TRAINER} | (
-        {"callbacks": own} if own else {}
-    )
+    own = {name: callback for name, callback in callbacks if name not in _NEUTRAL_CALLBACKS and callback is not None}
+    record = {name: value for name, value in dict(job.trainer).items() if name not in _NEUTRAL_TRAINER}
+    record |= {"callbacks": own} if own else {}
+    return record | ({"lightning_module": module} if module != DEFAULT_MODULE else {})
 
 
 def _method_record(options: dict[str, Any], num_blocks: int) -> dict[str, Any]:

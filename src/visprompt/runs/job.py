@@ -13,6 +13,7 @@ from visprompt.models.recipe import Recipe
 from visprompt.runs import settings
 
 SPLITS = ("tune", "final")
+DEFAULT_MODULE = {"_target_": "visprompt.models.tuning_module.TuningModule"}
 
 
 class Group(BaseModel):
@@ -88,6 +89,7 @@ class Job(BaseModel):
         recipe: How it is trained.
         grid: What `tune.py` tries: lists of values by dotted key (`recipe.grid`); None or empty for one point.
         trainer: Settings of Lightning's trainer.
+        lightning_module: `_target_` of the LightningModule, and arguments of a user's own beside the project's.
         callbacks: Configs of callbacks by name; one that is None was removed.
         logger: Configs of loggers by name; None or empty for none.
         paths: Folders: root_dir, data_dir, log_dir.
@@ -114,6 +116,7 @@ class Job(BaseModel):
     recipe: Recipe
     grid: Any = None
     trainer: Trainer
+    lightning_module: Group = Group(**DEFAULT_MODULE)
     callbacks: dict[str, Any] | None = None
     logger: dict[str, Any] | None = None
     paths: Paths

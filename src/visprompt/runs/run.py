@@ -186,7 +186,8 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     release_pixels(None if classifier.has_frozen_part else datamodule.images_key)  # they were earlier runs'
     environment.reset_peak_memory(device)
     pruning.rewind(classifier, run.folder.parent)  # where the method names stored initial values
-    module = TuningModule(classifier, job.recipe, job.seed, leaks=_reads_test(run))
+    asked = {"classifier": classifier, "recipe": job.recipe, "seed": job.seed, "leaks": _reads_test(run)}
+    module = instantiate("lightning_module", dict(job.lightning_module), TuningModule, **asked)
     if job.compile:
         torch.compiler.reset()  # else the ninth run of a process would exceed a limit and go uncompiled
         module.classifier.compile()  # in place: the names of its parameters stay

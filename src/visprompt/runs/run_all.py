@@ -19,7 +19,7 @@ from visprompt.runs.result import Result, check_same_run, read_result
 from visprompt.runs.run import Run, check, prepare, run_job
 from visprompt.runs.run_folder import AtWork, is_free
 from visprompt.runs.trainer import report_together, under_agent, without_wandb
-from visprompt.runs.trainer_checks import check_login
+from visprompt.runs.trainer_checks import check_callbacks, check_login
 from visprompt.text import Terminal
 from visprompt.tuning import pruning_chain
 
@@ -107,6 +107,7 @@ def check_all(jobs: Iterable[Job]) -> None:
             check(job)
         except UserError as error:
             raise UserError(f"{job.name}: {error}") from error
+        check_callbacks(job)
         check_login(job)
 
 

@@ -62,6 +62,7 @@ _KINDS: dict[str, Kind] = {
     "formats": TEXT | WORDS,
     "batch_size": whole(1, _MOST),
     "image_size": _SIDE,
+    "lightning_module": _TARGET,
     "backbone.name": TEXT,
     "backbone.weights": PATH | NULL,
     **dict.fromkeys(("backbone.pretrained", "backbone.exact"), SWITCH),

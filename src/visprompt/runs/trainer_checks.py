@@ -63,6 +63,27 @@ def check_login(job: Job) -> None:
         )
 
 
+def check_callbacks(job: Job) -> None:
+    """Refuse a callback of Lightning's that would find nothing to read in a run.
+
+    Raises:
+        UserError: Early stopping watches validation images where there are none, or a monitor has no logger.
+    """
+    for name, config in (job.callbacks or {}).items():
+        target = "" if config is None else str(config.get("_target_")).rpartition(".")[2]
+        monitor = str(config.get("monitor")) if target == "EarlyStopping" else ""
+        if monitor.startswith("val/") and job.split != "tune":
+            raise UserError(
+                f"callbacks.{name} watches {monitor}, and split={job.split} scores no validation images: give "
+                "split=tune"
+            )
+        if target == "LearningRateMonitor" and not job.logger:
+            raise UserError(
+                f"callbacks.{name} needs a logger: give logger=tensorboard or logger=wandb; metrics.csv has the "
+                "learning rate of each epoch without it"
+            )
+
+
 @lru_cache
 def warn_random(method: str) -> None:
     """Warn once in a process of a backbone that never learned anything."""

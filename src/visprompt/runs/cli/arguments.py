@@ -38,18 +38,19 @@ _ONE_OF_LIST = r"(?P<before>^|[\[,]\s*){}(?=\s*(?:[,\]]|$))"
 _NONE = re.compile(_ONE_OF_LIST.format("None"))
 _FLOAT = re.compile(_ONE_OF_LIST.format(r"(?P<whole>[+-]?\d+)\.0*"))
 _KEY = re.compile(r"[+~]{0,2}[\w.$/@:-]+")
+_MODEL = re.compile(r"^([+~]{0,2})model(?=[.=]|$)")  # what lightning-hydra-template calls the group
 
 
 def plain(argument: str) -> str:
     """Write an argument as Hydra wants it: no `~`, and none of Python's spellings that W&B's agents use.
 
     Args:
-        argument: `method.depth=None`, `method.num_tokens=10.0` or `data.root=~/birds`, for example.
+        argument: `method.depth=None`, `model.num_tokens=10.0` or `data.root=~/birds`, for example.
 
     Returns:
         `method.depth=null`, `method.num_tokens=10` or `data.root=/home/me/birds`.
     """
-    key, equals, value = expand_argument(argument).partition("=")
+    key, equals, value = expand_argument(_MODEL.sub(r"\1method", argument)).partition("=")
     value = _NONE.sub(r"\g<before>null", value)
     if key.lstrip("+") in WHOLE:
         value = _FLOAT.sub(r"\g<before>\g<whole>", value)

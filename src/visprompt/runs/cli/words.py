@@ -14,6 +14,15 @@ from visprompt.runs.settings import no_trainer_key
 
 SCRIPTS = ("train", "tune", "eval", "predict", "prepare", "report")
 """The entry points, each with a config of its name; that which most keys belong to is first."""
+_OF_TEMPLATES = {
+    "ckpt_path": "a run that was stopped goes on by its own command again, and src/eval.py takes run=FOLDER",
+    "train": "src/eval.py run=FOLDER scores a finished run without training",
+    "test": "split=tune trains without reading the test set, and scores the validation images",
+    "hparams_search": "sweeps are W&B's: wandb sweep configs/sweep/lr_wd.yaml, and wandb agent with the id it prints",
+    "task_name": "a run is named by its task, its method and a hash of its settings; tags=[NAME] marks it",
+    "optimized_metric": "src/train.py returns the accuracy of the run: val/acc with split=tune",
+}
+"""Keys of lightning-hydra-template that mean nothing here, and what to do instead."""
 
 
 def composed(config_name: str, settings: Sequence[str]) -> DictConfig:
@@ -116,18 +125,22 @@ def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) ->
         cfg = hydra_compose(config_name, choices, return_hydra_config=True)
     except HydraException as choice_error:  # a choice itself is wrong, such as backbone={a:b}
         return UserError(in_one_line(choice_error))
-    keys = {key for key in _keys(without_hydra(cfg)) if not key.startswith("recipe.rows.")}
+    keys = {key for key in _keys(without_hydra(cfg)) if not key.startswith("recipe.rows") and "_target_" not in key}
+    tables = {key.rpartition(".")[0] for key in keys}  # what holds keys is no key to set
     for setting in settings:
         key = setting.partition("=")[0]
         if setting in choices or not key[:1].isalpha() or key.startswith("hydra") or key in keys:
             continue
         if key.startswith("trainer.") and key.count(".") == 1:
             return no_trainer_key(key.partition(".")[2])
-        if below := sorted(known for known in keys if known.endswith(f".{key}")):
+        if key in _OF_TEMPLATES:
+            return UserError(f"unknown key {key!r}: {_OF_TEMPLATES[key]}")
+        last = key.rpartition(".")[2]  # optimizer.lr means recipe.lr
+        if below := sorted(known for known in keys if known.rpartition(".")[2] == last and "." in known):
             return UserError(f"unknown key {key!r}: did you mean {' or '.join(below[:3])}?")
         chosen = dict(cfg.hydra.runtime.choices)
         other = _of_another_script(config_name, key) or _of_another_option(key, chosen, keys)
-        return other or unknown("key", key, keys)
+        return other or unknown("key", key, keys - tables)
     return UserError(in_one_line(error))
 
 
