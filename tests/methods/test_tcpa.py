@@ -40,31 +40,31 @@ def chosen_by(method, block, pool, token):
 
 
 def naive(model, x):
-    """Logits [B, classes] and distances [B], one image and one token at a time; prompts stand behind the class token."""
+    """Logits [B, classes] and distances [B], image by image and token by token; prompts stand behind the class token."""
     method, vit = model.method, model.backbone.model
     prefix, size, length = vit.num_prefix_tokens, *method.prompts.shape[2:4]
     logits, distances = [], []
     for image in x:
         tokens, distance = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0], 0.0
         for i, block in enumerate(vit.blocks):
-            n, p = len(tokens), size * length
-            mask = torch.zeros(n, n + 2 * p)
-            parts = ([], [])
+            pools, n, p = method.prompts.shape[1], len(tokens), size * length
+            mask = torch.zeros(n, n + pools * p)
+            parts = [[] for _ in range(pools)]
             for row, token in enumerate(tokens):
-                pool = int(row >= prefix)
+                pool = int(0 < prefix <= row)
                 entries, away = chosen_by(method, i, pool, token)
                 parts[pool].append(away)
-                mask[row, :prefix] = mask[row, prefix + 2 * p :] = 1
+                mask[row, :prefix] = mask[row, prefix + pools * p :] = 1
                 for entry in entries:
                     start = prefix + pool * p + entry * length
                     mask[row, start : start + length] = 1
             distance = distance + sum(torch.stack(part).mean() for part in parts)
-            joined = torch.cat([method.prompts[i, 0].reshape(p, -1), method.prompts[i, 1].reshape(p, -1)])
+            joined = torch.cat([entries.reshape(p, -1) for entries in method.prompts[i]])
             prompts = torch.fft.fft(torch.fft.fft(joined, dim=-1), dim=-2).real
             normed = block.norm1(torch.cat([tokens[:prefix], prompts, tokens[prefix:]]))
             q, k, v = (part.unflatten(-1, (2, 16)).transpose(0, 1) for part in block.attn.qkv(normed).split(32, -1))
             weights = (q @ k.mT / 4).softmax(dim=-1)
-            weights = torch.cat([weights[:, :prefix], weights[:, prefix + 2 * p :]], dim=1) * mask
+            weights = torch.cat([weights[:, :prefix], weights[:, prefix + pools * p :]], dim=1) * mask
             tokens = tokens + block.ls1(block.attn.proj((weights @ v).transpose(0, 1).flatten(1)))
             tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
         logits.append(model.head(vit.forward_head(vit.norm(tokens[None]), pre_logits=True))[0])
@@ -75,6 +75,7 @@ def naive(model, x):
 MODELS = {
     "class": {"init_values": 0.5},
     "average": {"global_pool": "avg"},
+    "patches alone": {"class_token": False, "global_pool": "avg"},
     "registers": {"reg_tokens": 2, "no_embed_class": True},
 }
 
@@ -156,8 +157,3 @@ def test_what_is_saved():
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(UserError, match=message):
         TCPA(TINY, **options)
-
-
-def test_a_backbone_without_class_token_is_refused():
-    with pytest.raises(UserError, match="one of its pools is for the class token, and there is none"):
-        classifier(tiny_model(class_token=False, global_pool="avg"))

@@ -23,6 +23,7 @@ from visprompt.methods.pae import PAE
 from visprompt.methods.sa2vp import SA2VP
 from visprompt.methods.sidetune import SideTune
 from visprompt.methods.ssf import SSF
+from visprompt.methods.tcpa import TCPA
 from visprompt.methods.vapt import VAPT
 from visprompt.methods.vfpt import VFPT
 from visprompt.methods.vpt import VPT
@@ -51,6 +52,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "da_vpt": DAVPT,
     "sa2vp": SA2VP,
     "pae": PAE,
+    "tcpa": TCPA,
     "layernorm": LayerNorm,
     "lora": LoRA,
     "ssf": SSF,

@@ -1,4 +1,4 @@
-"""Prompts chosen token by token. Liu et al., Token Coordinated Prompt Attention is Needed for Visual Prompting, ICML 2025.
+"""Prompts chosen token by token. Liu et al., Token Coordinated Prompt Attention, ICML 2025.
 
 Every block has two pools of m entries, one for the class token and one for the patches. An entry is a key k [d] and t
 prompts [t, d]. Before a block a token x chooses the c entries of its own pool whose keys have the largest cosine with
@@ -18,7 +18,7 @@ recomputed, - (A * (1 - M)) [V, V_P] through the output projection without its b
 
 All this is the released code's (VFPT_TCPA, the one form that is there). Not here: its mixup, and the convolution on the
 images that one of its scripts (CUB) adds. Own choice where it has no such backbone: register tokens choose from the
-class token's pool, each by itself.
+class token's pool, each by itself, and where no token stands before the patches, theirs is the only pool.
 """
 
 from typing import Any, ClassVar
@@ -46,12 +46,12 @@ class TCPA(Method):
         dropout: Dropout on prompt values before the transform, drawn for every image anew.
 
     Attributes:
-        prompts: [blocks, 2, pool_size, length, width], U(-1, 1); the class token's pool, then the patches'.
-        keys: [blocks, 2, pool_size, width], U(-1, 1).
+        prompts: [blocks, pools, pool_size, length, width], U(-1, 1); the class token's pool, then the patches'.
+        keys: [blocks, pools, pool_size, width], U(-1, 1).
         epochs: How many are behind, a number of type int64; saved, so that a resumed run goes on.
 
     Raises:
-        UserError: A number lies outside its range, or (`attach`) the backbone has no class token or no plain attention.
+        UserError: A number lies outside its range, or (`attach`) the blocks have no plain attention.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "branches", "stream"})
@@ -85,7 +85,7 @@ class TCPA(Method):
         check_probability("dropout", dropout)
         self.chosen, self.match_weight, self.random_epochs = chosen, match_weight, random_epochs
         self.dropout, self._prefix = nn.Dropout(dropout), backbone.num_prefix
-        pools = (self.num_blocks, 2, pool_size)
+        pools = (self.num_blocks, 2 if self._prefix else 1, pool_size)
         self.prompts = nn.Parameter(torch.empty(*pools, length, backbone.width).uniform_(-1, 1))
         self.keys = nn.Parameter(torch.empty(*pools, backbone.width).uniform_(-1, 1))
         self.register_buffer("epochs", torch.tensor(0))
@@ -100,11 +100,6 @@ class TCPA(Method):
                 "method tcpa cannot work on this backbone: it masks the weights of timm's plain attention, and these "
                 f"blocks, of class {type(backbone.blocks[0]).__name__}, have another; choose a plain ViT"
             )
-        if not backbone.has_class_token:
-            raise UserError(
-                "method tcpa cannot work on this backbone: one of its pools is for the class token, and there is none; "
-                "choose a backbone that has one"
-            )
         self._backbone = (backbone,)
 
     def token_flow(self) -> tuple[Flow, ...]:
@@ -115,13 +110,14 @@ class TCPA(Method):
         """Lets the tokens [B, n, width] choose; they stay as they are."""
         if not block:
             self._state = {}
-        class_seen, class_distance = self._choose(block, 0, x[:, : self._prefix])
-        image_seen, image_distance = self._choose(block, 1, x[:, self._prefix :])
-        count = class_seen.shape[-1]
-        seen = torch.cat([F.pad(class_seen, (0, count)), F.pad(image_seen, (count, 0))], dim=1)
-        self._state |= {"x": x, "hidden": 1 - seen}
+        parts = (x[:, : self._prefix], x[:, self._prefix :]) if self._prefix else (x,)
+        chosen = [self._choose(block, pool, part) for pool, part in enumerate(parts)]
+        count = chosen[0][0].shape[-1]
+        behind = count * (len(parts) - 1)  # prompts of the other pool, which a token does not see
+        seen = [F.pad(own, (pool * count, behind - pool * count)) for pool, (own, _) in enumerate(chosen)]
+        self._state |= {"x": x, "hidden": 1 - torch.cat(seen, dim=1)}
         if self.training and torch.is_grad_enabled() and self.match_weight:
-            distance = class_distance + image_distance
+            distance = torch.stack([away for _, away in chosen]).sum(dim=0)
             self._state["distance"] = self._state["distance"] + distance if block else distance
         return x
 
