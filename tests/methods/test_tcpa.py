@@ -40,7 +40,7 @@ def chosen_by(method, block, pool, token):
 
 
 def naive(model, x):
-    """Logits [B, classes] and distances [B], image by image and token by token; prompts stand behind the class token."""
+    """Logits [B, classes] and distances [B], token by token; prompts stand behind the class token."""
     method, vit = model.method, model.backbone.model
     prefix, size, length = vit.num_prefix_tokens, *method.prompts.shape[2:4]
     logits, distances = [], []
