@@ -19,6 +19,7 @@ _CHOSEN = frozenset(
         *("num_tokens", "num_kv_tokens", "prune_tokens", "prune_segments", "fourier_share", "gate_init"),
         *("rank", "scale", "bottleneck", "dropout", "inner", "prompt_weight"),
         *("guided_tokens", "guided_blocks", "patch_weight", "class_weight", "norm", "remap_from", "bias"),
+        *("pool_size", "random_epochs"),
     }
 )
 _CHOSEN_INIT = frozenset({"adapter_plus", "convpass"})  # whose `init` the row chooses; other methods' is an ablation

@@ -202,7 +202,7 @@ def test_images_that_it_does_not_take_are_refused():
 
 
 # The battery: members in which methods meet another projection, norm, MLP or attention.
-PLAIN_ONLY = ("cvpt", "da_vpt", "sa2vp")  # read the projections of timm's plain attention themselves
+PLAIN_ONLY = ("cvpt", "da_vpt", "sa2vp", "tcpa")  # read the projections of timm's plain attention themselves
 BATTERY = {
     "vit_base_patch16_dinov3": {*PLAIN_ONLY},
     "eva02_tiny_patch14_224": {*PLAIN_ONLY, "fact"},
@@ -215,6 +215,7 @@ SENTENCES = {
     "cvpt": "reads its prompts through timm's plain attention, and these blocks, of class EvaBlock",
     "da_vpt": "method da_vpt cannot work on this backbone: it reads queries of timm's plain attention, and these",
     "sa2vp": "method sa2vp cannot work on this backbone: image and prompts read each other through timm's plain",
+    "tcpa": "method tcpa cannot work on this backbone: it masks the weights of timm's plain attention, and these",
     "fact": "method fact cannot work on this backbone: (its EvaBlock has no linear layer|mlp.fc1 maps 32 to 170)",
     "lora": "method lora cannot work on this backbone: its EvaBlock has no linear layer attn.qkv; choose",
     "layernorm": "this backbone has no layer or batch norms to tune",

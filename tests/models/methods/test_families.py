@@ -21,9 +21,9 @@ WORKS = {
     }
     for family in CONVNETS
 }  # fmt: skip
-WORKS["Swin"] = set(METHODS) - {"vapt", "cvpt", "vpt_gated", "da_vpt", "sa2vp", "pae", "convpass", "fact"}
-WORKS["DINOv3"] = set(METHODS) - {"cvpt", "da_vpt", "sa2vp"}
-WORKS["EVA-02"] = set(METHODS) - {"cvpt", "da_vpt", "sa2vp", "fact", "lora"}
+WORKS["Swin"] = set(METHODS) - {"vapt", "cvpt", "vpt_gated", "da_vpt", "sa2vp", "pae", "tcpa", "convpass", "fact"}
+WORKS["DINOv3"] = set(METHODS) - {"cvpt", "da_vpt", "sa2vp", "tcpa"}
+WORKS["EVA-02"] = set(METHODS) - {"cvpt", "da_vpt", "sa2vp", "tcpa", "fact", "lora"}
 WORKS["ViT"] = set(METHODS)
 SLOW = {"sidetune"}  # 40 M operations an image: the ViT's battery has it
 PAIRS = [(m, f) for f in MEMBERS for m in METHODS if m in WORKS[f] and f != "ViT" and not (m in SLOW and f != "Swin")]

@@ -23,6 +23,7 @@ from visprompt.models.methods.pae import PAE
 from visprompt.models.methods.sa2vp import SA2VP
 from visprompt.models.methods.sidetune import SideTune
 from visprompt.models.methods.ssf import SSF
+from visprompt.models.methods.tcpa import TCPA
 from visprompt.models.methods.vapt import VAPT
 from visprompt.models.methods.vfpt import VFPT
 from visprompt.models.methods.vpt import VPT
@@ -51,6 +52,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "da_vpt": DAVPT,
     "sa2vp": SA2VP,
     "pae": PAE,
+    "tcpa": TCPA,
     "layernorm": LayerNorm,
     "lora": LoRA,
     "ssf": SSF,
