@@ -4,9 +4,11 @@ import pytest
 import wandb
 from lightning.pytorch.callbacks import ProgressBar
 
-from helpers.cli import tiny_job
+from helpers.cli import frozen, tiny_job, tiny_run
 from visprompt.errors import UserError
+from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import run_all
+from visprompt.runs.run import run_job
 from visprompt.runs.trainer import build_trainer
 from visprompt.runs.trainer_checks import check_login
 
@@ -117,3 +119,50 @@ def test_a_key_of_wandb_that_is_none_is_one_sentence(tmp_path, logins, monkeypat
     sentence = r"^W&B's key cannot be used \(WANDB_API_KEY invalid: .*, has 3\.\): run `wandb login` again$"
     with pytest.raises(UserError, match=sentence):
         check_login(tiny_job(tmp_path, "logger=wandb"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("callbacks=[none,early_stopping]",), "callbacks.early_stopping watches val/acc, and split=final scores no "),
+        (("callbacks=[none,lr_monitor]",), "callbacks.lr_monitor needs a logger: give logger=tensorboard or "),
+    ],
+)
+def test_a_callback_that_would_read_nothing_is_refused(tmp_path, words, sentence):
+    with pytest.raises(UserError) as error:
+        run_all.check_all([tiny_job(tmp_path, *words)])
+    assert f": {sentence}" in f": {error.value}"
+
+
+def test_callbacks_of_lightnings_are_a_choice_and_those_that_only_show_leave_the_run_what_it_is(tmp_path):
+    names = ("model_summary", "lr_monitor")
+    plain, shown, stopped = (
+        tiny_run(tmp_path, "split=tune", "logger=tensorboard", *words)
+        for words in ((), (f"callbacks=[none,{','.join(names)}]",), ("callbacks=[none,early_stopping]",))
+    )
+    kinds = {type(callback).__name__ for callback in build_trainer(shown.job).callbacks}
+    assert {"RichModelSummary", "LearningRateMonitor"} <= kinds
+    assert shown.folder == plain.folder
+    assert stopped.folder != plain.folder
+
+
+@frozen
+def test_early_stopping_ends_a_run_before_its_last_epoch(tmp_path):
+    words = ("split=tune", "callbacks=[none,early_stopping]", "callbacks.early_stopping.patience=1")
+    one = tiny_run(tmp_path, *words, "recipe.epochs=9", "recipe.lr=0.0", "recipe.warmup_epochs=0")
+    assert run_job(one).status == "finished"
+    assert len((one.folder / "metrics.csv").read_text().splitlines()) == 1 + 2, "the first, and one that is no better"
+
+
+class Mine(TuningModule):
+    """A user's own."""
+
+
+@frozen
+def test_a_lightning_module_of_ones_own_stands_in_the_config_and_is_part_of_the_run(tmp_path):
+    target = f"lightning_module._target_={Mine.__module__}.Mine"
+    plain, mine = tiny_run(tmp_path), tiny_run(tmp_path, target)
+    assert plain.job.lightning_module._target_ == "visprompt.models.tuning_module.TuningModule"
+    assert mine.folder != plain.folder
+    with pytest.raises(UserError, match=r"^lightning_module\._target_=torch\.nn\.Linear is not a class that belongs"):
+        run_job(tiny_run(tmp_path, "lightning_module._target_=torch.nn.Linear"))

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from test_compose import said
 
-from helpers.cli import ROOT
-from visprompt.runs import cli
+from helpers.cli import ROOT, composed
+from visprompt.runs import cli, compose
 from visprompt.runs.cli.words import SCRIPTS
 
 
@@ -81,6 +81,41 @@ def test_flags_may_stand_between_settings_and_the_data_of_an_experiment_are_a_se
 )
 def test_what_hydra_answers_without_a_config_of_this_project_is_left_to_it(monkeypatch, typed, given):
     assert sorted(became(monkeypatch, "train", *typed)) == sorted(given)
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("lr=0.1", "did you mean recipe.lr?"),
+        ("optimizer.lr=0.1", "did you mean recipe.lr?"),
+        ("model.optimizer.lr=0.1", "did you mean recipe.lr?"),
+        ("weight_decay=0.1", "did you mean recipe.weight_decay?"),
+        ("batch_size=8", "did you mean recipe.batch_size?"),
+        ("data.batch_size=8", "did you mean recipe.batch_size?"),
+        ("epochs=3", "did you mean recipe.epochs?"),
+        ("num_tokens=3", "did you mean method.num_tokens?"),
+        ("devices=2", "did you mean trainer.devices?"),
+        ("trainer.max_epochs=3", "set by this project: give recipe.epochs=..."),
+        ("trainer.precision=16", "set by this project: give precision=..."),
+        ("ckpt_path=a.ckpt", "src/eval.py takes run=FOLDER"),
+        ("train=false", "src/eval.py run=FOLDER scores a finished run"),
+        ("test=false", "split=tune trains without reading the test set"),
+        ("hparams_search=mnist_optuna", "wandb sweep configs/sweep/lr_wd.yaml"),
+        ("task_name=mine", "tags=[NAME] marks it"),
+    ],
+)
+def test_words_of_other_templates_are_answered(capsys, monkeypatch, typed, answer):
+    text = said(capsys, monkeypatch, "train", typed)
+    assert answer in text
+    assert "_target_" not in text
+
+
+def test_model_is_another_word_for_method(monkeypatch):
+    typed = ("model=vpt_deep", "model.num_tokens=5", "+model.depth=2")
+    assert became(monkeypatch, "train", *typed[:2]) == ["method=vpt_deep", "method.num_tokens=5"]
+    with composed("train", *became(monkeypatch, "train", *typed[:2], "preprocessing=model")) as cfg:
+        (job,) = compose.jobs(cfg)
+    assert (job.method.name, job.method.num_tokens) == ("vpt_deep", 5)
 
 
 def test_the_version_is_hydras(capsys, monkeypatch):

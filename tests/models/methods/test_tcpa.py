@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from helpers.tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, relative_error, tiny_model, worst_error
+from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
-from visprompt.errors import UserError
 from visprompt.models.methods.tcpa import TCPA
 
 TINY, VIT_B = geometry(), geometry(**VIT_B_SIZE)

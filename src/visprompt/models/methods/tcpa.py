@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
-from visprompt.models.methods.adapters import check_probability
 from visprompt.models.contract import Flow, Geometry, Method, Place, drop, split_heads
+from visprompt.models.methods.adapters import check_probability
 
 
 class TCPA(Method):
