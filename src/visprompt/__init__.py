@@ -1,14 +1,14 @@
-"""Visual prompt tuning of frozen vision backbones: `visprompt.build(backbone, method, num_classes, **options)`."""
+"""Visual prompt tuning of frozen vision backbones: build a classifier, save what was tuned, load it, merge it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visprompt.models.api import build
+    from visprompt.models.api import build, load, save
     from visprompt.models.merge import merge
 
-__all__ = ["build", "merge"]
-_HOMES = {"build": "models.api", "merge": "models.merge"}
+__all__ = ["build", "load", "merge", "save"]
+_HOMES = dict.fromkeys(("build", "load", "save"), "models.api") | {"merge": "models.merge"}
 
 
 def __getattr__(name: str) -> Any:  # torch and timm take seconds: entry points say a wrong word before they are loaded

@@ -1,24 +1,33 @@
-"""The library without Hydra and Lightning: a classifier from a backbone, a method and a number of classes."""
+"""The library without Hydra and Lightning: build a classifier, save what was tuned, load it again."""
 
 import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from visprompt.errors import UserError
-from visprompt.models.backbones import BackboneSpec, build_backbone
+from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.families import family
 from visprompt.models.backbones.family import Family
-from visprompt.models.classifier import Classifier
+from visprompt.models.classifier import Classifier, Origin
 from visprompt.models.contract import Wrapped
-from visprompt.models.methods import build_method
+from visprompt.models.methods import build_method, recorded_options
 from visprompt.models.methods.locations import MoreChannels
+from visprompt.models.methods.sidetune import RANDOM
+from visprompt.models.state_schema import check_record
+from visprompt.models.tensors import hash_tensors
+from visprompt.models.tuned_state import TunedState, check_fits, load_state, save_state
 
 
 def build(
     backbone: str | nn.Module, method: str, num_classes: int, *, head_init: str = "vpt", **options: Any
 ) -> Classifier:
-    """Builds a classifier whose method and head are drawn from torch's global generator.
+    """Build a classifier whose method and head are drawn from torch's global generator.
 
     Args:
         backbone: A timm model, or the name of one (with its pre-trained weights) or of the embedded demo backbone. A
@@ -33,18 +42,154 @@ def build(
     Returns:
         The classifier: `classifier(images) -> logits [B, C]` of normalised images, `tuned_state()`,
         `load_tuned_state(state)`, `summary()`. What images are normalised with is in `classifier.backbone.mean` and
-        `.std`. `visprompt.merge(classifier)` makes a plain timm model of it where its method allows.
+        `.std`. `visprompt.save` and `visprompt.load` keep what was tuned, `visprompt.merge` makes a plain timm model.
 
     Raises:
         UserError: A name or option is unknown, method and backbone do not fit, or another method lives in the model.
     """
     if isinstance(backbone, str):
-        module: Family = build_backbone(BackboneSpec(name=backbone)).module
+        built = build_backbone(BackboneSpec(name=backbone))
+        module, record = built.module, built.record()
     else:
-        _check_plain(backbone)
-        model = copy.deepcopy(backbone)
-        module = model.eval() if isinstance(model, Family) else family(model)
-    return Classifier(module, build_method(method, module, **options), num_classes, head_init)
+        module, record = _copied(backbone)
+    classifier = Classifier(module, build_method(method, module, **options), num_classes, head_init)
+    classifier.origin = Origin(recorded_options(method, options), record)
+    return classifier
+
+
+def save(
+    classifier: Classifier,
+    path: str | PathLike[str],
+    *,
+    class_names: Sequence[str],
+    task: str = "own",
+    preprocessing: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what a classifier tunes as a tuned state: one file, a few hundred kilobytes for prompts.
+
+    Args:
+        classifier: One that `build` or `load` made.
+        path: The file, by custom `*.safetensors`; replaced as a whole.
+        class_names: Names of the classes, in the order of the head's rows.
+        task: What the state is called where it is shown.
+        preprocessing: How images became the input, where it differs from squashing them to the backbone's size by
+            Pillow's bilinear filter, turned upright as their files say: keys of a run's own, such as {"resize": "short_side", "short_side": 256}.
+
+    Raises:
+        UserError: There are more or fewer names than classes, or the file cannot be written.
+    """
+    if len(class_names) != classifier.num_classes:
+        raise UserError(
+            f"class_names has {len(class_names)} names, and the classifier {classifier.num_classes} classes: give one "
+            "name for each"
+        )
+    if classifier.origin is None:
+        raise UserError("this classifier does not know what it was built from: make it by visprompt.build")
+    if not classifier.origin.backbone["name"]:
+        raise UserError(
+            "this classifier's backbone has no name by which it could be built again: build from a model of timm's"
+        )
+    backbone: Any = classifier.backbone
+    images = {"size": backbone.image_size, "resize": "squash", "decode": "upright"}
+    images |= {"mean": list(backbone.mean), "std": list(backbone.std)}
+    state = TunedState(
+        tensors=classifier.tuned_state(),
+        method=classifier.origin.method,
+        task=task,
+        class_names=tuple(class_names),
+        preprocessing=images | dict(preprocessing or {}),
+        backbone=classifier.origin.backbone,
+        versions={name: version(name) for name in ("torch", "timm", "visprompt")},
+    )
+    about = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"}
+    check_record(about, "this state", "it could not be read again")
+    save_state(Path(path), state)
+
+
+def load(path: str | PathLike[str], backbone: nn.Module | None = None, *, weights: str | None = None) -> Classifier:
+    """Build the classifier of a tuned state.
+
+    Args:
+        path: The file, or the folder of a finished run.
+        backbone: A timm model with the weights that it was tuned on; it is copied. None builds it by its name.
+        weights: The file of these weights, where they are neither embedded nor timm's.
+
+    Returns:
+        The classifier, in evaluation mode; `class_names` names its classes.
+
+    Raises:
+        UserError: The file is no tuned state, or is one of another backbone.
+    """
+    state = load_state(Path(path))
+    if backbone is None:
+        return restore(state, Path(path), backbone_of(state, weights))
+    module, record = _copied(backbone)
+    names = ("image_size", "global_pool", "final_norm", "exact", "kwargs")  # of the model as it is given
+    own = record | {name: state.backbone.get(name) for name in names}
+    spec = BackboneSpec(**{k: v for k, v in own.items() if k in {f.name for f in fields(BackboneSpec)}})
+    given = Backbone(module, spec, own["sha256"], module.image_size, (), ())
+    return restore(state, Path(path), given)
+
+
+def restore(state: TunedState, path: Path, backbone: Backbone) -> Classifier:
+    """Build the classifier of a tuned state on a backbone.
+
+    Args:
+        state: What was tuned.
+        path: Where it came from, for messages.
+        backbone: The backbone to put it on; its module becomes part of the classifier.
+
+    Returns:
+        The classifier, in evaluation mode.
+
+    Raises:
+        UserError: The state was tuned on another backbone.
+    """
+    check_fits(state, path, backbone=backbone.record())
+    options = dict(state.method)
+    if "weights" in options:  # the hash of a file that a side network started from: the state brings the values
+        options["weights"] = RANDOM
+    method = build_method(options.pop("name"), backbone.module, **options)
+    classifier = Classifier(backbone.module, method, len(state.class_names))
+    classifier.load_tuned_state(state.tensors)
+    classifier.origin = Origin(state.method, state.backbone)
+    classifier.class_names = state.class_names
+    return classifier.eval()
+
+
+def backbone_of(state: TunedState, weights: str | None) -> Backbone:
+    """Build the backbone that a tuned state names.
+
+    Args:
+        state: The state.
+        weights: A file of its weights; None where it is embedded or timm's.
+    """
+    names = {f.name for f in fields(BackboneSpec)}
+    spec = BackboneSpec(**{k: v for k, v in state.backbone.items() if k in names})
+    try:
+        return build_backbone(replace(spec, weights=weights))
+    except UserError as error:
+        if weights is not None:
+            raise
+        raise UserError(
+            f"{error}; where the state was tuned on weights of a file, give that file: weights=FILE"
+        ) from error
+
+
+def _copied(backbone: nn.Module) -> tuple[Family, dict[str, Any]]:
+    """A copy of a user's model as a backbone, and what a tuned state says of it."""
+    _check_plain(backbone)
+    model: Any = copy.deepcopy(backbone)
+    module = model.eval() if isinstance(model, Family) else family(model)
+    plain: Any = module.model
+    config = getattr(plain, "pretrained_cfg", None) or {}  # of a model that timm made
+    if "mean" in config and not hasattr(module, "mean"):
+        module.mean, module.std = tuple(config["mean"]), tuple(config["std"])
+    name = ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
+    head = {id(parameter) for parameter in plain.get_classifier().parameters()}
+    own = {key: value for key, value in plain.state_dict(keep_vars=True).items() if id(value) not in head}
+    spec = BackboneSpec(name=name)
+    return module, Backbone(module, spec, hash_tensors(own), module.image_size, (), ()).record()
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from visprompt.errors import UserError
 from visprompt.models.methods import Geometry, Method
 from visprompt.models.tensors import not_finite
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a classifier was built from: what its tuned state says beside the tensors.
+
+    Attributes:
+        method: The method's name and options.
+        backbone: See `Backbone.record`.
+    """
+
+    method: Mapping[str, Any]
+    backbone: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,8 @@ class Classifier(nn.Module):
         self.method = method
         self.head = method.make_head(int(backbone.width), num_classes, head_init)  # type: ignore[arg-type]  # an int
         self.tuned_names = method.tuned_names(self)
+        self.origin: Origin | None = None  # set by who knows what it was built from
+        self.class_names: tuple[str, ...] = ()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self.tuned_names)
         self.train()

@@ -9,12 +9,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError
+from visprompt.models.api import restore
 from visprompt.models.classifier import Classifier
 from visprompt.models.ensemble import Ensemble
 from visprompt.models.tuned_state import TunedState, check_fits, load_state
 from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import memory, run, run_folder
-from visprompt.runs.predict import restore
 from visprompt.runs.recorded import job_of, own_data
 from visprompt.runs.result import Result, open_result
 from visprompt.runs.trainer import build_trainer

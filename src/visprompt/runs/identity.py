@@ -3,12 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, get_args
 
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.models.backbones import Backbone
-from visprompt.models.methods import option_kinds
+from visprompt.models.methods import hashed_file, option_kinds
 from visprompt.runs.job import DEFAULT_MODULE, Job
 
 # trainer settings that leave the numbers as they are; any other one is part of a run's identity
@@ -75,6 +74,4 @@ def _method_record(options: dict[str, Any], num_blocks: int) -> dict[str, Any]:
             options[option] = float(options[option])
     if options.get("depth", 0) in (None, num_blocks) and num_blocks > 1:
         options |= {k: v for k, v in {"depth_from": "first", "carry_over": False}.items() if k in options}
-    if (file := options.get("weights")) and Path(file).expanduser().is_file():
-        options["weights"] = f"sha256:{hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}"
-    return options
+    return hashed_file(options)

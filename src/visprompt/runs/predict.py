@@ -4,7 +4,6 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -16,60 +15,14 @@ from visprompt.data.sources.walk import files_below
 from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
 from visprompt.files import write_atomically
-from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
-from visprompt.models.classifier import Classifier
-from visprompt.models.methods import build_method
-from visprompt.models.methods.sidetune import RANDOM
-from visprompt.models.tuned_state import TunedState, check_fits
+from visprompt.models.api import backbone_of, restore
+from visprompt.models.tuned_state import TunedState
 from visprompt.runs import memory
 from visprompt.runs.result import open_state
 from visprompt.runs.run_folder import tidy
 from visprompt.text import Terminal, csv_cell
 
 console = Terminal()
-
-
-def restore(state: TunedState, path: Path, backbone: Backbone) -> Classifier:
-    """Builds the classifier of a tuned state.
-
-    Args:
-        state: What was tuned.
-        path: Where it came from, for messages.
-        backbone: The backbone to put it on; its module becomes part of the classifier.
-
-    Returns:
-        The classifier, in evaluation mode.
-
-    Raises:
-        UserError: The state was tuned on another backbone.
-    """
-    check_fits(state, path, backbone=backbone.record())
-    options = dict(state.method)
-    if "weights" in options:  # the hash of a file that a side network started from: the state brings the values
-        options["weights"] = RANDOM
-    method = build_method(options.pop("name"), backbone.module, **options)
-    classifier = Classifier(backbone.module, method, len(state.class_names))
-    classifier.load_tuned_state(state.tensors)
-    return classifier.eval()
-
-
-def backbone_of(state: TunedState, weights: str | None) -> Backbone:
-    """Builds the backbone that a tuned state names.
-
-    Args:
-        state: The state.
-        weights: A file of its weights; None where it is embedded or timm's.
-    """
-    names = {f.name for f in fields(BackboneSpec)}
-    spec = BackboneSpec(**{k: v for k, v in state.backbone.items() if k in names})
-    try:
-        return build_backbone(replace(spec, weights=weights))
-    except UserError as error:
-        if weights is not None:
-            raise
-        raise UserError(
-            f"{error}; where the state was tuned on weights of a file, give that file: weights=FILE"
-        ) from error
 
 
 @memory.explained(lambda: "give a smaller batch_size=..., or device=cpu")

@@ -3,7 +3,9 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
@@ -87,6 +89,23 @@ def option_kinds(name: str) -> dict[str, Any]:
     return {p: one.annotation for p, one in inspect.signature(METHODS[name]).parameters.items() if p != "backbone"}
 
 
+def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's name and all its options, those not given at their defaults, as records keep them.
+
+    Of a file of weights the content's hash is kept.
+    """
+    parameters = inspect.signature(METHODS[name]).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.name != "backbone"}
+    return {"name": name} | hashed_file(defaults | dict(options))
+
+
+def hashed_file(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of a method with the hash of a file of weights in place of its path."""
+    if (file := options.get("weights")) and Path(file).expanduser().is_file():
+        return options | {"weights": f"sha256:{sha256(Path(file).expanduser().read_bytes()).hexdigest()}"}
+    return options
+
+
 def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
     """Builds a method for a backbone.
 
@@ -157,5 +176,7 @@ __all__ = [
     "Place",
     "build_method",
     "check_options",
+    "hashed_file",
     "option_kinds",
+    "recorded_options",
 ]
