@@ -197,9 +197,11 @@ def test_every_list_is_checked_by_a_mean_that_its_source_prints():
         missing = [group for group in GROUPS if group_mean(found, group) is not None and group not in found.means]
         if missing:
             unprinted.append((found.paper, found.name))
+            if found.paper == "ship":  # its file of results has figures by task alone
+                continue
             assert found.printed_mean is not None or found.printed_flat_mean is not None, found
         assert group_mean(found, "fgvc") is None or "fgvc" in found.means, found
-    assert unprinted == [("noah", "lora"), ("fact", "fact_tt"), ("fact", "fact_tk"), ("ssf", "ssf")]
+    assert unprinted == [("noah", "lora"), ("fact", "fact_tt"), ("fact", "fact_tk"), ("ssf", "ssf"), ("ship", "ship")]
 
 
 def test_printed_means_over_groups_and_tasks_follow_from_the_lists_or_the_group_means():
@@ -241,7 +243,7 @@ def test_tasks_methods_and_backbones_are_ours():
     order = contents()["order"]
     assert {group: tuple(tasks) for group, tasks in order.items()} == {group: SUITES[group] for group in order}
     assert {found.method for found in all_published()} <= {*METHODS, None}
-    assert [found.name for found in all_published() if found.method is None] == ["houlsby"]
+    assert [found.name for found in all_published() if found.method is None] == ["ship", "houlsby"]
     for backbone, weights in contents()["backbones"].items():
         config = OmegaConf.load(CONFIGS / "backbone" / f"{backbone}.yaml")
         assert weights in (config.name, None), backbone

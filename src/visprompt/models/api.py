@@ -72,8 +72,8 @@ def save(
         path: The file, by custom `*.safetensors`; replaced as a whole.
         class_names: Names of the classes, in the order of the head's rows.
         task: What the state is called where it is shown.
-        preprocessing: How images became the input, where it differs from squashing them to the backbone's size by
-            Pillow's bilinear filter, turned upright as their files say: keys of a run's own, such as {"resize": "short_side", "short_side": 256}.
+        preprocessing: How images became the input, as a run records it, where it differs from the default: turned
+            upright as their files say, and squashed to the backbone's size by Pillow's bilinear filter.
 
     Raises:
         UserError: There are more or fewer names than classes, or the file cannot be written.
@@ -91,6 +91,8 @@ def save(
         )
     backbone: Any = classifier.backbone
     images = {"size": backbone.image_size, "resize": "squash", "decode": "upright"}
+    images |= {"interpolation": "bilinear", "resampling": "pillow", "native": None, "short_side": None}
+    images |= {"crop": None, "flip": 0.0}
     images |= {"mean": list(backbone.mean), "std": list(backbone.std)}
     state = TunedState(
         tensors=classifier.tuned_state(),
