@@ -3,15 +3,32 @@
 A family is a file: it says where a method may enter (its sites), names the model's parts, and drives timm's own
 modules block by block. Never compute what the loss cannot see: outputs that nobody reads are left out by block classes
 that are re-driven exactly (`is_proven`), each tested against timm's own forward. Other blocks carry the tokens.
+
+From images to logits (here, `models/classifier.py` and `block.py`; a method is asked, and never calls):
+
+    x = embed(method.pixels(images))                     # [B, n, width]: class token, patches
+    for i, block in enumerate(blocks):                   # from_block
+        x = method.shift(i, x)
+        if flow[i] enters or mixes:                      # method.token_flow()
+            entering = method.tokens(i, x)               # [1 or B, p, width], in place of the last block's
+        read = the rows of x whose outputs are read      # the next block drops prompts; the pooling reads few tokens
+        queries = LN(x[read]);  context = LN(the other rows), LN(entering)                    # run_block
+        keys, values = those of queries, context and method.keys_values(i)                    # attend
+        x = x[read] + Attention(queries, keys, values) + method.branch(ATTENTION) [+ ...]
+        x = x + MLP(LN(x)) + method.branch(MLP) [+ ...]
+    features = method.features(pool(norm(x)))            # [B, width]
+    logits = head(features)                              # [B, C]
 """
 
 import math
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from visprompt.errors import UserError
+from visprompt.models.backbones.block import Rows, run_block
 from visprompt.models.contract import Flow, Method
 
 
@@ -141,7 +158,9 @@ class TokenFamily(Family):
     def drive(
         self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
     ) -> Tensor:
-        """Runs a proven block so that a method can enter it and only what is read is computed.
+        """Run a proven block so that a method can enter it and only what is read is computed.
+
+        Tokens that are not read give keys and values only.
 
         Args:
             index: Of the block.
@@ -154,7 +173,16 @@ class TokenFamily(Family):
         Returns:
             The block's outputs of `rows`.
         """
+        parts = [x[:, : rows.start], x[:, rows.stop :], *([] if entering is None else [entering])]
+        context = [part for part in parts if part.shape[1]]
+        return run_block(self._block(index), x[:, rows], context, self.attend, method, index)
+
+    def attend(self, attn: Any, read: Tensor, context: Sequence[Tensor], rows: Rows | None) -> Tensor:
+        """Return the attention [B, n, width] of a proven block, see `block.run_block`."""
         raise NotImplementedError
+
+    def _block(self, index: int) -> nn.Module:
+        return self.model.get_submodule(self.block_names[index])
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
         """Runs timm's own block on all tokens x [B, n, width], prompts among them."""
@@ -227,7 +255,7 @@ class TokenFamily(Family):
         start, stop, _ = rows.indices(x.shape[1])
         asks = bool(method.places) or method.keys_values(index) is not None
         all_read = entering is None and (start, stop) == (0, x.shape[1])
-        driven = asks or (self.exact and not all_read and self.is_proven(self.blocks[index]))
+        driven = asks or (self.exact and not all_read and self.is_proven(self._block(index)))
         if entering is not None and not (driven and self.exact):
             x, entering = torch.cat([x, entering.expand(len(x), -1, -1)], dim=1), None
         if not driven:

@@ -3,14 +3,15 @@
 `block.run_block` leaves out the outputs that nobody reads. It is taken for the block classes in `block.is_proven`.
 """
 
-from typing import ClassVar, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 from timm.layers import global_pool_nlc
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from visprompt.errors import UserError
-from visprompt.models.backbones.block import attend, is_proven, run_block
+from visprompt.models.backbones.block import Rows, attend, is_proven
 from visprompt.models.backbones.family import TokenFamily
 from visprompt.models.contract import Method
 
@@ -92,14 +93,9 @@ class ViT(TokenFamily):
         tokens = model._pos_embed(model.patch_embed(method.pixels(images)))
         return cast(Tensor, model.norm_pre(model.patch_drop(tokens)))
 
-    def drive(
-        self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
-    ) -> Tensor:
-        """Runs a plain block; tokens that are not read give keys and values only."""
-        block = cast(Block, self.model.blocks[index])
-        parts = [x[:, : rows.start], x[:, rows.stop :], *([] if entering is None else [entering])]
-        context = [part for part in parts if part.shape[1]]
-        return run_block(block, x[:, rows], context, attend, method, index)
+    def attend(self, attn: Any, read: Tensor, context: Sequence[Tensor], rows: Rows | None) -> Tensor:
+        """Return timm's plain attention of normed tokens [B, n, width] over themselves, context and rows."""
+        return attend(attn, read, context, rows)
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
         """Runs timm's block on all tokens."""
