@@ -79,7 +79,7 @@ def job(cfg, key):
     if cfg.get("tasks") is not None:
         compose.check_values(cfg)
         compose.specs(cfg.tasks)
-    made = compose.complete(cfg, {key})
+    made = compose.complete(cfg, {key}, {"data": str(cfg.task)})
     run_all.check_all([made])
     one = run.prepare(made)
     build_trainer(one.job)
@@ -92,7 +92,7 @@ def points(cfg, key):
     for name in ("methods", "seeds"):
         if cfg[name] is not None:
             protocol._choices(cfg, name)
-    made = compose.complete(cfg, {key})
+    made = compose.complete(cfg, {key}, {"data": str(cfg.task)})
     run_all.check_all([made])
     protocol.job_points(made)
 
@@ -135,7 +135,7 @@ def test_every_key_of_the_trainer_and_of_loggers(places):
     for logger in ("wandb", "tensorboard"):
         cfg = composed("train", "data=demo/digits", "method=linear", "callbacks=default", f"logger={logger}")
         keys = [key for key in leaves(cfg) if key.startswith(("logger", "callbacks"))]
-        assert faults(cfg, keys, lambda cfg, key: compose.complete(cfg, {key}))[0] == []
+        assert faults(cfg, keys, lambda cfg, key: compose.complete(cfg, {key}, {"data": str(cfg.task)}))[0] == []
 
 
 @pytest.mark.parametrize("data", ["folder", "vtab/cifar", "fgvc/cub200"])
