@@ -1,4 +1,4 @@
-"""Runs an entry point on miniatures: `python tests/miniature_main.py DATA_DIR SOURCE TASK,TASK SCRIPT ARGUMENT...`.
+"""Runs an entry point on miniatures: `python tests/helpers/miniature_main.py DATA_DIR SOURCE TASK,TASK SCRIPT ARGUMENT...`.
 
 The script is the user's own; only the records of the named tasks are those of the miniatures, which it writes before.
 """
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from helpers.miniatures import miniature  # noqa: E402
 from visprompt.data import catalog  # noqa: E402  # the path comes first
