@@ -1,4 +1,4 @@
-"""Runs an entry point on miniatures: `python tests/helpers/miniature_main.py DATA_DIR SOURCE TASK,TASK SCRIPT ARGUMENT...`.
+"""Runs an entry point on miniatures: `python tests/helpers/miniature_main.py DATA_DIR SOURCE TASKS SCRIPT ARGUMENT...`.
 
 The script is the user's own; only the records of the named tasks are those of the miniatures, which it writes before.
 """
