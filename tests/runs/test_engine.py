@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
-from helpers.cli import ROOT
+from helpers.cli import ROOT, tiny_job
 from visprompt.errors import UserError
 from visprompt.runs import engine
 
@@ -118,7 +119,6 @@ def test_ranks_end_with_their_parent(tmp_path, number):
 def test_another_process_is_not_watched(monkeypatch):
     monkeypatch.setattr(engine.threading, "Thread", None)  # is not started
     engine.end_with_parent()
-    assert not engine.is_rank()
 
 
 def test_only_rank_0_gives_a_reason(tmp_path, monkeypatch):
@@ -179,9 +179,13 @@ def test_processes_that_this_one_cannot_start_are_refused(monkeypatch):
         engine.check_alone(SLURM, 2, 1)
 
 
-def test_a_rank_gets_the_runs_own_config_and_leaves_no_folder_of_hydras(tmp_path, monkeypatch):
+def test_a_rank_reads_its_job_from_a_file_and_imports_what_its_parent_imports(tmp_path, monkeypatch):
+    content = tiny_job(tmp_path).content() | {"lightning_module": {"_target_": "mine.Module"}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "mine.py").write_text("import nowhere")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    command = engine.rank_command(Path("logs"))
-    assert command[:2] == [sys.executable, str(ROOT / "src" / "train.py")]
-    assert command[2:6] == ["--config-path", str(tmp_path.resolve() / "logs"), "--config-name", "config"]
-    assert {"hydra.run.dir=.", "hydra.output_subdir=null"} < set(command)
+    with pytest.raises(engine.RanksFailed, match=r"nowhere"):
+        engine.run_ranks(engine.rank_command(Path("job.yaml")), 1)
+    left = {path.name for path in tmp_path.iterdir()} - {"__pycache__", "weights.safetensors", "digits"}
+    assert left == {"job.yaml", "mine.py"}, "a rank makes no folder of Hydra's"

@@ -12,6 +12,7 @@ from visprompt.models.methods import METHODS
 from visprompt.runs import run
 from visprompt.runs.compose import composing, job
 from visprompt.runs.identity import digest, identity_of
+from visprompt.runs.job import Job
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "identities.json"
 DEMO = [("data=demo/digits", f"method={method}") for method in METHODS]
@@ -37,6 +38,7 @@ def identity(words):
     """The hash of a job on a backbone, and on data where they are not the demo's, that are not there."""
     with composing():
         cfg = job("train", words)
+    assert Job.from_yaml(cfg.as_yaml()) == cfg, "what a rank reads is the same job"
     spec = {"name": cfg.backbone.name, "sha256": "0" * 64}
     blocks = SimpleNamespace(num_blocks=12)
     backbone = SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3, record=lambda: spec, module=blocks)

@@ -6,14 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from filelock import FileLock
-from omegaconf import OmegaConf
 
 from helpers.cli import composed, content, frozen, tiny, tiny_job
 from visprompt.errors import UserError
 from visprompt.models.backbones import build_backbone
-from visprompt.runs import engine, run, run_all
+from visprompt.runs import engine, rank, run, run_all
 from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import read_result
 
@@ -178,8 +176,7 @@ def test_several_devices_run_as_ranks_of_the_same_run(tmp_path, monkeypatch):
 
     def ranks(command, world):
         assert not list(tmp_path.rglob("resume")), "what lies there is written under the run's lock"
-        folder = command[command.index("--config-path") + 1]
-        stored = Job(**yaml.safe_load(Path(f"{folder}/config.yaml").read_text()))
+        stored = Job.from_yaml(Path(command[-1]).read_text())
         calls.append((world, stored.task))
         run.run_job(run.prepare(stored.vary({"trainer.devices": 1, "trainer.strategy": "auto"})))
 
@@ -211,13 +208,13 @@ def test_a_rank_runs_its_one_job_and_tells_its_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("VISPROMPT_REASON", str(tmp_path / "reason"))
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(engine, "end_with_parent", lambda: None)
-    monkeypatch.setattr(run_all, "run_all", None)  # is not called
-    job = tiny_job(tmp_path, *SHORT)
-    cfg = OmegaConf.create(job.content())
-    assert run_all.train(cfg) == read_result(next(tmp_path.glob("digits/*/*"))).score
-    cfg.split = "test"
-    with pytest.raises(UserError):
-        run_all.train(cfg)
+    file = tmp_path / "job.yaml"
+    file.write_text(tiny_job(tmp_path, *SHORT).as_yaml())
+    rank.main(file)
+    assert read_result(next(tmp_path.glob("digits/*/*"))).status == "finished"
+    file.write_text(file.read_text().replace("split: final", "split: test"))
+    with pytest.raises(SystemExit):
+        rank.main(file)
     assert (tmp_path / "reason").read_text().startswith("unknown split 'test': did you mean tune?")
 
 

@@ -128,7 +128,7 @@ def test_a_table_of_settings_needs_every_key_that_is_documented():
     """A new key of a config has a line in `settings._KINDS`."""
     from hydra import compose
 
-    elsewhere = ("task", "method.", "recipe.", "trainer.", "callbacks", "logger", "data._target_", "hydra.")
+    elsewhere = ("task", "method.", "recipe.", "trainer.", "callbacks", "logger", "lightning_module._", "data._", "hydra.")
     with composing():
         for program in ("train", "tune", "eval", "predict", "report", "prepare"):
             trains = program in ("train", "tune")

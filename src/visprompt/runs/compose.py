@@ -116,7 +116,7 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[Job]:
     """Composes one job for each task of a command line.
 
     Args:
-        cfg: What `@hydra.main` composed. A job that was composed before is returned as it is.
+        cfg: What `@hydra.main` composed.
         extra: Overrides beyond those of the command line.
 
     Returns:
@@ -125,13 +125,9 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[Job]:
     Raises:
         UserError: `data=` together with `tasks=`, an unknown task, or a key that is not for the command line.
     """
-    if cfg.task is not None and not HydraConfig.initialized():
-        return [Job(**plain(cfg))]
     hydra = HydraConfig.get()
     said: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${task} is for each job to resolve
     check_own("train", said)
-    if cfg.task is not None:
-        return [Job(**plain(cfg))]
     if cfg.tasks is None and not extra:
         return [complete(cfg.copy(), {key_of(setting) for setting in said}, hydra.runtime.choices)]
     return [job(str(hydra.job.config_name), one) for one in settings_of_tasks([*said, *extra], cfg.tasks)]

@@ -119,6 +119,7 @@ def _group_env(world: int) -> Mapping[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": threads,
         PARENT: str(os.getpid()),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
 
 
@@ -168,11 +169,6 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, args=(int(parent),), daemon=True).start()
 
 
-def is_rank() -> bool:
-    """Whether this process was started as a rank by `run_ranks`."""
-    return PARENT in os.environ
-
-
 def give_reason(error: BaseException) -> None:
     """Tells the parent, where there is one, in one sentence why this rank failed."""
     path = os.environ.get(_REASON)
@@ -180,12 +176,7 @@ def give_reason(error: BaseException) -> None:
         Path(path).write_text(str(error) or type(error).__name__)
 
 
-def rank_command(config_folder: Path) -> list[str]:
-    """The command of a rank: the training entry point on the config.yaml of a folder."""
-    from visprompt.runs.compose import ROOT
-
-    script = ROOT / "src" / "train.py"
-    where = ("--config-path", str(config_folder.resolve()), "--config-name", "config")  # relative is: to the script
-    # the config of a run says nothing to Hydra itself, which by default makes a folder of its own for every process
-    quiet = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
-    return [sys.executable, str(script), *where, *quiet]
+def rank_command(job_file: Path) -> list[str]:
+    """Return the command of a rank, which runs the job of a file."""
+    # -P: no folder is put before those of PYTHONPATH, by which a rank imports what its parent imports
+    return [sys.executable, "-P", "-m", "visprompt.runs.rank", str(job_file.resolve())]

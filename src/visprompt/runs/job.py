@@ -153,6 +153,11 @@ class Job(BaseModel):
         content["recipe"]["grid"] = content.pop("grid")
         return deepcopy(content) | {"tags": list(self.tags)}
 
+    @classmethod
+    def from_yaml(cls, text: str) -> "Job":
+        """Return the job of a text that `as_yaml` made."""
+        return cls(**yaml.safe_load(text))
+
     def as_yaml(self) -> str:
         """Return its config.yaml."""
         return yaml.safe_dump(self.content(), sort_keys=False, allow_unicode=True, width=120)

@@ -4,9 +4,13 @@ import ctypes
 import errno
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 from visprompt.errors import UserError
+
+if TYPE_CHECKING:  # `runs.job` takes seconds to import
+    from visprompt.runs.job import Job
 
 # what libraries say in errors of general kinds: PyTorch on the CPU, on a GPU, cuBLAS
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
@@ -30,6 +34,11 @@ def explained(advice: Callable[[], str]) -> Iterator[None]:
         if where is None:
             raise
         raise UserError(f"there is not enough memory {where}: {advice()}") from None
+
+
+def explained_for(job: "Job") -> AbstractContextManager[None]:
+    """Turn an error about memory in a job's run into one sentence that says what takes less."""
+    return explained(lambda: of_training(job.recipe.batch_size, job.trainer.accumulate_grad_batches))
 
 
 def of_training(batch_size: int, parts: int) -> str:

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,15 +62,6 @@ def train(cfg: DictConfig) -> float:
             is said. Or a sweeper would choose by the test accuracy.
     """
     check_sweeper(cfg)
-    engine.end_with_parent()
-    if engine.is_rank():
-        try:
-            (job,) = compose.jobs(cfg)
-            with _memory_explained(job):
-                return run_job(prepare(job)).score
-        except BaseException as error:  # whatever ends a rank is told to the process that started it
-            engine.give_reason(error)
-            raise
     jobs = compose.jobs(cfg)
     check_all(jobs)
     together = under_agent() and len(jobs) > 1
@@ -177,16 +167,12 @@ def _run_chain(job: Job) -> tuple[Result, Path]:
     made: list[tuple[Result, Path]] = []
 
     def run_one(link: Job) -> Result:
-        with _memory_explained(link):
+        with memory.explained_for(link):
             made.append(_run_one(link))
         return made[-1][0]
 
     result = pruning_chain.run(job, run_one)
     return result, next(folder for found, folder in made if found is result)
-
-
-def _memory_explained(job: Job) -> AbstractContextManager[None]:
-    return memory.explained(lambda: memory.of_training(job.recipe.batch_size, job.trainer.accumulate_grad_batches))
 
 
 def _run_one(job: Job) -> tuple[Result, Path]:
@@ -222,8 +208,9 @@ def _run_ranks(run: Run, devices: int) -> Result:
         pass  # nobody is at work on it
     try:
         with temporary_folder("job") as folder:  # the run's own belongs to whoever holds its lock
-            (folder / "config.yaml").write_text(run.job.as_yaml(), encoding="utf-8")
-            engine.run_ranks(engine.rank_command(folder), devices)
+            file = folder / "job.yaml"
+            file.write_text(run.job.as_yaml(), encoding="utf-8")
+            engine.run_ranks(engine.rank_command(file), devices)
     finally:
         run_folder.tidy(run.folder)  # ranks that did not end in time were killed
     result = read_result(run.folder)
