@@ -7,6 +7,8 @@ SHELL := /bin/sh
 
 export UV_PYTHON_DOWNLOADS := never
 export UV_PROJECT_ENVIRONMENT := .venv
+# once at installation: containers often set PYTHONDONTWRITEBYTECODE, and every command would compile all packages again
+export UV_COMPILE_BYTECODE := 1
 unexport VIRTUAL_ENV UV_PYTHON
 
 RUN := .venv/bin/python
