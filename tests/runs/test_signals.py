@@ -118,7 +118,7 @@ def test_what_is_deferred_is_finished_first():
 
 
 def test_a_forked_child_has_the_handlers_of_python():
-    code = "if os.fork(): tell('ready'); time.sleep(60)\n"
+    code = "tell('ready')\nif os.fork(): time.sleep(60)\n"
     code += "tell(str(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)); os._exit(0)"
     process = started(code)
     assert process.stdout.readline() == "True\n"
