@@ -66,18 +66,18 @@ class TicketDataset(Dataset[Batch], ABC):
 
     @abstractmethod
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
-        """Returns the images of the tickets, uint8 [b, c, h, w], as an array of its own."""
+        """Return the images of the tickets, uint8 [b, c, h, w], as an array of its own."""
 
     @abstractmethod
     def subset(self, rows: np.ndarray) -> Self:
-        """Returns a dataset of some rows, int64 [n], in their order."""
+        """Return a dataset of some rows, int64 [n], in their order."""
 
 
 class ArrayDataset(TicketDataset):
     """Images of one size in one array in memory; not augmented."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, keys: Sequence[str]) -> None:
-        """Keeps the arrays without a copy.
+        """Keep the arrays without a copy.
 
         Args:
             images: uint8 [n, 3, h, w], or float32 [n, ...]: what frozen layers made of them.
@@ -88,11 +88,11 @@ class ArrayDataset(TicketDataset):
         self.labels = torch.from_numpy(np.asarray(labels, np.int64))
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
-        """Copies the rows asked for."""
+        """Copy the rows asked for."""
         return np.asarray(self.images[[ticket.row for ticket in tickets]])
 
     def subset(self, rows: np.ndarray) -> Self:
-        """Copies some rows."""
+        """Copy some rows."""
         return type(self)(self.images[rows], self.labels.numpy()[rows], [self.keys[row] for row in rows])
 
 
@@ -100,7 +100,7 @@ class SquareDataset(TicketDataset):
     """Rows of a store of equal squares, read through its memory map; not augmented."""
 
     def __init__(self, store: SquareStore, rows: np.ndarray, task: str) -> None:
-        """Reads no image yet.
+        """Read no image yet.
 
         Args:
             store: The decoded images.
@@ -112,11 +112,11 @@ class SquareDataset(TicketDataset):
         self.labels = torch.from_numpy(np.asarray(store.labels[task][rows], np.int64))
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
-        """Copies the images asked for out of the memory map."""
+        """Copy the images asked for out of the memory map."""
         return self.store.take(self.rows[[ticket.row for ticket in tickets]])
 
     def subset(self, rows: np.ndarray) -> Self:
-        """Selects some rows of these."""
+        """Select some rows of these."""
         return type(self)(self.store, self.rows[rows], self.task)
 
 
@@ -124,7 +124,7 @@ class DeviceDataset(TicketDataset):
     """Images of one size that lie on a GPU; not augmented, and read in the process that put them there."""
 
     def __init__(self, images: Tensor, labels: Tensor, keys: Sequence[str]) -> None:
-        """Keeps the tensors without a copy.
+        """Keep the tensors without a copy.
 
         Args:
             images: uint8 [n, c, h, w], on any device.
@@ -139,11 +139,11 @@ class DeviceDataset(TicketDataset):
         return Batch(self.images[rows.to(self.images.device)], self.labels[rows], rows, weights)
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
-        """Copies the rows asked for back."""
+        """Copy the rows asked for back."""
         return self.__getitems__(tickets).images.cpu().numpy()
 
     def subset(self, rows: np.ndarray) -> Self:
-        """Copies some rows, on their device."""
+        """Copy some rows, on their device."""
         chosen = torch.from_numpy(rows)
         images = self.images[chosen.to(self.images.device)]
         return type(self)(images, self.labels[chosen], [self.keys[row] for row in rows])
@@ -167,7 +167,7 @@ class ImageStore(Protocol):
         ...
 
     def image(self, row: int) -> np.ndarray:
-        """Returns one image, uint8 [h, w, 3]."""
+        """Return one image, uint8 [h, w, 3]."""
         ...
 
 
@@ -181,7 +181,7 @@ class RaggedDataset(TicketDataset):
     def __init__(
         self, store: ImageStore, rows: np.ndarray, *, size: int, seed: int, random_crop: bool, flip: float
     ) -> None:
-        """Selects rows of a store.
+        """Select rows of a store.
 
         Args:
             store: Decoded images whose short side is at least `size`.
@@ -197,13 +197,13 @@ class RaggedDataset(TicketDataset):
         self.labels = torch.from_numpy(np.asarray(store.labels[rows], np.int64))
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
-        """Crops the images asked for."""
+        """Crop the images asked for."""
         images = np.stack([self._view(int(self.rows[ticket.row]), ticket.epoch) for ticket in tickets])
         self.store.release()
         return images
 
     def subset(self, rows: np.ndarray) -> Self:
-        """Selects some rows of these; a row of the store keeps its crops and flips."""
+        """Select some rows of these; a row of the store keeps its crops and flips."""
         options = {"size": self.size, "seed": self.seed, "random_crop": self.random_crop, "flip": self.flip}
         return type(self)(self.store, self.rows[rows], **options)  # type: ignore[arg-type]  # one type per option
 

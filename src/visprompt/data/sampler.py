@@ -1,4 +1,4 @@
-"""Deals one global batch to devices and accumulation steps so that the loss is the mean over its true images."""
+"""Deal one global batch to devices and accumulation steps so that the loss is the mean over its true images."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,7 +10,7 @@ from visprompt.errors import UserError
 
 
 class GlobalBatches(Sampler[list[Ticket]]):
-    """Yields the micro batches of one rank, as lists of tickets.
+    """Yield the micro batches of one rank, as lists of tickets.
 
     Training: a permutation drawn from (seed, epoch) is cut into global batches, the last one short; each is dealt to
     `world * accumulate` nearly equal shares. A ticket's weight is world * accumulate / (images in the global batch):
@@ -35,7 +35,7 @@ class GlobalBatches(Sampler[list[Ticket]]):
         epoch: Callable[[], int] = lambda: 0,
         training: bool,
     ) -> None:
-        """Checks that the batch can be dealt.
+        """Check that the batch can be dealt.
 
         Args:
             num_rows: Rows of the dataset.

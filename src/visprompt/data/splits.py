@@ -21,7 +21,7 @@ def md5_int(text: str) -> int:
 
 
 def md5_order(keys: Sequence[Key], salt: str) -> list[Key]:
-    """Sorts keys by `md5(salt + str(key))`.
+    """Sort keys by `md5(salt + str(key))`.
 
     TensorFlow Datasets stores a split in this order (the salt is the name of the split), so VTAB's `train[:800]` are
     its first 800 keys: the rows 0..49999 of CIFAR with salt "train" begin 16399, 1680, 47917, 17307.
@@ -37,7 +37,7 @@ def md5_order(keys: Sequence[Key], salt: str) -> list[Key]:
 
 
 def stratified(keys: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Cuts every class 80/10/10 into train, val and test, in md5 order of the keys with the empty salt.
+    """Cut every class 80/10/10 into train, val and test, in md5 order of the keys with the empty salt.
 
     Of n images of a class, max(1, n / 10 rounded half up) are val, as many are test, and the rest is train. In md5
     order train comes first, then val, then test. No seed: a key's place depends on the keys of its class alone.
@@ -72,7 +72,7 @@ def stratified(keys: Sequence[str], classes: Sequence[str]) -> list[str]:
 
 
 def share(keys: Sequence[str], labels: Sequence[int], fraction: float) -> list[int]:
-    """Keeps a share of each class, for studies of the amount of training data; smaller shares lie within larger ones.
+    """Keep a share of each class, for studies of the amount of training data; smaller shares lie within larger ones.
 
     Of n images of a class the first max(1, n * fraction rounded half up) in md5 order of the keys (empty salt) stay.
 

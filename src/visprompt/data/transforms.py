@@ -61,7 +61,7 @@ def in_present_words(settings: Mapping[str, Any]) -> dict[str, Any]:
 def mean_and_std(
     normalisation: str, model: tuple[Sequence[float], Sequence[float]]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the mean and standard deviation per channel that a name stands for.
+    """Return the mean and standard deviation per channel that a name stands for.
 
     Args:
         normalisation: A name of `NORMALISATIONS`.
@@ -103,18 +103,18 @@ def resize_short_side(
 
 
 def crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    """Cuts a square of `size` pixels out of an image [h, w, 3]."""
+    """Cut a square of `size` pixels out of an image [h, w, 3]."""
     return image[top : top + size, left : left + size]
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Cuts the middle square of `size` pixels out of an image [h, w, 3] (odd margins: rounded as in torchvision)."""
+    """Cut the middle square of `size` pixels out of an image [h, w, 3] (odd margins: rounded as in torchvision)."""
     height, width = image.shape[:2]
     return crop(image, round((height - size) / 2), round((width - size) / 2), size)
 
 
 def squash(image: np.ndarray, size: int, interpolation: str, resampling: str) -> np.ndarray:
-    """Resizes one image to a square of whole 8-bit values, for a store.
+    """Resize one image to a square of whole 8-bit values, for a store.
 
     Args:
         image: uint8 [h, w, c] with 1 or 3 channels.
@@ -136,7 +136,7 @@ def squash(image: np.ndarray, size: int, interpolation: str, resampling: str) ->
 
 
 def resize(images: Tensor, size: int, interpolation: str, resampling: str) -> Tensor:
-    """Resizes a batch to squares, on the device where it is.
+    """Resize a batch to squares, on the device where it is.
 
     Args:
         images: uint8 [b, c, h, w].
@@ -157,7 +157,7 @@ def resize(images: Tensor, size: int, interpolation: str, resampling: str) -> Te
 
 
 def _filter(x: Tensor, axis: int, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sums weighted rows along one axis; whole numbers are taken for fixed point and rounded to 8 bits."""
+    """Sum weighted rows along one axis; whole numbers are taken for fixed point and rounded to 8 bits."""
     weights = weights.to(x.device, x.dtype)
     total = torch.tensor(0 if x.is_floating_point() else 1 << (_FIXED - 1), device=x.device, dtype=x.dtype)
     for tap, weight in zip(rows.to(x.device), weights if axis == -1 else weights[:, :, None], strict=True):
@@ -168,7 +168,7 @@ def _filter(x: Tensor, axis: int, rows: Tensor, weights: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _taps(length: int, size: int, interpolation: str, resampling: str) -> tuple[Tensor, Tensor]:
-    """Returns which samples make up each new one and with what weight.
+    """Return which samples make up each new one and with what weight.
 
     The filters are the triangle, and Keys' cubic with a = -0.5 (IEEE Trans. ASSP 29(6), 1981, equation 15).
 
@@ -206,7 +206,7 @@ def normalise(
     interpolation: str = "bilinear",
     resampling: str = "pillow",
 ) -> Tensor:
-    """Turns stored pixels into what a backbone reads, on the device where they are.
+    """Turn stored pixels into what a backbone reads, on the device where they are.
 
     Args:
         images: uint8 [b, c, h, w]; one channel is repeated.
@@ -228,7 +228,7 @@ def normalise(
 
 
 def to_input(image: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
-    """Prepares one decoded image exactly as the evaluation of the run that stored `preprocessing` does.
+    """Prepare one decoded image exactly as the evaluation of the run that stored `preprocessing` does.
 
     Args:
         image: uint8 [h, w, 3].

@@ -29,7 +29,7 @@ ALIASES = {alias: spec.id for spec in _RECORDS for alias in spec.aliases}
 
 
 def resolve(tasks: str | Sequence[str]) -> list[TaskSpec]:
-    """Turns what `tasks=` was given into records.
+    """Turn what `tasks=` was given into records.
 
     Args:
         tasks: Ids, aliases or suites: one, several separated by commas, or a sequence of such texts.

@@ -45,7 +45,7 @@ deleted.
 
 
 def markdown() -> str:
-    """Returns the page."""
+    """Return the page."""
     lines = [_HEAD]
     for family, title in (("vtab", "VTAB-1k"), ("fgvc", "Fine-grained (FGVC)"), ("demo", "Demo")):
         specs = [spec for spec in TASKS.values() if spec.family == family]

@@ -159,7 +159,7 @@ class TaskSpec:
 
 
 def in_bytes(size: int | None) -> str:
-    """Returns a number of bytes in words, in powers of 1,000."""
+    """Return a number of bytes in words, in powers of 1,000."""
     if size is None:
         return "size not known"
     if size >= 10**9:

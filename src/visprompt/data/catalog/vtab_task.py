@@ -9,7 +9,7 @@ TRAIN = Cut("train", 0, 800)
 
 
 def size(cut: Cut, official: Mapping[str, int]) -> int:
-    """Returns how many images a cut takes of the official splits with these sizes."""
+    """Return how many images a cut takes of the official splits with these sizes."""
     return len(range(official[cut.split])[cut.start : cut.stop])
 
 
@@ -23,7 +23,7 @@ def vtab(
     golden: Mapping[str, Golden] | None = None,
     **facts: Any,
 ) -> TaskSpec:
-    """Makes the record of a VTAB-1k task; the sizes of its split sets follow from the cuts.
+    """Make the record of a VTAB-1k task; the sizes of its split sets follow from the cuts.
 
     Args:
         task: Its id, which is also its dataset unless `facts` say otherwise.

@@ -49,7 +49,7 @@ class Member(NamedTuple):
 
 
 def damaged(path: Path, reason: object) -> UserError:
-    """Builds the error for a file whose bytes are not what they should be.
+    """Build the error for a file whose bytes are not what they should be.
 
     Args:
         path: The file.
@@ -64,7 +64,7 @@ def damaged(path: Path, reason: object) -> UserError:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a file is read into one sentence that names it.
+    """Turn what goes wrong while a file is read into one sentence that names it.
 
     Raises:
         UserError: The file is missing, truncated or damaged.
@@ -80,13 +80,13 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def unpacked(path: Path) -> Path:
-    """Returns an archive, or, where it is not there, the folder of its name that a user unpacked it to."""
+    """Return an archive, or, where it is not there, the folder of its name that a user unpacked it to."""
     folder = path.with_name(path.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip"))
     return folder if not path.exists() and folder.is_dir() else path
 
 
 def members(path: Path, stream: IO[bytes] | None = None) -> Iterator[Member]:
-    """Yields the files of a tar archive (plain or gzip), a zip archive or a folder, in their order there.
+    """Yield the files of a tar archive (plain or gzip), a zip archive or a folder, in their order there.
 
     Args:
         path: Archive or folder; a folder's files come sorted, named relative to it.
@@ -179,7 +179,7 @@ def _clean(name: str) -> str:
 
 
 def pick(found: Iterable[Member], key_of: Callable[[str], str | None], wanted: Wanted) -> Iterator[Found]:
-    """Yields the wanted images among an archive's members, encoded, and stops behind the last one.
+    """Yield the wanted images among an archive's members, encoded, and stops behind the last one.
 
     Args:
         found: The members.
@@ -201,7 +201,7 @@ def pick(found: Iterable[Member], key_of: Callable[[str], str | None], wanted: W
 
 
 def texts(path: Path, *names: str) -> list[str]:
-    """Reads small text files of an archive.
+    """Read small text files of an archive.
 
     Args:
         path: The archive.
@@ -228,7 +228,7 @@ def texts(path: Path, *names: str) -> list[str]:
 
 
 def inside(path: Path, name: str) -> PurePosixPath:
-    """Returns a member's name as a path that stays in its folder.
+    """Return a member's name as a path that stays in its folder.
 
     Raises:
         UserError: The name is absolute, climbs out or holds control characters.
@@ -243,7 +243,7 @@ def inside(path: Path, name: str) -> PurePosixPath:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpacks an archive's files into a folder; links are left out.
+    """Unpack an archive's files into a folder; links are left out.
 
     Args:
         path: Archive.

@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decodes an image as TensorFlow does for VTAB: three channels, transparency dropped, EXIF orientation ignored.
+    """Decode an image as TensorFlow does for VTAB: three channels, transparency dropped, EXIF orientation ignored.
 
     Pillow's JPEG decoder is the exact one; TensorFlow's default is a faster one that differs by a few levels of 256.
 
@@ -84,7 +84,7 @@ class Content:
 
 
 def check_labels(labels: np.ndarray, num_classes: int, keys: Sequence[str], where: str) -> np.ndarray:
-    """Returns the labels as int64, or names the first image whose label is out of range.
+    """Return the labels as int64, or names the first image whose label is out of range.
 
     Raises:
         UserError: A label is not in 0..num_classes - 1.

@@ -21,7 +21,7 @@ NUM_SCANS = 1797
 
 @cache
 def _raw() -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scans as uint8 [1797, 8, 8], 0..16 stretched to 0..255, and the digits they show."""
+    """Return the scans as uint8 [1797, 8, 8], 0..16 stretched to 0..255, and the digits they show."""
     from sklearn.datasets import load_digits  # takes a second, and only the demo needs it
 
     bunch = load_digits()
@@ -30,7 +30,7 @@ def _raw() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _scans(side: int) -> np.ndarray:
-    """Returns all scans enlarged to [1797, side, side] by Pillow's bicubic filter."""
+    """Return all scans enlarged to [1797, side, side] by Pillow's bicubic filter."""
     scans, _ = _raw()
     return np.stack(
         [np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC)) for scan in scans]
@@ -39,7 +39,7 @@ def _scans(side: int) -> np.ndarray:
 
 @cache
 def split_rows(split_set: str) -> tuple[int, ...]:
-    """Returns the rows of load_digits in a split set, in md5 order with salt "train", as VTAB cuts its sets.
+    """Return the rows of load_digits in a split set, in md5 order with salt "train", as VTAB cuts its sets.
 
     Raises:
         UserError: If there is no such split set.
@@ -57,7 +57,7 @@ def split_rows(split_set: str) -> tuple[int, ...]:
 
 
 def compose(task: str, split_set: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Makes the images and labels of one split set.
+    """Make the images and labels of one split set.
 
     Args:
         task: "digits", "digits_crowded" or "digits_loc".
@@ -86,7 +86,7 @@ def _plain(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _crowded(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Puts each digit (32 x 32) into the middle, the right half of another at its left, a left half at its right."""
+    """Put each digit (32 x 32) into the middle, the right half of another at its left, a left half at its right."""
     scans, index, half = _scans(32), np.array(rows), 16
     images = np.zeros((len(rows), SIDE, SIDE), np.uint8)
     band = images[:, half:-half]
@@ -97,13 +97,13 @@ def _crowded(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _neighbour(rows: tuple[int, ...], place: int, side: str) -> int:
-    """Picks a row other than rows[place] by md5("digits_crowded/<row>/<side>") modulo the number of others."""
+    """Pick a row other than rows[place] by md5("digits_crowded/<row>/<side>") modulo the number of others."""
     pick = md5_int(f"digits_crowded/{rows[place]}/{side}") % (len(rows) - 1)
     return rows[pick + (pick >= place)]
 
 
 def _located(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Puts each scan (16 x 16) into the cell md5("digits_loc/<row>") modulo 16 of a 4 x 4 grid, numbered by rows."""
+    """Put each scan (16 x 16) into the cell md5("digits_loc/<row>") modulo 16 of a 4 x 4 grid, numbered by rows."""
     scans = _scans(16)
     images = np.zeros((len(rows), SIDE, SIDE), np.uint8)
     labels = np.array([md5_int(f"digits_loc/{row}") % 16 for row in rows], np.int64)

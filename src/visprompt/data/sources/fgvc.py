@@ -1,4 +1,4 @@
-"""Lists of the five fine-grained datasets (FGVC), read from their unpacked files; no pixel is read.
+"""List of the five fine-grained datasets (FGVC), read from their unpacked files; no pixel is read.
 
 Where `train.json`, `val.json` and `test.json` lie beside the images, they are the splits: those of the Visual Prompt
 Tuning paper (Jia et al., ECCV 2022), each `{image path: class id}`. The class map is built once, from train: its
@@ -52,7 +52,7 @@ class _Layout(NamedTuple):
 
 
 def fgvc(root: Path, spec: TaskSpec) -> ImageFolder:
-    """Lists a fine-grained dataset.
+    """List a fine-grained dataset.
 
     Args:
         root: Folder that holds the dataset's unpacked files, or the one folder that its archive makes.
@@ -84,7 +84,7 @@ def fgvc(root: Path, spec: TaskSpec) -> ImageFolder:
 
 
 def fgvc_root(root: Path, spec: TaskSpec) -> Path:
-    """Finds a dataset's own root: the folder itself or a folder in it, such as `CUB_200_2011`.
+    """Find a dataset's own root: the folder itself or a folder in it, such as `CUB_200_2011`.
 
     Args:
         root: Where the dataset was unpacked.
@@ -192,7 +192,7 @@ def _located(listed: _List, folders: Sequence[Path], hint: str) -> dict[str, Pat
 
 
 def _table(path: Path) -> dict[str, str]:
-    """Reads lines of a key and, after a space, a value."""
+    """Read lines of a key and, after a space, a value."""
     with readable(path):
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -283,12 +283,12 @@ def _numbered(path: Path, split: str, keys: list[str], classes: Any, spec: TaskS
 
 
 def _folder_names(separator: str) -> Callable[[Path], Callable[[str, Id], str]]:
-    """Names after the folder, without the number before it: `001.Black_footed_Albatross`, `n02085620-Chihuahua`."""
+    """Name after the folder, without the number before it: `001.Black_footed_Albatross`, `n02085620-Chihuahua`."""
     return lambda root: lambda key, id_: key.partition("/")[0].partition(separator)[2] or str(id_)
 
 
 def _nabirds_names(root: Path) -> Callable[[str, Id], str]:
-    """Names of `classes.txt`; the folder `0817` is class 817 whatever a json file numbers it."""
+    """Name of `classes.txt`; the folder `0817` is class 817 whatever a json file numbers it."""
     names = _table(root / "classes.txt")
     return lambda key, id_: names.get(key.partition("/")[0].lstrip("0") or "0", str(id_))
 

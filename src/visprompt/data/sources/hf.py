@@ -19,7 +19,7 @@ _ADVICE = "check the network and the name, or give the folder of a local clone"
 
 
 def hub(spec: TaskSpec, root: Path | None, revision: str) -> tuple[Content, str]:
-    """Opens a task's mirror.
+    """Open a task's mirror.
 
     Args:
         spec: The task; it must have a mirror.
@@ -101,7 +101,7 @@ def _integers(table: Any, name: str, where: str) -> np.ndarray:
 
 
 def _check_order(spec: TaskSpec, names: Sequence[str], where: str) -> None:
-    """Compares class names up to case, spaces, underscores and hyphens; bare numbers name nothing."""
+    """Compare class names up to case, spaces, underscores and hyphens; bare numbers name nothing."""
     if not names or not spec.class_names or list(names) == [str(number) for number in range(len(names))]:
         return
     for label, (theirs, ours) in enumerate(zip_longest(names, spec.class_names)):
@@ -117,7 +117,7 @@ def _plain(name: str | None) -> str | None:
 
 
 def _undecoded(table: Any, mirror: Mirror, where: str) -> Any:
-    """Returns the column of images as the bytes of their files."""
+    """Return the column of images as the bytes of their files."""
     from datasets import Image
 
     try:
@@ -132,7 +132,7 @@ def _is_jpeg(table: Any, mirror: Mirror) -> bool:
 
 
 def _bytes(table: Any, mirror: Mirror, row: int) -> bytes:
-    """Returns the file in a cell, nothing where the mirror has only a path or a gap."""
+    """Return the file in a cell, nothing where the mirror has only a path or a gap."""
     return (table[row][mirror.image] or {}).get("bytes") or b""
 
 

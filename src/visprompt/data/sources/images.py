@@ -141,7 +141,7 @@ def decode(
 
 
 def error_reason(error: Exception) -> str:
-    """Says in a few words, without a path, why Pillow could not read a file."""
+    """Say in a few words, without a path, why Pillow could not read a file."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"  # Pillow's own text repeats the absolute path
     if isinstance(error, OSError) and error.strerror:

@@ -25,7 +25,7 @@ _SUN397_PIXELS = 120_000
 
 
 def mat(path: Path, *names: str) -> list[np.ndarray]:
-    """Reads arrays of a MATLAB file (version 5, which holds no Python objects).
+    """Read arrays of a MATLAB file (version 5, which holds no Python objects).
 
     Args:
         path: The .mat file.
@@ -50,7 +50,7 @@ def mat(path: Path, *names: str) -> list[np.ndarray]:
 
 
 def folder_labels(path: Path, task: str, keys: Sequence[str], folder_of: Callable[[str], str]) -> np.ndarray:
-    """Returns the labels, int64 [n], of images whose folder tells the class.
+    """Return the labels, int64 [n], of images whose folder tells the class.
 
     Args:
         path: The archive, for errors.
@@ -93,7 +93,7 @@ def cifar(root: Path) -> Content:
 
 
 def _cifar_rows(path: Path) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Yields the split, the number of the first row, and rows, uint8 [up to 1000, 3074]."""
+    """Yield the split, the number of the first row, and rows, uint8 [up to 1000, 3074]."""
     for member in members(path):
         if member.name not in _CIFAR_FILES:
             continue
@@ -182,7 +182,7 @@ def dtd(root: Path) -> Content:
 
 
 def flowers_lists(root: Path) -> Mapping[str, tuple[list[str], np.ndarray]]:
-    """Reads the official split of the 102 Oxford flowers from `setid.mat` and `imagelabels.mat`.
+    """Read the official split of the 102 Oxford flowers from `setid.mat` and `imagelabels.mat`.
 
     Args:
         root: Folder with the two files.
@@ -265,7 +265,7 @@ def _read_svhn(root: Path, parts: Mapping[str, Part], wanted: Wanted) -> Iterato
 
 
 def sun397_keys() -> dict[str, list[str]]:
-    """Returns the images of SUN397 that VTAB-1k needs: 800 train, 200 validation, all 21,750 test, in md5 order.
+    """Return the images of SUN397 that VTAB-1k needs: 800 train, 200 validation, all 21,750 test, in md5 order.
 
     Source: the lists sun397_tfds_{tr,va,te}.txt of TensorFlow Datasets. None of the two images that its builder leaves
     out, because they do not decode, is among these.
@@ -291,7 +291,7 @@ def sun397(root: Path) -> Content:
 
 
 def decode_sun397(data: bytes) -> np.ndarray:
-    """Decodes an image of SUN397 as the official task does, which shrinks it to 120,000 pixels and re-encodes it.
+    """Decode an image of SUN397 as the official task does, which shrinks it to 120,000 pixels and re-encodes it.
 
     OpenCV decodes, resizes bilinearly and writes a JPEG of its default quality, which is decoded again. What OpenCV
     could not decode then (the GIF files, whose names end in .jpg too) came from another decoder with red and blue in
@@ -319,7 +319,7 @@ def decode_sun397(data: bytes) -> np.ndarray:
 
 
 def opencv_decoded(data: bytes) -> np.ndarray | None:
-    """Decodes an image with OpenCV and the flags of the official tasks; None if it cannot.
+    """Decode an image with OpenCV and the flags of the official tasks; None if it cannot.
 
     Returns:
         uint8 (of 16-bit files uint16) [h, w, 3], BGR, turned as its EXIF orientation says.

@@ -1,4 +1,4 @@
-"""Opens the source of a task: fetches and unpacks what is missing, or says how to get it."""
+"""Open the source of a task: fetches and unpacks what is missing, or says how to get it."""
 
 import logging
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_source(plan: Plan) -> tuple[Content, Mapping[str, Any]]:
-    """Opens the source of a VTAB task.
+    """Open the source of a VTAB task.
 
     Args:
         plan: The task, its source and where things lie.
@@ -56,7 +56,7 @@ def open_source(plan: Plan) -> tuple[Content, Mapping[str, Any]]:
 
 
 def list_images(plan: Plan) -> tuple[ImageFolder, str]:
-    """Lists an FGVC dataset, after unpacking its archives where that was not done yet.
+    """List an FGVC dataset, after unpacking its archives where that was not done yet.
 
     Args:
         plan: The dataset and where things lie.
@@ -98,7 +98,7 @@ def _to_unpack(plan: Plan) -> bool:
 
 
 def _may_fetch(plan: Plan, what: str) -> None:
-    """Refuses a download that is not allowed, and says terms before one that is."""
+    """Refuse a download that is not allowed, and says terms before one that is."""
     if plan.root is not None:
         raise UserError(f"{plan.root} has no {what}: put it there, or leave root out to have it downloaded")
     if not plan.download:
@@ -107,7 +107,7 @@ def _may_fetch(plan: Plan, what: str) -> None:
 
 
 def _obtained(plan: Plan, file: SourceFile) -> str:
-    """Returns the checksum of a file of the raw source; where it has to be fetched by hand the error says how."""
+    """Return the checksum of a file of the raw source; where it has to be fetched by hand the error says how."""
     path = plan.files_dir / file.name
     if not file.urls and unpacked(path) != path:
         return ""  # fetched and unpacked by hand; readers take a folder for the archive
@@ -123,7 +123,7 @@ def _obtained(plan: Plan, file: SourceFile) -> str:
 
 
 def _circulated(plan: Plan) -> Mapping[str, Any]:
-    """Unpacks the vtab-1k folder where it is not there, and returns its archive's checksum where that is."""
+    """Unpack the vtab-1k folder where it is not there, and returns its archive's checksum where that is."""
     archive = plan.data_dir / CIRCULATED.name
     if plan.files_dir.is_dir():
         known = plan.root is None and archive.exists()

@@ -27,7 +27,7 @@ class _Line(NamedTuple):
 
 
 def prepared(root: Path, spec: TaskSpec) -> Content:
-    """Opens a task of the prepared folder.
+    """Open a task of the prepared folder.
 
     Where there is train800val200.txt alone, its first lines are train800 and the rest is val200: the union is the right
     one, the cut need not be that of other people.

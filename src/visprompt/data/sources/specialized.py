@@ -105,7 +105,7 @@ def _written_beside(path: Path) -> Iterator[None]:
 
 
 def _rows(images: "h5py.Dataset", chosen: list[bool]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the chosen rows, reading whole chunks: HDF5 would decompress a chunk again for each of its rows."""
+    """Yield the chosen rows, reading whole chunks: HDF5 would decompress a chunk again for each of its rows."""
     step = images.chunks[0] if images.chunks else 1
     for first in range(0, len(chosen), step):
         rows = [row for row in range(first, min(first + step, len(chosen))) if chosen[row]]
@@ -159,7 +159,7 @@ def diabetic_retinopathy(root: Path) -> Content:
 
 
 def _table(path: Path, columns: tuple[str, ...], usage: str = "") -> list[tuple[str, str]]:
-    """Returns the image and level of a CSV's rows, only of the given usage where there is one."""
+    """Return the image and level of a CSV's rows, only of the given usage where there is one."""
     with readable(path), path.open(encoding="utf-8-sig", newline="") as file:
         try:
             rows = list(csv.DictReader(file))
@@ -196,7 +196,7 @@ def _eye(name: str) -> str | None:
 
 
 def decode_retina(data: bytes) -> np.ndarray:
-    """Decodes a photograph of an eye as the official task does (btgraham-300, after the winner of the competition).
+    """Decode a photograph of an eye as the official task does (btgraham-300, after the winner of the competition).
 
     The eyeball is scaled to a radius of 300 pixels; the local average (a Gaussian blur, sigma 10) is subtracted and
     the contrast multiplied by four, around grey; what is farther than 270 pixels from the centre becomes grey and is
@@ -239,7 +239,7 @@ def _eyeball_radius(image: np.ndarray) -> float:
 
 
 def _masked(image: np.ndarray) -> np.ndarray:
-    """Greys what is outside the shown circle and crops to it (OpenCV draws it: its edge is the official one)."""
+    """Grey what is outside the shown circle and crops to it (OpenCV draws it: its edge is the official one)."""
     import cv2
 
     height, width = image.shape[:2]

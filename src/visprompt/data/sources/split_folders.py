@@ -1,4 +1,4 @@
-"""Tells split folders from class folders, and refuses to guess: nothing may learn "Training" against "Testing".
+"""Tell split folders from class folders, and refuses to guess: nothing may learn "Training" against "Testing".
 
 Only `train`, `val` and `test` are read as splits by themselves. What merely looks like splits is refused, with what to
 type: `data.split_names={train: Training, test: Testing}` says which folders are the splits, `data.split_names=none`

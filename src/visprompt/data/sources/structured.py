@@ -23,7 +23,7 @@ from visprompt.data.sources.tfrecord import Example, parse_example, read_records
 
 @contextmanager
 def _reading(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Turns what goes wrong while a file is read or parsed into one sentence that names it."""
+    """Turn what goes wrong while a file is read or parsed into one sentence that names it."""
     damage: tuple[type[Exception], ...] = (ValueError, KeyError, IndexError, TypeError, *more)
     with readable(path):
         try:
@@ -40,7 +40,7 @@ _CLEVR_DISTANCES = np.array([0, 8, 8.5, 9, 9.5, 10, 100], np.float32)  # the lab
 
 
 def clevr(root: Path) -> Content:
-    """Opens CLEVR v1.0: train (70,000) and validation (15,000); the key is the image's file name.
+    """Open CLEVR v1.0: train (70,000) and validation (15,000); the key is the image's file name.
 
     clevr_count is the number of objects minus 3; clevr_dist is the bin of the nearest object's depth. TensorFlow
     Datasets pairs the sorted images with the scenes by position; a scene's `image_filename` says the same.
@@ -103,7 +103,7 @@ DMLAB = "dmlab.tar.gz"
 
 
 def dmlab(root: Path) -> Content:
-    """Opens DMLab's frames: train, validation and test (22,735); the key is the field `filename`.
+    """Open DMLab's frames: train, validation and test (22,735); the key is the field `filename`.
 
     The archive is read straight through, record by record: once here, and once for the images.
 
@@ -147,7 +147,7 @@ _KITTI_DISTANCES = np.array([8, 20, 999], np.float32)  # metres; behind the last
 
 
 def kitti(root: Path) -> Content:
-    """Opens KITTI's 2D object images: train, validation and test, split by video; the key is `000001.png`.
+    """Open KITTI's 2D object images: train, validation and test, split by video; the key is `000001.png`.
 
     The label is the bin of the distance to the nearest car, van or truck: at most 8 m, at most 20 m, farther, none.
 
@@ -169,7 +169,7 @@ def kitti(root: Path) -> Content:
 
 
 def kitti_splits(videos: Sequence[str]) -> dict[str, list[int]]:
-    """Cuts images by video as TensorFlow Datasets does: 10 % of the videos are test, as many are validation.
+    """Cut images by video as TensorFlow Datasets does: 10 % of the videos are test, as many are validation.
 
     Args:
         videos: The name of each image's video.
@@ -190,7 +190,7 @@ def kitti_splits(videos: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _kitti_videos(path: Path) -> list[str]:
-    """Returns the video of each training image."""
+    """Return the video of each training image."""
     texts = {}
     with _reading(path):
         for member in members(path):
@@ -229,7 +229,7 @@ DSPRITES = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.hdf5"
 
 
 def dsprites(root: Path) -> Content:
-    """Opens dSprites: one official split, train (737,280); the key is the row.
+    """Open dSprites: one official split, train (737,280); the key is the row.
 
     dsprites_loc is the column's class of 32, halved; dsprites_ori is floor(orientation / 2.5) of 40.
 
@@ -286,7 +286,7 @@ NORB_DTYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.d
 
 
 def smallnorb(root: Path) -> Content:
-    """Opens smallNORB: train and test (24,300 each), the left camera's images; the key is the row.
+    """Open smallNORB: train and test (24,300 each), the left camera's images; the key is the row.
 
     smallnorb_azi is the azimuth / 2 (18 classes), smallnorb_ele the elevation (9 classes).
 

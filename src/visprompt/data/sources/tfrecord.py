@@ -28,7 +28,7 @@ _TABLE = _crc_table()
 
 
 def crc32c(data: bytes) -> int:
-    """Returns the CRC-32C (Castagnoli) of some bytes."""
+    """Return the CRC-32C (Castagnoli) of some bytes."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
@@ -41,7 +41,7 @@ def _masked(data: bytes) -> int:
 
 
 def read_records(stream: IO[bytes], name: str) -> Iterator[bytes]:
-    """Yields the data of each record, one at a time.
+    """Yield the data of each record, one at a time.
 
     The checksum of the length is checked, so that no damage can make a length of it. That of the data is not: in Python
     it takes a second for every few MB, and the archive's own checksum covers the same bytes.
@@ -71,7 +71,7 @@ def _damaged(name: str, number: int, what: str) -> UserError:
 
 
 def record(data: bytes) -> bytes:
-    """Returns the record that holds some data."""
+    """Return the record that holds some data."""
     length = struct.pack("<Q", len(data))
     return length + struct.pack("<I", _masked(length)) + data + struct.pack("<I", _masked(data))
 
@@ -80,7 +80,7 @@ class Example(dict[str, list[bytes] | list[int]]):
     """The features of a tf.train.Example by name; `text` and `number` return those that hold a single value."""
 
     def text(self, name: str) -> bytes:
-        """Returns the one text of a feature.
+        """Return the one text of a feature.
 
         Raises:
             ValueError: The feature is not there or holds something else.
@@ -91,7 +91,7 @@ class Example(dict[str, list[bytes] | list[int]]):
         raise ValueError(f"no text {name!r}")
 
     def number(self, name: str) -> int:
-        """Returns the one integer of a feature.
+        """Return the one integer of a feature.
 
         Raises:
             ValueError: The feature is not there or holds something else.
@@ -103,7 +103,7 @@ class Example(dict[str, list[bytes] | list[int]]):
 
 
 def parse_example(data: bytes) -> Example:
-    """Reads a tf.train.Example.
+    """Read a tf.train.Example.
 
     Args:
         data: The message as it lies in a record.
@@ -134,7 +134,7 @@ def _texts(data: memoryview) -> list[bytes]:
 
 
 def _integers(data: memoryview) -> list[int]:
-    """Reads an Int64List, whose values lie one by one or packed."""
+    """Read an Int64List, whose values lie one by one or packed."""
     found: list[int] = []
     for _, value in _fields(data):
         position = 0
@@ -147,7 +147,7 @@ def _integers(data: memoryview) -> list[int]:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yields number and value of a message's fields."""
+    """Yield number and value of a message's fields."""
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)
@@ -180,7 +180,7 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
 
 
 def build_example(features: Mapping[str, bytes | int]) -> bytes:
-    """Returns the tf.train.Example that holds one text or integer per feature."""
+    """Return the tf.train.Example that holds one text or integer per feature."""
     entries = []
     for name, value in features.items():
         if isinstance(value, bytes):

@@ -22,7 +22,7 @@ _said: set[str] = set()
 def read_manifest(
     folder: Path, schema: int, names: Collection[str], optional: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """Reads a store's manifest and compares it with its digest.
+    """Read a store's manifest and compares it with its digest.
 
     Args:
         folder: The store's folder.
@@ -50,7 +50,7 @@ def read_manifest(
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], made_for: str) -> None:
-    """Writes a manifest with its digest and the checksums of the pixels that lie beside it.
+    """Write a manifest with its digest and the checksums of the pixels that lie beside it.
 
     Args:
         folder: The store's folder, with its `pixels.bin`.
@@ -70,7 +70,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], made_for: str) -> 
 
 
 def adopt(folder: Path, made_for: str) -> None:
-    """Gives a store of an older version the checksums of what it holds now; where that cannot be written, says so.
+    """Give a store of an older version the checksums of what it holds now; where that cannot be written, says so.
 
     Args:
         folder: The store's folder.
@@ -91,14 +91,14 @@ def adopt(folder: Path, made_for: str) -> None:
 
 
 def check_size(path: Path, expected: int) -> None:
-    """Raises `DamagedRecord` where a store's pixels are missing, cut or too many."""
+    """Raise `DamagedRecord` where a store's pixels are missing, cut or too many."""
     size = path.stat().st_size if path.is_file() else 0
     if size != expected:
         raise DamagedRecord(f"{path} is damaged: it has {size:,} bytes, not {expected:,}")
 
 
 def check_place(folder: Path, made_for: str | None, expected: str) -> None:
-    """Refuses a store that lies in the place of another one.
+    """Refuse a store that lies in the place of another one.
 
     Args:
         folder: Where it lies.
@@ -113,7 +113,7 @@ def check_place(folder: Path, made_for: str | None, expected: str) -> None:
 
 
 def whole(read: Callable[[], Any]) -> Any:
-    """Returns what a function reads of a store; None, and one line that says why, where the store is damaged."""
+    """Return what a function reads of a store; None, and one line that says why, where the store is damaged."""
     try:
         return read()
     except DamagedRecord as error:
@@ -122,7 +122,7 @@ def whole(read: Callable[[], Any]) -> Any:
 
 
 def say_once(sentence: str) -> None:
-    """Warns of something the first time that this process meets it."""
+    """Warn of something the first time that this process meets it."""
     if sentence not in _said:
         _said.add(sentence)
         _log.warning("%s", sentence)

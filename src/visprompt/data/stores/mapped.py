@@ -22,7 +22,7 @@ _compared: dict[tuple[object, ...], mmap.mmap] = {}  # by file and checksums: 1 
 
 
 def checksums(path: Path) -> list[str]:
-    """Returns the sha256 (hex) of each chunk of a file."""
+    """Return the sha256 (hex) of each chunk of a file."""
     with path.open("rb") as file:
         return [sha256(chunk).hexdigest() for chunk in iter(lambda: file.read(CHUNK), b"")]
 
@@ -36,7 +36,7 @@ class MappedFile:
     """
 
     def __init__(self, path: Path, recorded: Sequence[str] | None = None) -> None:
-        """Opens nothing yet.
+        """Open nothing yet.
 
         Args:
             path: The file, not empty.
@@ -69,7 +69,7 @@ class MappedFile:
         return _compared[key]
 
     def compare(self, start: int, stop: int) -> None:
-        """Compares the chunks of some bytes with their checksums, where this process has not done so yet.
+        """Compare the chunks of some bytes with their checksums, where this process has not done so yet.
 
         Args:
             start: First byte that is about to be read.
@@ -91,7 +91,7 @@ class MappedFile:
                 flags[chunk] = 1
 
     def damaged(self) -> int:
-        """Compares the whole file, whatever was compared before, and returns how many chunks differ."""
+        """Compare the whole file, whatever was compared before, and returns how many chunks differ."""
         return sum(self._differs(chunk) for chunk in range(len(self.recorded or ())))
 
     def _differs(self, chunk: int) -> bool:
@@ -102,6 +102,6 @@ class MappedFile:
         return differs
 
     def release(self) -> None:
-        """Gives the touched pages back; arrays made from `bytes` stay valid and are read again when used."""
+        """Give the touched pages back; arrays made from `bytes` stay valid and are read again when used."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)

@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def place(self) -> str:
-        """Names the store's folder wherever stores lie: "dtd/raw-224-bilinear" for example."""
+        """Name the store's folder wherever stores lie: "dtd/raw-224-bilinear" for example."""
         return f"{self.name}/{self.folder.name}"
 
     @property
@@ -143,7 +143,7 @@ def load_square(plan: Plan) -> SquareStore | None:
 
 
 def find_square(plan: Plan) -> SquareStore | None:
-    """Returns the store of a VTAB task if it is there and whole."""
+    """Return the store of a VTAB task if it is there and whole."""
     store: SquareStore | None = whole(lambda: load_square(plan))
     return store
 
@@ -169,16 +169,16 @@ def load_ragged(plan: Plan) -> RaggedStore | None:
 
 
 def find_ragged(plan: Plan) -> RaggedStore | None:
-    """Returns the store of an FGVC dataset if it is whole and of the lists that are to be read."""
+    """Return the store of an FGVC dataset if it is whole and of the lists that are to be read."""
     store: RaggedStore | None = whole(lambda: load_ragged(plan))
     return store
 
 
 def load(plan: Plan) -> SquareStore | RaggedStore | None:
-    """Reads a task's store: `load_ragged` or `load_square`."""
+    """Read a task's store: `load_ragged` or `load_square`."""
     return load_ragged(plan) if plan.spec.family == "fgvc" else load_square(plan)
 
 
 def find(plan: Plan) -> SquareStore | RaggedStore | None:
-    """Returns a task's store if it is there and whole."""
+    """Return a task's store if it is there and whole."""
     return find_ragged(plan) if plan.spec.family == "fgvc" else find_square(plan)

@@ -33,7 +33,7 @@ S = TypeVar("S", SquareStore, RaggedStore)
 
 
 def prepare_square(plan: Plan) -> SquareStore:
-    """Opens the store of a VTAB task, after making it if there is none.
+    """Open the store of a VTAB task, after making it if there is none.
 
     Any number of processes may ask for it at once: one makes it, the others wait.
 
@@ -50,7 +50,7 @@ def prepare_square(plan: Plan) -> SquareStore:
 
 
 def prepare_ragged(plan: Plan) -> RaggedStore:
-    """Opens the store of an FGVC dataset, after making it if there is none; as `prepare_square`."""
+    """Open the store of an FGVC dataset, after making it if there is none; as `prepare_square`."""
     return _checked(plan, find_ragged(plan) or _made(plan, _make_ragged, find_ragged), find_ragged)
 
 
@@ -113,7 +113,7 @@ def _make_ragged(plan: Plan) -> None:
 
 
 def warn_lossy(plan: Plan, store: SquareStore) -> None:
-    """Says that images of a dataset of small lossless pictures were encoded again, which costs accuracy."""
+    """Say that images of a dataset of small lossless pictures were encoded again, which costs accuracy."""
     if store.record["form"] == "lossy" and plan.spec.dataset in ("cifar", "svhn") and plan.spec.id not in _warned:
         _warned.add(plan.spec.id)
         _log.warning(
@@ -124,7 +124,7 @@ def warn_lossy(plan: Plan, store: SquareStore) -> None:
 
 
 def select(plan: Plan, content: Content) -> dict[str, Selection]:
-    """Cuts the split sets of a VTAB task out of its official splits, in md5 order (the prepared folder is cut already).
+    """Cut the split sets of a VTAB task out of its official splits, in md5 order (the prepared folder is cut already).
 
     Args:
         plan: The task and its source.

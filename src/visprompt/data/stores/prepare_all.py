@@ -23,7 +23,7 @@ console = Terminal()
 
 
 def prepare_all(plans: Sequence[Plan]) -> None:
-    """Prepares tasks; one that fails does not stop the others.
+    """Prepare tasks; one that fails does not stop the others.
 
     Args:
         plans: What is wanted.
@@ -53,7 +53,7 @@ def prepare_all(plans: Sequence[Plan]) -> None:
 
 
 def verify_all(plans: Sequence[Plan]) -> None:
-    """Says what is missing and how to get it, and compares what is there, all pixels too, with what is known of it.
+    """Say what is missing and how to get it, and compares what is there, all pixels too, with what is known of it.
 
     Args:
         plans: What is wanted; nothing is downloaded and nothing written.
@@ -138,7 +138,7 @@ def _sum(files: Sequence[SourceFile]) -> str:
 
 
 def _check_pixels(store: SquareStore | RaggedStore) -> Check:
-    """Compares all pixels of a store with their checksums."""
+    """Compare all pixels of a store with their checksums."""
     name = "pixels unchanged"
     if store.chunks is None:
         return Check(name, False, "unknown: an older version made it, and its next use writes checksums", fatal=False)

@@ -80,7 +80,7 @@ class RaggedStore:
         return MappedFile(self.folder / "pixels.bin", self.chunks)
 
     def image(self, row: int) -> np.ndarray:
-        """Returns one image, uint8 [h, w, 3], as a read-only view of the file.
+        """Return one image, uint8 [h, w, 3], as a read-only view of the file.
 
         Raises:
             UserError: It is not what it was when the store was made.
@@ -91,7 +91,7 @@ class RaggedStore:
         return pixels[start:stop].reshape(*self.shapes[row], 3)
 
     def damaged_chunks(self) -> int:
-        """Compares all pixels with their checksums and returns how many of these differ."""
+        """Compare all pixels with their checksums and returns how many of these differ."""
         return self._pixels.damaged()
 
     def release(self) -> None:
@@ -113,7 +113,7 @@ def open_store(
     notes: Callable[[], Mapping[str, int]] = dict,
     made_for: str = "",
 ) -> RaggedStore:
-    """Opens the store of some images, after building it if there is none that is whole.
+    """Open the store of some images, after building it if there is none that is whole.
 
     Any number of processes may do this at once: the first that is ready wins and the others use its store.
 
@@ -202,7 +202,7 @@ def read_store(folder: Path) -> RaggedStore | None:
 def _write(
     folder: Path, source: ImageFolder, load: Callable[[Item], np.ndarray], skip_bad: bool, advice: str
 ) -> dict[str, Any]:
-    """Decodes all images into a folder's pixels.bin; returns what the manifest says of them."""
+    """Decode all images into a folder's pixels.bin; returns what the manifest says of them."""
     images: list[tuple[str, int, str, int, int]] = []
     bad: list[tuple[str, str]] = []
     items = source.items
@@ -224,7 +224,7 @@ def _append(file: IO[bytes], image: np.ndarray) -> None:
 
 
 def _loaded(items: Sequence[Item], load: Callable[[Item], np.ndarray]) -> Iterator[np.ndarray | BadImage]:
-    """Decodes in threads (Pillow releases the interpreter while it decodes and resizes), a chunk at a time."""
+    """Decode in threads (Pillow releases the interpreter while it decodes and resizes), a chunk at a time."""
 
     def attempt(item: Item) -> np.ndarray | BadImage:
         try:

@@ -77,11 +77,11 @@ class SquareStore:
         return MappedFile(self.folder / "pixels.bin", self.chunks)
 
     def rows(self, sets: Sequence[str]) -> np.ndarray:
-        """Returns the rows of some split sets, int64 [n], one set after the other."""
+        """Return the rows of some split sets, int64 [n], one set after the other."""
         return np.concatenate([np.arange(*self.sets[name]) for name in sets])
 
     def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Copies some images out of the file, uint8 [b, c, h, w], and keeps nothing of it in memory.
+        """Copy some images out of the file, uint8 [b, c, h, w], and keeps nothing of it in memory.
 
         Raises:
             UserError: They are not what they were when the store was made.
@@ -94,11 +94,11 @@ class SquareStore:
         return taken
 
     def damaged_chunks(self) -> int:
-        """Compares all pixels with their checksums and returns how many of these differ."""
+        """Compare all pixels with their checksums and returns how many of these differ."""
         return self._pixels.damaged()
 
     def fingerprint(self, task: str) -> str:
-        """Returns the sha256 (hex) of what a task's data is, at whatever size: images, split sets, keys and labels."""
+        """Return the sha256 (hex) of what a task's data is, at whatever size: images, split sets, keys and labels."""
         content = [self.images, self.sets, self.keys, self.labels[task].tolist()]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -143,7 +143,7 @@ def write_square(
     watch: Callable[[Iterable[Found]], Iterable[Found]],
     made_for: str,
 ) -> None:
-    """Reads the selected images once, in the order of the files, and writes them into their places.
+    """Read the selected images once, in the order of the files, and writes them into their places.
 
     Args:
         folder: Empty.
@@ -190,7 +190,7 @@ class _Ready(NamedTuple):
 def _write_pixels(
     path: Path, places: Mapping[tuple[str, str], int], images: Iterator[_Ready], digests: np.ndarray
 ) -> tuple[int, ...]:
-    """Writes each image and its digest at its row, in whatever order they come; returns the shape of one."""
+    """Write each image and its digest at its row, in whatever order they come; returns the shape of one."""
     missing = set(places)
     shape: tuple[int, ...] = ()
     with path.open("wb") as file:
@@ -217,7 +217,7 @@ def _write_pixels(
 def _converted(
     images: Iterable[Found], content: Content, convert: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[_Ready]:
-    """Decodes and resizes in threads (Pillow, OpenCV and torch release the interpreter), a chunk at a time."""
+    """Decode and resizes in threads (Pillow, OpenCV and torch release the interpreter), a chunk at a time."""
 
     def work(found: Found) -> _Ready:
         data = found.image if isinstance(found.image, bytes) else np.ascontiguousarray(found.image).data
