@@ -26,9 +26,9 @@ from visprompt.data.catalog.task import Golden, in_bytes
 from visprompt.data.sources import hf as hub_module
 from visprompt.data.sources import open_source
 from visprompt.data.sources.archive import members, unpack
+from visprompt.data.sources.arrays import mat
 from visprompt.data.sources.content import Content
 from visprompt.data.sources.fgvc import fgvc as listed_fgvc
-from visprompt.data.sources.natural import mat
 from visprompt.data.sources.readers import READERS
 from visprompt.data.sources.structured import DSPRITES, SMALLNORB
 from visprompt.data.stores import manifest, ragged, square

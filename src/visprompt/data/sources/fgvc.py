@@ -23,9 +23,10 @@ import numpy as np
 
 from visprompt.data.catalog.task import TaskSpec
 from visprompt.data.sources.archive import damaged, readable
+from visprompt.data.sources.arrays import mat
 from visprompt.data.sources.content import check_labels
 from visprompt.data.sources.images import ImageFolder, Item
-from visprompt.data.sources.natural import flowers_lists, mat
+from visprompt.data.sources.natural import flowers_lists
 from visprompt.data.splits import SPLITS, md5_order
 from visprompt.errors import UserError, unknown
 
