@@ -1,4 +1,4 @@
-"""The base of all data modules: which split sets are trained on and scored, data loaders, transfer to the device."""
+"""The base of all data modules: split sets, data loaders and the transfer to the device."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
@@ -98,7 +98,9 @@ class TaskDataModule(L.LightningDataModule, ABC):
             raise unknown("split", split, self.train_sets)
         check_resizing(interpolation, resampling)
         if not 0 < fraction <= 1:
-            raise UserError(f"data.fraction={fraction} is no share of the training images: give 0.1, 0.2, ... or 1.0")
+            raise UserError(
+                f"data.fraction={fraction} is not a share of the training images: give 0.1, 0.2, ... or 1.0"
+            )
         self.batch_size, self.split, self.seed, self.image_size = batch_size, split, seed, image_size
         self.interpolation, self.resampling, self.fraction = interpolation, resampling, float(fraction)
         self.mean, self.std = mean_and_std(normalisation, (mean, std))
@@ -139,7 +141,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Return the images of some split sets, concatenated into one dataset."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Switch validation off under `split=final`; the images are opened later, when they are first used."""
+        """Switch validation off under `split=final`; images are opened when they are first used."""
         if self.trainer is not None and self.split == "final":
             self.trainer.limit_val_batches = 0  # or Lightning warns about a validation without data loaders
 
@@ -162,7 +164,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Return how files become the backbone's input, as plain JSON values; `transforms.to_input` does the same."""
+        """Return the steps from file to input as plain JSON values; `transforms.to_input` follows them."""
         return {
             "size": self.image_size,
             "resize": "squash",
@@ -220,7 +222,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         return self._loader(self.test_dataset)
 
     def feature_dataloader(self, dataset: TicketDataset) -> DataLoader[Batch]:
-        """Return a loader of all images in order, on every rank, without augmentation: for cached features."""
+        """Return a loader of all images in order, on every rank, unaugmented: for cached features."""
         return self._loader(dataset, everywhere=True)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

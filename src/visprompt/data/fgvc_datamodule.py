@@ -12,7 +12,7 @@ from visprompt.data.stores.ragged import RaggedStore
 
 
 class FGVCDataModule(RaggedDataModule):
-    """A fine-grained dataset: the short side resized, random crops and flips in training, the middle in evaluation."""
+    """A fine-grained dataset: resized by the short side, random crops and flips in training."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class FGVCDataModule(RaggedDataModule):
 
     @property
     def origin(self) -> str:
-        """Return "raw:json" (split files of the Visual Prompt Tuning authors) or "raw:lists" (official lists)."""
+        """Return "raw:json" (split files of the VPT authors) or "raw:lists" (official lists)."""
         return f"raw:{self.store.origin}"
 
     @cached_property

@@ -48,7 +48,8 @@ class FolderDataModule(RaggedDataModule):
             csv_columns: Names of the CSV's columns, where they are not path, label and split.
             white_level: Value of white in grey images of 16 or 32 bits; 65535 by default.
             max_pixels: Images of more pixels are refused before they are decoded.
-            test: "required", or "none" for data without test images, on which `split=final` trains and scores nothing.
+            test: "required", or "none" for data without test images, on which `split=final` trains and scores
+                nothing.
             **cropping: The arguments of `RaggedDataModule`.
 
         Raises:
@@ -102,7 +103,7 @@ class FolderDataModule(RaggedDataModule):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Return what `RaggedDataModule` says, with the white level and the pixel limit where they are set."""
+        """Return what `RaggedDataModule` says, with white level and pixel limit where they are set."""
         white = {} if self.white_level is None else {"white_level": self.white_level}
         white |= {} if self.max_pixels == MAX_PIXELS else {"max_pixels": self.max_pixels}
         return super().preprocessing | white
@@ -123,7 +124,7 @@ class FolderDataModule(RaggedDataModule):
             if needed not in splits:
                 raise no_images(self.task, needed)
         if not self.is_scored and "test" in splits:
-            raise UserError(f"data.test=none, but {self.task} has test images: take it away to score them")
+            raise UserError(f"data.test=none, but {self.task} has test images: remove that option to score them")
 
     def prepare_data(self) -> None:
         """Write the store, and check that each split has an image that can be read."""

@@ -13,7 +13,7 @@ from visprompt.errors import UserError, unknown
 
 
 class RaggedDataModule(TaskDataModule):
-    """Images of differing sizes in a store: the short side resized, random square crops and flips in training."""
+    """Images that differ in size: resized by the short side, random square crops and flips in training."""
 
     val_set = "val"
 
@@ -30,7 +30,8 @@ class RaggedDataModule(TaskDataModule):
 
         Args:
             final: What `split=final` trains on: "train" or "train+val".
-            short_side: Short side of the stored images in pixels; by default image_size * 256 / 224, rounded down.
+            short_side: Short side of the stored images in pixels; by default image_size * 256 / 224, rounded
+                down.
             crop: Whether training crops are random; otherwise they are central.
             flip: Probability of a horizontal flip in training.
             **feeding: The arguments of `TaskDataModule`.
@@ -100,5 +101,5 @@ class RaggedDataModule(TaskDataModule):
                 raise no_images(self.task, split)
         if "train" in sets and (missing := set(range(self.num_classes)) - set(store.labels[rows].tolist())):
             lost = self.class_names[min(missing)]
-            raise UserError(f"no training image of class {lost!r} can be read: mend its images or remove the class")
+            raise UserError(f"no training image of class {lost!r} can be read: repair its images or remove the class")
         return RaggedDataset(store, rows, size=self.image_size, seed=self.seed, random_crop=self.crop, flip=self.flip)

@@ -67,7 +67,7 @@ class VTABDataModule(TaskDataModule):
 
     @property
     def form(self) -> str:  # type: ignore[override]  # of this source, known when its store is open
-        """Return "lossless" where the images are those of the original files, "lossy" where they were re-encoded."""
+        """Return "lossless" for images of the original files, "lossy" for re-encoded ones."""
         return str(self._store.record["form"])
 
     @property
@@ -77,7 +77,7 @@ class VTABDataModule(TaskDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Return the sha256 (hex) of the source's images, their keys and their labels, over all split sets."""
+        """Return the sha256 (hex) of the source's images, keys and labels, over all split sets."""
         return self._store.fingerprint(self.task)
 
     @property
@@ -87,7 +87,7 @@ class VTABDataModule(TaskDataModule):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Return what `TaskDataModule` says, with the decoder and the side of images that are stored unresized."""
+        """Return what `TaskDataModule` says, with the decoder and the side of unresized images."""
         spec = TASKS[self.task]
         return {**super().preprocessing, "decode": spec.decode, "native": spec.native if self.plan.native else None}
 

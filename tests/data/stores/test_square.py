@@ -238,7 +238,7 @@ def flip(path, place):
 def damaged(folder):
     return (
         f"the store {folder} is damaged, pixels.bin is not what its checksums say: delete that folder and run the same "
-        "command again, which makes it anew from the original files"
+        "command, which writes it again from the original files"
     )
 
 

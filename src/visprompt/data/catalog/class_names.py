@@ -1,4 +1,4 @@
-"""Name of classes that are kept in a file of their own."""
+"""Names of classes that are stored in text files."""
 
 from importlib.resources import files
 

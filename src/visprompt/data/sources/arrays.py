@@ -77,7 +77,7 @@ def rows_of(images: "h5py.Dataset", wanted: Collection[int]) -> Iterator[tuple[i
     """Yield the wanted rows in ascending order; each chunk of the file is decompressed once."""
     step = images.chunks[0] if images.chunks else 1
     for start in range(0, len(images), step):
-        rows = [row for row in range(start, min(start + step, len(images))) if row in wanted]
-        block = images[start : start + step] if rows else None
-        for row in rows:
-            yield row, block[row - start]
+        if rows := [row for row in range(start, min(start + step, len(images))) if row in wanted]:
+            block = images[start : start + step]
+            for row in rows:
+                yield row, block[row - start]

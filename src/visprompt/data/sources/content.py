@@ -1,4 +1,4 @@
-"""The content of a dataset's files, in one form for all sources: keys and labels by official split, and images."""
+"""The content of a dataset's files, the same for all sources: keys, labels, images by official split."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,9 +38,10 @@ class Found(NamedTuple):
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode an image as TensorFlow does for VTAB: three channels, transparency dropped, EXIF orientation ignored.
+    """Decode an image as TensorFlow does for VTAB: to RGB, without transparency and EXIF orientation.
 
-    TensorFlow's default JPEG decoder is faster and less exact than Pillow's: it differs by a few levels of 256.
+    TensorFlow's default JPEG decoder is faster and less exact than Pillow's: it differs by a few levels of
+    256.
 
     Args:
         data: The content of a file of one of `images.FORMATS`.

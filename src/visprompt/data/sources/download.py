@@ -1,8 +1,8 @@
 """Raw files: downloaded with resume, compared with the catalog once, and remembered as checked.
 
-Next to a file `<name>` there may be `<name>.part` and `<name>.part.json` (an unfinished download), `<name>.lock` (held
-by the process that downloads) and, one per folder, `checksums.json` (the files that were checked). A file under its
-final name is always complete.
+Next to a file `<name>` there may be `<name>.part` and `<name>.part.json` (an unfinished download),
+`<name>.lock` (held by the process that downloads) and, one per folder, `checksums.json` (the files that were
+checked). A file under its final name is always complete.
 """
 
 import errno
@@ -36,7 +36,7 @@ RETRY = Retry(
     raise_on_status=False,
     respect_retry_after_header=False,  # a server could ask for hours
 )
-"""Tries of one url: for connections and busy servers, and anew after each connection that brought new bytes"""
+"""Tries of one url; they start again after each connection that brought new bytes"""
 
 _TIMEOUT = 60.0  # seconds without a byte
 _CHUNK = 1 << 20
@@ -58,8 +58,8 @@ class _Unusable(Exception):
 def obtain(file: SourceFile, folder: Path, *, download: bool) -> str:
     """Check that a raw file is the right one, and download it where it is missing.
 
-    A file that was checked before and has not changed is not read again. Several processes may ask for the same file
-    at once: one downloads, the others wait.
+    A file that was checked before and has not changed is not read again. Several processes may ask for the
+    same file at once: one downloads, the others wait.
 
     Args:
         file: Its record.
@@ -70,8 +70,8 @@ def obtain(file: SourceFile, folder: Path, *, download: bool) -> str:
         Its sha256, in hex.
 
     Raises:
-        UserError: The file is missing and may not or cannot be downloaded, is not the right one (it stays where it
-            is), or the disk is full or read-only.
+        UserError: The file is missing and may not or cannot be downloaded, is not the right one (it stays
+            where it is), or the disk is full or read-only.
     """
     path = folder / file.name
     if known := _remembered(file, folder):
@@ -104,7 +104,7 @@ def _check(file: SourceFile, folder: Path) -> str:
     try:
         checksum = _checksum(file, path)
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error}): mend that or get it again") from error
+        raise UserError(f"cannot read {path} ({error.strerror or error}): repair it or get it again") from error
     except _Unusable as error:
         raise UserError(
             f"{path} is not the file that the catalog knows ({error}): "
@@ -159,7 +159,7 @@ def _entry(path: Path, checksum: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where it is missing or damaged: that costs a check or a download, nothing else."""
+    """Return a JSON object, empty where it is missing or damaged: that costs a check or a download."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -198,7 +198,7 @@ def _download(file: SourceFile, path: Path) -> str:
 
 
 def _fetch(session: requests.Session, url: str, file: SourceFile, part: "_Part") -> None:
-    """Download from one url, going on where a connection ended; only tries that brought no new byte are counted."""
+    """Download from one url, resuming where a connection ended; tries that brought new bytes do not count."""
     retry, furthest = RETRY, part.size
     with _progress() as bar:
         task = bar.add_task(f"downloading {file.name}", total=file.size)
@@ -265,7 +265,7 @@ def _check_room(target: Path, need: int) -> None:
 
 
 class _Part:
-    """An unfinished download: `<name>.part`, with the version of the file that it belongs to in `<name>.part.json`."""
+    """An unfinished download, `<name>.part`, and the version of its file, in `<name>.part.json`."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -294,7 +294,7 @@ class _Part:
             stream.write(data)
 
     def finish(self, file: SourceFile) -> str:
-        """Give the complete file its name and return its sha256, or remove it where it is not the right one."""
+        """Check the complete file, rename it and return its sha256; remove a wrong one."""
         try:
             checksum = _checksum(file, self._path)
         except _Unusable:

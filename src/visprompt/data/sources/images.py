@@ -17,7 +17,7 @@ from visprompt.errors import UserError
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the formats that are read, whatever a file's suffix: EPS, for example, would run Ghostscript"""
+"""Pillow's names of the formats that are read; EPS, for example, would run Ghostscript"""
 MAX_PIXELS = 178_956_970
 """Images with more pixels are refused, unless data.max_pixels allows them; Pillow's default limit"""
 MIN_SIDE = 16
@@ -123,13 +123,13 @@ def decode(
 ) -> np.ndarray:
     """Decode an image file to 8-bit RGB.
 
-    The EXIF orientation is applied, an animation gives its first frame, transparency is composited over white, grey
-    of 16 or 32 bits is scaled to 8 bits, and grey, palettes, CMYK and the like become RGB.
+    The EXIF orientation is applied, an animation gives its first frame, transparency is composited over
+    white, grey of 16 or 32 bits is scaled to 8 bits, and grey, palettes, CMYK and the like become RGB.
 
     Args:
         path: The file, or its content.
-        white_level: The value of white in grey images of 16 or 32 bits; higher values are white too. None stands
-            for 65535 and refuses higher values.
+        white_level: The value of white in grey images of 16 or 32 bits; higher values are white too. None
+            stands for 65535 and refuses higher values.
         tops: A list to which the highest value of a grey image of 16 or 32 bits is appended.
         max_pixels: See `open_image`.
 

@@ -42,7 +42,7 @@ def folder_labels(path: Path, task: str, keys: Sequence[str], folder_of: Callabl
     for key, folder in zip(keys, folders, strict=True):
         if folder not in index:
             raise UserError(
-                f"{path} holds {key}, whose class {folder!r} is none of the {len(index)} of {task}: "
+                f"{path} holds {key}, whose class {folder!r} is not one of the {len(index)} of {task}: "
                 "it is not the official file, get it again"
             )
     return np.array([index[folder] for folder in folders], np.int64)
@@ -95,9 +95,9 @@ def _read_cifar(path: Path, wanted: Wanted) -> Iterator[Found]:
 def caltech101(root: Path) -> Content:
     """Open Caltech101, `caltech-101.zip`; keys are `Dir/image_0001.jpg`.
 
-    30 images of each class are train, the rest is test. The official split draws them with numpy (seed 1234, one
-    generator for all classes) from an unsorted directory listing, which cannot be reproduced. Here folders and their
-    .jpg files are sorted before the same draw, so the images differ.
+    30 images of each class are train, the rest is test. The official split draws them with numpy (seed 1234,
+    one generator for all classes) from an unsorted directory listing, which cannot be reproduced. Here
+    folders and their .jpg files are sorted before the same draw, so the images differ.
     """
     path = root / "caltech-101.zip"
     folders: defaultdict[str, set[str]] = defaultdict(set)
@@ -164,7 +164,8 @@ def flowers_lists(root: Path) -> Mapping[str, tuple[list[str], np.ndarray]]:
         root: Folder with the two files.
 
     Returns:
-        "train", "validation" and "test" -> file names (`image_00001.jpg`) and their labels, int64 [n], 0-based.
+        "train", "validation" and "test" -> file names (`image_00001.jpg`) and their labels, int64 [n],
+        0-based.
 
     Raises:
         UserError: A file is missing or damaged, or the two do not match.
@@ -186,7 +187,7 @@ def flowers_lists(root: Path) -> Mapping[str, tuple[list[str], np.ndarray]]:
 
 
 def oxford_flowers102(root: Path) -> Content:
-    """Open Oxford Flowers, `102flowers.tgz`, `imagelabels.mat` and `setid.mat`; keys are `image_00001.jpg`."""
+    """Open Oxford Flowers, `102flowers.tgz`, `imagelabels.mat`, `setid.mat`; keys are `image_00001.jpg`."""
     path = root / "102flowers.tgz"
     return Content(
         {split: Part(keys, {"oxford_flowers102": labels}) for split, (keys, labels) in flowers_lists(root).items()},
@@ -243,8 +244,8 @@ def _read_svhn(root: Path, parts: Mapping[str, Part], wanted: Wanted) -> Iterato
 def sun397_keys() -> dict[str, list[str]]:
     """Return the keys of SUN397 that VTAB-1k needs: 800 train, 200 validation, all 21,750 test, in md5 order.
 
-    Source: the lists sun397_tfds_{tr,va,te}.txt of TensorFlow Datasets. They do not include the two images that its
-    builder leaves out because they cannot be decoded.
+    Source: the lists sun397_tfds_{tr,va,te}.txt of TensorFlow Datasets. They do not include the two images
+    that its builder leaves out because they cannot be decoded.
     """
     data = lzma.decompress((files(__package__) / "sun397_keys.txt.xz").read_bytes())
     keys: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
@@ -267,11 +268,11 @@ def sun397(root: Path) -> Content:
 
 
 def decode_sun397(data: bytes) -> np.ndarray:
-    """Decode an image of SUN397 as the official task does: shrink it to 120,000 pixels and re-encode it as JPEG.
+    """Decode an image of SUN397 as the official task does: shrunk to 120,000 pixels, re-encoded as JPEG.
 
-    OpenCV decodes, resizes bilinearly and encodes with its default quality; the result is decoded again. OpenCV
-    could not decode the GIF files (whose names end in .jpg too) at that time; another decoder read them with red and
-    blue swapped, and so they are swapped here.
+    OpenCV decodes, resizes bilinearly and encodes with its default quality; the result is decoded again.
+    OpenCV could not decode the GIF files (whose names end in .jpg too) at that time; another decoder read
+    them with red and blue swapped, and so they are swapped here.
 
     Args:
         data: The file's bytes: JPEG, PNG, BMP or GIF.
@@ -298,7 +299,8 @@ def opencv_decoded(data: bytes) -> np.ndarray | None:
     """Decode an image with OpenCV and the flags of the official tasks.
 
     Returns:
-        uint8 (uint16 for 16-bit files) [h, w, 3], BGR, with its EXIF orientation applied; None if OpenCV cannot.
+        uint8 (uint16 for 16-bit files) [h, w, 3], BGR, with its EXIF orientation applied; None if OpenCV
+        cannot.
     """
     import cv2
 

@@ -27,10 +27,11 @@ _GREY = 128
 
 
 def patch_camelyon(root: Path) -> Content:
-    """Open PatchCamelyon, `camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5.gz`; keys: `train_0`, `valid_0`.
+    """Open PatchCamelyon, `camelyonpatch_level_2_split_*_{x,y}.h5.gz`; keys are `train_0`, `valid_0`.
 
-    HDF5 needs random access: to read images, a split's file (7 GB for train) is decompressed into a temporary file
-    in the archive's folder. The file has no name, so the system removes it even if the process is killed.
+    HDF5 needs random access: to read images, a split's file (7 GB for train) is decompressed into a temporary
+    file in the archive's folder. The file has no name, so the system removes it even if the process is
+    killed.
     """
     parts = {}
     for split, name in _PCAM.items():
@@ -78,7 +79,7 @@ def _written_beside(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise UserError(
-            f"{path} cannot be decompressed into a temporary file beside it ({error.strerror or error}): "
+            f"{path} cannot be decompressed into a temporary file in its folder ({error.strerror or error}): "
             "allow writing and free several GB there, or move the data to another disk"
         ) from error
 
@@ -112,10 +113,11 @@ def _class_folders(path: Path, task: str, top: str) -> Content:
 
 
 def diabetic_retinopathy(root: Path) -> Content:
-    """Open Diabetic Retinopathy: `trainLabels.csv`, `retinopathy_solution.csv` and the images; keys: `10_left`.
+    """Open Diabetic Retinopathy, `trainLabels.csv`, `retinopathy_solution.csv` and images; keys: `10_left`.
 
-    The images are in `train.zip` and `test.zip`, or unpacked in the folders `train` and `test`. Test images of the
-    public leaderboard are the official validation split, those of the private leaderboard the test split.
+    The images are in `train.zip` and `test.zip`, or unpacked in the folders `train` and `test`. Test images
+    of the public leaderboard are the official validation split, those of the private leaderboard the test
+    split.
     """
     train, test = root / "trainLabels.csv", root / "retinopathy_solution.csv"
     parts = {
@@ -146,7 +148,7 @@ def _table(path: Path, columns: tuple[str, ...], usage: str = "") -> list[tuple[
 def _levels(path: Path, rows: list[tuple[str, str]]) -> Part:
     keys = [image for image, _ in rows]
     if strange := [image for image, level in rows if not level.isdecimal()]:
-        raise damaged(path, f"image {strange[0]} has a level that is no number")
+        raise damaged(path, f"image {strange[0]} has a level that is not a number")
     labels = np.array([int(level) for _, level in rows], np.int64)
     return Part(keys, {"diabetic_retinopathy": check_labels(labels, 5, keys, str(path))})
 
@@ -164,11 +166,11 @@ def _eye(name: str) -> str | None:
 
 
 def decode_retina(data: bytes) -> np.ndarray:
-    """Decode a photograph of an eye as the official task does (btgraham-300, named after the competition's winner).
+    """Decode a photograph of an eye as the official task does (its configuration btgraham-300).
 
-    The eyeball is scaled to a radius of 300 pixels; the local average (Gaussian blur, sigma 10) is subtracted and
-    the contrast multiplied by four, around grey; pixels farther than 270 pixels from the centre become grey, and the
-    image is cropped to them; the result is encoded as JPEG of quality 72 and decoded again.
+    The eyeball is scaled to a radius of 300 pixels; the local average (Gaussian blur, sigma 10) is subtracted
+    and the contrast multiplied by four, around grey; pixels farther than 270 pixels from the centre become
+    grey, and the image is cropped to them; the result is encoded as JPEG of quality 72 and decoded again.
 
     Args:
         data: The JPEG file's bytes.

@@ -1,7 +1,7 @@
 """Readers of the original files of VTAB's structured datasets. `root` is the folder that holds the files.
 
-Labels are those of the official tasks (google-research/task_adaptation, task_adaptation/data); official splits and
-keys are those of TensorFlow Datasets. Archives are read without being unpacked.
+Labels are those of the official tasks (google-research/task_adaptation, task_adaptation/data); official
+splits and keys are those of TensorFlow Datasets. Archives are read without being unpacked.
 """
 
 import gzip
@@ -40,8 +40,9 @@ _CLEVR_DISTANCES = np.array([0, 8, 8.5, 9, 9.5, 10, 100], np.float32)  # lower e
 def clevr(root: Path) -> Content:
     """Open CLEVR v1.0: train (70,000) and validation (15,000 images); keys are file names.
 
-    clevr_count is the number of objects minus 3; clevr_dist is the bin of the nearest object's depth. TensorFlow
-    Datasets pairs the sorted images with the scenes by position; the field `image_filename` gives the same pairs.
+    clevr_count is the number of objects minus 3; clevr_dist is the bin of the nearest object's depth.
+    TensorFlow Datasets pairs the sorted images with the scenes by position; the field `image_filename` gives
+    the same pairs.
     """
     path = root / CLEVR
     scenes = dict(_clevr_scenes(path))
@@ -135,7 +136,8 @@ _KITTI_DISTANCES = np.array([8, 20, 999], np.float32)  # metres; images without 
 def kitti(root: Path) -> Content:
     """Open KITTI's 2D object images: train, validation and test, split by video; keys are `000001.png`.
 
-    The label is the bin of the distance to the nearest car, van or truck: up to 8 m, up to 20 m, farther, no vehicle.
+    The label is the bin of the distance to the nearest car, van or truck: up to 8 m, up to 20 m, farther, no
+    vehicle.
     """
     labels = dict(_kitti_labels(root / KITTI_LABELS))
     parts = {}

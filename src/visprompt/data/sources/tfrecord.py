@@ -1,7 +1,7 @@
 """TFRecord files and the tf.train.Example messages in them, without TensorFlow.
 
-A record is a uint64 length, the masked CRC-32C of these 8 bytes, the data and the masked CRC-32C of the data, all
-little-endian (tensorflow/core/lib/io/record_writer.h).
+A record is a uint64 length, the masked CRC-32C of these 8 bytes, the data and the masked CRC-32C of the data,
+all little-endian (tensorflow/core/lib/io/record_writer.h).
 """
 
 import struct
@@ -77,8 +77,8 @@ def masked_crc32c(data: bytes) -> bytes:
 def read_records(stream: IO[bytes], name: str) -> Iterator[bytes]:
     """Yield the data of each record, one at a time.
 
-    Only the checksum of the length is compared: a damaged length could ask for exabytes. The checksum of the data
-    would take a second for every few MB in Python, and the archive's checksum covers the same bytes.
+    Only the checksum of the length is compared: a damaged length could ask for exabytes. The checksum of the
+    data would take a second for every few MB in Python, and the archive's checksum covers the same bytes.
 
     Args:
         stream: The file, read from start to end.
