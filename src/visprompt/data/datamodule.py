@@ -252,7 +252,8 @@ class TaskDataModule(L.LightningDataModule, ABC):
             num_workers=self.num_workers if loads else 0,
             pin_memory=self.pin_memory and loads,
             persistent_workers=self.num_workers > 0 and loads,
-            generator=torch.Generator(),  # or the loader would draw from the global generator, which dropout uses
+            # or the loader would draw from the global generator, which dropout uses
+            generator=torch.Generator(),
         )
 
     def _epoch(self) -> int:

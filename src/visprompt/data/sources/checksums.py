@@ -40,7 +40,8 @@ class Checksums:
 
     def of(self, paths: Sequence[Path]) -> list[str]:
         """Return the sha256 (hex) of each file's content; new and changed files are read in threads."""
-        with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:  # network disks answer in parallel
+        # network disks answer in parallel
+        with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
             found = list(pool.map(self._one, paths))
         self._new = {
             str(path): (stamp, checksum)

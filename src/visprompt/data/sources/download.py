@@ -143,7 +143,8 @@ def _remembered(file: SourceFile, folder: Path) -> str | None:
 def _remember(file: SourceFile, folder: Path, checksum: str) -> None:
     """Note a checked file; in a folder that is read-only it is checked again each time."""
     path = folder / "checksums.json"
-    temporary = path.with_name("checksums.json.tmp")  # written under the lock: a killed process's is overwritten
+    # written under the lock; overwrites the one of a killed process
+    temporary = path.with_name("checksums.json.tmp")
     try:
         with FileLock(path.with_name("checksums.json.lock")):
             entries = {**_read_json(path), file.name: _entry(folder / file.name, checksum)}
@@ -202,7 +203,8 @@ def _fetch(session: requests.Session, url: str, file: SourceFile, part: "_Part")
     retry, furthest = RETRY, part.size
     with _progress() as bar:
         task = bar.add_task(f"downloading {file.name}", total=file.size)
-        while not (part.version and part.size == file.size):  # complete where the last process ended while checking
+        # the part is complete where the last process ended while checking it
+        while not (part.version and part.size == file.size):
             try:
                 for size in _receive(session, url, file, part):
                     bar.update(task, completed=size)

@@ -98,7 +98,8 @@ class ImageFolder:
         """
         digest = sha256()
         for item in self.items:
-            size = item.path.stat().st_size if item.path.exists() else -1  # a dead link is reported when it is decoded
+            # a dead link is reported when it is decoded
+            size = item.path.stat().st_size if item.path.exists() else -1
             fields = (item.key, str(size), self.class_names[item.label], item.split)
             digest.update(("\0".join(fields) + "\n").encode())
         return digest.hexdigest()

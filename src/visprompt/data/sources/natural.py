@@ -20,7 +20,8 @@ from visprompt.errors import UserError
 _CIFAR_ROW = 2 + 32 * 32 * 3  # coarse label, fine label, pixels
 _CIFAR_FILES = {"cifar-100-binary/train.bin": "train", "cifar-100-binary/test.bin": "test"}
 _CALTECH_INNER = "caltech-101/101_ObjectCategories.tar.gz"
-_CALTECH_IMAGE = re.compile(r"101_ObjectCategories/([^./][^/]*/[^./][^/]*\.jpg)")  # no leading dot: metadata of macOS
+# no leading dot: metadata of macOS
+_CALTECH_IMAGE = re.compile(r"101_ObjectCategories/([^./][^/]*/[^./][^/]*\.jpg)")
 _CALTECH_TRAIN = 30  # per class
 _SUN397_PIXELS = 120_000
 

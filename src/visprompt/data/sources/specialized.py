@@ -20,7 +20,8 @@ from visprompt.data.sources.images import BadImage
 from visprompt.data.sources.natural import folder_labels, opencv_decoded
 from visprompt.errors import UserError
 
-_PCAM = {"train": "train", "validation": "valid", "test": "test"}  # official split -> its name in files and keys
+# official split -> its name in files and keys
+_PCAM = {"train": "train", "validation": "valid", "test": "test"}
 _RADIUS = 300  # of the eyeball, in pixels
 _SHOWN = int(_RADIUS * 0.9)  # radius of what the mask leaves
 _GREY = 128
@@ -95,7 +96,8 @@ def resisc45(root: Path) -> Content:
 
 
 def _class_folders(path: Path, task: str, top: str) -> Content:
-    image = re.compile(rf"{re.escape(top)}/([^./][^/]*)/([^./][^/]*\.jpg)")  # no leading dot: metadata of macOS
+    # no leading dot: metadata of macOS
+    image = re.compile(rf"{re.escape(top)}/([^./][^/]*)/([^./][^/]*\.jpg)")
 
     def key_of(name: str) -> str | None:
         found = image.fullmatch(name)

@@ -130,7 +130,8 @@ def _read_dmlab(path: Path, wanted: Wanted) -> Iterator[Found]:
 
 
 KITTI_IMAGES, KITTI_LABELS, KITTI_DEVKIT = "data_object_image_2.zip", "data_object_label_2.zip", "devkit_object.zip"
-_KITTI_DISTANCES = np.array([8, 20, 999], np.float32)  # metres; images without a vehicle have a larger distance
+# metres; images without a vehicle have a larger distance
+_KITTI_DISTANCES = np.array([8, 20, 999], np.float32)
 
 
 def kitti(root: Path) -> Content:
@@ -242,7 +243,8 @@ SMALLNORB = {
     "train": "smallnorb-5x46789x9x18x6x2x96x96-training-{}.mat.gz",
     "test": "smallnorb-5x01235x9x18x6x2x96x96-testing-{}.mat.gz",
 }
-NORB_DTYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}  # by the magic number
+# magic number -> type
+NORB_DTYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}
 
 
 def smallnorb(root: Path) -> Content:

@@ -7,12 +7,35 @@ nothing has to be prepared again.
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from visprompt.data.stores.mapped import checksums
+from visprompt.data.stores.mapped import MappedFile, checksums
 from visprompt.errors import UserError
 from visprompt.files import DamagedRecord, alone, read_record, record_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """What an open store of either kind has.
+
+    Attributes:
+        folder: Its folder.
+        chunks: Checksums of the pixels; None in a store of an older version, which is read unchecked.
+        made_for: See `write_manifest`; None in a store of an older version.
+    """
+
+    folder: Path
+    chunks: tuple[str, ...] | None
+    made_for: str | None
+
+    @cached_property
+    def pixels(self) -> MappedFile:
+        """Return the file with the pixels, which is mapped when it is first read."""
+        return MappedFile(self.folder / "pixels.bin", self.chunks)
+
 
 _LATER = frozenset({"chunks", "made_for"})  # missing in stores of older versions, as is the digest
 _log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ import numpy as np
 from visprompt.errors import UserError
 
 CHUNK = 4 * 2**20
-_compared: dict[tuple[object, ...], mmap.mmap] = {}  # (file, checksums) -> a byte per chunk, 1 where it was compared
+# (file, checksums) -> a byte per chunk, 1 where it was compared
+_compared: dict[tuple[object, ...], mmap.mmap] = {}
 
 
 def checksums(path: Path) -> list[str]:

@@ -142,7 +142,7 @@ def _check_pixels(store: SquareStore | RaggedStore) -> Check:
     name = "pixels unchanged"
     if store.chunks is None:
         return Check(name, False, "unknown: an older version made it, and its next use writes checksums", fatal=False)
-    size, damaged = in_bytes((store.folder / "pixels.bin").stat().st_size), store.damaged_chunks()
+    size, damaged = in_bytes((store.folder / "pixels.bin").stat().st_size), store.pixels.damaged()
     return Check(name, not damaged, f"{damaged} of {len(store.chunks)} parts of {size} differ" if damaged else size)
 
 

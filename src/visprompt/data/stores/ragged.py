@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from visprompt.data.sources.images import BadImage, ImageFolder, Item, decode
-from visprompt.data.stores.manifest import adopt, check_place, check_size, read_manifest, whole, write_manifest
-from visprompt.data.stores.mapped import MappedFile
+from visprompt.data.stores.manifest import Store, adopt, check_place, check_size, read_manifest, whole, write_manifest
 from visprompt.data.stores.threads import in_threads
 from visprompt.data.transforms import resize_short_side
 from visprompt.errors import UserError
@@ -30,12 +29,11 @@ _NAMES = frozenset({"schema", "fingerprint", "class_names", "origin", "images", 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RaggedStore:
-    """An open store.
+@dataclass(frozen=True, kw_only=True)
+class RaggedStore(Store):
+    """An open store of images that differ in size.
 
     Attributes:
-        folder: Its folder.
         fingerprint: `ImageFolder.fingerprint` of the original files.
         class_names: In the order of the labels.
         origin: Which lists were read, where there are several.
@@ -44,12 +42,9 @@ class RaggedStore:
         splits: "train", "val" or "test" per image.
         shapes: int64 [n, 2], height and width.
         bad: Key and reason of the files that were left out.
-        chunks: Checksums of the pixels; None in a store of an older version, which is read unchecked.
-        made_for: See `write_manifest`; None in a store of an older version.
         notes: Counts made while the files were decoded.
     """
 
-    folder: Path
     fingerprint: str
     class_names: tuple[str, ...]
     origin: str
@@ -58,8 +53,6 @@ class RaggedStore:
     splits: np.ndarray
     shapes: np.ndarray
     bad: tuple[tuple[str, str], ...]
-    chunks: tuple[str, ...] | None
-    made_for: str | None
     notes: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -73,10 +66,6 @@ class RaggedStore:
         sides = np.unique(self.shapes.min(axis=1))
         return int(sides[0]) if len(sides) == 1 else 0
 
-    @cached_property
-    def _pixels(self) -> MappedFile:
-        return MappedFile(self.folder / "pixels.bin", self.chunks)
-
     def image(self, row: int) -> np.ndarray:
         """Return one image, uint8 [h, w, 3], as a read-only view of the file.
 
@@ -84,17 +73,13 @@ class RaggedStore:
             UserError: The image has changed since the store was made.
         """
         start, stop = self.offsets[row : row + 2].tolist()
-        pixels = self._pixels.bytes
-        self._pixels.compare(start, stop)
+        pixels = self.pixels.bytes
+        self.pixels.compare(start, stop)
         return pixels[start:stop].reshape(*self.shapes[row], 3)
-
-    def damaged_chunks(self) -> int:
-        """Compare all pixels with their checksums and return the number of chunks that differ."""
-        return self._pixels.damaged()
 
     def release(self) -> None:
         """Release the memory of the images read so far; called once per batch."""
-        self._pixels.release()
+        self.pixels.release()
 
 
 def open_store(

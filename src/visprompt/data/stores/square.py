@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +18,7 @@ import numpy as np
 
 from visprompt.data.sources.content import Content, Found
 from visprompt.data.sources.images import BadImage
-from visprompt.data.stores.manifest import check_size, read_manifest, write_manifest
-from visprompt.data.stores.mapped import MappedFile
+from visprompt.data.stores.manifest import Store, check_size, read_manifest, write_manifest
 from visprompt.data.stores.threads import in_threads
 from visprompt.errors import UserError
 from visprompt.files import DamagedRecord
@@ -43,35 +41,25 @@ class Selection(NamedTuple):
     labels: Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class SquareStore:
-    """An open store.
+@dataclass(frozen=True, kw_only=True)
+class SquareStore(Store):
+    """An open store of images of one size.
 
     Attributes:
-        folder: Its folder.
         shape: Number of images, channels, height and width.
         sets: Split set -> its first row and the row after its last one.
         keys: Official split and key of every image, "train/16399" for example.
         labels: Task -> int64 [n].
         images: sha256 (hex) of the source's images, before they were decoded or resized.
         record: The origin: source, form ("lossless" or "lossy"), dataset and checksums or commit.
-        chunks: Checksums of the pixels; None in a store of an older version, which is read unchecked.
-        made_for: See `write_manifest`; None in a store of an older version.
     """
 
-    folder: Path
     shape: tuple[int, int, int, int]
     sets: Mapping[str, tuple[int, int]]
     keys: tuple[str, ...]
     labels: Mapping[str, np.ndarray]
     images: str
     record: Mapping[str, Any]
-    chunks: tuple[str, ...] | None
-    made_for: str | None
-
-    @cached_property
-    def _pixels(self) -> MappedFile:
-        return MappedFile(self.folder / "pixels.bin", self.chunks)
 
     def rows(self, sets: Sequence[str]) -> np.ndarray:
         """Return the rows of some split sets, int64 [n], concatenated."""
@@ -83,16 +71,12 @@ class SquareStore:
         Raises:
             UserError: An image has changed since the store was made.
         """
-        images, size = self._pixels.bytes.reshape(self.shape), math.prod(self.shape[1:])
+        images, size = self.pixels.bytes.reshape(self.shape), math.prod(self.shape[1:])
         for row in np.asarray(rows, np.int64).tolist():
-            self._pixels.compare(row * size, (row + 1) * size)
+            self.pixels.compare(row * size, (row + 1) * size)
         taken = images[rows]
-        self._pixels.release()
+        self.pixels.release()
         return taken
-
-    def damaged_chunks(self) -> int:
-        """Compare all pixels with their checksums and return the number of chunks that differ."""
-        return self._pixels.damaged()
 
     def fingerprint(self, task: str) -> str:
         """Return the sha256 (hex) of a task's images, split sets, keys and labels, at any stored size."""
