@@ -64,6 +64,7 @@ def test_every_package_that_is_imported_is_declared():
     module = {
         "pillow": "PIL",
         "pyyaml": "yaml",
+        "protobuf": "google",
         "scikit-learn": "sklearn",
         "opencv-python-headless": "cv2",
         "hydra-core": "hydra",

@@ -164,7 +164,9 @@ def test_missing_sets_are_named(tmp_path):
     own(tmp_path, root, test="none").check_sets()
     assert not (tmp_path / "stores" / "checksums").exists()
     write_folder(root, ("cat", "dog"), 1, splits=("test",))
-    with pytest.raises(UserError, match=r"^data.test=none, but pets has test images: take it away to score them$"):
+    with pytest.raises(
+        UserError, match=r"^data.test=none, but pets has test images: remove that option to score them$"
+    ):
         own(tmp_path, root, test="none").check_sets()
     with pytest.raises(UserError, match=r"^unknown data.test 'no': did you mean none\?"):
         own(tmp_path, root, test="no")

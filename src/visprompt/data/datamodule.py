@@ -1,4 +1,4 @@
-"""All of Lightning's data behaviour, once: which split set is trained on, which is scored, loaders, device transfer."""
+"""The base of all data modules: split sets, data loaders and the transfer to the device."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from visprompt.data.catalog import TASKS
 from visprompt.data.datasets import Batch, DeviceDataset, TicketDataset, as_is
 from visprompt.data.sampler import GlobalBatches
 from visprompt.data.splits import share
@@ -18,7 +19,7 @@ from visprompt.errors import UserError, unknown
 
 
 def no_images(task: str, split_set: str) -> UserError:
-    """Build the error for a split set that a run needs and that has no image."""
+    """Return the error for a split set that a run needs and that has no image."""
     what = f"{task} has no {split_set} images: add {split_set}/<class>/ folders (or CSV rows)"
     if split_set != "test":
         return UserError(what)
@@ -28,17 +29,17 @@ def no_images(task: str, split_set: str) -> UserError:
 
 
 class TaskDataModule(L.LightningDataModule, ABC):
-    """One task under one split; subclasses say what the data is, this class how it is fed.
+    """The data of one task under one split; subclasses open the images, this class builds the data loaders.
 
-    `split=tune` trains on the training set and scores the validation set: a test loader does not exist.
-    `split=final` has no held-out images and reads the test set.
+    `split=tune` trains on the training set and scores the validation set; it has no test loader.
+    `split=final` has no validation images and scores the test set.
 
     Attributes:
         task: Id of the task.
-        source: Where the data came from, as results record it.
-        form: "lossless" where the images are those of the original files, "lossy" where they were encoded again.
-        augments: Whether training images differ between epochs.
-        train_sets: The split sets trained on, by split.
+        source: Where the data comes from, as results record it.
+        form: "lossless" where the images are those of the original files, "lossy" where they were re-encoded.
+        augments: Whether training images are augmented at random.
+        train_sets: Split -> the split sets that it trains on.
         val_set: The split set that `split=tune` scores.
     """
 
@@ -48,6 +49,12 @@ class TaskDataModule(L.LightningDataModule, ABC):
     augments: bool = False
     train_sets: Mapping[str, tuple[str, ...]]
     val_set: str
+
+    def __init_subclass__(cls) -> None:
+        """Document the class of a catalogued task by its record."""
+        super().__init_subclass__()
+        if spec := TASKS.get(vars(cls).get("task", "")):
+            cls.__doc__ = f"{spec.description}\n\n{spec.num_classes} classes; {spec.source}."
 
     def __init__(
         self,
@@ -66,32 +73,34 @@ class TaskDataModule(L.LightningDataModule, ABC):
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """Reads nothing yet.
+        """Check the options; no data is read yet.
 
         Args:
-            batch_size: Global: images per optimiser step, on all devices and in all accumulation steps together.
+            batch_size: Images per optimiser step, over all devices and accumulation steps.
             split: "tune" or "final".
-            seed: Seed of the order and the augmentation.
-            image_size: Side of the images that the backbone reads, in pixels.
-            mean: The backbone's, per channel, of pixels in 0..1; what `normalisation=model` means.
-            std: The backbone's, per channel, of pixels in 0..1.
+            seed: Seed of shuffling and augmentation.
+            image_size: Side of the backbone's input in pixels.
+            mean: The backbone's mean per channel, of pixels in 0..1; used by `normalisation=model`.
+            std: The backbone's standard deviation per channel, of pixels in 0..1.
             interpolation: "bilinear" or "bicubic".
-            resampling: A name of `pixels.RESAMPLINGS`.
-            normalisation: A name of `pixels.NORMALISATIONS`.
-            fraction: Share of each class's training images that is trained on.
+            resampling: A name of `transforms.RESAMPLINGS`.
+            normalisation: A name of `transforms.NORMALISATIONS`.
+            fraction: Share of each class's training images to train on.
             accumulate: Micro steps per optimiser step; the trainer's `accumulate_grad_batches`.
             num_workers: Processes that load data; 0 loads in the main process.
-            pin_memory: Whether loaders copy to page-locked memory.
+            pin_memory: Whether data loaders use page-locked memory.
 
         Raises:
-            UserError: A word or a number is not among the valid ones.
+            UserError: A value is not valid.
         """
         super().__init__()
         if split not in self.train_sets:
             raise unknown("split", split, self.train_sets)
         check_resizing(interpolation, resampling)
         if not 0 < fraction <= 1:
-            raise UserError(f"data.fraction={fraction} is no share of the training images: give 0.1, 0.2, ... or 1.0")
+            raise UserError(
+                f"data.fraction={fraction} is not a share of the training images: give 0.1, 0.2, ... or 1.0"
+            )
         self.batch_size, self.split, self.seed, self.image_size = batch_size, split, seed, image_size
         self.interpolation, self.resampling, self.fraction = interpolation, resampling, float(fraction)
         self.mean, self.std = mean_and_std(normalisation, (mean, std))
@@ -100,62 +109,62 @@ class TaskDataModule(L.LightningDataModule, ABC):
     @property
     @abstractmethod
     def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels."""
+        """Return the names of the classes, in the order of the labels."""
 
     @property
     def images_key(self) -> Hashable:
-        """What tells the images that a run reads again and again from those of other runs."""
+        """Return the key under which runs share images on the device: the same key, the same images."""
         return self.fingerprint, self.split
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 (hex) of what the data is."""
+        """Return the sha256 (hex) of the data, whatever its size in pixels."""
 
     @property
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """Number of images of each split set."""
+        """Return the number of images of each split set."""
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What is recorded of the user's own data, beyond `sizes`; nothing of the known tasks."""
+        """Return what results record about own images beyond `sizes`; empty for the tasks of the catalog."""
         return {}
 
     @property
     def described(self) -> list[str]:
-        """The lines that are printed of the user's own data before training; none of the known tasks."""
+        """Return the lines to print about own images before training; empty for the tasks of the catalog."""
         return []
 
     @abstractmethod
     def open_sets(self, sets: tuple[str, ...]) -> TicketDataset:
-        """Returns the images of some split sets, one set after the other, as one dataset."""
+        """Return the images of some split sets, concatenated into one dataset."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Tells the trainer where nothing is held out; the images themselves are opened when first asked for."""
+        """Switch validation off under `split=final`; images are opened when they are first used."""
         if self.trainer is not None and self.split == "final":
-            self.trainer.limit_val_batches = 0  # or Lightning starts a validation of no loaders, and warns about it
+            self.trainer.limit_val_batches = 0  # or Lightning warns about a validation without data loaders
 
     @property
     def is_scored(self) -> bool:
-        """Whether there are images to score under this split."""
+        """Return whether there are images to score under this split."""
         return True
 
     def check_sets(self) -> None:
-        """Refuse a split for which there are no images, before anything is decoded or trained.
+        """Check, before anything is decoded or trained, that the split has the images that it needs.
 
         Raises:
-            UserError: It names the split set that is missing.
+            UserError: A split set has no image.
         """
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """Return the number of classes."""
         return len(self.class_names)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What happens to pixels between file and backbone, as plain JSON values; `pixels.to_input` follows it."""
+        """Return the steps from file to input as plain JSON values; `transforms.to_input` follows them."""
         return {
             "size": self.image_size,
             "resize": "squash",
@@ -172,7 +181,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     @cached_property
     def train_dataset(self) -> TicketDataset:
-        """The images trained on under this split, or the share of each class that `fraction` leaves of them."""
+        """Return the training images of this split, or the share of each class that `fraction` asks for."""
         dataset = self.open_sets(self.train_sets[self.split])
         if self.fraction == 1:
             return dataset
@@ -180,15 +189,15 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     @cached_property
     def val_dataset(self) -> TicketDataset:
-        """The images scored by `split=tune`."""
+        """Return the images that `split=tune` scores."""
         return self.open_sets((self.val_set,))
 
     @cached_property
     def test_dataset(self) -> TicketDataset:
-        """The test images.
+        """Return the test images.
 
         Raises:
-            UserError: Under `split=tune`, so that no choice can see them.
+            UserError: The split is `tune`: a choice must not see the test set.
         """
         if self.split == "tune":
             raise UserError(
@@ -197,27 +206,27 @@ class TaskDataModule(L.LightningDataModule, ABC):
         return self.open_sets(("test",))
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training images in global batches."""
+        """Return the loader of the shuffled training images."""
         return self._loader(self.train_dataset, training=True)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """The validation images; nothing under `split=final`, which holds none out."""
+        """Return the loader of the validation images; an empty list under `split=final`."""
         return self._loader(self.val_dataset) if self.split == "tune" else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """The test images, each on one rank, none twice.
+        """Return the loader of the test images, each of which is scored on exactly one rank.
 
         Raises:
-            UserError: Under `split=tune`.
+            UserError: The split is `tune`.
         """
         return self._loader(self.test_dataset)
 
     def feature_dataloader(self, dataset: TicketDataset) -> DataLoader[Batch]:
-        """All images of a set in order, on every rank, without augmentation: for features that are computed once."""
+        """Return a loader of all images in order, on every rank, unaugmented: for cached features."""
         return self._loader(dataset, everywhere=True)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Makes floating-point input of the pixels on the device; what is floating point already is left alone."""
+        """Normalise uint8 pixels on the device; floating-point inputs (cached features) pass unchanged."""
         if batch.images.is_floating_point():
             return batch
         images = normalise(batch.images, self.image_size, self.mean, self.std, self.interpolation, self.resampling)
@@ -235,7 +244,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
             epoch=self._epoch,
             training=training,
         )
-        loads = not isinstance(dataset, DeviceDataset)  # what lies on the device needs no help to get there
+        loads = not isinstance(dataset, DeviceDataset)  # images on the device need no workers
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -243,7 +252,8 @@ class TaskDataModule(L.LightningDataModule, ABC):
             num_workers=self.num_workers if loads else 0,
             pin_memory=self.pin_memory and loads,
             persistent_workers=self.num_workers > 0 and loads,
-            generator=torch.Generator(),  # its own: a loader would draw from the global stream that dropout reads
+            # or the loader would draw from the global generator, which dropout uses
+            generator=torch.Generator(),
         )
 
     def _epoch(self) -> int:

@@ -1,27 +1,28 @@
-"""Decoded images as tensors: map-style datasets that answer a list of tickets with one ready batch."""
+"""Decoded images as tensors: map-style datasets that return a whole batch for a list of tickets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from visprompt.data.stores.ragged import RaggedStore
 from visprompt.data.stores.square import SquareStore
 from visprompt.data.transforms import center_crop, crop
 
 
 class Batch(NamedTuple):
-    """What a loader yields.
+    """A batch of a data loader.
 
     Attributes:
-        images: uint8 [b, c, h, w] from the loader, with 1 or 3 channels; float32 [b, 3, h, w], normalised, after the
-            transfer to the device. What frozen layers made of them comes as float32 [b, ...] from the loader on.
+        images: uint8 [b, c, h, w] from the loader, with 1 or 3 channels; float32 [b, 3, h, w], normalised,
+            after the transfer to the device. Cached features are float32 [b, ...] from the loader on.
         labels: int64 [b].
         rows: int64 [b], positions in the dataset.
-        weights: float32 [b], the factor of each image's loss (see `GlobalBatches`); 0 marks a filler.
+        weights: float32 [b], the factor of each image's loss (see `GlobalBatches`); 0 for padding.
     """
 
     images: Tensor
@@ -31,12 +32,12 @@ class Batch(NamedTuple):
 
 
 class Ticket(NamedTuple):
-    """One image asked of a dataset.
+    """A request for one image of a dataset.
 
     Attributes:
         row: Position in the dataset.
-        epoch: Training epoch, which with the row decides all randomness; None in evaluation, which has none.
-        weight: Handed through to `Batch.weights`.
+        epoch: Training epoch, which seeds the augmentation together with the row; None in evaluation.
+        weight: Copied to `Batch.weights`.
     """
 
     row: int
@@ -45,13 +46,13 @@ class Ticket(NamedTuple):
 
 
 class TicketDataset(Dataset[Batch], ABC):
-    """Answers tickets; torch's fetcher calls `__getitems__` with a whole batch, so nothing is collated afterwards."""
+    """A dataset that returns a `Batch` for tickets; torch passes a whole batch of them to `__getitems__`."""
 
     labels: Tensor
-    """int64 [n], the label of every row."""
+    """int64 [n], the label of every row"""
 
     keys: Sequence[str]
-    """The key of every row, the same on every machine."""
+    """The key of every row, the same on every machine"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,21 +67,21 @@ class TicketDataset(Dataset[Batch], ABC):
 
     @abstractmethod
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
-        """Returns the images of the tickets, uint8 [b, c, h, w], as an array of its own."""
+        """Return a copy of the images of the tickets, uint8 [b, c, h, w]."""
 
     @abstractmethod
     def subset(self, rows: np.ndarray) -> Self:
-        """Returns a dataset of some rows, int64 [n], in their order."""
+        """Return a dataset of some rows, int64 [n], in the given order."""
 
 
 class ArrayDataset(TicketDataset):
-    """Images of one size in one array in memory; not augmented."""
+    """Images of one size in an array in memory; not augmented."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, keys: Sequence[str]) -> None:
-        """Keeps the arrays without a copy.
+        """Keep the arrays; they are not copied.
 
         Args:
-            images: uint8 [n, 3, h, w], or float32 [n, ...]: what frozen layers made of them.
+            images: uint8 [n, 3, h, w], or float32 [n, ...] for cached features.
             labels: int64 [n].
             keys: One per image.
         """
@@ -88,43 +89,43 @@ class ArrayDataset(TicketDataset):
         self.labels = torch.from_numpy(np.asarray(labels, np.int64))
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
-        """Copies the rows asked for."""
+        """Return a copy of the rows."""
         return np.asarray(self.images[[ticket.row for ticket in tickets]])
 
     def subset(self, rows: np.ndarray) -> Self:
-        """Copies some rows."""
+        """Return a dataset of copies of some rows."""
         return type(self)(self.images[rows], self.labels.numpy()[rows], [self.keys[row] for row in rows])
 
 
 class SquareDataset(TicketDataset):
-    """Rows of a store of equal squares, read through its memory map; not augmented."""
+    """Rows of a `SquareStore`, read through its memory map; not augmented."""
 
     def __init__(self, store: SquareStore, rows: np.ndarray, task: str) -> None:
-        """Reads no image yet.
+        """Select rows of a store; no image is read yet.
 
         Args:
             store: The decoded images.
-            rows: int64 [n], the store's rows that make up this dataset, in its order.
-            task: Whose labels are meant.
+            rows: int64 [n], the rows of the store, in the order of this dataset.
+            task: Task whose labels are used.
         """
         self.store, self.rows, self.task = store, rows, task
         self.keys = [store.keys[row] for row in rows]
         self.labels = torch.from_numpy(np.asarray(store.labels[task][rows], np.int64))
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
-        """Copies the images asked for out of the memory map."""
+        """Return a copy of the images."""
         return self.store.take(self.rows[[ticket.row for ticket in tickets]])
 
     def subset(self, rows: np.ndarray) -> Self:
-        """Selects some rows of these."""
+        """Return a dataset of some of these rows."""
         return type(self)(self.store, self.rows[rows], self.task)
 
 
 class DeviceDataset(TicketDataset):
-    """Images of one size that lie on a GPU; not augmented, and read in the process that put them there."""
+    """Images of one size in GPU memory; not augmented, and read in the process that copied them there."""
 
     def __init__(self, images: Tensor, labels: Tensor, keys: Sequence[str]) -> None:
-        """Keeps the tensors without a copy.
+        """Keep the tensors; they are not copied.
 
         Args:
             images: uint8 [n, c, h, w], on any device.
@@ -139,56 +140,34 @@ class DeviceDataset(TicketDataset):
         return Batch(self.images[rows.to(self.images.device)], self.labels[rows], rows, weights)
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
-        """Copies the rows asked for back."""
+        """Return a copy of the rows in host memory."""
         return self.__getitems__(tickets).images.cpu().numpy()
 
     def subset(self, rows: np.ndarray) -> Self:
-        """Copies some rows, on their device."""
+        """Return a dataset of copies of some rows, on the same device."""
         chosen = torch.from_numpy(rows)
         images = self.images[chosen.to(self.images.device)]
         return type(self)(images, self.labels[chosen], [self.keys[row] for row in rows])
 
 
-class ImageStore(Protocol):
-    """What `RaggedDataset` asks of a store: images of any size by row, and their labels."""
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """One per image."""
-        ...
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [n]."""
-        ...
-
-    def release(self) -> None:
-        """Lets go of the memory that the images looked at take."""
-        ...
-
-    def image(self, row: int) -> np.ndarray:
-        """Returns one image, uint8 [h, w, 3]."""
-        ...
-
-
 class RaggedDataset(TicketDataset):
-    """Images of differing sizes, cropped to a square: at random in training, in the middle in evaluation.
+    """Rows of a `RaggedStore`, cropped to a square: random crops in training, central crops in evaluation.
 
-    The crop's place and the flip are drawn from `default_rng([seed, epoch, row of the store])` and from nothing else:
-    they do not depend on workers, devices, the order of rows, or on where a run was resumed.
+    Crop and flip are drawn from `default_rng([seed, epoch, row of the store])`: they do not depend on
+    workers, devices, the order of rows, or whether a run was resumed.
     """
 
     def __init__(
-        self, store: ImageStore, rows: np.ndarray, *, size: int, seed: int, random_crop: bool, flip: float
+        self, store: RaggedStore, rows: np.ndarray, *, size: int, seed: int, random_crop: bool, flip: float
     ) -> None:
-        """Selects rows of a store.
+        """Select rows of a store.
 
         Args:
             store: Decoded images whose short side is at least `size`.
-            rows: int64 [n], the store's rows that make up this dataset, in its order.
+            rows: int64 [n], the rows of the store, in the order of this dataset.
             size: Height and width of the crop in pixels.
             seed: Seed of crops and flips.
-            random_crop: Whether training crops lie at random; in the middle otherwise.
+            random_crop: Whether training crops are random; otherwise they are central.
             flip: Probability of a horizontal flip in training.
         """
         self.store, self.rows, self.size, self.seed = store, rows, size, seed
@@ -197,13 +176,13 @@ class RaggedDataset(TicketDataset):
         self.labels = torch.from_numpy(np.asarray(store.labels[rows], np.int64))
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
-        """Crops the images asked for."""
+        """Return the cropped images."""
         images = np.stack([self._view(int(self.rows[ticket.row]), ticket.epoch) for ticket in tickets])
         self.store.release()
         return images
 
     def subset(self, rows: np.ndarray) -> Self:
-        """Selects some rows of these; a row of the store keeps its crops and flips."""
+        """Return a dataset of some of these rows; each keeps its crops and flips."""
         options = {"size": self.size, "seed": self.seed, "random_crop": self.random_crop, "flip": self.flip}
         return type(self)(self.store, self.rows[rows], **options)  # type: ignore[arg-type]  # one type per option
 
@@ -223,5 +202,5 @@ class RaggedDataset(TicketDataset):
 
 
 def as_is(batch: Any) -> Any:
-    """The collate function of all loaders: the dataset has made the batch already."""
+    """Return the batch unchanged: the collate function for datasets that return whole batches."""
     return batch

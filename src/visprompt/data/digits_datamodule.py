@@ -1,4 +1,4 @@
-"""Data modules of the demo tasks, composed in memory from scikit-learn's digits."""
+"""Data modules of the demo tasks: what they share, then one class per task."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,17 +21,17 @@ class DemoDataModule(TaskDataModule):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels."""
+        """Return the names of the classes, in the order of the labels."""
         return TASKS[self.task].class_names
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of images of each split set."""
+        """Return the number of images of each split set."""
         return dict(TASKS[self.task].split_sizes)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over name, keys, labels and pixels of all split sets."""
+        """Return the sha256 (hex) of names, keys, labels and pixels of all split sets."""
         digest = sha256()
         for split_set in self.sizes:
             images, labels, keys = compose(self.task, split_set)
@@ -40,24 +40,18 @@ class DemoDataModule(TaskDataModule):
         return digest.hexdigest()
 
     def open_sets(self, sets: tuple[str, ...]) -> ArrayDataset:
-        """Composes some split sets."""
+        """Return the images of some split sets, composed in memory."""
         images, labels, keys = zip(*(compose(self.task, split_set) for split_set in sets), strict=True)
         return ArrayDataset(np.concatenate(images), np.concatenate(labels), [key for part in keys for key in part])
 
 
 class DigitsDataModule(DemoDataModule):
-    """The scan: which digit?"""
-
     task = "digits"
 
 
 class DigitsCrowdedDataModule(DemoDataModule):
-    """The digit between the halves of two others, as in SVHN: which one?"""
-
     task = "digits_crowded"
 
 
 class DigitsLocDataModule(DemoDataModule):
-    """The scan in one of 4 x 4 cells: in which?"""
-
     task = "digits_loc"

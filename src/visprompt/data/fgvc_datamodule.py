@@ -1,4 +1,4 @@
-"""The 5 fine-grained datasets (FGVC), one named data module each; what they have in common stands above them."""
+"""Data modules of the 5 fine-grained datasets (FGVC): what they share, then one class each."""
 
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from visprompt.data.stores.ragged import RaggedStore
 
 
 class FGVCDataModule(RaggedDataModule):
-    """A fine-grained dataset: the short side resized, random crops and flips in training, the middle in evaluation."""
+    """A fine-grained dataset: resized by the short side, random crops and flips in training."""
 
     def __init__(
         self,
@@ -24,18 +24,18 @@ class FGVCDataModule(RaggedDataModule):
         download: bool = True,
         **cropping: Any,
     ) -> None:
-        """Reads nothing yet.
+        """Check the options; no data is read yet.
 
         Args:
-            data_dir: See `Plan`.
-            store_dir: Where decoded images are kept.
+            data_dir: See `Plan`, also for the following.
+            store_dir: Folder of the decoded images.
             source: "raw".
-            root: The user's own folder with the dataset's unpacked files.
-            download: Whether a missing dataset may be fetched.
+            root: Folder with the dataset's unpacked files, where it is not below `data_dir`.
+            download: Whether missing files may be downloaded.
             **cropping: The arguments of `RaggedDataModule`.
 
         Raises:
-            UserError: If a value is not valid.
+            UserError: A value is not valid.
         """
         super().__init__(**cropping | {"resampling": "pillow"})  # Pillow resizes, whatever the preset says
         self.plan = Plan(
@@ -52,40 +52,30 @@ class FGVCDataModule(RaggedDataModule):
 
     @property
     def origin(self) -> str:
-        """The original files, with the lists that were read: "json" (the Visual Prompt Tuning authors') or "lists"."""
+        """Return "raw:json" (split files of the VPT authors) or "raw:lists" (official lists)."""
         return f"raw:{self.store.origin}"
 
     @cached_property
     def store(self) -> RaggedStore:
-        """The decoded images, made if there are none."""
+        """Return the store of decoded images; it is written first where it is missing."""
         return prepare_ragged(self.plan)
 
 
 class CUB200DataModule(FGVCDataModule):
-    """A bird: which of 200 species, most of them North American, is it?"""
-
     task = "cub200"
 
 
 class NABirdsDataModule(FGVCDataModule):
-    """A North American bird: which of 555 species, sexes and ages is it?"""
-
     task = "nabirds"
 
 
 class OxfordFlowersDataModule(FGVCDataModule):
-    """A flower common in the United Kingdom: which of 102 kinds is it?"""
-
     task = "oxford_flowers"
 
 
 class StanfordDogsDataModule(FGVCDataModule):
-    """A dog: which of 120 breeds is it?"""
-
     task = "stanford_dogs"
 
 
 class StanfordCarsDataModule(FGVCDataModule):
-    """A car: which of 196 makes, models and years is it?"""
-
     task = "stanford_cars"

@@ -36,23 +36,24 @@ class FolderDataModule(RaggedDataModule):
         test: str = "required",
         **cropping: Any,
     ) -> None:
-        """Reads nothing yet.
+        """Check the options; no data is read yet.
 
         Args:
             root: See `own_images.find`.
-            store_dir: Where decoded images are kept.
-            name: Name of the task; that of the root folder by default.
+            store_dir: Folder of the decoded images.
+            name: Name of the task; by default the name of the root folder.
             csv: See `own_images.find`.
-            skip_bad: Leave out files that cannot be used instead of refusing them.
-            split_names: What the splits are called, where these have other names than train, val and test.
-            csv_columns: What the columns of the CSV are called, where these have other names than path, label, split.
+            skip_bad: Skip files that cannot be read instead of raising.
+            split_names: Names of the splits, where they are not train, val and test.
+            csv_columns: Names of the CSV's columns, where they are not path, label and split.
             white_level: Value of white in grey images of 16 or 32 bits; 65535 by default.
             max_pixels: Images of more pixels are refused before they are decoded.
-            test: "required", or "none" where there are no test images and `split=final` trains without a score.
+            test: "required", or "none" for data without test images, on which `split=final` trains and scores
+                nothing.
             **cropping: The arguments of `RaggedDataModule`.
 
         Raises:
-            UserError: If a value is not valid.
+            UserError: A value is not valid.
         """
         super().__init__(**cropping)
         self.root, self.csv, self.store_dir, self.skip_bad = Path(root).expanduser(), csv, Path(store_dir), skip_bad
@@ -65,12 +66,12 @@ class FolderDataModule(RaggedDataModule):
 
     @property
     def origin(self) -> str:
-        """A CSV or a folder."""
+        """Return "csv" or "folder"."""
         return "csv" if self.csv else "folder"
 
     @cached_property
     def images(self) -> OwnImages:
-        """The files with their classes and splits; none is decoded for it."""
+        """Return the files with their classes and splits; their pixels are not decoded."""
         place = sha256(os.fsencode(self.root.absolute())).hexdigest()[:20]
         memory = self.store_dir / "checksums" / f"{place}.json"
         names = self.split_names, self.csv_columns
@@ -78,7 +79,7 @@ class FolderDataModule(RaggedDataModule):
 
     @property
     def store_folder(self) -> Path:
-        """Where the decoded images are, or will be."""
+        """Return the folder of the store, whether it exists yet or not."""
         how = self.interpolation + {"pillow": "", "tf1": "-tf1", "tf2": "-tf"}[self.resampling]
         white = "" if self.white_level is None else f"-white{self.white_level}"
         white += "" if self.max_pixels == MAX_PIXELS else f"-max{self.max_pixels}"
@@ -86,7 +87,7 @@ class FolderDataModule(RaggedDataModule):
 
     @cached_property
     def store(self) -> RaggedStore:
-        """The decoded images, made if there are none."""
+        """Return the store of decoded images; it is written first where it is missing."""
         store = open_store(
             self.images,
             self.store_folder,
@@ -102,54 +103,53 @@ class FolderDataModule(RaggedDataModule):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """As for `RaggedDataModule`, with the white level where one is set."""
+        """Return what `RaggedDataModule` says, with white level and pixel limit where they are set."""
         white = {} if self.white_level is None else {"white_level": self.white_level}
         white |= {} if self.max_pixels == MAX_PIXELS else {"max_pixels": self.max_pixels}
         return super().preprocessing | white
 
     @property
     def is_scored(self) -> bool:
-        """Whether there are images to score: not where data.test=none trains a final state alone."""
+        """Return whether this split has images to score; `split=final` with data.test=none has none."""
         return self.split == "tune" or self.test == "required"
 
     def check_sets(self) -> None:
-        """See `TaskDataModule`.
+        """Check that every split that the run trains on or scores has images.
 
         Raises:
-            UserError: A split that the run trains on or scores has no image; or there are test images, and
-                data.test=none.
+            UserError: A split has none, or there are test images in spite of data.test=none.
         """
         splits = {item.split for item in self.images.items}
         for needed in (*self.train_sets[self.split], *(["val" if self.split == "tune" else "test"] * self.is_scored)):
             if needed not in splits:
                 raise no_images(self.task, needed)
         if not self.is_scored and "test" in splits:
-            raise UserError(f"data.test=none, but {self.task} has test images: take it away to score them")
+            raise UserError(f"data.test=none, but {self.task} has test images: remove that option to score them")
 
     def prepare_data(self) -> None:
-        """Decode the images, and see that files that cannot be read leave some of each split that is needed."""
+        """Write the store, and check that each split has an image that can be read."""
         for needed in {item.split for item in self.images.items}:
             if not (self.store.splits == needed).any():
                 raise no_images(self.task, needed)
 
     @property
     def described(self) -> list[str]:
-        """The summary in a few lines."""
+        """Return the summary as lines to print."""
         return sentences(self.task, self.class_names, self.summary)
 
     @property
     def summary(self) -> dict[str, Any]:
-        """See `summary.summarise`; files that cannot be read are known once the images are decoded."""
+        """Return `summary.summarise`; it names unreadable files only after the store has been opened."""
         if "store" not in vars(self):
             return summarise(self.images, self.root)
         return summarise(self.images, self.root, [key for key, _ in self.store.bad], self.store.notes)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Sorted names of the class folders or labels."""
+        """Return the sorted names of the class folders or labels."""
         return self.images.class_names
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over relative path, content, class and split of all files."""
+        """Return the sha256 (hex) of relative path, content, class and split of all files."""
         return self.images.fingerprint

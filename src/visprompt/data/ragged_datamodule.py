@@ -1,4 +1,4 @@
-"""What the data modules of images of differing sizes share: FGVC and own images."""
+"""The base of the data modules whose images differ in size: FGVC and own images."""
 
 from abc import abstractmethod
 from typing import Any
@@ -13,7 +13,7 @@ from visprompt.errors import UserError, unknown
 
 
 class RaggedDataModule(TaskDataModule):
-    """Images of differing sizes in a store: the short side resized, random square crops and flips in training."""
+    """Images that differ in size: resized by the short side, random square crops and flips in training."""
 
     val_set = "val"
 
@@ -26,17 +26,18 @@ class RaggedDataModule(TaskDataModule):
         flip: float = 0.5,
         **feeding: Any,
     ) -> None:
-        """Reads nothing yet.
+        """Check the options; no data is read yet.
 
         Args:
             final: What `split=final` trains on: "train" or "train+val".
-            short_side: Of the stored images; image_size * 256 / 224 rounded down by default, the FGVC rule.
-            crop: Whether training crops lie at random; in the middle otherwise.
+            short_side: Short side of the stored images in pixels; by default image_size * 256 / 224, rounded
+                down.
+            crop: Whether training crops are random; otherwise they are central.
             flip: Probability of a horizontal flip in training.
             **feeding: The arguments of `TaskDataModule`.
 
         Raises:
-            UserError: If a value is not valid.
+            UserError: A value is not valid.
         """
         if final not in ("train", "train+val"):
             raise unknown("data.final", final, ("train", "train+val"))
@@ -53,47 +54,46 @@ class RaggedDataModule(TaskDataModule):
     @property
     @abstractmethod
     def origin(self) -> str:
-        """Where images and splits come from."""
+        """Return where images and splits come from: "folder", "csv", "raw:json" or "raw:lists"."""
 
     @property
-    def source(self) -> str:  # type: ignore[override]  # of several parts
-        """Where the data comes from, as results record it."""
-        # the pixels are the same, the training set is not: results must tell
+    def source(self) -> str:  # type: ignore[override]  # a property here
+        """Return the origin as results record it, which also says whether val is trained on."""
         return self.origin + (":train+val" if self.split == "final" and self.final != "train" else "")
 
     @property
     @abstractmethod
     def store(self) -> RaggedStore:
-        """The decoded images, made if there are none."""
+        """Return the store of decoded images; it is written first where it is missing."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels."""
+        """Return the names of the classes, in the order of the labels."""
         return self.store.class_names
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over relative path, size in bytes, class and split of all files."""
+        """Return the sha256 (hex) of relative path, size in bytes, class and split of all files."""
         return self.store.fingerprint
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of images that can be used, of each split that exists."""
+        """Return the number of readable images of each split that has any."""
         counts = {split: int((self.store.splits == split).sum()) for split in SPLITS}
         return {split: count for split, count in counts.items() if count}
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """As for `TaskDataModule`, with short side and crop."""
+        """Return what `TaskDataModule` says, with the short side and the crop."""
         view = {"resize": "short_side", "short_side": self.short_side}
         return {**super().preprocessing, **view, "crop": "random" if self.crop else "center", "flip": self.flip}
 
     def prepare_data(self) -> None:
-        """Decodes the images, if that was not done before; Lightning calls it on one rank of each machine."""
+        """Write the store where it is missing; Lightning calls this on one rank of each machine."""
         _ = self.store
 
     def open_sets(self, sets: tuple[str, ...]) -> RaggedDataset:
-        """Selects the rows of some splits of the store."""
+        """Return the images of some splits, read from the store."""
         store = self.store
         rows = np.concatenate([np.flatnonzero(store.splits == split) for split in sets])
         for split in sets:
@@ -101,5 +101,5 @@ class RaggedDataModule(TaskDataModule):
                 raise no_images(self.task, split)
         if "train" in sets and (missing := set(range(self.num_classes)) - set(store.labels[rows].tolist())):
             lost = self.class_names[min(missing)]
-            raise UserError(f"no training image of class {lost!r} can be read: mend its images or remove the class")
+            raise UserError(f"no training image of class {lost!r} can be read: repair its images or remove the class")
         return RaggedDataset(store, rows, size=self.image_size, seed=self.seed, random_crop=self.crop, flip=self.flip)

@@ -1,4 +1,4 @@
-"""Deals one global batch to devices and accumulation steps so that the loss is the mean over its true images."""
+"""The batch sampler: deal each global batch to devices and accumulation steps."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,17 +10,18 @@ from visprompt.errors import UserError
 
 
 class GlobalBatches(Sampler[list[Ticket]]):
-    """Yields the micro batches of one rank, as lists of tickets.
+    """A batch sampler that yields the micro-batches of one rank, as lists of tickets.
 
-    Training: a permutation drawn from (seed, epoch) is cut into global batches, the last one short; each is dealt to
-    `world * accumulate` nearly equal shares. A ticket's weight is world * accumulate / (images in the global batch):
-    DDP averages gradients over ranks and Lightning divides a loss by `accumulate`, so sum(weight * loss) in every micro
-    step gives the mean over the true number of images. A share that is empty becomes one ticket of weight 0, because
-    all ranks must take the same number of steps.
+    Training: a permutation drawn from (seed, epoch) is cut into global batches, of which the last may be
+    short; each is split into `world * accumulate` nearly equal shares. A ticket's weight is world *
+    accumulate / (images in the global batch): DDP averages gradients over ranks and Lightning divides a loss
+    by `accumulate`, so sum(weight * loss) in each micro step gives the mean over the images of the global
+    batch. An empty share becomes one ticket of weight 0, because all ranks must take the same number of
+    steps.
 
-    Evaluation: rows rank, rank + world, ... in order, weight 1; each row on one rank, none twice. A rank without rows
-    gets one ticket of weight 0, a filler that no score counts: Lightning skips a loop without batches, and the others
-    would wait for this rank's share of the score.
+    Evaluation: rows rank, rank + world, ... in order, with weight 1; each row on exactly one rank. A rank
+    without rows gets one ticket of weight 0, which no score counts: Lightning skips a loop without batches,
+    and the other ranks would wait forever for this rank's part of the score.
     """
 
     def __init__(
@@ -35,20 +36,21 @@ class GlobalBatches(Sampler[list[Ticket]]):
         epoch: Callable[[], int] = lambda: 0,
         training: bool,
     ) -> None:
-        """Checks that the batch can be dealt.
+        """Check that a global batch can be dealt.
 
         Args:
             num_rows: Rows of the dataset.
-            batch_size: Images of a global batch: on all ranks and in all accumulation steps together.
-            rank: This process, 0 .. world - 1.
+            batch_size: Images of a global batch, over all ranks and accumulation steps.
+            rank: Index of this process, 0 .. world - 1.
             world: Number of processes.
             accumulate: Micro steps per optimiser step.
             seed: Seed of the permutations.
-            epoch: Read at the start of each iteration, so that a resumed run goes on with the right permutation.
-            training: Whether rows are shuffled and dealt as above, or scored in order.
+            epoch: Returns the epoch; called at the start of each iteration, so that a resumed run has the
+                right one.
+            training: Whether rows are shuffled for training, or scored in order.
 
         Raises:
-            UserError: If a training batch cannot be dealt evenly.
+            UserError: A training batch cannot be dealt evenly.
         """
         shares = world * accumulate
         if training and (batch_size < 1 or batch_size % shares):

@@ -1,4 +1,4 @@
-"""Splits that need no seed: the order of keys is that of their md5 values, as in TensorFlow Datasets."""
+"""Splits without a seed: keys are ordered by their md5 values, as in TensorFlow Datasets."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,50 +13,45 @@ Key = TypeVar("Key", int, str)
 
 
 def md5_int(text: str) -> int:
-    """Return the md5 value of a text as one big integer, the source of every "random" choice about data.
+    """Return the md5 value of a string as an integer, the source of all "random" choices about data.
 
-    The text is a file's name, for example: UTF-8, or what other bytes the name has.
+    The string may be a file name that is not valid UTF-8.
     """
     return int(md5(text.encode(errors="surrogateescape"), usedforsecurity=False).hexdigest(), 16)
 
 
 def md5_order(keys: Sequence[Key], salt: str) -> list[Key]:
-    """Sorts keys by `md5(salt + str(key))`.
+    """Return keys sorted by `md5(salt + str(key))`.
 
-    TensorFlow Datasets stores a split in this order (the salt is the name of the split), so VTAB's `train[:800]` are
-    its first 800 keys: the rows 0..49999 of CIFAR with salt "train" begin 16399, 1680, 47917, 17307.
+    TensorFlow Datasets stores a split in this order (the salt is the name of the split), so VTAB's
+    `train[:800]` are the first 800 keys: the rows 0..49999 of CIFAR with salt "train" begin with 16399, 1680,
+    47917, 17307.
 
     Args:
         keys: Row numbers or file names.
-        salt: Text put before each key.
-
-    Returns:
-        The keys in md5 order.
+        salt: Prefix of each key.
     """
     return sorted(keys, key=lambda key: md5_int(f"{salt}{key}"))
 
 
 def stratified(keys: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Cuts every class 80/10/10 into train, val and test, in md5 order of the keys with the empty salt.
+    """Split every class 80/10/10 into train, val and test, in md5 order of the keys with the empty salt.
 
-    Of n images of a class, max(1, n / 10 rounded half up) are val, as many are test, and the rest is train. In md5
-    order train comes first, then val, then test. No seed: a key's place depends on the keys of its class alone.
+    Of n images of a class, max(1, n / 10 rounded half up) are val, as many are test, and the rest is train.
+    In md5 order train comes first, then val, then test. A key's split depends only on the keys of its class.
 
     Args:
-        keys: One distinct text per image (the POSIX path relative to the data's root).
+        keys: One distinct string per image (the POSIX path relative to the data's root).
         classes: The class name of each image.
 
     Returns:
         "train", "val" or "test" for each image.
 
     Raises:
-        UserError: If a class has fewer than three images.
+        UserError: A class has fewer than three images.
     """
-    rows_of: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for row, (key, name) in enumerate(zip(keys, classes, strict=True)):
-        rows_of[name][key] = row
     parts = ["train"] * len(keys)
-    for name, rows in sorted(rows_of.items()):
+    for name, rows in sorted(_rows_by_class(keys, classes).items()):
         if len(rows) < 3:
             raise UserError(
                 f"class {name!r} has {len(rows)} of the 3 images that a train/val/test split needs: "
@@ -72,23 +67,25 @@ def stratified(keys: Sequence[str], classes: Sequence[str]) -> list[str]:
 
 
 def share(keys: Sequence[str], labels: Sequence[int], fraction: float) -> list[int]:
-    """Keeps a share of each class, for studies of the amount of training data; smaller shares lie within larger ones.
+    """Return the rows of a share of each class; a smaller share is a subset of a larger one.
 
-    Of n images of a class the first max(1, n * fraction rounded half up) in md5 order of the keys (empty salt) stay.
+    Of n images of a class these are the first max(1, n * fraction rounded half up) in md5 order of the keys
+    (empty salt).
 
     Args:
-        keys: One distinct text per image.
+        keys: One distinct string per image.
         labels: The class of each image.
         fraction: Above 0 and at most 1.
-
-    Returns:
-        The rows that stay, in their order.
     """
-    rows_of: defaultdict[int, dict[str, int]] = defaultdict(dict)
-    for row, (key, label) in enumerate(zip(keys, labels, strict=True)):
-        rows_of[label][key] = row
     kept = []
-    for rows in rows_of.values():
+    for rows in _rows_by_class(keys, labels).values():
         number = max(1, int(len(rows) * fraction + 0.5))
         kept += [rows[key] for key in md5_order(list(rows), "")[:number]]
     return sorted(kept)
+
+
+def _rows_by_class(keys: Sequence[str], classes: Sequence[Key]) -> dict[Key, dict[str, int]]:
+    rows_of: defaultdict[Key, dict[str, int]] = defaultdict(dict)
+    for row, (key, name) in enumerate(zip(keys, classes, strict=True)):
+        rows_of[name][key] = row
+    return rows_of

@@ -1,15 +1,15 @@
-"""Resizing, cropping and normalising, the same for training, evaluation and prediction.
+"""Resizing, cropping and normalisation, the same for training, evaluation and prediction.
 
-Codes resize in three ways, which `resampling` names. An output of n pixels is made of an input of m:
+`resampling` names one of three ways to resize m input pixels to n output pixels:
 
-- "pillow": output pixel i lies at (i + 0.5) * m / n - 0.5 of the input (half-pixel centres). The filter widens when the
-  image shrinks (antialias); each pass is done in fixed point and rounded to 8 bits.
-- "tf1": TensorFlow 1's bilinear, which VPT, E2VPT and task_adaptation call. Output pixel i lies at i * m / n, so that
-  an enlarged image is shifted by half an input pixel; the filter keeps its width, in floating point.
-- "tf2": TensorFlow 2's without antialias. Half-pixel centres; the filter keeps its width, in floating point.
+- "pillow": output pixel i is at (i + 0.5) * m / n - 0.5 of the input (half-pixel centres). The filter widens
+  when the image shrinks (antialias); each pass is computed in fixed point and rounded to 8 bits.
+- "tf1": TensorFlow 1's bilinear, which VPT, E2VPT and task_adaptation call. Output pixel i is at i * m / n,
+  so that an enlarged image is shifted by half an input pixel; no antialias, floating point.
+- "tf2": TensorFlow 2 without antialias. Half-pixel centres, floating point.
 
-Weights that fall on the image are divided by their sum. `squash` and `resize` follow each of them; Pillow's is
-reproduced bit for bit on any device, which lets small images be stored as they are.
+Weights of pixels inside the image are divided by their sum. Pillow's values are reproduced bit for bit on any
+device, so that small images can be stored unresized.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,18 +29,18 @@ NORMALISATIONS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]] | None]
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "model": None,
 }
-"""Mean and standard deviation by name, of pixels in 0..1; "model" stands for those that come with the backbone."""
+"""Name -> mean and standard deviation of pixels in 0..1; None stands for those of the backbone"""
 
 RESAMPLINGS = ("pillow", "tf1", "tf2")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_FIXED = 22  # bits behind the point of Pillow's 8-bit filters: 32 - 8 - 2
+_FIXED = 22  # fractional bits of Pillow's 8-bit filters: 32 - 8 - 2
 
 
 def check_resizing(interpolation: str, resampling: str) -> None:
-    """Refuse a way of resizing that is not there.
+    """Check that there is such a way of resizing.
 
     Raises:
-        UserError: It names those that are.
+        UserError: There is not; the message names the choices.
     """
     if interpolation not in _FILTERS:
         raise unknown("interpolation", interpolation, _FILTERS)
@@ -51,7 +51,7 @@ def check_resizing(interpolation: str, resampling: str) -> None:
 
 
 def in_present_words(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of data or preprocessing in which `antialias`, as earlier versions wrote, is a `resampling`."""
+    """Return settings of an earlier version with its `antialias` replaced by a `resampling`."""
     known = dict(settings)
     if isinstance(known.get("antialias"), bool):
         known["resampling"] = "pillow" if known.pop("antialias") else "tf2"
@@ -61,11 +61,11 @@ def in_present_words(settings: Mapping[str, Any]) -> dict[str, Any]:
 def mean_and_std(
     normalisation: str, model: tuple[Sequence[float], Sequence[float]]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the mean and standard deviation per channel that a name stands for.
+    """Return the mean and standard deviation per channel that a name stands for.
 
     Args:
         normalisation: A name of `NORMALISATIONS`.
-        model: Those of the backbone.
+        model: Mean and standard deviation of the backbone.
 
     Raises:
         UserError: There is no such name.
@@ -79,13 +79,14 @@ def mean_and_std(
 def resize_short_side(
     image: np.ndarray, short_side: int, interpolation: str = "bicubic", resampling: str = "pillow"
 ) -> np.ndarray:
-    """Resize so that the short side has a given length.
+    """Resize an image so that its short side has a given length.
 
     Args:
         image: uint8 [h, w, 3].
-        short_side: New length of the shorter side in pixels; the other follows, rounded down as in torchvision.
+        short_side: New length of the shorter side in pixels; the longer one is rounded down as in
+            torchvision.
         interpolation: "bilinear" or "bicubic".
-        resampling: A name of `RESAMPLINGS`; TensorFlow's values are rounded to the nearest whole ones.
+        resampling: A name of `RESAMPLINGS`; TensorFlow's values are rounded to integers.
 
     Returns:
         uint8 [h', w', 3].
@@ -103,24 +104,24 @@ def resize_short_side(
 
 
 def crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    """Cuts a square of `size` pixels out of an image [h, w, 3]."""
+    """Return a square of `size` pixels of an image [h, w, 3]."""
     return image[top : top + size, left : left + size]
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Cuts the middle square of `size` pixels out of an image [h, w, 3] (odd margins: rounded as in torchvision)."""
+    """Return the central square of an image [h, w, 3]; odd margins are rounded as in torchvision."""
     height, width = image.shape[:2]
     return crop(image, round((height - size) / 2), round((width - size) / 2), size)
 
 
 def squash(image: np.ndarray, size: int, interpolation: str, resampling: str) -> np.ndarray:
-    """Resizes one image to a square of whole 8-bit values, for a store.
+    """Resize one image to a square of 8-bit values, for a store.
 
     Args:
         image: uint8 [h, w, c] with 1 or 3 channels.
         size: Side of the result in pixels.
         interpolation: "bilinear" or "bicubic".
-        resampling: A name of `RESAMPLINGS`; TensorFlow's values are rounded to the nearest whole ones.
+        resampling: A name of `RESAMPLINGS`; TensorFlow's values are rounded to integers.
 
     Returns:
         uint8 [c, size, size].
@@ -131,23 +132,23 @@ def squash(image: np.ndarray, size: int, interpolation: str, resampling: str) ->
         pixels = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
         resized = np.asarray(pixels.resize((size, size), _FILTERS[interpolation])).reshape(size, size, -1)
         return np.ascontiguousarray(resized.transpose(2, 0, 1))
-    planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # a copy: torch wants it writable
+    planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # torch requires a writable copy
     return resize(planes[None], size, interpolation, resampling)[0].round().to(torch.uint8).numpy()
 
 
 def resize(images: Tensor, size: int, interpolation: str, resampling: str) -> Tensor:
-    """Resizes a batch to squares, on the device where it is.
+    """Resize a batch to squares, on its device.
 
     Args:
         images: uint8 [b, c, h, w].
         size: Side of the result in pixels.
         interpolation: "bilinear" or "bicubic".
-        resampling: A name of `RESAMPLINGS`: the very values that Pillow gives, or TensorFlow's, not rounded.
+        resampling: A name of `RESAMPLINGS`: exactly Pillow's values, or TensorFlow's, not rounded.
 
     Returns:
         float32 [b, c, size, size] in 0..255.
     """
-    if images.device.type == "cpu" and len(images) > 2:  # a few at a time stay in the cache: four times as fast
+    if images.device.type == "cpu" and len(images) > 2:  # two at a time stay in the cache: four times as fast
         return torch.cat([resize(few, size, interpolation, resampling) for few in images.split(2)])
     x = images.to(torch.int32 if resampling == "pillow" else torch.float32)
     for axis in (-1, -2):
@@ -157,24 +158,24 @@ def resize(images: Tensor, size: int, interpolation: str, resampling: str) -> Te
 
 
 def _filter(x: Tensor, axis: int, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sums weighted rows along one axis; whole numbers are taken for fixed point and rounded to 8 bits."""
+    """Return weighted sums of rows along one axis; fixed-point sums (integers) are rounded to 8 bits."""
     weights = weights.to(x.device, x.dtype)
     total = torch.tensor(0 if x.is_floating_point() else 1 << (_FIXED - 1), device=x.device, dtype=x.dtype)
     for tap, weight in zip(rows.to(x.device), weights if axis == -1 else weights[:, :, None], strict=True):
         total = total + x.index_select(axis, tap) * weight
-    # 32 bits hold the sums: the weights' absolute values add up to less than 1.5, and 255 * 1.5 * 2**22 < 2**31
+    # no overflow of 32 bits: the weights' absolute values sum to less than 1.5, and 255 * 1.5 * 2**22 < 2**31
     return total if x.is_floating_point() else (total >> _FIXED).clamp_(0, 255)
 
 
 @lru_cache(maxsize=64)
 def _taps(length: int, size: int, interpolation: str, resampling: str) -> tuple[Tensor, Tensor]:
-    """Returns which samples make up each new one and with what weight.
+    """Return the input pixels of each output pixel and their weights.
 
     The filters are the triangle, and Keys' cubic with a = -0.5 (IEEE Trans. ASSP 29(6), 1981, equation 15).
 
     Returns:
-        Rows (int64 [k, size]) and weights (float64 [k, size]; whole numbers of 2**-22 for Pillow's), filled up
-        with weights of zero.
+        Rows (int64 [k, size]) and weights (float64 [k, size]; in units of 2**-22 for Pillow), padded with
+        weights of zero.
     """
     scale = length / size
     wide = max(scale, 1.0) if resampling == "pillow" else 1.0
@@ -206,13 +207,13 @@ def normalise(
     interpolation: str = "bilinear",
     resampling: str = "pillow",
 ) -> Tensor:
-    """Turns stored pixels into what a backbone reads, on the device where they are.
+    """Resize and normalise stored pixels to the backbone's input, on their device.
 
     Args:
         images: uint8 [b, c, h, w]; one channel is repeated.
-        size: Side of the result; other sizes are squashed to it.
-        mean: Per channel, subtracted after scaling to 0..1.
-        std: Per channel, divided by.
+        size: Side of the result; images of another size are squashed to it.
+        mean: Mean per channel, of pixels in 0..1.
+        std: Standard deviation per channel, of pixels in 0..1.
         interpolation: See `resize`.
         resampling: See `resize`.
 
@@ -228,17 +229,17 @@ def normalise(
 
 
 def to_input(image: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
-    """Prepares one decoded image exactly as the evaluation of the run that stored `preprocessing` does.
+    """Preprocess one decoded image exactly as the evaluation of the run that stored `preprocessing`.
 
     Args:
         image: uint8 [h, w, 3].
-        preprocessing: A data module's `preprocessing`, as kept in the tuned state.
+        preprocessing: A data module's `preprocessing`, as the tuned state stores it.
 
     Returns:
         float32 [3, size, size].
 
     Raises:
-        UserError: The state was written with another way of preprocessing.
+        UserError: The state was written by an older version, which stored less.
     """
     try:
         size, mean, std = (preprocessing[name] for name in ("size", "mean", "std"))
@@ -251,5 +252,5 @@ def to_input(image: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
         raise UserError(
             f"the tuned state does not say its {error.args[0]}: an older version wrote it, tune it again"
         ) from error
-    planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # a copy: torch wants it writable
+    planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # torch requires a writable copy
     return normalise(planes[None], size, mean, std, *how)[0]

@@ -240,5 +240,5 @@ def test_texts_of_an_archive(tmp_path):
     assert texts(path, "c.txt", "top/a.txt") == ["grün", "first"]
     with pytest.raises(UserError, match=r"some\.tar\.gz holds no d\.txt: it is not the official file, get it again"):
         texts(path, "c.txt", "d.txt")
-    with pytest.raises(UserError, match=r"damaged \(top/deep/b\.bin is no text\)"):
+    with pytest.raises(UserError, match=r"damaged \(top/deep/b\.bin is not a text file\)"):
         texts(path, "top/deep/b.bin")

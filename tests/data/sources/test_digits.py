@@ -33,16 +33,6 @@ def test_rows_are_dealt_once_in_md5_order():
     assert split_rows("train800")[:5] == (1680, 1456, 499, 837, 1647)
     rows = [row for split_set in ("train800", "val200", "test") for row in split_rows(split_set)]
     assert sorted(rows) == list(range(1797))
-    assert split_rows("train800val200") == split_rows("train800") + split_rows("val200")
-
-
-@pytest.mark.parametrize("task", SUITES["demo"])
-def test_an_image_is_the_same_alone_and_in_the_larger_set(task):
-    images, labels, keys = compose(task, "train800val200")
-    small = compose(task, "val200")
-    assert np.array_equal(images[800:], small[0])
-    assert np.array_equal(labels[800:], small[1])
-    assert keys[800:] == small[2]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

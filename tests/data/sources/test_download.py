@@ -79,7 +79,7 @@ class Site:
 
 @pytest.fixture
 def site(monkeypatch):
-    monkeypatch.setattr(module, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(module, "RETRY", module.RETRY.new(backoff_factor=0))
     site = Site()
     yield site
     site.server.shutdown()
@@ -88,7 +88,7 @@ def site(monkeypatch):
 
 
 def get(file, folder, **options):
-    return obtain(file, folder, **({"download": True, "progress": False} | options))
+    return obtain(file, folder, **({"download": True} | options))
 
 
 def names(folder):
@@ -144,8 +144,25 @@ def test_the_next_process_goes_on_with_what_an_interrupted_one_left(site, tmp_pa
     assert names(tmp_path) == ["data.tar.part", "data.tar.part.json"]
     assert json.loads((tmp_path / "data.tar.part.json").read_text()) == {"version": site.version["Last-Modified"]}
     assert get(site.file(), tmp_path) == SHA
-    assert site.log[1:] == [("/data.tar", f"bytes={2 << 20}-", 206)]
+    assert site.log[1:] == [("/data.tar", f"bytes={sum(calls[:2])}-", 206)]
     assert names(tmp_path) == ["checksums.json", "data.tar"]
+
+
+def test_a_part_that_is_complete_is_checked_and_not_asked_for_again(site, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        forbid_reading(patch)  # as if the process were killed while it checks the complete download
+        with pytest.raises(AssertionError, match="read again"):
+            get(site.file(), tmp_path)
+    assert names(tmp_path) == ["data.tar.part", "data.tar.part.json"]
+    assert get(site.file(), tmp_path) == SHA
+    assert names(tmp_path) == ["checksums.json", "data.tar"]
+    assert len(site.log) == 1
+
+
+def test_a_compressed_answer_is_kept_as_it_is_sent(site, tmp_path):
+    site.version = {"Content-Encoding": "gzip"}  # what some servers say of every file named .gz
+    assert get(site.file(), tmp_path) == SHA
+    assert (tmp_path / "data.tar").read_bytes() == BODY
 
 
 def test_a_server_without_ranges_sends_all_again(site, tmp_path):
@@ -224,7 +241,7 @@ def test_all_addresses_failed(site, tmp_path, monkeypatch):
         get(site.file(urls=urls), tmp_path)
     message = str(caught.value)
     assert f"cannot download data.tar: {urls[0]} (404 Not Found); {urls[1]} (19 bytes instead of 3,072,000)" in message
-    assert f"{urls[2]} ([Errno -2] Name or service not known); {urls[3]} (" in message
+    assert f"{urls[2]} ([Errno -2] Name or service not known, after 4 tries); {urls[3]} (" in message
     assert "refused, after 4 tries)" in message
     assert f"put it into {tmp_path}" in message
     assert names(tmp_path) == []
@@ -264,7 +281,7 @@ def forbid_reading(monkeypatch):
     def read(*_):
         raise AssertionError("the file was read again")
 
-    monkeypatch.setattr(module._Hashes, "read", read)
+    monkeypatch.setattr(module.hashlib, "file_digest", read)
 
 
 def test_what_was_checked_is_not_read_again(site, tmp_path, monkeypatch):
@@ -330,7 +347,7 @@ def test_two_at_once_download_once(site, tmp_path, caplog):
             thread.start()
         assert began.wait(10)
         for _ in range(500):
-            if "waiting for another process" in caplog.text:
+            if "another process is downloading" in caplog.text:
                 break
             threading.Event().wait(0.01)
         go_on.set()
@@ -398,17 +415,15 @@ def test_a_file_that_cannot_be_read(site, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(module._Hashes, "read", refuse)
+    monkeypatch.setattr(module.hashlib, "file_digest", refuse)
     with pytest.raises(UserError, match=r"cannot read .*data.tar \(Input/output error\)"):
         get(site.file(), tmp_path)
 
 
 def test_a_bar_is_shown_on_a_terminal_only(site, tmp_path, monkeypatch, capsys):
-    get(site.file(), tmp_path / "quiet", progress=True)
+    get(site.file(), tmp_path / "quiet")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(module, "Terminal", lambda **options: Terminal(force_terminal=True, width=120, **options))
-    get(site.file(), tmp_path / "silent")
-    assert capsys.readouterr().err == ""
-    get(site.file(), tmp_path / "shown", progress=True)
+    get(site.file(), tmp_path / "shown")
     assert "downloading data.tar" in (shown := capsys.readouterr().err)
     assert "3.1/3.1 MB" in shown

@@ -86,7 +86,7 @@ def test_unsupported_files_are_named_or_left_out(tmp_path, caplog):
     with pytest.raises(UserError, match=r"6 file\(s\) .* \(a/0.heic, .*a/4.heic, \.\.\.; supported: .bmp .gif"):
         find(tmp_path)
     assert len(find(tmp_path, skip_bad=True).items) == 6
-    assert "6 file(s) left out, no supported images: a/0.heic, " in caplog.text
+    assert "6 file(s) left out, not supported images: a/0.heic, " in caplog.text
 
 
 def test_a_dead_link_is_listed_for_decoding_to_name(tmp_path):

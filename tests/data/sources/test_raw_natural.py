@@ -202,7 +202,9 @@ def test_caltech_refuses_strange_archives(tmp_path):
     with pytest.raises(UserError, match="holds 29 images of ant, fewer than the 30 that train takes"):
         raw.caltech101(tmp_path)
     caltech(tmp_path, [("Unicorn", jpgs(30))])
-    with pytest.raises(UserError, match=r"Unicorn/image_0001\.jpg, whose class 'unicorn' is none of the 102 of calt"):
+    with pytest.raises(
+        UserError, match=r"Unicorn/image_0001\.jpg, whose class 'unicorn' is not one of the 102 of calt"
+    ):
         raw.caltech101(tmp_path)
     caltech(tmp_path, [])
     with pytest.raises(UserError, match="holds no images in 101_ObjectCategories"):
@@ -237,7 +239,7 @@ def test_dtd_refuses_an_unknown_class_and_a_missing_list(tmp_path):
     write("dtd", tmp_path)
     path = tmp_path / "dtd-r1.0.1.tar.gz"
     repack(path, lambda name, data: data.replace(b"blotchy/", b"shiny/") if name.endswith("val1.txt") else data)
-    with pytest.raises(UserError, match=r"shiny/blotchy_0064\.jpg, whose class 'shiny' is none of the 47 of dtd"):
+    with pytest.raises(UserError, match=r"shiny/blotchy_0064\.jpg, whose class 'shiny' is not one of the 47 of dtd"):
         raw.dtd(tmp_path)
     repack(path, lambda name, data: None if name.endswith("val1.txt") else data)
     with pytest.raises(UserError, match=r"holds no dtd/labels/val1\.txt"):

@@ -190,7 +190,7 @@ def test_pcam_says_when_it_cannot_decompress(tmp_path, monkeypatch, number, word
         raise OSError(number, words)
 
     monkeypatch.setattr(raw.tempfile if number == errno.EROFS else raw.shutil, REFUSED[number], refuse)
-    with pytest.raises(UserError, match=rf"train_x\.h5\.gz cannot be decompressed .* beside it \({words}\): allow"):
+    with pytest.raises(UserError, match=rf"train_x\.h5\.gz cannot be decompressed .* in its folder \({words}\): allow"):
         list(content.read({"train": ["train_0"]}))
 
 
@@ -242,7 +242,7 @@ def test_keys_of_class_folders(tmp_path):
 
 def test_class_folders_refuse_strange_archives(tmp_path):
     write_zip(tmp_path / "EuroSAT.zip", [("2750/Wood/Wood_1.jpg", b"1")])
-    with pytest.raises(UserError, match=r"EuroSAT\.zip holds Wood_Wood_1\.jpg, whose class 'Wood' is none of the"):
+    with pytest.raises(UserError, match=r"EuroSAT\.zip holds Wood_Wood_1\.jpg, whose class 'Wood' is not one of the"):
         raw.eurosat(tmp_path)
     write_zip(tmp_path / "EuroSAT.zip", [("readme.txt", b"")])
     with pytest.raises(UserError, match=r"EuroSAT\.zip holds no images in 2750/<class>/"):
@@ -264,7 +264,7 @@ def test_retinopathy_lists(tmp_path):
     ("table", "message"),
     [
         ("image,level,Usage\n1_left,5,Private\n", r"gives image 1_left the label 5, outside 0\.\.4"),
-        ("image,level,Usage\n1_left,-1,Private\n", "image 1_left has a level that is no number"),
+        ("image,level,Usage\n1_left,-1,Private\n", "image 1_left has a level that is not a number"),
         ("image,level,Usage\n1_left,1,Secret\n", "line 2 has the Usage 'Secret' instead of Public or Private"),
         ("image,level\n1_left,1\n", "line 2 has no Usage"),
         ("image,level,Usage\n1_left,1,Public\n2_left\n", "line 3 has no level and Usage"),

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from helpers.miniatures import structured as synthetic
+from helpers.miniatures.structured import build_example, record
 from visprompt.data.sources import structured as raw
 from visprompt.data.sources.content import decode_rgb
-from visprompt.data.sources.tfrecord import build_example, record
 from visprompt.errors import UserError
 
 COUNTS = {"train": 40, "validation": 12, "test": 14}
@@ -231,7 +231,7 @@ def test_dmlab_fields_by_hand(tmp_path):
         (frame(b"a", 0)[:-9], r"dmlab.tar.gz: dmlab-train.tfrecord is truncated or damaged \(record 1 is cut off\)"),
         (record(build_example({"label": 1})), r"dmlab.tar.gz is truncated or damaged \(no text 'filename'\)"),
         (record(build_example({"filename": b"a"})), r"dmlab.tar.gz is truncated or damaged \(no integer 'label'\)"),
-        (record(b"\x0a\x7f"), r"dmlab.tar.gz is truncated or damaged \(a field is longer than its message\)"),
+        (record(b"\x0a\x7f"), r"dmlab.tar.gz is truncated or damaged \(a record is not a tf.train.Example\)"),
         (b"", r"it holds no records in dmlab-train.tfrecord\*"),
     ],
 )

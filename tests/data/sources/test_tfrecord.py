@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visprompt.data.sources.tfrecord import build_example, crc32c, parse_example, read_records, record
+from helpers.miniatures.structured import build_example, record
+from visprompt.data.sources.tfrecord import crc32c, parse_example, read_records
 from visprompt.errors import UserError
 
 

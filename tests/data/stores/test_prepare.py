@@ -26,9 +26,9 @@ from visprompt.data.catalog.task import Golden, in_bytes
 from visprompt.data.sources import hf as hub_module
 from visprompt.data.sources import open_source
 from visprompt.data.sources.archive import members, unpack
+from visprompt.data.sources.arrays import mat
 from visprompt.data.sources.content import Content
 from visprompt.data.sources.fgvc import fgvc as listed_fgvc
-from visprompt.data.sources.natural import mat
 from visprompt.data.sources.readers import READERS
 from visprompt.data.sources.structured import DSPRITES, SMALLNORB
 from visprompt.data.stores import manifest, ragged, square
@@ -364,7 +364,7 @@ def test_an_interrupt_of_an_fgvc_dataset(written, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ragged, "_append", interrupt)
+        patch.setattr(ragged, "in_threads", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare_ragged(plan("cub200", folder))
     assert nothing_is_built(folder)
@@ -467,7 +467,7 @@ def test_a_disk_that_gets_full_of_pixels(written, monkeypatch):
 
 def test_a_disk_that_gets_full_of_fgvc_pixels(written, monkeypatch):
     folder = written("cub200")
-    monkeypatch.setattr(ragged, "_append", full)
+    monkeypatch.setattr(ragged, "in_threads", full)
     with refused(folder, FULL.format("cub200")):
         prepare_ragged(plan("cub200", folder))
 
@@ -964,6 +964,6 @@ def test_a_fraction_of_an_fgvc_dataset(written):
 
 @pytest.mark.parametrize("fraction", [0, 1.5, -0.1, float("nan")])
 def test_what_is_no_fraction(tmp_path, fraction):
-    message = rf"^data.fraction={fraction} is no share of the training images: give 0.1, 0.2, ... or 1.0$"
+    message = rf"^data.fraction={fraction} is not a share of the training images: give 0.1, 0.2, ... or 1.0$"
     with pytest.raises(UserError, match=message):
         svhn(tmp_path, fraction=fraction)

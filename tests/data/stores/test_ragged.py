@@ -99,7 +99,7 @@ def test_a_damaged_store_is_built_again_and_that_is_said(folder, tmp_path, damag
     assert again.labels.tolist() == whole.labels.tolist()
     (said,) = [message for message in caplog.messages if "damaged" in message]
     assert said.startswith(f"{whole.folder}/")
-    assert said.endswith(": the store is made anew from the original files")
+    assert said.endswith(": the store is written again from the original files")
     assert (again.folder / "pixels.bin").read_bytes() == pixels
     assert sorted(path.name for path in again.folder.iterdir()) == ["manifest.json", "pixels.bin"]
     assert list(stores.iterdir()) == [again.folder]
@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch, number
     def fail(file, image):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(module, "_append", fail)
+    monkeypatch.setattr(module, "in_threads", fail)
     with pytest.raises(UserError, match=message):
         opened(folder, tmp_path / "stores")
     assert list((tmp_path / "stores").iterdir()) == []
@@ -144,7 +144,7 @@ def test_an_interrupt_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     def interrupt(file, image):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_append", interrupt)
+    monkeypatch.setattr(module, "in_threads", interrupt)
     with pytest.raises(KeyboardInterrupt):
         opened(folder, tmp_path / "stores")
     assert list((tmp_path / "stores").iterdir()) == []
@@ -163,7 +163,7 @@ def test_what_a_killed_process_left_is_swept_but_not_a_running_one(folder, tmp_p
 
 def test_files_that_cannot_be_decoded_are_all_named_at_once(tmp_path):
     folder = damaged(write_folder(tmp_path / "pets", ("cat", "dog"), 5))
-    message = r"2 of 10 images cannot be used \(cat/0001.png cannot be decoded .*; dog/0002.png .*\): mend or remove"
+    message = r"2 of 10 images cannot be used \(cat/0001.png cannot be decoded .*; dog/0002.png .*\): repair or remove"
     with pytest.raises(UserError, match=message):
         opened(folder, tmp_path / "stores")
     assert list((tmp_path / "stores").iterdir()) == []
@@ -216,7 +216,7 @@ def test_changed_pixels_are_refused_and_the_store_is_made_anew_once_it_is_delete
         opened(folder, tmp_path).image(3)
     assert str(error.value) == (
         f"the store {store.folder} is damaged, pixels.bin is not what its checksums say: delete that folder and run "
-        "the same command again, which makes it anew from the original files"
+        "the same command, which writes it again from the original files"
     )
     shutil.rmtree(store.folder)
     assert (opened(folder, tmp_path).folder / "pixels.bin").read_bytes() == whole

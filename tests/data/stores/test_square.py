@@ -111,7 +111,7 @@ def test_rows_of_several_sets_are_in_the_order_asked_for(store):
 def test_taken_images_are_copies(store):
     first = store.take([1, 1, 0])
     before = first.copy()
-    assert not np.shares_memory(first, store._pixels.bytes)
+    assert not np.shares_memory(first, store.pixels.bytes)
     first[:] = 7
     assert np.array_equal(store.take([1, 1, 0]), before)
     assert store.take([]).shape == (0, 3, 4, 6)
@@ -238,7 +238,7 @@ def flip(path, place):
 def damaged(folder):
     return (
         f"the store {folder} is damaged, pixels.bin is not what its checksums say: delete that folder and run the same "
-        "command again, which makes it anew from the original files"
+        "command, which writes it again from the original files"
     )
 
 
@@ -253,7 +253,7 @@ def test_changed_pixels_are_refused_where_they_are_first_read(tmp_path, monkeypa
     with pytest.raises(UserError) as error:
         again.take([0, 4])
     assert str(error.value) == damaged(store.folder)
-    assert again.damaged_chunks() == 1
+    assert again.pixels.damaged() == 1
 
 
 def test_zeroed_pixels_are_refused(store):
@@ -290,7 +290,7 @@ def test_a_process_that_loads_data_says_the_same_sentence(store):
 def test_a_store_of_an_older_version_is_read_unchecked(store):
     outdated(store.folder)
     old = read_square(store.folder)
-    assert (old.chunks, old.made_for, old.damaged_chunks()) == (None, None, 0)
+    assert (old.chunks, old.made_for, old.pixels.damaged()) == (None, None, 0)
     assert np.array_equal(old.take([4, 0]), store.take([4, 0]))
 
 

@@ -7,6 +7,7 @@ not have is left out) and the source of the noise, and returns the number writte
 import gzip
 import io
 import json
+import struct
 import tarfile
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,7 @@ from visprompt.data.sources.structured import (
     SMALLNORB,
     kitti_splits,
 )
-from visprompt.data.sources.tfrecord import build_example, record
+from visprompt.data.sources.tfrecord import ExampleMessage, masked_crc32c
 
 
 def _flat(colour: Iterable[int], size: tuple[int, int], draw: np.random.Generator) -> Image.Image:
@@ -77,6 +78,21 @@ def _scene(image: str, number: int, split: str, count: int, nearest: float, draw
     ]
     relations = {"relationships": {"left": [[] for _ in objects]}, "directions": {"left": [-0.6, -0.7, 0.0]}}
     return {"image_index": number, "objects": objects, **relations, "image_filename": image, "split": split}
+
+
+def record(data: bytes) -> bytes:
+    """Returns the TFRecord that holds some data."""
+    length = struct.pack("<Q", len(data))
+    return length + masked_crc32c(length) + data + masked_crc32c(data)
+
+
+def build_example(features: Mapping[str, bytes | int]) -> bytes:
+    """Returns the tf.train.Example that holds one text or integer per feature."""
+    example = ExampleMessage()
+    for name, value in features.items():
+        entry = example.features.feature.add(key=name)
+        (entry.value.bytes_list if isinstance(value, bytes) else entry.value.int64_list).value.append(value)
+    return example.SerializeToString()
 
 
 def dmlab(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The only list of tasks and their facts. Adding a task: a record in `records/`, two class lines, one YAML."""
+"""The catalog: the only list of tasks. A new task is a record here, two class lines and one YAML."""
 
 from collections.abc import Iterator, Sequence
 
@@ -29,16 +29,16 @@ ALIASES = {alias: spec.id for spec in _RECORDS for alias in spec.aliases}
 
 
 def resolve(tasks: str | Sequence[str]) -> list[TaskSpec]:
-    """Turns what `tasks=` was given into records.
+    """Return the records of the tasks that `tasks=` names.
 
     Args:
-        tasks: Ids, aliases or suites: one, several separated by commas, or a sequence of such texts.
+        tasks: Ids, aliases or suites: one, several separated by commas, or a sequence of such strings.
 
     Returns:
-        The tasks in the order given, each once.
+        The tasks in the given order, each once.
 
     Raises:
-        UserError: If nothing was given or a word names no task and no suite.
+        UserError: `tasks` is empty, or a word is neither a task nor a suite.
     """
     texts = [tasks] if isinstance(tasks, str) else tasks
     words = [word.strip() for text in texts for word in text.split(",") if word.strip()]

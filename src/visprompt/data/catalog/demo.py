@@ -1,4 +1,4 @@
-"""The records of the demo tasks, which are installed with the package."""
+"""The records of the demo tasks, whose data comes with scikit-learn."""
 
 from visprompt.data.catalog.task import TaskSpec
 

@@ -1,4 +1,4 @@
-"""docs/datasets.md, made of the catalog: `python -m visprompt.data.catalog.describe > docs/datasets.md`."""
+"""Generate docs/datasets.md: `python -m visprompt.data.catalog.describe > docs/datasets.md`."""
 
 from collections.abc import Iterator
 
@@ -8,21 +8,21 @@ from visprompt.data.sources.open_source import CIRCULATED
 
 _HEAD = f"""# Datasets
 
-Made of the catalog (`src/visprompt/data/catalog/`) by `make docs`; change the records, not this page.
+Generated from the catalog (`src/visprompt/data/catalog/`) by `make docs`: change the records, not this page.
 
-`python src/prepare.py tasks=vtab_natural` downloads, verifies and decodes; `verify=true` says what is missing and
-checks what is there. `tasks=` takes ids, aliases and suites (vtab_natural, vtab_specialized, vtab_structured, vtab_all,
-fgvc, all); `data=` takes the config, `data=vtab/cifar` for example.
+`python src/prepare.py tasks=vtab_natural` downloads, checks and decodes; `verify=true` reports missing data and checks
+the rest. `tasks=` takes ids, aliases and suites (vtab_natural, vtab_specialized, vtab_structured, vtab_all, fgvc, all);
+`data=` takes a config, `data=vtab/cifar` for example.
 
 A VTAB task has up to three sources, chosen by `data.source`:
 
-- `raw`: the original files, cut as the benchmark cuts them (md5 order of keys), no image encoded again but where the
-  official task itself does so. "as published" below says whether the result is the benchmark's own images and split.
-- `prepared`: the folder of {CIRCULATED.name} that most papers use, in `data/vtab-1k/`, found under all names below.
-  **Its images were saved again as JPEG of quality 75**, which costs CIFAR-100 10 to 20 points; results say "lossy".
+- `raw`: the original files, split as the benchmark splits them (md5 order of keys). Images are re-encoded only where
+  the official task does so. "as published" below says whether images and split are exactly those of the benchmark.
+- `prepared`: the folder of {CIRCULATED.name} that most papers use, in `data/vtab-1k/`; all names below are recognised.
+  **Its images were re-encoded as JPEG of quality 75**, which costs CIFAR-100 10 to 20 points; results say "lossy".
 - `hf`: a mirror on the Hugging Face hub, where one is known; its commit and the order of its labels are checked.
 
-How images are resized is part of a run's `preprocessing=`, and of what its result records:
+The way in which images are resized is part of a run's `preprocessing=`, and recorded in its result:
 
 | preprocessing | whose code | resizing of VTAB images | pixels |
 | :-- | :-- | :-- | :-- |
@@ -31,21 +31,21 @@ How images are resized is part of a run's `preprocessing=`, and of what its resu
 | `petl` | NOAH, FacT, Convpass, RepAdapter | `pillow`, bicubic | ImageNet's mean and std |
 | `model` | none | `pillow`, bilinear | the backbone's mean and std |
 
-`tf1` is TensorFlow 1's arithmetic: no antialias, and output pixel i lies at i * input / output (no half-pixel centres).
-`preprocessing.resampling=tf2` is TensorFlow 2's (half-pixel centres, no antialias), which none of these codes calls; it
-was in the place of `tf1` in earlier versions of this project. On images of 32 pixels the two are 3 output pixels of 224
-apart. Fine-grained images are always resized by Pillow. Results with different resizing are never averaged together,
-and each way has a store of decoded images for itself.
+`tf1` is TensorFlow 1's arithmetic: no antialias, and output pixel i is at i * input / output (no half-pixel centres).
+`preprocessing.resampling=tf2` is TensorFlow 2's (half-pixel centres, no antialias), which none of these codes calls;
+earlier versions of this project used it in place of `tf1`. On images of 32 pixels the two differ by 3 output pixels of
+224. Fine-grained images are always resized by Pillow. Results with different resizing are never averaged together, and
+each way has its store of decoded images.
 
 JPEG files are decoded by Pillow; TensorFlow's decoder, which made the published results, may differ by a few of 256
-levels. Results of different sources are never averaged together. The sizes of the files are those of the download; what
-is kept of them afterwards is the store in `data/stores/` (about 22 GB for VTAB-1k at 224 pixels), and the files may be
+levels. Results of different sources are never averaged together. The sizes of files are those of the download; after
+preparation only the store in `data/stores/` is needed (about 22 GB for VTAB-1k at 224 pixels), and the files may be
 deleted.
 """
 
 
 def markdown() -> str:
-    """Returns the page."""
+    """Return the page as Markdown."""
     lines = [_HEAD]
     for family, title in (("vtab", "VTAB-1k"), ("fgvc", "Fine-grained (FGVC)"), ("demo", "Demo")):
         specs = [spec for spec in TASKS.values() if spec.family == family]

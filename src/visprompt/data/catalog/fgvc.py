@@ -1,6 +1,7 @@
 """The records of the five fine-grained datasets (FGVC), with the splits of the Visual Prompt Tuning paper."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from visprompt.data.catalog.class_names import class_names
@@ -74,22 +75,16 @@ _NABIRDS = _fgvc(
     "nabirds, and run the same command again.",
 )
 
-_FLOWERS = _fgvc(
-    "oxford_flowers",
-    (1_020, 1_020, 6_149),
-    _VTAB_FLOWERS.official_sizes,
-    f"{_JSON} Where they do not: the official lists, which are the same split.",
+_FLOWERS = replace(
+    _VTAB_FLOWERS,
+    id="oxford_flowers",
+    group="fine-grained",
+    family="fgvc",
     aliases=("fgvc_flowers", "OxfordFlowers", "oxford-flowers"),
-    dataset=_VTAB_FLOWERS.dataset,
-    num_classes=102,
-    class_names=class_names("oxford_flowers102"),
-    label_rule=_VTAB_FLOWERS.label_rule,
-    files=_VTAB_FLOWERS.files,
-    source=_VTAB_FLOWERS.source,
-    licence=_VTAB_FLOWERS.licence,
-    homepage=_VTAB_FLOWERS.homepage,
-    citation=_VTAB_FLOWERS.citation,
-    description=_VTAB_FLOWERS.description,
+    split_sizes={"train": 1_020, "val": 1_020, "test": 6_149},
+    cuts={},
+    golden={},
+    notes=f"{_JSON} Where they do not: the official lists, which are the same split.",
 )
 
 _DOGS_TASK = _fgvc(

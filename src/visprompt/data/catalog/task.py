@@ -1,4 +1,4 @@
-"""What a record of the catalog consists of; the records themselves are in `records/`, one file per family."""
+"""The classes that a record of the catalog consists of."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 
 def own_name(root: str, name: str | None) -> str:
-    """Return the name of the task that own images are: the one given, or that of their folder."""
+    """Return the name of the task of own images: the given one, or the name of their folder."""
     return name or Path(root).expanduser().resolve().name
 
 
 class Cut(NamedTuple):
-    """Images `start` to `stop` of an official split in md5 order (see `splits.md5_order`; the salt is the split).
+    """A slice of an official split in md5 order (see `splits.md5_order`).
 
     Attributes:
         split: Name of the official split, which is also the salt.
         start: First position.
-        stop: Position behind the last one; None for the end.
+        stop: Position after the last one; None for the end.
     """
 
     split: str
@@ -32,11 +32,11 @@ class SourceFile:
 
     Attributes:
         name: File name below the dataset's raw folder.
-        urls: Where it is, the official place first; empty where a user has to fetch it by hand.
-        size: In bytes; None where it is not known.
-        roughly: In bytes, where the exact size is not known.
-        sha256: Checksum in hex, "" where it is not known.
-        md5: Checksum in hex, "" where it is not known; one of the two is enough.
+        urls: The official url first; empty where a user has to download it by hand.
+        size: In bytes; None where it is unknown.
+        roughly: Estimate in bytes, where the size is unknown.
+        sha256: Checksum in hex, "" where it is unknown.
+        md5: Checksum in hex, "" where it is unknown; compared only where there is no sha256.
     """
 
     name: str
@@ -52,13 +52,13 @@ class Mirror:
     """A copy of a dataset on the Hugging Face hub.
 
     Attributes:
-        repo: Its name there, owner/name.
-        revision: The commit that is read; "" where none has been seen: the first preparation pins the one it finds.
+        repo: Its name, owner/name.
+        revision: The commit to read; "" for the newest one, which the store then records.
         config: Configuration of the dataset, where it has several.
         splits: Official split -> split of the mirror.
         image: Column of the images.
         labels: Task -> column of its labels, 0-based in the order of the record's class names.
-        key: Column of the keys; "" where the row number is the key.
+        key: Column of the keys; "" for row numbers.
     """
 
     repo: str
@@ -72,13 +72,13 @@ class Mirror:
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
-    """Values that are known of a split set, to prove that the data is the right one.
+    """Known values of a split set, to check that the data is the right one.
 
     Attributes:
         keys: The first keys in md5 order.
         labels: The first labels in md5 order.
-        histogram: Number of images of each class; empty where it is not known.
-        classes: Number of classes that occur; 0 where it is not known.
+        histogram: Number of images of each class; empty where it is unknown.
+        classes: Number of classes that occur; 0 where it is unknown.
     """
 
     keys: tuple[str, ...] = ()
@@ -92,33 +92,35 @@ _NONE: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """Everything that is known about a task without opening its data.
+    """All facts about a task that do not need its data.
 
     Attributes:
-        id: The one name that configs, folders, results and tables use.
-        aliases: Other names in circulation; `tasks=` accepts them, and so do names of folders of the prepared source.
-        group: "natural", "specialized" or "structured" (VTAB's kinds of task), or "fine-grained".
-        family: The folder of its config below `configs/data/`: "vtab", "fgvc" or "demo".
-        dataset: The dataset whose images it uses; tasks of one dataset share raw files and decoded pixels.
+        id: The name in configs, folders, results and tables.
+        aliases: Other names in use, which `tasks=` accepts; the prepared folder may use them, too.
+        group: "natural", "specialized" or "structured" (VTAB's groups), or "fine-grained".
+        family: Folder of its config below `configs/data/`: "vtab", "fgvc" or "demo".
+        dataset: Dataset of its images; tasks of one dataset share raw files and decoded pixels.
         num_classes: Number of classes.
-        class_names: In the order of the labels; empty where only the data's own files tell them.
+        class_names: In the order of the labels; empty where only the data's files have them.
         split_sizes: Number of images of each disjoint split set.
         official_sizes: Number of images of each official split.
-        cuts: Split set -> the part of an official split that it is; empty where the data's own lists say it.
-        label_rule: How a label comes from the original annotation.
-        exact: Whether the raw source gives the images of the task as its paper made them; `notes` say what differs.
-        notes: What a user has to know of this task's data.
-        decode: What becomes of an image file: a name of `decoders.DECODERS`.
-        native: Side in pixels where all images are squares of one size that is stored as it is; else None.
-        files: What the raw source reads.
-        mirror: What the hf source reads.
+        cuts: Split set -> its slice of an official split; empty where lists in the data define the split
+            sets.
+        label_rule: How a label follows from the original annotation.
+        exact: Whether the raw source gives exactly the benchmark's images and splits; `notes` say what
+            differs.
+        notes: What users have to know about the data.
+        decode: Decoder of the image files: a name of `decoders.DECODERS`.
+        native: Side in pixels of images that are stored unresized; None where sizes differ or are large.
+        files: Files of the raw source.
+        mirror: Repository of the hf source.
         golden: Split set -> known values.
-        source: Where the pixels and labels come from, in words.
+        source: Origin of pixels and labels, in words.
         licence: Terms of the data.
         homepage: Page of the data.
         citation: Who to cite.
         description: What is seen and what is asked, in a sentence or two.
-        how_to_get: What a user has to do by hand before the first run; empty where nothing is.
+        how_to_get: What a user has to do by hand before the first run, if anything.
     """
 
     id: str
@@ -148,18 +150,18 @@ class TaskSpec:
 
     @property
     def config(self) -> str:
-        """What `data=` takes for this task."""
+        """Return the name of its config, as `data=` takes it."""
         return f"{self.family}/{self.id}"
 
     @property
     def size(self) -> int | None:
-        """Bytes of all raw files together; None where one is not known."""
+        """Return the total size of the raw files in bytes; None where one is unknown."""
         sizes = [file.size for file in self.files]
         return None if None in sizes or not sizes else sum(size for size in sizes if size)
 
 
 def in_bytes(size: int | None) -> str:
-    """Returns a number of bytes in words, in powers of 1,000."""
+    """Return a number of bytes as text, in powers of 1,000: "3.1 MB"."""
     if size is None:
         return "size not known"
     if size >= 10**9:

@@ -1,4 +1,4 @@
-"""What the records of the 19 VTAB-1k tasks share: 800 training and 200 validation images, and the whole test set."""
+"""The base of the VTAB-1k records: 800 training and 200 validation images, and the whole test set."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ TRAIN = Cut("train", 0, 800)
 
 
 def size(cut: Cut, official: Mapping[str, int]) -> int:
-    """Returns how many images a cut takes of the official splits with these sizes."""
+    """Return the number of images in a cut, given the sizes of the official splits."""
     return len(range(official[cut.split])[cut.start : cut.stop])
 
 
@@ -23,7 +23,7 @@ def vtab(
     golden: Mapping[str, Golden] | None = None,
     **facts: Any,
 ) -> TaskSpec:
-    """Makes the record of a VTAB-1k task; the sizes of its split sets follow from the cuts.
+    """Return the record of a VTAB-1k task; the sizes of its split sets follow from the cuts.
 
     Args:
         task: Its id, which is also its dataset unless `facts` say otherwise.
@@ -31,11 +31,8 @@ def vtab(
         num_classes: Number of classes; all of them occur in the test set.
         val: The 200 validation images; None for the first of an official validation split.
         test: The test images; None for the whole official test split.
-        golden: What else is known of the split sets.
+        golden: Known values of the split sets.
         facts: The other fields of `TaskSpec`.
-
-    Returns:
-        The record.
     """
     cuts = {"train800": TRAIN, "val200": val or Cut("validation", 0, 200), "test": test or Cut("test")}
     return TaskSpec(

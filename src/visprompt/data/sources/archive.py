@@ -1,4 +1,4 @@
-"""Reading archives member by member, without unpacking them, and unpacking them without leaving their folder."""
+"""Archives: read member by member without unpacking, or unpacked with no file outside the target folder."""
 
 import gzip
 import io
@@ -29,8 +29,8 @@ _DAMAGE = (
 )
 
 
-_LARGEST = 2**31  # bytes of a member that is read at once; no dataset has one that comes near
-_SPACE = 2**30, 100  # what an archive may unpack to: these bytes, or so many times its own
+_LARGEST = 2**31  # bytes of a member that is read at once; far above that of any dataset
+_SPACE = 2**30, 100  # an archive may unpack to this number of bytes, or to this multiple of its size
 _CHUNK = 2**20
 
 
@@ -39,8 +39,8 @@ class Member(NamedTuple):
 
     Attributes:
         name: Its path in the archive, with forward slashes and no leading "./".
-        read: Returns its bytes.
-        open: Opens it, for files too big for `read` and for archives inside archives; read it within `readable`.
+        read: Returns its content.
+        open: Opens it, for large files and for archives inside archives; to be read within `readable`.
     """
 
     name: str
@@ -49,14 +49,11 @@ class Member(NamedTuple):
 
 
 def damaged(path: Path, reason: object) -> UserError:
-    """Builds the error for a file whose bytes are not what they should be.
+    """Return the error for a file with damaged bytes.
 
     Args:
         path: The file.
-        reason: What is wrong with it, in words or as the exception of who read it.
-
-    Returns:
-        The error to raise.
+        reason: What is wrong, as text or as the reader's exception.
     """
     text = str(reason) or type(reason).__name__
     return UserError(f"{path} is truncated or damaged ({text}): delete it and run the same command again")
@@ -64,7 +61,7 @@ def damaged(path: Path, reason: object) -> UserError:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a file is read into one sentence that names it.
+    """Raise one sentence that names the file for every error of reading it.
 
     Raises:
         UserError: The file is missing, truncated or damaged.
@@ -76,27 +73,29 @@ def readable(path: Path) -> Iterator[None]:
     except _DAMAGE as error:
         raise damaged(path, error) from error
     except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be read ({error.strerror or error}): mend that") from error
+        raise UserError(
+            f"{error.filename or path} cannot be read ({error.strerror or error}): repair it or get it again"
+        ) from error
 
 
 def unpacked(path: Path) -> Path:
-    """Returns an archive, or, where it is not there, the folder of its name that a user unpacked it to."""
+    """Return an archive's path; where it is missing, the folder of the same name that it was unpacked to."""
     folder = path.with_name(path.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip"))
     return folder if not path.exists() and folder.is_dir() else path
 
 
 def members(path: Path, stream: IO[bytes] | None = None) -> Iterator[Member]:
-    """Yields the files of a tar archive (plain or gzip), a zip archive or a folder, in their order there.
+    """Yield the files of a tar archive (plain or gzip), a zip archive or a folder, in their order there.
 
     Args:
-        path: Archive or folder; a folder's files come sorted, named relative to it.
-        stream: A tar archive that lies inside another one, from `Member.open`; `path` then only names it in errors.
+        path: Archive or folder; the files of a folder are sorted and named relative to it.
+        stream: A tar archive inside another archive, from `Member.open`; `path` is then used in errors only.
 
     Yields:
         Files; folders and links are left out.
 
     Raises:
-        UserError: The archive is missing, truncated or damaged; also from the members' `read`.
+        UserError: The archive is missing, truncated or damaged; a member's `read` may raise it too.
     """
     with readable(path):
         if stream is not None:
@@ -139,14 +138,15 @@ def _zip_members(path: Path, stream: IO[bytes]) -> Iterator[Member]:
 
 
 class _Bytes:
-    """A tar's bytes, read straight through, that remember whether their end was met.
+    """The stream of a tar archive, with a flag that says whether its last byte was reached.
 
-    A whole tar ends with blocks of zeros, behind which tarfile does not look; where a tar was cut between two members
-    it meets the end of the bytes instead, and takes that silently for the end of the archive.
+    A complete tar ends with blocks of zeros, and tarfile does not read beyond them. In a tar that was cut
+    between two members tarfile reaches the end of the stream instead, and silently takes it for the end of
+    the archive.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
-        head = cast(io.BufferedReader, stream).peek(2)  # suffixes lie: dtd-r1.0.1.tar.gz is a plain tar
+        head = cast(io.BufferedReader, stream).peek(2)  # not by suffix: dtd-r1.0.1.tar.gz is a plain tar
         self._stream = cast(IO[bytes], gzip.GzipFile(fileobj=stream)) if head[:2] == b"\x1f\x8b" else stream
         self.ended = False
 
@@ -158,20 +158,20 @@ class _Bytes:
 
 def _tar_members(path: Path, stream: IO[bytes]) -> Iterator[Member]:
     data = _Bytes(stream)
-    # r| reads straight through: no seeking back in 39 GB of gzip
+    # r| never seeks back, which would decompress 39 GB of gzip again
     with tarfile.open(fileobj=cast(Any, data), mode="r|") as archive:
         while (info := archive.next()) is not None:
-            cast(Any, archive).members.clear()  # else the descriptions of all files stay in memory
+            cast(Any, archive).members.clear()  # or the headers of all members stay in memory
             if info.isfile():
                 yield _member(path, _clean(info.name), partial(_extract, archive, info))
     if data.ended:
         raise tarfile.ReadError("unexpected end of data")
-    while data.read(1 << 16):  # gzip's checksum is behind the rest
+    while data.read(1 << 16):  # gzip's checksum is at the end
         pass
 
 
 def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
-    return cast(IO[bytes], archive.extractfile(info))  # None of folders and the like only
+    return cast(IO[bytes], archive.extractfile(info))  # a file: never None
 
 
 def _clean(name: str) -> str:
@@ -179,12 +179,12 @@ def _clean(name: str) -> str:
 
 
 def pick(found: Iterable[Member], key_of: Callable[[str], str | None], wanted: Wanted) -> Iterator[Found]:
-    """Yields the wanted images among an archive's members, encoded, and stops behind the last one.
+    """Yield the wanted images among an archive's members, still encoded, and stop after the last one.
 
     Args:
         found: The members.
-        key_of: Makes a key of a member's name; None (or what is no key) for members that are no images.
-        wanted: Official split -> keys, of which no two splits share one.
+        key_of: Returns the key of a member by its name; None, or any other string, where it is not an image.
+        wanted: Official split -> keys; no key is in two splits.
 
     Yields:
         Each wanted image once, in the order of the members.
@@ -201,17 +201,10 @@ def pick(found: Iterable[Member], key_of: Callable[[str], str | None], wanted: W
 
 
 def texts(path: Path, *names: str) -> list[str]:
-    """Reads small text files of an archive.
-
-    Args:
-        path: The archive.
-        names: The members.
-
-    Returns:
-        Their contents, in the order of the names.
+    """Return the content of text files in an archive, in the order of their names.
 
     Raises:
-        UserError: The archive is damaged or holds no such member.
+        UserError: The archive is damaged or lacks a member.
     """
     found: dict[str, str] = {}
     for member in members(path):
@@ -219,7 +212,7 @@ def texts(path: Path, *names: str) -> list[str]:
             try:
                 found[member.name] = member.read().decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise damaged(path, f"{member.name} is no text") from error
+                raise damaged(path, f"{member.name} is not a text file") from error
             if len(found) == len(names):
                 break
     if missing := [name for name in names if name not in found]:
@@ -228,7 +221,7 @@ def texts(path: Path, *names: str) -> list[str]:
 
 
 def inside(path: Path, name: str) -> PurePosixPath:
-    """Returns a member's name as a path that stays in its folder.
+    """Return a member's name as a relative path, after checking that it does not leave the folder.
 
     Raises:
         UserError: The name is absolute, climbs out or holds control characters.
@@ -243,21 +236,18 @@ def inside(path: Path, name: str) -> PurePosixPath:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpacks an archive's files into a folder; links are left out.
-
-    Args:
-        path: Archive.
-        folder: Where its files go; existing files are replaced.
+    """Unpack an archive's files into a folder, replacing existing ones; links are left out.
 
     Raises:
-        UserError: The archive is damaged, a member points outside the folder, or they unpack to far more than it holds.
+        UserError: The archive is damaged, a member points outside the folder, or the members are far larger
+            than the archive.
         OSError: The folder cannot be written.
     """
     left = max(_SPACE[0], _SPACE[1] * path.stat().st_size) if path.is_file() else _LARGEST
     for member in members(path):
         target = folder / inside(path, member.name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name}.part")  # so that no half file is there by its own name
+        part = target.with_name(f"{target.name}.part")  # an incomplete file never has its final name
         with part.open("wb") as file:
             for chunk in _chunks(path, member):
                 left -= len(chunk)
@@ -271,7 +261,7 @@ def unpack(path: Path, folder: Path) -> None:
 
 
 def _chunks(path: Path, member: Member) -> Iterator[bytes]:
-    """Read a member in pieces; only what reading raises is the archive's fault, not what the target's disk refuses."""
+    """Yield a member in pieces; errors of reading are reported as damage, errors of writing are not."""
     with readable(path), member.open() as source:
         while chunk := source.read(_CHUNK):
             yield chunk

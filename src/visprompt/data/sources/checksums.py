@@ -1,8 +1,8 @@
-"""Checksums of files, so that content decides which images are meant; files that did not change are not read again.
+"""Checksums of own images, stored so that unchanged files are not read again.
 
-The checksums of a folder are kept in a JSON file with the size, the times and the inode that each file had. A file that
-was replaced in place by one of equal size has another time of change (ctime), which no program can set. As in git, what
-changed in the last two seconds before it was read is not kept: the clock of a file system is too coarse to tell.
+The checksums of a folder are stored in a JSON file with size, times and inode of each file. A file that was
+replaced by one of equal size has another ctime, which no program can set. As in git, a file that changed in
+the last two seconds before it was read is not stored: timestamps of file systems are too coarse.
 """
 
 import json
@@ -18,7 +18,7 @@ from visprompt.errors import UserError
 from visprompt.files import write_atomically
 
 UNREADABLE = "unreadable"
-"""In place of the checksum of a file that cannot be read; decoding says why."""
+"""Stands for the checksum of a file that cannot be read; decoding reports why"""
 
 _RECENT = 2_000_000_000  # nanoseconds
 _SCHEMA = 1
@@ -26,21 +26,22 @@ _Stamp = tuple[int, int, int, int]  # size, mtime, ctime, inode
 
 
 class Checksums:
-    """The sha256 values of files, remembered from one process to the next."""
+    """The sha256 values of files, stored between processes."""
 
     def __init__(self, memory: Path | None = None) -> None:
-        """Read what is remembered.
+        """Read the stored checksums.
 
         Args:
-            memory: The JSON file; None remembers nothing.
+            memory: The JSON file; None stores nothing.
         """
         self._memory = memory
         self._known = {} if memory is None else _read(memory)
         self._new: dict[str, tuple[_Stamp, str]] = {}
 
     def of(self, paths: Sequence[Path]) -> list[str]:
-        """Return the sha256 (hex) of each file's content, reading in threads those that are new or changed."""
-        with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:  # a network disk answers many at once
+        """Return the sha256 (hex) of each file's content; new and changed files are read in threads."""
+        # network disks answer in parallel
+        with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
             found = list(pool.map(self._one, paths))
         self._new = {
             str(path): (stamp, checksum)
@@ -50,7 +51,7 @@ class Checksums:
         return [checksum for _, checksum in found]
 
     def remember(self) -> None:
-        """Write the checksums of the last files asked for; where that is impossible they are read again next time."""
+        """Store the checksums of the last call of `of`; if that fails, the files are read again next time."""
         if self._memory is not None and self._new != self._known:
             text = json.dumps({"schema": _SCHEMA, "files": self._new})
             with suppress(UserError):
@@ -75,7 +76,7 @@ def _stamp(path: Path) -> _Stamp:
 
 
 def _read(memory: Path) -> Mapping[str, tuple[_Stamp, str]]:
-    """Return what a file remembers, nothing where it is missing or not whole."""
+    """Return the stored checksums; empty where the file is missing or damaged."""
     try:
         stored = json.loads(memory.read_text())
         if stored["schema"] != _SCHEMA:

@@ -1,4 +1,4 @@
-"""What a dataset's own files say, in one form for every source: keys and labels by official split, and the images."""
+"""The content of a dataset's files, the same for all sources: keys, labels, images by official split."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from visprompt.data.sources.images import MAX_PIXELS, BadImage, error_reason, open_image
+from visprompt.data.sources.images import MAX_PIXELS, decoding, open_image
 from visprompt.errors import UserError
 
 
@@ -15,7 +15,7 @@ class Part(NamedTuple):
     """One official split.
 
     Attributes:
-        keys: Distinct texts; a row number is written in decimal.
+        keys: Distinct strings; row numbers in decimal.
         labels: Task -> int64 [n], 0-based, in the order of the keys.
     """
 
@@ -38,28 +38,23 @@ class Found(NamedTuple):
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decodes an image as TensorFlow does for VTAB: three channels, transparency dropped, EXIF orientation ignored.
+    """Decode an image as TensorFlow does for VTAB: to RGB, without transparency and EXIF orientation.
 
-    Pillow's JPEG decoder is the exact one; TensorFlow's default is a faster one that differs by a few levels of 256.
+    TensorFlow's default JPEG decoder is faster and less exact than Pillow's: it differs by a few levels of
+    256.
 
     Args:
-        data: A file of one of `folder.FORMATS`.
-        max_pixels: See `folder.open_image`.
+        data: The content of a file of one of `images.FORMATS`.
+        max_pixels: See `images.open_image`.
 
     Returns:
         uint8 [h, w, 3].
 
     Raises:
-        BadImage: The bytes are damaged, of an unknown format or of too many pixels; the message is the reason without
-            a name.
+        BadImage: The bytes are damaged, of an unknown format or of too many pixels.
     """
-    try:
-        with open_image(BytesIO(data), max_pixels) as image:
-            return np.asarray(image.convert("RGB"))
-    except BadImage:
-        raise
-    except Exception as error:  # Pillow's readers let all kinds of errors through when bytes are damaged
-        raise BadImage(f"cannot be decoded ({error_reason(error)})") from error
+    with decoding(), open_image(BytesIO(data), max_pixels) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 Wanted = Mapping[str, Collection[str]]
@@ -68,13 +63,13 @@ Wanted = Mapping[str, Collection[str]]
 
 @dataclass(frozen=True)
 class Content:
-    """A dataset, opened: lists now, images when asked for.
+    """An opened dataset: the lists are read, the images are read on demand.
 
     Attributes:
         parts: Official split -> its keys and labels.
-        read: Yields the wanted images in the order of the files, each once; what is not there is left out.
-        decode: Makes uint8 [h, w, c] of an encoded image; what the official task does to pixels happens here.
-        lossy: Whether the files themselves were re-encoded from lossless originals.
+        read: Yields the wanted images once each, in the order of the files; missing images are left out.
+        decode: Decodes a file to uint8 [h, w, c], with the preprocessing of the official task.
+        lossy: Whether the files were re-encoded from lossless originals.
     """
 
     parts: Mapping[str, Part]
@@ -84,10 +79,10 @@ class Content:
 
 
 def check_labels(labels: np.ndarray, num_classes: int, keys: Sequence[str], where: str) -> np.ndarray:
-    """Returns the labels as int64, or names the first image whose label is out of range.
+    """Return the labels as int64 after checking their range.
 
     Raises:
-        UserError: A label is not in 0..num_classes - 1.
+        UserError: A label is not in 0..num_classes - 1; names the first such image.
     """
     labels = np.asarray(labels).astype(np.int64)
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))

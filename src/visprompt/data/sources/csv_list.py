@@ -1,4 +1,4 @@
-"""A CSV that lists the user's own images: path, label and, by choice, split."""
+"""Read a CSV that lists own images: path, label and, optionally, split."""
 
 import csv
 import os
@@ -15,19 +15,19 @@ COLUMNS = ("path", "label", "split")
 _SPLIT_COLUMNS = frozenset(
     {"split", "splits", "fold", "folds", "subset", "set", "dataset", "phase", "partition", "usage"}
 )
-_MOST_SPLITS = 20  # different values that a column of splits or folds has at most
+_MOST_SPLITS = 20  # a column with more different values is not taken for splits or folds
 
 Row = dict[str, str | None]
 
 
 class Found(NamedTuple):
-    """An image file as a folder or a CSV names it.
+    """An image file in a folder or a CSV.
 
     Attributes:
-        path: Where the file is.
-        key: The same on every machine: its POSIX path relative to the data (Unicode NFC).
-        name: Of its class (Unicode NFC).
-        split: "train", "val" or "test"; "" where none is given.
+        path: Path of the file.
+        key: POSIX path relative to the data (Unicode NFC), the same on every machine.
+        name: Name of its class (Unicode NFC).
+        split: "train", "val" or "test"; "" where no split is given.
     """
 
     path: Path
@@ -47,19 +47,20 @@ class _Line(NamedTuple):
 def read_csv(
     root: Path, table: Path, columns: Mapping[str, Any] | None, split_names: Mapping[str, Any] | str | None
 ) -> tuple[list[Found], list[str]]:
-    """Read which images there are.
+    """Read the images that a CSV lists.
 
     Args:
-        root: Paths are relative to it, or to the CSV, or absolute.
+        root: Folder that paths are relative to; they may be relative to the CSV or absolute, too.
         table: The CSV, relative to the working directory or to the root.
-        columns: The CSV's own names: `{path: file, label: class, split: fold}`; a split of None reads none.
-        split_names: What the CSV calls the splits: `{train: Training, test: Testing}`.
+        columns: Names of the columns: `{path: file, label: class, split: fold}`; `split: null` reads no
+            splits.
+        split_names: Names of the splits: `{train: Training, test: Testing}`.
 
     Returns:
         The images, and the names of the columns that were not read.
 
     Raises:
-        UserError: Something is wrong with the CSV, or it looks as if it gave splits in another column.
+        UserError: The CSV has an error, or a column that is not read looks like the splits.
     """
     table = table if table.is_file() else root / table
     if not table.is_file():
@@ -121,7 +122,7 @@ def _cell(row: Row, column: str | None) -> str:
 
 
 def _refuse_splits(table: Path, column: str, values: set[str]) -> None:
-    """Raise what to type where a column that is not read looks like the splits."""
+    """Raise an error with the option to type where a column that is not read looks like the splits."""
     says = bool(values) and all(split_of(value) for value in values)
     named = bool(_SPLIT_COLUMNS.intersection(words_of(column))) and 2 <= len(values) <= _MOST_SPLITS
     if not says and not named:
@@ -159,7 +160,7 @@ def _example(split: str) -> str:
 
 
 def _places(root: Path, table: Path, given: str) -> Iterator[Path]:
-    """Yield where a path may be; a file system may write an accent in another form than the CSV."""
+    """Yield the places where a path may be; file system and CSV may encode accents differently."""
     forms = dict.fromkeys([given, unicodedata.normalize("NFC", given), unicodedata.normalize("NFD", given)])
     for form in forms:
         home = [Path(form).expanduser()] if form.startswith("~/") else []
@@ -174,7 +175,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _keys(root: Path, paths: Sequence[Path]) -> list[str]:
-    """Return paths relative to the root; where some are elsewhere, to the folder that holds all of them."""
+    """Return paths relative to the root, or to their common folder where some are outside the root."""
     relative = [_below(path, root) for path in paths]
     if None in relative:
         real = [_resolved(path) for path in paths]
@@ -184,7 +185,7 @@ def _keys(root: Path, paths: Sequence[Path]) -> list[str]:
 
 
 def _below(path: Path, root: Path) -> Path | None:
-    """Return a path relative to the root, however both are written; None where it is not below it."""
+    """Return a path relative to the root, after resolving links and dots; None where it is outside."""
     if ".." not in path.parts and path.absolute().is_relative_to(root.absolute()):
         return path.absolute().relative_to(root.absolute())
     real, place = _resolved(path), root.resolve()
@@ -192,11 +193,11 @@ def _below(path: Path, root: Path) -> Path | None:
 
 
 def _resolved(path: Path) -> Path:
-    return path.parent.resolve() / path.name  # a link to a file keeps its own name
+    return path.parent.resolve() / path.name  # a link to a file keeps its name
 
 
 def _refuse_repeated(table: Path, lines: Sequence[_Line]) -> None:
-    """Refuse a file that is listed twice, under whatever spelling, or over a link."""
+    """Raise where a file is listed twice, also in another spelling or through a link."""
     seen: dict[tuple[int, int], _Line] = {}
     for line in lines:
         status = line.path.stat()

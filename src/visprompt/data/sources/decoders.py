@@ -1,4 +1,4 @@
-"""How an image file becomes pixels, by the name that a tuned state carries, so that prediction does the same."""
+"""Decoders by the name that a tuned state stores, so that prediction decodes as training did."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -8,21 +8,17 @@ from typing import Any
 import numpy as np
 
 from visprompt.data.sources.content import decode_rgb
-from visprompt.data.sources.images import MAX_PIXELS, BadImage, decode, error_reason, open_image
+from visprompt.data.sources.images import MAX_PIXELS, decode, decoding, open_image
 from visprompt.data.sources.natural import decode_sun397
 from visprompt.data.sources.specialized import decode_retina
 from visprompt.errors import UserError
 
 
 def _checked(path: Path, max_pixels: int) -> bytes:
-    """Return a file's bytes where it is of a supported format and not too large for OpenCV to decode."""
-    try:
+    """Return a file's bytes after checking, before OpenCV decodes it, its format and its number of pixels."""
+    with decoding():
         open_image(path, max_pixels).close()
         return path.read_bytes()
-    except BadImage:
-        raise
-    except Exception as error:  # Pillow's readers let all kinds of errors through when bytes are damaged
-        raise BadImage(f"cannot be decoded ({error_reason(error)})") from error
 
 
 DECODERS: dict[str, Callable[..., np.ndarray]] = {
@@ -31,18 +27,18 @@ DECODERS: dict[str, Callable[..., np.ndarray]] = {
     "sun397": lambda path, max_pixels=MAX_PIXELS: decode_sun397(_checked(path, max_pixels)),
     "retina": lambda path, max_pixels=MAX_PIXELS: decode_retina(_checked(path, max_pixels)),
 }
-"""Name -> the function that reads a file into uint8 [h, w, 3], given `max_pixels` or not; raises `BadImage`."""
+"""Name -> function of a path and `max_pixels` that returns uint8 [h, w, 3] or raises `BadImage`"""
 
 
 def decoder_of(preprocessing: Mapping[str, Any], max_pixels: int = MAX_PIXELS) -> Callable[[Path], np.ndarray]:
     """Return the function that decodes a file as the images of a run were decoded.
 
     Args:
-        preprocessing: A data module's `preprocessing`, as kept in the tuned state.
-        max_pixels: See `folder.open_image`; whoever gets a state decides it, not the state.
+        preprocessing: A data module's `preprocessing`, as the tuned state stores it.
+        max_pixels: See `images.open_image`; the caller sets the limit, not the state.
 
     Raises:
-        UserError: It does not say how.
+        UserError: The state names no decoder.
     """
     found = DECODERS.get(str(preprocessing.get("decode")))
     if found is None:

@@ -1,7 +1,7 @@
-"""The demo tasks: scikit-learn's 1,797 handwritten digits, composed in memory into three tasks of 64 x 64 pixels.
+"""The demo tasks: scikit-learn's 1,797 handwritten digits, composed into three tasks of 64 x 64 pixels.
 
-They exist to show and test the whole program on real scans without a download; their scores compare with nothing
-published. Every choice is taken from md5 values, so the pixels are the same on every machine and for every seed.
+They show and test the whole program on real scans without a download; there are no published scores. Every
+choice is derived from md5 values, so the pixels are the same on every machine and for every seed.
 """
 
 from functools import cache
@@ -21,7 +21,7 @@ NUM_SCANS = 1797
 
 @cache
 def _raw() -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scans as uint8 [1797, 8, 8], 0..16 stretched to 0..255, and the digits they show."""
+    """Return the scans as uint8 [1797, 8, 8], 0..16 stretched to 0..255, and the digits they show."""
     from sklearn.datasets import load_digits  # takes a second, and only the demo needs it
 
     bunch = load_digits()
@@ -30,7 +30,7 @@ def _raw() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _scans(side: int) -> np.ndarray:
-    """Returns all scans enlarged to [1797, side, side] by Pillow's bicubic filter."""
+    """Return all scans enlarged to [1797, side, side] by Pillow's bicubic filter."""
     scans, _ = _raw()
     return np.stack(
         [np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC)) for scan in scans]
@@ -39,16 +39,15 @@ def _scans(side: int) -> np.ndarray:
 
 @cache
 def split_rows(split_set: str) -> tuple[int, ...]:
-    """Returns the rows of load_digits in a split set, in md5 order with salt "train", as VTAB cuts its sets.
+    """Return the rows of load_digits in a split set, in md5 order with salt "train", as VTAB cuts its sets.
 
     Raises:
-        UserError: If there is no such split set.
+        UserError: There is no such split set.
     """
     order = md5_order(range(NUM_SCANS), "train")
     sets = {
         "train800": order[:800],
         "val200": order[800:1000],
-        "train800val200": order[:1000],
         "test": order[1000:],
     }
     if split_set not in sets:
@@ -57,25 +56,22 @@ def split_rows(split_set: str) -> tuple[int, ...]:
 
 
 def compose(task: str, split_set: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Makes the images and labels of one split set.
+    """Compose the images and labels of one split set.
 
     Args:
         task: "digits", "digits_crowded" or "digits_loc".
-        split_set: "train800", "val200", "train800val200" or "test".
+        split_set: "train800", "val200" or "test".
 
     Returns:
-        Images (uint8 [n, 3, 64, 64], grey repeated), labels (int64 [n]) and keys (the rows of load_digits, as text).
+        Images (uint8 [n, 3, 64, 64], grey repeated), labels (int64 [n]) and keys (the rows of load_digits, as
+        text).
 
     Raises:
-        UserError: If there is no such task or split set.
+        UserError: There is no such task or split set.
     """
     if task not in SUITES["demo"]:
         raise unknown("demo task", task, SUITES["demo"])
     rows = split_rows(split_set)
-    if split_set == "train800val200":  # neighbours stay within train800 and within val200: the same images as apart
-        parts = [compose(task, part) for part in ("train800", "val200")]
-        grey, labels = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
-        return grey, labels, parts[0][2] + parts[1][2]
     grey, labels = {"digits": _plain, "digits_crowded": _crowded, "digits_loc": _located}[task](rows)
     return np.repeat(grey[:, None], 3, axis=1), labels, tuple(str(row) for row in rows)
 
@@ -86,7 +82,7 @@ def _plain(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _crowded(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Puts each digit (32 x 32) into the middle, the right half of another at its left, a left half at its right."""
+    """Place each digit (32 x 32) between the right half of one other digit and the left half of another."""
     scans, index, half = _scans(32), np.array(rows), 16
     images = np.zeros((len(rows), SIDE, SIDE), np.uint8)
     band = images[:, half:-half]
@@ -97,13 +93,13 @@ def _crowded(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _neighbour(rows: tuple[int, ...], place: int, side: str) -> int:
-    """Picks a row other than rows[place] by md5("digits_crowded/<row>/<side>") modulo the number of others."""
+    """Return a row other than rows[place], picked by md5("digits_crowded/<row>/<side>")."""
     pick = md5_int(f"digits_crowded/{rows[place]}/{side}") % (len(rows) - 1)
     return rows[pick + (pick >= place)]
 
 
 def _located(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Puts each scan (16 x 16) into the cell md5("digits_loc/<row>") modulo 16 of a 4 x 4 grid, numbered by rows."""
+    """Place each scan (16 x 16) in cell md5("digits_loc/<row>") modulo 16 of a 4 x 4 grid."""
     scans = _scans(16)
     images = np.zeros((len(rows), SIDE, SIDE), np.uint8)
     labels = np.array([md5_int(f"digits_loc/{row}") % 16 for row in rows], np.int64)

@@ -1,88 +1,93 @@
-"""Raw files: downloaded with resume, checked against the catalog once, and remembered as checked.
+"""Raw files: downloaded with resume, compared with the catalog once, and remembered as checked.
 
-Beside a file `<name>` may lie `<name>.part` and `<name>.part.json` (a download to go on with), `<name>.lock` (who
-downloads it) and, one per folder, `checksums.json` (what was checked). A file under its own name is always whole.
+Next to a file `<name>` there may be `<name>.part` and `<name>.part.json` (an unfinished download),
+`<name>.lock` (held by the process that downloads) and, one per folder, `checksums.json` (the files that were
+checked). A file under its final name is always complete.
 """
 
 import errno
-import http.client
+import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
-import ssl
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from email.message import Message
-from hashlib import md5, sha256
 from pathlib import Path
-from typing import IO, Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from typing import Any, cast
 
+import requests
 from filelock import FileLock
+from requests.adapters import HTTPAdapter
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from urllib3.exceptions import HTTPError
+from urllib3.util import Retry
 
 from visprompt.data.catalog.task import SourceFile, in_bytes
 from visprompt.errors import UserError
 from visprompt.files import alone
 from visprompt.text import Terminal
 
-PAUSES = (1.0, 5.0, 15.0)
-"""Seconds before each new try on a connection that broke without a new byte; after the last one the next url follows"""
+_TRIES = 4
+RETRY = Retry(
+    total=_TRIES - 1,
+    backoff_factor=2.5,  # pauses of 0, 5 and 10 seconds
+    status_forcelist=(408, 425, 429, 500, 502, 503, 504),
+    raise_on_status=False,
+    respect_retry_after_header=False,  # a server could ask for hours
+)
+"""Tries of one url; they start again after each connection that brought new bytes"""
 
 _TIMEOUT = 60.0  # seconds without a byte
 _CHUNK = 1 << 20
-_AGENT = {"User-Agent": "visprompt (data preparation; python-urllib)"}  # some hosts refuse urllib's own name
-_PASSING = frozenset({408, 416, 425, 429, 500, 502, 503, 504})  # the next answer may be better
-
-_Bar = Callable[[int], None]  # takes the bytes so far
+_HEADERS = {
+    "User-Agent": "visprompt (data preparation; python-requests)",
+    "Accept-Encoding": "identity",  # the bytes of the file, not compressed ones
+}
 _log = logging.getLogger(__name__)
 
 
-class _Broken(Exception):
-    """A connection that ended early or a server in trouble: worth another try."""
+class _Interrupted(Exception):
+    """A connection that ended early: worth another try."""
 
 
-class _Useless(Exception):
-    """A url that does not have the file: the next one may."""
+class _Unusable(Exception):
+    """A url that does not have the file, or has another one: the next url may have it."""
 
 
-def obtain(file: SourceFile, folder: Path, *, download: bool, progress: bool = True) -> str:
-    """Makes sure that a raw file is there and is the right one.
+def obtain(file: SourceFile, folder: Path, *, download: bool) -> str:
+    """Check that a raw file is the right one, and download it where it is missing.
 
-    What was checked before and has not changed is not read again. Several processes may ask at once: one downloads.
+    A file that was checked before and has not changed is not read again. Several processes may ask for the
+    same file at once: one downloads, the others wait.
 
     Args:
         file: Its record.
-        folder: The dataset's raw folder; made where it is missing.
-        download: Whether a missing file may be fetched.
-        progress: Show a bar, where the output is a terminal.
+        folder: The dataset's raw folder; created where it is missing.
+        download: Whether a missing file may be downloaded.
 
     Returns:
         Its sha256, in hex.
 
     Raises:
-        UserError: The file is missing and may not or cannot be fetched, is not the right one (it stays where it is),
-            or the disk is full or read-only.
+        UserError: The file is missing and may not or cannot be downloaded, is not the right one (it stays
+            where it is), or the disk is full or read-only.
     """
     path = folder / file.name
     if known := _remembered(file, folder):
         return known
     if path.is_file():
-        return _checked(file, folder, progress)
+        return _check(file, folder)
     if not download or not file.urls:
         raise _missing(file, folder)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path.with_name(f"{path.name}.lock"), f"downloading {path}"):
             if path.is_file():  # another process was faster
-                return _remembered(file, folder) or _checked(file, folder, progress)
-            found = _fetch(file, path, progress)
-            _remember(file, folder, found)  # before the others stop waiting, or they would check it again
-            return found
+                return _remembered(file, folder) or _check(file, folder)
+            checksum = _download(file, path)
+            _remember(file, folder, checksum)  # before the others stop waiting, or they would check it again
+            return checksum
 
 
 def _missing(file: SourceFile, folder: Path) -> UserError:
@@ -93,102 +98,79 @@ def _missing(file: SourceFile, folder: Path) -> UserError:
     return UserError(f"{folder / file.name} is missing: {way}")
 
 
-def _checked(file: SourceFile, folder: Path, progress: bool) -> str:
-    """Reads a file that is there, whoever put it there, and remembers that it is right."""
+def _check(file: SourceFile, folder: Path) -> str:
+    """Check a file that a user may have put there, and remember that it is right."""
     path = folder / file.name
-    hashes, size = _Hashes(file), path.stat().st_size
-    if file.size not in (None, size):
-        hashes.size = size  # reading it would tell nothing more
-    else:
-        try:
-            with _bar(file, progress, "checking") as bar, path.open("rb") as stream:
-                hashes.read(stream, bar)
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror or error}): mend that or get it again") from error
-    if fault := hashes.fault():
-        raise UserError(
-            f"{path} is not the file that the catalog knows ({fault}): "
-            "move it away, then download it again or get the right one from where docs/datasets.md says"
-        )
-    _remember(file, folder, hashes.sha256)
-    return hashes.sha256
-
-
-class _Hashes:
-    """Size and hashes of bytes that pass by, and what the record expects."""
-
-    def __init__(self, file: SourceFile) -> None:
-        self._file = file
-        self._md5_wanted = bool(file.md5) and not file.sha256  # it would take a third of the time for nothing
-        self.reset()
-
-    def reset(self) -> None:
-        self.size = 0
-        self._sha256, self._md5 = sha256(), md5(usedforsecurity=False)
-
-    def add(self, data: bytes) -> None:
-        self.size += len(data)
-        self._sha256.update(data)
-        if self._md5_wanted:
-            self._md5.update(data)
-
-    def read(self, stream: IO[bytes], bar: _Bar) -> None:
-        while data := stream.read(_CHUNK):
-            self.add(data)
-            bar(self.size)
-
-    @property
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
-
-    def fault(self) -> str:
-        """Says what is expected and what was found, or nothing where they agree."""
-        if self._file.size is not None and self.size != self._file.size:
-            return f"{self.size:,} bytes instead of {self._file.size:,}"
-        if self._file.sha256 and self.sha256 != self._file.sha256.lower():
-            return f"sha256 {self.sha256} instead of {self._file.sha256}"
-        if self._md5_wanted and self._md5.hexdigest() != self._file.md5.lower():
-            return f"md5 {self._md5.hexdigest()} instead of {self._file.md5}"
-        return ""
-
-
-def _memory(folder: Path) -> dict[str, Any]:
     try:
-        entries = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # costs a check, nothing else
-    return entries if isinstance(entries, dict) else {}
+        checksum = _checksum(file, path)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror or error}): repair it or get it again") from error
+    except _Unusable as error:
+        raise UserError(
+            f"{path} is not the file that the catalog knows ({error}): "
+            "move it away, then download it again or get the right one from where docs/datasets.md says"
+        ) from error
+    _remember(file, folder, checksum)
+    return checksum
 
 
-def _entry(path: Path, found: str) -> dict[str, Any]:
-    status = path.stat()
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": found}
+def _checksum(file: SourceFile, path: Path) -> str:
+    """Return the sha256 of a file after comparing its size and checksums with the record.
+
+    Raises:
+        _Unusable: It says what was expected and what was read.
+    """
+    if file.size not in (None, size := path.stat().st_size):
+        raise _Unusable(f"{size:,} bytes instead of {file.size:,}")
+    checksums = {}
+    for kind in ("sha256",) if file.sha256 or not file.md5 else ("sha256", "md5"):
+        with _progress() as bar, bar.open(path, "rb", description=f"checking {file.name}") as stream:
+            checksums[kind] = hashlib.file_digest(cast(Any, stream), kind).hexdigest()
+        expected = getattr(file, kind)
+        if expected and checksums[kind] != expected.lower():
+            raise _Unusable(f"{kind} {checksums[kind]} instead of {expected}")
+    return checksums["sha256"]
 
 
 def _remembered(file: SourceFile, folder: Path) -> str | None:
-    path, entry = folder / file.name, _memory(folder).get(file.name)
+    path, entry = folder / file.name, _read_json(folder / "checksums.json").get(file.name)
     if not isinstance(entry, dict) or not path.is_file() or entry != _entry(path, entry.get("sha256", "")):
         return None
     fits = file.size in (None, entry["bytes"]) and file.sha256.lower() in ("", entry["sha256"])
     return str(entry["sha256"]) if fits else None  # the record may be newer than the memory
 
 
-def _remember(file: SourceFile, folder: Path, found: str) -> None:
-    """Notes a checked file; a folder that takes no note (somebody else's, read-only) costs a check each time."""
+def _remember(file: SourceFile, folder: Path, checksum: str) -> None:
+    """Note a checked file; in a folder that is read-only it is checked again each time."""
     path = folder / "checksums.json"
-    temporary = path.with_name("checksums.json.tmp")  # of whoever holds the lock: the next overwrites a killed one's
+    # written under the lock; overwrites the one of a killed process
+    temporary = path.with_name("checksums.json.tmp")
     try:
         with FileLock(path.with_name("checksums.json.lock")):
-            entries = {**_memory(folder), file.name: _entry(folder / file.name, found)}
+            entries = {**_read_json(path), file.name: _entry(folder / file.name, checksum)}
             temporary.write_text(json.dumps(entries, indent=1, sort_keys=True), encoding="utf-8")
             temporary.replace(path)
     except OSError as error:
         _log.warning("cannot note in %s that %s is right (%s): it is read again next time", folder, file.name, error)
 
 
+def _entry(path: Path, checksum: str) -> dict[str, Any]:
+    status = path.stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": checksum}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, empty where it is missing or damaged: that costs a check or a download."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turns what a disk refuses into one sentence; what a network does is caught before it comes here."""
+    """Raise in one sentence what a disk refuses; errors of the network are caught before they come here."""
     try:
         yield
     except OSError as error:
@@ -198,136 +180,138 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {where} ({what}): {how} or use another folder, then start again") from error
 
 
-def _fetch(file: SourceFile, path: Path, progress: bool) -> str:
-    reasons = []
-    with _bar(file, progress, "downloading") as bar:
-        part = _Part(file, path, bar)
+def _download(file: SourceFile, path: Path) -> str:
+    part, reasons = _Part(path), []
+    with requests.Session() as session:
+        session.headers.update(_HEADERS)
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=RETRY))
         for url in file.urls:
             try:
-                if part.hashes.size != file.size:  # else it is whole, and the last process ended before it was renamed
-                    _persist(url, part)
-                part.finish()
-            except _Useless as error:
+                _fetch(session, url, file, part)
+                return part.finish(file)
+            except _Unusable as error:
                 reasons.append(f"{url} ({error})")
-            else:
-                return part.hashes.sha256
     raise UserError(
         f"cannot download {file.name}: {'; '.join(reasons)}; run the same command again later, "
         f"or get the file by hand and put it into {path.parent}"
     )
 
 
-def _persist(url: str, part: "_Part") -> None:
-    """Tries one url until the file is complete; only tries that brought no new byte are counted."""
-    furthest, failures = part.hashes.size, 0
-    while True:
-        try:
-            return _attempt(url, part)
-        except _Broken as error:
-            failures = 0 if part.hashes.size > furthest else failures + 1
-            furthest = max(furthest, part.hashes.size)
-            if failures > len(PAUSES):
-                raise _Useless(f"{error}, after {failures} tries") from error
-            _log.info("%s: %s; going on at byte %d", url, error, part.hashes.size)
-            time.sleep(PAUSES[max(0, failures - 1)])
+def _fetch(session: requests.Session, url: str, file: SourceFile, part: "_Part") -> None:
+    """Download from one url, resuming where a connection ended; tries that brought new bytes do not count."""
+    retry, furthest = RETRY, part.size
+    with _progress() as bar:
+        task = bar.add_task(f"downloading {file.name}", total=file.size)
+        # the part is complete where the last process ended while checking it
+        while not (part.version and part.size == file.size):
+            try:
+                for size in _receive(session, url, file, part):
+                    bar.update(task, completed=size)
+                return
+            except _Interrupted as error:
+                if part.size <= furthest and not retry.total:
+                    raise _Unusable(f"{error}, after {_TRIES} tries") from error
+                retry, furthest = (RETRY, part.size) if part.size > furthest else (retry.increment(), furthest)
+                _log.info("%s: %s; going on at byte %d", url, error, part.size)
+                retry.sleep()
 
 
-def _attempt(url: str, part: "_Part") -> None:
-    """Asks once, for the rest where a part is there, and appends what comes."""
+def _receive(session: requests.Session, url: str, file: SourceFile, part: "_Part") -> Iterator[int]:
+    """Ask for the bytes that the part lacks, append them, and yield its size after each chunk."""
     try:
-        with urlopen(Request(url, headers=_AGENT | part.conditions()), timeout=_TIMEOUT) as answer:
-            total = part.begin(answer.status, answer.headers)
-            while data := answer.read(_CHUNK):
-                part.append(data)
-    except HTTPError as error:
-        error.close()
-        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        answer = session.get(url, headers=part.conditions(), stream=True, timeout=_TIMEOUT)
+    except requests.RequestException as error:
+        raise _Unusable(f"{_first_cause(error)}, after {_TRIES} tries") from error
+    with answer:
+        start = part.size if answer.status_code == requests.codes.partial_content else 0
+        refused = answer.status_code == requests.codes.requested_range_not_satisfiable
+        if refused or (start and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")):
             part.restart()
-        raise (_Broken if error.code in _PASSING else _Useless)(f"{error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = error.reason if isinstance(error, URLError) else error
-        gone = isinstance(reason, str | socket.gaierror | ssl.SSLCertVerificationError)
-        raise (_Useless if gone else _Broken)(str(reason) or type(reason).__name__) from error
-    if total and part.hashes.size < total:
-        raise _Broken(f"the connection ended after {part.hashes.size:,} of {total:,} bytes")
+            raise _Interrupted("the server sent another range than was asked for")
+        if not answer.ok:
+            raise _Unusable(f"{answer.status_code} {answer.reason}")
+        length = answer.headers.get("Content-Length", "")
+        total = start + int(length) if length.isdecimal() else file.size
+        if file.size not in (None, total):
+            raise _Unusable(f"{total:,} bytes instead of {file.size:,}")  # a part of the right file stays
+        _check_room(part.target, (total or 0) - start)
+        if not start:  # a first answer, or the server knows no ranges, or the file has changed
+            strong = answer.headers.get("ETag", "").startswith('"')  # a weak one names no exact bytes
+            part.restart(answer.headers.get("ETag" if strong else "Last-Modified", ""))
+        try:
+            while data := answer.raw.read1(_CHUNK, decode_content=False):
+                part.append(data)
+                yield part.size
+        except HTTPError as error:
+            whole = f" of {total:,}" if total else ""
+            raise _Interrupted(f"the connection ended after {part.size:,}{whole} bytes") from error
+    if total and part.size < total:
+        raise _Interrupted(f"the connection ended after {part.size:,} of {total:,} bytes")
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return the message of the system's error, which requests and urllib3 wrap several times."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return str(error) or type(error).__name__
+
+
+def _check_room(target: Path, need: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if need > free:
+        raise UserError(
+            f"{target.parent} has {in_bytes(free)} free and {target.name} needs {in_bytes(need)}: "
+            f"free {in_bytes(need - free)} there or use another folder"
+        )
 
 
 class _Part:
-    """A file on its way: `<name>.part`, with the version that it is part of in `<name>.part.json`."""
+    """An unfinished download, `<name>.part`, and the version of its file, in `<name>.part.json`."""
 
-    def __init__(self, file: SourceFile, target: Path, bar: _Bar) -> None:
-        self.hashes = _Hashes(file)
-        self._file, self._target, self._bar = file, target, bar
+    def __init__(self, target: Path) -> None:
+        self.target = target
         self._path = target.with_name(f"{target.name}.part")
         self._note = target.with_name(f"{target.name}.part.json")
-        try:
-            self._version = str(json.loads(self._note.read_text(encoding="utf-8"))["version"])
-            with self._path.open("rb") as stream:
-                self.hashes.read(stream, bar)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            self._version = ""  # nothing there that is known to be a part of something
+        self.version = str(_read_json(self._note).get("version", ""))
+        if not self.version:
+            self._path.unlink(missing_ok=True)  # of an unknown file
+
+    @property
+    def size(self) -> int:
+        return self._path.stat().st_size if self._path.exists() else 0
 
     def conditions(self) -> dict[str, str]:
-        """Request headers that ask for the rest, if the file is still the same one."""
-        known = self.hashes.size and self._version
-        return {"Range": f"bytes={self.hashes.size}-", "If-Range": self._version} if known else {}
+        """Return request headers that ask for the rest, if the file on the server is still the same one."""
+        known = self.size and self.version
+        return {"Range": f"bytes={self.size}-", "If-Range": self.version} if known else {}
 
-    def restart(self) -> None:
-        self.hashes.reset()
+    def restart(self, version: str = "") -> None:
         self._path.unlink(missing_ok=True)
-
-    def begin(self, status: int, headers: Message) -> int | None:
-        """Takes the head of an answer and returns the bytes of the whole file, where they are known."""
-        whole = status != http.HTTPStatus.PARTIAL_CONTENT
-        length, start = headers.get("Content-Length", ""), 0 if whole else self.hashes.size
-        total = start + int(length) if length.isdecimal() else self._file.size
-        if self._file.size not in (None, total):
-            raise _Useless(f"{total:,} bytes instead of {self._file.size:,}")  # what is there of the right file stays
-        right = whole or headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        with _writing(self._target):
-            if whole or not right:
-                self.restart()  # the server knows no ranges, or the file has changed
-            if not right:
-                raise _Broken("the server sent another range than was asked for")
-            self._check_room((total or 0) - start)
-            if whole:
-                strong = headers.get("ETag", "").startswith('"')  # a weak one names no exact bytes
-                self._version = headers["ETag"] if strong else headers.get("Last-Modified", "")
-                self._note.write_text(json.dumps({"version": self._version}), encoding="utf-8")
-        return total
-
-    def _check_room(self, need: int) -> None:
-        folder, free = self._target.parent, shutil.disk_usage(self._target.parent).free
-        if need > free:
-            raise UserError(
-                f"{folder} has {in_bytes(free)} free and {self._target.name} needs {in_bytes(need)}: "
-                f"free {in_bytes(need - free)} there or use another folder"
-            )
+        self.version = version
+        self._note.write_text(json.dumps({"version": version}), encoding="utf-8")
 
     def append(self, data: bytes) -> None:
-        with _writing(self._target), self._path.open("ab") as stream:  # closed at once: an interrupt loses nothing
+        with self._path.open("ab") as stream:  # closed at once: an interrupt loses nothing
             stream.write(data)
-        self.hashes.add(data)
-        self._bar(self.hashes.size)
 
-    def finish(self) -> None:
-        """Gives the complete file its name, or removes it where it is not the right one."""
-        if fault := self.hashes.fault():
-            self.restart()
-            self._note.unlink(missing_ok=True)
-            raise _Useless(fault)
+    def finish(self, file: SourceFile) -> str:
+        """Check the complete file, rename it and return its sha256; remove a wrong one."""
+        try:
+            checksum = _checksum(file, self._path)
+        except _Unusable:
+            self._path.unlink()
+            self._note.unlink()
+            raise
         with self._path.open("ab") as stream:
             os.fsync(stream.fileno())
-        self._path.replace(self._target)
+        self._path.replace(self.target)
         self._note.unlink(missing_ok=True)
+        return checksum
 
 
-@contextmanager
-def _bar(file: SourceFile, progress: bool, doing: str) -> Iterator[_Bar]:
-    """Shows how far a long read or download is, where somebody looks at a terminal."""
+def _progress() -> Progress:
+    """Return a progress bar, hidden where the output is not a terminal."""
     console = Terminal(stderr=True)
-    hidden = not (progress and console.is_terminal)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as shown:
-        task = shown.add_task(f"{doing} {file.name}", total=file.size)
-        yield lambda size: shown.update(task, completed=size)
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)

@@ -1,16 +1,16 @@
-"""Lists of the five fine-grained datasets (FGVC), read from their unpacked files; no pixel is read.
+"""Lists of the five fine-grained datasets (FGVC), read from their unpacked files; no pixels are read.
 
-Where `train.json`, `val.json` and `test.json` lie beside the images, they are the splits: those of the Visual Prompt
-Tuning paper (Jia et al., ECCV 2022), each `{image path: class id}`. The class map is built once, from train: its
-sorted ids become 0, 1, ... Otherwise the dataset's official lists are the splits, and this project's own rule cuts val
-from the official train: in each class, in md5 order (salt "val"), the first n / 10 images, rounded half up and at
-least one (never all). Oxford Flowers has an official val of 1,020 images, so nothing is cut there. The published sizes
-(CUB 5,394 + 600, NABirds 21,536 + 2,393, Dogs 10,800 + 1,200, Cars 7,329 + 815) are those of the json files; by the
-own rule train and val may differ from them by a few images, test does not.
+Where `train.json`, `val.json` and `test.json` are next to the images, they are the splits: those of the
+Visual Prompt Tuning paper (Jia et al., ECCV 2022), each `{image path: class id}`. Labels are the positions of
+the ids in the sorted ids of train. Otherwise the official lists are the splits, and val is cut from the
+official train: in each class, in md5 order (salt "val"), the first n / 10 images, rounded half up, at least
+one and never all. Oxford Flowers has an official val of 1,020 images, so nothing is cut there. The published
+sizes (CUB 5,394 + 600, NABirds 21,536 + 2,393, Dogs 10,800 + 1,200, Cars 7,329 + 815) are those of the json
+files; with official lists train and val may differ from them by a few images, test does not.
 
-Stanford Cars is in circulation in two layouts that number its images differently: `car_ims/000001.jpg` to `016185.jpg`
-with `cars_annos.mat`, and `cars_train/00001.jpg`, `cars_test/00001.jpg` with a devkit. A number of one layout names
-another image in the other, so keys and json files (which number `car_ims`) cannot be carried from one to the other.
+Stanford Cars has two layouts that number its images differently: `car_ims/000001.jpg` to `016185.jpg` with
+`cars_annos.mat`, and `cars_train/00001.jpg`, `cars_test/00001.jpg` with a devkit. The same number is another
+image in the other layout, so the json files (which number `car_ims`) are valid for the first layout only.
 """
 
 import json
@@ -23,9 +23,10 @@ import numpy as np
 
 from visprompt.data.catalog.task import TaskSpec
 from visprompt.data.sources.archive import damaged, readable
+from visprompt.data.sources.arrays import mat
 from visprompt.data.sources.content import check_labels
 from visprompt.data.sources.images import ImageFolder, Item
-from visprompt.data.sources.natural import flowers_lists, mat
+from visprompt.data.sources.natural import flowers_lists
 from visprompt.data.splits import SPLITS, md5_order
 from visprompt.errors import UserError, unknown
 
@@ -33,7 +34,7 @@ Id = int | str
 
 
 class _List(NamedTuple):
-    """One list of a dataset: its file, its split, and the images (relative to the image folder) with their classes."""
+    """A list of a dataset: its file, its split, and image path (relative to the image folder) -> class id."""
 
     path: Path
     split: str
@@ -41,31 +42,31 @@ class _List(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where a dataset keeps its images, how its official lists are read, and how a class is named."""
+    """The layout of a dataset: folders of images, reader of official lists, names of classes."""
 
-    marks: tuple[str, ...]  # one of them shows the dataset's root
-    folders: tuple[str, ...]  # where images may lie; paths in lists are relative to one of them
+    marks: tuple[str, ...]  # one of these is in the dataset's root
+    folders: tuple[str, ...]  # folders of images; paths in lists are relative to one of them
     lists: Callable[[Path, TaskSpec], list[_List]]
     namer: Callable[[Path], Callable[[str, Id], str]]  # image and class id -> name of the class
-    prefix: str = ""  # that json files may or may not have
-    hint: str = ""  # where the lists may be right and the images be others
+    prefix: str = ""  # of paths, which json files may have or lack
+    hint: str = ""  # for the error that images are missing
 
 
 def fgvc(root: Path, spec: TaskSpec) -> ImageFolder:
-    """Lists a fine-grained dataset.
+    """List a fine-grained dataset.
 
     Args:
-        root: Folder that holds the dataset's unpacked files, or the one folder that its archive makes.
-        spec: Record of the task. `num_classes` bounds the labels; fewer classes are accepted (its caller compares the
-            counts of the splits with the record).
+        root: Folder of the dataset's unpacked files, or the folder that contains it.
+        spec: Record of the task. Fewer classes than `num_classes` are accepted: the caller compares all
+            counts.
 
     Returns:
-        All images, sorted by key; a key is the path in the lists (for Flowers the file's name). Classes are named as in
-        the record; where it has no names, as the data's own folders or `classes.txt` name them.
+        All images, sorted by key; a key is the path in the lists (for Flowers the file's name). Names of
+        classes are those of the record; where it has none, those of the folders or of `classes.txt`.
 
     Raises:
-        UserError: A list is missing, damaged or contradicts another one, a label is out of range, or a listed image is
-            not there.
+        UserError: A list is missing, damaged or contradicts another one, a label is out of range, or a listed
+            image is missing.
     """
     layout, found = _layout(spec), fgvc_root(root, spec)
     lists = _splits(layout, root, found, spec)
@@ -84,17 +85,10 @@ def fgvc(root: Path, spec: TaskSpec) -> ImageFolder:
 
 
 def fgvc_root(root: Path, spec: TaskSpec) -> Path:
-    """Finds a dataset's own root: the folder itself or a folder in it, such as `CUB_200_2011`.
-
-    Args:
-        root: Where the dataset was unpacked.
-        spec: Record of the task.
-
-    Returns:
-        The folder that holds the images' folder.
+    """Return the folder of an unpacked dataset: `root` or a folder in it, such as `CUB_200_2011`.
 
     Raises:
-        UserError: There is none.
+        UserError: Neither `root` nor a folder in it holds the dataset's images.
     """
     marks = _layout(spec).marks
     below = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
@@ -114,7 +108,7 @@ def _layout(spec: TaskSpec) -> _Layout:
 
 
 def _splits(layout: _Layout, root: Path, found: Path, spec: TaskSpec) -> list[_List]:
-    for place in (found, root):  # who unpacks an archive below the json files means them too
+    for place in (found, root):  # the archive may be unpacked below the json files
         if (place / "train.json").is_file():
             lists = [_json_list(place / f"{split}.json", split, layout.prefix) for split in SPLITS]
             break
@@ -192,7 +186,7 @@ def _located(listed: _List, folders: Sequence[Path], hint: str) -> dict[str, Pat
 
 
 def _table(path: Path) -> dict[str, str]:
-    """Reads lines of a key and, after a space, a value."""
+    """Read lines that consist of a key, a space and a value."""
     with readable(path):
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -205,7 +199,7 @@ def _table(path: Path) -> dict[str, str]:
 
 
 def _bird_lists(root: Path, spec: TaskSpec) -> list[_List]:
-    """CUB-200-2011 and NABirds: four text files whose first column is the image's id."""
+    """Read the lists of CUB-200-2011 and NABirds: four text files whose first column is the image's id."""
     path, labels = root / "images.txt", root / "image_class_labels.txt"
     images, class_of, trained = _table(path), _table(labels), _table(root / "train_test_split.txt")
     classes = _table(root / "classes.txt")
@@ -223,7 +217,7 @@ def _bird_lists(root: Path, spec: TaskSpec) -> list[_List]:
 
 
 def _dog_lists(root: Path, spec: TaskSpec) -> list[_List]:
-    """Stanford Dogs: `train_list.mat` and `test_list.mat`, which `lists.tar` holds without a folder."""
+    """Read the lists of Stanford Dogs, `train_list.mat` and `test_list.mat`."""
     lists = []
     for split in ("train", "test"):
         path = _first(root / "lists" / f"{split}_list.mat", root / f"{split}_list.mat")
@@ -233,7 +227,7 @@ def _dog_lists(root: Path, spec: TaskSpec) -> list[_List]:
 
 
 def _flower_lists(root: Path, spec: TaskSpec) -> list[_List]:
-    """Oxford Flowers: the official split, the same as VTAB's."""
+    """Read the official split of Oxford Flowers, the same as VTAB's."""
     names = {"train": "train", "validation": "val", "test": "test"}
     return [
         _List(root / "setid.mat", names[split], dict(zip(keys, labels.tolist(), strict=True)))
@@ -242,7 +236,7 @@ def _flower_lists(root: Path, spec: TaskSpec) -> list[_List]:
 
 
 def _car_lists(root: Path, spec: TaskSpec) -> list[_List]:
-    """Stanford Cars in either layout; the plain `cars_test_annos.mat` has no classes and is of no use."""
+    """Read the lists of Stanford Cars in either layout; `cars_test_annos.mat` has no classes."""
     if (root / "car_ims").is_dir():
         path = root / "cars_annos.mat"
         files, classes, tested = _annotations(path, "relative_im_path", "class", "test")
@@ -272,7 +266,7 @@ def _annotations(path: Path, *names: str) -> list[list[Any]]:
 
 
 def _numbered(path: Path, split: str, keys: list[str], classes: Any, spec: TaskSpec) -> _List:
-    """A list whose classes count from 1."""
+    """Return a list, given classes that are numbered from 1."""
     if len(keys) != len(classes):
         raise damaged(path, f"{len(keys)} images have {len(classes)} labels")
     labels = check_labels(np.array([int(one) - 1 for one in classes]), spec.num_classes, keys, str(path))
@@ -283,12 +277,12 @@ def _numbered(path: Path, split: str, keys: list[str], classes: Any, spec: TaskS
 
 
 def _folder_names(separator: str) -> Callable[[Path], Callable[[str, Id], str]]:
-    """Names after the folder, without the number before it: `001.Black_footed_Albatross`, `n02085620-Chihuahua`."""
+    """Name classes after folders, without the number: `001.Black_footed_Albatross`, `n02085620-Chihuahua`."""
     return lambda root: lambda key, id_: key.partition("/")[0].partition(separator)[2] or str(id_)
 
 
 def _nabirds_names(root: Path) -> Callable[[str, Id], str]:
-    """Names of `classes.txt`; the folder `0817` is class 817 whatever a json file numbers it."""
+    """Name classes as `classes.txt` does; the folder `0817` is class 817, whatever its id in a json file."""
     names = _table(root / "classes.txt")
     return lambda key, id_: names.get(key.partition("/")[0].lstrip("0") or "0", str(id_))
 
@@ -304,7 +298,7 @@ _LAYOUTS = {
     "stanford_dogs": _Layout(("Images",), ("Images",), _dog_lists, _folder_names("-")),
     "stanford_cars": _Layout(
         ("car_ims", "cars_train"),
-        ("", "cars_train", "cars_test"),  # some copies nest them: cars_train/cars_train/00001.jpg
+        ("", "cars_train", "cars_test"),  # some copies are nested: cars_train/cars_train/00001.jpg
         _car_lists,
         _numbers,
         hint=" (the json files and cars_annos.mat number the images of car_ims, not those of cars_train and cars_test)",

@@ -1,4 +1,4 @@
-"""Mirrors on the Hugging Face hub, through the `datasets` library: revision pinned, label order checked."""
+"""Mirrors on the Hugging Face hub, read with `datasets`: pinned revision, checked order of the labels."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,20 +19,20 @@ _ADVICE = "check the network and the name, or give the folder of a local clone"
 
 
 def hub(spec: TaskSpec, root: Path | None, revision: str) -> tuple[Content, str]:
-    """Opens a task's mirror.
+    """Open a task's mirror.
 
     Args:
         spec: The task; it must have a mirror.
         root: A local clone of the mirror; None to download it into the cache of `datasets`.
-        revision: The commit to read; "" for the record's, or, where it names none, the newest one.
+        revision: The commit to read; "" for the commit in the record or, where it has none, the newest one.
 
     Returns:
-        The content, with the labels of all tasks that the mirror's record names (their range is checked for this task
-        alone), and the commit that was read, for the caller to pin; of a clone, `revision` as it was given.
+        The content, with the labels of all tasks in the mirror's record (only this task's are checked for
+        their range), and the commit that was read; for a clone, the given `revision`.
 
     Raises:
-        UserError: The task has no mirror; the hub cannot be reached or has no such dataset; a split or column is
-            missing; labels are out of range or in another order than the record's class names.
+        UserError: The task has no mirror; the hub cannot be reached or has no such dataset; a split or column
+            is missing; labels are out of range or in another order than the record's class names.
     """
     mirror = spec.mirror
     if mirror is None:
@@ -57,7 +57,7 @@ def _newest(mirror: Mirror) -> str:
 
     try:
         return HfApi().dataset_info(mirror.repo).sha or ""
-    except Exception as error:  # of the HTTP library, the hub's own, or the operating system's
+    except Exception as error:  # of the HTTP library, the hub or the system
         raise _unreadable(f"the Hugging Face dataset {mirror.repo}", error, _ADVICE) from error
 
 
@@ -68,10 +68,10 @@ def _tables(mirror: Mirror, root: Path | None, revision: str) -> dict[str, Any]:
     if root and not root.is_dir():
         raise UserError(f"there is no folder {root}: give the folder of a clone of {mirror.repo}")
     try:
-        # of a clone `datasets` would take what it cached of any other folder of the same name
+        # or `datasets` would take what it cached of another folder of the same name
         fresh: Any = {"download_mode": "reuse_cache_if_exists", "verification_mode": "no_checks"} if root else {}
         found = load_dataset(str(root or mirror.repo), mirror.config, revision=None if root else revision, **fresh)
-    except Exception as error:  # of pyarrow, fsspec, the HTTP library, the hub's own, or the operating system's
+    except Exception as error:  # of pyarrow, fsspec, the HTTP library, the hub or the system
         raise _unreadable(what, error, "get it again" if root else _ADVICE) from error
     if missing := [name for name in mirror.splits.values() if name not in found]:
         raise UserError(f"{what} has no split {missing[0]!r} (it has {', '.join(found)}): it is not the right one")
@@ -101,7 +101,7 @@ def _integers(table: Any, name: str, where: str) -> np.ndarray:
 
 
 def _check_order(spec: TaskSpec, names: Sequence[str], where: str) -> None:
-    """Compares class names up to case, spaces, underscores and hyphens; bare numbers name nothing."""
+    """Check the order of class names, ignoring case, spaces, underscores and hyphens."""
     if not names or not spec.class_names or list(names) == [str(number) for number in range(len(names))]:
         return
     for label, (theirs, ours) in enumerate(zip_longest(names, spec.class_names)):
@@ -117,7 +117,7 @@ def _plain(name: str | None) -> str | None:
 
 
 def _undecoded(table: Any, mirror: Mirror, where: str) -> Any:
-    """Returns the column of images as the bytes of their files."""
+    """Return the column of images, as the bytes of their files."""
     from datasets import Image
 
     try:
@@ -132,7 +132,7 @@ def _is_jpeg(table: Any, mirror: Mirror) -> bool:
 
 
 def _bytes(table: Any, mirror: Mirror, row: int) -> bytes:
-    """Returns the file in a cell, nothing where the mirror has only a path or a gap."""
+    """Return the file in a cell; empty where the mirror has only a path or no image."""
     return (table[row][mirror.image] or {}).get("bytes") or b""
 
 

@@ -1,7 +1,9 @@
-"""A list of image files with their classes and splits, and how one file is decoded."""
+"""Image files with their classes and splits, and the decoding of one file."""
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -15,16 +17,15 @@ from visprompt.errors import UserError
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the formats that are read, whatever a file is called: EPS, for example, would run Ghostscript."""
+"""Pillow's names of the formats that are read; EPS, for example, would run Ghostscript"""
 MAX_PIXELS = 178_956_970
-"""Images of more pixels are refused unless data.max_pixels says otherwise: the bound of Pillow itself."""
+"""Images with more pixels are refused, unless data.max_pixels allows them; Pillow's default limit"""
 MIN_SIDE = 16
-"""Images whose short side has fewer pixels are taken for thumbnails or damage, not for data."""
+"""Images with a shorter side are refused: they are thumbnails or damaged"""
 WIDE_WHITE = 65535
-"""White in grey images of 16 or 32 bits, unless data.white_level says otherwise."""
+"""White in grey images of 16 or 32 bits, unless data.white_level sets it"""
 
-
-_PILLOW = threading.Lock()  # images are decoded in threads, and Pillow's bound is one of the process
+_PILLOW = threading.Lock()  # images are decoded in threads, and Pillow's limit is global
 
 
 class BadImage(UserError):
@@ -32,22 +33,22 @@ class BadImage(UserError):
 
 
 def open_image(source: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open an image file of a supported format whose size is bounded; its pixels are not decoded yet.
+    """Open an image file of a supported format and limited size; its pixels are not decoded yet.
 
     Args:
         source: The file, or its content.
-        max_pixels: Of larger ones nothing is decoded: a few kilobytes can claim to be gigabytes of pixels.
+        max_pixels: Larger images are refused: a file of a few kilobytes can claim gigabytes of pixels.
 
     Returns:
         Pillow's image, to be used in a `with`.
 
     Raises:
-        BadImage: It is larger.
-        OSError: Pillow cannot read it; see `error_reason`.
+        BadImage: The image has more pixels.
+        Exception: Pillow cannot read it; see `decoding`.
     """
     with _PILLOW, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # its own bound cannot be set for one image
+        pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow has no limit per image
         try:
             image = Image.open(source, formats=FORMATS)
         finally:
@@ -91,16 +92,28 @@ class ImageFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over key, size in bytes, class name and split of all images.
+        """Return the sha256 (hex) of key, size in bytes, class name and split of all images.
 
-        No pixel is read: a file that is edited in place and keeps its size in bytes is not noticed.
+        No file is read: one that is edited in place and keeps its size is not noticed.
         """
         digest = sha256()
         for item in self.items:
-            size = item.path.stat().st_size if item.path.exists() else -1  # a dead link: named when it is decoded
+            # a dead link is reported when it is decoded
+            size = item.path.stat().st_size if item.path.exists() else -1
             fields = (item.key, str(size), self.class_names[item.label], item.split)
             digest.update(("\0".join(fields) + "\n").encode())
         return digest.hexdigest()
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Raise `BadImage` for all errors that Pillow raises where bytes are damaged, which are of many kinds."""
+    try:
+        yield
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(f"cannot be decoded ({_reason(error)})") from error
 
 
 def decode(
@@ -109,41 +122,36 @@ def decode(
     tops: list[int] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Read an image file as it is meant to be seen.
+    """Decode an image file to 8-bit RGB.
 
-    The EXIF orientation is applied; of an animation the first frame is taken; transparent pixels are laid over white;
-    grey is repeated; grey of 16 or 32 bits is scaled to 8 bits; palettes, CMYK and the like become RGB.
+    The EXIF orientation is applied, an animation gives its first frame, transparency is composited over
+    white, grey of 16 or 32 bits is scaled to 8 bits, and grey, palettes, CMYK and the like become RGB.
 
     Args:
         path: The file, or its content.
-        white_level: The value of white in grey images of 16 or 32 bits, above which all is white; 65535 by default,
-            and then higher values are refused.
-        tops: Is added the highest value of a grey image of 16 or 32 bits.
+        white_level: The value of white in grey images of 16 or 32 bits; higher values are white too. None
+            stands for 65535 and refuses higher values.
+        tops: A list to which the highest value of a grey image of 16 or 32 bits is appended.
         max_pixels: See `open_image`.
 
     Returns:
         uint8 [h, w, 3].
 
     Raises:
-        BadImage: If the file is damaged, of an unknown format, without a defined range of values, larger than
-            `max_pixels` or smaller than `MIN_SIDE` on a side; the message is the reason without the path.
+        BadImage: The file is damaged, of an unknown format, without a defined range of values, larger than
+            `max_pixels`, or smaller than `MIN_SIDE` on a side.
     """
-    try:
-        with open_image(path, max_pixels) as file:
-            image = _to_rgb(ImageOps.exif_transpose(file), white_level, tops)
-    except BadImage:
-        raise
-    except Exception as error:  # Pillow's readers let all kinds of errors through when bytes are damaged
-        raise BadImage(f"cannot be decoded ({error_reason(error)})") from error
+    with decoding(), open_image(path, max_pixels) as file:
+        image = _to_rgb(ImageOps.exif_transpose(file), white_level, tops)
     if min(image.size) < MIN_SIDE:
         raise BadImage(f"is {image.width} x {image.height} pixels, less than {MIN_SIDE} on the short side")
     return np.asarray(image)
 
 
-def error_reason(error: Exception) -> str:
-    """Says in a few words, without a path, why Pillow could not read a file."""
+def _reason(error: Exception) -> str:
+    """Return in a few words, without a path, why Pillow could not read a file."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image of a known format"  # Pillow's own text repeats the absolute path
+        return "not an image of a known format"  # Pillow's text repeats the absolute path
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

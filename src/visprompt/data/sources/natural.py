@@ -1,4 +1,4 @@
-"""Readers of the original files of VTAB's natural datasets; `root` is the folder that holds them."""
+"""Readers of the original files of VTAB's natural datasets. `root` is the folder that holds the files."""
 
 import lzma
 import re
@@ -12,6 +12,7 @@ import numpy as np
 
 from visprompt.data.catalog.class_names import class_names
 from visprompt.data.sources.archive import Member, damaged, members, pick, readable, texts, unpacked
+from visprompt.data.sources.arrays import mat
 from visprompt.data.sources.content import Content, Found, Part, Wanted, check_labels, decode_rgb
 from visprompt.data.sources.images import BadImage, open_image
 from visprompt.errors import UserError
@@ -19,54 +20,30 @@ from visprompt.errors import UserError
 _CIFAR_ROW = 2 + 32 * 32 * 3  # coarse label, fine label, pixels
 _CIFAR_FILES = {"cifar-100-binary/train.bin": "train", "cifar-100-binary/test.bin": "test"}
 _CALTECH_INNER = "caltech-101/101_ObjectCategories.tar.gz"
-_CALTECH_IMAGE = re.compile(r"101_ObjectCategories/([^./][^/]*/[^./][^/]*\.jpg)")  # no dot first: macOS litter
+# no leading dot: metadata of macOS
+_CALTECH_IMAGE = re.compile(r"101_ObjectCategories/([^./][^/]*/[^./][^/]*\.jpg)")
 _CALTECH_TRAIN = 30  # per class
 _SUN397_PIXELS = 120_000
 
 
-def mat(path: Path, *names: str) -> list[np.ndarray]:
-    """Reads arrays of a MATLAB file (version 5, which holds no Python objects).
-
-    Args:
-        path: The .mat file.
-        names: The variables.
-
-    Returns:
-        Their arrays, in the order of the names.
-
-    Raises:
-        UserError: The file is missing or damaged, or has no such variable.
-    """
-    from scipy.io import loadmat
-
-    with readable(path), path.open("rb") as file:
-        try:
-            found = loadmat(file, variable_names=names)
-        except Exception as error:  # scipy lets all kinds of errors through when bytes are damaged
-            raise damaged(path, error) from error
-    if missing := [name for name in names if name not in found]:
-        raise damaged(path, f"it holds no variable {missing[0]}")
-    return [found[name] for name in names]
-
-
 def folder_labels(path: Path, task: str, keys: Sequence[str], folder_of: Callable[[str], str]) -> np.ndarray:
-    """Returns the labels, int64 [n], of images whose folder tells the class.
+    """Return the labels, int64 [n], of images whose folder is named after the class.
 
     Args:
         path: The archive, for errors.
-        task: Task whose class names count.
+        task: Task with the class names.
         keys: The images.
-        folder_of: Makes the class name of a key.
+        folder_of: Returns the class name of a key.
 
     Raises:
-        UserError: A folder is no class.
+        UserError: A folder's name is not a class.
     """
     index = {name: label for label, name in enumerate(class_names(task))}
     folders = [folder_of(key) for key in keys]
     for key, folder in zip(keys, folders, strict=True):
         if folder not in index:
             raise UserError(
-                f"{path} holds {key}, whose class {folder!r} is none of the {len(index)} of {task}: "
+                f"{path} holds {key}, whose class {folder!r} is not one of the {len(index)} of {task}: "
                 "it is not the official file, get it again"
             )
     return np.array([index[folder] for folder in folders], np.int64)
@@ -77,7 +54,7 @@ def _top(key: str) -> str:
 
 
 def cifar(root: Path) -> Content:
-    """CIFAR-100 from `cifar-100-binary.tar.gz`; keys are row numbers, labels the fine ones."""
+    """Open CIFAR-100, `cifar-100-binary.tar.gz`, with its fine labels; keys are row numbers."""
     path = root / "cifar-100-binary.tar.gz"
     labels: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     for split, _, rows in _cifar_rows(path):
@@ -93,7 +70,7 @@ def cifar(root: Path) -> Content:
 
 
 def _cifar_rows(path: Path) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Yields the split, the number of the first row, and rows, uint8 [up to 1000, 3074]."""
+    """Yield the split, the number of the first row, and blocks of rows, uint8 [up to 1000, 3074]."""
     for member in members(path):
         if member.name not in _CIFAR_FILES:
             continue
@@ -117,11 +94,11 @@ def _read_cifar(path: Path, wanted: Wanted) -> Iterator[Found]:
 
 
 def caltech101(root: Path) -> Content:
-    """Caltech101 from `caltech-101.zip`; keys are `Dir/image_0001.jpg`.
+    """Open Caltech101, `caltech-101.zip`; keys are `Dir/image_0001.jpg`.
 
-    30 images of each class are train, the rest is test. The official split draws them with numpy's generator (seed
-    1234, one for all classes) from a listing in the order of somebody's disk, which cannot be rebuilt; here the same
-    draw is over sorted folders and the sorted names of their .jpg files, so the images differ.
+    30 images of each class are train, the rest is test. The official split draws them with numpy (seed 1234,
+    one generator for all classes) from an unsorted directory listing, which cannot be reproduced. Here
+    folders and their .jpg files are sorted before the same draw, so the images differ.
     """
     path = root / "caltech-101.zip"
     folders: defaultdict[str, set[str]] = defaultdict(set)
@@ -171,7 +148,7 @@ def _caltech_draw(path: Path, folders: Mapping[str, Iterable[str]]) -> dict[str,
 
 
 def dtd(root: Path) -> Content:
-    """DTD, first fold, from `dtd-r1.0.1.tar.gz`; keys are `banded/banded_0002.jpg`."""
+    """Open the first fold of DTD, `dtd-r1.0.1.tar.gz`; keys are `banded/banded_0002.jpg`."""
     path = root / "dtd-r1.0.1.tar.gz"
     lists = texts(path, *(f"dtd/labels/{name}1.txt" for name in ("train", "val", "test")))
     keys_of = {split: text.split() for split, text in zip(("train", "validation", "test"), lists, strict=True)}
@@ -182,16 +159,17 @@ def dtd(root: Path) -> Content:
 
 
 def flowers_lists(root: Path) -> Mapping[str, tuple[list[str], np.ndarray]]:
-    """Reads the official split of the 102 Oxford flowers from `setid.mat` and `imagelabels.mat`.
+    """Read the official split of the 102 Oxford flowers from `setid.mat` and `imagelabels.mat`.
 
     Args:
         root: Folder with the two files.
 
     Returns:
-        "train", "validation" and "test" -> file names (`image_00001.jpg`) and their labels, int64 [n], 0-based.
+        "train", "validation" and "test" -> file names (`image_00001.jpg`) and their labels, int64 [n],
+        0-based.
 
     Raises:
-        UserError: A file is missing or damaged, or the two do not fit together.
+        UserError: A file is missing or damaged, or the two do not match.
     """
     path = root / "imagelabels.mat"
     all_labels = mat(path, "labels")[0].ravel().astype(np.int64) - 1
@@ -210,7 +188,7 @@ def flowers_lists(root: Path) -> Mapping[str, tuple[list[str], np.ndarray]]:
 
 
 def oxford_flowers102(root: Path) -> Content:
-    """Oxford Flowers from `102flowers.tgz`, `imagelabels.mat` and `setid.mat`; keys are `image_00001.jpg`."""
+    """Open Oxford Flowers, `102flowers.tgz`, `imagelabels.mat`, `setid.mat`; keys are `image_00001.jpg`."""
     path = root / "102flowers.tgz"
     return Content(
         {split: Part(keys, {"oxford_flowers102": labels}) for split, (keys, labels) in flowers_lists(root).items()},
@@ -219,7 +197,7 @@ def oxford_flowers102(root: Path) -> Content:
 
 
 def oxford_iiit_pet(root: Path) -> Content:
-    """Oxford-IIIT Pets from `images.tar.gz` and `annotations.tar.gz`; keys are `Abyssinian_100.jpg`."""
+    """Open Oxford-IIIT Pets, `images.tar.gz` and `annotations.tar.gz`; keys are `Abyssinian_100.jpg`."""
     path, lists = root / "images.tar.gz", root / "annotations.tar.gz"
     names = {"train": "annotations/trainval.txt", "test": "annotations/test.txt"}
     parts = {}
@@ -237,9 +215,9 @@ def _pet_list(path: Path, name: str, text: str) -> tuple[list[str], np.ndarray]:
 
 
 def svhn(root: Path) -> Content:
-    """SVHN, cropped digits, from `{train,test}_32x32.mat`; keys are row numbers, and 0 stands for the class 10.
+    """Open SVHN's cropped digits, `{train,test}_32x32.mat`; keys are row numbers, and class 10 becomes 0.
 
-    scipy reads a .mat file's variable as a whole: reading images holds those of one split in memory (225 MB of train).
+    scipy reads a variable as a whole: the images of one split are in memory at once (225 MB for train).
     """
     parts = {}
     for split in ("train", "test"):
@@ -265,10 +243,10 @@ def _read_svhn(root: Path, parts: Mapping[str, Part], wanted: Wanted) -> Iterato
 
 
 def sun397_keys() -> dict[str, list[str]]:
-    """Returns the images of SUN397 that VTAB-1k needs: 800 train, 200 validation, all 21,750 test, in md5 order.
+    """Return the keys of SUN397 that VTAB-1k needs: 800 train, 200 validation, all 21,750 test, in md5 order.
 
-    Source: the lists sun397_tfds_{tr,va,te}.txt of TensorFlow Datasets. None of the two images that its builder leaves
-    out, because they do not decode, is among these.
+    Source: the lists sun397_tfds_{tr,va,te}.txt of TensorFlow Datasets. They do not include the two images
+    that its builder leaves out because they cannot be decoded.
     """
     data = lzma.decompress((files(__package__) / "sun397_keys.txt.xz").read_bytes())
     keys: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
@@ -280,7 +258,7 @@ def sun397_keys() -> dict[str, list[str]]:
 
 
 def sun397(root: Path) -> Content:
-    """SUN397 from `SUN397.tar.gz`; keys are `/a/abbey/sun_x.jpg`, and only those that VTAB-1k needs."""
+    """Open SUN397, `SUN397.tar.gz`; keys are `/a/abbey/sun_x.jpg`, only those that VTAB-1k needs."""
     path = unpacked(root / "SUN397.tar.gz")
     keys_of = sun397_keys()
     return Content(
@@ -291,11 +269,11 @@ def sun397(root: Path) -> Content:
 
 
 def decode_sun397(data: bytes) -> np.ndarray:
-    """Decodes an image of SUN397 as the official task does, which shrinks it to 120,000 pixels and re-encodes it.
+    """Decode an image of SUN397 as the official task does: shrunk to 120,000 pixels, re-encoded as JPEG.
 
-    OpenCV decodes, resizes bilinearly and writes a JPEG of its default quality, which is decoded again. What OpenCV
-    could not decode then (the GIF files, whose names end in .jpg too) came from another decoder with red and blue in
-    the opposite order, so those images have the two swapped in the official task, and here.
+    OpenCV decodes, resizes bilinearly and encodes with its default quality; the result is decoded again.
+    OpenCV could not decode the GIF files (whose names end in .jpg too) at that time; another decoder read
+    them with red and blue swapped, and so they are swapped here.
 
     Args:
         data: The file's bytes: JPEG, PNG, BMP or GIF.
@@ -304,11 +282,11 @@ def decode_sun397(data: bytes) -> np.ndarray:
         uint8 [h, w, 3], RGB.
 
     Raises:
-        BadImage: The bytes are damaged or of an unknown format; the message is the reason without a name.
+        BadImage: The bytes are damaged or of an unknown format.
     """
     import cv2
 
-    gif = data.startswith(b"GIF8")  # OpenCV reads them since 4.11
+    gif = data.startswith(b"GIF8")  # OpenCV reads GIF since 4.11
     image = None if gif else opencv_decoded(data)
     if image is None:
         image = decode_rgb(data)
@@ -319,18 +297,19 @@ def decode_sun397(data: bytes) -> np.ndarray:
 
 
 def opencv_decoded(data: bytes) -> np.ndarray | None:
-    """Decodes an image with OpenCV and the flags of the official tasks; None if it cannot.
+    """Decode an image with OpenCV and the flags of the official tasks.
 
     Returns:
-        uint8 (of 16-bit files uint16) [h, w, 3], BGR, turned as its EXIF orientation says.
+        uint8 (uint16 for 16-bit files) [h, w, 3], BGR, with its EXIF orientation applied; None if OpenCV
+        cannot.
     """
     import cv2
 
     try:
-        open_image(BytesIO(data)).close()  # bounds the pixels
+        open_image(BytesIO(data)).close()  # limits the pixels
     except BadImage:
         raise
-    except Exception:  # Pillow's readers let all kinds of errors through: OpenCV has the last word
+    except Exception:  # Pillow cannot read it, OpenCV may
         pass
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)

@@ -1,4 +1,4 @@
-"""Opens the source of a task: fetches and unpacks what is missing, or says how to get it."""
+"""Open the source of a task: download and unpack missing files, or say how to get them."""
 
 import logging
 from collections.abc import Mapping
@@ -23,25 +23,25 @@ CIRCULATED = SourceFile(
     urls=("https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip",),
     roughly=4_700_000_000,
 )
-"""The vtab-1k folder as one archive; nobody publishes its checksum, so the one that was seen is recorded."""
+"""The vtab-1k folder as one archive; its checksum is not published, but stores record it"""
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
-_DONE = ".unpacked"  # an empty file that says that all archives were unpacked to their end
+_DONE = ".unpacked"  # an empty file, written after all archives were unpacked
 
 _log = logging.getLogger(__name__)
 
 
 def open_source(plan: Plan) -> tuple[Content, Mapping[str, Any]]:
-    """Opens the source of a VTAB task.
+    """Open the source of a VTAB task.
 
     Args:
-        plan: The task, its source and where things lie.
+        plan: The task, its source and the folders.
 
     Returns:
-        Its content, and where it came from: checksums of the files, or the mirror and its commit.
+        Its content and its origin: checksums of the files, or the mirror and its commit.
 
     Raises:
-        UserError: Something is missing, wrong or damaged.
+        UserError: A file is missing, wrong or damaged.
     """
     if plan.source == "hf":
         if plan.root is None:
@@ -56,21 +56,22 @@ def open_source(plan: Plan) -> tuple[Content, Mapping[str, Any]]:
 
 
 def list_images(plan: Plan) -> tuple[ImageFolder, str]:
-    """Lists an FGVC dataset, after unpacking its archives where that was not done yet.
+    """List the images of an FGVC dataset; unpack its archives first, where that has not been done.
 
     Args:
-        plan: The dataset and where things lie.
+        plan: The dataset and the folders.
 
     Returns:
-        Its images, and which lists were read: "json" (of the Visual Prompt Tuning authors) or "lists" (official).
+        Its images, and which lists were read: "json" (of the Visual Prompt Tuning authors) or "lists"
+        (official).
 
     Raises:
-        UserError: Something is missing, wrong or damaged.
+        UserError: A file is missing, wrong or damaged.
     """
     if plan.root is None and _to_unpack(plan):
         try:
             with alone(plan.files_dir / ".unpacking.lock", f"unpacking in {plan.files_dir}"):
-                if _to_unpack(plan):  # nobody has done it meanwhile
+                if _to_unpack(plan):  # no other process has done it
                     _unpack_all(plan)
         except OSError as error:
             raise explained(error, plan.files_dir, "data_dir") from error
@@ -86,7 +87,7 @@ def _unpack_all(plan: Plan) -> None:
 
 
 def _to_unpack(plan: Plan) -> bool:
-    """Whether archives are there that were not unpacked to their end, or neither archives nor images are."""
+    """Return whether there are archives that were not completely unpacked, or neither archives nor images."""
     if (plan.files_dir / _DONE).exists():
         return False
     if any((plan.files_dir / file.name).exists() for file in plan.spec.files if file.name.endswith(_ARCHIVES)):
@@ -98,7 +99,7 @@ def _to_unpack(plan: Plan) -> bool:
 
 
 def _may_fetch(plan: Plan, what: str) -> None:
-    """Refuses a download that is not allowed, and says terms before one that is."""
+    """Raise where a download is not allowed, and log the licence where it is."""
     if plan.root is not None:
         raise UserError(f"{plan.root} has no {what}: put it there, or leave root out to have it downloaded")
     if not plan.download:
@@ -107,10 +108,10 @@ def _may_fetch(plan: Plan, what: str) -> None:
 
 
 def _obtained(plan: Plan, file: SourceFile) -> str:
-    """Returns the checksum of a file of the raw source; where it has to be fetched by hand the error says how."""
+    """Return the checksum of a file of the raw source, which is downloaded first where it is missing."""
     path = plan.files_dir / file.name
     if not file.urls and unpacked(path) != path:
-        return ""  # fetched and unpacked by hand; readers take a folder for the archive
+        return ""  # unpacked by hand: readers accept the folder
     there = path.exists()
     if not there and file.urls:
         _may_fetch(plan, f"{file.name} ({in_bytes(file.size or file.roughly)})")
@@ -123,7 +124,7 @@ def _obtained(plan: Plan, file: SourceFile) -> str:
 
 
 def _circulated(plan: Plan) -> Mapping[str, Any]:
-    """Unpacks the vtab-1k folder where it is not there, and returns its archive's checksum where that is."""
+    """Unpack the vtab-1k folder where it is missing, and return its archive's checksum where there is one."""
     archive = plan.data_dir / CIRCULATED.name
     if plan.files_dir.is_dir():
         known = plan.root is None and archive.exists()
@@ -139,7 +140,7 @@ def _circulated(plan: Plan) -> Mapping[str, Any]:
         lists = [path for depth in ("*/test.txt", "*/*/test.txt") for path in sorted(folder.glob(depth))]
         if not lists:
             raise UserError(f"{archive} holds no <task>/test.txt: it is not the vtab-1k archive, get it again")
-        if (tasks := lists[0].parents[1]) != folder:  # the archive may hold the folder itself or what is in it
+        if (tasks := lists[0].parents[1]) != folder:  # the archive may hold the folder or its content
             for path in list(tasks.iterdir()):
                 path.replace(folder / path.name)
 

@@ -1,9 +1,10 @@
-"""The user's own images: finds the files, their classes and splits.
+"""Own images: find the files, their classes and splits.
 
-Layouts: `root/<class>/...`; `root/{train,val,test}/<class>/...`; or a CSV of path,label[,split]. Without given splits
-every class is cut 80/10/10 (`splits.stratified`) in md5 order of the POSIX paths relative to the root. Given splits are
-taken as they are: nothing is cut from train where val or test is missing. What is left out is counted: hidden files and
-folders (a leading dot), images next to the class folders, and what `walk` names.
+Layouts: `root/<class>/...`; `root/{train,val,test}/<class>/...`; or a CSV of path,label[,split]. Without
+given splits every class is cut 80/10/10 (`splits.stratified`) in md5 order of the POSIX paths relative to the
+root. Given splits are used unchanged: nothing is cut from train where val or test is missing. Hidden files
+and folders (a leading dot), images next to the class folders, and system files (see `walk`) are left out and
+counted.
 """
 
 import logging
@@ -33,15 +34,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OwnImages(ImageFolder):
-    """Images that their content identifies, wherever they are.
+    """Own images, which are identified by their content, wherever they are.
 
     Attributes:
-        cut: Whether every class was cut 80/10/10 here, because no splits were given.
-        left_out: How many files or folders were left out, by what they are.
+        cut: Whether every class was cut 80/10/10, because no splits were given.
+        left_out: Number of files or folders that were left out, by kind.
         unread: Columns of the CSV that were not read.
-        known: Remembers the files' checksums.
-        white_level: See `folder.decode`.
-        max_pixels: See `folder.open_image`.
+        known: The stored checksums of the files.
+        white_level: See `images.decode`.
+        max_pixels: See `images.open_image`.
     """
 
     cut: bool = False
@@ -50,16 +51,16 @@ class OwnImages(ImageFolder):
     known: Checksums = field(default_factory=Checksums)
     white_level: int | None = None
     max_pixels: int = MAX_PIXELS
-    _tops: list[int] = field(default_factory=list)  # highest values of the grey images of 16 or 32 bits
+    _tops: list[int] = field(default_factory=list)  # highest value of each grey image of 16 or 32 bits
 
     @cached_property
     def checksums(self) -> tuple[str, ...]:
-        """sha256 (hex) of each file's bytes; the first call reads all files that are new or changed."""
+        """Return the sha256 (hex) of each file; the first call reads all files that are new or changed."""
         return tuple(self.known.of([item.path for item in self.items]))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over key, content, class name and split of all images."""
+        """Return the sha256 (hex) of key, content, class name and split of all images."""
         digest = sha256()
         for item, checksum in zip(self.items, self.checksums, strict=True):
             fields = (item.key, checksum, self.class_names[item.label], item.split)
@@ -68,7 +69,7 @@ class OwnImages(ImageFolder):
 
     @cached_property
     def repeated(self) -> dict[str, int]:
-        """Number of val and of test images whose bytes are also those of a training image, where there are any."""
+        """Return the number of val and of test images that are copies of training images."""
         pairs = list(zip(self.items, self.checksums, strict=True))
         trained = {checksum for item, checksum in pairs if item.split == "train"} - {UNREADABLE}
         counts = Counter(item.split for item, checksum in pairs if item.split != "train" and checksum in trained)
@@ -79,22 +80,22 @@ class OwnImages(ImageFolder):
         return {item.path: checksum for item, checksum in zip(self.items, self.checksums, strict=True)}
 
     def decode(self, path: Path) -> np.ndarray:
-        """Decode a file whose content is that of its checksum; see `folder.decode`.
+        """Decode a file after comparing its content with its checksum; see `images.decode`.
 
         Raises:
-            BadImage: See there.
-            UserError: The file was changed meanwhile.
+            BadImage: The file cannot be decoded.
+            UserError: The file has changed since its checksum was taken.
         """
         try:
             content = path.read_bytes()
         except OSError:
-            return decode(path, self.white_level, self._tops, self.max_pixels)  # which says why
+            return decode(path, self.white_level, self._tops, self.max_pixels)  # raises and says why
         if sha256(content).hexdigest() != self._by_path[path]:
             raise UserError(f"{path} was changed while the images were read: run the same command again")
         return decode(BytesIO(content), self.white_level, self._tops, self.max_pixels)
 
     def notes(self) -> dict[str, int]:
-        """Return how many of the images decoded so far use a small part of their 16 or 32 bits, and their top value."""
+        """Return the number and the highest value of images that use few of their 16 or 32 bits."""
         faint = [top for top in self._tops if top < WIDE_WHITE // 4] if self.white_level is None else []
         return {"faint": len(faint), "faint_top": max(faint)} if faint else {}
 
@@ -112,21 +113,20 @@ def find(
     """List the images of a folder or of a CSV.
 
     Args:
-        root: The folder that holds class folders or split folders, or to which the paths of the CSV are relative.
-        table: A CSV with the columns path, label and, if splits are given, split; relative to the working directory or
-            to the root. Its paths are relative to the root or to the CSV, or absolute.
-        skip_bad: Leave out files of unsupported formats instead of refusing them.
-        split_names: What the splits are called: see `split_folders.class_parents` and `read_csv`.
-        columns: What the columns of the CSV are called: see `read_csv`.
-        memory: Where checksums are remembered.
-        white_level: See `folder.decode`.
-        max_pixels: See `folder.open_image`.
+        root: Folder with class folders or split folders, or the folder that the CSV's paths are relative to.
+        table: A CSV with the columns path, label and, optionally, split: see `read_csv`.
+        skip_bad: Skip files of unsupported formats instead of raising.
+        split_names: Names of the splits: see `split_folders.class_parents` and `read_csv`.
+        columns: Names of the CSV's columns: see `read_csv`.
+        memory: File in which checksums are stored.
+        white_level: See `images.decode`.
+        max_pixels: See `images.open_image`.
 
     Returns:
         All images with their classes and splits.
 
     Raises:
-        UserError: If there is nothing to train on, saying why.
+        UserError: There is nothing to train on; the message says why.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -154,7 +154,7 @@ def find(
 
 
 def is_supported(path: Path) -> bool:
-    """Return whether a file's name ends like an image of a supported format."""
+    """Return whether a file has the suffix of a supported image format."""
     return path.suffix.lower() in EXTENSIONS
 
 
@@ -179,14 +179,14 @@ def _read_folders(root: Path, split_names: Mapping[str, Any] | str | None, left_
 
 
 def _count_loose(folder: Path, left_out: Counter[str]) -> None:
-    """Count what is in a folder of folders and is read by nobody."""
+    """Count the images next to the folders in a folder: they are not read."""
     _, files = entries(folder, left_out)
     if loose := sum(is_supported(Path(name)) for name in files):
         left_out["images next to the folders"] += loose
 
 
 def _key(path: Path, root: Path) -> str:
-    return unicodedata.normalize("NFC", path.relative_to(root).as_posix())  # macOS hands out decomposed names
+    return unicodedata.normalize("NFC", path.relative_to(root).as_posix())  # macOS returns decomposed names
 
 
 def _supported(root: Path, found: list[Found], skip_bad: bool, left_out: Counter[str]) -> list[Found]:
@@ -194,12 +194,12 @@ def _supported(root: Path, found: list[Found], skip_bad: bool, left_out: Counter
     named = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
     if strange and not skip_bad:
         raise UserError(
-            f"{len(strange)} file(s) in {root} are no supported images ({named}; supported: "
+            f"{len(strange)} file(s) in {root} are not supported images ({named}; supported: "
             f"{' '.join(sorted(EXTENSIONS))}): convert or remove them, or set data.skip_bad=true to leave them out"
         )
     if strange:
         left_out["files of other formats"] = len(strange)
-        _log.warning("%d file(s) left out, no supported images: %s", len(strange), named)
+        _log.warning("%d file(s) left out, not supported images: %s", len(strange), named)
     return [file for file in found if is_supported(file.path)]
 
 

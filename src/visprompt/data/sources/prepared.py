@@ -1,6 +1,7 @@
 """The vtab-1k folder in circulation: `<task>/{train800,val200,train800val200,test}.txt` and `<task>/images/`.
 
-Its labels are 0-based and already derived, its splits are made. All its images were saved again as JPEG of quality 75.
+Labels are 0-based labels of the tasks, and the splits are cut already. All images were re-encoded as JPEG of
+quality 75.
 """
 
 import logging
@@ -27,20 +28,21 @@ class _Line(NamedTuple):
 
 
 def prepared(root: Path, spec: TaskSpec) -> Content:
-    """Opens a task of the prepared folder.
+    """Open a task of the prepared folder.
 
-    Where there is train800val200.txt alone, its first lines are train800 and the rest is val200: the union is the right
-    one, the cut need not be that of other people.
+    Where train800val200.txt is the only training list, its first lines become train800 and the rest val200:
+    the union is that of the benchmark, the cut may differ from that of other papers.
 
     Args:
         root: The folder of all tasks, each under its id or an alias, or the folder of this task.
         spec: The task.
 
     Returns:
-        The parts train800, val200 and test; keys are the paths in the lists. Lossy unless all images are PNG or BMP.
+        The parts train800, val200 and test; keys are the paths in the lists. Lossy unless all images are PNG
+        or BMP.
 
     Raises:
-        UserError: There is no such folder or list, or a line is wrong or names a missing image.
+        UserError: The folder or a list is missing, or a line is wrong or names a missing image.
     """
     folder = _folder(root, spec)
     lines = _lists(folder, spec)

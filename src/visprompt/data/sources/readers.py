@@ -24,4 +24,4 @@ READERS: Mapping[str, Callable[[Path], Content]] = {
     "dsprites": structured.dsprites,
     "smallnorb": structured.smallnorb,
 }
-"""Dataset -> the function that opens a folder with its original files."""
+"""Dataset -> function that opens the folder with its original files, or raises `UserError`"""

@@ -1,4 +1,4 @@
-"""Readers of the original files of VTAB's specialized datasets; `root` is the folder that holds them."""
+"""Readers of the original files of VTAB's specialized datasets. `root` is the folder that holds the files."""
 
 import csv
 import gzip
@@ -9,36 +9,36 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 
 from visprompt.data.sources.archive import damaged, members, pick, readable, unpacked
+from visprompt.data.sources.arrays import dataset, hdf5, rows_of
 from visprompt.data.sources.content import Content, Found, Part, Wanted, check_labels, decode_rgb
 from visprompt.data.sources.images import BadImage
 from visprompt.data.sources.natural import folder_labels, opencv_decoded
 from visprompt.errors import UserError
 
-if TYPE_CHECKING:
-    import h5py
-
-_PCAM = {"train": "train", "validation": "valid", "test": "test"}  # official split -> its name in files and keys
+# official split -> its name in files and keys
+_PCAM = {"train": "train", "validation": "valid", "test": "test"}
 _RADIUS = 300  # of the eyeball, in pixels
 _SHOWN = int(_RADIUS * 0.9)  # radius of what the mask leaves
 _GREY = 128
 
 
 def patch_camelyon(root: Path) -> Content:
-    """PatchCamelyon from `camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5.gz`; keys are `train_0`, `valid_0`.
+    """Open PatchCamelyon, `camelyonpatch_level_2_split_*_{x,y}.h5.gz`; keys are `train_0`, `valid_0`.
 
-    HDF5 cannot be read straight through: to read images, a split's file (7 GB of train) is decompressed beside the
-    archive into a temporary file without a name, which is gone when the reading ends, however it ends.
+    HDF5 needs random access: to read images, a split's file (7 GB for train) is decompressed into a temporary
+    file in the archive's folder. The file has no name, so the system removes it even if the process is
+    killed.
     """
     parts = {}
     for split, name in _PCAM.items():
         path = _pcam_file(root, name, "y")
-        with readable(path), gzip.open(path) as file, _hdf5(path, io.BytesIO(file.read())) as labels:
-            values = _dataset(path, labels, "y")[...].ravel()
+        with readable(path), gzip.open(path) as file, hdf5(path, io.BytesIO(file.read())) as labels:
+            values = dataset(path, labels, "y")[...].ravel()
         keys = [f"{name}_{row}" for row in range(len(values))]
         parts[split] = Part(keys, {"patch_camelyon": check_labels(values, 2, keys, str(path))})
     return Content(parts, lambda wanted: _read_pcam(root, parts, wanted))
@@ -48,36 +48,17 @@ def _pcam_file(root: Path, name: str, kind: str) -> Path:
     return root / f"camelyonpatch_level_2_split_{name}_{kind}.h5.gz"
 
 
-@contextmanager
-def _hdf5(path: Path, file: IO[bytes]) -> Iterator["h5py.File"]:
-    import h5py
-
-    try:
-        with h5py.File(file, "r") as opened:
-            yield opened
-    except UserError:
-        raise
-    except Exception as error:  # h5py lets all kinds of errors through when bytes are damaged
-        raise damaged(path, error) from error
-
-
-def _dataset(path: Path, file: "h5py.File", name: str) -> "h5py.Dataset":
-    if name not in file:
-        raise UserError(f"{path} holds no dataset {name!r}: it is not the official file, get it again")
-    return file[name]
-
-
 def _read_pcam(root: Path, parts: Mapping[str, Part], wanted: Wanted) -> Iterator[Found]:
     for split, name in _PCAM.items():
         keys = set(wanted.get(split, ()))
         if not keys:
             continue
         path, count = _pcam_file(root, name, "x"), len(parts[split].keys)
-        with _decompressed(path) as plain, _hdf5(path, plain) as file:
-            images = _dataset(path, file, "x")
+        with _decompressed(path) as plain, hdf5(path, plain) as file:
+            images = dataset(path, file, "x")
             if images.shape != (count, 96, 96, 3):
                 raise damaged(path, f"its images are {images.shape}, its labels {count}")
-            for row, image in _rows(images, [f"{name}_{row}" in keys for row in range(len(images))]):
+            for row, image in rows_of(images, {row for row in range(count) if f"{name}_{row}" in keys}):
                 yield Found(split, f"{name}_{row}", image)
 
 
@@ -99,34 +80,24 @@ def _written_beside(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise UserError(
-            f"{path} cannot be decompressed into a temporary file beside it ({error.strerror or error}): "
+            f"{path} cannot be decompressed into a temporary file in its folder ({error.strerror or error}): "
             "allow writing and free several GB there, or move the data to another disk"
         ) from error
 
 
-def _rows(images: "h5py.Dataset", chosen: list[bool]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the chosen rows, reading whole chunks: HDF5 would decompress a chunk again for each of its rows."""
-    step = images.chunks[0] if images.chunks else 1
-    for first in range(0, len(chosen), step):
-        rows = [row for row in range(first, min(first + step, len(chosen))) if chosen[row]]
-        if rows:
-            block = images[first : first + step]
-            for row in rows:
-                yield row, block[row - first]
-
-
 def eurosat(root: Path) -> Content:
-    """EuroSAT, RGB, from `EuroSAT.zip`; keys are `Forest_Forest_687.jpg`, class and file name."""
+    """Open EuroSAT (RGB), `EuroSAT.zip`; keys are class and file name: `Forest_Forest_687.jpg`."""
     return _class_folders(root / "EuroSAT.zip", "eurosat", "2750")
 
 
 def resisc45(root: Path) -> Content:
-    """RESISC45 from `NWPU-RESISC45.zip`; keys are `airplane_airplane_001.jpg`, class and file name."""
+    """Open RESISC45, `NWPU-RESISC45.zip`; keys are class and file name: `airplane_airplane_001.jpg`."""
     return _class_folders(root / "NWPU-RESISC45.zip", "resisc45", "NWPU-RESISC45")
 
 
 def _class_folders(path: Path, task: str, top: str) -> Content:
-    image = re.compile(rf"{re.escape(top)}/([^./][^/]*)/([^./][^/]*\.jpg)")  # no dot first: macOS litter
+    # no leading dot: metadata of macOS
+    image = re.compile(rf"{re.escape(top)}/([^./][^/]*)/([^./][^/]*\.jpg)")
 
     def key_of(name: str) -> str | None:
         found = image.fullmatch(name)
@@ -144,10 +115,11 @@ def _class_folders(path: Path, task: str, top: str) -> Content:
 
 
 def diabetic_retinopathy(root: Path) -> Content:
-    """Diabetic retinopathy from `trainLabels.csv`, `retinopathy_solution.csv`, and the images; keys are `10_left`.
+    """Open Diabetic Retinopathy, `trainLabels.csv`, `retinopathy_solution.csv` and images; keys: `10_left`.
 
-    The images are in `train.zip` and `test.zip`, or unpacked in folders `train` and `test`. Of the test images those
-    of the public leaderboard are the official validation split, those of the private one the test split.
+    The images are in `train.zip` and `test.zip`, or unpacked in the folders `train` and `test`. Test images
+    of the public leaderboard are the official validation split, those of the private leaderboard the test
+    split.
     """
     train, test = root / "trainLabels.csv", root / "retinopathy_solution.csv"
     parts = {
@@ -159,7 +131,7 @@ def diabetic_retinopathy(root: Path) -> Content:
 
 
 def _table(path: Path, columns: tuple[str, ...], usage: str = "") -> list[tuple[str, str]]:
-    """Returns the image and level of a CSV's rows, only of the given usage where there is one."""
+    """Return the image and level of each row of a CSV, or of the rows with a given usage."""
     with readable(path), path.open(encoding="utf-8-sig", newline="") as file:
         try:
             rows = list(csv.DictReader(file))
@@ -178,7 +150,7 @@ def _table(path: Path, columns: tuple[str, ...], usage: str = "") -> list[tuple[
 def _levels(path: Path, rows: list[tuple[str, str]]) -> Part:
     keys = [image for image, _ in rows]
     if strange := [image for image, level in rows if not level.isdecimal()]:
-        raise damaged(path, f"image {strange[0]} has a level that is no number")
+        raise damaged(path, f"image {strange[0]} has a level that is not a number")
     labels = np.array([int(level) for _, level in rows], np.int64)
     return Part(keys, {"diabetic_retinopathy": check_labels(labels, 5, keys, str(path))})
 
@@ -196,20 +168,20 @@ def _eye(name: str) -> str | None:
 
 
 def decode_retina(data: bytes) -> np.ndarray:
-    """Decodes a photograph of an eye as the official task does (btgraham-300, after the winner of the competition).
+    """Decode a photograph of an eye as the official task does (its configuration btgraham-300).
 
-    The eyeball is scaled to a radius of 300 pixels; the local average (a Gaussian blur, sigma 10) is subtracted and
-    the contrast multiplied by four, around grey; what is farther than 270 pixels from the centre becomes grey and is
-    cut away; a JPEG of quality 72 is written, and decoded again.
+    The eyeball is scaled to a radius of 300 pixels; the local average (Gaussian blur, sigma 10) is subtracted
+    and the contrast multiplied by four, around grey; pixels farther than 270 pixels from the centre become
+    grey, and the image is cropped to them; the result is encoded as JPEG of quality 72 and decoded again.
 
     Args:
         data: The JPEG file's bytes.
 
     Returns:
-        uint8 [up to 540, up to 540, 3], RGB; less where the photograph cuts the eyeball off.
+        uint8 [up to 540, up to 540, 3], RGB; smaller where the photograph does not show the whole eyeball.
 
     Raises:
-        BadImage: The bytes are damaged or of an unknown format; the message is the reason without a name.
+        BadImage: The bytes are damaged or of an unknown format.
     """
     import cv2
 
@@ -219,7 +191,7 @@ def decode_retina(data: bytes) -> np.ndarray:
     try:
         image = _enhanced(image)
         return decode_rgb(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 72])[1].tobytes())
-    except cv2.error as error:  # an eyeball of a few pixels would be blown up to more than fits in memory
+    except cv2.error as error:  # an eyeball of a few pixels would be enlarged beyond the memory
         raise BadImage(f"cannot be scaled to an eyeball of {_RADIUS} pixels ({error})") from error
 
 
@@ -232,14 +204,14 @@ def _enhanced(image: np.ndarray) -> np.ndarray:
 
 
 def _eyeball_radius(image: np.ndarray) -> float:
-    """Half the number of pixels of the middle row that are brighter than a tenth of its mean."""
+    """Return half the number of pixels in the middle row that are brighter than a tenth of its mean."""
     row = image[len(image) // 2].sum(axis=1)
     radius = float((row > row.mean() / 10).sum()) / 2
     return radius if radius >= 1 else len(image) / 2  # a black row: some photographs are broken
 
 
 def _masked(image: np.ndarray) -> np.ndarray:
-    """Greys what is outside the shown circle and crops to it (OpenCV draws it: its edge is the official one)."""
+    """Set the pixels outside the circle to grey and crop to it; OpenCV draws it as the official task does."""
     import cv2
 
     height, width = image.shape[:2]

@@ -1,8 +1,8 @@
-"""Tells split folders from class folders, and refuses to guess: nothing may learn "Training" against "Testing".
+"""Distinguish split folders from class folders: "Training" and "Testing" must not become classes.
 
-Only `train`, `val` and `test` are read as splits by themselves. What merely looks like splits is refused, with what to
-type: `data.split_names={train: Training, test: Testing}` says which folders are the splits, `data.split_names=none`
-that all folders are classes.
+Only `train`, `val` and `test` are read as splits. Folders that look like splits raise an error that says what
+to type: `data.split_names={train: Training, test: Testing}` names the split folders, `data.split_names=none`
+declares all folders to be classes.
 """
 
 import re
@@ -29,27 +29,27 @@ _VIEW = re.compile(
     r"front|back|rear|side|left|right|top|bottom|above|below|near|far|inside|outside|indoors?|outdoors?|day|night"
     r"|view|angle|cam|camera|session|sample|scan|shot|frame|crops?|raw|originals?|augmented|colou?r|gr[ae]y"
 )
-_MOST_PARTS = 10  # that a data set is divided into; more folders with the same sub-folders are classes
+_MOST_PARTS = 10  # more folders with the same sub-folders than this are classes
 
 
 def split_of(name: str) -> str:
-    """Return the split that a folder's name or a value of a CSV stands for, "" for any other name.
+    """Return the split that a folder's name or a value in a CSV stands for, "" for any other name.
 
-    Case, separators, plurals, prefixes and suffixes do not matter: "Testing", "my-test-set", "train_images" and
+    Case, separators, plurals, prefixes and suffixes are ignored: "Testing", "my-test-set", "train_images" and
     "valImages" name splits, "contest" does not.
     """
     return next((split for word in words_of(name) for split in _PATTERNS if _PATTERNS[split].fullmatch(word)), "")
 
 
 def words_of(name: str) -> list[str]:
-    """Return the words of a name in small letters: "trainImages_2017" has the words train and images."""
+    """Return the words of a name in lower case: "trainImages_2017" has the words train and images."""
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFC", name))
     return re.findall(r"[^\W\d_]+", apart.casefold())
 
 
 @dataclass(frozen=True)
 class _Top:
-    """A folder directly below the root, with what lies directly in it."""
+    """A folder directly below the root, with its entries."""
 
     path: Path
 
@@ -63,7 +63,7 @@ class _Top:
 
     @property
     def whole(self) -> bool:
-        """Whether the name is a split's word and nothing else."""
+        """Return whether the name is the word for a split and nothing else."""
         return bool(self.split) and len(words_of(self.name)) == 1
 
     @cached_property
@@ -77,21 +77,21 @@ class _Top:
 
     @property
     def bare(self) -> bool:
-        """Whether it holds folders and not images: two folders or more, and at most a stray file or two."""
+        """Return whether it has folders and no images: two folders or more, and fewer files than folders."""
         folders, files = self._inside
         return len(folders) > max(1, files)
 
 
 def class_parents(root: Path, split_names: Mapping[str, Any] | str | None) -> list[tuple[str, Path]]:
-    """Return the folders that hold the class folders, each with its split: "" where that is the root itself.
+    """Return the folders that hold the class folders, each with its split: "" for the root itself.
 
     Args:
         root: The folder of the data, with at least one folder in it.
-        split_names: "none" where all folders are classes; `{train: Training, test: [Test1, Test2]}` names the split
-            folders and leaves the others out; None reads `train`, `val` and `test` as splits.
+        split_names: "none" where all folders are classes; `{train: Training, test: [Test1, Test2]}` names the
+            split folders and leaves the others out; None reads `train`, `val` and `test` as splits.
 
     Raises:
-        UserError: The folders look like splits, or the names that were given do not fit.
+        UserError: The folders look like splits, or `split_names` names other folders.
     """
     tops = [_Top(folder) for folder in folders_in(root)]
     if split_names == "none":
@@ -105,10 +105,10 @@ def class_parents(root: Path, split_names: Mapping[str, Any] | str | None) -> li
 
 
 def named_splits(split_names: Mapping[str, Any] | str) -> dict[str, str]:
-    """Return which split each name of `data.split_names` stands for: name -> split.
+    """Return the split of each name in `data.split_names`: name -> split.
 
     Raises:
-        UserError: It is no mapping of train, val and test to names, lacks train, or gives a name twice.
+        UserError: It does not map train, val and test to names, lacks train, or has a name twice.
     """
     if not isinstance(split_names, Mapping):
         raise UserError(
@@ -139,13 +139,13 @@ def _named(root: Path, tops: Sequence[_Top], split_names: Mapping[str, Any] | st
 
 
 def _are_exact(tops: Sequence[_Top]) -> bool:
-    """Whether the folders are train, val and test as documented: no other name, and class folders in train."""
+    """Return whether the folders are named train, val and test, with class folders in train."""
     names = {top.name for top in tops}
     return names <= set(SPLITS) and "train" in names and bool(next(t for t in tops if t.name == "train").folders)
 
 
 def _refuse_splits(root: Path, tops: Sequence[_Top]) -> None:
-    """Raise what to type where folders look like splits."""
+    """Raise an error with the option to type where folders look like splits."""
     carrying, others = [top for top in tops if top.split], [top for top in tops if not top.split]
     if carrying and not others and (len(carrying) > 1 or carrying[0].folders):
         raise _refusal(root, f"has split folders ({_some(carrying)})", carrying)
@@ -173,7 +173,7 @@ def _refuse_splits(root: Path, tops: Sequence[_Top]) -> None:
 
 
 def _is_part(top: _Top, others: Sequence[_Top]) -> bool:
-    """Whether a folder that carries a split's word holds classes and not views of one class."""
+    """Return whether a folder with a split's word in its name holds classes, not views of one class."""
     classes = {other.name for other in others}
     return 2 * len(classes & set(top.folders)) >= len(top.folders) or not _are_classes([top, *others], top.folders)
 
@@ -185,10 +185,10 @@ def _shared(tops: Sequence[_Top]) -> set[str]:
 
 
 def _are_classes(tops: Sequence[_Top], inner: Collection[str]) -> bool:
-    """Whether folders are classes that are divided again, such as dog/{front,side}: their names are known elsewhere.
+    """Return whether folders are classes with sub-folders, such as dog/{front,side}.
 
-    Either the inner folders name views (or dates), or the outer ones are things that ImageNet knows and most of the
-    inner are not.
+    Either the inner folders are named after views (or dates), or the outer ones have names of ImageNet
+    classes and most of the inner ones do not.
     """
     if all(_is_view(name) for name in inner):
         return True
@@ -235,7 +235,7 @@ def _refusal(root: Path, what: str, splits: Sequence[_Top]) -> UserError:
 
 
 def guess_splits(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return names by split; of those without a split's word the first is for train, the last for test."""
+    """Return names by split; of names without a split's word the first is for train, the last for test."""
     guess: dict[str, list[str]] = {}
     for name in names:
         guess.setdefault(split_of(name), []).append(name)
@@ -249,7 +249,7 @@ def guess_splits(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def as_argument(splits: Mapping[str, Sequence[str]]) -> str:
-    """Return `data.split_names=...` as it can be typed in a shell: `'data.split_names={train: Training}'`."""
+    """Return `data.split_names=...` quoted for a shell: `'data.split_names={train: Training}'`."""
     parts = []
     for split, names in splits.items():
         written = [name if re.fullmatch(r"[A-Za-z][\w.-]*", name) else _quoted(name) for name in names]
@@ -258,7 +258,7 @@ def as_argument(splits: Mapping[str, Sequence[str]]) -> str:
 
 
 def _quoted(name: str) -> str:
-    """Return a string that Hydra's grammar reads as it is."""
+    """Return a string quoted for Hydra's grammar."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), name) + '"'
 
 

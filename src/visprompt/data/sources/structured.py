@@ -1,7 +1,7 @@
-"""Raw files of VTAB's structured tasks: CLEVR, DMLab, KITTI, dSprites and smallNORB.
+"""Readers of the original files of VTAB's structured datasets. `root` is the folder that holds the files.
 
-Labels are those of the official tasks (google-research/task_adaptation, task_adaptation/data); official splits and keys
-are those of TensorFlow Datasets. Each reader takes the folder that holds the original files, which are never unpacked.
+Labels are those of the official tasks (google-research/task_adaptation, task_adaptation/data); official
+splits and keys are those of TensorFlow Datasets. Archives are read without being unpacked.
 """
 
 import gzip
@@ -17,39 +17,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from visprompt.data.sources.archive import damaged, members, readable
+from visprompt.data.sources.arrays import hdf5, rows_of
 from visprompt.data.sources.content import Content, Found, Part, Wanted, check_labels
 from visprompt.data.sources.tfrecord import Example, parse_example, read_records
 
 
 @contextmanager
-def _reading(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Turns what goes wrong while a file is read or parsed into one sentence that names it."""
-    damage: tuple[type[Exception], ...] = (ValueError, KeyError, IndexError, TypeError, *more)
+def _reading(path: Path) -> Iterator[None]:
+    """Raise one sentence that names the file for every error of reading or parsing it."""
     with readable(path):
         try:
             yield
-        except (FileNotFoundError, PermissionError):
-            raise
-        except damage as error:
+        except (ValueError, KeyError, IndexError, TypeError) as error:
             raise damaged(path, error) from error
 
 
 CLEVR = "CLEVR_v1.0.zip"
 _CLEVR_SPLITS = {"train": "train", "val": "validation"}  # the test images have no scenes
-_CLEVR_DISTANCES = np.array([0, 8, 8.5, 9, 9.5, 10, 100], np.float32)  # the label is the last one below the depth
+_CLEVR_DISTANCES = np.array([0, 8, 8.5, 9, 9.5, 10, 100], np.float32)  # lower ends of the bins
 
 
 def clevr(root: Path) -> Content:
-    """Opens CLEVR v1.0: train (70,000) and validation (15,000); the key is the image's file name.
+    """Open CLEVR v1.0: train (70,000) and validation (15,000 images); keys are file names.
 
-    clevr_count is the number of objects minus 3; clevr_dist is the bin of the nearest object's depth. TensorFlow
-    Datasets pairs the sorted images with the scenes by position; a scene's `image_filename` says the same.
-
-    Returns:
-        The content of CLEVR_v1.0.zip; images are PNG bytes.
-
-    Raises:
-        UserError: The archive is missing or damaged.
+    clevr_count is the number of objects minus 3; clevr_dist is the bin of the nearest object's depth.
+    TensorFlow Datasets pairs the sorted images with the scenes by position; the field `image_filename` gives
+    the same pairs.
     """
     path = root / CLEVR
     scenes = dict(_clevr_scenes(path))
@@ -72,7 +65,7 @@ def _clevr_scenes(path: Path) -> Iterator[tuple[str, list[_Scene]]]:
 
 
 def _clevr_digest(found: dict[str, Any]) -> Any:
-    # Reduced while it is parsed: the scenes of the training set are some GB as Python objects.
+    # reduce while parsing: as Python objects the training scenes take several GB
     if "pixel_coords" in found:
         return float(found["pixel_coords"][2])
     if "image_filename" in found:
@@ -103,15 +96,9 @@ DMLAB = "dmlab.tar.gz"
 
 
 def dmlab(root: Path) -> Content:
-    """Opens DMLab's frames: train, validation and test (22,735); the key is the field `filename`.
+    """Open DMLab's frames: train, validation and test (22,735 images); keys are the field `filename`.
 
-    The archive is read straight through, record by record: once here, and once for the images.
-
-    Returns:
-        The content of dmlab.tar.gz; images are JPEG bytes.
-
-    Raises:
-        UserError: The archive is missing or damaged.
+    The archive is read from start to end, record by record: once for the labels and once for the images.
     """
     path = root / DMLAB
     keys: defaultdict[str, list[str]] = defaultdict(list)
@@ -129,7 +116,7 @@ def dmlab(root: Path) -> Content:
 def _dmlab_examples(path: Path) -> Iterator[tuple[str, Example]]:
     for member in members(path):
         if found := re.match(r"dmlab-(train|validation|test)\.tfrecord", PurePosixPath(member.name).name):
-            with member.open() as stream:  # a shard is too large to be read as one piece
+            with member.open() as stream:  # a shard is too large to be read at once
                 for data in read_records(stream, f"{path}: {member.name}"):
                     yield found[1], parse_example(data)
 
@@ -143,19 +130,15 @@ def _read_dmlab(path: Path, wanted: Wanted) -> Iterator[Found]:
 
 
 KITTI_IMAGES, KITTI_LABELS, KITTI_DEVKIT = "data_object_image_2.zip", "data_object_label_2.zip", "devkit_object.zip"
-_KITTI_DISTANCES = np.array([8, 20, 999], np.float32)  # metres; behind the last one there is no vehicle
+# metres; images without a vehicle have a larger distance
+_KITTI_DISTANCES = np.array([8, 20, 999], np.float32)
 
 
 def kitti(root: Path) -> Content:
-    """Opens KITTI's 2D object images: train, validation and test, split by video; the key is `000001.png`.
+    """Open KITTI's 2D object images: train, validation and test, split by video; keys are `000001.png`.
 
-    The label is the bin of the distance to the nearest car, van or truck: at most 8 m, at most 20 m, farther, none.
-
-    Returns:
-        The content of the three archives; images are PNG bytes.
-
-    Raises:
-        UserError: An archive is missing or damaged, or a listed image has no annotation.
+    The label is the bin of the distance to the nearest car, van or truck: up to 8 m, up to 20 m, farther, no
+    vehicle.
     """
     labels = dict(_kitti_labels(root / KITTI_LABELS))
     parts = {}
@@ -169,7 +152,7 @@ def kitti(root: Path) -> Content:
 
 
 def kitti_splits(videos: Sequence[str]) -> dict[str, list[int]]:
-    """Cuts images by video as TensorFlow Datasets does: 10 % of the videos are test, as many are validation.
+    """Split images by video as TensorFlow Datasets does: 10 % of the videos are test, as many are validation.
 
     Args:
         videos: The name of each image's video.
@@ -179,7 +162,7 @@ def kitti_splits(videos: Sequence[str]) -> dict[str, list[int]]:
     """
     names = sorted(set(videos))
     held = max(1, len(names) // 10)
-    draw = np.random.RandomState(123)  # the numbers of the official np.random.seed(123)
+    draw = np.random.RandomState(123)  # draws the same numbers as the official np.random.seed(123)
     test = set(draw.choice(names, held, replace=False).tolist())
     rest = [name for name in names if name not in test]
     validation = set(draw.choice(rest, held, replace=False).tolist())
@@ -190,7 +173,7 @@ def kitti_splits(videos: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _kitti_videos(path: Path) -> list[str]:
-    """Returns the video of each training image."""
+    """Return the video of each training image."""
     texts = {}
     with _reading(path):
         for member in members(path):
@@ -229,18 +212,12 @@ DSPRITES = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.hdf5"
 
 
 def dsprites(root: Path) -> Content:
-    """Opens dSprites: one official split, train (737,280); the key is the row.
+    """Open dSprites: one official split, train (737,280 images); keys are row numbers. Images are 0 or 255.
 
     dsprites_loc is the column's class of 32, halved; dsprites_ori is floor(orientation / 2.5) of 40.
-
-    Returns:
-        The content of the HDF5 file; images are uint8 [64, 64, 1], 0 or 255.
-
-    Raises:
-        UserError: The file is missing or damaged.
     """
     path = root / DSPRITES
-    with _hdf5(path) as file:
+    with hdf5(path) as file:
         classes = np.asarray(file["latents/classes"])  # color, shape, scale, orientation, x, y
         shape = file["imgs"].shape
     if classes.shape != (len(classes), 6) or shape != (len(classes), 64, 64):
@@ -253,48 +230,27 @@ def dsprites(root: Path) -> Content:
     return Content({"train": Part(keys, labels)}, partial(_read_dsprites, path))
 
 
-@contextmanager
-def _hdf5(path: Path) -> Iterator[Any]:
-    import h5py
-
-    raised = (OSError, RuntimeError, AttributeError, OverflowError, MemoryError)  # by the HDF5 library
-    with _reading(path, *raised), h5py.File(path, "r") as file:
-        yield file
-
-
 def _read_dsprites(path: Path, wanted: Wanted) -> Iterator[Found]:
-    rows = np.array(sorted(int(key) for key in wanted.get("train", ())), np.int64)
-    with _hdf5(path) as file:
-        images = file["imgs"]
-        # whole chunks, each decompressed once: a chunk may hold a few pixels of very many images
-        chunk = images.chunks[0] if images.chunks else 1
-        step = -(-4096 // chunk) * chunk
-        for start in range(0, len(images), step):
-            here = rows[(rows >= start) & (rows < start + step)]
-            block = images[start : start + step] if len(here) else np.zeros(0, np.uint8)
-            if block.max(initial=0) > 1:
+    rows = {int(key) for key in wanted.get("train", ())}
+    with hdf5(path) as file:
+        for row, image in rows_of(file["imgs"], rows):
+            if image.max() > 1:
                 raise damaged(path, "it holds pixels other than 0 and 1")
-            for row in here:
-                yield Found("train", str(row), block[row - start, ..., None] * np.uint8(255))
+            yield Found("train", str(row), image[..., None] * np.uint8(255))
 
 
 SMALLNORB = {
     "train": "smallnorb-5x46789x9x18x6x2x96x96-training-{}.mat.gz",
     "test": "smallnorb-5x01235x9x18x6x2x96x96-testing-{}.mat.gz",
 }
-NORB_DTYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}  # by the first number
+# magic number -> type
+NORB_DTYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}
 
 
 def smallnorb(root: Path) -> Content:
-    """Opens smallNORB: train and test (24,300 each), the left camera's images; the key is the row.
+    """Open smallNORB: the left camera's images of train and test (24,300 each); keys are row numbers.
 
     smallnorb_azi is the azimuth / 2 (18 classes), smallnorb_ele the elevation (9 classes).
-
-    Returns:
-        The content of the .mat.gz files (their own format; the categories are not read); images are uint8 [96, 96, 1].
-
-    Raises:
-        UserError: A file is missing or damaged.
     """
     return Content({split: _norb_part(root, split) for split in SMALLNORB}, partial(_read_smallnorb, root))
 

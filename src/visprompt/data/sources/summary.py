@@ -1,4 +1,4 @@
-"""What a run says about the user's own images before it trains on them, and records in its result."""
+"""The summary of own images that a run prints before training and records in its result."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,18 +15,18 @@ _NAMED = 10  # classes whose names are printed
 def summarise(
     images: OwnImages, root: Path, unreadable: Sequence[str] = (), notes: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Return the facts of some images, as plain JSON values.
+    """Return the summary of some images, as plain JSON values.
 
     Args:
         images: The images.
-        root: Where they were read.
-        unreadable: Keys of those that could not be decoded and were left out.
-        notes: What was noted when they were decoded (`OwnImages.notes`).
+        root: Their folder.
+        unreadable: Keys of the images that could not be decoded and were left out.
+        notes: `OwnImages.notes` after decoding.
 
     Returns:
-        root, classes (their number), images (number by split), cut (whether every class was cut 80/10/10 here),
-        smallest_class and smallest (its training images), left_out (numbers by what it is), unread_columns,
-        repeated (numbers by split of images whose bytes are also those of a training image), and the notes.
+        root, classes (their number), images (number by split), cut (whether every class was cut 80/10/10),
+        smallest_class and smallest (its number of training images), left_out (number by kind),
+        unread_columns, repeated (number by split of copies of training images), and the notes.
     """
     lost = set(unreadable)
     items = [item for item in images.items if item.key not in lost]
@@ -50,12 +50,12 @@ def summarise(
 
 
 def sentences(task: str, class_names: Sequence[str], summary: Mapping[str, Any]) -> list[str]:
-    """Return a summary in a line or two, and a line more for each warning.
+    """Return a summary as one or two lines of text, and one more for each warning.
 
     Args:
         task: Name of the task.
         class_names: Names of the classes; printed where they are few.
-        summary: What `summarise` returned.
+        summary: The result of `summarise`.
     """
     images = summary["images"]
     names = f" ({', '.join(class_names)})" if len(class_names) <= _NAMED else ""

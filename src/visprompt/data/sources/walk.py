@@ -1,4 +1,4 @@
-"""Walks through folders of images: what is left out of them, for training and prediction in the same way."""
+"""Walk through folders of images; training and prediction leave out the same files."""
 
 import os
 from collections import Counter
@@ -8,22 +8,22 @@ from pathlib import Path
 from visprompt.errors import UserError
 
 _SYSTEM = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"})
-"""Files and folders that Windows, macOS' archives and network disks add to folders of images, in lower case."""
+"""Files and folders that Windows, macOS and network disks add, in lower case"""
 
 
 def entries(folder: Path, left_out: Counter[str] | None = None) -> tuple[list[os.DirEntry[str]], list[str]]:
     """Return the folders and the names of the files directly in a folder, both sorted by name.
 
     Args:
-        folder: Where to look.
-        left_out: Is added the number of hidden and system files and folders, by what they are.
+        folder: The folder.
+        left_out: A counter of hidden and system files and folders by kind, which is updated.
 
     Raises:
         UserError: The folder cannot be read.
     """
     folders, files = [], []
     try:
-        with os.scandir(folder) as found:  # tells folders from files without a call for each of a million files
+        with os.scandir(folder) as found:  # has the type of each of a million files without a system call
             for entry in found:
                 if reason := _reason(entry):
                     if left_out is not None:
@@ -38,7 +38,7 @@ def entries(folder: Path, left_out: Counter[str] | None = None) -> tuple[list[os
 
 
 def _reason(entry: os.DirEntry[str]) -> str:
-    """Why an entry is left out, in the plural; "" where it is not."""
+    """Return the kind of an entry that is left out, in the plural; "" for others."""
     if entry.name.startswith("."):
         return "hidden folders" if entry.is_dir() else "hidden files"
     return "system files" if entry.name.lower() in _SYSTEM else ""
@@ -50,16 +50,16 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def files_below(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """Yield the visible files at any depth; linked folders are followed, but none is entered twice.
+    """Yield the visible files at any depth; linked folders are followed, and each folder is entered once.
 
     Args:
-        folder: Where to begin.
-        left_out: Is added what was left out, by what it is.
+        folder: The folder.
+        left_out: A counter of what is left out by kind, which is updated.
     """
     seen: set[tuple[int, int]] = set()
     links: list[Path] = []
     yield from _walk(folder, seen, links, left_out)
-    while links:  # after the real folders, so that a link to one of these is the one to be left out
+    while links:  # after the real folders, so that a link to one of them is left out
         link = links.pop(0)
         if _place(link) in seen:
             left_out["links to folders that were read already"] += 1

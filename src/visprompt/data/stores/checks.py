@@ -1,4 +1,4 @@
-"""What is known of a task's data, held against a store: counts, golden keys and labels, histograms, disjoint sets."""
+"""Checks of data against its record: counts, golden keys and labels, histograms, disjoint split sets."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from visprompt.data.catalog.task import Golden, TaskSpec
 
 
 class Check(NamedTuple):
-    """One statement about a task's data.
+    """The outcome of one check.
 
     Attributes:
-        name: What was looked at.
-        good: Whether it is as it must be.
-        detail: What was found, and what was expected where that differs.
-        fatal: Whether data that fails is refused; otherwise it is only said.
+        name: What was checked.
+        good: Whether it passed.
+        detail: The value, and the expected one where they differ.
+        fatal: Whether data that fails is refused; otherwise it is only reported.
     """
 
     name: str
@@ -27,13 +27,13 @@ class Check(NamedTuple):
 def check(
     spec: TaskSpec, keys: Mapping[str, list[str]], labels: Mapping[str, np.ndarray], *, ordered: bool = True
 ) -> list[Check]:
-    """Holds split sets against the record of their task.
+    """Check split sets against the record of their task.
 
     Args:
         spec: The record.
-        keys: Split set -> the key of every image, the same text for the same image in all sets.
+        keys: Split set -> the key of every image; an image has the same key in all sets.
         labels: Split set -> int64 [n].
-        ordered: Whether the images are in md5 order; where they are not, first keys and labels cannot be compared.
+        ordered: Whether the images are in md5 order; otherwise the first keys and labels are not compared.
 
     Returns:
         All checks, passed or not.
@@ -80,7 +80,7 @@ def _disjoint(keys: Mapping[str, list[str]], how: str) -> Iterator[Check]:
 
 
 def _names(keys: Mapping[str, list[str]]) -> Mapping[str, list[str]]:
-    """Keys without the list that they are from, which is a split set's own where images are not in md5 order."""
+    """Return keys without their split: in the prepared folder it is the split set, not the official split."""
     return {name: [key.partition("/")[2] for key in listed] for name, listed in keys.items()}
 
 
@@ -94,7 +94,7 @@ def _golden(name: str, golden: Golden, keys: list[str], labels: np.ndarray, orde
         counts = tuple(np.bincount(labels[labels >= 0], minlength=len(golden.histogram)).tolist())
         yield _same(f"images per class in {name}", counts, golden.histogram)
     if golden.classes:
-        # not fatal: that every class occurs in a test set is what one expects, not what the datasets' authors say
+        # not fatal in test: the datasets' authors do not say that every class occurs there
         yield _same(f"classes in {name}", (len(np.unique(labels)),), (golden.classes,))._replace(fatal=name != "test")
 
 

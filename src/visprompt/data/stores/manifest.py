@@ -1,20 +1,43 @@
-"""manifest.json of a store: what it holds, with a digest, the checksums of its pixels, and the place it was made for.
+"""manifest.json of a store: its content, a digest, checksums of its pixels, and the folder it was made for.
 
-Stores that older versions made have none of the three. They are read as they are, and given them once (`adopt`): what
-changed before that day stays unseen, and nothing has to be prepared anew.
+Stores of older versions lack the last three. They are read unchecked, and get them once (`adopt`), so that
+nothing has to be prepared again.
 """
 
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from visprompt.data.stores.mapped import checksums
+from visprompt.data.stores.mapped import MappedFile, checksums
 from visprompt.errors import UserError
 from visprompt.files import DamagedRecord, alone, read_record, record_text
 
-_LATER = frozenset({"chunks", "made_for"})  # what stores of older versions lack, with the digest
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """What an open store of either kind has.
+
+    Attributes:
+        folder: Its folder.
+        chunks: Checksums of the pixels; None in a store of an older version, which is read unchecked.
+        made_for: See `write_manifest`; None in a store of an older version.
+    """
+
+    folder: Path
+    chunks: tuple[str, ...] | None
+    made_for: str | None
+
+    @cached_property
+    def pixels(self) -> MappedFile:
+        """Return the file with the pixels, which is mapped when it is first read."""
+        return MappedFile(self.folder / "pixels.bin", self.chunks)
+
+
+_LATER = frozenset({"chunks", "made_for"})  # missing in stores of older versions, as is the digest
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
 
@@ -22,20 +45,20 @@ _said: set[str] = set()
 def read_manifest(
     folder: Path, schema: int, names: Collection[str], optional: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """Reads a store's manifest and compares it with its digest.
+    """Read a store's manifest and compare it with its digest.
 
     Args:
         folder: The store's folder.
-        schema: The schema that is read.
-        names: Every name that a manifest of an older version has.
-        optional: Names that one may have.
+        schema: The schema to read.
+        names: All names in a manifest of an older version.
+        optional: Names that may be missing.
 
     Returns:
-        The manifest, with "chunks" and "made_for" (None in a store of an older version); None where there is none, or
-        one of another schema.
+        The manifest, with "chunks" and "made_for" (None in a store of an older version); None where the file
+        is missing or has another schema.
 
     Raises:
-        DamagedRecord: It is damaged; the message says why.
+        DamagedRecord: The manifest is damaged; the message says why.
     """
     path = folder / "manifest.json"
     manifest = read_record(path)
@@ -43,19 +66,19 @@ def read_manifest(
         return None
     stored = set(manifest) - {"digest"} - set(optional)
     if stored != (set(names) | _LATER if "digest" in manifest else set(names)):
-        raise DamagedRecord(f"{path} is damaged: it is no manifest of a store")
+        raise DamagedRecord(f"{path} is damaged: it is not the manifest of a store")
     if manifest["schema"] != schema:
         return None
     return dict.fromkeys(_LATER) | manifest
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], made_for: str) -> None:
-    """Writes a manifest with its digest and the checksums of the pixels that lie beside it.
+    """Write a manifest with its digest and the checksums of the pixels.
 
     Args:
-        folder: The store's folder, with its `pixels.bin`.
-        manifest: What the store holds.
-        made_for: Names the place that it was made for, "dtd/raw-224-bilinear" for example: data, size and filter.
+        folder: The store's folder, with `pixels.bin`.
+        manifest: The content of the store.
+        made_for: Folder that it is made for, by data, size and filter: "dtd/raw-224-bilinear" for example.
 
     Raises:
         OSError: The folder cannot be written.
@@ -70,7 +93,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], made_for: str) -> 
 
 
 def adopt(folder: Path, made_for: str) -> None:
-    """Gives a store of an older version the checksums of what it holds now; where that cannot be written, says so.
+    """Add checksums to a store of an older version; warn where its folder is read-only.
 
     Args:
         folder: The store's folder.
@@ -91,19 +114,19 @@ def adopt(folder: Path, made_for: str) -> None:
 
 
 def check_size(path: Path, expected: int) -> None:
-    """Raises `DamagedRecord` where a store's pixels are missing, cut or too many."""
+    """Raise `DamagedRecord` where a store's pixels are missing or have the wrong size."""
     size = path.stat().st_size if path.is_file() else 0
     if size != expected:
         raise DamagedRecord(f"{path} is damaged: it has {size:,} bytes, not {expected:,}")
 
 
 def check_place(folder: Path, made_for: str | None, expected: str) -> None:
-    """Refuses a store that lies in the place of another one.
+    """Check that a store is in the folder that it was made for.
 
     Args:
-        folder: Where it lies.
-        made_for: What it was made for; None where an older version made it.
-        expected: What the place is for.
+        folder: The folder.
+        made_for: What the store was made for; None in a store of an older version.
+        expected: What the folder is for.
 
     Raises:
         UserError: They differ.
@@ -113,16 +136,16 @@ def check_place(folder: Path, made_for: str | None, expected: str) -> None:
 
 
 def whole(read: Callable[[], Any]) -> Any:
-    """Returns what a function reads of a store; None, and one line that says why, where the store is damaged."""
+    """Return what a function reads from a store; log why and return None where the store is damaged."""
     try:
         return read()
     except DamagedRecord as error:
-        say_once(f"{error}: the store is made anew from the original files")
+        say_once(f"{error}: the store is written again from the original files")
         return None
 
 
 def say_once(sentence: str) -> None:
-    """Warns of something the first time that this process meets it."""
+    """Log a warning once per process."""
     if sentence not in _said:
         _said.add(sentence)
         _log.warning("%s", sentence)

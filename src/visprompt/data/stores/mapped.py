@@ -1,9 +1,8 @@
-"""A file of bytes that is read through a memory map, compared with its checksums, and kept out of the process's memory.
+"""A memory-mapped file that is compared with its checksums and does not count as memory of the process.
 
-The checksums are those of chunks of `CHUNK` bytes: one is compared when a chunk is first read in a process, and never
-again there, however often the file is opened. Processes that are forked from it share what has been compared. They are
-SHA-256, which is as fast as any hash where the processor has instructions for it (here 1.4 GB/s on one core, BLAKE2b
-0.7, CRC-32 3.3) and which a changed image does not pass by chance.
+There is one SHA-256 per chunk of `CHUNK` bytes. A chunk is compared when it is first read in a process, and
+never again there, however often the file is opened; forked processes share which chunks were compared.
+SHA-256 has hardware support (1.4 GB/s on one core, BLAKE2b 0.7, CRC-32 3.3).
 """
 
 import mmap
@@ -18,29 +17,30 @@ import numpy as np
 from visprompt.errors import UserError
 
 CHUNK = 4 * 2**20
-_compared: dict[tuple[object, ...], mmap.mmap] = {}  # by file and checksums: 1 for each chunk that was compared
+# (file, checksums) -> a byte per chunk, 1 where it was compared
+_compared: dict[tuple[object, ...], mmap.mmap] = {}
 
 
 def checksums(path: Path) -> list[str]:
-    """Returns the sha256 (hex) of each chunk of a file."""
+    """Return the sha256 (hex) of each chunk of a file."""
     with path.open("rb") as file:
         return [sha256(chunk).hexdigest() for chunk in iter(lambda: file.read(CHUNK), b"")]
 
 
 class MappedFile:
-    """Maps a file when it is first read.
+    """A file that is mapped when it is first read.
 
-    A copy that is pickled for a worker carries path and checksums and maps the file for itself. `release` hands the
-    pages that were touched back: they stay in the system's page cache, where they are fast, but no longer count as this
-    process's memory.
+    A copy that is pickled for a worker holds path and checksums and maps the file again. `release` returns
+    the pages that were read: they stay in the system's page cache but no longer count as memory of this
+    process.
     """
 
     def __init__(self, path: Path, recorded: Sequence[str] | None = None) -> None:
-        """Opens nothing yet.
+        """Keep the path; the file is opened when it is first read.
 
         Args:
             path: The file, not empty.
-            recorded: Its `checksums`; None where a store of an older version has none, which is then read unchecked.
+            recorded: Its `checksums`; None for a store of an older version, which is read unchecked.
         """
         self.path, self.recorded = path, recorded
         self._map: mmap.mmap | None = None
@@ -52,7 +52,7 @@ class MappedFile:
 
     @property
     def bytes(self) -> np.ndarray:
-        """uint8 [size], read-only; what is read of it is to be compared first, see `compare`."""
+        """Return the content, uint8 [size], read-only; call `compare` before reading from it."""
         if self._map is None:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -65,18 +65,18 @@ class MappedFile:
             return None
         key = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size, hash(tuple(self.recorded)))
         if key not in _compared:
-            _compared[key] = mmap.mmap(-1, len(self.recorded))  # anonymous memory, which forked workers share
+            _compared[key] = mmap.mmap(-1, len(self.recorded))  # anonymous memory, shared with forked workers
         return _compared[key]
 
     def compare(self, start: int, stop: int) -> None:
-        """Compares the chunks of some bytes with their checksums, where this process has not done so yet.
+        """Compare the chunks of some bytes with their checksums, unless this process has done so before.
 
         Args:
-            start: First byte that is about to be read.
-            stop: The byte behind the last one.
+            start: The first byte to be read.
+            stop: The byte after the last one.
 
         Raises:
-            UserError: A chunk is not what it was when the store was made.
+            UserError: A chunk has changed since the store was made.
         """
         flags = self._flags
         if flags is None:
@@ -86,22 +86,22 @@ class MappedFile:
                 if self._differs(chunk):
                     raise UserError(
                         f"the store {self.path.parent} is damaged, {self.path.name} is not what its checksums say: "
-                        "delete that folder and run the same command again, which makes it anew from the original files"
+                        "delete that folder and run the same command, which writes it again from the original files"
                     )
                 flags[chunk] = 1
 
     def damaged(self) -> int:
-        """Compares the whole file, whatever was compared before, and returns how many chunks differ."""
+        """Compare the whole file again and return the number of chunks that differ."""
         return sum(self._differs(chunk) for chunk in range(len(self.recorded or ())))
 
     def _differs(self, chunk: int) -> bool:
         assert self.recorded is not None
         content = self.bytes[chunk * CHUNK : (chunk + 1) * CHUNK]
         differs = sha256(content.data).hexdigest() != self.recorded[chunk]
-        self.release()  # a batch of far rows would hold a chunk for each of them
+        self.release()  # or a batch of scattered rows would keep a chunk in memory for each
         return differs
 
     def release(self) -> None:
-        """Gives the touched pages back; arrays made from `bytes` stay valid and are read again when used."""
+        """Return the pages to the system; arrays made from `bytes` stay valid."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)

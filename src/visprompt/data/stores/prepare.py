@@ -1,11 +1,11 @@
-"""From a dataset's own files to a verified store on disk; training calls this only where a task is missing."""
+"""Write the store of a task from its original files, after checking them against the record."""
 
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import cast
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -19,7 +19,7 @@ from visprompt.data.sources.open_source import list_images, open_source
 from visprompt.data.splits import md5_order
 from visprompt.data.stores.checks import Check, check
 from visprompt.data.stores.manifest import adopt
-from visprompt.data.stores.plan import Plan, find_ragged, find_square
+from visprompt.data.stores.plan import Plan, find
 from visprompt.data.stores.ragged import RaggedStore, open_store
 from visprompt.data.stores.square import Selection, SquareStore, write_square
 from visprompt.data.transforms import squash
@@ -29,16 +29,15 @@ from visprompt.text import Terminal, visible
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
-S = TypeVar("S", SquareStore, RaggedStore)
 
 
 def prepare_square(plan: Plan) -> SquareStore:
-    """Opens the store of a VTAB task, after making it if there is none.
+    """Open the store of a VTAB task; write it first where it is missing.
 
-    Any number of processes may ask for it at once: one makes it, the others wait.
+    Any number of processes may call this at once: one writes, the others wait.
 
     Args:
-        plan: The task, its source and form, and where things lie.
+        plan: The task, its source and form, and the folders.
 
     Returns:
         The store.
@@ -46,25 +45,26 @@ def prepare_square(plan: Plan) -> SquareStore:
     Raises:
         UserError: Files are missing, wrong or damaged, or the disk is full.
     """
-    return _checked(plan, find_square(plan) or _made(plan, _make_square, find_square), find_square)
+    return cast(SquareStore, _prepare(plan, _make_square))
 
 
 def prepare_ragged(plan: Plan) -> RaggedStore:
-    """Opens the store of an FGVC dataset, after making it if there is none; as `prepare_square`."""
-    return _checked(plan, find_ragged(plan) or _made(plan, _make_ragged, find_ragged), find_ragged)
+    """Open the store of an FGVC dataset; write it first where it is missing."""
+    return cast(RaggedStore, _prepare(plan, _make_ragged))
 
 
-def _checked(plan: Plan, store: S, find: Callable[[Plan], S | None]) -> S:
-    """A store with checksums, which one of an older version gets now."""
-    if store.chunks is None:
+def _prepare(plan: Plan, make: Callable[[Plan], None]) -> SquareStore | RaggedStore:
+    store = find(plan) or _made(plan, make)
+    if store.chunks is None:  # of an older version: it gets its checksums now
         adopt(plan.folder, plan.place)
-    return store if store.chunks is not None else find(plan) or store
+        return find(plan) or store
+    return store
 
 
-def _made(plan: Plan, make: Callable[[Plan], None], find: Callable[[Plan], S | None]) -> S:
+def _made(plan: Plan, make: Callable[[Plan], None]) -> SquareStore | RaggedStore:
     try:
         with alone(plan.folder.with_name(f".{plan.folder.name}.lock"), f"preparing {plan.name}"):
-            store = find(plan)  # another process may have made it by now
+            store = find(plan)  # another process may have written it by now
             if store is None:
                 if others := plan.others():
                     _log.warning(
@@ -85,7 +85,7 @@ def _made(plan: Plan, make: Callable[[Plan], None], find: Callable[[Plan], S | N
 def _make_square(plan: Plan) -> None:
     content, origin = open_source(plan)
     selections = select(plan, content)
-    _refuse(plan, check_selections(plan.spec, selections, ordered=plan.source != "prepared"))
+    _refuse(plan, check_selections(selections, ordered=plan.source != "prepared"))
     form = "lossy" if content.lossy else "lossless"
     record = {"source": plan.source, "form": form, "dataset": plan.name, "from": origin}
     total = sum(len(s.keys) for s in selections.values())
@@ -93,13 +93,13 @@ def _make_square(plan: Plan) -> None:
     def write(folder: Path) -> None:
         write_square(folder, content, selections, _converter(plan), record, _watch(plan.name, total), plan.place)
 
-    publish(plan.folder, write, lambda: find_square(plan) is not None)
+    publish(plan.folder, write, lambda: find(plan) is not None)
 
 
 def _make_ragged(plan: Plan) -> None:
     images, origin = list_images(plan)
     _refuse(plan, check_folder(plan.spec, images))
-    shutil.rmtree(plan.folder, ignore_errors=True)  # where other lists are there now than when it was made
+    shutil.rmtree(plan.folder, ignore_errors=True)  # it may have been made from other lists
     open_store(
         images,
         plan.folder,
@@ -113,7 +113,7 @@ def _make_ragged(plan: Plan) -> None:
 
 
 def warn_lossy(plan: Plan, store: SquareStore) -> None:
-    """Says that images of a dataset of small lossless pictures were encoded again, which costs accuracy."""
+    """Warn once that small lossless images were re-encoded as JPEG, which costs accuracy."""
     if store.record["form"] == "lossy" and plan.spec.dataset in ("cifar", "svhn") and plan.spec.id not in _warned:
         _warned.add(plan.spec.id)
         _log.warning(
@@ -124,17 +124,17 @@ def warn_lossy(plan: Plan, store: SquareStore) -> None:
 
 
 def select(plan: Plan, content: Content) -> dict[str, Selection]:
-    """Cuts the split sets of a VTAB task out of its official splits, in md5 order (the prepared folder is cut already).
+    """Select the split sets of a VTAB task from its official splits, in md5 order.
 
     Args:
         plan: The task and its source.
         content: The opened source.
 
     Returns:
-        Split set -> its images.
+        Split set -> its images; the prepared folder lists them.
 
     Raises:
-        UserError: An official split has not the number of images that it must have.
+        UserError: An official split has another number of images than the record says.
     """
     spec = plan.spec
     if plan.source == "prepared":
@@ -156,8 +156,8 @@ def select(plan: Plan, content: Content) -> dict[str, Selection]:
     return selections
 
 
-def check_selections(spec: TaskSpec, selections: Mapping[str, Selection], *, ordered: bool) -> list[Check]:
-    """Holds the split sets of all tasks of a dataset against their records."""
+def check_selections(selections: Mapping[str, Selection], *, ordered: bool) -> list[Check]:
+    """Check the split sets of all tasks of a dataset against their records."""
     keys = {name: [f"{s.split}/{key}" for key in s.keys] for name, s in selections.items()}
     tasks = next(iter(selections.values())).labels
     return [
@@ -168,7 +168,7 @@ def check_selections(spec: TaskSpec, selections: Mapping[str, Selection], *, ord
 
 
 def check_folder(spec: TaskSpec, images: ImageFolder) -> list[Check]:
-    """Holds an FGVC dataset against its record; train and val are counted together, their cut may be an own one."""
+    """Check an FGVC dataset against its record; train and val, which are cut in two ways, are added up."""
     parts = {"train": "train+val", "val": "train+val", "test": "test"}
     sizes = {"train+val": spec.split_sizes["train"] + spec.split_sizes["val"], "test": spec.split_sizes["test"]}
     rows = [(parts[item.split], item) for item in images.items]

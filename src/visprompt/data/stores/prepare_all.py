@@ -1,4 +1,4 @@
-"""What `python src/prepare.py` says and does: terms and sizes, one task after the other, and what is left to do."""
+"""The command `python src/prepare.py`: show terms and sizes, prepare the tasks, report failures."""
 
 import time
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ console = Terminal()
 
 
 def prepare_all(plans: Sequence[Plan]) -> None:
-    """Prepares tasks; one that fails does not stop the others.
+    """Prepare tasks; a failure does not stop the others.
 
     Args:
-        plans: What is wanted.
+        plans: The tasks.
 
     Raises:
-        UserError: Some could not be prepared; what could is prepared.
+        UserError: Some tasks could not be prepared; the others are.
     """
     _announce(plans)
     failed = []
@@ -53,20 +53,20 @@ def prepare_all(plans: Sequence[Plan]) -> None:
 
 
 def verify_all(plans: Sequence[Plan]) -> None:
-    """Says what is missing and how to get it, and compares what is there, all pixels too, with what is known of it.
+    """Report missing tasks and how to get them, and check the pixels and records of the others.
 
     Args:
-        plans: What is wanted; nothing is downloaded and nothing written.
+        plans: The tasks; nothing is downloaded or written.
 
     Raises:
-        UserError: Data that is there is not as it must be.
+        UserError: A store fails a check.
     """
     stores: list[tuple[Plan, SquareStore | RaggedStore | None]] = []
     wrong = []
     for plan in plans:
         try:
             stores.append((plan, load(plan)))
-        except UserError as error:  # damaged, or another store's
+        except UserError as error:  # damaged, or of another plan
             wrong.append(f"{plan.spec.id}: {error}")
     missing = [plan for plan, store in stores if store is None]
     if missing:
@@ -138,11 +138,11 @@ def _sum(files: Sequence[SourceFile]) -> str:
 
 
 def _check_pixels(store: SquareStore | RaggedStore) -> Check:
-    """Compares all pixels of a store with their checksums."""
+    """Check all pixels of a store against their checksums."""
     name = "pixels unchanged"
     if store.chunks is None:
         return Check(name, False, "unknown: an older version made it, and its next use writes checksums", fatal=False)
-    size, damaged = in_bytes((store.folder / "pixels.bin").stat().st_size), store.damaged_chunks()
+    size, damaged = in_bytes((store.folder / "pixels.bin").stat().st_size), store.pixels.damaged()
     return Check(name, not damaged, f"{damaged} of {len(store.chunks)} parts of {size} differ" if damaged else size)
 
 

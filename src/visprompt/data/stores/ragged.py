@@ -1,44 +1,40 @@
-"""Decoded images on disk: each file is decoded once, ever, and then read through a memory map.
+"""Stores of decoded images that differ in size: each file is decoded once and then read through a memory map.
 
-A store is a folder with `pixels.bin` (uint8 [h, w, 3] images of one short side, one after the other) and
-`manifest.json` (schema version, fingerprint, class names, and key, label, split, height and width of each image). It is
-written into a temporary folder beside and renamed at the end, so that a store that exists is whole; its manifest has a
-digest, compared whenever it is opened, and checksums of the pixels (see `mapped`). It needs nothing else: the files it
-was made of may be deleted.
+A store is a folder with `pixels.bin` (uint8 [h, w, 3] images of one short side, concatenated) and
+`manifest.json` (schema version, fingerprint, class names, and key, label, split, height and width of each
+image). It is written into a temporary folder and renamed at the end, so that a store that exists is complete.
+Its manifest has a digest, compared whenever it is opened, and checksums of the pixels (see `mapped`). The
+original files may be deleted.
 """
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from visprompt.data.sources.images import BadImage, ImageFolder, Item, decode
-from visprompt.data.stores.manifest import adopt, check_place, check_size, read_manifest, whole, write_manifest
-from visprompt.data.stores.mapped import MappedFile
+from visprompt.data.stores.manifest import Store, adopt, check_place, check_size, read_manifest, whole, write_manifest
+from visprompt.data.stores.threads import in_threads
 from visprompt.data.transforms import resize_short_side
 from visprompt.errors import UserError
 from visprompt.files import DamagedRecord, publish
 
 SCHEMA = 2
 _NAMES = frozenset({"schema", "fingerprint", "class_names", "origin", "images", "bad"})
-_CHUNK = 64  # images decoded ahead of the writer: bounds memory
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RaggedStore:
-    """A store that is whole.
+@dataclass(frozen=True, kw_only=True)
+class RaggedStore(Store):
+    """An open store of images that differ in size.
 
     Attributes:
-        folder: Where it is.
-        fingerprint: Of the files it was made of (`ImageFolder.fingerprint`).
+        fingerprint: `ImageFolder.fingerprint` of the original files.
         class_names: In the order of the labels.
         origin: Which lists were read, where there are several.
         keys: One per image.
@@ -46,12 +42,9 @@ class RaggedStore:
         splits: "train", "val" or "test" per image.
         shapes: int64 [n, 2], height and width.
         bad: Key and reason of the files that were left out.
-        chunks: Checksums of the pixels; None in a store of an older version, which is read unchecked.
-        made_for: The place it was made for; None in a store of an older version.
-        notes: Numbers about the files that were counted while they were decoded.
+        notes: Counts made while the files were decoded.
     """
 
-    folder: Path
     fingerprint: str
     class_names: tuple[str, ...]
     origin: str
@@ -60,43 +53,33 @@ class RaggedStore:
     splits: np.ndarray
     shapes: np.ndarray
     bad: tuple[tuple[str, str], ...]
-    chunks: tuple[str, ...] | None
-    made_for: str | None
     notes: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """int64 [n + 1], where each image begins in `pixels.bin`, in bytes."""
+        """Return the first byte of each image in `pixels.bin`, int64 [n + 1]."""
         return np.concatenate([[0], np.cumsum(self.shapes.prod(axis=1) * 3)]).astype(np.int64)
 
     @property
     def short_side(self) -> int:
-        """Of all images, in pixels; 0 where they differ in it."""
+        """Return the short side of all images in pixels; 0 where it differs."""
         sides = np.unique(self.shapes.min(axis=1))
         return int(sides[0]) if len(sides) == 1 else 0
 
-    @cached_property
-    def _pixels(self) -> MappedFile:
-        return MappedFile(self.folder / "pixels.bin", self.chunks)
-
     def image(self, row: int) -> np.ndarray:
-        """Returns one image, uint8 [h, w, 3], as a read-only view of the file.
+        """Return one image, uint8 [h, w, 3], as a read-only view of the file.
 
         Raises:
-            UserError: It is not what it was when the store was made.
+            UserError: The image has changed since the store was made.
         """
         start, stop = self.offsets[row : row + 2].tolist()
-        pixels = self._pixels.bytes
-        self._pixels.compare(start, stop)
+        pixels = self.pixels.bytes
+        self.pixels.compare(start, stop)
         return pixels[start:stop].reshape(*self.shapes[row], 3)
 
-    def damaged_chunks(self) -> int:
-        """Compares all pixels with their checksums and returns how many of these differ."""
-        return self._pixels.damaged()
-
     def release(self) -> None:
-        """Lets go of the memory that the images looked at so far take; call it once per batch."""
-        self._pixels.release()
+        """Release the memory of the images read so far; called once per batch."""
+        self.pixels.release()
 
 
 def open_store(
@@ -108,33 +91,33 @@ def open_store(
     resampling: str = "pillow",
     decode: Callable[[Path], np.ndarray] = decode,
     skip_bad: bool = False,
-    advice: str = "mend or remove them, or set data.skip_bad=true to leave them out",
+    advice: str = "repair or remove them, or set data.skip_bad=true to leave them out",
     origin: str = "",
     notes: Callable[[], Mapping[str, int]] = dict,
     made_for: str = "",
 ) -> RaggedStore:
-    """Opens the store of some images, after building it if there is none that is whole.
+    """Open the store of some images; write it first where it is missing or damaged.
 
-    Any number of processes may do this at once: the first that is ready wins and the others use its store.
+    Any number of processes may call this at once: all use the store of the first that is ready.
 
     Args:
         images: The images.
-        folder: The store's own folder; its name must differ for each short side and interpolation.
-        short_side: Of the stored images, in pixels.
+        folder: The store's folder; its name must differ for each short side and interpolation.
+        short_side: Short side of the stored images in pixels.
         interpolation: See `resize_short_side`.
         resampling: See `resize_short_side`.
         decode: Reads one file; raises `BadImage`.
-        skip_bad: Leave out files that cannot be decoded, with a warning, instead of refusing them.
-        advice: What to do about files that cannot be decoded.
-        origin: Noted in the store.
-        notes: Called when all files are decoded: see `RaggedStore`.
+        skip_bad: Skip files that cannot be decoded, with a warning, instead of raising.
+        advice: What the error tells the user to do about files that cannot be decoded.
+        origin: See `RaggedStore`.
+        notes: Returns the notes (see `RaggedStore`) after all files are decoded.
         made_for: See `write_manifest`; by default the folder's name.
 
     Returns:
         The store.
 
     Raises:
-        UserError: If files cannot be decoded, or the disk is full.
+        UserError: A file cannot be decoded, or the disk is full.
     """
 
     def load(item: Item) -> np.ndarray:
@@ -172,7 +155,7 @@ def read_store(folder: Path) -> RaggedStore | None:
     """Read a store; return None where the folder holds no store of this schema.
 
     Raises:
-        DamagedRecord: It is damaged; the message says why.
+        DamagedRecord: The store is damaged; the message says why.
     """
     manifest = read_manifest(folder, SCHEMA, _NAMES, optional=("notes",))
     if manifest is None:
@@ -194,7 +177,7 @@ def read_store(folder: Path) -> RaggedStore | None:
             notes={str(what): int(count) for what, count in manifest.get("notes", {}).items()},
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it is no manifest of a store") from error
+        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it is not the manifest of a store") from error
     check_size(folder / "pixels.bin", int(store.offsets[-1]))
     return store
 
@@ -202,39 +185,28 @@ def read_store(folder: Path) -> RaggedStore | None:
 def _write(
     folder: Path, source: ImageFolder, load: Callable[[Item], np.ndarray], skip_bad: bool, advice: str
 ) -> dict[str, Any]:
-    """Decodes all images into a folder's pixels.bin; returns what the manifest says of them."""
+    """Decode all images into a folder's pixels.bin and return the content of the manifest."""
     images: list[tuple[str, int, str, int, int]] = []
     bad: list[tuple[str, str]] = []
     items = source.items
-    with (folder / "pixels.bin").open("wb") as file:
-        for item, result in zip(items, _loaded(items, load), strict=True):
-            if isinstance(result, BadImage):
-                bad.append((item.key, str(result)))
-            else:
-                images.append((item.key, item.label, item.split, result.shape[0], result.shape[1]))
-                _append(file, result)
-    if bad and (not skip_bad or not images):
-        raise UserError(f"{len(bad)} of {len(items)} images cannot be used ({_named(bad)}): {advice}")
-    known = {"schema": SCHEMA, "fingerprint": source.fingerprint, "class_names": source.class_names}
-    return {**known, "images": images, "bad": bad}
-
-
-def _append(file: IO[bytes], image: np.ndarray) -> None:
-    file.write(np.ascontiguousarray(image).data)
-
-
-def _loaded(items: Sequence[Item], load: Callable[[Item], np.ndarray]) -> Iterator[np.ndarray | BadImage]:
-    """Decodes in threads (Pillow releases the interpreter while it decodes and resizes), a chunk at a time."""
 
     def attempt(item: Item) -> np.ndarray | BadImage:
         try:
             return load(item)
-        except BadImage as bad:
-            return bad
+        except BadImage as error:
+            return error
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(items), _CHUNK):
-            yield from pool.map(attempt, items[start : start + _CHUNK])
+    with (folder / "pixels.bin").open("wb") as file:
+        for item, result in zip(items, in_threads(attempt, items), strict=True):
+            if isinstance(result, BadImage):
+                bad.append((item.key, str(result)))
+            else:
+                images.append((item.key, item.label, item.split, result.shape[0], result.shape[1]))
+                file.write(np.ascontiguousarray(result).data)
+    if bad and (not skip_bad or not images):
+        raise UserError(f"{len(bad)} of {len(items)} images cannot be used ({_named(bad)}): {advice}")
+    known = {"schema": SCHEMA, "fingerprint": source.fingerprint, "class_names": source.class_names}
+    return {**known, "images": images, "bad": bad}
 
 
 def _named(bad: Sequence[tuple[str, str]]) -> str:

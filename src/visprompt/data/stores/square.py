@@ -1,20 +1,16 @@
-"""Decoded images of one size: a store that is keyed by task or dataset, source, size and interpolation.
+"""Stores of decoded images of one size, one per dataset (or task), source, size and interpolation.
 
-A store is a folder with `pixels.bin` (uint8 [n, c, h, w]) and `manifest.json`: where each split set begins and ends,
-key of every image, labels by task (tasks of one dataset share the pixels), and the record of what it was made of. The
-split sets lie one after the other, so that train800val200 is the first thousand images. A store that exists is whole:
-its manifest has a digest, compared whenever it is opened, and checksums of the pixels (see `mapped`).
+A store is a folder with `pixels.bin` (uint8 [n, c, h, w]) and `manifest.json`: first and last row of each
+split set, key of each image, labels by task (tasks of one dataset share the pixels), and the origin. Split
+sets are concatenated, so train800val200 is the first thousand images. A store that exists is complete. Its
+manifest has a digest, compared whenever it is opened, and checksums of the pixels (see `mapped`).
 """
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,22 +18,21 @@ import numpy as np
 
 from visprompt.data.sources.content import Content, Found
 from visprompt.data.sources.images import BadImage
-from visprompt.data.stores.manifest import check_size, read_manifest, write_manifest
-from visprompt.data.stores.mapped import MappedFile
+from visprompt.data.stores.manifest import Store, check_size, read_manifest, write_manifest
+from visprompt.data.stores.threads import in_threads
 from visprompt.errors import UserError
 from visprompt.files import DamagedRecord
 
 SCHEMA = 1
 _NAMES = frozenset({"schema", "shape", "sets", "labels", "images", "record", "keys"})
-_CHUNK = 64  # images decoded ahead of the writer: bounds memory
 
 
 class Selection(NamedTuple):
     """The images of one split set.
 
     Attributes:
-        split: Official split that they are from.
-        keys: Their keys there.
+        split: Their official split.
+        keys: Their keys in it.
         labels: Task -> int64 [n].
     """
 
@@ -46,59 +41,45 @@ class Selection(NamedTuple):
     labels: Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class SquareStore:
-    """A store that is whole.
+@dataclass(frozen=True, kw_only=True)
+class SquareStore(Store):
+    """An open store of images of one size.
 
     Attributes:
-        folder: Where it is.
         shape: Number of images, channels, height and width.
-        sets: Split set -> its first row and the row behind its last one.
+        sets: Split set -> its first row and the row after its last one.
         keys: Official split and key of every image, "train/16399" for example.
         labels: Task -> int64 [n].
-        images: sha256 (hex) over the images as the source has them, before they were decoded or resized.
-        record: Source, form ("lossless" or "lossy") and what else tells of the origin.
-        chunks: Checksums of the pixels; None in a store of an older version, which is read unchecked.
-        made_for: The place it was made for; None in a store of an older version.
+        images: sha256 (hex) of the source's images, before they were decoded or resized.
+        record: The origin: source, form ("lossless" or "lossy"), dataset and checksums or commit.
     """
 
-    folder: Path
     shape: tuple[int, int, int, int]
     sets: Mapping[str, tuple[int, int]]
     keys: tuple[str, ...]
     labels: Mapping[str, np.ndarray]
     images: str
     record: Mapping[str, Any]
-    chunks: tuple[str, ...] | None
-    made_for: str | None
-
-    @cached_property
-    def _pixels(self) -> MappedFile:
-        return MappedFile(self.folder / "pixels.bin", self.chunks)
 
     def rows(self, sets: Sequence[str]) -> np.ndarray:
-        """Returns the rows of some split sets, int64 [n], one set after the other."""
+        """Return the rows of some split sets, int64 [n], concatenated."""
         return np.concatenate([np.arange(*self.sets[name]) for name in sets])
 
     def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Copies some images out of the file, uint8 [b, c, h, w], and keeps nothing of it in memory.
+        """Copy some images, uint8 [b, c, h, w], out of the memory map.
 
         Raises:
-            UserError: They are not what they were when the store was made.
+            UserError: An image has changed since the store was made.
         """
-        images, size = self._pixels.bytes.reshape(self.shape), math.prod(self.shape[1:])
+        images, size = self.pixels.bytes.reshape(self.shape), math.prod(self.shape[1:])
         for row in np.asarray(rows, np.int64).tolist():
-            self._pixels.compare(row * size, (row + 1) * size)
+            self.pixels.compare(row * size, (row + 1) * size)
         taken = images[rows]
-        self._pixels.release()
+        self.pixels.release()
         return taken
 
-    def damaged_chunks(self) -> int:
-        """Compares all pixels with their checksums and returns how many of these differ."""
-        return self._pixels.damaged()
-
     def fingerprint(self, task: str) -> str:
-        """Returns the sha256 (hex) of what a task's data is, at whatever size: images, split sets, keys and labels."""
+        """Return the sha256 (hex) of a task's images, split sets, keys and labels, at any stored size."""
         content = [self.images, self.sets, self.keys, self.labels[task].tolist()]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -107,7 +88,7 @@ def read_square(folder: Path) -> SquareStore | None:
     """Read a store; return None where the folder holds no store of this schema.
 
     Raises:
-        DamagedRecord: It is damaged; the message says why.
+        DamagedRecord: The store is damaged; the message says why.
     """
     manifest = read_manifest(folder, SCHEMA, _NAMES)
     if manifest is None:
@@ -127,9 +108,9 @@ def read_square(folder: Path) -> SquareStore | None:
         )
         lengths = {len(store.keys), *map(len, store.labels.values())}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it is no manifest of a store") from error
+        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it is not the manifest of a store") from error
     if lengths != {count}:
-        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it has not one key and label for each image")
+        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it needs one key and one label for each image")
     check_size(folder / "pixels.bin", math.prod(store.shape))
     return store
 
@@ -143,15 +124,15 @@ def write_square(
     watch: Callable[[Iterable[Found]], Iterable[Found]],
     made_for: str,
 ) -> None:
-    """Reads the selected images once, in the order of the files, and writes them into their places.
+    """Read the selected images once, in the order of the files, and write each at its row.
 
     Args:
-        folder: Empty.
-        content: Where the images come from.
+        folder: An empty folder.
+        content: The opened source.
         selections: Split set -> its images.
-        convert: Makes uint8 [c, h, w] of uint8 [h, w, c]; raises `BadImage`.
+        convert: Converts uint8 [h, w, c] to uint8 [c, h, w]; raises `BadImage`.
         record: See `SquareStore`.
-        watch: Passes the images on; a progress bar.
+        watch: Wraps the images in a progress bar.
         made_for: See `write_manifest`.
 
     Raises:
@@ -190,7 +171,7 @@ class _Ready(NamedTuple):
 def _write_pixels(
     path: Path, places: Mapping[tuple[str, str], int], images: Iterator[_Ready], digests: np.ndarray
 ) -> tuple[int, ...]:
-    """Writes each image and its digest at its row, in whatever order they come; returns the shape of one."""
+    """Write images and digests at their rows, in any order, and return the shape of an image."""
     missing = set(places)
     shape: tuple[int, ...] = ()
     with path.open("wb") as file:
@@ -217,7 +198,7 @@ def _write_pixels(
 def _converted(
     images: Iterable[Found], content: Content, convert: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[_Ready]:
-    """Decodes and resizes in threads (Pillow, OpenCV and torch release the interpreter), a chunk at a time."""
+    """Yield the resized images, decoded and resized in threads."""
 
     def work(found: Found) -> _Ready:
         data = found.image if isinstance(found.image, bytes) else np.ascontiguousarray(found.image).data
@@ -230,7 +211,4 @@ def _converted(
                 f"image {found.key} ({found.split}) {error}: the file that holds it is damaged, get it again"
             ) from error
 
-    stream = iter(images)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        while chunk := list(islice(stream, _CHUNK)):
-            yield from pool.map(work, chunk)
+    return in_threads(work, images)
