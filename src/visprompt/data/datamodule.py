@@ -35,6 +35,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     Attributes:
         task: Id of the task.
+        kind: What the task asks of an image: a name of `models.kind.KINDS`.
         source: Where the data came from, as results record it.
         form: "lossless" where the images are those of the original files, "lossy" where they were encoded again.
         augments: Whether training images differ between epochs.
@@ -43,6 +44,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
     """
 
     task: str
+    kind: str = "single_label"
     source: str
     form: str = "lossless"
     augments: bool = False

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from visprompt.errors import UserError
+from visprompt.models.kind import SINGLE_LABEL, TaskKind
 from visprompt.models.methods import Geometry, Method
 from visprompt.models.tensors import not_finite
 
@@ -62,19 +62,27 @@ class Classifier(nn.Module):
         method: What is tuned.
         num_classes: Width of the head (C).
         head_init: "vpt", the released VPT code's, or "zeros".
+        kind: What the task asks of an image.
 
     Raises:
         UserError: The number of classes is none, there is no such initialisation, or the method does not fit.
     """
 
-    def __init__(self, backbone: nn.Module, method: Method, num_classes: int, head_init: str = "vpt") -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        method: Method,
+        num_classes: int,
+        head_init: str = "vpt",
+        kind: TaskKind = SINGLE_LABEL,
+    ) -> None:
         super().__init__()
         whole = isinstance(cast(object, num_classes), Integral) and not isinstance(num_classes, bool)
         if not whole or num_classes < 1:
             raise UserError(f"num_classes={num_classes} is no number of classes: give a whole number of 1 or more")
         self._backbone_size = sum(p.numel() for p in backbone.parameters())  # before a method puts its own into it
         method.attach(cast(Geometry, backbone))
-        self.num_classes = num_classes
+        self.num_classes, self.kind = num_classes, kind
         self.backbone = backbone
         self.method = method
         self.head = method.make_head(int(backbone.width), num_classes, head_init)  # type: ignore[arg-type]  # an int
@@ -109,7 +117,7 @@ class Classifier(nn.Module):
         return out
 
     def losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the loss of each image [B], in float32 under autocast too: cross-entropy, and what the method adds.
+        """Return the loss of each image [B], in float32 under autocast too: the task's, and what the method adds.
 
         Args:
             logits: [B, C], what `forward` has just returned in training.
@@ -117,8 +125,7 @@ class Classifier(nn.Module):
             weights: Of each image in the sum that is minimised; 0 marks a filler.
         """
         with torch.autocast(logits.device.type, enabled=False):
-            cross_entropy = F.cross_entropy(logits.float(), labels, reduction="none")
-            return self.method.losses(cross_entropy, self.head, labels, weights)
+            return self.method.losses(self.kind.loss(logits, labels), self.head, labels, weights)
 
     @property
     def has_frozen_part(self) -> bool:

@@ -260,15 +260,19 @@ class Method(nn.Module):
         """Makes the features [B, width] that the head reads of the pooled ones and of the images."""
         return pooled
 
-    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
-        """Makes the losses that training minimises of the cross-entropies; called behind each forward in training.
+    def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+        """Return the losses that training minimises; called behind each forward in training.
 
         The weighted sum of what it returns is the mean over the global batch. A term of the whole global batch is
         added to every image's loss; `ranks.gathered` brings what other devices have.
 
-        All are [B], in float32; a weight of 0 marks a filler, which is no image of the batch.
+        Args:
+            task_loss: The task's own loss of each image, cross-entropy for example, [B] in float32.
+            head: The classifier's head.
+            labels: Classes [B].
+            weights: Of each image in the sum [B]; 0 marks a filler, which is no image of the batch.
         """
-        return cross_entropy
+        return task_loss
 
     def end_epoch(self, epoch: int) -> None:
         """Called behind every epoch of training, counted from 0, on every rank, before the checkpoint is written."""

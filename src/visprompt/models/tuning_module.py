@@ -10,10 +10,8 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.datasets import ArrayDataset, Batch, TicketDataset
@@ -87,9 +85,9 @@ class TuningModule(L.LightningModule):
         self.recipe = recipe
         self.seed = seed
         classes = classifier.num_classes
-        self.train_loss, self.train_acc, self.val_loss, self.test_loss = Mean(), Mean(), Mean(), Mean()
-        self.val_confusion = MulticlassConfusionMatrix(classes)
-        self.test_confusion = MulticlassConfusionMatrix(classes)
+        self.kind = classifier.kind
+        self.train_loss, self.train_score, self.val_loss, self.test_loss = Mean(), Mean(), Mean(), Mean()
+        self.val_figures, self.test_figures = self.kind.figures(classes), self.kind.figures(classes)
         self.scores: dict[str, float] = {}
         self.scored_step = -1
         self.per_class: list[float | None] = []
@@ -195,7 +193,7 @@ class TuningModule(L.LightningModule):
         self._bad_step = torch.minimum(self._bad_step, step)
         real = (batch.weights > 0).float()
         self.train_loss.update(losses.detach(), real)
-        self.train_acc.update((logits.argmax(1) == batch.labels).float(), real)
+        self.train_score.update(self.kind.correct(logits, batch.labels), real)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -209,50 +207,50 @@ class TuningModule(L.LightningModule):
             raise Diverged(bad_step)
         self.classifier.method.end_epoch(self.current_epoch)
         self.log("train/loss", self.train_loss, prog_bar=True)
-        self.log("train/acc", self.train_acc, prog_bar=True)
+        self.log(f"train/{self.kind.score}", self.train_score, prog_bar=True)
         self.log("lr", self._lr)
         if self._leaks and self._datamodule.split == "final":
-            self.log("leak/test_acc", self._leak())
+            self.log(f"leak/test_{self.kind.score}", self._leak())
 
     @torch.no_grad()
     def _leak(self) -> float:
-        """Test accuracy now; every rank scores all images."""
+        """Return the share of test images that are predicted rightly now; every rank scores all of them."""
         dataset, hits = self._datamodule.test_dataset, 0
         self.classifier.eval()
         for batch in self._datamodule.feature_dataloader(dataset):
             moved = self._apply_batch_transfer_handler(batch)
             with self.trainer.precision_plugin.forward_context():
-                hits += int((self(moved.images).argmax(1) == moved.labels).sum())
+                hits += int(self.kind.correct(self(moved.images), moved.labels).sum())
         self.classifier.train()
         return hits / len(dataset)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Scores val200; exists in `split=tune` only."""
         logits = self(batch.images).float()
-        self.val_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"), batch.weights)
-        self.val_confusion.update(*_counted(logits, batch))
+        self.val_loss.update(self.kind.loss(logits, batch.labels), batch.weights)
+        self.val_figures.update(logits, batch.labels, batch.weights)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation figures."""
-        self._score("val", self.val_confusion, self.val_loss)
+        self._score("val", self.val_figures, self.val_loss)
         self.scores["val/loss"] = self.scored_loss
         self.log("val/loss", self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Scores test; read once, after the last epoch of a final run."""
         logits = self(batch.images).float()
-        self.test_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"), batch.weights)
-        self.test_confusion.update(*_counted(logits, batch))
+        self.test_loss.update(self.kind.loss(logits, batch.labels), batch.weights)
+        self.test_figures.update(logits, batch.labels, batch.weights)
 
     def on_test_epoch_end(self) -> None:
         """Logs the test figures."""
-        self._score("test", self.test_confusion, self.test_loss)
+        self._score("test", self.test_figures, self.test_loss)
         self.test_loss.reset()  # it is not logged, and so Lightning does not
 
-    def _score(self, stage: str, confusion: MulticlassConfusionMatrix, loss: Mean) -> None:
-        """Logs and keeps the accuracies of a split set; keeps its loss."""
-        found = accuracies(confusion.compute())
-        confusion.reset()
+    def _score(self, stage: str, figures: Metric, loss: Mean) -> None:
+        """Log and keep the figures of a split set; keep its loss."""
+        found = figures.compute()
+        figures.reset()
         self.per_class = found.pop("per_class")
         self.scores = {f"{stage}/{name}": value for name, value in found.items()}
         self.scored_step, self.scored_loss = self.trainer.global_step, float(loss.compute())
@@ -293,32 +291,3 @@ def first_of_each(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarra
     ordered = labels[rows]
     places = [np.flatnonzero(ordered == label)[:count] for label in np.unique(ordered)]
     return np.asarray(rows[np.sort(np.concatenate(places))])
-
-
-def _counted(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return predictions and labels without those of a filler, which a device without images scores."""
-    real = batch.weights > 0
-    return logits.argmax(1)[real], batch.labels[real]
-
-
-def accuracies(confusion: Tensor) -> dict[str, Any]:
-    """Accuracy figures of a confusion matrix.
-
-    Args:
-        confusion: Counts [C, C], a row for every true class.
-
-    Returns:
-        acc (share of images), balanced_acc (mean over the classes that are present) and per_class (share of each
-        class, None where it has no image), count (images).
-    """
-    counts = confusion.sum(1)
-    hits = confusion.diagonal()
-    present = counts > 0
-    shares = hits[present].double() / counts[present]
-    per_class = [float(hits[c] / counts[c]) if present[c] else None for c in range(len(counts))]
-    return {
-        "acc": float(hits.sum().double() / counts.sum()),
-        "balanced_acc": float(shares.mean()),
-        "per_class": per_class,
-        "count": int(counts.sum()),
-    }

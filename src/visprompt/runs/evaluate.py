@@ -61,12 +61,13 @@ def evaluate(cfg: DictConfig) -> float:
     trainer.test(module, datamodule=prepared.datamodule, verbose=False)
     if not math.isfinite(module.scored_loss):
         raise UserError(f"{folders[0]} cannot be scored: its loss on the test set is not finite, so run it again")
-    score = module.scores["test/acc"]
+    first, *others = module.kind.shares
+    score = module.scores[f"test/{first}"]
     own = ", ".join(f"{100 * result.score:.2f} %" for result in results)
     console.print(
-        f"test/acc {100 * score:.2f} % on {module.scores['test/count']:.0f} images "
+        f"test/{first} {100 * score:.2f} % on {module.scores['test/count']:.0f} images "
         f"({'the run itself' if len(results) == 1 else f'{len(results)} runs averaged; each by itself'}: {own}), "
-        f"test/balanced_acc {100 * module.scores['test/balanced_acc']:.2f} %"
+        + ", ".join(f"test/{name} {100 * module.scores[f'test/{name}']:.2f} %" for name in others)
     )
     return score
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +22,7 @@ from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.family import Family
 from visprompt.models.classifier import Classifier
 from visprompt.models.feature_cache import release_pixels
+from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.models.methods import Method, build_method, check_options
 from visprompt.models.state_schema import check_record
 from visprompt.models.tuned_state import TunedState, save_state
@@ -117,13 +118,13 @@ def build_data(job: Job, backbone: Backbone) -> TaskDataModule:
     )
 
 
-def build_classifier(job: Job, backbone: Backbone, num_classes: int) -> Classifier:
-    """Backbone (copied), method and head of a job, drawn from the job's seed."""
+def build_classifier(job: Job, backbone: Backbone, num_classes: int, kind: str = SINGLE_LABEL.name) -> Classifier:
+    """Build the backbone (a copy), method and head of a job, drawn from the job's seed."""
     L.seed_everything(int(job.seed), verbose=False)
     module = deepcopy(backbone.module)
     options = dict(job.method)
     method = build_method(options.pop("name"), module, **options)
-    return Classifier(module, method, num_classes, job.recipe.head_init)
+    return Classifier(module, method, num_classes, job.recipe.head_init, KINDS[kind])
 
 
 def run_job(run: Run) -> Result:
@@ -182,7 +183,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     device = trainer.strategy.root_device
     job, datamodule = run.job, run.datamodule
     ckpt_path = resume.find(Owner(full_digest(run.identity), job.seed, attempt))
-    classifier = build_classifier(job, run.backbone, datamodule.num_classes)
+    classifier = build_classifier(job, run.backbone, datamodule.num_classes, datamodule.kind)
     release_pixels(None if classifier.has_frozen_part else datamodule.images_key)  # they were earlier runs'
     environment.reset_peak_memory(device)
     pruning.rewind(classifier, run.folder.parent)  # where the method names stored initial values
@@ -210,7 +211,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         unscored = diverged is None and not datamodule.is_scored
         if diverged is None and not unscored and module.scored_step != trainer.global_step:
             raise UserError("nothing was scored: take trainer.limit_val_batches and trainer.limit_test_batches off 0")
-        metrics = _last_row(resume) | module.scores
+        metrics = _last_row(resume, f"leak/test_{module.kind.score}") | module.scores
         figures = [*metrics.values()] if unscored else [module.scored_loss, *metrics.values()]
         if diverged is None and not all(map(math.isfinite, figures)):
             diverged = trainer.global_step  # the last step spoilt what the parameters make, if not themselves
@@ -226,10 +227,11 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             time={"train_s": resume.seconds, "last_process_s": time.monotonic() - started},
             peak_memory=environment.peak_memory(device),
             machine=_machine(trainer),
-            versions=environment.versions() | {"git_commit": environment.git_commit()},
+            versions={**environment.versions(), "git_commit": environment.git_commit()},
             diverged_step=diverged,
             trainer=run.identity["trainer"],
             tags=job.tags,
+            kind=datamodule.kind,
         )
         if trainer.is_global_zero:
             result = _finish(run, result, module.classifier)
@@ -281,20 +283,21 @@ def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
             ),
         )
         size = (folder / "tuned.safetensors").stat().st_size
-        result = replace(result, tuned=dict(result.tuned) | {"bytes": size, "sha256": checksum})
+        result = result.model_copy(update={"tuned": result.tuned | {"bytes": size, "sha256": checksum}})
     else:
         (folder / "tuned.safetensors").unlink(missing_ok=True)  # of an attempt that was killed here
     curve = folder / "metrics.csv"  # missing where the first epoch diverged
-    result = replace(result, files={curve.name: sha256(curve.read_bytes()).hexdigest()} if curve.is_file() else {})
+    if curve.is_file():
+        result = result.model_copy(update={"files": {curve.name: sha256(curve.read_bytes()).hexdigest()}})
     write_result(folder, result)
     with signals.deferred():
         run_folder.put_in_place(run.folder)
     return result
 
 
-def _last_row(resume: ResumeCheckpoint) -> dict[str, float]:
+def _last_row(resume: ResumeCheckpoint, leak: str) -> dict[str, float]:
     row = resume.rows[max(resume.rows)] if resume.rows else {}
-    leaked = [row["leak/test_acc"] for row in resume.rows.values() if "leak/test_acc" in row]
+    leaked = [row[leak] for row in resume.rows.values() if leak in row]
     best = {"leak/best_on_test": max(leaked)} if leaked else {}  # a diagnostic: no choice reads it
     return {k: v for k, v in row.items() if "/" in k} | best
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from visprompt.errors import UserError
 from visprompt.files import temporary_folder
+from visprompt.models.kind import KINDS
 from visprompt.runs import compose, engine, environment, memory, run_folder, signals
 from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import Result, check_same_run, read_result
@@ -250,8 +251,9 @@ def show(result: Result, run: Run) -> None:
     table = Table(title=f"{result.task}, {result.method['name']}, split={result.split}, seed={result.seed}")
     table.add_column("what")
     table.add_column("figure", overflow="fold")
+    shares = KINDS[result.kind].shares
     for name, value in result.metrics.items():
-        if name.startswith(("val/", "test/")) and "acc" in name:
+        if name.startswith(("val/", "test/")) and name.partition("/")[2] in shares:
             table.add_row(name, f"{100 * value:.2f} %")
     if result.status == "diverged":
         table.add_row("status", f"diverged at step {result.diverged_step}")

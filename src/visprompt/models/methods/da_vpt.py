@@ -194,16 +194,16 @@ class DAVPT(Method):
             self._features = pooled.detach()
         return pooled
 
-    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+    def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
         """Adds the terms of the last forward to the cross-entropies [B]."""
         seen, features = self._seen, self._features
         self._seen, self._features = {}, None
         if not seen or features is None:
-            return cross_entropy
+            return task_loss
         self._count(features, labels, weights)
         real, prompt_of = gathered(weights > 0)[:, None], gathered(self.mapping[labels])
         own = prompt_of[:, None] == torch.arange(self.guided.shape[1], device=labels.device)
-        term = cross_entropy.new_zeros(())
+        term = task_loss.new_zeros(())
         for i, x in seen.items():
             vectors = [(self.patch_weight, x[:, self._prefix :].float().mean(dim=1))]
             if self._has_class:
@@ -211,7 +211,7 @@ class DAVPT(Method):
             for weight, z in vectors:
                 if weight:
                     term = term + weight * self._proxy_anchor(gathered(z), self.guided[i].float(), own, real)
-        return cross_entropy + term / len(self.guided)
+        return task_loss + term / len(self.guided)
 
     def _queries(self, guided: int, x: Tensor) -> Tensor:
         """Of the class tokens, [B, width], in that block's attention."""

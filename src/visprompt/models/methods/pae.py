@@ -172,9 +172,9 @@ class PAE(VPT):
         head = self._head[0]
         return F.cross_entropy(head(backbone(images, self).to(head.weight.dtype)).float(), labels)
 
-    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+    def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
         """Adds the terms of the prompts to the cross-entropies [B]."""
-        return cross_entropy + self._evolution() if self.evolves else cross_entropy
+        return task_loss + self._evolution() if self.evolves else task_loss
 
     def _evolution(self) -> Tensor:
         """Both terms, weighted; the gradient of C, K and L together is at most `_CLIP` long."""

@@ -141,17 +141,17 @@ class SA2VP(Method):
         read = self._state.pop("read", None)
         return torch.zeros_like(x) if read is None else read[:, : x.shape[1]]
 
-    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+    def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
         """Mixes the cross-entropies [B] with those of the head on the prompts."""
         prompts = self._state.pop("prompts", None)
         if prompts is None or not self.prompt_weight:
-            return cross_entropy
+            return task_loss
         (backbone,) = self._backbone
         rows, _ = backbone.pooled_rows(prompts.shape[1], None)
         dtype = next(backbone.parameters()).dtype
         logits = head(backbone.pool(prompts[:, rows].to(dtype), None).to(next(head.parameters()).dtype)).float()
         own = F.cross_entropy(logits.expand(len(labels), -1), labels, reduction="none")
-        return (1 - self.prompt_weight) * cross_entropy + self.prompt_weight * own
+        return (1 - self.prompt_weight) * task_loss + self.prompt_weight * own
 
     @property
     def _scores_prompts(self) -> bool:

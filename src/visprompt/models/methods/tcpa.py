@@ -159,10 +159,10 @@ class TCPA(Method):
         out = own.ls1(F.linear(out, attn.proj.weight))
         return -F.pad(out, (0, 0, 0, x.shape[1] - count))
 
-    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+    def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
         """Adds each image's distance between tokens and chosen keys to the cross-entropies [B]."""
         distance = self._state.pop("distance", None)
-        return cross_entropy if distance is None else cross_entropy + self.match_weight * distance
+        return task_loss if distance is None else task_loss + self.match_weight * distance
 
     def end_epoch(self, epoch: int) -> None:
         """Counts the epochs."""
