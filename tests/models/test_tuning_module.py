@@ -69,7 +69,9 @@ def test_the_loss_is_the_weighted_sum_and_rows_of_no_weight_do_not_count(monkeyp
     losses = F.cross_entropy(logits, given.labels, reduction="none")
     assert float(one.training_step(given, 0).detach()) == pytest.approx(float((losses * given.weights).sum().detach()))
     assert float(one.train_loss.compute()) == pytest.approx(float(losses[:3].mean().detach()))
-    assert float(one.train_score.compute()) == pytest.approx(float((logits.argmax(1) == given.labels)[:3].float().mean()))
+    assert float(one.train_score.compute()) == pytest.approx(
+        float((logits.argmax(1) == given.labels)[:3].float().mean())
+    )
 
 
 @pytest.mark.parametrize("stage", ["validation", "test"])
