@@ -14,7 +14,7 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="predict")
 def main(cfg: DictConfig) -> None:
-    """Writes predictions.csv."""
+    """Write predictions.csv."""
     with one_sentence_errors():
         from visprompt.runs.predict import predict  # imported late: a wrong word is said before torch is loaded
 

@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 def unknown(kind: str, word: object, choices: Iterable[str]) -> UserError:
-    """Builds the error for a word that is not among the valid ones.
+    """Build the error for a word that is not among the valid ones.
 
     Args:
         kind: What the word should have named, for example "task".
@@ -85,7 +85,7 @@ class Kind:
         return value
 
     def _is_unquoted(self, value: Any) -> bool:
-        """Whether a text was meant that reads as a number or a switch."""
+        """Return whether a text was meant that reads as a number or a switch."""
         return type(value) in (int, float, bool) and self.fits("text")
 
     def error(self, key: str, value: Any) -> UserError:
@@ -136,7 +136,7 @@ def number(words: str, fits: Callable[[float], bool]) -> Kind:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a number, not true or false, that a float can hold."""
+    """Return whether a value is a number, not true or false, that a float can hold."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 

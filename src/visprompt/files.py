@@ -35,7 +35,7 @@ _DIGEST = "digest"
 
 @contextmanager
 def alone(lock_file: Path, what: str) -> Iterator[None]:
-    """Keeps other processes from doing the same at the same time, after waiting for one that does.
+    """Keep other processes from doing the same at the same time, after waiting for one that does.
 
     Args:
         lock_file: Held while the body runs.
@@ -59,7 +59,7 @@ def alone(lock_file: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Locks a temporary file or folder while it is written; the system releases the lock of a killed process."""
+    """Lock a temporary file or folder while it is written; the system releases the lock of a killed process."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # no locks here: the age decides
@@ -71,7 +71,7 @@ def claimed(path: Path) -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(purpose: str) -> Iterator[Path]:
-    """A folder in the system's place for temporary files; removes those for the same purpose of killed processes.
+    """Return a folder in the system's place for temporary files; removes those for the same purpose of killed processes.
 
     Args:
         purpose: Part of its name, for example "ranks".
@@ -83,7 +83,7 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
 
 
 def sweep(paths: Iterable[Path]) -> None:
-    """Removes those of some temporary files and folders that nobody writes any more."""
+    """Remove those of some temporary files and folders that nobody writes any more."""
     for path in paths:
         if not _is_abandoned(path):
             continue
@@ -119,7 +119,7 @@ def _last_write(path: Path) -> float:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file so that it either stands complete under its name or not at all.
+    """Write a file so that it either stands complete under its name or not at all.
 
     Args:
         path: The file to write; its folder is made.
@@ -153,7 +153,7 @@ def _unwritable(path: Path, error: Exception) -> UserError:
 
 
 def publish(folder: Path, write: Callable[[Path], None], usable: Callable[[], bool], option: str = "store_dir") -> None:
-    """Writes a folder; any number of processes may do so at once, the first that is ready wins.
+    """Write a folder; any number of processes may do so at once, the first that is ready wins.
 
     Args:
         folder: The folder to make, replacing one that is damaged.
@@ -182,7 +182,7 @@ def publish(folder: Path, write: Callable[[Path], None], usable: Callable[[], bo
 
 
 def explained(error: OSError, place: Path, option: str = "store_dir") -> UserError:
-    """Says in one sentence why a place cannot be written, and which option moves it elsewhere."""
+    """Say in one sentence why a place cannot be written, and which option moves it elsewhere."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"the disk of {place} is full: free space there, "
@@ -213,7 +213,7 @@ class DamagedRecord(UserError):
 
 
 def digest_of(record: Mapping[str, Any]) -> str:
-    """Returns the sha256 (hex) over the canonical JSON of a record, of which "digest" is left out.
+    """Return the sha256 (hex) over the canonical JSON of a record, of which "digest" is left out.
 
     Raises:
         ValueError: A number is not finite, or a value is not one of JSON's.
@@ -224,7 +224,7 @@ def digest_of(record: Mapping[str, Any]) -> str:
 
 
 def record_text(record: Mapping[str, Any], indent: int | None = None) -> str:
-    """Returns a record with its digest as JSON.
+    """Return a record with its digest as JSON.
 
     Args:
         record: Content by name, for example {"initial": "0f3a"}; its names are texts.
@@ -237,7 +237,7 @@ def record_text(record: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def write_record(path: Path, record: Mapping[str, Any], indent: int | None = None) -> None:
-    """Writes `record_text` atomically.
+    """Write `record_text` atomically.
 
     Raises:
         ValueError: A number is not finite.
@@ -248,7 +248,7 @@ def write_record(path: Path, record: Mapping[str, Any], indent: int | None = Non
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Reads a record and compares it with its digest.
+    """Read a record and compares it with its digest.
 
     Args:
         path: The file.

@@ -179,7 +179,7 @@ def backbone_of(state: TunedState, weights: str | None) -> Backbone:
 
 
 def _copied(backbone: nn.Module) -> tuple[Family, dict[str, Any]]:
-    """A copy of a user's model as a backbone, and what a tuned state says of it."""
+    """Return a copy of a user's model as a backbone, and what a tuned state says of it."""
     _check_plain(backbone)
     model: Any = copy.deepcopy(backbone)
     module = model.eval() if isinstance(model, Family) else family(model)
@@ -195,7 +195,7 @@ def _copied(backbone: nn.Module) -> tuple[Family, dict[str, Any]]:
 
 
 def _check_plain(model: nn.Module) -> None:
-    """Refuses a model with a layer of an earlier method, whose values no state of the new one would hold."""
+    """Refuse a model with a layer of an earlier method, whose values no state of the new one would hold."""
     for name, module in model.named_modules():
         if isinstance(module, Wrapped | MoreChannels):
             raise UserError(

@@ -94,13 +94,13 @@ class Classifier(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Sets training mode; a frozen backbone stays in evaluation mode, so that only prompts see dropout."""
+        """Set training mode; a frozen backbone stays in evaluation mode, so that only prompts see dropout."""
         super().train(mode)
         self.backbone.train(mode and self.method.trains_backbone)
         return self
 
     def features(self, x: Tensor) -> Tensor:
-        """Features [B, width] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
+        """Return features [B, width] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
         only_head = self.method.first_block == self.method.num_blocks
         if x.ndim not in (4, 2 if only_head else 3) or (x.ndim < 4 and not self.has_frozen_part):
             raise UserError(f"images are [B, 3, height, width], and these have the shape {tuple(x.shape)}")
@@ -112,7 +112,7 @@ class Classifier(nn.Module):
         return self.method.features(self.backbone(x, self.method), x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, C] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
+        """Return logits [B, C] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
         out: Tensor = self.head(self.features(x))
         return out
 
@@ -133,7 +133,7 @@ class Classifier(nn.Module):
         return self.method.first_block > 0
 
     def frozen(self, images: Tensor) -> Tensor:
-        """The part of the computation before anything tuned: features where no block is tuned, else tokens.
+        """Return the part of the computation before anything tuned: features where no block is tuned, else tokens.
 
         Args:
             images: Normalised images [B, 3, H, W].
@@ -148,15 +148,15 @@ class Classifier(nn.Module):
         return out
 
     def tuned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that are tuned, in the module's order."""
+        """Return names and parameters that are tuned, in the module's order."""
         return ((name, p) for name, p in self.named_parameters() if name in self.tuned_names)
 
     def tuned_state(self) -> dict[str, Tensor]:
-        """The tuned parameters, and the buffers of tuned modules, under the names they are saved by."""
+        """Return the tuned parameters, and the buffers of tuned modules, under the names they are saved by."""
         return {name.removeprefix("method."): tensor.detach() for name, tensor in self._tuned_tensors()}
 
     def load_tuned_state(self, state: Mapping[str, Tensor]) -> None:
-        """Loads what `tuned_state` returned.
+        """Load what `tuned_state` returned.
 
         Args:
             state: Tensors by name, exactly those that are tuned here.
@@ -189,7 +189,7 @@ class Classifier(nn.Module):
                 tensor.copy_(state[name])
 
     def summary(self) -> Summary:
-        """Counts tuned parameters, their bytes, and the operations of one image."""
+        """Count tuned parameters, their bytes, and the operations of one image."""
         parts = {name.removeprefix("method."): p.numel() for name, p in self.tuned_parameters()}
         head = sum(p.numel() for p in self.head.parameters())
         return Summary(
@@ -218,7 +218,7 @@ class Classifier(nn.Module):
         return int(counter.get_total_flops()) // 2
 
     def _tuned_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Tuned parameters and the saved buffers of modules that hold one, both in the module's order."""
+        """Yield tuned parameters and the saved buffers of modules that hold one, both in the module's order."""
         trained = self.method.trains_backbone  # frozen, batch norms keep the backbone's own statistics
         modules = {n.rpartition(".")[0] for n in self.tuned_names if trained or not n.startswith("backbone.")}
         saved = self.state_dict(keep_vars=True)  # without the buffers that a module declares as not saved

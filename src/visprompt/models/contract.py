@@ -109,7 +109,7 @@ class TokenBackbone(Geometry, Protocol):
         ...
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Outputs of a block, of all tokens x [B, n, width]: `num_image` image tokens, prompts behind them."""
+        """Return outputs of a block, of all tokens x [B, n, width]: `num_image` image tokens, prompts behind them."""
         ...
 
 
@@ -141,7 +141,7 @@ class Method(nn.Module):
         self.num_blocks = backbone.num_blocks
 
     def check_pool(self, backbone: Geometry) -> None:
-        """Refuses a `pool` that reads what is not there; to be called when the token flow is known.
+        """Refuse a `pool` that reads what is not there; to be called when the token flow is known.
 
         Raises:
             UserError: The word is unknown, or there are no such outputs behind the last block.
@@ -169,7 +169,7 @@ class Method(nn.Module):
         return False
 
     def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
-        """Writes its first values in place, where `needs_images`; called by `inits.initialise`.
+        """Write its first values in place, where `needs_images`; called by `inits.initialise`.
 
         The backbone is frozen and in evaluation mode, with the method attached. Images are batches of normalised
         training images [B, 3, H, W], at most `inits.MAX_IMAGES`, to be read once; the seed decides what is drawn.
@@ -177,7 +177,7 @@ class Method(nn.Module):
         raise LookupError(f"{type(self).__name__} needs no images")
 
     def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
-        """Makes first values of training images and labels, in place of `initialise` where `images_per_class` is given.
+        """Make first values of training images and labels, in place of `initialise` where `images_per_class` is given.
 
         Batches are normalised images [B, 3, H, W] with labels [B], up to `images_per_class` of each class, the same
         on all ranks; else as `initialise`.
@@ -190,10 +190,10 @@ class Method(nn.Module):
         return 0
 
     def attach(self, backbone: Geometry) -> None:
-        """Changes the backbone's modules where the method needs it, once, before the first forward."""
+        """Change the backbone's modules where the method needs it, once, before the first forward."""
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """Names of the tuned parameters.
+        """Return names of the tuned parameters.
 
         The only oracle of what requires gradients, what the optimiser gets, what is saved and what is counted.
 
@@ -206,7 +206,7 @@ class Method(nn.Module):
         return frozenset(name for name, _ in classifier.named_parameters() if name.startswith(("method.", "head.")))
 
     def make_head(self, width: int, num_classes: int, init: str) -> nn.Module:
-        """Builds the head: features [B, width] -> logits [B, num_classes].
+        """Build the head: features [B, width] -> logits [B, num_classes].
 
         Raises:
             UserError: There is no such initialisation.
@@ -214,11 +214,11 @@ class Method(nn.Module):
         return init_linear(nn.Linear(width, num_classes), init)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Changes normalised images [B, 3, H, W] before the patch embedding."""
+        """Change normalised images [B, 3, H, W] before the patch embedding."""
         return images
 
     def token_flow(self) -> tuple[Flow, ...]:
-        """What happens to prompt tokens before each block, one entry for every block."""
+        """Return what happens to prompt tokens before each block, one entry for every block."""
         return (Flow.KEEP,) * self.num_blocks
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -235,15 +235,15 @@ class Method(nn.Module):
         raise LookupError(f"{type(self).__name__} lets no tokens enter before block {block}")
 
     def shift(self, block: int, x: Tensor) -> Tensor:
-        """Changes the image tokens [B, n, width] before a block."""
+        """Change the image tokens [B, n, width] before a block."""
         return x
 
     def keys_values(self, block: int) -> tuple[Tensor, Tensor] | None:
-        """Rows that join a block's keys and values, each [heads, t, width / heads]; None for none."""
+        """Return rows that join a block's keys and values, each [heads, t, width / heads]; None for none."""
         return None
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """What is added at a place of `places`.
+        """Return what is added at a place of `places`.
 
         Args:
             place: Where.
@@ -257,7 +257,7 @@ class Method(nn.Module):
         raise LookupError(f"{type(self).__name__} has no branch at {place.value}")
 
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """Makes the features [B, width] that the head reads of the pooled ones and of the images."""
+        """Make the features [B, width] that the head reads of the pooled ones and of the images."""
         return pooled
 
     def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
@@ -278,11 +278,11 @@ class Method(nn.Module):
         """Called behind every epoch of training, counted from 0, on every rank, before the checkpoint is written."""
 
     def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """What is kept of images, [B, any], where `first_block` is behind the last; `resumed` goes on from it."""
+        """Return what is kept of images, [B, any], where `first_block` is behind the last; `resumed` goes on from it."""
         return self.features(pooled, images)
 
     def resumed(self, stored: Tensor) -> Tensor:
-        """The features [B, width] of what `stored` made."""
+        """Return the features [B, width] of what `stored` made."""
         return stored
 
 
@@ -299,7 +299,7 @@ class Wrapped(nn.Module):
 
 
 def drop(dropout: nn.Dropout, prompts: Tensor, batch_size: int) -> Tensor:
-    """Prompts [1, p, width], or [batch_size, p, width] while dropout is active: it is drawn for every image anew."""
+    """Return prompts [1, p, width], or [batch_size, p, width] while dropout is active: it is drawn for every image anew."""
     if dropout.training and dropout.p > 0:
         prompts = prompts.expand(batch_size, -1, -1)
     dropped: Tensor = dropout(prompts)
@@ -307,7 +307,7 @@ def drop(dropout: nn.Dropout, prompts: Tensor, batch_size: int) -> Tensor:
 
 
 def per_block(shapes: Sequence[tuple[int, ...]], draw: Callable[[Tensor], object]) -> nn.Parameter | nn.ParameterList:
-    """Makes a parameter of every block: one tensor where their shapes agree, a list where they do not.
+    """Make a parameter of every block: one tensor where their shapes agree, a list where they do not.
 
     Args:
         shapes: Of each block's part.
@@ -327,12 +327,12 @@ def per_block(shapes: Sequence[tuple[int, ...]], draw: Callable[[Tensor], object
 
 
 def split_heads(attn: Any, projected: Tensor) -> tuple[Tensor, ...]:
-    """Splits tokens [B, n, parts * width], projected by timm's attention, into parts of [B, heads, n, head_dim]."""
+    """Split tokens [B, n, parts * width], projected by timm's attention, into parts of [B, heads, n, head_dim]."""
     return projected.unflatten(-1, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def init_linear(layer: nn.Linear, how: str) -> nn.Linear:
-    """Initialises a head's last layer in place and returns it.
+    """Initialise a head's last layer in place and returns it.
 
     Args:
         layer: The layer.

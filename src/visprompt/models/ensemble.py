@@ -54,7 +54,7 @@ class Ensemble(nn.Module):
         return method.first_block == method.num_blocks
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C] of normalised images [B, 3, H, W]."""
+        """Return logits [B, C] of normalised images [B, 3, H, W]."""
         x = self.classifier.frozen(images) if self._common else images
         total = torch.zeros((), device=x.device)
         for member in range(self.num_members):

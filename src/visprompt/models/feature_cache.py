@@ -23,7 +23,7 @@ _SETS = 2  # of a grid: what is trained on, and what is scored
 
 
 def keep(parts: Iterator[Tensor], count: int, copies: int = 1, key: Hashable = None) -> np.ndarray | None:
-    """Puts batches together, in memory, or in a file where they are large.
+    """Put batches together, in memory, or in a file where they are large.
 
     Args:
         parts: float32 [b, ...], the rows in order; not looked at further where there is no room, or where those of an
@@ -63,12 +63,12 @@ def keep(parts: Iterator[Tensor], count: int, copies: int = 1, key: Hashable = N
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Whether pixels have to be copied to a device before every step."""
+    """Return whether pixels have to be copied to a device before every step."""
     return device.type == "cuda"
 
 
 def on_device(dataset: TicketDataset, device: torch.device, key: tuple[Hashable, ...]) -> TicketDataset:
-    """Moves the pixels of equal images to a GPU where they take less than a quarter of its free memory.
+    """Move the pixels of equal images to a GPU where they take less than a quarter of its free memory.
 
     Args:
         dataset: What is to be read in every epoch.
@@ -96,7 +96,7 @@ def on_device(dataset: TicketDataset, device: torch.device, key: tuple[Hashable,
 
 
 def release_pixels(owner: Hashable) -> None:
-    """Gives back the pixels on a GPU whose key does not begin with `owner`: a run's memory is to be its own."""
+    """Give back the pixels on a GPU whose key does not begin with `owner`: a run's memory is to be its own."""
     for key in [key for key in _pixels if key[0] != owner]:
         del _pixels[key]
 

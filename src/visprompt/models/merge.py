@@ -11,7 +11,7 @@ from visprompt.models.contract import Wrapped
 
 
 def merge(classifier: Classifier) -> nn.Module:
-    """Builds the plain model that a classifier is equal to.
+    """Build the plain model that a classifier is equal to.
 
     Args:
         classifier: One whose method leaves nothing but other weights behind; it is not changed.
@@ -44,7 +44,7 @@ def merge(classifier: Classifier) -> nn.Module:
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Puts the plain layer in the place of every wrapped one, the inner ones first."""
+    """Put the plain layer in the place of every wrapped one, the inner ones first."""
     wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, Wrapped)]
     for name, module in reversed(wrapped):
         if not hasattr(module, "merged"):

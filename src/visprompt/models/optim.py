@@ -29,7 +29,7 @@ def param_groups(
     undecayed: frozenset[str] = frozenset(),
     decay_biases: bool = True,
 ) -> list[dict[str, object]]:
-    """Groups tuned parameters by learning rate and weight decay.
+    """Return groups tuned parameters by learning rate and weight decay.
 
     Args:
         parameters: Names and parameters that are tuned.
@@ -161,7 +161,7 @@ def build_optimizer(
     steps_per_epoch: int,
     undecayed: frozenset[str] = frozenset(),
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Builds the optimiser and its schedule, which is stepped after every optimiser step.
+    """Build the optimiser and its schedule, which is stepped after every optimiser step.
 
     Args:
         parameters: Names and parameters that are tuned.

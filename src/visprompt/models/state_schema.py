@@ -103,7 +103,7 @@ class _State(Closed):
 
 
 def read(model: type[_Model], values: Any, source: Path | str, mend: str) -> _Model:
-    """Returns values from elsewhere as a record, or refuses the first one that does not fit.
+    """Return values from elsewhere as a record, or refuses the first one that does not fit.
 
     Args:
         model: The record's schema.
@@ -156,7 +156,7 @@ def check_record(record: Mapping[str, Any], source: Path | str, mend: str) -> No
 
 
 def _check_visible(where: str, value: Any, depth: int = 0) -> None:
-    """Refuses an option of a method that is anything but a word or number of ordinary size, or lists of them."""
+    """Refuse an option of a method that is anything but a word or number of ordinary size, or lists of them."""
     if isinstance(value, list) and len(value) <= LARGEST and depth < _DEEPEST:
         for entry in value:
             _check_visible(where, entry, depth + 1)

@@ -52,7 +52,7 @@ class TunedState:
 
 
 def save_state(path: Path, state: TunedState) -> str:
-    """Writes a tuned state atomically.
+    """Write a tuned state atomically.
 
     Args:
         path: The file, by custom `tuned.safetensors`.
@@ -83,7 +83,7 @@ def _split(joined: str) -> tuple[str, ...]:
 
 
 def load_state(path: Path) -> TunedState:
-    """Reads and verifies a tuned state.
+    """Read and verifies a tuned state.
 
     Args:
         path: The file, or the run's folder that holds `tuned.safetensors`.
@@ -129,7 +129,7 @@ def load_state(path: Path) -> TunedState:
 
 
 def read_checksum(path: Path, *, hashed: bool) -> str | None:
-    """Reads the checksum in a tuned state's header.
+    """Read the checksum in a tuned state's header.
 
     Args:
         path: The file.
@@ -149,7 +149,7 @@ def read_checksum(path: Path, *, hashed: bool) -> str | None:
 
 
 def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
-    """Refuses a state that was tuned for something else.
+    """Refuse a state that was tuned for something else.
 
     Args:
         state: The state to be loaded.

@@ -49,12 +49,12 @@ class Mean(Metric):
         self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor) -> None:
-        """Adds values [n] with their weights [n]."""
+        """Add values [n] with their weights [n]."""
         self.total = self.total + (values * weights).sum()
         self.weight = self.weight + weights.sum()
 
     def compute(self) -> Tensor:
-        """The mean so far."""
+        """Return the mean so far."""
         return self.total / self.weight
 
 
@@ -98,21 +98,21 @@ class TuningModule(L.LightningModule):
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C] of normalised images [B, 3, H, W], or of what the frozen part made of them."""
+        """Return logits [B, C] of normalised images [B, 3, H, W], or of what the frozen part made of them."""
         out: Tensor = self.classifier(images.to(self.dtype))  # pixels are floats only after Lightning's conversion
         return out
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form for all
-        """The tuned state: a frozen backbone is never written."""
+        """Return the tuned state: a frozen backbone is never written."""
         return self.classifier.tuned_state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
-        """Loads a tuned state; a name that is missing or too much is an error."""
+        """Load a tuned state; a name that is missing or too much is an error."""
         self.classifier.load_tuned_state(state_dict)
         self._resumed = True
 
     def configure_optimizers(self) -> Any:
-        """The recipe's optimiser with its schedule, stepped after every optimiser step."""
+        """Return the recipe's optimiser with its schedule, stepped after every optimiser step."""
         # Lightning's own estimate would load the data before frozen features can take its place
         steps = math.ceil(len(self._datamodule.train_dataset) / self.recipe.batch_size)
         optimizer, schedule = build_optimizer(
@@ -121,7 +121,7 @@ class TuningModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Computes once what can never change, the output of frozen layers; else a GPU gets the pixels, once."""
+        """Compute once what can never change, the output of frozen layers; else a GPU gets the pixels, once."""
         self._check_batch_norm()
         self._check_comparison()
         datamodule = self._datamodule
@@ -134,7 +134,7 @@ class TuningModule(L.LightningModule):
                 datamodule.val_dataset = self._kept(datamodule.val_dataset)
 
     def _initialise(self) -> None:
-        """Makes the method's first values of training images, the same on every rank."""
+        """Make the method's first values of training images, the same on every rank."""
         dataset = self._datamodule.train_dataset
         method, backbone = self.classifier.method, self.classifier.backbone
         rows = np.random.default_rng(self.seed).permutation(len(dataset))
@@ -151,7 +151,7 @@ class TuningModule(L.LightningModule):
             method.see_classes(backbone, ((b.images, b.labels) for b in batches), self.seed)
 
     def _check_batch_norm(self) -> None:
-        """Refuses batch statistics of less than the whole batch; on GPUs the trainer synchronises them."""
+        """Refuse batch statistics of less than the whole batch; on GPUs the trainer synchronises them."""
         trained = self.classifier.method.trains_backbone  # frozen, a backbone keeps its batch statistics
         names = [n for n in self.classifier.tuned_names if trained or not n.startswith("backbone.")]
         tuned = {name.rpartition(".")[0] for name in names}
@@ -172,7 +172,7 @@ class TuningModule(L.LightningModule):
             )
 
     def _check_comparison(self) -> None:
-        """Refuses a loss that compares images where it would see parts of a batch."""
+        """Refuse a loss that compares images where it would see parts of a batch."""
         if self.classifier.method.compares_images and self.trainer.accumulate_grad_batches > 1:
             raise UserError(
                 "this method's loss compares the images of a batch, and each of the accumulated parts of a batch would "
@@ -180,7 +180,7 @@ class TuningModule(L.LightningModule):
             )
 
     def on_train_epoch_start(self) -> None:
-        """Seeds the noise of this epoch."""
+        """Seed the noise of this epoch."""
         text = f"{self.seed} {self.current_epoch} {self.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
 
@@ -197,11 +197,11 @@ class TuningModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keeps the rate of this step for the curve."""
+        """Keep the rate of this step for the curve."""
         self._lr = float(optimizer.param_groups[0]["lr"])
 
     def on_train_epoch_end(self) -> None:
-        """Ends a diverged run before its checkpoint is written; on all ranks alike."""
+        """End a diverged run before its checkpoint is written; on all ranks alike."""
         bad_step = int(torch.as_tensor(self.trainer.strategy.reduce(self._bad_step, reduce_op="min")))
         if bad_step != _NEVER:
             raise Diverged(bad_step)
@@ -225,25 +225,25 @@ class TuningModule(L.LightningModule):
         return hits / len(dataset)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Scores val200; exists in `split=tune` only."""
+        """Score val200; exists in `split=tune` only."""
         logits = self(batch.images).float()
         self.val_loss.update(self.kind.loss(logits, batch.labels), batch.weights)
         self.val_figures.update(logits, batch.labels, batch.weights)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the validation figures."""
+        """Log the validation figures."""
         self._score("val", self.val_figures, self.val_loss)
         self.scores["val/loss"] = self.scored_loss
         self.log("val/loss", self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Scores test; read once, after the last epoch of a final run."""
+        """Score test; read once, after the last epoch of a final run."""
         logits = self(batch.images).float()
         self.test_loss.update(self.kind.loss(logits, batch.labels), batch.weights)
         self.test_figures.update(logits, batch.labels, batch.weights)
 
     def on_test_epoch_end(self) -> None:
-        """Logs the test figures."""
+        """Log the test figures."""
         self._score("test", self.test_figures, self.test_loss)
         self.test_loss.reset()  # it is not logged, and so Lightning does not
 
@@ -261,7 +261,7 @@ class TuningModule(L.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
 
     def _kept(self, dataset: TicketDataset) -> TicketDataset:
-        """A data set as what stays of it: its frozen part where there is one, on every rank all of it, else its pixels.
+        """Return a data set as what stays of it: its frozen part where there is one, on every rank all of it, else its pixels.
 
         Itself where that has no room.
         """

@@ -63,7 +63,7 @@ class ResumeCheckpoint(Checkpoint):
         self._since = 0.0
 
     def find(self, owner: Owner) -> Path | None:
-        """Returns the resume state to go on from, and writes later ones as this owner's.
+        """Return the resume state to go on from, and writes later ones as this owner's.
 
         Args:
             owner: The attempt that is about to be trained.
@@ -84,19 +84,19 @@ class ResumeCheckpoint(Checkpoint):
         return self.path
 
     def state_dict(self) -> dict[str, Any]:
-        """The curve and the time so far, and whose they are."""
+        """Return the curve and the time so far, and whose they are."""
         return {"rows": self.rows, "seconds": self.seconds, "owner": asdict(self.owner) if self.owner else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the curve of the epochs before the resume."""
+        """Take the curve of the epochs before the resume."""
         self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._since = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Adds the epoch's row; writes the state after every n-th epoch and after the last."""
+        """Add the epoch's row; writes the state after every n-th epoch and after the last."""
         epoch = trainer.current_epoch
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
@@ -121,7 +121,7 @@ class ResumeCheckpoint(Checkpoint):
 
 
 def _trouble(checkpoint: dict[str, Any], key: str, owner: Owner) -> str:
-    """Returns why a checkpoint is not this owner's to go on from; "" where it is.
+    """Return why a checkpoint is not this owner's to go on from; "" where it is.
 
     Args:
         checkpoint: What Lightning saved.

@@ -33,7 +33,7 @@ class RanksFailed(Exception):
 
 
 def started_elsewhere() -> bool:
-    """Whether srun, torchrun or the like started this process, one rank of a run, by the trainer's own judgement.
+    """Return whether srun, torchrun or the like started this process, one rank of a run, by the trainer's own judgement.
 
     A job of one task, as SLURM gives it to a notebook or a batch script, starts its ranks itself: `run_ranks`.
     """
@@ -48,12 +48,12 @@ def started_elsewhere() -> bool:
 
 
 def starter() -> str:
-    """What started this process, for a message."""
+    """Return what started this process, for a message."""
     return "SLURM" if "SLURM_NTASKS" in os.environ else "the launcher"
 
 
 def remedy(devices: int, nodes: int) -> str:
-    """How to have as many processes started from outside, for a message."""
+    """Return how to have as many processes started from outside, for a message."""
     if "SLURM_NTASKS" in os.environ:
         return f"srun --nodes={nodes} --ntasks-per-node={devices}"
     return f"torchrun --nnodes={nodes} --nproc-per-node={devices}"
@@ -82,7 +82,7 @@ def check_alone(plugins: Iterable[Mapping[str, Any]], devices: int, nodes: int) 
 
 
 def run_ranks(command: Sequence[str], world: int) -> None:
-    """Runs a command once for each rank and waits for all of them.
+    """Run a command once for each rank and waits for all of them.
 
     Args:
         command: Program and arguments.
@@ -124,7 +124,7 @@ def _group_env(world: int) -> Mapping[str, str]:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits until all have ended well or one has failed; ends the others then and returns the failed one's status."""
+    """Wait until all have ended well or one has failed; ends the others then and returns the failed one's status."""
     while True:
         signals.check()
         codes = [rank.poll() for rank in ranks]
@@ -140,7 +140,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Asks the ranks to end, then ends them with everything they started."""
+    """Ask the ranks to end, then ends them with everything they started."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(signal.SIGTERM)
@@ -156,7 +156,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def end_with_parent() -> None:
-    """Ends this process when the parent that started it as a rank is gone; does nothing in any other process."""
+    """End this process when the parent that started it as a rank is gone; does nothing in any other process."""
     parent = os.environ.get(PARENT)
     if parent is None:
         return
@@ -170,7 +170,7 @@ def end_with_parent() -> None:
 
 
 def give_reason(error: BaseException) -> None:
-    """Tells the parent, where there is one, in one sentence why this rank failed."""
+    """Tell the parent, where there is one, in one sentence why this rank failed."""
     path = os.environ.get(_REASON)
     if path is not None and os.environ.get("LOCAL_RANK") == "0":
         Path(path).write_text(str(error) or type(error).__name__)

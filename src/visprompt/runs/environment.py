@@ -16,7 +16,7 @@ _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "safetensors", "vispr
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts the measurement of the peak memory of a run on a device."""
+    """Start the measurement of the peak memory of a run on a device."""
     if device.type == "cuda" and torch.cuda.is_initialized():  # else there is nothing to reset, and the call would fail
         torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -43,7 +43,7 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the numbers."""
+    """Return versions of Python and of the libraries that decide the numbers."""
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 

@@ -25,7 +25,7 @@ console = Terminal()
 
 @memory.explained(lambda: "give precision=bf16-mixed, or trainer=cpu")
 def evaluate(cfg: DictConfig) -> float:
-    """Scores tuned states on their test set, several of them as one ensemble, and says what the runs had scored.
+    """Score tuned states on their test set, several of them as one ensemble, and says what the runs had scored.
 
     Args:
         cfg: run (the folder of a run, or a list of folders), trainer, precision, weights, data and paths.
@@ -81,7 +81,7 @@ def _scored(folder: Path) -> Result:
 
 
 def check_prepared(prepared: run.Run, state: TunedState, result: Result, folder: Path, source: Path) -> None:
-    """Refuses data and a backbone that are not those of a finished run.
+    """Refuse data and a backbone that are not those of a finished run.
 
     Args:
         prepared: What `run.prepare` made of a job.
@@ -105,5 +105,5 @@ def check_prepared(prepared: run.Run, state: TunedState, result: Result, folder:
 
 
 def restore_on(prepared: run.Run, state: TunedState, path: Path) -> Classifier:
-    """The classifier of a tuned state on a copy of a prepared backbone, which the process's next run gets too."""
+    """Return the classifier of a tuned state on a copy of a prepared backbone, which the process's next run gets too."""
     return restore(state, path, replace(prepared.backbone, module=deepcopy(prepared.backbone.module)))

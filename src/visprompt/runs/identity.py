@@ -21,7 +21,7 @@ _NEUTRAL_CALLBACKS = {"progress_bar", "model_summary", "lr_monitor"}  # of confi
 
 
 def identity_of(job: Job, backbone: Backbone, datamodule: TaskDataModule) -> dict[str, Any]:
-    """Everything that decides the numbers of a run, the same however the job writes it.
+    """Return everything that decides the numbers of a run, the same however the job writes it.
 
     Args:
         job: The job.
@@ -45,17 +45,17 @@ def identity_of(job: Job, backbone: Backbone, datamodule: TaskDataModule) -> dic
 
 
 def full_digest(identity: Mapping[str, Any]) -> str:
-    """The sha256 (hex) of an identity."""
+    """Return the sha256 (hex) of an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
 
 
 def digest(identity: Mapping[str, Any]) -> str:
-    """The first 12 hexadecimal digits of an identity's sha256, which name the run's folder."""
+    """Return the first 12 hexadecimal digits of an identity's sha256, which name the run's folder."""
     return full_digest(identity)[:12]
 
 
 def _trainer_record(job: Job) -> dict[str, Any]:
-    """What of the trainer may change the numbers: settings that are not neutral, and classes of the user's."""
+    """Return what of the trainer may change the numbers: settings that are not neutral, and classes of the user's."""
     module = dict(job.lightning_module)
     callbacks = (job.callbacks or {}).items()
     own = {name: callback for name, callback in callbacks if name not in _NEUTRAL_CALLBACKS and callback is not None}
@@ -65,7 +65,7 @@ def _trainer_record(job: Job) -> dict[str, Any]:
 
 
 def _method_record(options: dict[str, Any], num_blocks: int) -> dict[str, Any]:
-    """A method's name and options, a number where one is meant; its content's hash in place of a file of weights.
+    """Return a method's name and options, a number where one is meant; its content's hash in place of a file of weights.
 
     Where all blocks have prompts, the first ones are the last ones, and there is no block to carry them to.
     """

@@ -77,7 +77,7 @@ def instantiate(where: str, config: Any, kind: type[_Kind] | tuple[type[_Kind], 
 
 
 def _nested(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The targets among a config's arguments at any depth, with their keys."""
+    """Yield the targets among a config's arguments at any depth, with their keys."""
     for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
         key = f"{where}.{name}" if isinstance(value, dict) else f"{where}[{name}]"
         if isinstance(entry, dict) and "_target_" in entry:
@@ -87,7 +87,7 @@ def _nested(where: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check(where: str, target: Any, kinds: tuple[type, ...]) -> None:
-    """Refuses a target that is not a class of one of some kinds; its module is imported, and nothing is called."""
+    """Refuse a target that is not a class of one of some kinds; its module is imported, and nothing is called."""
     found = _find(where, target)
     if not (isinstance(found, type) and issubclass(found, kinds)):
         raise UserError(
@@ -127,6 +127,6 @@ def _names(kinds: tuple[type, ...]) -> str:
 
 
 def _arguments(target: str) -> set[str]:
-    """The names of a class's arguments, as far as it lists them."""
+    """Return the names of a class's arguments, as far as it lists them."""
     parameters = inspect.signature(hydra.utils.get_class(target)).parameters.values()
     return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}

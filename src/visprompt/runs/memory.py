@@ -19,7 +19,7 @@ _WORKER = ("DataLoader worker", ("signal: Killed", "signal: Bus error"))  # the 
 
 @contextmanager
 def explained(advice: Callable[[], str]) -> Iterator[None]:
-    """Turns an error about memory that cannot be had into one sentence.
+    """Turn an error about memory that cannot be had into one sentence.
 
     Args:
         advice: Says what takes less, for example "give a smaller batch_size=...".
@@ -42,7 +42,7 @@ def explained_for(job: "Job") -> AbstractContextManager[None]:
 
 
 def of_training(batch_size: int, parts: int) -> str:
-    """What makes training take less memory.
+    """Return what makes training take less memory.
 
     Args:
         batch_size: The recipe's.
@@ -54,7 +54,7 @@ def of_training(batch_size: int, parts: int) -> str:
 
 
 def _lacking(error: Exception) -> str | None:
-    """Where memory was lacking; None where the error is of another kind."""
+    """Return where memory was lacking; None where the error is of another kind."""
     text, kind = str(error), type(error).__name__
     if _WORKER[0] in text and any(word in text for word in _WORKER[1]):
         return "for the loader's workers, of which data.num_workers=0 takes none"
@@ -65,7 +65,7 @@ def _lacking(error: Exception) -> str | None:
 
 
 def give_back() -> None:
-    """Frees what a run leaves behind, and returns it to the system.
+    """Free what a run leaves behind, and returns it to the system.
 
     A trainer and its module refer to each other, so that their tensors stay until Python's rare full collection; and
     glibc keeps what was freed in pieces. Over 70 runs in one process that came to 250 MiB that nobody used.

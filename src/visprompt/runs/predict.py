@@ -105,7 +105,7 @@ def _files(place: Path, left_out: Counter[str]) -> tuple[list[Path], Path]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one.
+    """Return the device of a name; "auto" is a GPU where there is one.
 
     Raises:
         UserError: There is no such device.
@@ -121,7 +121,7 @@ def find_device(name: str) -> torch.device:
 def _batches(
     files: Sequence[Path], root: Path, state: TunedState, size: int, max_pixels: int
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Batches of names and prepared images; a file that cannot be read is named and left out."""
+    """Return batches of names and prepared images; a file that cannot be read is named and left out."""
     decode = decoder_of(state.preprocessing, max_pixels)
     names: list[str] = []
     inputs: list[torch.Tensor] = []

@@ -23,7 +23,7 @@ def _row(key: str, *, _root_: DictConfig) -> Any:
 
 
 def _rows(cfg: DictConfig) -> list[DictConfig]:
-    """The rows of a recipe's table that are for a config's task, the nearest first."""
+    """Return the rows of a recipe's table that are for a config's task, the nearest first."""
     spec = catalog.TASKS.get(str(cfg.task))
     names = [cfg.task, spec.family if spec else None, "default"]
     return [cfg.recipe.rows[name] for name in names if name and name in cfg.recipe.rows]
@@ -81,7 +81,7 @@ def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
 
 
 def _apply_grid(cfg: DictConfig, said: Set[str]) -> None:
-    """Gives a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
+    """Give a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
 
     Nothing is tried of what the command line gives: such a key keeps its own value alone.
     """

@@ -150,7 +150,7 @@ def _compose(task: str, source: Path, data_dir: str | None) -> dict[str, Any]:
 
 
 def _data(ours: dict[str, Any], stored: Mapping[str, Any], given: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """The data module's settings: this machine's, then those that the run recorded, then the user's own."""
+    """Return the data module's settings: this machine's, then those that the run recorded, then the user's own."""
     target = str(stored.get("_target_", ours["_target_"]))
     if target != ours["_target_"] and not target.startswith("visprompt.data.") and "_target_" not in given:
         raise UserError(
@@ -171,7 +171,7 @@ def _data(ours: dict[str, Any], stored: Mapping[str, Any], given: Mapping[str, A
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a value is a number, a switch, a text that OmegaConf takes as it is, or a few of them."""
+    """Return whether a value is a number, a switch, a text that OmegaConf takes as it is, or a few of them."""
     if isinstance(value, dict):
         named = all(isinstance(name, str) and not name.startswith("_") for name in value)  # _target_ is Hydra's word
         return named and _is_plain([*value, *value.values()], depth)

@@ -87,7 +87,7 @@ class Result(BaseModel):
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Writes a run's result.json with its digest, atomically.
+    """Write a run's result.json with its digest, atomically.
 
     Raises:
         ValueError: A figure is not finite; JSON has no word for it.
@@ -96,7 +96,7 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
-    """Reads a run's result.json and compares the tuned state beside it with the checksum that it recorded.
+    """Read a run's result.json and compares the tuned state beside it with the checksum that it recorded.
 
     Args:
         folder: The run's folder.
@@ -136,7 +136,7 @@ def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
 
 
 def _check_state(path: Path, result: Result, hashed: bool) -> None:
-    """Raises `DamagedRecord` where a tuned state is not the one that a result recorded."""
+    """Raise `DamagedRecord` where a tuned state is not the one that a result recorded."""
     if not path.is_file():
         raise DamagedRecord(f"{path} is missing, which result.json names")
     if path.stat().st_size != result.tuned.get("bytes"):
@@ -151,7 +151,7 @@ def _check_state(path: Path, result: Result, hashed: bool) -> None:
 
 
 def read_result(folder: Path, *, hashed: bool = True) -> Result | None:
-    """Reads a run's result where it is finished: `load_result`, with None for what is damaged too."""
+    """Read a run's result where it is finished: `load_result`, with None for what is damaged too."""
     try:
         return load_result(folder, hashed=hashed)
     except DamagedRecord:
@@ -159,7 +159,7 @@ def read_result(folder: Path, *, hashed: bool = True) -> Result | None:
 
 
 def open_result(folder: Path) -> Result:
-    """Reads the result of a run that has to be finished, without hashing its state, which `load_state` does.
+    """Read the result of a run that has to be finished, without hashing its state, which `load_state` does.
 
     Raises:
         UserError: The folder holds no finished run, or its files are damaged or do not belong together.
@@ -174,7 +174,7 @@ def open_result(folder: Path) -> Result:
 
 
 def check_same_run(result: Result, identity: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a whole result, state and all, that another run wrote.
+    """Refuse a whole result, state and all, that another run wrote.
 
     Args:
         result: What lies in the folder.
@@ -201,7 +201,7 @@ def _another(folder: Path, name: str, found: object, wanted: object) -> UserErro
 
 
 def open_state(path: Path) -> TunedState:
-    """Reads a tuned state, after comparing it with the result.json beside it where there is one.
+    """Read a tuned state, after comparing it with the result.json beside it where there is one.
 
     Args:
         path: The file, or the run's folder that holds `tuned.safetensors`.
@@ -216,7 +216,7 @@ def open_state(path: Path) -> TunedState:
 
 
 def choose(results: Sequence[Result | None], points: Sequence[_Point]) -> _Point | None:
-    """Chooses a point of a grid by its validation accuracy after the last epoch.
+    """Choose a point of a grid by its validation accuracy after the last epoch.
 
     Ties, common on 200 images, go to the smallest learning rate, then the largest weight decay, then the shortest
     prompt, then to the first. A point that failed or diverged is never chosen.
@@ -269,7 +269,7 @@ class Cell:
 
 
 def cell(results: Iterable[Result]) -> Cell:
-    """Puts runs together that differ in nothing but the seed.
+    """Put runs together that differ in nothing but the seed.
 
     Raises:
         UserError: They differ in protocol, one of them has no test score, or two are of one seed.
@@ -295,7 +295,7 @@ def _protocol(result: Result) -> dict[str, Any]:
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, its first column left-aligned, the others right-aligned."""
+    """Return a Markdown table, its first column left-aligned, the others right-aligned."""
     columns = list(header)
     marks = [":--"] + ["--:"] * (len(columns) - 1)
     lines = [map(in_markdown, columns), marks, *(map(in_markdown, row) for row in rows)]

@@ -61,7 +61,7 @@ class Run:
 
 
 def prepare(job: Job) -> Run:
-    """Builds a job's data and backbone and finds its folder.
+    """Build a job's data and backbone and finds its folder.
 
     Args:
         job: A job.
@@ -98,12 +98,12 @@ def check(job: Job) -> None:
 
 @lru_cache(maxsize=1)
 def load_backbone(spec: str, seed: int) -> Backbone:
-    """Builds the backbone of a config given as JSON; the last one stays loaded for the next run."""
+    """Build the backbone of a config given as JSON; the last one stays loaded for the next run."""
     return build_backbone(BackboneSpec(**json.loads(spec)), seed)
 
 
 def build_data(job: Job, backbone: Backbone) -> TaskDataModule:
-    """The data of a job in the size and scale that a backbone reads."""
+    """Return the data of a job in the size and scale that a backbone reads."""
     return instantiate(
         "data",
         dict(job.data),
@@ -128,7 +128,7 @@ def build_classifier(job: Job, backbone: Backbone, num_classes: int, kind: str =
 
 
 def run_job(run: Run) -> Result:
-    """Runs a job in this process, which may be one rank of several: skips it, resumes it, or runs it.
+    """Run a job in this process, which may be one rank of several: skips it, resumes it, or runs it.
 
     Args:
         run: What `prepare` returned.
@@ -159,7 +159,7 @@ def run_job(run: Run) -> Result:
 
 @contextmanager
 def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
-    """Holds the run's lock; yields on all ranks the number of the attempt to make, None where there is none."""
+    """Hold the run's lock; yields on all ranks the number of the attempt to make, None where there is none."""
     attempt: int | None = None
     trouble: UserError | None = None
     with ExitStack() as stack:
@@ -178,7 +178,7 @@ def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
 
 
 def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
-    """Trains and scores a run on all ranks; rank 0 leaves the folder finished."""
+    """Train and scores a run on all ranks; rank 0 leaves the folder finished."""
     started = time.monotonic()
     device = trainer.strategy.root_device
     job, datamodule = run.job, run.datamodule
@@ -246,7 +246,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
 def _fit_and_score(
     trainer: L.Trainer, module: TuningModule, datamodule: TaskDataModule, ckpt_path: Path | None
 ) -> int | None:
-    """Fits and scores once after the last epoch; returns the step at which the loss was not finite, else None."""
+    """Fit and scores once after the last epoch; returns the step at which the loss was not finite, else None."""
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         if not all(parameter.isfinite().all() for _, parameter in module.classifier.tuned_parameters()):
@@ -267,7 +267,7 @@ def _fit_and_score(
 
 
 def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
-    """Writes the tuned state and the result beside the resume state, and puts the complete attempt in place."""
+    """Write the tuned state and the result beside the resume state, and puts the complete attempt in place."""
     folder = run.folder / run_folder.RESUME
     if result.status != "diverged":
         checksum = save_state(
@@ -316,13 +316,13 @@ def _reads_test(run: Run) -> bool:
 
 
 def _data_record(datamodule: TaskDataModule) -> dict[str, Any]:
-    """What is recorded of the data beyond what decides the numbers."""
+    """Return what is recorded of the data beyond what decides the numbers."""
     record: dict[str, Any] = {"form": datamodule.form, "sizes": datamodule.sizes}
     return record | ({"summary": datamodule.summary} if datamodule.summary else {})
 
 
 def _as_driven(family: Family, method: Method) -> dict[str, Any]:
-    """How the backbone was driven: blocks that carried prompt tokens in full, and what was pooled."""
+    """Return how the backbone was driven: blocks that carried prompt tokens in full, and what was pooled."""
     return {"carried_blocks": family.carried_blocks(), "pooling": family.pooling(method.pool)}
 
 

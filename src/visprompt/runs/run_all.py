@@ -46,7 +46,7 @@ class Outcome:
 
 
 def train(cfg: DictConfig) -> float:
-    """Trains every task of a command line.
+    """Train every task of a command line.
 
     Under a W&B agent one command is one W&B run: one task logs to it as it trains, several report to it at the end. A
     sweep of final runs is a table and not a choice: it goes through its points (`method: grid`).
@@ -103,7 +103,7 @@ def check_all(jobs: Iterable[Job]) -> None:
 
 
 def run_all(jobs: Iterable[Job], wait: bool = True) -> list[Outcome]:
-    """Runs jobs one after the other; one that fails does not stop the others.
+    """Run jobs one after the other; one that fails does not stop the others.
 
     Args:
         jobs: Composed jobs.
@@ -139,7 +139,7 @@ def run_all(jobs: Iterable[Job], wait: bool = True) -> list[Outcome]:
 
 
 def _outcome(job: Job) -> Outcome:
-    """Runs one job and gives its memory back.
+    """Run one job and gives its memory back.
 
     Raises:
         AtWork: Another process is at work on it.
@@ -164,7 +164,7 @@ def _outcome(job: Job) -> Outcome:
 
 
 def _run_chain(job: Job) -> tuple[Result, Path]:
-    """Runs a job, or the chain of runs that it stands for; returns its result and where that lies."""
+    """Run a job, or the chain of runs that it stands for; returns its result and where that lies."""
     made: list[tuple[Result, Path]] = []
 
     def run_one(link: Job) -> Result:
@@ -177,7 +177,7 @@ def _run_chain(job: Job) -> tuple[Result, Path]:
 
 
 def _run_one(job: Job) -> tuple[Result, Path]:
-    """Runs one job here, or on several devices, and shows what came of it; returns that and the run's folder."""
+    """Run one job here, or on several devices, and shows what came of it; returns that and the run's folder."""
     run = prepare(job)
     run_folder.tidy(run.folder)
     stored = None if job.rerun else read_result(run.folder)
@@ -203,7 +203,7 @@ def _run_one(job: Job) -> tuple[Result, Path]:
 
 
 def _run_ranks(run: Run, devices: int) -> Result:
-    """Runs one job as a process group on several devices of this machine."""
+    """Run one job as a process group on several devices of this machine."""
     run.datamodule.prepare_data()  # once, before the ranks
     with run_folder.locked(run.folder):
         pass  # nobody is at work on it
@@ -221,12 +221,12 @@ def _run_ranks(run: Run, devices: int) -> Result:
 
 
 def _is_first() -> bool:
-    """Whether this process speaks for all that run the same job."""
+    """Return whether this process speaks for all that run the same job."""
     return not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
 
 
 def local_devices(trainer: Trainer) -> int:
-    """Number of devices of this machine that a trainer config asks for."""
+    """Return the number of devices of this machine that a trainer config asks for."""
     devices = trainer.devices
     if isinstance(devices, list):
         return len(devices)
@@ -247,7 +247,7 @@ def _say_skipped(stored: Result, job: Job) -> None:
 
 
 def show(result: Result, run: Run) -> None:
-    """Prints a run's short table."""
+    """Print a run's short table."""
     table = Table(title=f"{result.task}, {result.method['name']}, split={result.split}, seed={result.seed}")
     table.add_column("what")
     table.add_column("figure", overflow="fold")

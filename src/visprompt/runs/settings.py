@@ -183,7 +183,7 @@ def check(content: Mapping[str, Any]) -> None:
 
 
 def debugs(trainer: Mapping[str, Any]) -> bool:
-    """Whether trainer settings cut a run short, which is then for debugging and no result."""
+    """Return whether trainer settings cut a run short, which is then for debugging and no result."""
     return any(name in trainer and trainer[name] not in whole_run for name, (_, whole_run) in _CUTS.items())
 
 

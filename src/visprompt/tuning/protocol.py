@@ -33,7 +33,7 @@ RunAll = Callable[[Iterable[Job]], list[Outcome]]
 
 
 def tune(cfg: DictConfig) -> float:
-    """Runs the protocol for every method and task of a command line and writes the table.
+    """Run the protocol for every method and task of a command line and writes the table.
 
     Args:
         cfg: What `@hydra.main` composed: a training config with methods, seeds and table.
@@ -114,7 +114,7 @@ def _check_sets(job: Job) -> None:
 
 
 def _choices(cfg: DictConfig, name: str) -> list[Any]:
-    """A list of the config; an entry that stands twice would be counted twice in the table."""
+    """Return a list of the config; an entry that stands twice would be counted twice in the table."""
     given = cfg[name]
     if not OmegaConf.is_list(given) or not given or len({str(entry) for entry in given}) < len(given):
         raise UserError(f"{name}={given} is no choice: give a list {name}=[...] of at least one entry, and none twice")
@@ -122,7 +122,7 @@ def _choices(cfg: DictConfig, name: str) -> list[Any]:
 
 
 def tune_one(job: Job, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
-    """The protocol for one method on one task.
+    """Return the protocol for one method on one task.
 
     Args:
         job: A composed job; its `recipe.grid` is what is tried.
@@ -150,7 +150,7 @@ def tune_one(job: Job, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
 
 
 def job_points(job: Job) -> list[dict[str, Any]]:
-    """All points of a job's grid.
+    """Return all points of a job's grid.
 
     Raises:
         UserError: As `tune_one`.
@@ -166,12 +166,12 @@ def job_points(job: Job) -> list[dict[str, Any]]:
 
 
 def _tuning(job: Job) -> dict[str, Any]:
-    """What the protocol itself sets for the points of a grid; pruning comes when all else is chosen."""
+    """Return what the protocol itself sets for the points of a grid; pruning comes when all else is chosen."""
     return {"split": "tune", "seed": GRID_SEED} | pruning_chain.unpruned(job)
 
 
 def _run(job: Job, varied: Sequence[Mapping[str, Any]], run: RunAll) -> list[Outcome]:
-    """Runs a job with other values; the outcomes' names tell them apart."""
+    """Run a job with other values; the outcomes' names tell them apart."""
     outcomes = run([job.vary(values) for values in varied])
     pairs = zip(outcomes, varied, strict=True)
     return [replace(outcome, name=f"{outcome.name} {_words(values)}") for outcome, values in pairs]
@@ -182,7 +182,7 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def grid_points(grid: Any) -> list[dict[str, Any]]:
-    """All points of a grid.
+    """Return all points of a grid.
 
     Args:
         grid: Dotted keys, each with a list of values; None or no key is the one point that changes nothing.

@@ -47,13 +47,13 @@ RunOne = Callable[[Job], Result]
 
 
 def prunes(job: Job) -> bool:
-    """Whether a job is a whole chain; its links, which name their initial values, are plain runs."""
+    """Return whether a job is a whole chain; its links, which name their initial values, are plain runs."""
     found = ("initial", "token_mask", "segment_mask")  # by a chain: a job that has one of them is a plain run
     return job.method.get("prune") is True and all(job.method[name] is None for name in found)
 
 
 def unpruned(job: Job) -> dict[str, Any]:
-    """What turns a chain into the plain method, by dotted key; empty for any other job.
+    """Return what turns a chain into the plain method, by dotted key; empty for any other job.
 
     Learning rate, weight decay and lengths are chosen so, before anything is pruned.
     """
@@ -62,7 +62,7 @@ def unpruned(job: Job) -> dict[str, Any]:
 
 
 def run(job: Job, run_one: RunOne) -> Result:
-    """Runs a job, or the chain of runs that it stands for.
+    """Run a job, or the chain of runs that it stands for.
 
     Args:
         job: A composed job.
@@ -96,7 +96,7 @@ def run(job: Job, run_one: RunOne) -> Result:
 
 
 def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[str, Any] | None]:
-    """Trains, scores, tries the prune grid and chooses.
+    """Train, scores, tries the prune grid and chooses.
 
     Returns:
         The link that was chosen, its result, and what was found; the unpruned one and None where that diverged.
@@ -131,7 +131,7 @@ def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[st
 
 
 def prune_points(job: Job) -> list[Point]:
-    """The points of pruning that a chain tries; the last one prunes nothing."""
+    """Return the points of pruning that a chain tries; the last one prunes nothing."""
     method = job.method
     # without percentages of the one kind the other kind is tried alone
     tokens, segments = (list(method[name] or (0,)) for name in ("prune_tokens", "prune_segments"))
@@ -161,7 +161,7 @@ def _initial(job: Job, folder: Path) -> str:
 
 
 def _importance(link: Job, trained: Result, folder: Path) -> Importance:
-    """Importance of the trained run's tokens and segments; measured once, by one process for all."""
+    """Return the importance of the trained run's tokens and segments; measured once, by one process for all."""
     with _alone(folder):
         known = stored(folder / "importance.json")
         if known is None or known["of"] != trained.tuned["sha256"]:
@@ -174,7 +174,7 @@ def _importance(link: Job, trained: Result, folder: Path) -> Importance:
 
 
 def _measure(one: Run) -> Importance:
-    """Measures importance on the images that the run was trained on, without augmentation."""
+    """Measure importance on the images that the run was trained on, without augmentation."""
     classifier = build_classifier(one.job, one.backbone, one.datamodule.num_classes)
     classifier.load_tuned_state(open_state(one.folder).tensors)
     on_cpu = one.job.trainer.accelerator == "cpu" or not torch.cuda.is_available()
@@ -195,14 +195,14 @@ def _batches(one: Run, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def link_of(job: Job, initial: str, masks: dict[str, Any] | None = None) -> Job:
-    """A run of the chain: it starts from the stored initial values, or from what the masks keep of them."""
+    """Return a run of the chain: it starts from the stored initial values, or from what the masks keep of them."""
     options = {"initial": initial} | (masks or {})
     return job.vary({f"method.{name}": value for name, value in options.items()})
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Holds a chain's folder: of several processes one finds something out, and the others read it."""
+    """Hold a chain's folder: of several processes one finds something out, and the others read it."""
     lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def stored(path: Path) -> dict[str, Any] | None:
-    """Reads a record of a chain.
+    """Read a record of a chain.
 
     Args:
         path: One of `RECORDS` in the chain's folder.
@@ -246,7 +246,7 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _report(folder: Path, result: Result, found: Mapping[str, Any]) -> None:
-    """Writes what was pruned where, as a table and a picture, and says where they are."""
+    """Write what was pruned where, as a table and a picture, and says where they are."""
     importance, point = Importance.of(found["importance"]), found["points"][found["chosen"]]
     masks = pruning.masks_of(result.method, layers=len(importance.tokens))
     name = f"{result.task}, {result.method['name']}, split={result.split}, seed={result.seed}"

@@ -84,13 +84,13 @@ class Backbone:
     std: tuple[float, ...]
 
     def record(self) -> dict[str, Any]:
-        """What a result and a tuned state keep: how to build it again, and the weights' hash."""
+        """Return what a result and a tuned state keep: how to build it again, and the weights' hash."""
         # where the file of weights lay is no part of what it holds
         return {k: v for k, v in asdict(self.spec).items() if k != "weights"} | {"sha256": self.sha256}
 
 
 def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
-    """Builds a backbone and loads its weights.
+    """Build a backbone and loads its weights.
 
     Args:
         spec: Which one.
@@ -164,7 +164,7 @@ def check_name(name: str) -> None:
 
 
 def _weights_file(spec: BackboneSpec) -> Path | None:
-    """The file of weights to load; None where none are wanted."""
+    """Return the file of weights to load; None where none are wanted."""
     if not spec.pretrained:
         return None
     if spec.weights is not None:
@@ -173,7 +173,7 @@ def _weights_file(spec: BackboneSpec) -> Path | None:
 
 
 def _create(spec: BackboneSpec) -> Any:
-    """The model with random weights and without a classifier."""
+    """Return the model with random weights and without a classifier."""
     name, kwargs = (_DEMO_MODEL, _DEMO_KWARGS | spec.kwargs) if spec.name == DEMO else (spec.name, dict(spec.kwargs))
     side, config = spec.image_size, timm.get_pretrained_cfg(name)
     if side is not None and (config is None or config.fixed_input_size):

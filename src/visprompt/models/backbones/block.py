@@ -23,7 +23,7 @@ _TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
 
 def is_proven(block: Any, own: type[nn.Module] = Block, attentions: Sequence[type[nn.Module]] = (Attention,)) -> bool:
-    """Whether `run_block` computes exactly what this block computes.
+    """Return whether `run_block` computes exactly what this block computes.
 
     Exact classes, not subclasses: a subclass may have changed its forward. Everything outside the attention must work
     token by token.
@@ -60,7 +60,7 @@ def run_block(
     method: Method | None = None,
     index: int = 0,
 ) -> Tensor:
-    """Outputs of a block x + Attention(LN(x)), then + MLP(LN(x)), for some of its tokens.
+    """Return outputs of a block x + Attention(LN(x)), then + MLP(LN(x)), for some of its tokens.
 
     Args:
         block: A block whose class its family has proven.
@@ -94,7 +94,7 @@ def run_block(
 
 
 def _scaled(block: Any, which: int, x: Tensor) -> Tensor:
-    """A branch behind its layer scale: a module in a ViT's block, a vector or None in EVA's, nothing in Swin's."""
+    """Return a branch behind its layer scale: a module in a ViT's block, a vector or None in EVA's, nothing in Swin's."""
     if hasattr(block, f"ls{which}"):
         return cast(Tensor, getattr(block, f"ls{which}")(x))
     gamma = getattr(block, f"gamma_{which}", None)
@@ -102,7 +102,7 @@ def _scaled(block: Any, which: int, x: Tensor) -> Tensor:
 
 
 def attend(attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows | None) -> Tensor:
-    """Attention of a plain block: of normed tokens [B, n, width] over themselves, the context and the method's rows."""
+    """Return attention of a plain block: of normed tokens [B, n, width] over themselves, the context and the method's rows."""
     q, k, v = split_heads(attn, attn.qkv(read))
     keys, values = [attn.k_norm(k)], [v]
     for part in context:
@@ -115,7 +115,7 @@ def attend(attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows 
 def combine(
     attn: Any, read: Tensor, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: Rows | None
 ) -> Tensor:
-    """What an attention of timm makes of its queries, keys and values.
+    """Return what an attention of timm makes of its queries, keys and values.
 
     Args:
         attn: Its `scale`, `norm`, `gate`, `proj` and `proj_drop` are used.
@@ -140,7 +140,7 @@ def combine(
 
 
 def _keys_values(attn: Attention, x: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values of normed tokens that ask nothing, each [B, heads, n, head_dim]."""
+    """Return keys and values of normed tokens that ask nothing, each [B, heads, n, head_dim]."""
     if type(attn.qkv) is not nn.Linear:
         return split_heads(attn, attn.qkv(x))[1:]
     # rows [width:] of the joint projection are those of the keys and the values

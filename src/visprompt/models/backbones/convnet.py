@@ -47,12 +47,12 @@ class ConvNet(Family):
         self._measure()
 
     def _order(self) -> dict[str, str | None]:
-        """Each block's name, and that of what stands between it and the one before."""
+        """Return each block's name, and that of what stands between it and the one before."""
         raise NotImplementedError
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """Reads widths and grids off a run on tensors without values."""
+        """Read widths and grids off a run on tensors without values."""
         maps: list[torch.Size] = []
         hooks = [block.register_forward_hook(lambda *call: maps.append(call[2].shape)) for block in self.blocks]
         tensors = {name: t.to("meta") for name, t in (*self.named_parameters(), *self.named_buffers())}
@@ -68,11 +68,11 @@ class ConvNet(Family):
         self.grids = tuple((shape[2], shape[3]) for shape in maps)
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """Maps [B, channels, height, width] of images [B, 3, H, W], before the first block."""
+        """Return maps [B, channels, height, width] of images [B, 3, H, W], before the first block."""
         raise NotImplementedError
 
     def pool(self, x: Tensor) -> Tensor:
-        """Features [B, width] of the last block's maps, as the model's own classifier would get them."""
+        """Return features [B, width] of the last block's maps, as the model's own classifier would get them."""
         return cast(Tensor, cast(Any, self.model).forward_head(x, pre_logits=True))
 
     def pooling(self, pool: str | None) -> str:
@@ -101,7 +101,7 @@ class ConvNet(Family):
         return self.pool(self._through(x, start, self.num_blocks))
 
     def _through(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Maps before block `stop` of those before block `start`."""
+        """Return maps before block `stop` of those before block `start`."""
         for i in range(start, stop):
             x = self.model.get_submodule(self.block_names[i])(x)
             between = self.between_names[i + 1] if i + 1 < self.num_blocks else None
@@ -139,13 +139,13 @@ class ConvNeXt(ConvNet):
         return order
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """Maps [B, channels, height, width] before the first block; the first stage's downsampling belongs to them."""
+        """Return maps [B, channels, height, width] before the first block; the first stage's downsampling belongs to them."""
         self.check_size(images, method)
         maps = self.model.stem(method.pixels(images))
         return cast(Tensor, cast(Any, self.model.stages[0]).downsample(maps))
 
     def pool(self, x: Tensor) -> Tensor:
-        """Features [B, width] of the last block's maps."""
+        """Return features [B, width] of the last block's maps."""
         return super().pool(self.model.norm_pre(x))
 
 
@@ -168,7 +168,7 @@ class ResNet(ConvNet):
         return {f"{stage}.{name}": None for stage in stages for name, _ in getattr(self.model, stage).named_children()}
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """Maps [B, channels, height, width] before the first block."""
+        """Return maps [B, channels, height, width] before the first block."""
         self.check_size(images, method)
         model = self.model
         return cast(Tensor, model.maxpool(model.act1(model.bn1(model.conv1(method.pixels(images))))))

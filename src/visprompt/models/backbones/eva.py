@@ -47,7 +47,7 @@ class EVA(ViT):
                 block.attn.qkv_bias_separate = True
 
     def is_proven(self, block: nn.Module) -> bool:
-        """Whether the block is of the class with its norms before the branches."""
+        """Return whether the block is of the class with its norms before the branches."""
         return is_proven(block, EvaBlock, (EvaAttention, AttentionRope))
 
     def forward(self, images: Tensor, method: Method) -> Tensor:
@@ -89,7 +89,7 @@ class EVA(ViT):
     def drive(
         self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
     ) -> Tensor:
-        """Runs a block; tokens that are not read give keys and values only."""
+        """Run a block; tokens that are not read give keys and values only."""
         all_rows = self._rows(index, num_image, x.shape[1])
         parts = [part for part in (slice(0, rows.start), slice(rows.stop, x.shape[1])) if part.start < part.stop]
         context, of_context = [x[:, part] for part in parts], [_some(all_rows, part) for part in parts]
@@ -99,12 +99,12 @@ class EVA(ViT):
         return run_block(self.model.blocks[index], x[:, rows], context, attend, method, index)
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Runs timm's block on all tokens."""
+        """Run timm's block on all tokens."""
         rows = _some(self._rows(index, num_image, x.shape[1]), slice(self.num_prefix, None))
         return cast(Tensor, self.model.blocks[index](x, rope=rows))
 
     def _pools_prefix(self) -> bool:
-        """Whether a pooling over tokens reads class and register tokens with the patches."""
+        """Return whether a pooling over tokens reads class and register tokens with the patches."""
         return self.model.attn_pool is not None
 
     def _begin(self, images: Tensor, method: Method) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
@@ -124,7 +124,7 @@ class EVA(ViT):
             )
 
     def _holding(self, rotations: Tensor | None, run: Callable[[], Tensor]) -> Tensor:
-        """Runs blocks by these rotations, which are made once for all of them."""
+        """Run blocks by these rotations, which are made once for all of them."""
         self._held = rotations
         try:
             return run()
@@ -132,7 +132,7 @@ class EVA(ViT):
             self._held = None
 
     def _rotations(self, num_image: int) -> Tensor | None:
-        """The rotations of image tokens that come without their images: those that timm's `_pos_embed` makes."""
+        """Return the rotations of image tokens that come without their images: those that timm's `_pos_embed` makes."""
         rope: Any = self.model.rope
         if rope is None or not num_image:
             return None
@@ -141,7 +141,7 @@ class EVA(ViT):
         return _padded(rope.get_embed() if fixed else rope.get_embed(shape=grid), self.num_prefix, 0)
 
     def _rows(self, index: int, num_image: int, num_tokens: int) -> Tensor | None:
-        """The rotations of all tokens in a block, [..., num_tokens, 2 * head_dim]: sines, then cosines."""
+        """Return the rotations of all tokens in a block, [..., num_tokens, 2 * head_dim]: sines, then cosines."""
         rotations = self._rotations(num_image) if self._held is None else self._held
         if rotations is not None and self.model.rope_mixed:  # each block has its own
             rotations = rotations[index]
@@ -149,7 +149,7 @@ class EVA(ViT):
 
 
 def _padded(rotations: Tensor | None, before: int, behind: int) -> Tensor | None:
-    """Rotations with rows before and behind them that rotate nothing."""
+    """Return rotations with rows before and behind them that rotate nothing."""
     if rotations is None or not before + behind:
         return rotations
     sines, cosines = rotations.chunk(2, dim=-1)
@@ -169,7 +169,7 @@ def _attend(
     context: Sequence[Tensor],
     rows: Rows | None,
 ) -> Tensor:
-    """Attention of normed tokens [B, n, width] over themselves, the context and the method's rows, by rotations."""
+    """Return attention of normed tokens [B, n, width] over themselves, the context and the method's rows, by rotations."""
     bias = _separate_bias(attn)
     q, *own = _project(attn, read, bias, 3)
     pairs = [own, *(_project(attn, part, bias, 2) for part in context)]
@@ -183,17 +183,17 @@ def _attend(
 
 
 def _rotated(attn: Any, x: Tensor, rotations: Tensor | None, like: Tensor) -> Tensor:
-    """Queries or keys [B, heads, n, head_dim] in their positions; in the precision of `like`, which norms may leave."""
+    """Return queries or keys [B, heads, n, head_dim] in their positions; in the precision of `like`, which norms may leave."""
     return x if rotations is None else apply_rot_embed_cat(x, rotations, half=attn.rotate_half).type_as(like)
 
 
 def _separate_bias(attn: Any) -> Tensor | None:
-    """The bias [3 * width] that EVA's attention keeps beside its joint projection, that of the keys being zero."""
+    """Return the bias [3 * width] that EVA's attention keeps beside its joint projection, that of the keys being zero."""
     return None if getattr(attn, "q_bias", None) is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
 
 
 def _project(attn: Any, x: Tensor, bias: Tensor | None, parts: int) -> list[Tensor]:
-    """The last 2 or 3 of queries, keys and values of normed tokens, each [B, heads, n, head_dim]."""
+    """Return the last 2 or 3 of queries, keys and values of normed tokens, each [B, heads, n, head_dim]."""
     layer = attn.qkv
     if layer is None:
         layers = (attn.q_proj, attn.k_proj, attn.v_proj)[-parts:]

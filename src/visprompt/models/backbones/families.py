@@ -13,7 +13,7 @@ FAMILIES: tuple[type[Family], ...] = (ViT, EVA, Swin, ConvNeXt, ResNet)
 
 
 def family(model: nn.Module, exact: bool = True) -> Family:
-    """Wraps a model of timm into the family that drives it, in evaluation mode.
+    """Wrap a model of timm into the family that drives it, in evaluation mode.
 
     Args:
         model: The model; its head is taken off.

@@ -69,7 +69,7 @@ class Family(nn.Module):
 
     @classmethod
     def check_class(cls, model: nn.Module) -> None:
-        """Refuses a model of another class than the family's.
+        """Refuse a model of another class than the family's.
 
         A subclass is refused too: it may embed or pool in another way (timm's distilled ViT has two class tokens).
 
@@ -97,11 +97,11 @@ class Family(nn.Module):
         return self.image_size, self.image_size
 
     def carried_blocks(self) -> list[int]:
-        """Indices of the blocks that carry prompt tokens in full: their class is not proven, or `exact` is off."""
+        """Return indices of the blocks that carry prompt tokens in full: their class is not proven, or `exact` is off."""
         return []
 
     def pooling(self, pool: str | None) -> str:
-        """What the features are pooled of, in words for a record: a method's `pool`, or else timm's own word."""
+        """Return what the features are pooled of, in words for a record: a method's `pool`, or else timm's own word."""
         return pool or str(getattr(self.model, "global_pool", "avg"))
 
     def forward(self, images: Tensor, method: Method) -> Tensor:
@@ -117,11 +117,11 @@ class Family(nn.Module):
         return self.from_block(0, self.embed(images, method), method)
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """What the first block gets of images [B, 3, H, W]: tokens [B, n, width], or maps [B, channels, h, w]."""
+        """Return what the first block gets of images [B, 3, H, W]: tokens [B, n, width], or maps [B, channels, h, w]."""
         raise NotImplementedError
 
     def to_block(self, stop: int, images: Tensor, method: Method) -> Tensor:
-        """The same, maps flat, before block `stop`, at or below the method's `first_block`: nothing tuned is in it."""
+        """Return the same, maps flat, before block `stop`, at or below the method's `first_block`: nothing tuned is in it."""
         raise NotImplementedError
 
     def from_block(self, start: int, x: Tensor, method: Method) -> Tensor:
@@ -129,7 +129,7 @@ class Family(nn.Module):
         raise NotImplementedError
 
     def check_size(self, images: Tensor, method: Method) -> None:
-        """Refuses images of other channels, or of another size than the backbone's own where a method needs that one.
+        """Refuse images of other channels, or of another size than the backbone's own where a method needs that one.
 
         Raises:
             UserError: They have others.
@@ -148,11 +148,11 @@ class TokenFamily(Family):
     """A family whose blocks take tokens; image tokens stand first, prompts behind them."""
 
     def carried_blocks(self) -> list[int]:
-        """Indices of the blocks that carry prompt tokens in full: their class is not proven, or `exact` is off."""
+        """Return indices of the blocks that carry prompt tokens in full: their class is not proven, or `exact` is off."""
         return [i for i, block in enumerate(self.blocks) if not (self.exact and self.is_proven(block))]
 
     def is_proven(self, block: nn.Module) -> bool:
-        """Whether `drive` computes exactly what this block computes."""
+        """Return whether `drive` computes exactly what this block computes."""
         raise NotImplementedError
 
     def drive(
@@ -185,23 +185,23 @@ class TokenFamily(Family):
         return self.model.get_submodule(self.block_names[index])
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Runs timm's own block on all tokens x [B, n, width], prompts among them."""
+        """Run timm's own block on all tokens x [B, n, width], prompts among them."""
         raise NotImplementedError
 
     def between(self, index: int, x: Tensor, num_image: int) -> tuple[Tensor, int]:
-        """Takes image tokens, and prompts that flow on, to block `index`; returns the image tokens' new number too."""
+        """Take image tokens, and prompts that flow on, to block `index`; returns the image tokens' new number too."""
         return x, num_image
 
     def pooled_rows(self, num_image: int, pool: str | None) -> tuple[slice, bool]:
-        """Rows of the last block's output that the pooling reads, and whether prompts are among them."""
+        """Return rows of the last block's output that the pooling reads, and whether prompts are among them."""
         raise NotImplementedError
 
     def pool(self, x: Tensor, pool: str | None) -> Tensor:
-        """Norms and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
+        """Norm and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
         raise NotImplementedError
 
     def states(self, images: Tensor) -> list[Tensor]:
-        """Tokens [B, n, width] of images before each block and behind the last, without any method."""
+        """Return tokens [B, n, width] of images before each block and behind the last, without any method."""
         like, nobody = next(self.parameters()), Method(self)
         states = [self.embed(images.to(like.device, like.dtype), nobody)]
         for i in range(self.num_blocks):
@@ -216,7 +216,7 @@ class TokenFamily(Family):
         return x
 
     def _plain(self, index: int, x: Tensor) -> Tensor:
-        """A block on image tokens, and what stands behind it."""
+        """Return a block on image tokens, and what stands behind it."""
         x = self.carry(index, x, x.shape[1])
         return self.between(index + 1, x, x.shape[1])[0] if index + 1 < self.num_blocks else x
 
@@ -251,7 +251,7 @@ class TokenFamily(Family):
     def _run_block(
         self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
     ) -> Tensor:
-        """Runs one block on the tokens x [B, n, width] and those entering; returns the outputs of `rows` of x."""
+        """Run one block on the tokens x [B, n, width] and those entering; returns the outputs of `rows` of x."""
         start, stop, _ = rows.indices(x.shape[1])
         asks = bool(method.places) or method.keys_values(index) is not None
         all_read = entering is None and (start, stop) == (0, x.shape[1])

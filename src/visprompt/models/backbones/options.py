@@ -30,7 +30,7 @@ def _are_counts(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number of ordinary size; true and false are not."""
+    """Return whether a value is a finite number of ordinary size; true and false are not."""
     return type(value) in (int, float) and abs(value) <= 1e6 and math.isfinite(value)
 
 

@@ -94,7 +94,7 @@ class Swin(TokenFamily):
         return f"{cast(Any, self.model.head).global_pool.pool_type} of {pool or 'image_prompt'}"
 
     def is_proven(self, block: nn.Module) -> bool:
-        """Whether the block is of the plain class."""
+        """Return whether the block is of the plain class."""
         return driven.is_proven(block, SwinTransformerBlock, (WindowAttention,))
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
@@ -118,14 +118,14 @@ class Swin(TokenFamily):
     def drive(
         self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
     ) -> Tensor:
-        """Runs a block; tokens that are not read give keys and values only."""
+        """Run a block; tokens that are not read give keys and values only."""
         parts = [x[:, : rows.start], x[:, rows.stop :], *([] if entering is None else [entering])]
         context = [part for part in parts if part.shape[1]]
         attend = self._attention(index, num_image, rows.start == 0)
         return driven.run_block(self._block(index), x[:, rows], context, attend, method, index)
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Runs a block on all tokens, the prompts among them in every window."""
+        """Run a block on all tokens, the prompts among them in every window."""
         return driven.run_block(self._block(index), x, [], self._attention(index, num_image, True))
 
     def _block(self, index: int) -> Any:
@@ -133,12 +133,12 @@ class Swin(TokenFamily):
         return cast(Any, self.model.layers[stage]).blocks[i]
 
     def _attention(self, index: int, num_image: int, reads_image: bool) -> driven.Attend:
-        """A block's attention over a map of `num_image` tokens."""
+        """Return a block's attention over a map of `num_image` tokens."""
         size = side_of(num_image, self.grids[index])
         return partial(_attend, self._block(index), size, num_image if reads_image else 0)
 
     def between(self, index: int, x: Tensor, num_image: int) -> tuple[Tensor, int]:
-        """Merges patches where a stage begins; a prompt stands for four neighbours."""
+        """Merge patches where a stage begins; a prompt stands for four neighbours."""
         stage, i = self._places[index]
         if stage == 0 or i > 0:
             return x, num_image
@@ -150,19 +150,19 @@ class Swin(TokenFamily):
         return torch.cat([image, prompts], dim=1), image.shape[1]
 
     def pooled_rows(self, num_image: int, pool: str | None) -> tuple[slice, bool]:
-        """Rows of the last block's output that the pooling reads, and whether prompts are among them."""
+        """Return rows of the last block's output that the pooling reads, and whether prompts are among them."""
         if pool == "image":
             return slice(0, num_image), False
         return slice(num_image if pool == "prompt" else 0, None), True  # by default the paper's: of both
 
     def pool(self, x: Tensor, pool: str | None) -> Tensor:
-        """Norms and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
+        """Norm and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
         # a map of one column: timm pools over height and width, wherever a token stands
         return cast(Tensor, self.model.head(self.model.norm(x).unsqueeze(2), pre_logits=True))
 
 
 def _foreign(model: SwinTransformer) -> str | None:
-    """A part's class that is not timm's own, whose work is done here."""
+    """Return a part's class that is not timm's own, whose work is done here."""
     known = (SwinTransformerBlock, WindowAttention, PatchEmbed)
     stages: Any = model.layers
     parts = [model.patch_embed, *(part for stage in stages for block in stage.blocks for part in (block, block.attn))]
@@ -178,7 +178,7 @@ def _attend(
     context: Sequence[Tensor],
     rows: driven.Rows | None,
 ) -> Tensor:
-    """Attention within the windows of a block, prompts among the tokens of every window.
+    """Return attention within the windows of a block, prompts among the tokens of every window.
 
     Args:
         block: The block.
@@ -214,7 +214,7 @@ def _attend(
 def _join(
     attn: Any, parts: Sequence[tuple[Tensor, bool]], rows: driven.Rows | None, batch: int, num_windows: int
 ) -> tuple[Tensor, ...]:
-    """Queries, keys and values of the tokens of all windows, each [B, windows * heads, tokens, head_dim].
+    """Return queries, keys and values of the tokens of all windows, each [B, windows * heads, tokens, head_dim].
 
     Windows and heads lie side by side, so that one mask serves all images of a batch.
 
@@ -243,7 +243,7 @@ def _join(
 
 
 def _windows(block: Any, maps: Tensor) -> Tensor:
-    """Windows [B, windows, area, width] of maps [B, H, W, width], shifted, and filled up with zeros."""
+    """Return windows [B, windows, area, width] of maps [B, H, W, width], shifted, and filled up with zeros."""
     down, right = block.shift_size
     x = maps.roll((-down, -right), (1, 2)) if down or right else maps
     height, width = _filled(block, (maps.shape[1], maps.shape[2]))
@@ -252,7 +252,7 @@ def _windows(block: Any, maps: Tensor) -> Tensor:
 
 
 def _put_back(block: Any, windows: Tensor, size: tuple[int, int]) -> Tensor:
-    """The map of windows [B, windows, area, width], as tokens [B, H * W, width]."""
+    """Return the map of windows [B, windows, area, width], as tokens [B, H * W, width]."""
     down, right = block.shift_size
     parts = windows.flatten(0, 1).unflatten(1, block.window_size)
     maps = window_reverse(parts, block.window_size, *_filled(block, size))[:, : size[0], : size[1]]
@@ -266,7 +266,7 @@ def _filled(block: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _project(attn: Any, x: Tensor, is_read: bool) -> tuple[Tensor, ...]:
-    """Queries if they are read, keys and values of x [B, windows, n, width], each [B, windows, heads, n, head_dim]."""
+    """Return queries if they are read, keys and values of x [B, windows, n, width], each [B, windows, heads, n, head_dim]."""
     if is_read or type(attn.qkv) is not nn.Linear:
         joint, parts = attn.qkv(x), 3
     else:
@@ -278,7 +278,7 @@ def _project(attn: Any, x: Tensor, is_read: bool) -> tuple[Tensor, ...]:
 
 
 def _mask(block: Any, size: tuple[int, int], num_windows: int, queries: int, keys: int) -> Tensor:
-    """What is added to the logits of all windows, [1, windows * heads, queries, keys]: nothing for prompts and rows."""
+    """Return what is added to the logits of all windows, [1, windows * heads, queries, keys]: nothing for prompts and rows."""
     mask: Tensor = block.attn._get_rel_pos_bias()
     if any(block.shift_size):
         shifted = block.attn_mask if size == tuple(block.input_resolution) else None

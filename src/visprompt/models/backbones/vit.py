@@ -62,7 +62,7 @@ class ViT(TokenFamily):
         return height, width
 
     def check_size(self, images: Tensor, method: Method) -> None:
-        """Refuses, too, images of a size that the patch embedding does not take.
+        """Refuse, too, images of a size that the patch embedding does not take.
 
         Raises:
             UserError: Of another than the backbone's own or, where it takes any, of a side that no patches fill.
@@ -83,7 +83,7 @@ class ViT(TokenFamily):
             )
 
     def is_proven(self, block: nn.Module) -> bool:
-        """Whether the block is of the plain class."""
+        """Return whether the block is of the plain class."""
         return is_proven(block)
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
@@ -98,11 +98,11 @@ class ViT(TokenFamily):
         return attend(attn, read, context, rows)
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Runs timm's block on all tokens."""
+        """Run timm's block on all tokens."""
         return cast(Tensor, self.model.blocks[index](x))
 
     def pooled_rows(self, num_image: int, pool: str | None) -> tuple[slice, bool]:
-        """Rows of the last block's output that the pooling reads, and whether prompts are among them."""
+        """Return rows of the last block's output that the pooling reads, and whether prompts are among them."""
         model = self.model
         if pool is not None:
             rows = {
@@ -117,11 +117,11 @@ class ViT(TokenFamily):
         return slice(0 if self._pools_prefix() else model.num_prefix_tokens, num_image), False
 
     def _pools_prefix(self) -> bool:
-        """Whether a pooling over tokens reads class and register tokens with the patches."""
+        """Return whether a pooling over tokens reads class and register tokens with the patches."""
         return self.model.pool_include_prefix
 
     def pool(self, x: Tensor, pool: str | None) -> Tensor:
-        """Norms and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
+        """Norm and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
         model = self.model
         x = model.norm(x)
         if pool is not None:
@@ -134,7 +134,7 @@ class ViT(TokenFamily):
 
 
 def _check_sides(model: VisionTransformer) -> None:
-    """Refuses a side whose last pixels no patch reads, unless the model was pre-trained so, as one SigLIP was."""
+    """Refuse a side whose last pixels no patch reads, unless the model was pre-trained so, as one SigLIP was."""
     embed, config = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}
     if tuple(config.get("input_size", ())[1:]) == embed.img_size or getattr(embed, "dynamic_img_pad", False):
         return

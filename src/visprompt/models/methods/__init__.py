@@ -79,7 +79,7 @@ _KINDS: Mapping[Any, tuple[type, str]] = {  # of an option, by its annotation; t
 
 
 def option_kinds(name: str) -> dict[str, Any]:
-    """The annotation of each option of a method.
+    """Return the annotation of each option of a method.
 
     Raises:
         UserError: The name is unknown.
@@ -107,7 +107,7 @@ def hashed_file(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
-    """Builds a method for a backbone.
+    """Build a method for a backbone.
 
     Args:
         name: One of `METHODS`.
@@ -150,7 +150,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _check_kind(option: str, value: Any, annotation: Any) -> None:
-    """Refuses a value that its annotation does not name: "no" is a word, and a word that is not empty counts as true.
+    """Refuse a value that its annotation does not name: "no" is a word, and a word that is not empty counts as true.
 
     Raises:
         UserError: It says what to give.

@@ -112,7 +112,7 @@ class AdaptFormer(Bottleneck):
         self.dropout = nn.Dropout(dropout)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """The scaled bottleneck of the stream x [B, n, width]."""
+        """Return the scaled bottleneck of the stream x [B, n, width]."""
         return self.scale * self.squeeze(block, x, lambda hidden: self.dropout(F.relu(hidden)))
 
 
@@ -151,25 +151,25 @@ class AdapterPlus(Bottleneck):
                 nn.init.trunc_normal_(weight, std=_STD, a=-2 * _STD, b=2 * _STD)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """The scaled bottleneck of the stream x [B, n, width], zero for the images that skip it."""
+        """Return the scaled bottleneck of the stream x [B, n, width], zero for the images that skip it."""
         out: Tensor = self.drop_path(self.squeeze(block, x, F.gelu))
         return out * self.scale[block].to(out.dtype)  # under autocast the branch stays in its precision
 
 
 def draw_linear(weight: Tensor, inputs: int = -2) -> None:
-    """Draws [..., inputs, outputs], or with its inputs along another axis, from U(-1, 1) / sqrt(inputs), as PyTorch."""
+    """Draw [..., inputs, outputs], or with its inputs along another axis, from U(-1, 1) / sqrt(inputs), as PyTorch."""
     bound = 1 / math.sqrt(weight.shape[inputs])
     weight.uniform_(-bound, bound)
 
 
 def check_size(name: str, value: int) -> None:
-    """Raises a UserError unless an option's value is 1 or more."""
+    """Raise a UserError unless an option's value is 1 or more."""
     if value < 1:
         raise UserError(f"method.{name}={value} is too small: give at least 1, or use method=linear")
 
 
 def check_rank(value: int, width: int) -> None:
-    """Raises a UserError unless the rank of an update is one that layers of a width can have."""
+    """Raise a UserError unless the rank of an update is one that layers of a width can have."""
     check_size("rank", value)
     if value > width:
         raise UserError(
@@ -179,12 +179,12 @@ def check_rank(value: int, width: int) -> None:
 
 
 def check_scale(value: float) -> None:
-    """Raises a UserError unless `scale` is a positive number."""
+    """Raise a UserError unless `scale` is a positive number."""
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"method.scale={value} cannot scale what is tuned: give a number above 0")
 
 
 def check_probability(name: str, value: float) -> None:
-    """Raises a UserError unless an option's value lies in [0, 1)."""
+    """Raise a UserError unless an option's value lies in [0, 1)."""
     if not 0 <= value < 1:
         raise UserError(f"method.{name}={value} is not a probability: give a number from 0 to below 1")

@@ -55,7 +55,7 @@ class MLP(Linear):
         self.num_layers, self.dropout = operator.index(num_layers), dropout
 
     def make_head(self, width: int, num_classes: int, init: str) -> nn.Module:
-        """Builds the head: features [B, width] -> logits [B, num_classes]."""
+        """Build the head: features [B, width] -> logits [B, num_classes]."""
         return MLPHead(width, num_classes, self.num_layers - 1, self.dropout, init)
 
 
@@ -88,7 +88,7 @@ class MLPHead(nn.Linear):
         init_linear(self, init)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Logits [B, C] of features [B, d]."""
+        """Return logits [B, C] of features [B, d]."""
         return super().forward(self.hidden(input))
 
 
@@ -132,7 +132,7 @@ class Partial(Method):
         return self._first
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head, the last blocks, and the final norms."""
+        """Return the head, the last blocks, and the final norms."""
         modules = [f"backbone.model.{name}" for name in self._names]
         tuned = (f"{m}.{name}" for m in modules for name, _ in classifier.get_submodule(m).named_parameters())
         return super().tuned_names(classifier) | frozenset(tuned)
@@ -165,7 +165,7 @@ class Full(Method):
         self.drop_path, self.dropout = drop_path, dropout
 
     def attach(self, backbone: Geometry) -> None:
-        """Sets the stochastic depth of every residual branch that has one, and the dropout."""
+        """Set the stochastic depth of every residual branch that has one, and the dropout."""
         if self.dropout:
             self._drop(backbone)
         for i, block in enumerate(backbone.blocks):
@@ -175,7 +175,7 @@ class Full(Method):
                     setattr(module, name, DropPath(rate) if rate else nn.Identity())
 
     def _drop(self, backbone: Geometry) -> None:
-        """Sets the dropout; a GRN or gated MLP of timm has one or both of the two places."""
+        """Set the dropout; a GRN or gated MLP of timm has one or both of the two places."""
         places = [getattr(backbone.model, "pos_drop", None)]
         found = [(block, getattr(block, "mlp", None)) for block in backbone.blocks]
         if any(not isinstance(getattr(mlp, "drop2", None), nn.Dropout) for _, mlp in found):
@@ -189,5 +189,5 @@ class Full(Method):
                 place.p = self.dropout
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """Every parameter."""
+        """Return every parameter."""
         return frozenset(name for name, _ in classifier.named_parameters())

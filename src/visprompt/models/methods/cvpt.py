@@ -51,7 +51,7 @@ class CVPT(Method):
         self._attentions: tuple[Attention, ...] = ()  # in a tuple, so that their parameters stay the backbone's alone
 
     def attach(self, backbone: Geometry) -> None:
-        """Keeps every block's attention, whose frozen weights the prompts are read through."""
+        """Keep every block's attention, whose frozen weights the prompts are read through."""
         attentions = [getattr(block, "attn", None) for block in backbone.blocks]
         if any(type(attention) is not Attention for attention in attentions):
             raise UserError(

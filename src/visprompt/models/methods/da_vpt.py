@@ -54,7 +54,7 @@ class ValueBias(Wrapped):
         self._method, self._block = (method,), block  # in a tuple, so that its parameters are not registered here too
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [..., width] -> [..., 3 * width]."""
+        """Return tokens [..., width] -> [..., 3 * width]."""
         out: Tensor = self.base(x)
         bias = self._method[0].value_bias[self._block]
         return out + F.pad(bias, (out.shape[-1] - len(bias), 0))
@@ -145,7 +145,7 @@ class DAVPT(Method):
         return len(self.mapping) > self.guided.shape[1]
 
     def attach(self, backbone: Geometry) -> None:
-        """Keeps the blocks, whose queries of class tokens are compared, and puts in the biases of values."""
+        """Keep the blocks, whose queries of class tokens are compared, and puts in the biases of values."""
         if any(type(getattr(block, "attn", None)) is not Attention for block in backbone.blocks):
             raise UserError(
                 "method da_vpt cannot work on this backbone: it reads queries of timm's plain attention, and these "
@@ -157,7 +157,7 @@ class DAVPT(Method):
             backbone.model.set_submodule(f"{name}.attn.qkv", ValueBias(layer, self, i))
 
     def make_head(self, width: int, num_classes: int, init: str) -> nn.Module:
-        """Builds a linear head, now that the classes are known; they are dealt to the prompts until they are seen."""
+        """Build a linear head, now that the classes are known; they are dealt to the prompts until they are seen."""
         depth, count, _ = self.guided.shape
         if num_classes < count:
             count, self.guided = num_classes, _draw(depth, num_classes, self._width)
@@ -167,7 +167,7 @@ class DAVPT(Method):
         return super().make_head(width, num_classes, init)
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The prompts and the head; with `bias`, some numbers of the backbone."""
+        """Return the prompts and the head; with `bias`, some numbers of the backbone."""
         names = super().tuned_names(classifier)
         if not self.bias:
             return names
@@ -176,12 +176,12 @@ class DAVPT(Method):
         return names | (known & (blocks | {"backbone.model.cls_token"}))
 
     def token_flow(self) -> tuple[Flow, ...]:
-        """Every block's own prompts replace those before."""
+        """Return every block's own prompts replace those before."""
         free = Flow.KEEP if self.prompts is None else Flow.ENTER
         return (free,) * self._first + (Flow.ENTER,) * len(self.guided)
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts of a block, [1, p, width]."""
+        """Return prompts of a block, [1, p, width]."""
         own = block - self._first
         if own >= 0 and self.training and torch.is_grad_enabled():
             self._seen[own] = x
@@ -189,13 +189,13 @@ class DAVPT(Method):
         return (F.normalize(prompts, dim=-1, eps=1e-6) if self.norm == "l2" else prompts).unsqueeze(0)
 
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """The pooled features as they are; the epoch's means are made of them."""
+        """Return the pooled features as they are; the epoch's means are made of them."""
         if self.training and torch.is_grad_enabled():
             self._features = pooled.detach()
         return pooled
 
     def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
-        """Adds the terms of the last forward to the cross-entropies [B]."""
+        """Add the terms of the last forward to the cross-entropies [B]."""
         seen, features = self._seen, self._features
         self._seen, self._features = {}, None
         if not seen or features is None:
@@ -229,7 +229,7 @@ class DAVPT(Method):
 
     @torch.no_grad()
     def _count(self, features: Tensor, labels: Tensor, weights: Tensor) -> None:
-        """Adds features to this epoch's sums by class."""
+        """Add features to this epoch's sums by class."""
         if not self.remap_from or not self.needs_images:
             return
         if not self._sums.ndim or self._sums.device != features.device:
@@ -243,14 +243,14 @@ class DAVPT(Method):
         self._sums = self._counts = torch.zeros(())
 
     def end_epoch(self, epoch: int) -> None:
-        """Maps the classes anew by the epoch's mean features."""
+        """Map the classes anew by the epoch's mean features."""
         if self._sums.ndim and self.remap_from and epoch >= self.remap_from:
             self._map(summed(self._sums), summed(self._counts), torch.Generator().manual_seed(epoch))
         self._forget()
 
     @torch.no_grad()
     def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
-        """Maps the classes by the mean features of their images without prompts."""
+        """Map the classes by the mean features of their images without prompts."""
         plain, like = Method(cast(Geometry, backbone)), next(backbone.parameters())
         sums, counts = torch.zeros(len(self.mapping), self.centres.shape[1]), torch.zeros(len(self.mapping))
         for images, labels in batches:
@@ -260,7 +260,7 @@ class DAVPT(Method):
         self._map(sums, counts, torch.Generator().manual_seed(seed))
 
     def _map(self, sums: Tensor, counts: Tensor, generator: torch.Generator) -> None:
-        """Writes mapping and centres, unless all classes would have one prompt, as in the released code."""
+        """Write mapping and centres, unless all classes would have one prompt, as in the released code."""
         count = self.guided.shape[1]
         known = counts.cpu() > 0
         if known.sum() < count:
@@ -277,7 +277,7 @@ class DAVPT(Method):
 
 
 def _draw(depth: int, count: int, width: int) -> nn.Parameter:
-    """Prompts [depth, count, width]."""
+    """Return prompts [depth, count, width]."""
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(depth, count, width)) / 8)
 
 

@@ -159,7 +159,7 @@ class E2VPT(Method):
         return drop(self.dropout, prompts, len(x))
 
     def keys_values(self, block: int) -> tuple[Tensor, Tensor] | None:
-        """The key-value prompts of a block, each [heads, T, width / heads]."""
+        """Return the key-value prompts of a block, each [heads, T, width / heads]."""
         if block not in self.kv_blocks:
             return None
         layer = self.kv_blocks.index(block)
@@ -168,14 +168,14 @@ class E2VPT(Method):
         return self.k_prompts[layer], self.v_prompts[layer]
 
     def unpruned(self, prompts: Iterable[Tensor]) -> list[Tensor]:
-        """What the masks keep of the prompts [p, width] of each layer, each [n]."""
+        """Return what the masks keep of the prompts [p, width] of each layer, each [n]."""
         assert self.segment_mask is not None
         parts = [layer.unflatten(-1, (self.num_segments, -1)) for layer in prompts]
         masks = self.segment_mask.expand(len(parts), -1, -1)
         return [layer[mask].flatten() for layer, mask in zip(parts, masks, strict=True)]
 
     def _set_masks(self, tokens: Sequence[Any] | None, segments: Sequence[Any] | None) -> None:
-        """Keeps the masks as buffers, which are saved beside the values."""
+        """Keep the masks as buffers, which are saved beside the values."""
         token_mask, segment_mask = None, None
         if tokens is not None or segments is not None:
             shape = (self.depth,) * self.mask_per_layer + (self.num_tokens,)
@@ -214,12 +214,12 @@ def _draw_keys_values(prompts: Tensor) -> None:
 
 
 def _first(mask: Tensor, count: int) -> Tensor:
-    """Positions of the `count` true entries of a flat mask, in their order."""
+    """Return positions of the `count` true entries of a flat mask, in their order."""
     return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]
 
 
 def _blocks(which: str | Sequence[int], num_blocks: int) -> tuple[int, ...]:
-    """Indices of the blocks that a word or a list names."""
+    """Return indices of the blocks that a word or a list names."""
     half = num_blocks // 2
     ranges = (range(num_blocks), range(half), range(half, num_blocks), range(0, num_blocks, 2))
     named = dict(zip(KV_BLOCKS, ranges, strict=True))
@@ -236,7 +236,7 @@ def _blocks(which: str | Sequence[int], num_blocks: int) -> tuple[int, ...]:
 
 
 def _check_pruning(widths: Sequence[int], num_tokens: int, num_segments: int, wanted: bool) -> None:
-    """Refuses to prune what is not there or cannot be divided."""
+    """Refuse to prune what is not there or cannot be divided."""
     if num_segments < 1:
         raise UserError(f"method.num_segments={num_segments} is too small: give at least 1")
     if wanted and num_tokens == 0:
@@ -249,7 +249,7 @@ def _check_pruning(widths: Sequence[int], num_tokens: int, num_segments: int, wa
 
 
 def _percentages(name: str, values: Sequence[int] | None) -> list[int]:
-    """A list of percentages of which something is left; None means none."""
+    """Return a list of percentages of which something is left; None means none."""
     if values is not None and (not isinstance(values, Sequence) or isinstance(values, str)):
         raise UserError(f"method.{name}={values} is no list: give [{values}], for example")
     for value in values or []:
@@ -259,7 +259,7 @@ def _percentages(name: str, values: Sequence[int] | None) -> list[int]:
 
 
 def _mask(name: str, given: Sequence[Any] | None, shape: tuple[int, ...]) -> Tensor:
-    """A mask as a bool tensor; everything kept where none is given."""
+    """Return a mask as a bool tensor; everything kept where none is given."""
     if given is None:
         return torch.ones(shape, dtype=torch.bool)
     try:
@@ -272,7 +272,7 @@ def _mask(name: str, given: Sequence[Any] | None, shape: tuple[int, ...]) -> Ten
 
 
 def _check_left(tokens: Tensor, segments: Tensor) -> None:
-    """Refuses masks that leave nothing, or not as much in every layer."""
+    """Refuse masks that leave nothing, or not as much in every layer."""
     if not (segments.any(-1) == tokens).all() or not tokens.any(-1).all():
         raise UserError(
             "the masks leave a token or a layer without a value: keep a segment of every token that is left"
@@ -283,5 +283,5 @@ def _check_left(tokens: Tensor, segments: Tensor) -> None:
 
 
 def _layers(mask: Tensor, dims: int) -> Tensor:
-    """A mask with a leading axis of layers, of length 1 where they share it."""
+    """Return a mask with a leading axis of layers, of length 1 where they share it."""
     return mask.unsqueeze(0) if mask.ndim == dims else mask

@@ -71,7 +71,7 @@ class FacT(Method):
             self.core = nn.Parameter(_uniform(math.sqrt(3) / rank, rank, rank, rank))
 
     def attach(self, backbone: Geometry) -> None:
-        """Draws what depends on the MLP and wraps the four linear layers of every block.
+        """Draw what depends on the MLP and wraps the four linear layers of every block.
 
         Raises:
             UserError: A block has other layers, or the MLP's hidden width is no multiple of the width.
@@ -101,13 +101,13 @@ class FacT(Method):
         return self.scale * self.dropout(middle) @ self.v
 
     def _sigma(self, block: int, first: int, last: int) -> Tensor:
-        """The middle factors [slices, rank, rank] of a layer."""
+        """Return the middle factors [slices, rank, rank] of a layer."""
         if self.form == "tt":
             return self.sigma[block, first:last]
         return torch.einsum("mp,prs->mrs", self.mix[block, first:last], self.core)
 
     def _draw(self, slices: dict[str, tuple[int, int]]) -> None:
-        """Draws sigma or mix."""
+        """Draw sigma or mix."""
         first, count = slices["mlp.fc2"]
         if self.form == "tk":
             bound = math.sqrt(6 / (self.num_blocks * count + self.rank))

@@ -66,7 +66,7 @@ class GatedVPT(VPT):
         self.temperatures = nn.Parameter(torch.ones(self.num_blocks)) if temperature else None
 
     def attach(self, backbone: Geometry) -> None:
-        """Divides every attention's queries by its temperature."""
+        """Divide every attention's queries by its temperature."""
         if self.temperatures is None:
             return
         for i, block in enumerate(backbone.blocks):
@@ -79,18 +79,18 @@ class GatedVPT(VPT):
             attention.q_norm = _Tempered(attention.get_submodule("q_norm"), self, i)
 
     def token_flow(self) -> tuple[Flow, ...]:
-        """Prompts enter before the first block and are mixed before every other."""
+        """Return prompts enter before the first block and are mixed before every other."""
         return (Flow.ENTER, *(Flow.MIX,) * (self.num_blocks - 1))
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts [B, p, width] of a block; of the first [1, p, width] unless dropout is active."""
+        """Return prompts [B, p, width] of a block; of the first [1, p, width] unless dropout is active."""
         if last is None:
             return super().tokens(block, x)
         (entered, left), gate = last, self.gates[block - 1].sigmoid()
         return gate * left + (1 - gate) * entered
 
     def temperature(self, block: int) -> Tensor:
-        """A block's temperature within its range; the gradient passes as if there were none."""
+        """Return a block's temperature within its range; the gradient passes as if there were none."""
         assert self.temperatures is not None
         free = self.temperatures[block]
         return free + (free.clamp(_COLDEST, _HOTTEST) - free).detach()

@@ -27,7 +27,7 @@ PATCHES = 16  # of an image; with 800 images of ViT-B 39 MB a layer
 
 
 def initialise(method: Method, backbone: TokenBackbone, images: Tensor | Iterable[Tensor], seed: int = 42) -> None:
-    """Writes those first values of a method that are made of training images, in place.
+    """Write those first values of a method that are made of training images, in place.
 
     Args:
         method: Where it does not need images (`needs_images`), nothing is done.
@@ -44,7 +44,7 @@ def initialise(method: Method, backbone: TokenBackbone, images: Tensor | Iterabl
 
 
 def _batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    """The first images, by batches."""
+    """Return the first images, by batches."""
     left = MAX_IMAGES
     for batch in images.split(_BATCH) if isinstance(images, Tensor) else images:
         if left <= 0:
@@ -56,7 +56,7 @@ def _batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
 def features(
     init: str, backbone: TokenBackbone, blocks: Sequence[int], count: int, images: Iterable[Tensor], seed: int
 ) -> list[Tensor]:
-    """Features of training images that prompts may start as.
+    """Return features of training images that prompts may start as.
 
     Args:
         init: "cls", "cls_layer", "patch_sample", "patch_pool" or "patch_kmeans".
@@ -110,7 +110,7 @@ def _class_tokens(init: str, backbone: TokenBackbone, blocks: Sequence[int], ima
 def _patch_tokens(
     backbone: TokenBackbone, blocks: Sequence[int], images: Tensor, generator: torch.Generator
 ) -> list[Tensor]:
-    """Some patch tokens of each image before each block, [B * n, width] for each block, n up to `PATCHES`."""
+    """Return some patch tokens of each image before each block, [B * n, width] for each block, n up to `PATCHES`."""
     states, index = backbone.states(images), {}
     rows = torch.arange(len(images))[:, None]
     layers = []
@@ -131,7 +131,7 @@ class Means:
         self._counts: dict[Any, int] = {}
 
     def add(self, name: Any, values: Tensor) -> None:
-        """Adds values [B, ...] of B images."""
+        """Add values [B, ...] of B images."""
         self._sums[name] = self._sums.get(name, 0) + values.float().sum(0).cpu().double()
         self._counts[name] = self._counts.get(name, 0) + len(values)
 
@@ -140,7 +140,7 @@ class Means:
 
 
 def check_plain_attentions(backbone: Geometry, blocks: Sequence[int], option: str) -> None:
-    """Refuses blocks other than timm's plain one, where one linear layer gives queries, keys and values.
+    """Refuse blocks other than timm's plain one, where one linear layer gives queries, keys and values.
 
     Args:
         backbone: The backbone.
@@ -168,12 +168,12 @@ def check_plain_attentions(backbone: Geometry, blocks: Sequence[int], option: st
 
 
 def _pooled(rows: Tensor, count: int) -> Tensor:
-    """Means [count, d] of as many groups of successive rows [n, d], that is of the patches of successive images."""
+    """Return means [count, d] of as many groups of successive rows [n, d], that is of the patches of successive images."""
     return F.adaptive_avg_pool1d(rows.T, count).T
 
 
 def _centres(rows: Tensor, count: int, seed: int) -> Tensor:
-    """Centres [count, d] of k-means over rows [n, d]."""
+    """Centre [count, d] of k-means over rows [n, d]."""
     from sklearn.cluster import KMeans  # only where it is asked for: the library itself does without scikit-learn
 
     found = KMeans(count, n_init=1, max_iter=100, random_state=seed).fit(rows.float().numpy())

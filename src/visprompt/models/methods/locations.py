@@ -30,7 +30,7 @@ _SITES = {"pad": "pixels", "concat_channel": "pixels"}
 
 
 def check_sites(location: str, backbone: Geometry) -> None:
-    """Refuses a location that the backbone has no site for.
+    """Refuse a location that the backbone has no site for.
 
     Raises:
         UserError: It names the site.
@@ -46,19 +46,19 @@ def check_sites(location: str, backbone: Geometry) -> None:
 
 
 def tokens_at(location: str, num_tokens: int, backbone: Geometry, block: int) -> int:
-    """Number of vectors before a block: `num_tokens` where they are prepended, else as many as the location has."""
+    """Return the number of vectors before a block: `num_tokens` where they are prepended, else as many as the location has."""
     if location == "add":
         return math.prod(backbone.grids[block])
     return 1 if location == "add_one" else num_tokens
 
 
 def vpt_bound(patch_size: int, width: int) -> float:
-    """The released code's bound of a uniform initialisation: sqrt(6 / (3 * patch^2 + width))."""
+    """Return the released code's bound of a uniform initialisation: sqrt(6 / (3 * patch^2 + width))."""
     return math.sqrt(6 / (3 * patch_size**2 + width))
 
 
 def draw_pixels(location: str, num_tokens: int, backbone: Geometry, pad_resize: bool) -> Tensor:
-    """Draws prompts that are pixels.
+    """Draw prompts that are pixels.
 
     Args:
         location: A location that is not one of `VECTORS`.
@@ -88,7 +88,7 @@ def draw_pixels(location: str, num_tokens: int, backbone: Geometry, pad_resize: 
 
 
 def check_padded_side(backbone: Geometry, num_pixels: int) -> None:
-    """Refuses an image that grows beyond what a backbone takes.
+    """Refuse an image that grows beyond what a backbone takes.
 
     A plain timm ViT takes images of its own side alone. Padding grows them to side + 2p, of which the patch embedding
     drops the remainder: below half a patch the side stays.
@@ -106,7 +106,7 @@ def check_padded_side(backbone: Geometry, num_pixels: int) -> None:
 
 
 def pad(images: Tensor, prompts: Tensor, resize: bool, patch_size: int) -> Tensor:
-    """Puts a frame of pixels around images.
+    """Put a frame of pixels around images.
 
     Args:
         images: Normalised images [B, 3, H, H].
@@ -133,7 +133,7 @@ def pad(images: Tensor, prompts: Tensor, resize: bool, patch_size: int) -> Tenso
 
 
 def patch_tokens(patch_embed: nn.Module, prompts: Tensor) -> Tensor:
-    """Tokens [1, p, width] of patches [p, 3, patch, patch], by the backbone's patch convolution and its norm."""
+    """Return tokens [1, p, width] of patches [p, 3, patch, patch], by the backbone's patch convolution and its norm."""
     proj, norm = patch_embed.get_submodule("proj"), patch_embed.get_submodule("norm")
     return cast(Tensor, norm(proj(prompts).flatten(1)))[None]
 
@@ -155,5 +155,5 @@ class MoreChannels(nn.Module):
         self.base, self.term = base, term
 
     def forward(self, images: Tensor) -> Tensor:
-        """Patches [B, width, grid, grid] of images [B, 3, H, W]."""
+        """Patch [B, width, grid, grid] of images [B, 3, H, W]."""
         return cast(Tensor, self.base(images)) + self.term()

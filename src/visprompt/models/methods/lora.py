@@ -50,13 +50,13 @@ class Updated(Wrapped):
         self._where = where
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [..., in] -> [..., out]."""
+        """Return tokens [..., in] -> [..., out]."""
         out: Tensor = self.base(x)
         return out + self._method[0].update(x, *self._where)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer that computes the same."""
+        """Return a plain layer that computes the same."""
         layer, (method,) = copy.deepcopy(self.base), self._method
         training = method.training
         method.train(False)  # no dropout
@@ -108,7 +108,7 @@ class LoRA(Method):
         self.b = per_block([(len(targets), width, rank) for width in backbone.widths], nn.init.zeros_)
 
     def attach(self, backbone: Geometry) -> None:
-        """Wraps the joint projection of every attention.
+        """Wrap the joint projection of every attention.
 
         Raises:
             UserError: There is none, or it gives queries, keys and values of another width than the tokens'.
@@ -136,7 +136,7 @@ class LoRA(Method):
 
 
 def find_linears(backbone: Geometry, paths: Sequence[str], method: str) -> list[nn.Module]:
-    """The blocks of a backbone, each of which has plain linear layers at some paths.
+    """Return the blocks of a backbone, each of which has plain linear layers at some paths.
 
     Args:
         backbone: Any.

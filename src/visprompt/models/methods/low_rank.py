@@ -98,14 +98,14 @@ class LowRankVPT(VPT):
         return self.whitening != "none"
 
     def attach(self, backbone: Geometry) -> None:
-        """Checks that the right matrices can be made on this backbone."""
+        """Check that the right matrices can be made on this backbone."""
         super().attach(backbone)
         if self.needs_images:
             check_plain_attentions(backbone, self.prompted_blocks, f"method.whitening={self.whitening}")
 
     @torch.no_grad()
     def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
-        """Puts numbers of the whitening matrices into the right ones, see `Method.initialise`."""
+        """Put numbers of the whitening matrices into the right ones, see `Method.initialise`."""
         means, generator = Means(), torch.Generator().manual_seed(seed)
         for batch in images:
             states = backbone.states(batch)
@@ -118,7 +118,7 @@ class LowRankVPT(VPT):
             self.right[own].copy_(whitening.gather(1, chosen).T)
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
+        """Return prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
         own = block - self.first_block
         prompts = (self.left[own] @ self.right[own]).unsqueeze(0)
         return drop(self.dropout, prompts, len(x))
@@ -131,7 +131,7 @@ def _draw_right(right: Tensor) -> None:
 
 
 def _whitening(attn: Any, patches: Tensor) -> Tensor:
-    """The whitening matrix [d, d] of W_q W_k^T X^T, of an attention and mean patches X [n, d]."""
+    """Return the whitening matrix [d, d] of W_q W_k^T X^T, of an attention and mean patches X [n, d]."""
     # as PyTorch has them: [out, in]
     query, key = attn.qkv.weight[: 2 * attn.attn_dim].cpu().double().chunk(2)
     met = query.T @ key @ patches.T

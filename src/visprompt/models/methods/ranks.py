@@ -8,7 +8,7 @@ from torch import distributed as dist
 
 
 def is_spread() -> bool:
-    """Whether several processes train together."""
+    """Return whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -103,7 +103,7 @@ class SA2VP(Method):
         self._state: dict[str, Tensor] = {}  # of the forward that runs: the prompts, and what the image reads of them
 
     def attach(self, backbone: Geometry) -> None:
-        """Keeps the backbone, whose blocks the prompts run through."""
+        """Keep the backbone, whose blocks the prompts run through."""
         if any(type(getattr(block, "attn", None)) is not Attention for block in backbone.blocks):
             raise UserError(
                 "method sa2vp cannot work on this backbone: image and prompts read each other through timm's plain "
@@ -113,7 +113,7 @@ class SA2VP(Method):
         self._backbone = (backbone,)
 
     def shift(self, block: int, x: Tensor) -> Tensor:
-        """Takes the prompts through this block too; the image's tokens [B, n, width] stay as they are."""
+        """Take the prompts through this block too; the image's tokens [B, n, width] stay as they are."""
         if not block:
             (backbone,) = self._backbone
             first = backbone.model.norm_pre(self._lifted(0) + self._positions())
@@ -137,12 +137,12 @@ class SA2VP(Method):
         return out + self.scale * self._read(block, prompts, x)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """What the image reads of the prompts, [B, n, width]; x holds all its tokens, or those before the patches."""
+        """Return what the image reads of the prompts, [B, n, width]; x holds all its tokens, or those before the patches."""
         read = self._state.pop("read", None)
         return torch.zeros_like(x) if read is None else read[:, : x.shape[1]]
 
     def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
-        """Mixes the cross-entropies [B] with those of the head on the prompts."""
+        """Mix the cross-entropies [B] with those of the head on the prompts."""
         prompts = self._state.pop("prompts", None)
         if prompts is None or not self.prompt_weight:
             return task_loss
@@ -159,7 +159,7 @@ class SA2VP(Method):
         return self.training and torch.is_grad_enabled() and self.prompt_weight > 0
 
     def _lifted(self, index: int) -> Tensor:
-        """A map of prompts, [1, n, width]."""
+        """Return a map of prompts, [1, n, width]."""
         return F.linear(self.maps[index], self.lift[index], self.lift_bias[index])[None]
 
     def _positions(self) -> Tensor:
@@ -198,7 +198,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _linears(count: int, width: int, out: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weights [count, out, width], each by Xavier's rule, and biases [count, out] that are nearly zero."""
+    """Return weights [count, out, width], each by Xavier's rule, and biases [count, out] that are nearly zero."""
     weight = torch.empty(count, out, width)
     for one in weight:
         nn.init.xavier_uniform_(one)
@@ -206,7 +206,7 @@ def _linears(count: int, width: int, out: int) -> tuple[nn.Parameter, nn.Paramet
 
 
 def _neighbours(prefix: int, height: int, width: int) -> Tensor:
-    """Which tokens [n] a token [n] reads: the patches around its own place, or all before the patches."""
+    """Return which tokens [n] a token [n] reads: the patches around its own place, or all before the patches."""
     rows, columns = (torch.arange(height * width) // width, torch.arange(height * width) % width)
     close = ((rows[:, None] - rows).abs() <= 1) & ((columns[:, None] - columns).abs() <= 1)
     return F.pad(F.pad(close, (prefix, 0)), (0, 0, prefix, 0), value=True)

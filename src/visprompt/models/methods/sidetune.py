@@ -56,17 +56,17 @@ class SideTune(Method):
         return self.num_blocks
 
     def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """The backbone's features and, for the side network, the pixels: [B, width + 3 * H * W]."""
+        """Return the backbone's features and, for the side network, the pixels: [B, width + 3 * H * W]."""
         self._shape = tuple(images.shape[1:])
         return torch.cat([pooled, images.flatten(1)], dim=1)
 
     def resumed(self, stored: Tensor) -> Tensor:
-        """The mixture [B, width] of what `stored` made of images of the last size that it saw."""
+        """Return the mixture [B, width] of what `stored` made of images of the last size that it saw."""
         pooled, pixels = stored.split([self.projection.out_features, math.prod(self._shape)], dim=1)
         return self.features(pooled, pixels.unflatten(1, self._shape))
 
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """The mixture [B, width] of the backbone's features [B, width] and those of images [B, 3, H, W]."""
+        """Return the mixture [B, width] of the backbone's features [B, width] and those of images [B, 3, H, W]."""
         share = self.alpha.sigmoid()
         return share * pooled + (1 - share) * self._side_features(images)
 
@@ -100,7 +100,7 @@ def alexnet_features() -> nn.Sequential:
 
 
 def _load(side: nn.Sequential, file: Path) -> None:
-    """Loads the convolutions of a file of AlexNet's weights; its classifier is left out."""
+    """Load the convolutions of a file of AlexNet's weights; its classifier is left out."""
     if not file.is_file():
         raise UserError(f"there is no file of AlexNet weights at {file}: correct method.weights=..., or give {RANDOM}")
     try:

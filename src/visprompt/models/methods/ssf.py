@@ -41,7 +41,7 @@ class ScaledShifted(Wrapped):
         self._name, self._row = name, row
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer puts out, scaled and shifted."""
+        """Return what the layer puts out, scaled and shifted."""
         out: Tensor = self.base(x)
         gamma, beta = (t.to(out.dtype) for t in self._pair())  # under autocast the output stays in its precision
         if isinstance(self.base, _MAPS):
@@ -50,7 +50,7 @@ class ScaledShifted(Wrapped):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """A plain layer that computes the same.
+        """Return a plain layer that computes the same.
 
         Raises:
             UserError: The layer cannot shift.
@@ -93,7 +93,7 @@ class SSF(Method):
         self.gamma, self.beta = nn.ParameterDict(), nn.ParameterDict()
 
     def attach(self, backbone: Geometry) -> None:
-        """Draws the parameters and wraps the layers."""
+        """Draw the parameters and wraps the layers."""
         model = backbone.model
         inside: dict[str, list[str]] = {}
         beside = []
@@ -125,14 +125,14 @@ class SSF(Method):
 
 
 def _is_scaled(path: str, layer: nn.Module) -> bool:
-    """Whether a layer's output is scaled and shifted: not norms and gates inside an attention, not a pooling's."""
+    """Return whether a layer's output is scaled and shifted: not norms and gates inside an attention, not a pooling's."""
     if path.startswith("attn_pool") or (".attn." in path and (isinstance(layer, _NORMS) or path.endswith(".gate"))):
         return False
     return isinstance(layer, (nn.Linear, nn.Conv2d, *_NORMS))
 
 
 def _channels(layer: Any) -> int:
-    """Channels that a layer puts out."""
+    """Channel that a layer puts out."""
     for name in ("out_features", "out_channels", "num_features", "num_channels"):
         if hasattr(layer, name):
             return int(getattr(layer, name))

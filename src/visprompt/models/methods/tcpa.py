@@ -93,7 +93,7 @@ class TCPA(Method):
         self._state: dict[str, Tensor] = {}  # of the forward that runs: tokens, mask, prompts, and the loss so far
 
     def attach(self, backbone: Geometry) -> None:
-        """Keeps the backbone, whose attentions are masked."""
+        """Keep the backbone, whose attentions are masked."""
         attentions = [getattr(block, "attn", None) for block in backbone.blocks]
         if any(type(attn) is not Attention or not isinstance(attn.norm, nn.Identity) for attn in attentions):
             raise UserError(
@@ -107,7 +107,7 @@ class TCPA(Method):
         return (Flow.ENTER,) * self.num_blocks
 
     def shift(self, block: int, x: Tensor) -> Tensor:
-        """Lets the tokens [B, n, width] choose; they stay as they are."""
+        """Let the tokens [B, n, width] choose; they stay as they are."""
         if not block:
             self._state = {}
         parts = (x[:, : self._prefix], x[:, self._prefix :]) if self._prefix else (x,)
@@ -122,7 +122,7 @@ class TCPA(Method):
         return x
 
     def _choose(self, block: int, pool: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Which prompts of a pool tokens [B, n, width] see, [B, n, pool_size * length], and their mean distance [B]."""
+        """Return which prompts of a pool tokens [B, n, width] see, [B, n, pool_size * length], and their mean distance [B]."""
         similarity = F.normalize(x.float(), dim=-1) @ F.normalize(self.keys[block, pool].float(), dim=-1).T
         by_chance = self.training and self.epochs < self.random_epochs
         scores = torch.rand_like(similarity) if by_chance else similarity
@@ -132,14 +132,14 @@ class TCPA(Method):
         return seen.repeat_interleave(self.prompts.shape[3], dim=-1), distance
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts of both pools, [1, p, width], or [B, p, width] while dropout is active."""
+        """Return prompts of both pools, [1, p, width], or [B, p, width] while dropout is active."""
         prompts = drop(self.dropout, self.prompts[block].flatten(0, 2)[None], len(x))
         # float: there is no transform of 16-bit numbers on every device
         self._state["prompts"] = torch.fft.fft2(prompts.float()).real.to(x.dtype)
         return self._state["prompts"]
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Takes back what the tokens read of hidden prompts; x holds all, or those before the patches."""
+        """Take back what the tokens read of hidden prompts; x holds all, or those before the patches."""
         assert normed is not None
         (backbone,) = self._backbone
         own, (tokens, hidden, prompts) = backbone.blocks[block], map(self._state.pop, ("x", "hidden", "prompts"))
@@ -160,10 +160,10 @@ class TCPA(Method):
         return -F.pad(out, (0, 0, 0, x.shape[1] - count))
 
     def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
-        """Adds each image's distance between tokens and chosen keys to the cross-entropies [B]."""
+        """Add each image's distance between tokens and chosen keys to the cross-entropies [B]."""
         distance = self._state.pop("distance", None)
         return task_loss if distance is None else task_loss + self.match_weight * distance
 
     def end_epoch(self, epoch: int) -> None:
-        """Counts the epochs."""
+        """Count the epochs."""
         self.epochs.fill_(epoch + 1)

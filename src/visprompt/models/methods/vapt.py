@@ -67,11 +67,11 @@ class VAPT(VPT):
         self.up = nn.Parameter(torch.empty(bottleneck, width).uniform_(-(bottleneck**-0.5), bottleneck**-0.5))
 
     def token_flow(self) -> tuple[Flow, ...]:
-        """Prompts enter before every block."""
+        """Return prompts enter before every block."""
         return (Flow.ENTER,) * self.num_blocks
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts of a block: plain ones of the first, then [B, p, width] made of the image tokens x."""
+        """Return prompts of a block: plain ones of the first, then [B, p, width] made of the image tokens x."""
         if block == 0:
             return super().tokens(block, x, last)
         i, width = block - 1, x.shape[-1]

@@ -55,7 +55,7 @@ class VFPT(VPT):
         self.num_fourier = math.floor(fourier_share * num_tokens + 1e-6)
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
+        """Return prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
         prompts = super().tokens(block, x, last)
         if not self.num_fourier:
             return prompts

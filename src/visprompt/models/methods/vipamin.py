@@ -42,7 +42,7 @@ MATCHED_PATCHES, ORTHOGONAL_SHARE = 8, 0.5  # points of the grid that the releas
 
 
 def check_options(init: str, matched_patches: int, orthogonal_share: float) -> None:
-    """Refuses numbers that are out of range, and such that say nothing because `init` is another.
+    """Refuse numbers that are out of range, and such that say nothing because `init` is another.
 
     Raises:
         UserError: It says what to give.
@@ -66,7 +66,7 @@ def check_options(init: str, matched_patches: int, orthogonal_share: float) -> N
 
 
 def check(backbone: Geometry, blocks: Sequence[int], matched_patches: int) -> None:
-    """Refuses a backbone that this cannot be computed on.
+    """Refuse a backbone that this cannot be computed on.
 
     Raises:
         UserError: A prompted block is not a plain one, or has fewer patches than are to be matched.
@@ -128,7 +128,7 @@ def prompts(
 def _read_keys(
     backbone: TokenBackbone, blocks: Sequence[int], drawn: Sequence[Tensor], x: Tensor, means: Means
 ) -> None:
-    """Adds keys, means over heads, and patches before each prompted block, to which random prompts go."""
+    """Add keys, means over heads, and patches before each prompted block, to which random prompts go."""
     num_image = x.shape[1]
     patches = slice(backbone.num_prefix, num_image)
     for index in range(blocks[-1] + 1):
@@ -147,7 +147,7 @@ def _read_keys(
 
 
 def _read_outputs(backbone: TokenBackbone, blocks: Sequence[int], x: Tensor, means: Means) -> None:
-    """Adds the attention outputs of all image tokens before the output projection, without prompts."""
+    """Add the attention outputs of all image tokens before the output projection, without prompts."""
     for index in range(blocks[-1] + 1):
         if index in blocks:
             block: Any = backbone.blocks[index]
@@ -159,14 +159,14 @@ def _read_outputs(backbone: TokenBackbone, blocks: Sequence[int], x: Tensor, mea
 
 
 def _nearest(of_prompts: Tensor, of_patches: Tensor, matched_patches: int) -> Tensor:
-    """The patches [p, K] whose keys [n, head_dim] are nearest by cosine to those of prompts [p, head_dim]."""
+    """Return the patches [p, K] whose keys [n, head_dim] are nearest by cosine to those of prompts [p, head_dim]."""
     _check_count(matched_patches, len(of_patches))
     cosines = F.normalize(of_prompts, dim=-1) @ F.normalize(of_patches, dim=-1).T
     return cosines.topk(matched_patches, dim=1).indices
 
 
 def _orthogonal(backbone: TokenBackbone, index: int, outputs: Tensor, random: Tensor) -> Tensor:
-    """Prompts [p, width] whose values lie outside the span of outputs [n, d]; made of random ones."""
+    """Return prompts [p, width] whose values lie outside the span of outputs [n, d]; made of random ones."""
     attn: Any = backbone.blocks[index].attn
     tokens, width = outputs.shape
     if tokens >= width:

@@ -155,7 +155,7 @@ class VPT(Method):
             self._own("channel_embed", nn.Parameter(torch.empty(shape).uniform_(-bound, bound)), not self.frozen)
 
     def _own(self, name: str, values: nn.Parameter | nn.ParameterList, tuned: bool) -> None:
-        """Registers values, as buffers where they are not tuned: saved with the state all the same."""
+        """Register values, as buffers where they are not tuned: saved with the state all the same."""
         if tuned:
             setattr(self, name, values)
         elif isinstance(values, nn.ParameterList):
@@ -164,7 +164,7 @@ class VPT(Method):
             self.register_buffer(name, values.data)
 
     def _check_widths(self, backbone: Geometry, shared: str, project: int | None) -> None:
-        """Refuses to share between layers of different shapes."""
+        """Refuse to share between layers of different shapes."""
         shapes = {(backbone.widths[block], self._counts[block]) for block in self.prompted_blocks}
         if len(shapes) > 1 and (shared in ("inter", "all") or project is not None):
             option = f"shared={shared}" if shared in ("inter", "all") else f"project={project}"
@@ -189,7 +189,7 @@ class VPT(Method):
         return self.init != "random"
 
     def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
-        """Puts what `init` makes of training images into the prompts, see `Method.initialise`."""
+        """Put what `init` makes of training images into the prompts, see `Method.initialise`."""
         blocks, count = self.prompted_blocks[: len(self.prompts)], self.prompts[0].shape[0]
         if self.init == "vipamin":
             drawn = [self.prompts[i].expand(self._counts[block], -1) for i, block in enumerate(blocks)]
@@ -201,7 +201,7 @@ class VPT(Method):
                 self.prompts[i].copy_(value[:count])
 
     def attach(self, backbone: Geometry) -> None:
-        """Puts further channels into the first convolution, or checks what only the model itself can tell."""
+        """Put further channels into the first convolution, or checks what only the model itself can tell."""
         if self.init in ("cls", "cls_layer") and not backbone.has_class_token:
             raise UserError(f"method.init={self.init} needs a class token, which this backbone does not have")
         if self.init == "vipamin":
@@ -216,11 +216,11 @@ class VPT(Method):
             backbone.model.set_submodule(backbone.stem, locations.MoreChannels(conv, self.more_channels))
 
     def more_channels(self) -> Tensor:
-        """What further channels add to the first convolution's maps, [1, channels, height, width]."""
+        """Return what further channels add to the first convolution's maps, [1, channels, height, width]."""
         return F.conv2d(self.prompts[None], self.channel_embed, **self._step)  # type: ignore[index, call-overload]  # one tensor here
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W], with a frame of prompts where the location is "pad"."""
+        """Return normalised images [B, 3, H, W], with a frame of prompts where the location is "pad"."""
         if self.location != "pad":
             return images
         return locations.pad(images, self.prompts, self.pad_resize, self._patch)  # type: ignore[arg-type]  # one tensor here
@@ -236,13 +236,13 @@ class VPT(Method):
         return tuple(flow)
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
+        """Return prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
         if self.location == "prepend_pixel":
             return locations.patch_tokens(self._patch_embed[0], self.prompts)  # type: ignore[arg-type]  # one tensor here
         return self._vectors(block, len(x))
 
     def shift(self, block: int, x: Tensor) -> Tensor:
-        """Adds a prompted block's vectors to the patch tokens of x [B, n, width]; class and register tokens stay."""
+        """Add a prompted block's vectors to the patch tokens of x [B, n, width]; class and register tokens stay."""
         if self.location not in ("add", "add_one") or block not in self.prompted_blocks:
             return x
         vectors = self._vectors(block, len(x))
@@ -250,7 +250,7 @@ class VPT(Method):
         return x + F.pad(vectors, (0, 0, self._prefix, 0))
 
     def _vectors(self, block: int, batch_size: int) -> Tensor:
-        """The vectors of a block behind projection and dropout, [1 or B, p, width]."""
+        """Return the vectors of a block behind projection and dropout, [1 or B, p, width]."""
         own = self.prompts[block - self._first if len(self.prompts) > 1 else 0]
         vectors = own.expand(self._counts[block], -1)
         if self.project is not None:
@@ -288,7 +288,7 @@ def _check_words(depth_from: str, location: str, shared: str, init: str) -> None
 
 
 def _check_pixels(location: str, first: int, depth: int, dropout: float, shared: str, project: int | None) -> None:
-    """Refuses what prompts of pixels cannot have."""
+    """Refuse what prompts of pixels cannot have."""
     if (first, depth) != (0, 1):
         raise UserError(
             f"method.location={location} enters before the first block alone: give method.depth=1 and "
@@ -305,7 +305,7 @@ def _check_pixels(location: str, first: int, depth: int, dropout: float, shared:
 
 
 def _check_flow(location: str, first: int, depth: int) -> None:
-    """Refuses to carry over what does not flow; the shallow form, depth 1, may be of every location."""
+    """Refuse to carry over what does not flow; the shallow form, depth 1, may be of every location."""
     if first > 0:
         why = "depth_from=last leaves no block behind the prompted ones"
     elif location in ("add", "add_one") and depth > 1:

@@ -44,13 +44,13 @@ class Bias(Method):
         self.relative_positions = relative_positions
 
     def attach(self, backbone: Geometry) -> None:
-        """Changes nothing; refuses a backbone without what is to be tuned."""
+        """Change nothing; refuses a backbone without what is to be tuned."""
         _require(bias_names(backbone.model), "biases")
         if self.relative_positions:
             _require(table_names(backbone.model), "tables of relative positions")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head, every bias of the backbone and, where asked for, its tables of relative positions."""
+        """Return the head, every bias of the backbone and, where asked for, its tables of relative positions."""
         backbone = classifier.get_submodule("backbone")
         tables = table_names(backbone) if self.relative_positions else frozenset()
         return super().tuned_names(classifier) | _of_backbone(bias_names(backbone) | tables)
@@ -71,12 +71,12 @@ class VPTBias(VPT):
         return 0
 
     def attach(self, backbone: Geometry) -> None:
-        """Refuses a backbone without any bias."""
+        """Refuse a backbone without any bias."""
         super().attach(backbone)
         _require(bias_names(backbone.model), "biases")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head, the prompts and every bias of the backbone; not those of its attention pooling under a `pool`."""
+        """Return the head, the prompts and every bias of the backbone; not those of its attention pooling under a `pool`."""
         names = bias_names(classifier.get_submodule("backbone"))
         if self.pool is not None:  # it takes that one's place
             names = frozenset(name for name in names if not name.startswith("model.attn_pool."))
@@ -96,28 +96,28 @@ class LayerNorm(Method):
     can_merge: ClassVar[bool] = True
 
     def attach(self, backbone: Geometry) -> None:
-        """Changes nothing; refuses a backbone without any layer norm."""
+        """Change nothing; refuses a backbone without any layer norm."""
         _require(norm_names(backbone.model), "layer or batch norms")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head and the parameters of every layer norm and batch norm of the backbone."""
+        """Return the head and the parameters of every layer norm and batch norm of the backbone."""
         return super().tuned_names(classifier) | _of_backbone(norm_names(classifier.get_submodule("backbone")))
 
 
 def bias_names(module: nn.Module) -> frozenset[str]:
-    """Names of all biases in a module, those of EVA's queries and values (q_bias, v_bias) among them."""
+    """Return names of all biases in a module, those of EVA's queries and values (q_bias, v_bias) among them."""
     last = ((name, name.rpartition(".")[2]) for name, _ in module.named_parameters())
     return frozenset(name for name, own in last if own == "bias" or own.endswith("_bias"))
 
 
 def table_names(module: nn.Module) -> frozenset[str]:
-    """Names of the tables of relative positions in a module."""
+    """Return names of the tables of relative positions in a module."""
     names = (name for name, _ in module.named_parameters())
     return frozenset(name for name in names if name.endswith("relative_position_bias_table"))
 
 
 def norm_names(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters of all layer norms and batch norms in a module."""
+    """Return names of the parameters of all layer norms and batch norms in a module."""
     norms = [(name, norm) for name, norm in module.named_modules() if isinstance(norm, _NORMS)]
     return frozenset(f"{name}.{own}" for name, norm in norms for own, _ in norm.named_parameters(recurse=False))
 

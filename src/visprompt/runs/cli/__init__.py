@@ -98,7 +98,7 @@ def _check_folder(cfg: DictConfig, hydras: Path) -> None:
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Prints a `UserError` as its sentence, without a traceback, and exits with status 2.
+    """Print a `UserError` as its sentence, without a traceback, and exits with status 2.
 
     A signal goes through, as `signals.Ended`. In a multirun any error goes on to Hydra, which runs the other jobs.
     """

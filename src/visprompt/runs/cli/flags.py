@@ -85,7 +85,7 @@ def _with_info(arguments: Sequence[str]) -> list[str]:
 
 
 def _subcommand(word: str) -> str:
-    """What a word means to shell completion: `install=bash` where it is `bash`, nothing where it is a setting."""
+    """Return what a word means to shell completion: `install=bash` where it is `bash`, nothing where it is a setting."""
     if word in _SHELLS:
         return f"install={word}"
     return word if word.startswith(("install=", "uninstall=", "query=")) else ""

@@ -72,7 +72,7 @@ def check_added(config_name: str, settings: Sequence[str]) -> None:
 
 
 def is_config(name: str) -> bool:
-    """Whether there is a primary config of this name."""
+    """Return whether there is a primary config of this name."""
     return name in configs()
 
 
@@ -87,12 +87,12 @@ def _is_group(name: str) -> bool:
 
 
 def _group(setting: str) -> str:
-    """The config group, or the key, that a setting names: `data` of `+data@other=folder`."""
+    """Return the config group, or the key, that a setting names: `data` of `+data@other=folder`."""
     return compose.key_of(setting).partition("@")[0]
 
 
 def _choices(settings: Sequence[str]) -> list[str]:
-    """Those settings that choose an option of a config group."""
+    """Return those settings that choose an option of a config group."""
     return [setting for setting in settings if _is_group(_group(setting))]
 
 
@@ -145,7 +145,7 @@ def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) ->
 
 
 def _of_another_script(config_name: str, key: str) -> UserError | None:
-    """The error for a key that another entry point has; None where this one has it, or none."""
+    """Return the error for a key that another entry point has; None where this one has it, or none."""
     top = key.partition(".")[0]
     if config_name not in SCRIPTS or top in _top_keys(config_name):
         return None
@@ -156,7 +156,7 @@ def _of_another_script(config_name: str, key: str) -> UserError | None:
 
 
 def _top_keys(config_name: str) -> set[str]:
-    """The keys and config groups at the top of a primary config, read from its file: composing takes longer."""
+    """Return the keys and config groups at the top of a primary config, read from its file: composing takes longer."""
     cfg = OmegaConf.load(compose.CONFIGS / f"{config_name}.yaml")
     names = {str(key) for key in cfg} - {"defaults"}
     for entry in OmegaConf.select(cfg, "defaults", default=()):
@@ -168,7 +168,7 @@ def _top_keys(config_name: str) -> set[str]:
 
 
 def _of_another_option(key: str, chosen: dict[str, str], keys: set[str]) -> UserError | None:
-    """The error for a key that another option of its group has: `method.num_tokens` with `method=linear`."""
+    """Return the error for a key that another option of its group has: `method.num_tokens` with `method=linear`."""
     group, _, name = key.partition(".")
     if group not in chosen or not _is_group(group):
         return None
@@ -185,7 +185,7 @@ def _of_another_option(key: str, chosen: dict[str, str], keys: set[str]) -> User
 
 
 def _names(file: str) -> set[str]:
-    """The keys at the top of a config file, and of the files that it takes in beside itself."""
+    """Return the keys at the top of a config file, and of the files that it takes in beside itself."""
     cfg = OmegaConf.load(compose.CONFIGS / file)
     if not isinstance(cfg, DictConfig):
         return set()

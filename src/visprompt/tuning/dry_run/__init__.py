@@ -48,7 +48,7 @@ class Planned:
 
 
 def train(cfg: DictConfig) -> float:
-    """Says what `train.py` would do with a command line.
+    """Say what `train.py` would do with a command line.
 
     Args:
         cfg: What `@hydra.main` composed.
@@ -69,7 +69,7 @@ def train(cfg: DictConfig) -> float:
 
 
 def tune(cfg: DictConfig) -> float:
-    """Says what `tune.py` would do with a command line.
+    """Say what `tune.py` would do with a command line.
 
     Args:
         cfg: What `@hydra.main` composed.
@@ -118,14 +118,14 @@ class DryRun:
 
     @contextmanager
     def line(self, job: Job) -> Iterator[None]:
-        """Finds out one line of the table; what is wrong with it does not stop the others."""
+        """Find out one line of the table; what is wrong with it does not stop the others."""
         try:
             yield
         except UserError as error:
             self.failed.append(f"{job.name}: {error}")
 
     def add_protocol(self, job: Job, seeds: Sequence[int]) -> None:
-        """Adds the line of the protocol for one method on one task."""
+        """Add the line of the protocol for one method on one task."""
         asked: list[list[Job]] = []
 
         def look(jobs: Iterable[Job]) -> list[Outcome]:
@@ -143,7 +143,7 @@ class DryRun:
         self.add(job, _in_words(len(asked[0]), len(points), job.grid), seeds, runs)
 
     def planned(self, job: Job) -> list[Planned]:
-        """The runs that a job stands for: itself, or its chain of pruning."""
+        """Return the runs that a job stands for: itself, or its chain of pruning."""
         if not pruning_chain.prunes(job):
             return [Planned(job, job)]
         points = pruning_chain.prune_points(job)
@@ -153,7 +153,7 @@ class DryRun:
         return [Planned(shape, link) for shape, link in zip(shapes, links, strict=False)]
 
     def _links(self, job: Job, points: Sequence[pruning.Point]) -> list[Job | None]:
-        """The runs of a chain of pruning; None where runs before it are still to say it."""
+        """Return the runs of a chain of pruning; None where runs before it are still to say it."""
         tune = job.vary({"split": "tune", "rerun": job.rerun and job.split == "tune"})
         folder = prepare(tune).folder
         start, found, chosen = (
@@ -169,16 +169,16 @@ class DryRun:
         return [*links, pruning_chain.link_of(job, chosen["initial"], chosen["options"]) if chosen else None]
 
     def _has_folder(self, job: Job) -> bool:
-        """Whether a job has a folder, and others of its task and method are there."""
+        """Return whether a job has a folder, and others of its task and method are there."""
         facts = self.needs.facts(job)
         return facts.ready and (Path(job.paths.log_dir) / facts.datamodule.task / job.method.name).is_dir()
 
     def stored(self, job: Job) -> Result | None:
-        """The result of a job that is finished and not to be run anew."""
+        """Return the result of a job that is finished and not to be run anew."""
         return read_result(prepare(job).folder, hashed=False) if self._has_folder(job) and not job.rerun else None
 
     def add(self, job: Job, grid: str, seeds: Sequence[int], runs: Sequence[Planned]) -> None:
-        """Adds a line to the table, and what its runs cost to the sums."""
+        """Add a line to the table, and what its runs cost to the sums."""
         steps = sorted({self._steps(run.shape) for run in runs})
         left = [run.shape for run in runs if run.exact is None or self.stored(run.exact) is None]
         paces = [self._pace(one) for one in left]
@@ -222,13 +222,13 @@ class DryRun:
         return sizes[split_set]
 
     def _shape(self, job: Job) -> list[Any]:
-        """What decides the cost of a step."""
+        """Return what decides the cost of a step."""
         parts: list[Any] = [dict(job.backbone), dict(job.method)]
         parts += [job.recipe.batch_size, job.recipe.optimizer, job.precision, job.trainer.accelerator, _devices(job)]
         return [*parts, job.trainer.accumulate_grad_batches, self.needs.facts(job).datamodule.augments]
 
     def _numbers(self, job: Job) -> list[Any]:
-        """What decides the numbers of one of a grid's runs."""
+        """Return what decides the numbers of one of a grid's runs."""
         return [job.recipe.model_dump(), dict(job.method)]
 
     def _pace(self, job: Job) -> Pace:
@@ -247,7 +247,7 @@ class DryRun:
         return self.states[key]
 
     def _cost(self, job: Job, pace: Pace) -> float:
-        """Seconds of a run."""
+        """Return seconds of a run."""
         final = job.split == "final"
         unscored = final and job.data.get("test") == "none"
         scored = 0 if unscored else self._count(job, "test" if final else self.needs.facts(job).datamodule.val_set)
@@ -262,7 +262,7 @@ class DryRun:
         return seconds + times * scored * pace.kept / _devices(job)
 
     def say(self) -> float:
-        """Prints the table and what is needed.
+        """Print the table and what is needed.
 
         Returns:
             nan.
@@ -309,7 +309,7 @@ class DryRun:
 
 
 def _in_words(points: int, runs: int, grid: Mapping[str, Any] | None) -> str:
-    """A grid's number of points, of what they are made, and how many runs they are where some are equal."""
+    """Return a grid's number of points, of what they are made, and how many runs they are where some are equal."""
     sizes = [f"{len(values)} {key!s}" for key, values in (grid or {}).items() if len(values) > 1]
     made_of = f": {' x '.join(sizes)}" if len(sizes) > 1 else ""
     return f"{points}{made_of}" + (f", {runs} of them different" if runs < points else "")
@@ -320,7 +320,7 @@ def _devices(job: Job) -> int:
 
 
 def in_time(seconds: float) -> str:
-    """A time in words."""
+    """Return a time in words."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 100:
         return f"{seconds:.0f} s"

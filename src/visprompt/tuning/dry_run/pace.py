@@ -46,7 +46,7 @@ class Pace:
 
 
 def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augments: bool) -> Pace:
-    """Measures what a job costs; reads no data and writes nothing. Nothing is compiled, whatever the job says.
+    """Measure what a job costs; reads no data and writes nothing. Nothing is compiled, whatever the job says.
 
     Args:
         job: A composed job.
@@ -81,7 +81,7 @@ def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augme
 
 
 def state_bytes(classifier: Classifier) -> int:
-    """Bytes of the tensors of a classifier's tuned state."""
+    """Return bytes of the tensors of a classifier's tuned state."""
     return sum(tensor.nbytes for tensor in classifier.tuned_state().values())
 
 
@@ -104,7 +104,7 @@ class Bench:
         self.optimizer, _ = build_optimizer(classifier.tuned_parameters(), recipe, 1, undecayed)
 
     def step(self, count: int) -> Callable[[], None]:
-        """Returns an optimiser step on as many random images, or on what is kept of them."""
+        """Return an optimiser step on as many random images, or on what is kept of them."""
         self.classifier.eval()
         inputs = self._kept(self._images(count))
         labels = torch.zeros(count, dtype=torch.long, device=self.like.device)
@@ -120,7 +120,7 @@ class Bench:
         return step
 
     def figures(self, share: int) -> dict[str, Any]:
-        """The figures of `Pace`, for a device's share of a batch."""
+        """Return the figures of `Pace`, for a device's share of a batch."""
         micro = -(-share // self.accumulate)
         few = min(_FEW, micro)
         part = self._seconds(self.step(few))

@@ -45,7 +45,7 @@ _JOINT = {
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
-    """Reads a file of weights.
+    """Read a file of weights.
 
     Args:
         file: The `.npz`; nothing pickled in it is read.
@@ -67,7 +67,7 @@ def read_npz(file: Path) -> dict[str, Tensor]:
 
 
 def _unstacked(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays, where big_vision stacked the layers of all blocks those of each block."""
+    """Return names and arrays, where big_vision stacked the layers of all blocks those of each block."""
     for name, array in arrays.items():
         if "/encoderblock/" not in name:
             yield name, array
@@ -77,7 +77,7 @@ def _unstacked(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarr
 
 
 def _renamed(name: str, array: np.ndarray) -> tuple[str, Tensor]:
-    """An array's name in timm, and its tensor as PyTorch lays it out."""
+    """Return an array's name in timm, and its tensor as PyTorch lays it out."""
     tensor = torch.from_numpy(array)
     if name in _WHOLE:
         return _WHOLE[name], tensor
@@ -98,7 +98,7 @@ def _laid_out(layer: str, leaf: str, tensor: Tensor) -> Tensor:
 
 
 def _joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with the projections of each attention joined as timm joins them, where none is missing."""
+    """Return the same with the projections of each attention joined as timm joins them, where none is missing."""
     for joint, (first, *others) in _JOINT.items():
         for name in [name for name in tensors if first in name]:
             names = [name, *(name.replace(first, other) for other in others)]

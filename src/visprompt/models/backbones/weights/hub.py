@@ -18,7 +18,7 @@ _NAMES = ("model.safetensors", "pytorch_model.bin")  # of hubs that do not say, 
 
 
 def hub_file(name: str) -> Path:
-    """Finds the file of a timm model's pre-trained weights; looks at the network only where no cache holds it.
+    """Find the file of a timm model's pre-trained weights; looks at the network only where no cache holds it.
 
     Args:
         name: The model's name, with or without a pre-training tag.
@@ -52,7 +52,7 @@ def _address(config: PretrainedCfg) -> str:
 
 
 def _downloaded(config: PretrainedCfg) -> Path:
-    """Where PyTorch's own hub keeps a file of a plain address."""
+    """Return where PyTorch's own hub keeps a file of a plain address."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(_address(config)).path).name
 
 
@@ -79,7 +79,7 @@ def _missing(name: str, url: str, why: str) -> UserError:
 
 
 def _answers(address: str) -> bool:
-    """Whether a hub or its mirror (HF_ENDPOINT) answers, through a proxy where one is set."""
+    """Return whether a hub or its mirror (HF_ENDPOINT) answers, through a proxy where one is set."""
     try:
         urlopen(address, timeout=_TIMEOUT).close()
     except HTTPError:

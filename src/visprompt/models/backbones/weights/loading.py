@@ -47,7 +47,7 @@ _PRETRAINING = ("decoder_", "mask_token")  # MAE, DINOv2
 
 
 def find_file(weights: str | Path) -> Path:
-    """Finds the file of weights that a setting names.
+    """Find the file of weights that a setting names.
 
     Args:
         weights: The file; or a folder that holds one: a snapshot of the Hugging Face cache, or its `models--...`.
@@ -67,7 +67,7 @@ def find_file(weights: str | Path) -> Path:
 
 
 def _snapshot(folder: Path) -> Path:
-    """The snapshot that `main` names in a folder `models--...` of the cache; any other folder is itself the one."""
+    """Return the snapshot that `main` names in a folder `models--...` of the cache; any other folder is itself the one."""
     main = folder / "refs" / "main"
     snapshots = sorted(path for path in (folder / "snapshots").glob("*") if path.is_dir())
     if main.is_file() and (named := folder / "snapshots" / main.read_text().strip()) in snapshots:
@@ -142,7 +142,7 @@ def _converted(model: nn.Module, tensors: Mapping[str, Any]) -> _Part:
 
 
 def _starts(tensors: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """How the names begin of each part that is large enough to be the model, `student.` or `model.net.` for example."""
+    """Return how the names begin of each part that is large enough to be the model, `student.` or `model.net.` for example."""
     counts = Counter(name[: dot.end()] for name in tensors for dot in re.finditer(r"\.", name))
     return [start for start, count in counts.items() if 2 * count >= len(model.state_dict())]
 
@@ -165,7 +165,7 @@ def _lacking(tensors: Mapping[str, Any], model: nn.Module) -> int:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    """What a file holds, by name; of a checkpoint of training the model alone."""
+    """Return what a file holds, by name; of a checkpoint of training the model alone."""
     try:
         held = _READERS.get(file.suffix, _read_pickle)(file)
     except pickle.UnpicklingError as error:
@@ -193,7 +193,7 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
-    """Values by their dotted names: {"net": {"norm": 1}} as {"net.norm": 1}, for mappings whose keys are names."""
+    """Return values by their dotted names: {"net": {"norm": 1}} as {"net.norm": 1}, for mappings whose keys are names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if depth and isinstance(value, Mapping) and value and all(isinstance(key, str) for key in value):
@@ -212,7 +212,7 @@ _READERS: dict[str, Callable[[Path], Any]] = {".npz": read_npz, ".safetensors": 
 
 
 def _filter(model: nn.Module) -> Callable[[dict[str, Any], nn.Module], Mapping[str, Any]]:
-    """The filter that timm puts its own weights of a model's architecture through."""
+    """Return the filter that timm puts its own weights of a model's architecture through."""
     name = str(_config(model).get("architecture"))
     module = timm.model_entrypoint(name).__module__ if timm.is_model(name) else type(model).__module__
     found: Any = getattr(sys.modules[module], "checkpoint_filter_fn", None)
@@ -229,12 +229,12 @@ def _filter(model: nn.Module) -> Callable[[dict[str, Any], nn.Module], Mapping[s
 
 
 def _config(model: nn.Module) -> Mapping[str, Any]:
-    """What timm knows of a model; nothing of one that was made by its class alone."""
+    """Return what timm knows of a model; nothing of one that was made by its class alone."""
     return getattr(model, "pretrained_cfg", None) or {}
 
 
 def _left_out(model: nn.Module) -> tuple[str, ...]:
-    """How the names of tensors begin that a file may hold and a model may lack."""
+    """Return how the names of tensors begin that a file may hold and a model may lack."""
     classifiers = _config(model).get("classifier") or ()
     named = (classifiers,) if isinstance(classifiers, str) else classifiers
     return (*(f"{name}." for name in named), *_HEADS, *_PRETRAINING)
