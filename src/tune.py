@@ -16,7 +16,10 @@ from visprompt.runs.paths import expand_paths
 def main(cfg: DictConfig) -> float:
     """Return the mean test accuracy over methods and tasks."""
     with one_sentence_errors():
-        from visprompt.tuning import dry_run, protocol  # imported late: a wrong word is said before torch is loaded
+        from visprompt.tuning import (
+            dry_run,
+            protocol,
+        )  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
         expand_paths(cfg)

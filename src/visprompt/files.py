@@ -1,6 +1,7 @@
 """Files and folders that exist whole or not at all: atomic writes, locks, JSON records with a digest.
 
-Whoever writes a temporary file or folder holds a lock on it, so that those of killed processes are known and removed.
+Whoever writes a temporary file or folder holds a lock on it, so that those of killed processes are known and
+removed.
 """
 
 import errno
@@ -59,7 +60,10 @@ def alone(lock_file: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Lock a temporary file or folder while it is written; the system releases the lock of a killed process."""
+    """Lock a temporary file or folder while it is written.
+
+    The system releases the lock of a killed process.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # no locks here: the age decides
@@ -71,7 +75,9 @@ def claimed(path: Path) -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(purpose: str) -> Iterator[Path]:
-    """Return a folder in the system's place for temporary files; removes those for the same purpose of killed processes.
+    """Return a folder in the system's place for temporary files.
+
+    Removes those for the same purpose of killed processes.
 
     Args:
         purpose: Part of its name, for example "ranks".
@@ -111,7 +117,10 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _last_write(path: Path) -> float:
-    """When something of a file or folder was last written; now, where its owner renames or removes it meanwhile."""
+    """When something of a file or folder was last written.
+
+    Now, where its owner renames or removes it meanwhile.
+    """
     try:
         return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
     except OSError:
@@ -131,7 +140,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent.glob(f".{glob.escape(path.name)}.????????"))
-        place = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))  # safetensors writes two files there
+        place = Path(
+            tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+        )  # safetensors writes two files there
     except OSError as error:
         raise _unwritable(path, error) from error
     temporary = place / path.name
@@ -149,10 +160,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _unwritable(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot write {path}: {error}; free some space or choose another folder with paths.log_dir=...")
+    return UserError(
+        f"cannot write {path}: {error}; free some space or choose another folder with paths.log_dir=..."
+    )
 
 
-def publish(folder: Path, write: Callable[[Path], None], usable: Callable[[], bool], option: str = "store_dir") -> None:
+def publish(
+    folder: Path, write: Callable[[Path], None], usable: Callable[[], bool], option: str = "store_dir"
+) -> None:
     """Write a folder; any number of processes may do so at once, the first that is ready wins.
 
     Args:
@@ -209,7 +224,10 @@ def _replace(temporary: Path, folder: Path, usable: Callable[[], bool]) -> None:
 
 
 class DamagedRecord(UserError):
-    """A record that is there and cannot be trusted; the message says which and why, not what to do about it."""
+    """A record that is there and cannot be trusted.
+
+    The message says which and why, not what to do about it.
+    """
 
 
 def digest_of(record: Mapping[str, Any]) -> str:
@@ -254,12 +272,12 @@ def read_record(path: Path) -> dict[str, Any] | None:
         path: The file.
 
     Returns:
-        The content, with "digest" where the record has one: those of older versions have none, so that the caller has
-        to know every name that may occur. None where there is no such file.
+        The content, with "digest" where the record has one: those of older versions have none, so that the
+        caller has to know every name that may occur. None where there is no such file.
 
     Raises:
-        DamagedRecord: The file cannot be read, is no JSON, holds a number that is not finite, or is not what its
-            digest says.
+        DamagedRecord: The file cannot be read, is no JSON, holds a number that is not finite, or is not what
+            its digest says.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

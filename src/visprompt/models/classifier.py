@@ -79,8 +79,12 @@ class Classifier(nn.Module):
         super().__init__()
         whole = isinstance(cast(object, num_classes), Integral) and not isinstance(num_classes, bool)
         if not whole or num_classes < 1:
-            raise UserError(f"num_classes={num_classes} is no number of classes: give a whole number of 1 or more")
-        self._backbone_size = sum(p.numel() for p in backbone.parameters())  # before a method puts its own into it
+            raise UserError(
+                f"num_classes={num_classes} is no number of classes: give a whole number of 1 or more"
+            )
+        self._backbone_size = sum(
+            p.numel() for p in backbone.parameters()
+        )  # before a method puts its own into it
         method.attach(cast(Geometry, backbone))
         self.num_classes, self.kind = num_classes, kind
         self.backbone = backbone
@@ -117,7 +121,9 @@ class Classifier(nn.Module):
         return out
 
     def losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the loss of each image [B], in float32 under autocast too: the task's, and what the method adds.
+        """Return the loss of each image [B], in float32 under autocast too.
+
+        The task's, and what the method adds.
 
         Args:
             logits: [B, C], what `forward` has just returned in training.
@@ -133,14 +139,16 @@ class Classifier(nn.Module):
         return self.method.first_block > 0
 
     def frozen(self, images: Tensor) -> Tensor:
-        """Return the part of the computation before anything tuned: features where no block is tuned, else tokens.
+        """Return the part of the computation before anything tuned.
+
+        Features where no block is tuned, else tokens.
 
         Args:
             images: Normalised images [B, 3, H, W].
 
         Returns:
-            What `Method.stored` makes of features and images, or tokens [B, n, width] before the method's first block;
-            `forward` goes on from both.
+            What `Method.stored` makes of features and images, or tokens [B, n, width] before the method's
+            first block; `forward` goes on from both.
         """
         if self.method.first_block == self.method.num_blocks:
             return self.method.stored(self.backbone(images, self.method), images)
@@ -176,13 +184,14 @@ class Classifier(nn.Module):
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise UserError(
-                    f"the tuned state does not fit this classifier: {name} is {tuple(state[name].shape)} in the state "
+                    f"the tuned state does not fit this classifier: {name} is {tuple(state[name].shape)} in "
+                    "the state "
                     f"and {tuple(tensor.shape)} here; build it with the state's own options and classes"
                 )
             if tensor.dtype == torch.bool and not torch.equal(tensor.cpu(), state[name].cpu()):
                 raise UserError(
-                    f"the tuned state does not fit this classifier: {name} is another mask here; build it with the "
-                    "state's own options"
+                    f"the tuned state does not fit this classifier: {name} is another mask here; build it "
+                    "with the state's own options"
                 )
         with torch.no_grad():
             for name, tensor in own.items():
@@ -206,7 +215,9 @@ class Classifier(nn.Module):
         """Of matrix products and convolutions, as PyTorch's counter sees them (two operations each)."""
         height, width = self.backbone.own_size  # type: ignore[misc]  # nn.Module hides the pair
         training, like, counter = self.training, next(self.parameters()), FlopCounterMode(display=False)
-        tuned = [p.requires_grad_(False) for _, p in self.tuned_parameters()]  # the counter would hang hooks on them
+        tuned = [
+            p.requires_grad_(False) for _, p in self.tuned_parameters()
+        ]  # the counter would hang hooks on them
         self.eval()
         try:
             with counter:

@@ -5,7 +5,8 @@ A backbone offers *sites*; a method names those it needs and answers when the ba
 - `weights`: the backbone's own parameters may be tuned;
 - `modules`: its convolutions, linear layers and norms may be wrapped (`attach`);
 - `pixels`: the images may be changed before the first convolution (`pixels`), and that one may be wrapped;
-- `tokens`: prompt tokens enter the sequence before a block (`token_flow`, `tokens`), image tokens may be shifted there
+- `tokens`: prompt tokens enter the sequence before a block (`token_flow`, `tokens`), image tokens may be
+shifted there
   (`shift`), and the pooling may read what it likes (`pool`);
 - `keys_values`: rows join the keys and values of an attention (`keys_values`);
 - `branches`: something is added at a place in a block (`places`, `branch`);
@@ -58,8 +59,8 @@ class Geometry(Protocol):
         heads: Heads of each block's attention; 0 where a method may not enter it, or there is none.
         grids: Positions along height and width in each block, for images of the backbone's own size.
         block_names: Each block's name in `model`.
-        between_names: What stands between a block and the one before it (a merging or downsampling) or None; the stem
-            and what follows it are before the first block.
+        between_names: What stands between a block and the one before it (a merging or downsampling) or None;
+            the stem and what follows it are before the first block.
         final_names: Norms behind the last block.
         stem: Name in `model` of the first convolution.
         patch_size: Side in pixels of what that convolution sees.
@@ -109,31 +110,39 @@ class TokenBackbone(Geometry, Protocol):
         ...
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Return outputs of a block, of all tokens x [B, n, width]: `num_image` image tokens, prompts behind them."""
+        """Return outputs of a block, of all tokens x [B, n, width].
+
+        `num_image` image tokens, prompts behind them.
+        """
         ...
 
 
 class Method(nn.Module):
     """What is tuned and where it enters the backbone; this base tunes the head alone.
 
-    A method's own parameters are saved under their own names (`prompts`), the head's under `head.`, the backbone's
-    under `backbone.`.
+    A method's own parameters are saved under their own names (`prompts`), the head's under `head.`, the
+    backbone's under `backbone.`.
 
     Attributes:
         pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's own pooling.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset()
-    trains_backbone: ClassVar[bool] = False  # keeps the backbone in train mode (stochastic depth, batch statistics)
+    trains_backbone: ClassVar[bool] = (
+        False  # keeps the backbone in train mode (stochastic depth, batch statistics)
+    )
     places: ClassVar[frozenset[Place]] = frozenset()
     # whether `branch` treats every token by itself; else it gets all, or class and register tokens alone
     tokenwise: ClassVar[bool] = True
     fixed_size: bool = False  # whether images must have the backbone's own size
     undecayed: ClassVar[frozenset[str]] = frozenset()  # its own parameters that weight decay leaves alone
     can_merge: ClassVar[bool] = False  # whether what is tuned goes into the weights of a plain model of timm
-    # whether `losses` compares the images of a batch with each other, so that parts of a batch give another loss
+    # whether `losses` compares the images of a batch with each other, so that parts of a batch give another
+    # loss
     compares_images: ClassVar[bool] = False
-    images_per_class: ClassVar[int | None] = None  # how many `see_classes` is shown; None for a method without it
+    images_per_class: ClassVar[int | None] = (
+        None  # how many `see_classes` is shown; None for a method without it
+    )
     pool: str | None = None
 
     def __init__(self, backbone: Geometry) -> None:
@@ -151,7 +160,9 @@ class Method(nn.Module):
         if self.pool not in POOLS:
             raise unknown("method.pool", self.pool, POOLS)
         if "tokens" not in backbone.sites:
-            raise UserError(f"method.pool={self.pool} reads tokens, and this backbone has none: give method.pool=null")
+            raise UserError(
+                f"method.pool={self.pool} reads tokens, and this backbone has none: give method.pool=null"
+            )
         if self.pool == "cls" and not backbone.has_class_token:
             raise UserError("method.pool=cls needs a class token, which this backbone does not have")
         there = False
@@ -159,8 +170,10 @@ class Method(nn.Module):
             there = there if flow is Flow.KEEP else flow is not Flow.DROP
         if self.pool in ("prompt", "image_prompt") and not there:
             raise UserError(
-                f"method.pool={self.pool} reads prompts behind the last block, where there are none: let them enter or "
-                "flow there (method.depth=null, depth_from=last or carry_over=true, and a location that prepends)"
+                f"method.pool={self.pool} reads prompts behind the last block, where there are none: let "
+                "them enter or "
+                "flow there (method.depth=null, depth_from=last or carry_over=true, and a location that "
+                "prepends)"
             )
 
     @property
@@ -171,22 +184,26 @@ class Method(nn.Module):
     def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
         """Write its first values in place, where `needs_images`; called by `inits.initialise`.
 
-        The backbone is frozen and in evaluation mode, with the method attached. Images are batches of normalised
-        training images [B, 3, H, W], at most `inits.MAX_IMAGES`, to be read once; the seed decides what is drawn.
+        The backbone is frozen and in evaluation mode, with the method attached. Images are batches of
+        normalised training images [B, 3, H, W], at most `inits.MAX_IMAGES`, to be read once; the seed decides
+        what is drawn.
         """
         raise LookupError(f"{type(self).__name__} needs no images")
 
     def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
         """Make first values of training images and labels, in place of `initialise` where `images_per_class` is given.
 
-        Batches are normalised images [B, 3, H, W] with labels [B], up to `images_per_class` of each class, the same
-        on all ranks; else as `initialise`.
+        Batches are normalised images [B, 3, H, W] with labels [B], up to `images_per_class` of each class,
+        the same on all ranks; else as `initialise`.
         """
         raise LookupError(f"{type(self).__name__} sees no classes")
 
     @property
     def first_block(self) -> int:
-        """The first block whose input or weights are tuned; what comes before gives the same tokens in every epoch."""
+        """The first block whose input or weights are tuned.
+
+        What comes before gives the same tokens in every epoch.
+        """
         return 0
 
     def attach(self, backbone: Geometry) -> None:
@@ -195,7 +212,8 @@ class Method(nn.Module):
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
         """Return names of the tuned parameters.
 
-        The only oracle of what requires gradients, what the optimiser gets, what is saved and what is counted.
+        The only oracle of what requires gradients, what the optimiser gets, what is saved and what is
+        counted.
 
         Args:
             classifier: The module whose `named_parameters` are named.
@@ -203,7 +221,9 @@ class Method(nn.Module):
         Returns:
             Names as in `classifier.named_parameters()`.
         """
-        return frozenset(name for name, _ in classifier.named_parameters() if name.startswith(("method.", "head.")))
+        return frozenset(
+            name for name, _ in classifier.named_parameters() if name.startswith(("method.", "head."))
+        )
 
     def make_head(self, width: int, num_classes: int, init: str) -> nn.Module:
         """Build the head: features [B, width] -> logits [B, num_classes].
@@ -227,7 +247,8 @@ class Method(nn.Module):
         Args:
             block: Index of a block whose flow is `Flow.ENTER` or `Flow.MIX`.
             x: The image tokens before that block, [B, n, width].
-            last: Where the flow is `Flow.MIX`: the prompt tokens as they entered the last block, and as they left it.
+            last: Where the flow is `Flow.MIX`: the prompt tokens as they entered the last block, and as they
+                left it.
 
         Returns:
             Tokens [1, p, width] where all images share them, else [B, p, width].
@@ -263,8 +284,8 @@ class Method(nn.Module):
     def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
         """Return the losses that training minimises; called behind each forward in training.
 
-        The weighted sum of what it returns is the mean over the global batch. A term of the whole global batch is
-        added to every image's loss; `ranks.gathered` brings what other devices have.
+        The weighted sum of what it returns is the mean over the global batch. A term of the whole global
+        batch is added to every image's loss; `ranks.gathered` brings what other devices have.
 
         Args:
             task_loss: The task's own loss of each image, cross-entropy for example, [B] in float32.
@@ -278,7 +299,10 @@ class Method(nn.Module):
         """Called behind every epoch of training, counted from 0, on every rank, before the checkpoint is written."""
 
     def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """Return what is kept of images, [B, any], where `first_block` is behind the last; `resumed` goes on from it."""
+        """Return what is kept of images, [B, any], where `first_block` is behind the last.
+
+        `resumed` goes on from it.
+        """
         return self.features(pooled, images)
 
     def resumed(self, stored: Tensor) -> Tensor:
@@ -299,14 +323,19 @@ class Wrapped(nn.Module):
 
 
 def drop(dropout: nn.Dropout, prompts: Tensor, batch_size: int) -> Tensor:
-    """Return prompts [1, p, width], or [batch_size, p, width] while dropout is active: it is drawn for every image anew."""
+    """Return prompts [1, p, width], or [batch_size, p, width] while dropout is active.
+
+    It is drawn for every image anew.
+    """
     if dropout.training and dropout.p > 0:
         prompts = prompts.expand(batch_size, -1, -1)
     dropped: Tensor = dropout(prompts)
     return dropped
 
 
-def per_block(shapes: Sequence[tuple[int, ...]], draw: Callable[[Tensor], object]) -> nn.Parameter | nn.ParameterList:
+def per_block(
+    shapes: Sequence[tuple[int, ...]], draw: Callable[[Tensor], object]
+) -> nn.Parameter | nn.ParameterList:
     """Make a parameter of every block: one tensor where their shapes agree, a list where they do not.
 
     Args:
@@ -336,8 +365,8 @@ def init_linear(layer: nn.Linear, how: str) -> nn.Linear:
 
     Args:
         layer: The layer.
-        how: "vpt" (the released code's: kaiming fan-out, and a bias that stands for probabilities of 1 %, whatever the
-            number of classes) or "zeros".
+        how: "vpt" (the released code's: kaiming fan-out, and a bias that stands for probabilities of 1 %,
+            whatever the number of classes) or "zeros".
 
     Raises:
         UserError: There is no such initialisation.

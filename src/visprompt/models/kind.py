@@ -1,6 +1,7 @@
 """What a task asks of an image: the kind of target, with the loss, the figures and the score that go with it.
 
-Data modules name their kind; the classifier, the LightningModule, results and reports read everything else here.
+Data modules name their kind; the classifier, the LightningModule, results and reports read everything else
+here.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,8 +25,9 @@ class TaskKind:
         shares: Figures between 0 and 1, shown in per cent; the score is the first.
         loss: Logits [B, C] and labels [B] -> the loss of each image [B].
         correct: Logits [B, C] and labels [B] -> 1.0 for each image that is predicted rightly, else 0.0 [B].
-        figures: Number of classes -> a metric. `update` takes logits [B, C], labels [B] and weights [B], of which 0
-            marks a filler; `compute` returns figures by name, `per_class` (a list) and `count` among them.
+        figures: Number of classes -> a metric. `update` takes logits [B, C], labels [B] and weights [B], of
+            which 0 marks a filler; `compute` returns figures by name, `per_class` (a list) and `count` among
+            them.
     """
 
     name: str
@@ -56,8 +58,8 @@ def accuracies(confusion: Tensor) -> dict[str, Any]:
         confusion: Counts [C, C], a row for every true class.
 
     Returns:
-        acc (share of images), balanced_acc (mean over the classes that are present) and per_class (share of each
-        class, None where it has no image), count (images).
+        acc (share of images), balanced_acc (mean over the classes that are present) and per_class (share of
+        each class, None where it has no image), count (images).
     """
     counts = confusion.sum(1)
     hits = confusion.diagonal()

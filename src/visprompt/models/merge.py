@@ -20,13 +20,14 @@ def merge(classifier: Classifier) -> nn.Module:
         A timm model of its own memory, in evaluation mode, with the tuned weights and the classifier's head.
 
     Raises:
-        UserError: The method computes something that a plain model does not, or the head is more than one layer.
+        UserError: The method computes something that a plain model does not, or the head is more than one
+            layer.
     """
     method = classifier.method
     if not getattr(method, "can_merge", False):
         raise UserError(
-            f"what {type(method).__name__} tunes is more than weights of the backbone, so it cannot be merged: "
-            "keep the tuned state beside the backbone"
+            f"what {type(method).__name__} tunes is more than weights of the backbone, so it cannot be "
+            "merged: keep the tuned state beside the backbone"
         )
     if type(classifier.head) is not nn.Linear:
         raise UserError(

@@ -1,6 +1,9 @@
-"""What a file from elsewhere may say: closed schemas of plain values, checked before anything is built of them.
+"""What a file from elsewhere may say.
 
-A file's checksum finds damage; it is no signature, since whoever changes the file can also write the checksum.
+Closed schemas of plain values, checked before anything is built of them.
+
+A file's checksum finds damage; it is no signature, since whoever changes the file can also write the
+checksum.
 """
 
 import re
@@ -76,7 +79,10 @@ class _Backbone(Closed):
 
 
 class _Preprocessing(Closed):
-    """What `TaskDataModule.preprocessing` says; states of older versions lack keys, which their readers ask for."""
+    """What `TaskDataModule.preprocessing` says.
+
+    States of older versions lack keys, which their readers ask for.
+    """
 
     size: Side
     resize: Literal["squash", "short_side"]
@@ -180,7 +186,9 @@ def check_tensors(tensors: Mapping[str, Tensor], source: Path | str, mend: str) 
     """
     for name, tensor in tensors.items():
         if has_control(name):
-            raise UserError(f"{source} is refused: a tensor's name, {visible(name)}, holds control characters; {mend}")
+            raise UserError(
+                f"{source} is refused: a tensor's name, {visible(name)}, holds control characters; {mend}"
+            )
         if tensor.dtype not in _DTYPES:
             raise UserError(f"{source} is refused: the tensor {name} is of {tensor.dtype}; {mend}")
         if not tensor.isfinite().all():

@@ -38,7 +38,10 @@ class Diverged(Exception):
 
 
 class Mean(Metric):
-    """Weighted mean over all ranks; a value that is not finite stays in it (torchmetrics' own drops it, or weights)."""
+    """Weighted mean over all ranks.
+
+    A value that is not finite stays in it (torchmetrics' own drops it, or weights).
+    """
 
     total: Tensor
     weight: Tensor
@@ -61,15 +64,17 @@ class Mean(Metric):
 class TuningModule(L.LightningModule):
     """Tunes a classifier by a recipe.
 
-    A checkpoint's `state_dict` is the tuned state alone. Every epoch seeds torch anew from (seed, epoch, rank), so that
-    a run resumed at an epoch draws the same dropout and no state of a generator has to be kept.
+    A checkpoint's `state_dict` is the tuned state alone. Every epoch seeds torch anew from (seed, epoch,
+    rank), so that a run resumed at an epoch draws the same dropout and no state of a generator has to be
+    kept.
 
     Args:
         classifier: What is tuned.
         recipe: How.
         seed: Seed of the run.
-        leaks: Whether a final run's test accuracy is logged after every epoch, as `leak/test_acc`: a diagnostic of what
-            codes that report the best epoch on test report. Nothing reads it, and nothing else changes.
+        leaks: Whether a final run's test accuracy is logged after every epoch, as `leak/test_acc`: a
+            diagnostic of what codes that report the best epoch on test report. Nothing reads it, and nothing
+            else changes.
 
     Attributes:
         scores: Figures of the last scoring, by metric name.
@@ -93,20 +98,26 @@ class TuningModule(L.LightningModule):
         self.per_class: list[float | None] = []
         self.scored_loss = math.nan
         self._resumed = False
-        self._lr = math.nan  # of the last step: at the end of an epoch the optimiser already has the next one's
+        self._lr = (
+            math.nan
+        )  # of the last step: at the end of an epoch the optimiser already has the next one's
         self._bad_step: Tensor
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, C] of normalised images [B, 3, H, W], or of what the frozen part made of them."""
-        out: Tensor = self.classifier(images.to(self.dtype))  # pixels are floats only after Lightning's conversion
+        out: Tensor = self.classifier(
+            images.to(self.dtype)
+        )  # pixels are floats only after Lightning's conversion
         return out
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form for all
         """Return the tuned state: a frozen backbone is never written."""
         return self.classifier.tuned_state()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> None:
         """Load a tuned state; a name that is missing or too much is an error."""
         self.classifier.load_tuned_state(state_dict)
         self._resumed = True
@@ -121,7 +132,10 @@ class TuningModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Compute once what can never change, the output of frozen layers; else a GPU gets the pixels, once."""
+        """Compute once what can never change, the output of frozen layers.
+
+        Else a GPU gets the pixels, once.
+        """
         self._check_batch_norm()
         self._check_comparison()
         datamodule = self._datamodule
@@ -155,15 +169,19 @@ class TuningModule(L.LightningModule):
         trained = self.classifier.method.trains_backbone  # frozen, a backbone keeps its batch statistics
         names = [n for n in self.classifier.tuned_names if trained or not n.startswith("backbone.")]
         tuned = {name.rpartition(".")[0] for name in names}
-        if not any(isinstance(m, _BatchNorm) and name in tuned for name, m in self.classifier.named_modules()):
+        if not any(
+            isinstance(m, _BatchNorm) and name in tuned for name, m in self.classifier.named_modules()
+        ):
             return
         if self.trainer.accumulate_grad_batches > 1:
             raise UserError(
-                "batch norm is trained here, and each of the accumulated parts of a batch would have statistics of its "
-                "own: set trainer.accumulate_grad_batches=1"
+                "batch norm is trained here, and each of the accumulated parts of a batch would have "
+                "statistics of its own: set trainer.accumulate_grad_batches=1"
             )
         if self.trainer.world_size > 1 and self.device.type == "cpu":
-            raise UserError("batch norm is trained here, and cannot be synchronised over CPU processes: use one device")
+            raise UserError(
+                "batch norm is trained here, and cannot be synchronised over CPU processes: use one device"
+            )
         short = len(self._datamodule.train_dataset) % self.recipe.batch_size
         if 0 < short < self.trainer.world_size:
             raise UserError(
@@ -175,8 +193,8 @@ class TuningModule(L.LightningModule):
         """Refuse a loss that compares images where it would see parts of a batch."""
         if self.classifier.method.compares_images and self.trainer.accumulate_grad_batches > 1:
             raise UserError(
-                "this method's loss compares the images of a batch, and each of the accumulated parts of a batch would "
-                "be compared by itself: set trainer.accumulate_grad_batches=1"
+                "this method's loss compares the images of a batch, and each of the accumulated parts of a "
+                "batch would be compared by itself: set trainer.accumulate_grad_batches=1"
             )
 
     def on_train_epoch_start(self) -> None:
@@ -261,7 +279,9 @@ class TuningModule(L.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
 
     def _kept(self, dataset: TicketDataset) -> TicketDataset:
-        """Return a data set as what stays of it: its frozen part where there is one, on every rank all of it, else its pixels.
+        """Return a data set as what stays of it.
+
+        Its frozen part where there is one, on every rank all of it, else its pixels.
 
         Itself where that has no room.
         """

@@ -108,7 +108,10 @@ def in_multirun() -> bool:
 
 
 def has_choosing_sweeper() -> bool:
-    """Return whether a sweeper other than Hydra's own runs this job: that one goes through its points and reads no score."""
+    """Return whether a sweeper other than Hydra's own runs this job.
+
+    That one goes through its points and reads no score.
+    """
     return in_multirun() and not str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper")
 
 
@@ -126,7 +129,9 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[Job]:
         UserError: `data=` together with `tasks=`, an unknown task, or a key that is not for the command line.
     """
     hydra = HydraConfig.get()
-    said: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${task} is for each job to resolve
+    said: Any = OmegaConf.to_container(
+        hydra.overrides.task, resolve=False
+    )  # ${task} is for each job to resolve
     check_own("train", said)
     if cfg.tasks is None and not extra:
         return [complete(cfg.copy(), {key_of(setting) for setting in said}, hydra.runtime.choices)]
@@ -173,7 +178,9 @@ def data_of_tasks(config_name: str, settings: Iterable[Sequence[str]]) -> list[s
     """
     said = {key_of(values[0]): values for values in settings}
     named = [re.sub(r"[\[\]'\"]", "", setting.partition("=")[2]) for setting in said.get("tasks", ())]
-    named = named or [_tasks_of_experiment(setting.partition("=")[2]) for setting in said.get("experiment", ())]
+    named = named or [
+        _tasks_of_experiment(setting.partition("=")[2]) for setting in said.get("experiment", ())
+    ]
     if config_name == "prepare" or not named or "null" in named:
         return []
     if "data" in said:
@@ -205,7 +212,9 @@ def job(config_name: str, overrides: Sequence[str]) -> Job:
     try:
         cfg = compose(config_name, list(overrides), return_hydra_config=True)
     except HydraException as error:
-        raise UserError(f"not every job can be composed ({' '.join(overrides)}): {in_one_line(error)}") from error
+        raise UserError(
+            f"not every job can be composed ({' '.join(overrides)}): {in_one_line(error)}"
+        ) from error
     choices = cfg.hydra.runtime.choices
     with open_dict(cfg):
         del cfg.hydra
@@ -246,7 +255,9 @@ def plans(cfg: DictConfig) -> "list[Plan]":
 
     chosen = specs(cfg.tasks)
     if cfg.root and cfg.source == "raw" and len({spec.dataset for spec in chosen}) > 1:
-        raise UserError(f"root={cfg.root} holds the files of one dataset, tasks={cfg.tasks} are several: one at a time")
+        raise UserError(
+            f"root={cfg.root} holds the files of one dataset, tasks={cfg.tasks} are several: one at a time"
+        )
     where: dict[str, Any] = {"data_dir": Path(cfg.data_dir), "store_dir": Path(cfg.store_dir)}
     where |= {"root": Path(cfg.root).expanduser() if cfg.root else None}
     how: dict[str, Any] = {"source": cfg.source, "revision": cfg.revision, "download": cfg.download}

@@ -17,7 +17,9 @@ _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "safetensors", "vispr
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start the measurement of the peak memory of a run on a device."""
-    if device.type == "cuda" and torch.cuda.is_initialized():  # else there is nothing to reset, and the call would fail
+    if (
+        device.type == "cuda" and torch.cuda.is_initialized()
+    ):  # else there is nothing to reset, and the call would fail
         torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark to the present size
@@ -39,7 +41,10 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
         return {"bytes": kib * 1024, "of": "process, this run"}
     except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
-        return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "process, its whole life"}
+        return {
+            "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            "of": "process, its whole life",
+        }
 
 
 def versions() -> dict[str, str]:

@@ -29,7 +29,10 @@ class Result(BaseModel):
     )
 
     status: Literal["finished", "diverged", "unscored"]
-    """diverged: the loss was not finite; unscored: the run was to train and score nothing (data.test=none)."""
+    """diverged: the loss was not finite.
+
+    Unscored: the run was to train and score nothing (data.test=none).
+    """
     task: str
     """Task id, or the name of the user's own images."""
     method: dict[str, Any]
@@ -66,7 +69,10 @@ class Result(BaseModel):
     diverged_step: int | None = None
     """The optimiser step at which the loss was not finite, else null."""
     trainer: dict[str, Any] = {}
-    """Settings of the trainer that may change the numbers, such as clipped gradients; older records lack it."""
+    """Settings of the trainer that may change the numbers, such as clipped gradients.
+
+    Older records lack it.
+    """
     files: dict[str, str] = {}
     """sha256 of further files of the folder, by name: metrics.csv; older records lack it."""
     tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -78,7 +84,10 @@ class Result(BaseModel):
 
     @property
     def score(self) -> float:
-        """What this run is judged by: a figure of val in `split=tune`, else of test; -inf diverged; nan unscored."""
+        """What this run is judged by: a figure of val in `split=tune`, else of test; -inf diverged.
+
+        Nan unscored.
+        """
         if self.status == "unscored":
             return float("nan")
         if self.status == "diverged":
@@ -100,16 +109,16 @@ def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
 
     Args:
         folder: The run's folder.
-        hashed: Whether the state's tensors are hashed, 1 to 3 ms for each MB. Else only its size and the checksum in
-            its header are compared, 0.2 ms at any size, which finds another run's state and a cut one: for reports
-            over thousands of runs.
+        hashed: Whether the state's tensors are hashed, 1 to 3 ms for each MB. Else only its size and the
+            checksum in its header are compared, 0.2 ms at any size, which finds another run's state and a cut
+            one: for reports over thousands of runs.
 
     Returns:
         The result, None where there is no result.json.
 
     Raises:
-        DamagedRecord: The record or the tuned state is damaged, or they do not belong together. The message names the
-            file and says why, not what to do.
+        DamagedRecord: The record or the tuned state is damaged, or they do not belong together. The message
+            names the file and says why, not what to do.
     """
     path = folder / "result.json"
     record = read_record(path)
@@ -147,7 +156,9 @@ def _check_state(path: Path, result: Result, hashed: bool) -> None:
     if checksum is None:
         raise DamagedRecord(f"{path} is damaged: its checksum differs")
     if checksum != result.tuned["sha256"]:
-        raise DamagedRecord(f"{path} is not the state that result.json recorded: it is another run's or attempt's")
+        raise DamagedRecord(
+            f"{path} is not the state that result.json recorded: it is another run's or attempt's"
+        )
 
 
 def read_result(folder: Path, *, hashed: bool = True) -> Result | None:
@@ -195,8 +206,8 @@ def check_same_run(result: Result, identity: Mapping[str, Any], folder: Path) ->
 
 def _another(folder: Path, name: str, found: object, wanted: object) -> UserError:
     return UserError(
-        f"{folder / 'result.json'} is another run's (its {name} is {found}, this run's is {wanted}): move or delete "
-        "what lies in that folder"
+        f"{folder / 'result.json'} is another run's (its {name} is {found}, this run's is {wanted}): move "
+        "or delete what lies in that folder"
     )
 
 
@@ -218,8 +229,8 @@ def open_state(path: Path) -> TunedState:
 def choose(results: Sequence[Result | None], points: Sequence[_Point]) -> _Point | None:
     """Choose a point of a grid by its validation accuracy after the last epoch.
 
-    Ties, common on 200 images, go to the smallest learning rate, then the largest weight decay, then the shortest
-    prompt, then to the first. A point that failed or diverged is never chosen.
+    Ties, common on 200 images, go to the smallest learning rate, then the largest weight decay, then the
+    shortest prompt, then to the first. A point that failed or diverged is never chosen.
 
     Args:
         results: Results of runs of `split=tune`, None where a run failed.
@@ -278,7 +289,9 @@ def cell(results: Iterable[Result]) -> Cell:
     alike = {json.dumps(_protocol(result), sort_keys=True) for result in found}
     scored = all(result.split == "final" and result.status == "finished" for result in found)
     if len(alike) != 1 or not scored:
-        raise UserError("runs that differ in more than the seed, or have no test score, are not averaged together")
+        raise UserError(
+            "runs that differ in more than the seed, or have no test score, are not averaged together"
+        )
     if len({result.seed for result in found}) < len(found):
         raise UserError("two runs of one seed are not averaged together: keep the one that is meant")
     return Cell(tuple(result.score for result in found))
@@ -288,8 +301,12 @@ def _protocol(result: Result) -> dict[str, Any]:
     names = ("task", "method", "recipe", "split", "precision", "data", "trainer")
     found = {name: getattr(result, name) for name in names}
     own = ("token_mask", "segment_mask", "initial")  # what a seed's own chain of pruning found
-    follows = {"pooling"} if result.backbone.get("pretrained", True) else {"pooling", "sha256"}  # of the seed's weights
-    found["data"] = {name: value for name, value in result.data.items() if name != "summary"}  # where it was, and so on
+    follows = (
+        {"pooling"} if result.backbone.get("pretrained", True) else {"pooling", "sha256"}
+    )  # of the seed's weights
+    found["data"] = {
+        name: value for name, value in result.data.items() if name != "summary"
+    }  # where it was, and so on
     found["backbone"] = {name: value for name, value in result.backbone.items() if name not in follows}
     return found | {"method": {name: value for name, value in result.method.items() if name not in own}}
 

@@ -1,4 +1,7 @@
-"""The file of a resume state, without pickle: tensors as safetensors, everything else as JSON in the same file."""
+"""The file of a resume state, without pickle.
+
+Tensors as safetensors, everything else as JSON in the same file.
+"""
 
 import json
 from collections import defaultdict

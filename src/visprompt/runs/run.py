@@ -70,7 +70,8 @@ def prepare(job: Job) -> Run:
         The run; nothing is written and nothing trained yet.
 
     Raises:
-        UserError: Data, weights or a word of the config are missing or wrong, or no tuned state could hold them.
+        UserError: Data, weights or a word of the config are missing or wrong, or no tuned state could hold
+            them.
     """
     check(job)
     seed = 0 if job.backbone.pretrained else job.seed  # loaded weights are the same for every seed
@@ -79,7 +80,9 @@ def prepare(job: Job) -> Run:
     datamodule.check_sets()
     identity = identity_of(job, backbone, datamodule)
     about = {name: getattr(datamodule, name) for name in ("task", "class_names", "preprocessing")}
-    method = {k: v for k, v in identity["method"].items() if k != "weights"}  # whoever builds it looks for that file
+    method = {
+        k: v for k, v in identity["method"].items() if k != "weights"
+    }  # whoever builds it looks for that file
     about |= {"method": method, "backbone": backbone.record(), "versions": {}}
     check_record(about, "this run", "its tuned state could not be read again")  # before it is trained
     folder = Path(job.paths.log_dir) / datamodule.task / job.method.name / digest(identity)
@@ -118,7 +121,9 @@ def build_data(job: Job, backbone: Backbone) -> TaskDataModule:
     )
 
 
-def build_classifier(job: Job, backbone: Backbone, num_classes: int, kind: str = SINGLE_LABEL.name) -> Classifier:
+def build_classifier(
+    job: Job, backbone: Backbone, num_classes: int, kind: str = SINGLE_LABEL.name
+) -> Classifier:
     """Build the backbone (a copy), method and head of a job, drawn from the job's seed."""
     L.seed_everything(int(job.seed), verbose=False)
     module = deepcopy(backbone.module)
@@ -210,7 +215,9 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         diverged = _fit_and_score(trainer, module, datamodule, ckpt_path)
         unscored = diverged is None and not datamodule.is_scored
         if diverged is None and not unscored and module.scored_step != trainer.global_step:
-            raise UserError("nothing was scored: take trainer.limit_val_batches and trainer.limit_test_batches off 0")
+            raise UserError(
+                "nothing was scored: take trainer.limit_val_batches and trainer.limit_test_batches off 0"
+            )
         metrics = _last_row(resume, f"leak/test_{module.kind.score}") | module.scores
         figures = [*metrics.values()] if unscored else [module.scored_loss, *metrics.values()]
         if diverged is None and not all(map(math.isfinite, figures)):
@@ -235,7 +242,9 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         )
         if trainer.is_global_zero:
             result = _finish(run, result, module.classifier)
-        status = "success" if diverged is None else "failed"  # a sweep must not take its last figure for a score
+        status = (
+            "success" if diverged is None else "failed"
+        )  # a sweep must not take its last figure for a score
     finally:
         for logger in trainer.loggers:
             close(logger, status, run.folder)
@@ -246,7 +255,10 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
 def _fit_and_score(
     trainer: L.Trainer, module: TuningModule, datamodule: TaskDataModule, ckpt_path: Path | None
 ) -> int | None:
-    """Fit and scores once after the last epoch; returns the step at which the loss was not finite, else None."""
+    """Fit and scores once after the last epoch.
+
+    Returns the step at which the loss was not finite, else None.
+    """
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         if not all(parameter.isfinite().all() for _, parameter in module.classifier.tuned_parameters()):
@@ -304,7 +316,11 @@ def _last_row(resume: ResumeCheckpoint, leak: str) -> dict[str, float]:
 
 def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
     summary = classifier.summary()
-    counts: dict[str, Any] = {"parameters": summary.tuned, "head_parameters": summary.head, "share": summary.share}
+    counts: dict[str, Any] = {
+        "parameters": summary.tuned,
+        "head_parameters": summary.head,
+        "share": summary.share,
+    }
     counts |= {"parts": dict(summary.parts), "macs": summary.macs}
     # as they are: in the config a depth of all blocks is null
     shape = {name: getattr(classifier.method, name, None) for name in ("depth", "num_tokens", "kept_tokens")}

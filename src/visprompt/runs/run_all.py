@@ -48,8 +48,8 @@ class Outcome:
 def train(cfg: DictConfig) -> float:
     """Train every task of a command line.
 
-    Under a W&B agent one command is one W&B run: one task logs to it as it trains, several report to it at the end. A
-    sweep of final runs is a table and not a choice: it goes through its points (`method: grid`).
+    Under a W&B agent one command is one W&B run: one task logs to it as it trains, several report to it at
+    the end. A sweep of final runs is a table and not a choice: it goes through its points (`method: grid`).
 
     Args:
         cfg: What `@hydra.main` composed.
@@ -59,8 +59,8 @@ def train(cfg: DictConfig) -> float:
         where one was not scored.
 
     Raises:
-        UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; all others were run before this
-            is said. Or a sweeper would choose by the test accuracy.
+        UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; all others were run
+            before this is said. Or a sweeper would choose by the test accuracy.
     """
     check_sweeper(cfg)
     jobs = compose.jobs(cfg)
@@ -83,7 +83,8 @@ def check_sweeper(cfg: DictConfig) -> None:
     """Refuse a sweeper that would choose by the test accuracy."""
     if cfg.split != "tune" and compose.has_choosing_sweeper():
         raise UserError(
-            "this sweeper chooses by the figure that a run returns, and no choice reads test: give it split=tune"
+            "this sweeper chooses by the figure that a run returns, and no choice reads test: give it "
+            "split=tune"
         )
 
 
@@ -107,8 +108,8 @@ def run_all(jobs: Iterable[Job], wait: bool = True) -> list[Outcome]:
 
     Args:
         jobs: Composed jobs.
-        wait: Whether a run that another process is at work on is come back to behind the others, as soon as that one
-            has finished it or is gone; else it has failed.
+        wait: Whether a run that another process is at work on is come back to behind the others, as soon as
+            that one has finished it or is gone; else it has failed.
 
     Returns:
         An outcome for each, in their order.
@@ -177,7 +178,10 @@ def _run_chain(job: Job) -> tuple[Result, Path]:
 
 
 def _run_one(job: Job) -> tuple[Result, Path]:
-    """Run one job here, or on several devices, and shows what came of it; returns that and the run's folder."""
+    """Run one job here, or on several devices, and shows what came of it.
+
+    Returns that and the run's folder.
+    """
     run = prepare(job)
     run_folder.tidy(run.folder)
     stored = None if job.rerun else read_result(run.folder)
@@ -235,13 +239,17 @@ def local_devices(trainer: Trainer) -> int:
     try:
         return int(devices)
     except (TypeError, ValueError):
-        raise UserError(f"trainer.devices={devices} is no number: give one, auto, or a list such as [0,1]") from None
+        raise UserError(
+            f"trainer.devices={devices} is no number: give one, auto, or a list such as [0,1]"
+        ) from None
 
 
 def _say_skipped(stored: Result, job: Job) -> None:
     commit, now = stored.versions["git_commit"], environment.git_commit()
     other = f" (by commit {commit}; this is {now})" if commit != now else ""
-    leaks = job.diagnostics.best_on_test and stored.split == "final" and "leak/best_on_test" not in stored.metrics
+    leaks = (
+        job.diagnostics.best_on_test and stored.split == "final" and "leak/best_on_test" not in stored.metrics
+    )
     lacks = " and adds what diagnostics.best_on_test=true asks for" if leaks else ""
     console.print(f"finished before{other}, not run again: rerun=true runs it anew{lacks}")
 
@@ -262,11 +270,14 @@ def show(result: Result, run: Run) -> None:
     tuned = result.tuned
     table.add_row(
         "tuned parameters",
-        f"{tuned['parameters']:,} ({100 * tuned['share']:.2f} % of the backbone) + head {tuned['head_parameters']:,}",
+        f"{tuned['parameters']:,} ({100 * tuned['share']:.2f} % of the backbone) + head "
+        f"{tuned['head_parameters']:,}",
     )
     if "bytes" in tuned:
         table.add_row("tuned state", f"{tuned['bytes'] / 1000:,.1f} kB")
     table.add_row("training time", f"{result.time['train_s']:.1f} s")
-    table.add_row("peak memory", f"{result.peak_memory['bytes'] / 2**20:,.0f} MiB ({result.peak_memory['of']})")
+    table.add_row(
+        "peak memory", f"{result.peak_memory['bytes'] / 2**20:,.0f} MiB ({result.peak_memory['of']})"
+    )
     console.print(table)
     console.print(f"folder: {run.folder}", soft_wrap=True)  # in one piece, to be copied

@@ -1,7 +1,8 @@
 """A run's folder: one process at a time, a complete attempt put in place, and nothing that a killed process left.
 
-A new attempt is written whole under `resume/`, its `result.json` last, and only then moved to where readers look. A
-kill at any step leaves either the old result, or a complete attempt that the next look at the folder puts in place.
+A new attempt is written whole under `resume/`, its `result.json` last, and only then moved to where readers
+look. A kill at any step leaves either the old result, or a complete attempt that the next look at the folder
+puts in place.
 """
 
 import logging
@@ -118,7 +119,8 @@ def tidy(folder: Path) -> None:
 def next_attempt(folder: Path, stored: Result | None, rerun: bool) -> int | None:
     """Return the number of the attempt to make in a run's folder, None where it is finished and not to be run anew.
 
-    An unfinished attempt is gone on with: by `rerun=true` one that itself began, otherwise any of a run without result.
+    An unfinished attempt is gone on with: by `rerun=true` one that itself began, otherwise any of a run
+    without result.
 
     Args:
         folder: The run's folder, locked.
@@ -136,7 +138,10 @@ def next_attempt(folder: Path, stored: Result | None, rerun: bool) -> int | None
 
 
 def _begun(folder: Path) -> int | None:
-    """Return the number of the unfinished attempt that a folder's resume state is of; None where it has none of this run."""
+    """Return the number of the unfinished attempt that a folder's resume state is of.
+
+    None where it has none of this run.
+    """
     owner = _owner(folder)
     return owner.attempt if owner and owner.run.startswith(folder.name) else None
 
@@ -172,7 +177,9 @@ def _tidied(folder: Path) -> Result | None:
     """Put a complete attempt in place, removes what a killed process left, and returns the folder's result."""
     resume = folder / RESUME
     owner = _owner(folder)
-    if (resume / _RESULT).is_file() and (owner is None or owner.run.startswith(folder.name)):  # else `find` refuses it
+    if (resume / _RESULT).is_file() and (
+        owner is None or owner.run.startswith(folder.name)
+    ):  # else `find` refuses it
         try:
             put_in_place(folder)
         except DamagedRecord as error:
@@ -197,6 +204,9 @@ def _whole_result(folder: Path) -> Result | None:
 
 
 def _is_over(folder: Path, stored: Result) -> bool:
-    """Return whether what lies under `resume/` is of no attempt that could go on: a rerun that began, or a foreign state."""
+    """Return whether what lies under `resume/` is of no attempt that could go on.
+
+    A rerun that began, or a foreign state.
+    """
     begun = _begun(folder)
     return begun <= stored.attempt if begun is not None else _owner(folder) is None

@@ -1,9 +1,11 @@
-"""Ending on SIGINT (Ctrl-C) and SIGTERM (schedulers): work is kept, one sentence says so, the exit code is 130 or 143.
+"""Ending on SIGINT (Ctrl-C) and SIGTERM (schedulers).
 
-An entry point calls `install` before all other imports, which take seconds. The first signal raises `Ended` in the main
-thread, so that `with` and `finally` blocks remove temporary files, release locks and end child processes; while the
-first imports run there is nothing to tidy, and the process ends at once. A second signal ends the process at once, too,
-and so does a cleanup that takes longer than `_PATIENCE`.
+Work is kept, one sentence says so, the exit code is 130 or 143.
+
+An entry point calls `install` before all other imports, which take seconds. The first signal raises `Ended`
+in the main thread, so that `with` and `finally` blocks remove temporary files, release locks and end child
+processes; while the first imports run there is nothing to tidy, and the process ends at once. A second signal
+ends the process at once, too, and so does a cleanup that takes longer than `_PATIENCE`.
 """
 
 import atexit
@@ -17,14 +19,20 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-PARENT = "VISPROMPT_PARENT"  # in the environment of a rank that `launch.run_ranks` started; that one's parent speaks
+# in the environment of a rank that `launch.run_ranks` started; that one's parent speaks
+PARENT = "VISPROMPT_PARENT"
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-_SAME = 0.5  # seconds in which a second signal is the first one again: `timeout` and torchrun send theirs twice
+_SAME = (
+    0.5  # seconds in which a second signal is the first one again: `timeout` and torchrun send theirs twice
+)
 _PATIENCE = 20.0  # seconds for cleaning up: Kubernetes and SLURM kill after 30
 
 
 class Ended(SystemExit):
-    """The process is to end; its code is 128 and the signal's number. Being no `Exception`, libraries let it pass."""
+    """The process is to end; its code is 128 and the signal's number.
+
+    Being no `Exception`, libraries let it pass.
+    """
 
 
 _received: int | None = None
@@ -63,7 +71,10 @@ def check() -> None:
 
 @contextmanager
 def consequences() -> Iterator[None]:
-    """Raise `Ended` in place of any error that comes after a signal: a rank that is gone, a loader without workers."""
+    """Raise `Ended` in place of any error that comes after a signal.
+
+    A rank that is gone, a loader without workers.
+    """
     try:
         yield
     except Exception:  # whatever a library makes of it
@@ -157,7 +168,10 @@ def _quit() -> NoReturn:
 
 
 def _unraisable(unraisable: Any) -> None:
-    """Raise `Ended` again that came where Python drops exceptions: in a finaliser, or in a callback of the exit."""
+    """Raise `Ended` again that came where Python drops exceptions.
+
+    In a finaliser, or in a callback of the exit.
+    """
     if not isinstance(unraisable.exc_value, Ended):
         sys.__unraisablehook__(unraisable)
         return

@@ -1,10 +1,11 @@
 """Which prompt tokens and segments matter, which of them go, and how a run starts from stored initial values again.
 
-E^2VPT (Han et al., ICCV 2023, section 3.3) after XPrompt (Ma et al., EMNLP 2022): a prompt token j is multiplied by a
-mask rho_j and each of its S segments by a mask rho_jk; the importance of a mask is the mean over the images of
+E^2VPT (Han et al., ICCV 2023, section 3.3) after XPrompt (Ma et al., EMNLP 2022): a prompt token j is
+multiplied by a mask rho_j and each of its S segments by a mask rho_jk; the importance of a mask is the mean
+over the images of
 |dL_i / d rho| at rho = 1. The least important ones are pruned, and what is left is trained again from its initial
-values. Different from the released code: the absolute value is there and taken image by image, masks are never
-trained, "rewinding" restores the very values, and "nothing pruned" is one of the choices.
+values. Different from the released code: the absolute value is there and taken image by image, masks are
+never trained, "rewinding" restores the very values, and "nothing pruned" is one of the choices.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,18 +90,19 @@ class Point:
 def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
     """Return mean over the images of the absolute gradient of each image's loss with respect to the masks.
 
-    Every image gets masks of its own in the computation, so that one backward pass gives the gradient of each.
-    Scaling a whole token changes little where a norm follows and its output is dropped (deep prompts on a pre-norm
-    block): LN(rho P) = LN(P) but for the norm's epsilon. What is left of a token's importance is then small against
-    the rounding of float32: give a classifier and images in float64.
+    Every image gets masks of its own in the computation, so that one backward pass gives the gradient of
+    each. Scaling a whole token changes little where a norm follows and its output is dropped (deep prompts on
+    a pre-norm block): LN(rho P) = LN(P) but for the norm's epsilon. What is left of a token's importance is
+    then small against the rounding of float32: give a classifier and images in float64.
 
     Args:
-        classifier: A trained classifier whose method is an unpruned `E2VPT` with input prompts; used in evaluation
-            mode and left as it was.
+        classifier: A trained classifier whose method is an unpruned `E2VPT` with input prompts; used in
+            evaluation mode and left as it was.
         batches: Normalised images [B, 3, H, W] and labels [B], each image once.
 
     Returns:
-        The importance, summed over the layers before the absolute value is taken where they share their masks.
+        The importance, summed over the layers before the absolute value is taken where they share their
+        masks.
     """
     method = classifier.method
     assert isinstance(method, E2VPT)  # for the type checker
@@ -114,7 +116,9 @@ def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]])
     classifier.eval()
     try:
         for images, labels in batches:
-            method.gates = torch.ones(len(images), *shape, dtype=images.dtype, device=images.device, requires_grad=True)
+            method.gates = torch.ones(
+                len(images), *shape, dtype=images.dtype, device=images.device, requires_grad=True
+            )
             loss = F.cross_entropy(classifier(images), labels, reduction="sum")  # no image sees another
             (gradient,) = torch.autograd.grad(loss, method.gates)
             gradient = gradient.double().cpu()
@@ -207,17 +211,25 @@ def rewind(classifier: Classifier, folder: Path) -> None:
         return
     path = _initial_path(folder, method.initial)
     if not path.is_file():
-        raise UserError(f"the initial values that this run starts from are not at {path}: run split=tune again")
+        raise UserError(
+            f"the initial values that this run starts from are not at {path}: run split=tune again"
+        )
     tensors = dict(load_state(path).tensors)
     if hash_tensors(tensors)[:_DIGITS] != method.initial:
-        raise UserError(f"{path} holds other initial values than its name says: delete it and run split=tune again")
+        raise UserError(
+            f"{path} holds other initial values than its name says: delete it and run split=tune again"
+        )
     if method.token_mask is not None:
         own = classifier.tuned_state()
         tensors |= {name: own[name] for name in ("token_mask", "segment_mask")}
-        names = [f"prompts.{layer}" for layer in range(method.depth) if f"prompts.{layer}" in own] or ["prompts"]
+        names = [f"prompts.{layer}" for layer in range(method.depth) if f"prompts.{layer}" in own] or [
+            "prompts"
+        ]
         prompts = tensors["prompts"] if names == ["prompts"] else [tensors[name] for name in names]
         left = method.unpruned(layer.to(own[names[0]].device) for layer in prompts)
-        tensors |= {"prompts": torch.stack(left)} if names == ["prompts"] else dict(zip(names, left, strict=True))
+        tensors |= (
+            {"prompts": torch.stack(left)} if names == ["prompts"] else dict(zip(names, left, strict=True))
+        )
     classifier.load_tuned_state(tensors)
 
 
@@ -226,7 +238,10 @@ def _initial_path(folder: Path, name: str) -> Path:
 
 
 def masks_of(options: Mapping[str, Any], layers: int = 1) -> Masks:
-    """Return the masks among a method's options; where there are none, everything is kept in that many layers."""
+    """Return the masks among a method's options.
+
+    Where there are none, everything is kept in that many layers.
+    """
     shape = (layers, options["num_tokens"], options["num_segments"])
     if options["token_mask"] is None:
         return Masks(torch.ones(shape[:2], dtype=torch.bool), torch.ones(shape, dtype=torch.bool))

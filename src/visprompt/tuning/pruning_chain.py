@@ -1,14 +1,15 @@
 """E^2VPT's pruning as a chain of runs, each with an identity and folder of its own, so that the whole resumes.
 
-`split=tune`: the initial values are drawn and stored; the unpruned prompts are trained from them on train800; the
-importance of tokens and segments is measured on train800; each point of the prune grid is trained from the stored
-values; val200 chooses, "nothing pruned" being one of the points. `split=final` starts from the same stored values with
-the masks that were chosen, trains on train800val200 and reads test once; where there are no masks yet it makes the tune
-chain first. A chain's own files lie in the folder of its own identity, in which no run lies, beside those of its runs:
-`initial.json`, `importance.json`, `masks.json`, `pruning.md`, `pruning.png`; initial values in `initial/` beside it.
+`split=tune`: the initial values are drawn and stored; the unpruned prompts are trained from them on train800;
+the importance of tokens and segments is measured on train800; each point of the prune grid is trained from
+the stored values; val200 chooses, "nothing pruned" being one of the points. `split=final` starts from the
+same stored values with the masks that were chosen, trains on train800val200 and reads test once; where there
+are no masks yet it makes the tune chain first. A chain's own files lie in the folder of its own identity, in
+which no run lies, beside those of its runs: `initial.json`, `importance.json`, `masks.json`, `pruning.md`,
+`pruning.png`; initial values in `initial/` beside it.
 
-Every link is a W&B run of its own. Under a W&B agent, which has one W&B run for a whole command, only the link whose
-result is the chain's reports to it.
+Every link is a W&B run of its own. Under a W&B agent, which has one W&B run for a whole command, only the
+link whose result is the chain's reports to it.
 """
 
 import logging
@@ -69,8 +70,8 @@ def run(job: Job, run_one: RunOne) -> Result:
         run_one: Runs one job and returns its result; it skips what is finished and resumes what is half done.
 
     Returns:
-        The result of the job; of a chain that of the chosen point, or of the final run. Where the unpruned run of a
-        chain diverged, its result.
+        The result of the job; of a chain that of the chosen point, or of the final run. Where the unpruned
+        run of a chain diverged, its result.
 
     Raises:
         UserError: Something of the chain's config is wrong; what `run_one` raises ends the chain, too.
@@ -99,7 +100,8 @@ def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[st
     """Train, scores, tries the prune grid and chooses.
 
     Returns:
-        The link that was chosen, its result, and what was found; the unpruned one and None where that diverged.
+        The link that was chosen, its result, and what was found; the unpruned one and None where that
+        diverged.
     """
     initial = _initial(job, folder)
     points = prune_points(job)
@@ -114,7 +116,9 @@ def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[st
     options = [*(pruning.prune(found, point).options() for point in points[:-1]), {}]
     links = [link_of(bare, initial, masks) for masks in options]
     results = [*(run_one(link) for link in links[:-1]), trained]
-    best = choose(results, range(len(results)))  # ties go to what keeps fewer tokens, then fewer segments: it is first
+    best = choose(
+        results, range(len(results))
+    )  # ties go to what keeps fewer tokens, then fewer segments: it is first
     assert best is not None  # the unpruned one has not diverged
     scores = [result.score if result.status == "finished" else None for result in results]
     record = {
@@ -161,7 +165,10 @@ def _initial(job: Job, folder: Path) -> str:
 
 
 def _importance(link: Job, trained: Result, folder: Path) -> Importance:
-    """Return the importance of the trained run's tokens and segments; measured once, by one process for all."""
+    """Return the importance of the trained run's tokens and segments.
+
+    Measured once, by one process for all.
+    """
     with _alone(folder):
         known = stored(folder / "importance.json")
         if known is None or known["of"] != trained.tuned["sha256"]:
@@ -208,7 +215,9 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error}; choose another folder with paths.log_dir=...") from error
+        raise UserError(
+            f"cannot write to {folder}: {error}; choose another folder with paths.log_dir=..."
+        ) from error
     try:
         sweep(folder.glob(".*.????????"))
         yield
@@ -223,8 +232,8 @@ def stored(path: Path) -> dict[str, Any] | None:
         path: One of `RECORDS` in the chain's folder.
 
     Returns:
-        The record; None where that step has not been taken, and, with a line that says so, where the file is damaged or
-        another chain's: the step is taken again then.
+        The record; None where that step has not been taken, and, with a line that says so, where the file is
+        damaged or another chain's: the step is taken again then.
     """
     try:
         record = read_record(path)

@@ -1,8 +1,11 @@
-"""Vision transformers with rotary positions, timm's class Eva: EVA-02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2.
+"""Vision transformers with rotary positions, timm's class Eva.
 
-An attention rotates the queries and the keys of every patch by angles that are its position; class and register tokens
-have none, and prompts get none. A row of sine 0 and cosine 1 rotates nothing: with such rows around those of the
-patches, tokens of every kind stand in any order, prompts behind the image tokens as in every family.
+EVA-02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2.
+
+An attention rotates the queries and the keys of every patch by angles that are its position; class and
+register tokens have none, and prompts get none. A row of sine 0 and cosine 1 rotates nothing: with such rows
+around those of the patches, tokens of every kind stand in any order, prompts behind the image tokens as in
+every family.
 """
 
 import math
@@ -27,7 +30,8 @@ class EVA(ViT):
     """A timm `Eva` without its head.
 
     Args:
-        model: Any `Eva`: rotary positions of any kind, absolute ones or both; norms before or behind the branches.
+        model: Any `Eva`: rotary positions of any kind, absolute ones or both; norms before or behind the
+            branches.
         exact: False carries the prompt tokens through every block, as the papers' codes do; for comparison.
 
     Raises:
@@ -43,7 +47,8 @@ class EVA(ViT):
         blocks: list[Any] = self.blocks
         for block in blocks:
             if getattr(block.attn, "q_bias", None) is not None:
-                # timm then calls the joint projection, which a method may have wrapped, and does not read its weight
+                # timm then calls the joint projection, which a method may have wrapped, and does not read its
+                # weight
                 block.attn.qkv_bias_separate = True
 
     def is_proven(self, block: nn.Module) -> bool:
@@ -91,7 +96,9 @@ class EVA(ViT):
     ) -> Tensor:
         """Run a block; tokens that are not read give keys and values only."""
         all_rows = self._rows(index, num_image, x.shape[1])
-        parts = [part for part in (slice(0, rows.start), slice(rows.stop, x.shape[1])) if part.start < part.stop]
+        parts = [
+            part for part in (slice(0, rows.start), slice(rows.stop, x.shape[1])) if part.start < part.stop
+        ]
         context, of_context = [x[:, part] for part in parts], [_some(all_rows, part) for part in parts]
         if entering is not None:
             context, of_context = [*context, entering], [*of_context, None]
@@ -119,8 +126,10 @@ class EVA(ViT):
     def _check_grid(self, grid: tuple[int, int]) -> None:
         if self.model.rope is not None and side_of(math.prod(grid), self.grids[0]) != grid:
             raise UserError(
-                f"images of {grid[0]} x {grid[1]} patches leave tokens whose number does not tell their rotary "
-                f"positions: give square images, or such of the backbone's own {self.grids[0][0]} x {self.grids[0][1]}"
+                f"images of {grid[0]} x {grid[1]} patches leave tokens whose number does not tell their "
+                "rotary "
+                f"positions: give square images, or such of the backbone's own {self.grids[0][0]} x "
+                f"{self.grids[0][1]}"
             )
 
     def _holding(self, rotations: Tensor | None, run: Callable[[], Tensor]) -> Tensor:
@@ -132,7 +141,10 @@ class EVA(ViT):
             self._held = None
 
     def _rotations(self, num_image: int) -> Tensor | None:
-        """Return the rotations of image tokens that come without their images: those that timm's `_pos_embed` makes."""
+        """Return the rotations of image tokens that come without their images.
+
+        Those that timm's `_pos_embed` makes.
+        """
         rope: Any = self.model.rope
         if rope is None or not num_image:
             return None
@@ -141,7 +153,10 @@ class EVA(ViT):
         return _padded(rope.get_embed() if fixed else rope.get_embed(shape=grid), self.num_prefix, 0)
 
     def _rows(self, index: int, num_image: int, num_tokens: int) -> Tensor | None:
-        """Return the rotations of all tokens in a block, [..., num_tokens, 2 * head_dim]: sines, then cosines."""
+        """Return the rotations of all tokens in a block, [..., num_tokens, 2 * head_dim].
+
+        Sines, then cosines.
+        """
         rotations = self._rotations(num_image) if self._held is None else self._held
         if rotations is not None and self.model.rope_mixed:  # each block has its own
             rotations = rotations[index]
@@ -183,13 +198,18 @@ def _attend(
 
 
 def _rotated(attn: Any, x: Tensor, rotations: Tensor | None, like: Tensor) -> Tensor:
-    """Return queries or keys [B, heads, n, head_dim] in their positions; in the precision of `like`, which norms may leave."""
+    """Return queries or keys [B, heads, n, head_dim] in their positions.
+
+    In the precision of `like`, which norms may leave.
+    """
     return x if rotations is None else apply_rot_embed_cat(x, rotations, half=attn.rotate_half).type_as(like)
 
 
 def _separate_bias(attn: Any) -> Tensor | None:
     """Return the bias [3 * width] that EVA's attention keeps beside its joint projection, that of the keys being zero."""
-    return None if getattr(attn, "q_bias", None) is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    return (
+        None if getattr(attn, "q_bias", None) is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    )
 
 
 def _project(attn: Any, x: Tensor, bias: Tensor | None, parts: int) -> list[Tensor]:

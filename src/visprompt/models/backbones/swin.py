@@ -1,15 +1,19 @@
 """Swin transformers of timm: Swin-T, S, B, L and S3. Liu et al., Swin Transformer, ICCV 2021.
 
-Prompts as in Jia et al., Visual Prompt Tuning, ECCV 2022: they stand in every window beside its tokens, without
-relative positions and never masked; behind the attention each is the average over the windows of its image; a patch
-merging gets each four times, in place of four neighbours; the final pooling is over image and prompt tokens.
+Prompts as in Jia et al., Visual Prompt Tuning, ECCV 2022: they stand in every window beside its tokens,
+without relative positions and never masked; behind the attention each is the average over the windows of its
+image; a patch merging gets each four times, in place of four neighbours; the final pooling is over image and
+prompt tokens.
 
-    [x_w, P_w] = Attention([LN(x)_w, LN(P)]) in every window w;  x = x + [x_1, x_2, ...],  P = P + mean over w of P_w
+    [x_w, P_w] = Attention([LN(x)_w, LN(P)]) in every window w;  x = x + [x_1, x_2, ...],  P = P + mean over w
+    of P_w
 
-A prompt is the same in all windows, so its query, key and value are computed once for an image, and its projection,
-which is linear, once behind the average. Where its output is not read, it gives a key and a value alone.
+A prompt is the same in all windows, so its query, key and value are computed once for an image, and its
+projection, which is linear, once behind the average. Where its output is not read, it gives a key and a value
+alone.
 
-Different from the released code, whose averages mix the images of a batch: here they are of each image's own windows.
+Different from the released code, whose averages mix the images of a batch: here they are of each image's own
+windows.
 """
 
 from collections.abc import Sequence
@@ -37,13 +41,14 @@ from visprompt.models.contract import Method
 class Swin(TokenFamily):
     """A timm `SwinTransformer` without its head.
 
-    Images may have another side than its own, whatever it was built for: windows at the right and lower edges are
-    filled up as timm's option `dynamic_img_size` does it, and what is left of a side that the patch does not divide is
-    dropped.
+    Images may have another side than its own, whatever it was built for: windows at the right and lower edges
+    are filled up as timm's option `dynamic_img_size` does it, and what is left of a side that the patch does
+    not divide is dropped.
 
     Args:
         model: Any `SwinTransformer`.
-        exact: False computes the outputs of all prompts in all blocks, as the paper's code does; for comparison.
+        exact: False computes the outputs of all prompts in all blocks, as the paper's code does; for
+            comparison.
 
     Raises:
         UserError: The model is of another class, has parts of another class, or pools nothing.
@@ -58,7 +63,9 @@ class Swin(TokenFamily):
         self.check_class(model)
         model = cast(SwinTransformer, model)
         if foreign := _foreign(model):
-            raise UserError(f"this SwinTransformer has a {foreign}, which nothing drives: choose a plain one of timm")
+            raise UserError(
+                f"this SwinTransformer has a {foreign}, which nothing drives: choose a plain one of timm"
+            )
         if not model.head.global_pool.pool_type:
             raise UserError("the backbone pools nothing: set backbone.global_pool to avg, avgmax or max")
         model.reset_classifier(0)
@@ -110,8 +117,8 @@ class Swin(TokenFamily):
         if (height, width) != own and not (self.any_size and height == width):
             others = " or another square" if self.any_size else ""
             raise UserError(
-                f"images of {height} x {width} patches do not fit, this backbone takes {own[0]} x {own[1]}{others}: "
-                "crop or resize them, or set backbone.image_size"
+                f"images of {height} x {width} patches do not fit, this backbone takes {own[0]} x "
+                f"{own[1]}{others}: crop or resize them, or set backbone.image_size"
             )
         return cast(Tensor, embedding.norm(maps.flatten(2).transpose(1, 2)))
 
@@ -143,7 +150,9 @@ class Swin(TokenFamily):
         if stage == 0 or i > 0:
             return x, num_image
         merging: Any = cast(Any, self.model.layers[stage]).downsample
-        image: Tensor = merging(x[:, :num_image].unflatten(1, side_of(num_image, self.grids[index - 1]))).flatten(1, 2)
+        image: Tensor = merging(
+            x[:, :num_image].unflatten(1, side_of(num_image, self.grids[index - 1]))
+        ).flatten(1, 2)
         if x.shape[1] == num_image:
             return image, image.shape[1]
         prompts = merging.reduction(merging.norm(x[:, num_image:].repeat(1, 1, 4)))
@@ -165,7 +174,10 @@ def _foreign(model: SwinTransformer) -> str | None:
     """Return a part's class that is not timm's own, whose work is done here."""
     known = (SwinTransformerBlock, WindowAttention, PatchEmbed)
     stages: Any = model.layers
-    parts = [model.patch_embed, *(part for stage in stages for block in stage.blocks for part in (block, block.attn))]
+    parts = [
+        model.patch_embed,
+        *(part for stage in stages for block in stage.blocks for part in (block, block.attn)),
+    ]
     return next((type(part).__name__ for part in parts if type(part) not in known), None)
 
 
@@ -183,11 +195,12 @@ def _attend(
     Args:
         block: The block.
         size: Height and width of the map of image tokens.
-        num_image: How many of `read` are image tokens: the whole map, or 0 where the outputs of prompts alone are read.
+        num_image: How many of `read` are image tokens: the whole map, or 0 where the outputs of prompts alone
+            are read.
         attn: The block's attention.
         read: Normed tokens whose outputs are read, [B, n, width]: those of the image first, then prompts.
-        context: Normed tokens that give keys and values only, [B or 1, m, width]; the image's first, if they are not
-            read.
+        context: Normed tokens that give keys and values only, [B or 1, m, width]; the image's first, if they
+            are not read.
         rows: The method's keys and values, each [heads, t, head_dim].
 
     Returns:
@@ -201,7 +214,9 @@ def _attend(
         parts.insert(1, (asking.unsqueeze(1), True))  # the order of the queries is that of `read`
     num_windows, area = windows.shape[1:3]
     query, key, value = _join(attn, parts, rows, len(read), num_windows)
-    mask = _mask(block, size, num_windows, query.shape[-2], key.shape[-2]).to(query.dtype) if num_image else None
+    mask = (
+        _mask(block, size, num_windows, query.shape[-2], key.shape[-2]).to(query.dtype) if num_image else None
+    )
     rate = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate, scale=attn.scale)
     out = out.unflatten(1, (num_windows, -1)).transpose(2, 3).flatten(3)  # [B, windows, tokens, width]
@@ -220,8 +235,8 @@ def _join(
 
     Args:
         attn: A block's attention.
-        parts: Normed tokens of each window or, with one window, of all alike, [B or 1, windows or 1, n, width]; and
-            whether they are read.
+        parts: Normed tokens of each window or, with one window, of all alike, [B or 1, windows or 1, n,
+            width]; and whether they are read.
         rows: The method's keys and values.
         batch: Number of images (B).
         num_windows: Of an image.
@@ -278,7 +293,10 @@ def _project(attn: Any, x: Tensor, is_read: bool) -> tuple[Tensor, ...]:
 
 
 def _mask(block: Any, size: tuple[int, int], num_windows: int, queries: int, keys: int) -> Tensor:
-    """Return what is added to the logits of all windows, [1, windows * heads, queries, keys]: nothing for prompts and rows."""
+    """Return what is added to the logits of all windows, [1, windows * heads, queries, keys].
+
+    Nothing for prompts and rows.
+    """
     mask: Tensor = block.attn._get_rel_pos_bias()
     if any(block.shift_size):
         shifted = block.attn_mask if size == tuple(block.input_resolution) else None

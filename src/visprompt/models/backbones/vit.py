@@ -1,6 +1,7 @@
 """Plain vision transformers of timm: supervised ViT, MAE, MoCo v3, DINO, DINOv2, DeiT III, CLIP, SigLIP.
 
-`block.run_block` leaves out the outputs that nobody reads. It is taken for the block classes in `block.is_proven`.
+`block.run_block` leaves out the outputs that nobody reads. It is taken for the block classes in
+`block.is_proven`.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,9 @@ class ViT(TokenFamily):
         self.check_class(model)
         model = cast(VisionTransformer, model)
         if model.attn_pool is None and not model.global_pool:
-            raise UserError("the backbone pools nothing: set backbone.global_pool to token, avg, avgmax or max")
+            raise UserError(
+                "the backbone pools nothing: set backbone.global_pool to token, avg, avgmax or max"
+            )
         _check_sides(model)
         model.reset_classifier(0)
         super().__init__(model, exact)
@@ -65,7 +68,8 @@ class ViT(TokenFamily):
         """Refuse, too, images of a size that the patch embedding does not take.
 
         Raises:
-            UserError: Of another than the backbone's own or, where it takes any, of a side that no patches fill.
+            UserError: Of another than the backbone's own or, where it takes any, of a side that no patches
+                fill.
         """
         super().check_size(images, method)
         (height, width), embed = images.shape[-2:], self.model.patch_embed
@@ -73,8 +77,8 @@ class ViT(TokenFamily):
             if (height, width) != self.own_size:
                 own = " x ".join(map(str, self.own_size))
                 raise UserError(
-                    f"this backbone takes images of its own size {own} and got {height} x {width}: resize them, or set "
-                    "backbone.image_size"
+                    f"this backbone takes images of its own size {own} and got {height} x {width}: resize "
+                    "them, or set backbone.image_size"
                 )
         elif not embed.dynamic_img_pad and (height % embed.patch_size[0] or width % embed.patch_size[1]):
             raise UserError(

@@ -89,7 +89,10 @@ def markdown() -> str:
     """Return the page."""
     reasons: list[str] = []
     lines = [_HEAD, *_table("method", [(name, name, {}) for name in METHODS], reasons), ""]
-    lines += ["Where the prompts of `vpt_shallow` enter (`method.location`; see `models/methods/locations.py`):", ""]
+    lines += [
+        "Where the prompts of `vpt_shallow` enter (`method.location`; see `models/methods/locations.py`):",
+        "",
+    ]
     places = [(place, "vpt_shallow", {"location": place}) for place in LOCATIONS]
     lines += [*_table("location", places, reasons), "", "Refused with:", ""]
     lines += [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]

@@ -1,12 +1,12 @@
 """Prompts that start as features of training images.
 
-Class tokens: Jia et al., Visual Prompt Tuning, ECCV 2022, section 4.3 (prompt initialisation). Patch features: Wang et
-al., Revisiting the Power of Prompt for Visual Tuning (SPT), ICML 2024, section 3: the prompts of a layer start as that
-layer's own patch tokens, sampled, averaged or as the centres of k-means.
+Class tokens: Jia et al., Visual Prompt Tuning, ECCV 2022, section 4.3 (prompt initialisation). Patch
+features: Wang et al., Revisiting the Power of Prompt for Visual Tuning (SPT), ICML 2024, section 3: the
+prompts of a layer start as that layer's own patch tokens, sampled, averaged or as the centres of k-means.
 
-Different from the papers' codes: the features are computed here, not read from a file; class tokens by layer are those
-behind a block (before the first block they are the same for every image, and equal prompts would stay equal); patch
-tokens are a bounded sample of each image's.
+Different from the papers' codes: the features are computed here, not read from a file; class tokens by layer
+are those behind a block (before the first block they are the same for every image, and equal prompts would
+stay equal); patch tokens are a bounded sample of each image's.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,14 +26,16 @@ MAX_IMAGES = 800  # VTAB's train800; more would need memory and time, and add li
 PATCHES = 16  # of an image; with 800 images of ViT-B 39 MB a layer
 
 
-def initialise(method: Method, backbone: TokenBackbone, images: Tensor | Iterable[Tensor], seed: int = 42) -> None:
+def initialise(
+    method: Method, backbone: TokenBackbone, images: Tensor | Iterable[Tensor], seed: int = 42
+) -> None:
     """Write those first values of a method that are made of training images, in place.
 
     Args:
         method: Where it does not need images (`needs_images`), nothing is done.
         backbone: The frozen backbone, in evaluation mode, with the method attached.
-        images: Normalised training images [N, 3, H, W], or batches of such, in random order: the first `MAX_IMAGES`
-            are used.
+        images: Normalised training images [N, 3, H, W], or batches of such, in random order: the first
+            `MAX_IMAGES` are used.
         seed: Decides what is drawn.
 
     Raises:
@@ -148,7 +150,8 @@ def check_plain_attentions(backbone: Geometry, blocks: Sequence[int], option: st
         option: What reads them, as on the command line.
 
     Raises:
-        UserError: A block is of another class (windows, rotary positions), or its attention has further parts.
+        UserError: A block is of another class (windows, rotary positions), or its attention has further
+            parts.
     """
     for index in blocks:
         block: Any = backbone.blocks[index]
@@ -162,8 +165,10 @@ def check_plain_attentions(backbone: Geometry, blocks: Sequence[int], option: st
         ):
             name, _, value = option.partition("=")
             raise UserError(
-                f"{option} reads the attention of plain ViT blocks, and block {index} of this backbone, of class "
-                f"{type(block).__name__}, has another: give another {name} than {value}, or choose a plain ViT"
+                f"{option} reads the attention of plain ViT blocks, and block {index} of this backbone, of "
+                "class "
+                f"{type(block).__name__}, has another: give another {name} than {value}, or choose a plain "
+                "ViT"
             )
 
 
@@ -174,7 +179,9 @@ def _pooled(rows: Tensor, count: int) -> Tensor:
 
 def _centres(rows: Tensor, count: int, seed: int) -> Tensor:
     """Centre [count, d] of k-means over rows [n, d]."""
-    from sklearn.cluster import KMeans  # only where it is asked for: the library itself does without scikit-learn
+    from sklearn.cluster import (
+        KMeans,
+    )  # only where it is asked for: the library itself does without scikit-learn
 
     found = KMeans(count, n_init=1, max_iter=100, random_state=seed).fit(rows.float().numpy())
     return torch.from_numpy(found.cluster_centers_).to(rows.dtype)

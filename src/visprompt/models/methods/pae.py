@@ -23,8 +23,8 @@ All this is the released code's; its README has max(0, V(z_{i+1}) - V(z_i)) in p
   of zeros would give all of them one loss, and is refused.
 - The pairs are of the second block's prompts and those behind: the first block's are in none.
 
-Different from the released code: the images of the one batch are not augmented as in training; not there are a
-matrix back from k to the width, which no loss reads, and an operator for each pair of blocks (KOOPMAN_MOD
+Different from the released code: the images of the one batch are not augmented as in training; not there are
+a matrix back from k to the width, which no loss reads, and an operator for each pair of blocks (KOOPMAN_MOD
 layerwise), in place of the one that the paper is about.
 """
 

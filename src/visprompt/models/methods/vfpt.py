@@ -1,10 +1,11 @@
 """Visual Fourier prompt tuning. Zeng et al., Visual Fourier Prompt Tuning, NeurIPS 2024.
 
-Of each block's prompts P the first floor(share * p) enter as Re(F_tokens(F_width(P))), an unnormalised two-dimensional
-Fourier transform of themselves; the others enter as they are. No parameter is added to VPT-deep's.
+Of each block's prompts P the first floor(share * p) enter as Re(F_tokens(F_width(P))), an unnormalised
+two-dimensional Fourier transform of themselves; the others enter as they are. No parameter is added to
+VPT-deep's.
 
-As in the released code, dropout comes before the transform. Different from it: prompts stand behind the image tokens,
-as in `visprompt.models.methods.vpt`, and the two one-dimensional transforms are one call.
+As in the released code, dropout comes before the transform. Different from it: prompts stand behind the image
+tokens, as in `visprompt.models.methods.vpt`, and the two one-dimensional transforms are one call.
 """
 
 import math

@@ -50,7 +50,9 @@ def check_options(init: str, matched_patches: int, orthogonal_share: float) -> N
     if matched_patches < 1:
         raise UserError(f"method.matched_patches={matched_patches} is too small: give at least 1")
     if not 0 <= orthogonal_share <= 1:
-        raise UserError(f"method.orthogonal_share={orthogonal_share} is not a share: give a number from 0 to 1")
+        raise UserError(
+            f"method.orthogonal_share={orthogonal_share} is not a share: give a number from 0 to 1"
+        )
     if init == "vipamin":
         return
     given = {
@@ -60,8 +62,8 @@ def check_options(init: str, matched_patches: int, orthogonal_share: float) -> N
     for option, (value, default) in given.items():
         if value != default:
             raise UserError(
-                f"method.{option}={value} is for method.init=vipamin, and says nothing with method.init={init}: "
-                f"give method.init=vipamin, or method.{option}={default}"
+                f"method.{option}={value} is for method.init=vipamin, and says nothing with "
+                f"method.init={init}: give method.init=vipamin, or method.{option}={default}"
             )
 
 
@@ -94,7 +96,8 @@ def prompts(
         drawn: The random prompts of each, [p, width], that are matched.
         images: Batches of normalised training images [B, 3, H, W].
         matched_patches: Patches that each prompt is matched with (K).
-        orthogonal_share: Share of the orthogonal part (lambda), 0 to 1; a part without a share is not computed.
+        orthogonal_share: Share of the orthogonal part (lambda), 0 to 1; a part without a share is not
+            computed.
         seed: Decides the random prompts of the orthogonal part.
 
     Returns:
@@ -153,7 +156,9 @@ def _read_outputs(backbone: TokenBackbone, blocks: Sequence[int], x: Tensor, mea
             block: Any = backbone.blocks[index]
             attn = block.attn
             q, k, v = split_heads(attn, attn.qkv(block.norm1(x)))
-            out = F.scaled_dot_product_attention(attn.q_norm(q).to(v), attn.k_norm(k).to(v), v, scale=attn.scale)
+            out = F.scaled_dot_product_attention(
+                attn.q_norm(q).to(v), attn.k_norm(k).to(v), v, scale=attn.scale
+            )
             means.add(("outputs", index), out.transpose(1, 2).flatten(2))
         x = backbone.carry(index, x, x.shape[1])
 
@@ -171,8 +176,8 @@ def _orthogonal(backbone: TokenBackbone, index: int, outputs: Tensor, random: Te
     tokens, width = outputs.shape
     if tokens >= width:
         raise UserError(
-            f"method.init=vipamin finds no direction outside the attention outputs of block {index}, whose {tokens} "
-            f"tokens span all {width}: give method.orthogonal_share=0, or a wider backbone"
+            f"method.init=vipamin finds no direction outside the attention outputs of block {index}, whose "
+            f"{tokens} tokens span all {width}: give method.orthogonal_share=0, or a wider backbone"
         )
     # rows [-d:] of the joint projection are those of the values
     weight = attn.qkv.weight[-width:].cpu().double()
@@ -187,6 +192,6 @@ def _orthogonal(backbone: TokenBackbone, index: int, outputs: Tensor, random: Te
 def _check_count(matched_patches: int, patches: int) -> None:
     if matched_patches > patches:
         raise UserError(
-            f"method.matched_patches={matched_patches} is more than the {patches} patches of an image: give at most "
-            "that many"
+            f"method.matched_patches={matched_patches} is more than the {patches} patches of an image: give "
+            "at most that many"
         )

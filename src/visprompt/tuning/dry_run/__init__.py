@@ -1,7 +1,7 @@
 """`dry_run=true`: which runs a command would make, how long they would take here, and what they need.
 
-Nothing is trained, fetched or written, but for Hydra's own record of the command. Finished runs are found as the
-command itself would find them.
+Nothing is trained, fetched or written, but for Hydra's own record of the command. Finished runs are found as
+the command itself would find them.
 """
 
 import json
@@ -40,7 +40,8 @@ class Planned:
 
     Attributes:
         shape: A job that costs as much.
-        exact: The run's own job; None where runs before it are still to say it (the chosen point, pruning's masks).
+        exact: The run's own job; None where runs before it are still to say it (the chosen point, pruning's
+            masks).
     """
 
     shape: Job
@@ -137,7 +138,9 @@ class DryRun:
         runs = [Planned(one, one) for one in points]
         if len(asked) > 1:
             runs += [run for one in asked[1] for run in self.planned(one)]
-        elif any(outcome.result is None for outcome in outcomes):  # else the whole grid diverged, and nothing follows
+        elif any(
+            outcome.result is None for outcome in outcomes
+        ):  # else the whole grid diverged, and nothing follows
             finals = [job.vary({"split": "final", "seed": seed}) for seed in seeds]
             runs += [replace(run, exact=None) for one in finals for run in self.planned(one)]
         self.add(job, _in_words(len(asked[0]), len(points), job.grid), seeds, runs)
@@ -148,7 +151,9 @@ class DryRun:
             return [Planned(job, job)]
         points = pruning_chain.prune_points(job)
         links = self._links(job, points) if self._has_folder(job) else [None] * (len(points) + 1)
-        tune, final = (job.vary(pruning_chain.unpruned(job) | {"split": split}) for split in ("tune", "final"))
+        tune, final = (
+            job.vary(pruning_chain.unpruned(job) | {"split": split}) for split in ("tune", "final")
+        )
         shapes = [tune] * len(points) + [final] * (job.split == "final")
         return [Planned(shape, link) for shape, link in zip(shapes, links, strict=False)]
 
@@ -175,7 +180,11 @@ class DryRun:
 
     def stored(self, job: Job) -> Result | None:
         """Return the result of a job that is finished and not to be run anew."""
-        return read_result(prepare(job).folder, hashed=False) if self._has_folder(job) and not job.rerun else None
+        return (
+            read_result(prepare(job).folder, hashed=False)
+            if self._has_folder(job) and not job.rerun
+            else None
+        )
 
     def add(self, job: Job, grid: str, seeds: Sequence[int], runs: Sequence[Planned]) -> None:
         """Add a line to the table, and what its runs cost to the sums."""
@@ -188,7 +197,9 @@ class DryRun:
         for one in left:
             size = self._state(one)
             self.results += size + _BESIDE
-            copies = 3 if "adamw" in one.recipe.optimizer else 2  # the state, and what its optimiser keeps of it
+            copies = (
+                3 if "adamw" in one.recipe.optimizer else 2
+            )  # the state, and what its optimiser keeps of it
             self.resume = max(self.resume, copies * size)
         if pruning_chain.prunes(job):
             grid += f", {len(pruning_chain.prune_points(job))} of pruning"
@@ -224,7 +235,13 @@ class DryRun:
     def _shape(self, job: Job) -> list[Any]:
         """Return what decides the cost of a step."""
         parts: list[Any] = [dict(job.backbone), dict(job.method)]
-        parts += [job.recipe.batch_size, job.recipe.optimizer, job.precision, job.trainer.accelerator, _devices(job)]
+        parts += [
+            job.recipe.batch_size,
+            job.recipe.optimizer,
+            job.precision,
+            job.trainer.accelerator,
+            _devices(job),
+        ]
         return [*parts, job.trainer.accumulate_grad_batches, self.needs.facts(job).datamodule.augments]
 
     def _numbers(self, job: Job) -> list[Any]:
@@ -250,7 +267,9 @@ class DryRun:
         """Return seconds of a run."""
         final = job.split == "final"
         unscored = final and job.data.get("test") == "none"
-        scored = 0 if unscored else self._count(job, "test" if final else self.needs.facts(job).datamodule.val_set)
+        scored = (
+            0 if unscored else self._count(job, "test" if final else self.needs.facts(job).datamodule.val_set)
+        )
         seconds = self._steps(job) * pace.step
         once = json.dumps([job.task, job.split, *self._shape(job)])
         if once not in self.frozen:
@@ -282,7 +301,8 @@ class DryRun:
                 console.print(sentence, soft_wrap=True)
         if self.failed:
             raise UserError(
-                f"{'; '.join(self.failed)} ({len(self.failed)} of {len(self.lines) + len(self.failed)} would fail)"
+                f"{'; '.join(self.failed)} ({len(self.failed)} of {len(self.lines) + len(self.failed)} "
+                "would fail)"
             )
         return math.nan
 
@@ -292,11 +312,14 @@ class DryRun:
         if not any(pace.device for pace in paces):
             return "; ".join(why) or "nothing is left to run"
         scaled = (
-            "" if all(pace.whole for pace in paces) else f", those over {PATIENCE:.0f} s scaled up from a few images"
+            ""
+            if all(pace.whole for pace in paces)
+            else f", those over {PATIENCE:.0f} s scaled up from a few images"
         )
         device = next(pace.device for pace in paces if pace.device)
         known = (
-            f"time left: about {in_time(self.seconds)}, one run after the other, by steps on random images measured "
+            f"time left: about {in_time(self.seconds)}, one run after the other, by steps on random images "
+            "measured "
             f"now on {device}{scaled}; reading data, starting up and talk between devices come on top"
         )
         limits = [f"{', '.join(sorted(self.limits))} would make it less"] if self.limits else []
@@ -305,7 +328,9 @@ class DryRun:
     def _disk(self) -> str:
         parts = self.needs.disk() | ({"results": self.results + self.resume} if self.results else {})
         listed = ", ".join(f"{in_bytes(size)} of {name}" for name, size in parts.items())
-        return f"disk: about {in_bytes(sum(parts.values()))} more: {listed}" if parts else "disk: nothing more"
+        return (
+            f"disk: about {in_bytes(sum(parts.values()))} more: {listed}" if parts else "disk: nothing more"
+        )
 
 
 def _in_words(points: int, runs: int, grid: Mapping[str, Any] | None) -> str:

@@ -55,7 +55,8 @@ class Needs:
     """What is missing for the jobs that were looked at.
 
     Attributes:
-        stores: Bytes of decoded images that are to be written, by the store's folder; photographs are taken for 4 : 3.
+        stores: Bytes of decoded images that are to be written, by the store's folder; photographs are taken
+            for 4 : 3.
         originals: Bytes of original files that are to be fetched, by their place.
         commands: Tasks that are not prepared, by the command that prepares them.
         weights: Bytes of weights that are missing, by the sentence that says so.
@@ -122,7 +123,9 @@ class Needs:
 
     def described(self) -> list[str]:
         """Return what is said of the user's own images, once."""
-        return list(dict.fromkeys(line for facts in self._facts.values() for line in facts.datamodule.described))
+        return list(
+            dict.fromkeys(line for facts in self._facts.values() for line in facts.datamodule.described)
+        )
 
     def sentences(self) -> Iterator[str]:
         """Yield what is missing and how to get it, in one sentence each."""
@@ -155,6 +158,6 @@ def _how_to_get(error: str, name: str) -> str:
     if "the hub cannot be reached" not in error or url is None:
         return error
     return (
-        f"the weights of backbone {name}: the first run fetches {url[0]}; where it cannot be reached, copy that file "
-        "here and give backbone.weights=FILE"
+        f"the weights of backbone {name}: the first run fetches {url[0]}; where it cannot be reached, copy "
+        "that file here and give backbone.weights=FILE"
     )

@@ -67,7 +67,9 @@ def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augme
     if device is None:
         return Pace(why=f"trainer.accelerator={job.trainer.accelerator} has no device on this machine")
     name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU (threads: {torch.get_num_threads()})"
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"the CPU (threads: {torch.get_num_threads()})"
     )
     mixed = job.precision.endswith("mixed")
     context = torch.autocast(device.type, _DTYPES[kind]) if mixed else contextlib.nullcontext()
@@ -137,7 +139,13 @@ class Bench:
             kept = self._seconds(lambda: self.classifier(inputs)) / count
         # all of an image, without what comes behind the frozen layers
         frozen = max(0.0, image - kept)
-        return {"step": self.accumulate * step, "whole": whole, "image": image, "kept": kept, "frozen": frozen}
+        return {
+            "step": self.accumulate * step,
+            "whole": whole,
+            "image": image,
+            "kept": kept,
+            "frozen": frozen,
+        }
 
     def _images(self, count: int) -> Tensor:
         return torch.randn(count, 3, self.side, self.side, device=self.like.device, dtype=self.like.dtype)

@@ -1,8 +1,9 @@
 """Google's `.npz` files of vision transformers (JAX, flax), as tensors under timm's names.
 
-The layout is that of Dosovitskiy et al.'s release (`orig_in21k`, `augreg`) and of its successor big_vision, whose
-layers are numbered otherwise and may be stacked. Flax keeps a linear layer as [in, out] and the projections of an
-attention by head: query, key and value as [in, heads, head_dim], the output as [heads, head_dim, out].
+The layout is that of Dosovitskiy et al.'s release (`orig_in21k`, `augreg`) and of its successor big_vision,
+whose layers are numbered otherwise and may be stacked. Flax keeps a linear layer as [in, out] and the
+projections of an attention by head: query, key and value as [in, heads, head_dim], the output as [heads,
+head_dim, out].
 """
 
 import re
@@ -61,7 +62,9 @@ def read_npz(file: Path) -> dict[str, Tensor]:
         arrays = {name: archive[name] for name in archive.files}
     start = next((prefix for prefix in _PREFIXES if f"{prefix}embedding/kernel" in arrays), None)
     if start is None:
-        raise ValueError(f"it holds {', '.join(sorted(arrays)[:3]) or 'nothing'}, but no embedding/kernel of a ViT")
+        raise ValueError(
+            f"it holds {', '.join(sorted(arrays)[:3]) or 'nothing'}, but no embedding/kernel of a ViT"
+        )
     inside = {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
     return _joined(dict(_renamed(name, array) for name, array in _unstacked(inside)))
 
