@@ -14,7 +14,7 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval")
 def main(cfg: DictConfig) -> float:
-    """Returns test/acc."""
+    """Return test/acc."""
     with one_sentence_errors():
         from visprompt.runs import evaluate  # imported late: a wrong word is said before torch is loaded
 

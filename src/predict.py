@@ -14,13 +14,18 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="predict")
 def main(cfg: DictConfig) -> None:
-    """Writes predictions.csv."""
+    """Write predictions.csv."""
     with one_sentence_errors():
-        from visprompt.runs.predict import predict  # imported late: a wrong word is said before torch is loaded
+        from visprompt.runs.predict import (
+            predict,
+        )  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
         expand_paths(cfg)
-        options = {name: cfg[name] for name in ("output", "batch_size", "device", "weights", "overwrite", "max_pixels")}
+        options = {
+            name: cfg[name]
+            for name in ("output", "batch_size", "device", "weights", "overwrite", "max_pixels")
+        }
         predict(cfg.state, cfg.images, **options)
 
 

@@ -14,7 +14,7 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="prepare")
 def main(cfg: DictConfig) -> None:
-    """Prepares the tasks of a command line, or says what is missing of them."""
+    """Prepare the tasks of a command line, or says what is missing of them."""
     with one_sentence_errors():
         from visprompt.data.stores.prepare_all import prepare_all, verify_all
         from visprompt.runs.compose import plans  # imported late: a wrong word is said before torch is loaded

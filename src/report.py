@@ -14,7 +14,7 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="report")
 def main(cfg: DictConfig) -> None:
-    """Writes the report."""
+    """Write the report."""
     with one_sentence_errors():
         from visprompt.reports import report  # imported late: a wrong word is said before torch is loaded
 

@@ -13,7 +13,7 @@ from visprompt.runs.cli import check_words, one_sentence_errors
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> float:
-    """Returns the mean score over the tasks, by which a sweeper of Hydra's may choose in split=tune."""
+    """Return the mean score over the tasks, by which a sweeper of Hydra's may choose in split=tune."""
     with one_sentence_errors():
         from visprompt.runs import run_all  # imported late: a wrong word is said before torch is loaded
         from visprompt.tuning import dry_run

@@ -14,9 +14,12 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="tune")
 def main(cfg: DictConfig) -> float:
-    """Returns the mean test accuracy over methods and tasks."""
+    """Return the mean test accuracy over methods and tasks."""
     with one_sentence_errors():
-        from visprompt.tuning import dry_run, protocol  # imported late: a wrong word is said before torch is loaded
+        from visprompt.tuning import (
+            dry_run,
+            protocol,
+        )  # imported late: a wrong word is said before torch is loaded
 
         signals.started()
         expand_paths(cfg)

@@ -1,4 +1,7 @@
-"""Visual prompt tuning of frozen vision backbones: build a classifier, save what was tuned, load it, merge it."""
+"""Visual prompt tuning of frozen vision backbones.
+
+Build a classifier, save what was tuned, load it, merge it.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +14,9 @@ __all__ = ["build", "load", "merge", "save"]
 _HOMES = dict.fromkeys(("build", "load", "save"), "models.api") | {"merge": "models.merge"}
 
 
-def __getattr__(name: str) -> Any:  # torch and timm take seconds: entry points say a wrong word before they are loaded
+def __getattr__(
+    name: str,
+) -> Any:  # torch and timm take seconds: entry points say a wrong word before they are loaded
     if name in _HOMES:
         return getattr(import_module(f"visprompt.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""What a user did wrong, said in one sentence: what is wrong, where, and what to do; and what a value may be."""
+"""What a user did wrong, said in one sentence: what is wrong, where, and what to do.
+
+And what a value may be.
+"""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +17,8 @@ _LISTED = 40  # more choices than this (timm's backbones) would bury the sentenc
 class UserError(Exception):
     """An error that its message explains in full; entry points print the message alone, without a traceback.
 
-    PyTorch hands on an error of a process that loads data as the text of its traceback, which ends with the message.
+    PyTorch hands on an error of a process that loads data as the text of its traceback, which ends with the
+    message.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -24,7 +28,7 @@ class UserError(Exception):
 
 
 def unknown(kind: str, word: object, choices: Iterable[str]) -> UserError:
-    """Builds the error for a word that is not among the valid ones.
+    """Build the error for a word that is not among the valid ones.
 
     Args:
         kind: What the word should have named, for example "task".
@@ -32,7 +36,8 @@ def unknown(kind: str, word: object, choices: Iterable[str]) -> UserError:
         choices: The valid words.
 
     Returns:
-        The error to raise: it names the nearest valid choices first, and all of them unless they are too many to read.
+        The error to raise: it names the nearest valid choices first, and all of them unless they are too many
+        to read.
     """
     word, names = str(word), sorted(set(choices))
     near = get_close_matches(word.lower(), names, n=3, cutoff=0.5)
@@ -44,11 +49,13 @@ def unknown(kind: str, word: object, choices: Iterable[str]) -> UserError:
 
 
 def reason(error: BaseException) -> str:
-    """Return in one line why a library refuses something; nothing where Python itself complains of a type or a name.
+    """Return in one line why a library refuses something.
+
+    Nothing where Python itself complains of a type or a name.
 
     Example:
-        `ValueError("Only token and avg pooling are supported.")` gives its text, `TypeError("'int' object is not
-        iterable")` gives "".
+        `ValueError("Only token and avg pooling are supported.")` gives its text,
+        `TypeError("'int' object is not iterable")` gives "".
     """
     of_python = isinstance(error, TypeError | AttributeError | LookupError | NameError | ArithmeticError)
     return "" if of_python or "invalid literal" in str(error) else " ".join(str(error).split())
@@ -85,7 +92,7 @@ class Kind:
         return value
 
     def _is_unquoted(self, value: Any) -> bool:
-        """Whether a text was meant that reads as a number or a switch."""
+        """Return whether a text was meant that reads as a number or a switch."""
         return type(value) in (int, float, bool) and self.fits("text")
 
     def error(self, key: str, value: Any) -> UserError:
@@ -127,7 +134,9 @@ def shown(value: Any) -> str:
 
 def whole(least: int, most: int) -> Kind:
     """Return the kind of whole numbers in a range."""
-    return Kind(f"a whole number from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
+    return Kind(
+        f"a whole number from {least} to {most}", lambda value: type(value) is int and least <= value <= most
+    )
 
 
 def number(words: str, fits: Callable[[float], bool]) -> Kind:
@@ -136,7 +145,7 @@ def number(words: str, fits: Callable[[float], bool]) -> Kind:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a number, not true or false, that a float can hold."""
+    """Return whether a value is a number, not true or false, that a float can hold."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 

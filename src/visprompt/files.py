@@ -1,6 +1,7 @@
 """Files and folders that exist whole or not at all: atomic writes, locks, JSON records with a digest.
 
-Whoever writes a temporary file or folder holds a lock on it, so that those of killed processes are known and removed.
+Whoever writes a temporary file or folder holds a lock on it, so that those of killed processes are known and
+removed.
 """
 
 import errno
@@ -35,7 +36,7 @@ _DIGEST = "digest"
 
 @contextmanager
 def alone(lock_file: Path, what: str) -> Iterator[None]:
-    """Keeps other processes from doing the same at the same time, after waiting for one that does.
+    """Keep other processes from doing the same at the same time, after waiting for one that does.
 
     Args:
         lock_file: Held while the body runs.
@@ -59,7 +60,10 @@ def alone(lock_file: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Locks a temporary file or folder while it is written; the system releases the lock of a killed process."""
+    """Lock a temporary file or folder while it is written.
+
+    The system releases the lock of a killed process.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # no locks here: the age decides
@@ -71,7 +75,9 @@ def claimed(path: Path) -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(purpose: str) -> Iterator[Path]:
-    """A folder in the system's place for temporary files; removes those for the same purpose of killed processes.
+    """Return a folder in the system's place for temporary files.
+
+    Removes those for the same purpose of killed processes.
 
     Args:
         purpose: Part of its name, for example "ranks".
@@ -83,7 +89,7 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
 
 
 def sweep(paths: Iterable[Path]) -> None:
-    """Removes those of some temporary files and folders that nobody writes any more."""
+    """Remove those of some temporary files and folders that nobody writes any more."""
     for path in paths:
         if not _is_abandoned(path):
             continue
@@ -111,7 +117,10 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _last_write(path: Path) -> float:
-    """When something of a file or folder was last written; now, where its owner renames or removes it meanwhile."""
+    """When something of a file or folder was last written.
+
+    Now, where its owner renames or removes it meanwhile.
+    """
     try:
         return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
     except OSError:
@@ -119,7 +128,7 @@ def _last_write(path: Path) -> float:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file so that it either stands complete under its name or not at all.
+    """Write a file so that it either stands complete under its name or not at all.
 
     Args:
         path: The file to write; its folder is made.
@@ -131,7 +140,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent.glob(f".{glob.escape(path.name)}.????????"))
-        place = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))  # safetensors writes two files there
+        place = Path(
+            tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+        )  # safetensors writes two files there
     except OSError as error:
         raise _unwritable(path, error) from error
     temporary = place / path.name
@@ -149,11 +160,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _unwritable(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot write {path}: {error}; free some space or choose another folder with paths.log_dir=...")
+    return UserError(
+        f"cannot write {path}: {error}; free some space or choose another folder with paths.log_dir=..."
+    )
 
 
-def publish(folder: Path, write: Callable[[Path], None], usable: Callable[[], bool], option: str = "store_dir") -> None:
-    """Writes a folder; any number of processes may do so at once, the first that is ready wins.
+def publish(
+    folder: Path, write: Callable[[Path], None], usable: Callable[[], bool], option: str = "store_dir"
+) -> None:
+    """Write a folder; any number of processes may do so at once, the first that is ready wins.
 
     Args:
         folder: The folder to make, replacing one that is damaged.
@@ -182,7 +197,7 @@ def publish(folder: Path, write: Callable[[Path], None], usable: Callable[[], bo
 
 
 def explained(error: OSError, place: Path, option: str = "store_dir") -> UserError:
-    """Says in one sentence why a place cannot be written, and which option moves it elsewhere."""
+    """Say in one sentence why a place cannot be written, and which option moves it elsewhere."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"the disk of {place} is full: free space there, "
@@ -209,11 +224,14 @@ def _replace(temporary: Path, folder: Path, usable: Callable[[], bool]) -> None:
 
 
 class DamagedRecord(UserError):
-    """A record that is there and cannot be trusted; the message says which and why, not what to do about it."""
+    """A record that is there and cannot be trusted.
+
+    The message says which and why, not what to do about it.
+    """
 
 
 def digest_of(record: Mapping[str, Any]) -> str:
-    """Returns the sha256 (hex) over the canonical JSON of a record, of which "digest" is left out.
+    """Return the sha256 (hex) over the canonical JSON of a record, of which "digest" is left out.
 
     Raises:
         ValueError: A number is not finite, or a value is not one of JSON's.
@@ -224,7 +242,7 @@ def digest_of(record: Mapping[str, Any]) -> str:
 
 
 def record_text(record: Mapping[str, Any], indent: int | None = None) -> str:
-    """Returns a record with its digest as JSON.
+    """Return a record with its digest as JSON.
 
     Args:
         record: Content by name, for example {"initial": "0f3a"}; its names are texts.
@@ -237,7 +255,7 @@ def record_text(record: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def write_record(path: Path, record: Mapping[str, Any], indent: int | None = None) -> None:
-    """Writes `record_text` atomically.
+    """Write `record_text` atomically.
 
     Raises:
         ValueError: A number is not finite.
@@ -248,18 +266,18 @@ def write_record(path: Path, record: Mapping[str, Any], indent: int | None = Non
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Reads a record and compares it with its digest.
+    """Read a record and compares it with its digest.
 
     Args:
         path: The file.
 
     Returns:
-        The content, with "digest" where the record has one: those of older versions have none, so that the caller has
-        to know every name that may occur. None where there is no such file.
+        The content, with "digest" where the record has one: those of older versions have none, so that the
+        caller has to know every name that may occur. None where there is no such file.
 
     Raises:
-        DamagedRecord: The file cannot be read, is no JSON, holds a number that is not finite, or is not what its
-            digest says.
+        DamagedRecord: The file cannot be read, is no JSON, holds a number that is not finite, or is not what
+            its digest says.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,7 @@
-"""A user's text where it is shown or written: names of folders, classes, files and tasks are never read as markup."""
+"""A user's text where it is shown or written.
+
+Names of folders, classes, files and tasks are never read as markup.
+"""
 
 import logging
 import re
@@ -9,8 +12,12 @@ from rich.text import Text
 
 # control characters, ends of lines and paragraphs, and what turns the direction of the text behind it
 _CONTROL = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
-_UNSEEN = re.compile(f"[{_CONTROL}\ud800-\udc7f\udd00-\udfff\ufffe\uffff]")  # and what UTF-8 or XML cannot write
-_UNSHOWN = re.compile(f"[{_CONTROL}\ud800-\udfff\ufffe\uffff]")  # and how Python holds a byte that is no UTF-8
+_UNSEEN = re.compile(
+    f"[{_CONTROL}\ud800-\udc7f\udd00-\udfff\ufffe\uffff]"
+)  # and what UTF-8 or XML cannot write
+_UNSHOWN = re.compile(
+    f"[{_CONTROL}\ud800-\udfff\ufffe\uffff]"
+)  # and how Python holds a byte that is no UTF-8
 _FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")  # what a spreadsheet runs begins with one of them
 _LAYOUT = "\n\t"
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
@@ -28,8 +35,8 @@ def visible(text: str, keep: str = "") -> str:
     r"""Return text in which control characters and bytes that are no Unicode are shown as escapes.
 
     Args:
-        text: Any. An escape character is returned as `\x1b`, the end of a line as `\n`, and a byte of a file's name
-            that is no UTF-8 (0xE9, which Python holds as U+DCE9) as `\xe9`.
+        text: Any. An escape character is returned as `\x1b`, the end of a line as `\n`, and a byte of a
+            file's name that is no UTF-8 (0xE9, which Python holds as U+DCE9) as `\xe9`.
         keep: Characters that are left as they are, such as the ends of lines.
     """
     return _UNSHOWN.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
@@ -59,7 +66,10 @@ def in_markdown(text: str) -> str:
 
 
 class Terminal(Console):
-    """rich's console for a user's text: brackets, `:cat:` and control characters in it are shown as they are."""
+    """rich's console for a user's text.
+
+    Brackets, `:cat:` and control characters in it are shown as they are.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False} | options)

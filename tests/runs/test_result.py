@@ -289,7 +289,7 @@ def test_a_cell_is_mean_and_sample_deviation():
 )
 def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(other):
     with pytest.raises(UserError, match="not averaged together"):
-        cell([make(), replace(make(), seed=2, **other)])
+        cell([make(), make(seed=2, **other)])
 
 
 def test_a_seed_counts_once():

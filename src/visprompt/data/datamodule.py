@@ -36,6 +36,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     Attributes:
         task: Id of the task.
+        kind: What the task asks of an image: a name of `models.kind.KINDS`.
         source: Where the data comes from, as results record it.
         form: "lossless" where the images are those of the original files, "lossy" where they were re-encoded.
         augments: Whether training images are augmented at random.
@@ -44,6 +45,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
     """
 
     task: str
+    kind: str = "single_label"
     source: str
     form: str = "lossless"
     augments: bool = False

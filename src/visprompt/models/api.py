@@ -30,22 +30,25 @@ def build(
     """Build a classifier whose method and head are drawn from torch's global generator.
 
     Args:
-        backbone: A timm model, or the name of one (with its pre-trained weights) or of the embedded demo backbone. A
-            model is copied, since methods wrap and freeze its layers: it may be given again, but not that of a
-            classifier whose method wrapped some.
+        backbone: A timm model, or the name of one (with its pre-trained weights) or of the embedded demo
+            backbone. A model is copied, since methods wrap and freeze its layers: it may be given again, but
+            not that of a classifier whose method wrapped some.
         method: A name of `visprompt.models.methods.METHODS`.
         num_classes: Width of the head (C).
         head_init: "vpt", the released VPT code's, or "zeros".
-        **options: The method's own, such as num_tokens. Where the first values are to be made of training images
-            (`init=...`, `whitening=...`), call `visprompt.models.methods.inits.initialise` before training.
+        **options: The method's own, such as num_tokens. Where the first values are to be made of training
+            images (`init=...`, `whitening=...`), call `visprompt.models.methods.inits.initialise` before
+            training.
 
     Returns:
         The classifier: `classifier(images) -> logits [B, C]` of normalised images, `tuned_state()`,
-        `load_tuned_state(state)`, `summary()`. What images are normalised with is in `classifier.backbone.mean` and
-        `.std`. `visprompt.save` and `visprompt.load` keep what was tuned, `visprompt.merge` makes a plain timm model.
+        `load_tuned_state(state)`, `summary()`. What images are normalised with is in
+        `classifier.backbone.mean` and `.std`. `visprompt.save` and `visprompt.load` keep what was tuned,
+        `visprompt.merge` makes a plain timm model.
 
     Raises:
-        UserError: A name or option is unknown, method and backbone do not fit, or another method lives in the model.
+        UserError: A name or option is unknown, method and backbone do not fit, or another method lives in the
+            model.
     """
     if isinstance(backbone, str):
         built = build_backbone(BackboneSpec(name=backbone))
@@ -72,22 +75,24 @@ def save(
         path: The file, by custom `*.safetensors`; replaced as a whole.
         class_names: Names of the classes, in the order of the head's rows.
         task: What the state is called where it is shown.
-        preprocessing: How images became the input, as a run records it, where it differs from the default: turned
-            upright as their files say, and squashed to the backbone's size by Pillow's bilinear filter.
+        preprocessing: How images became the input, as a run records it, where it differs from the default:
+            turned upright as their files say, and squashed to the backbone's size by Pillow's bilinear
+            filter.
 
     Raises:
         UserError: There are more or fewer names than classes, or the file cannot be written.
     """
     if len(class_names) != classifier.num_classes:
         raise UserError(
-            f"class_names has {len(class_names)} names, and the classifier {classifier.num_classes} classes: give one "
-            "name for each"
+            f"class_names has {len(class_names)} names, and the classifier {classifier.num_classes} "
+            "classes: give one name for each"
         )
     if classifier.origin is None:
         raise UserError("this classifier does not know what it was built from: make it by visprompt.build")
     if not classifier.origin.backbone["name"]:
         raise UserError(
-            "this classifier's backbone has no name by which it could be built again: build from a model of timm's"
+            "this classifier's backbone has no name by which it could be built again: build from a model of "
+            "timm's"
         )
     backbone: Any = classifier.backbone
     images = {"size": backbone.image_size, "resize": "squash", "decode": "upright"}
@@ -108,12 +113,15 @@ def save(
     save_state(Path(path), state)
 
 
-def load(path: str | PathLike[str], backbone: nn.Module | None = None, *, weights: str | None = None) -> Classifier:
+def load(
+    path: str | PathLike[str], backbone: nn.Module | None = None, *, weights: str | None = None
+) -> Classifier:
     """Build the classifier of a tuned state.
 
     Args:
         path: The file, or the folder of a finished run.
-        backbone: A timm model with the weights that it was tuned on; it is copied. None builds it by its name.
+        backbone: A timm model with the weights that it was tuned on; it is copied. None builds it by its
+            name.
         weights: The file of these weights, where they are neither embedded nor timm's.
 
     Returns:
@@ -149,7 +157,9 @@ def restore(state: TunedState, path: Path, backbone: Backbone) -> Classifier:
     """
     check_fits(state, path, backbone=backbone.record())
     options = dict(state.method)
-    if "weights" in options:  # the hash of a file that a side network started from: the state brings the values
+    if (
+        "weights" in options
+    ):  # the hash of a file that a side network started from: the state brings the values
         options["weights"] = RANDOM
     method = build_method(options.pop("name"), backbone.module, **options)
     classifier = Classifier(backbone.module, method, len(state.class_names))
@@ -179,7 +189,7 @@ def backbone_of(state: TunedState, weights: str | None) -> Backbone:
 
 
 def _copied(backbone: nn.Module) -> tuple[Family, dict[str, Any]]:
-    """A copy of a user's model as a backbone, and what a tuned state says of it."""
+    """Return a copy of a user's model as a backbone, and what a tuned state says of it."""
     _check_plain(backbone)
     model: Any = copy.deepcopy(backbone)
     module = model.eval() if isinstance(model, Family) else family(model)
@@ -195,10 +205,10 @@ def _copied(backbone: nn.Module) -> tuple[Family, dict[str, Any]]:
 
 
 def _check_plain(model: nn.Module) -> None:
-    """Refuses a model with a layer of an earlier method, whose values no state of the new one would hold."""
+    """Refuse a model with a layer of an earlier method, whose values no state of the new one would hold."""
     for name, module in model.named_modules():
         if isinstance(module, Wrapped | MoreChannels):
             raise UserError(
-                f"another method still lives in this model, in {name}: build from a fresh model, or from what "
-                "visprompt.merge returns"
+                f"another method still lives in this model, in {name}: build from a fresh model, or from "
+                "what visprompt.merge returns"
             )

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from visprompt.errors import UserError
+from visprompt.models.kind import SINGLE_LABEL, TaskKind
 from visprompt.models.methods import Geometry, Method
 from visprompt.models.tensors import not_finite
 
@@ -62,19 +62,31 @@ class Classifier(nn.Module):
         method: What is tuned.
         num_classes: Width of the head (C).
         head_init: "vpt", the released VPT code's, or "zeros".
+        kind: What the task asks of an image.
 
     Raises:
         UserError: The number of classes is none, there is no such initialisation, or the method does not fit.
     """
 
-    def __init__(self, backbone: nn.Module, method: Method, num_classes: int, head_init: str = "vpt") -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        method: Method,
+        num_classes: int,
+        head_init: str = "vpt",
+        kind: TaskKind = SINGLE_LABEL,
+    ) -> None:
         super().__init__()
         whole = isinstance(cast(object, num_classes), Integral) and not isinstance(num_classes, bool)
         if not whole or num_classes < 1:
-            raise UserError(f"num_classes={num_classes} is no number of classes: give a whole number of 1 or more")
-        self._backbone_size = sum(p.numel() for p in backbone.parameters())  # before a method puts its own into it
+            raise UserError(
+                f"num_classes={num_classes} is no number of classes: give a whole number of 1 or more"
+            )
+        self._backbone_size = sum(
+            p.numel() for p in backbone.parameters()
+        )  # before a method puts its own into it
         method.attach(cast(Geometry, backbone))
-        self.num_classes = num_classes
+        self.num_classes, self.kind = num_classes, kind
         self.backbone = backbone
         self.method = method
         self.head = method.make_head(int(backbone.width), num_classes, head_init)  # type: ignore[arg-type]  # an int
@@ -86,13 +98,13 @@ class Classifier(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Sets training mode; a frozen backbone stays in evaluation mode, so that only prompts see dropout."""
+        """Set training mode; a frozen backbone stays in evaluation mode, so that only prompts see dropout."""
         super().train(mode)
         self.backbone.train(mode and self.method.trains_backbone)
         return self
 
     def features(self, x: Tensor) -> Tensor:
-        """Features [B, width] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
+        """Return features [B, width] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
         only_head = self.method.first_block == self.method.num_blocks
         if x.ndim not in (4, 2 if only_head else 3) or (x.ndim < 4 and not self.has_frozen_part):
             raise UserError(f"images are [B, 3, height, width], and these have the shape {tuple(x.shape)}")
@@ -104,12 +116,14 @@ class Classifier(nn.Module):
         return self.method.features(self.backbone(x, self.method), x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, C] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
+        """Return logits [B, C] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
         out: Tensor = self.head(self.features(x))
         return out
 
     def losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the loss of each image [B], in float32 under autocast too: cross-entropy, and what the method adds.
+        """Return the loss of each image [B], in float32 under autocast too.
+
+        The task's, and what the method adds.
 
         Args:
             logits: [B, C], what `forward` has just returned in training.
@@ -117,8 +131,7 @@ class Classifier(nn.Module):
             weights: Of each image in the sum that is minimised; 0 marks a filler.
         """
         with torch.autocast(logits.device.type, enabled=False):
-            cross_entropy = F.cross_entropy(logits.float(), labels, reduction="none")
-            return self.method.losses(cross_entropy, self.head, labels, weights)
+            return self.method.losses(self.kind.loss(logits, labels), self.head, labels, weights)
 
     @property
     def has_frozen_part(self) -> bool:
@@ -126,14 +139,16 @@ class Classifier(nn.Module):
         return self.method.first_block > 0
 
     def frozen(self, images: Tensor) -> Tensor:
-        """The part of the computation before anything tuned: features where no block is tuned, else tokens.
+        """Return the part of the computation before anything tuned.
+
+        Features where no block is tuned, else tokens.
 
         Args:
             images: Normalised images [B, 3, H, W].
 
         Returns:
-            What `Method.stored` makes of features and images, or tokens [B, n, width] before the method's first block;
-            `forward` goes on from both.
+            What `Method.stored` makes of features and images, or tokens [B, n, width] before the method's
+            first block; `forward` goes on from both.
         """
         if self.method.first_block == self.method.num_blocks:
             return self.method.stored(self.backbone(images, self.method), images)
@@ -141,15 +156,15 @@ class Classifier(nn.Module):
         return out
 
     def tuned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that are tuned, in the module's order."""
+        """Return names and parameters that are tuned, in the module's order."""
         return ((name, p) for name, p in self.named_parameters() if name in self.tuned_names)
 
     def tuned_state(self) -> dict[str, Tensor]:
-        """The tuned parameters, and the buffers of tuned modules, under the names they are saved by."""
+        """Return the tuned parameters, and the buffers of tuned modules, under the names they are saved by."""
         return {name.removeprefix("method."): tensor.detach() for name, tensor in self._tuned_tensors()}
 
     def load_tuned_state(self, state: Mapping[str, Tensor]) -> None:
-        """Loads what `tuned_state` returned.
+        """Load what `tuned_state` returned.
 
         Args:
             state: Tensors by name, exactly those that are tuned here.
@@ -169,20 +184,21 @@ class Classifier(nn.Module):
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise UserError(
-                    f"the tuned state does not fit this classifier: {name} is {tuple(state[name].shape)} in the state "
+                    f"the tuned state does not fit this classifier: {name} is {tuple(state[name].shape)} in "
+                    "the state "
                     f"and {tuple(tensor.shape)} here; build it with the state's own options and classes"
                 )
             if tensor.dtype == torch.bool and not torch.equal(tensor.cpu(), state[name].cpu()):
                 raise UserError(
-                    f"the tuned state does not fit this classifier: {name} is another mask here; build it with the "
-                    "state's own options"
+                    f"the tuned state does not fit this classifier: {name} is another mask here; build it "
+                    "with the state's own options"
                 )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
     def summary(self) -> Summary:
-        """Counts tuned parameters, their bytes, and the operations of one image."""
+        """Count tuned parameters, their bytes, and the operations of one image."""
         parts = {name.removeprefix("method."): p.numel() for name, p in self.tuned_parameters()}
         head = sum(p.numel() for p in self.head.parameters())
         return Summary(
@@ -199,7 +215,9 @@ class Classifier(nn.Module):
         """Of matrix products and convolutions, as PyTorch's counter sees them (two operations each)."""
         height, width = self.backbone.own_size  # type: ignore[misc]  # nn.Module hides the pair
         training, like, counter = self.training, next(self.parameters()), FlopCounterMode(display=False)
-        tuned = [p.requires_grad_(False) for _, p in self.tuned_parameters()]  # the counter would hang hooks on them
+        tuned = [
+            p.requires_grad_(False) for _, p in self.tuned_parameters()
+        ]  # the counter would hang hooks on them
         self.eval()
         try:
             with counter:
@@ -211,7 +229,7 @@ class Classifier(nn.Module):
         return int(counter.get_total_flops()) // 2
 
     def _tuned_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Tuned parameters and the saved buffers of modules that hold one, both in the module's order."""
+        """Yield tuned parameters and the saved buffers of modules that hold one, both in the module's order."""
         trained = self.method.trains_backbone  # frozen, batch norms keep the backbone's own statistics
         modules = {n.rpartition(".")[0] for n in self.tuned_names if trained or not n.startswith("backbone.")}
         saved = self.state_dict(keep_vars=True)  # without the buffers that a module declares as not saved

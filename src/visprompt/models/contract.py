@@ -5,7 +5,8 @@ A backbone offers *sites*; a method names those it needs and answers when the ba
 - `weights`: the backbone's own parameters may be tuned;
 - `modules`: its convolutions, linear layers and norms may be wrapped (`attach`);
 - `pixels`: the images may be changed before the first convolution (`pixels`), and that one may be wrapped;
-- `tokens`: prompt tokens enter the sequence before a block (`token_flow`, `tokens`), image tokens may be shifted there
+- `tokens`: prompt tokens enter the sequence before a block (`token_flow`, `tokens`), image tokens may be
+shifted there
   (`shift`), and the pooling may read what it likes (`pool`);
 - `keys_values`: rows join the keys and values of an attention (`keys_values`);
 - `branches`: something is added at a place in a block (`places`, `branch`);
@@ -58,8 +59,8 @@ class Geometry(Protocol):
         heads: Heads of each block's attention; 0 where a method may not enter it, or there is none.
         grids: Positions along height and width in each block, for images of the backbone's own size.
         block_names: Each block's name in `model`.
-        between_names: What stands between a block and the one before it (a merging or downsampling) or None; the stem
-            and what follows it are before the first block.
+        between_names: What stands between a block and the one before it (a merging or downsampling) or None;
+            the stem and what follows it are before the first block.
         final_names: Norms behind the last block.
         stem: Name in `model` of the first convolution.
         patch_size: Side in pixels of what that convolution sees.
@@ -109,31 +110,39 @@ class TokenBackbone(Geometry, Protocol):
         ...
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Outputs of a block, of all tokens x [B, n, width]: `num_image` image tokens, prompts behind them."""
+        """Return outputs of a block, of all tokens x [B, n, width].
+
+        `num_image` image tokens, prompts behind them.
+        """
         ...
 
 
 class Method(nn.Module):
     """What is tuned and where it enters the backbone; this base tunes the head alone.
 
-    A method's own parameters are saved under their own names (`prompts`), the head's under `head.`, the backbone's
-    under `backbone.`.
+    A method's own parameters are saved under their own names (`prompts`), the head's under `head.`, the
+    backbone's under `backbone.`.
 
     Attributes:
         pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's own pooling.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset()
-    trains_backbone: ClassVar[bool] = False  # keeps the backbone in train mode (stochastic depth, batch statistics)
+    trains_backbone: ClassVar[bool] = (
+        False  # keeps the backbone in train mode (stochastic depth, batch statistics)
+    )
     places: ClassVar[frozenset[Place]] = frozenset()
     # whether `branch` treats every token by itself; else it gets all, or class and register tokens alone
     tokenwise: ClassVar[bool] = True
     fixed_size: bool = False  # whether images must have the backbone's own size
     undecayed: ClassVar[frozenset[str]] = frozenset()  # its own parameters that weight decay leaves alone
     can_merge: ClassVar[bool] = False  # whether what is tuned goes into the weights of a plain model of timm
-    # whether `losses` compares the images of a batch with each other, so that parts of a batch give another loss
+    # whether `losses` compares the images of a batch with each other, so that parts of a batch give another
+    # loss
     compares_images: ClassVar[bool] = False
-    images_per_class: ClassVar[int | None] = None  # how many `see_classes` is shown; None for a method without it
+    images_per_class: ClassVar[int | None] = (
+        None  # how many `see_classes` is shown; None for a method without it
+    )
     pool: str | None = None
 
     def __init__(self, backbone: Geometry) -> None:
@@ -141,7 +150,7 @@ class Method(nn.Module):
         self.num_blocks = backbone.num_blocks
 
     def check_pool(self, backbone: Geometry) -> None:
-        """Refuses a `pool` that reads what is not there; to be called when the token flow is known.
+        """Refuse a `pool` that reads what is not there; to be called when the token flow is known.
 
         Raises:
             UserError: The word is unknown, or there are no such outputs behind the last block.
@@ -151,7 +160,9 @@ class Method(nn.Module):
         if self.pool not in POOLS:
             raise unknown("method.pool", self.pool, POOLS)
         if "tokens" not in backbone.sites:
-            raise UserError(f"method.pool={self.pool} reads tokens, and this backbone has none: give method.pool=null")
+            raise UserError(
+                f"method.pool={self.pool} reads tokens, and this backbone has none: give method.pool=null"
+            )
         if self.pool == "cls" and not backbone.has_class_token:
             raise UserError("method.pool=cls needs a class token, which this backbone does not have")
         there = False
@@ -159,8 +170,10 @@ class Method(nn.Module):
             there = there if flow is Flow.KEEP else flow is not Flow.DROP
         if self.pool in ("prompt", "image_prompt") and not there:
             raise UserError(
-                f"method.pool={self.pool} reads prompts behind the last block, where there are none: let them enter or "
-                "flow there (method.depth=null, depth_from=last or carry_over=true, and a location that prepends)"
+                f"method.pool={self.pool} reads prompts behind the last block, where there are none: let "
+                "them enter or "
+                "flow there (method.depth=null, depth_from=last or carry_over=true, and a location that "
+                "prepends)"
             )
 
     @property
@@ -169,33 +182,38 @@ class Method(nn.Module):
         return False
 
     def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
-        """Writes its first values in place, where `needs_images`; called by `inits.initialise`.
+        """Write its first values in place, where `needs_images`; called by `inits.initialise`.
 
-        The backbone is frozen and in evaluation mode, with the method attached. Images are batches of normalised
-        training images [B, 3, H, W], at most `inits.MAX_IMAGES`, to be read once; the seed decides what is drawn.
+        The backbone is frozen and in evaluation mode, with the method attached. Images are batches of
+        normalised training images [B, 3, H, W], at most `inits.MAX_IMAGES`, to be read once; the seed decides
+        what is drawn.
         """
         raise LookupError(f"{type(self).__name__} needs no images")
 
     def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
-        """Makes first values of training images and labels, in place of `initialise` where `images_per_class` is given.
+        """Make first values of training images and labels, in place of `initialise` where `images_per_class` is given.
 
-        Batches are normalised images [B, 3, H, W] with labels [B], up to `images_per_class` of each class, the same
-        on all ranks; else as `initialise`.
+        Batches are normalised images [B, 3, H, W] with labels [B], up to `images_per_class` of each class,
+        the same on all ranks; else as `initialise`.
         """
         raise LookupError(f"{type(self).__name__} sees no classes")
 
     @property
     def first_block(self) -> int:
-        """The first block whose input or weights are tuned; what comes before gives the same tokens in every epoch."""
+        """The first block whose input or weights are tuned.
+
+        What comes before gives the same tokens in every epoch.
+        """
         return 0
 
     def attach(self, backbone: Geometry) -> None:
-        """Changes the backbone's modules where the method needs it, once, before the first forward."""
+        """Change the backbone's modules where the method needs it, once, before the first forward."""
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """Names of the tuned parameters.
+        """Return names of the tuned parameters.
 
-        The only oracle of what requires gradients, what the optimiser gets, what is saved and what is counted.
+        The only oracle of what requires gradients, what the optimiser gets, what is saved and what is
+        counted.
 
         Args:
             classifier: The module whose `named_parameters` are named.
@@ -203,10 +221,12 @@ class Method(nn.Module):
         Returns:
             Names as in `classifier.named_parameters()`.
         """
-        return frozenset(name for name, _ in classifier.named_parameters() if name.startswith(("method.", "head.")))
+        return frozenset(
+            name for name, _ in classifier.named_parameters() if name.startswith(("method.", "head."))
+        )
 
     def make_head(self, width: int, num_classes: int, init: str) -> nn.Module:
-        """Builds the head: features [B, width] -> logits [B, num_classes].
+        """Build the head: features [B, width] -> logits [B, num_classes].
 
         Raises:
             UserError: There is no such initialisation.
@@ -214,11 +234,11 @@ class Method(nn.Module):
         return init_linear(nn.Linear(width, num_classes), init)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Changes normalised images [B, 3, H, W] before the patch embedding."""
+        """Change normalised images [B, 3, H, W] before the patch embedding."""
         return images
 
     def token_flow(self) -> tuple[Flow, ...]:
-        """What happens to prompt tokens before each block, one entry for every block."""
+        """Return what happens to prompt tokens before each block, one entry for every block."""
         return (Flow.KEEP,) * self.num_blocks
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -227,7 +247,8 @@ class Method(nn.Module):
         Args:
             block: Index of a block whose flow is `Flow.ENTER` or `Flow.MIX`.
             x: The image tokens before that block, [B, n, width].
-            last: Where the flow is `Flow.MIX`: the prompt tokens as they entered the last block, and as they left it.
+            last: Where the flow is `Flow.MIX`: the prompt tokens as they entered the last block, and as they
+                left it.
 
         Returns:
             Tokens [1, p, width] where all images share them, else [B, p, width].
@@ -235,15 +256,15 @@ class Method(nn.Module):
         raise LookupError(f"{type(self).__name__} lets no tokens enter before block {block}")
 
     def shift(self, block: int, x: Tensor) -> Tensor:
-        """Changes the image tokens [B, n, width] before a block."""
+        """Change the image tokens [B, n, width] before a block."""
         return x
 
     def keys_values(self, block: int) -> tuple[Tensor, Tensor] | None:
-        """Rows that join a block's keys and values, each [heads, t, width / heads]; None for none."""
+        """Return rows that join a block's keys and values, each [heads, t, width / heads]; None for none."""
         return None
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """What is added at a place of `places`.
+        """Return what is added at a place of `places`.
 
         Args:
             place: Where.
@@ -257,28 +278,35 @@ class Method(nn.Module):
         raise LookupError(f"{type(self).__name__} has no branch at {place.value}")
 
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """Makes the features [B, width] that the head reads of the pooled ones and of the images."""
+        """Make the features [B, width] that the head reads of the pooled ones and of the images."""
         return pooled
 
-    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
-        """Makes the losses that training minimises of the cross-entropies; called behind each forward in training.
+    def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+        """Return the losses that training minimises; called behind each forward in training.
 
-        The weighted sum of what it returns is the mean over the global batch. A term of the whole global batch is
-        added to every image's loss; `ranks.gathered` brings what other devices have.
+        The weighted sum of what it returns is the mean over the global batch. A term of the whole global
+        batch is added to every image's loss; `ranks.gathered` brings what other devices have.
 
-        All are [B], in float32; a weight of 0 marks a filler, which is no image of the batch.
+        Args:
+            task_loss: The task's own loss of each image, cross-entropy for example, [B] in float32.
+            head: The classifier's head.
+            labels: Classes [B].
+            weights: Of each image in the sum [B]; 0 marks a filler, which is no image of the batch.
         """
-        return cross_entropy
+        return task_loss
 
     def end_epoch(self, epoch: int) -> None:
         """Called behind every epoch of training, counted from 0, on every rank, before the checkpoint is written."""
 
     def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """What is kept of images, [B, any], where `first_block` is behind the last; `resumed` goes on from it."""
+        """Return what is kept of images, [B, any], where `first_block` is behind the last.
+
+        `resumed` goes on from it.
+        """
         return self.features(pooled, images)
 
     def resumed(self, stored: Tensor) -> Tensor:
-        """The features [B, width] of what `stored` made."""
+        """Return the features [B, width] of what `stored` made."""
         return stored
 
 
@@ -295,15 +323,20 @@ class Wrapped(nn.Module):
 
 
 def drop(dropout: nn.Dropout, prompts: Tensor, batch_size: int) -> Tensor:
-    """Prompts [1, p, width], or [batch_size, p, width] while dropout is active: it is drawn for every image anew."""
+    """Return prompts [1, p, width], or [batch_size, p, width] while dropout is active.
+
+    It is drawn for every image anew.
+    """
     if dropout.training and dropout.p > 0:
         prompts = prompts.expand(batch_size, -1, -1)
     dropped: Tensor = dropout(prompts)
     return dropped
 
 
-def per_block(shapes: Sequence[tuple[int, ...]], draw: Callable[[Tensor], object]) -> nn.Parameter | nn.ParameterList:
-    """Makes a parameter of every block: one tensor where their shapes agree, a list where they do not.
+def per_block(
+    shapes: Sequence[tuple[int, ...]], draw: Callable[[Tensor], object]
+) -> nn.Parameter | nn.ParameterList:
+    """Make a parameter of every block: one tensor where their shapes agree, a list where they do not.
 
     Args:
         shapes: Of each block's part.
@@ -323,17 +356,17 @@ def per_block(shapes: Sequence[tuple[int, ...]], draw: Callable[[Tensor], object
 
 
 def split_heads(attn: Any, projected: Tensor) -> tuple[Tensor, ...]:
-    """Splits tokens [B, n, parts * width], projected by timm's attention, into parts of [B, heads, n, head_dim]."""
+    """Split tokens [B, n, parts * width], projected by timm's attention, into parts of [B, heads, n, head_dim]."""
     return projected.unflatten(-1, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def init_linear(layer: nn.Linear, how: str) -> nn.Linear:
-    """Initialises a head's last layer in place and returns it.
+    """Initialise a head's last layer in place and returns it.
 
     Args:
         layer: The layer.
-        how: "vpt" (the released code's: kaiming fan-out, and a bias that stands for probabilities of 1 %, whatever the
-            number of classes) or "zeros".
+        how: "vpt" (the released code's: kaiming fan-out, and a bias that stands for probabilities of 1 %,
+            whatever the number of classes) or "zeros".
 
     Raises:
         UserError: There is no such initialisation.

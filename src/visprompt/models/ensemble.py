@@ -16,8 +16,8 @@ from visprompt.models.classifier import Classifier
 class Ensemble(nn.Module):
     """The mean of the logits of several tuned states on one backbone.
 
-    The image tokens before the first tuned block are computed once for all members, and so are the features where
-    only the head is tuned.
+    The image tokens before the first tuned block are computed once for all members, and so are the features
+    where only the head is tuned.
 
     Args:
         classifier: The classifier that the states were tuned on; its own tuned state stays as it is.
@@ -45,7 +45,8 @@ class Ensemble(nn.Module):
         for i, name in enumerate(own):
             stacked = torch.stack([state[name].to(like.device) for state in states])
             self.register_buffer(f"members_{i}", stacked, persistent=False)
-        # what comes before a tuned block is common; the features are so only if no prompt of a member made them
+        # what comes before a tuned block is common; the features are so only if no prompt of a member made
+        # them
         only_head = all(name.startswith("head.") for name in own)
         self._common = classifier.has_frozen_part and (only_head or not self._caches_features())
 
@@ -54,7 +55,7 @@ class Ensemble(nn.Module):
         return method.first_block == method.num_blocks
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C] of normalised images [B, 3, H, W]."""
+        """Return logits [B, C] of normalised images [B, 3, H, W]."""
         x = self.classifier.frozen(images) if self._common else images
         total = torch.zeros((), device=x.device)
         for member in range(self.num_members):

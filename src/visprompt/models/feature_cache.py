@@ -1,4 +1,7 @@
-"""What stays from epoch to epoch and from run to run of a process: frozen layers' output, and pixels on a GPU."""
+"""What stays from epoch to epoch and from run to run of a process.
+
+Frozen layers' output, and pixels on a GPU.
+"""
 
 import logging
 import shutil
@@ -23,11 +26,11 @@ _SETS = 2  # of a grid: what is trained on, and what is scored
 
 
 def keep(parts: Iterator[Tensor], count: int, copies: int = 1, key: Hashable = None) -> np.ndarray | None:
-    """Puts batches together, in memory, or in a file where they are large.
+    """Put batches together, in memory, or in a file where they are large.
 
     Args:
-        parts: float32 [b, ...], the rows in order; not looked at further where there is no room, or where those of an
-            earlier call with the same key begin with the same bits.
+        parts: float32 [b, ...], the rows in order; not looked at further where there is no room, or where
+            those of an earlier call with the same key begin with the same bits.
         count: Number of all rows.
         copies: Processes of this machine that keep them all.
         key: What the rows are, but for the weights of the layers that made them; None is never found again.
@@ -50,7 +53,8 @@ def keep(parts: Iterator[Tensor], count: int, copies: int = 1, key: Hashable = N
             array = np.memmap(file, np.float32, "w+", shape=shape)
     else:
         _log.warning(
-            "the frozen blocks run in every epoch: their output, %.1f GB, has no room in memory or on disk", size / 1e9
+            "the frozen blocks run in every epoch: their output, %.1f GB, has no room in memory or on disk",
+            size / 1e9,
         )
         return None
     start = 0
@@ -63,12 +67,12 @@ def keep(parts: Iterator[Tensor], count: int, copies: int = 1, key: Hashable = N
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Whether pixels have to be copied to a device before every step."""
+    """Return whether pixels have to be copied to a device before every step."""
     return device.type == "cuda"
 
 
 def on_device(dataset: TicketDataset, device: torch.device, key: tuple[Hashable, ...]) -> TicketDataset:
-    """Moves the pixels of equal images to a GPU where they take less than a quarter of its free memory.
+    """Move the pixels of equal images to a GPU where they take less than a quarter of its free memory.
 
     Args:
         dataset: What is to be read in every epoch.
@@ -96,7 +100,10 @@ def on_device(dataset: TicketDataset, device: torch.device, key: tuple[Hashable,
 
 
 def release_pixels(owner: Hashable) -> None:
-    """Gives back the pixels on a GPU whose key does not begin with `owner`: a run's memory is to be its own."""
+    """Give back the pixels on a GPU whose key does not begin with `owner`.
+
+    A run's memory is to be its own.
+    """
     for key in [key for key in _pixels if key[0] != owner]:
         del _pixels[key]
 

@@ -11,7 +11,7 @@ from visprompt.models.contract import Wrapped
 
 
 def merge(classifier: Classifier) -> nn.Module:
-    """Builds the plain model that a classifier is equal to.
+    """Build the plain model that a classifier is equal to.
 
     Args:
         classifier: One whose method leaves nothing but other weights behind; it is not changed.
@@ -20,13 +20,14 @@ def merge(classifier: Classifier) -> nn.Module:
         A timm model of its own memory, in evaluation mode, with the tuned weights and the classifier's head.
 
     Raises:
-        UserError: The method computes something that a plain model does not, or the head is more than one layer.
+        UserError: The method computes something that a plain model does not, or the head is more than one
+            layer.
     """
     method = classifier.method
     if not getattr(method, "can_merge", False):
         raise UserError(
-            f"what {type(method).__name__} tunes is more than weights of the backbone, so it cannot be merged: "
-            "keep the tuned state beside the backbone"
+            f"what {type(method).__name__} tunes is more than weights of the backbone, so it cannot be "
+            "merged: keep the tuned state beside the backbone"
         )
     if type(classifier.head) is not nn.Linear:
         raise UserError(
@@ -44,7 +45,7 @@ def merge(classifier: Classifier) -> nn.Module:
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Puts the plain layer in the place of every wrapped one, the inner ones first."""
+    """Put the plain layer in the place of every wrapped one, the inner ones first."""
     wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, Wrapped)]
     for name, module in reversed(wrapped):
         if not hasattr(module, "merged"):

@@ -1,9 +1,10 @@
 """The only place where a learning rate is scaled, warmed up or decayed, and where a weight decay is grouped.
 
-VPT (Jia et al., ECCV 2022, appendix A): lr = base * batch / 256, linear warm-up, cosine decay to zero, SGD with
-momentum 0.9 for heads and prompts, AdamW for methods that tune the backbone; the last layer's bias is not decayed.
-Its released code (github.com/KMnP/vpt, src/solver) does two things that the text does not say, each a setting here:
-lr changes once per epoch, from 0 in the first (`schedule=per_epoch`), and its AdamW is `VPTAdamW` (`vpt_adamw`).
+VPT (Jia et al., ECCV 2022, appendix A): lr = base * batch / 256, linear warm-up, cosine decay to zero, SGD
+with momentum 0.9 for heads and prompts, AdamW for methods that tune the backbone; the last layer's bias is
+not decayed. Its released code (github.com/KMnP/vpt, src/solver) does two things that the text does not say,
+each a setting here: lr changes once per epoch, from 0 in the first (`schedule=per_epoch`), and its AdamW is
+`VPTAdamW` (`vpt_adamw`).
 """
 
 import math
@@ -29,7 +30,7 @@ def param_groups(
     undecayed: frozenset[str] = frozenset(),
     decay_biases: bool = True,
 ) -> list[dict[str, object]]:
-    """Groups tuned parameters by learning rate and weight decay.
+    """Return groups tuned parameters by learning rate and weight decay.
 
     Args:
         parameters: Names and parameters that are tuned.
@@ -81,8 +82,8 @@ def warmup_cosine_per_epoch(epochs: int, warmup_epochs: float) -> Callable[[int]
         warmup_epochs: Of linear warm-up, fewer than `epochs`.
 
     Returns:
-        epoch -> factor: epoch / warmup_epochs while warming up, so 0 in the first, then half a cosine that would reach
-        0 at `epochs`, one epoch after the last.
+        epoch -> factor: epoch / warmup_epochs while warming up, so 0 in the first, then half a cosine that
+        would reach 0 at `epochs`, one epoch after the last.
     """
 
     def factor(epoch: int) -> float:
@@ -96,8 +97,8 @@ def warmup_cosine_per_epoch(epochs: int, warmup_epochs: float) -> Callable[[int]
 class VPTAdamW(torch.optim.Optimizer):
     """The AdamW of VPT's released code, once that of the library transformers.
 
-    It differs from PyTorch's in two places: eps is added before the second moment's bias is corrected, and the weight
-    decay follows the step. With first and second moments m and v of t steps:
+    It differs from PyTorch's in two places: eps is added before the second moment's bias is corrected, and
+    the weight decay follows the step. With first and second moments m and v of t steps:
 
         p <- p - lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps);    p <- p - lr * weight_decay * p
 
@@ -161,7 +162,7 @@ def build_optimizer(
     steps_per_epoch: int,
     undecayed: frozenset[str] = frozenset(),
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Builds the optimiser and its schedule, which is stepped after every optimiser step.
+    """Build the optimiser and its schedule, which is stepped after every optimiser step.
 
     Args:
         parameters: Names and parameters that are tuned.

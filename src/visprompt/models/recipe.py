@@ -23,8 +23,8 @@ class Recipe(BaseModel):
         optimizer: One of `OPTIMIZERS`.
         lr: Base learning rate, for a batch of 256.
         head_lr: Base learning rate of the head; None means `lr`.
-        weight_decay: Weight decay of everything but the head's bias. With `vpt_adamw` it is 0.01 for any value above 0,
-            and 0 stands for SGD with momentum.
+        weight_decay: Weight decay of everything but the head's bias. With `vpt_adamw` it is 0.01 for any
+            value above 0, and 0 stands for SGD with momentum.
         momentum: Momentum of SGD.
         batch_size: Images of one optimiser step, over all devices and accumulation steps.
         epochs: Passes over the training images.
@@ -54,7 +54,9 @@ class Recipe(BaseModel):
             raise unknown("key of recipe", key, type(self).model_fields)
         # 1 and 1.0 are one run
         values |= {
-            name: float(values[name]) for name in _RATES if type(values.get(name)) is int and is_finite(values[name])
+            name: float(values[name])
+            for name in _RATES
+            if type(values.get(name)) is int and is_finite(values[name])
         }
         try:
             super().__init__(**values)
@@ -68,14 +70,17 @@ class Recipe(BaseModel):
                 raise unknown(f"recipe.{name}", getattr(self, name), choices)
         if self.warmup_epochs >= self.epochs:
             raise UserError(
-                f"recipe.warmup_epochs={self.warmup_epochs:g} does not fit: give 0 to below recipe.epochs={self.epochs}"
+                f"recipe.warmup_epochs={self.warmup_epochs:g} does not fit: give 0 to below "
+                f"recipe.epochs={self.epochs}"
             )
         if self.schedule == "per_epoch" and self.epochs == 1 and self.warmup_epochs:
             raise UserError(
                 "recipe.schedule=per_epoch trains the first epoch of a warm-up at a learning rate of 0, and "
                 "recipe.epochs=1 has no other: give recipe.warmup_epochs=0 or recipe.schedule=per_step"
             )
-        if self.optimizer == "vpt_adamw" and self.weight_decay:  # as recorded: what the optimiser really takes
+        if (
+            self.optimizer == "vpt_adamw" and self.weight_decay
+        ):  # as recorded: what the optimiser really takes
             object.__setattr__(self, "weight_decay", VPT_DECAY)
         return self
 

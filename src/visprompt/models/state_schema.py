@@ -1,6 +1,9 @@
-"""What a file from elsewhere may say: closed schemas of plain values, checked before anything is built of them.
+"""What a file from elsewhere may say.
 
-A file's checksum finds damage; it is no signature, since whoever changes the file can also write the checksum.
+Closed schemas of plain values, checked before anything is built of them.
+
+A file's checksum finds damage; it is no signature, since whoever changes the file can also write the
+checksum.
 """
 
 import re
@@ -76,7 +79,10 @@ class _Backbone(Closed):
 
 
 class _Preprocessing(Closed):
-    """What `TaskDataModule.preprocessing` says; states of older versions lack keys, which their readers ask for."""
+    """What `TaskDataModule.preprocessing` says.
+
+    States of older versions lack keys, which their readers ask for.
+    """
 
     size: Side
     resize: Literal["squash", "short_side"]
@@ -103,7 +109,7 @@ class _State(Closed):
 
 
 def read(model: type[_Model], values: Any, source: Path | str, mend: str) -> _Model:
-    """Returns values from elsewhere as a record, or refuses the first one that does not fit.
+    """Return values from elsewhere as a record, or refuses the first one that does not fit.
 
     Args:
         model: The record's schema.
@@ -156,7 +162,7 @@ def check_record(record: Mapping[str, Any], source: Path | str, mend: str) -> No
 
 
 def _check_visible(where: str, value: Any, depth: int = 0) -> None:
-    """Refuses an option of a method that is anything but a word or number of ordinary size, or lists of them."""
+    """Refuse an option of a method that is anything but a word or number of ordinary size, or lists of them."""
     if isinstance(value, list) and len(value) <= LARGEST and depth < _DEEPEST:
         for entry in value:
             _check_visible(where, entry, depth + 1)
@@ -180,7 +186,9 @@ def check_tensors(tensors: Mapping[str, Tensor], source: Path | str, mend: str) 
     """
     for name, tensor in tensors.items():
         if has_control(name):
-            raise UserError(f"{source} is refused: a tensor's name, {visible(name)}, holds control characters; {mend}")
+            raise UserError(
+                f"{source} is refused: a tensor's name, {visible(name)}, holds control characters; {mend}"
+            )
         if tensor.dtype not in _DTYPES:
             raise UserError(f"{source} is refused: the tensor {name} is of {tensor.dtype}; {mend}")
         if not tensor.isfinite().all():

@@ -18,6 +18,6 @@ def hash_tensors(tensors: Mapping[str, Tensor], also: str = "") -> str:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the name of the first tensor that holds NaN or infinity, "" where all numbers are finite."""
+    """Return the name of the first tensor that holds NaN or infinity, "" where all numbers are finite."""
     floating = (name for name in sorted(tensors) if tensors[name].is_floating_point())
     return next((name for name in floating if not tensors[name].isfinite().all()), "")

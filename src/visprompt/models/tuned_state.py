@@ -1,9 +1,10 @@
 """The tuned-state file: safetensors and a schema. Nothing else reads or writes it.
 
-All metadata is one string under one key, because safetensors writes several keys in random order: a checksum over the
-metadata and every tensor's name, type, shape and bytes, then the metadata as JSON. The checksum finds damage and is no
-signature: what a file says is checked by `schema` before anything is built of it. Its class names are one string that
-begins with their separator: quotes, escaped twice, would add ten bytes to each of a thousand names.
+All metadata is one string under one key, because safetensors writes several keys in random order: a checksum
+over the metadata and every tensor's name, type, shape and bytes, then the metadata as JSON. The checksum
+finds damage and is no signature: what a file says is checked by `schema` before anything is built of it. Its
+class names are one string that begins with their separator: quotes, escaped twice, would add ten bytes to
+each of a thousand names.
 """
 
 import json
@@ -52,7 +53,7 @@ class TunedState:
 
 
 def save_state(path: Path, state: TunedState) -> str:
-    """Writes a tuned state atomically.
+    """Write a tuned state atomically.
 
     Args:
         path: The file, by custom `tuned.safetensors`.
@@ -83,7 +84,7 @@ def _split(joined: str) -> tuple[str, ...]:
 
 
 def load_state(path: Path) -> TunedState:
-    """Reads and verifies a tuned state.
+    """Read and verifies a tuned state.
 
     Args:
         path: The file, or the run's folder that holds `tuned.safetensors`.
@@ -92,8 +93,8 @@ def load_state(path: Path) -> TunedState:
         The state, its tensors on the CPU.
 
     Raises:
-        UserError: There is no such file, it is no tuned state, of a newer schema, cut or changed, or it says what no
-            tuned state says; nothing was built of it then.
+        UserError: There is no such file, it is no tuned state, of a newer schema, cut or changed, or it says
+            what no tuned state says; nothing was built of it then.
     """
     from visprompt.models import (
         state_schema,  # late: it knows the backbones, which hash by this module, and reports need none
@@ -101,13 +102,17 @@ def load_state(path: Path) -> TunedState:
 
     path = path / "tuned.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"there is no tuned state at {path}: give a finished run's folder or its tuned.safetensors")
+        raise UserError(
+            f"there is no tuned state at {path}: give a finished run's folder or its tuned.safetensors"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             stored = (file.metadata() or {})[_KEY]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a readable tuned state ({error}): copy it again or rerun its task") from error
+        raise UserError(
+            f"{path} is not a readable tuned state ({error}): copy it again or rerun its task"
+        ) from error
     checksum, text = stored[:_DIGITS], stored[_DIGITS:]
     if hash_tensors(tensors, also=text) != checksum:
         raise UserError(f"{path} is damaged: its checksum differs; copy it again or rerun its task")
@@ -121,7 +126,8 @@ def load_state(path: Path) -> TunedState:
         raise UserError(f"{path} is refused: its metadata are not those of a tuned state; {_MEND}") from error
     if version != SCHEMA:
         raise UserError(
-            f"{path} is of schema {version!r:.60}, and this version reads {SCHEMA}: update visprompt to read it"
+            f"{path} is of schema {version!r:.60}, and this version reads {SCHEMA}: update visprompt to "
+            "read it"
         )
     state_schema.check_record(record, path, _MEND)
     state_schema.check_tensors(tensors, path, _MEND)
@@ -129,7 +135,7 @@ def load_state(path: Path) -> TunedState:
 
 
 def read_checksum(path: Path, *, hashed: bool) -> str | None:
-    """Reads the checksum in a tuned state's header.
+    """Read the checksum in a tuned state's header.
 
     Args:
         path: The file.
@@ -149,13 +155,13 @@ def read_checksum(path: Path, *, hashed: bool) -> str | None:
 
 
 def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
-    """Refuses a state that was tuned for something else.
+    """Refuse a state that was tuned for something else.
 
     Args:
         state: The state to be loaded.
         path: Where it came from, for the message.
-        **expected: Any of backbone (its record), method (a mapping), class_names; what is given must equal the state's,
-            of the backbone what decides its features.
+        **expected: Any of backbone (its record), method (a mapping), class_names; what is given must equal
+            the state's, of the backbone what decides its features.
 
     Raises:
         UserError: Says what differs.
@@ -168,19 +174,28 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
                 f"not on {value['name']} (weights {value['sha256'][:12]}): load that backbone, "
                 "with weights=FILE where it came from a file"
             )
-        if key == "backbone":  # the same weights make other features in another architecture, or built otherwise
+        if (
+            key == "backbone"
+        ):  # the same weights make other features in another architecture, or built otherwise
             architecture, other = (one["name"].partition(".")[0] for one in (stored, value))
             if architecture != other:
-                raise UserError(f"{path} was tuned on architecture {architecture}, not on {other}: load that backbone")
+                raise UserError(
+                    f"{path} was tuned on architecture {architecture}, not on {other}: load that backbone"
+                )
         for option in _SHAPING if key == "backbone" else ():
             if stored.get(option) != value.get(option):
                 raise UserError(
-                    f"{path} was tuned with backbone.{option}={stored.get(option)}, not {value.get(option)}: set it so"
+                    f"{path} was tuned with backbone.{option}={stored.get(option)}, not "
+                    f"{value.get(option)}: set it so"
                 )
         if key == "method" and dict(stored) != dict(value):
             raise UserError(f"{path} holds method {dict(stored)}, not {dict(value)}: build that method")
         if key == "class_names" and len(stored) != len(value):
-            raise UserError(f"{path} has {len(stored)} classes, not {len(value)}: use data of the same classes")
+            raise UserError(
+                f"{path} has {len(stored)} classes, not {len(value)}: use data of the same classes"
+            )
         if key == "class_names" and tuple(stored) != tuple(value):
             old, new = next(pair for pair in zip(stored, value, strict=True) if pair[0] != pair[1])
-            raise UserError(f"{path} has class {old!r} where this data has {new!r}: use the same classes in its order")
+            raise UserError(
+                f"{path} has class {old!r} where this data has {new!r}: use the same classes in its order"
+            )

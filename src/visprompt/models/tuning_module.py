@@ -10,10 +10,8 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.datasets import ArrayDataset, Batch, TicketDataset
@@ -40,7 +38,10 @@ class Diverged(Exception):
 
 
 class Mean(Metric):
-    """Weighted mean over all ranks; a value that is not finite stays in it (torchmetrics' own drops it, or weights)."""
+    """Weighted mean over all ranks.
+
+    A value that is not finite stays in it (torchmetrics' own drops it, or weights).
+    """
 
     total: Tensor
     weight: Tensor
@@ -51,27 +52,29 @@ class Mean(Metric):
         self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor) -> None:
-        """Adds values [n] with their weights [n]."""
+        """Add values [n] with their weights [n]."""
         self.total = self.total + (values * weights).sum()
         self.weight = self.weight + weights.sum()
 
     def compute(self) -> Tensor:
-        """The mean so far."""
+        """Return the mean so far."""
         return self.total / self.weight
 
 
 class TuningModule(L.LightningModule):
     """Tunes a classifier by a recipe.
 
-    A checkpoint's `state_dict` is the tuned state alone. Every epoch seeds torch anew from (seed, epoch, rank), so that
-    a run resumed at an epoch draws the same dropout and no state of a generator has to be kept.
+    A checkpoint's `state_dict` is the tuned state alone. Every epoch seeds torch anew from (seed, epoch,
+    rank), so that a run resumed at an epoch draws the same dropout and no state of a generator has to be
+    kept.
 
     Args:
         classifier: What is tuned.
         recipe: How.
         seed: Seed of the run.
-        leaks: Whether a final run's test accuracy is logged after every epoch, as `leak/test_acc`: a diagnostic of what
-            codes that report the best epoch on test report. Nothing reads it, and nothing else changes.
+        leaks: Whether a final run's test accuracy is logged after every epoch, as `leak/test_acc`: a
+            diagnostic of what codes that report the best epoch on test report. Nothing reads it, and nothing
+            else changes.
 
     Attributes:
         scores: Figures of the last scoring, by metric name.
@@ -87,34 +90,40 @@ class TuningModule(L.LightningModule):
         self.recipe = recipe
         self.seed = seed
         classes = classifier.num_classes
-        self.train_loss, self.train_acc, self.val_loss, self.test_loss = Mean(), Mean(), Mean(), Mean()
-        self.val_confusion = MulticlassConfusionMatrix(classes)
-        self.test_confusion = MulticlassConfusionMatrix(classes)
+        self.kind = classifier.kind
+        self.train_loss, self.train_score, self.val_loss, self.test_loss = Mean(), Mean(), Mean(), Mean()
+        self.val_figures, self.test_figures = self.kind.figures(classes), self.kind.figures(classes)
         self.scores: dict[str, float] = {}
         self.scored_step = -1
         self.per_class: list[float | None] = []
         self.scored_loss = math.nan
         self._resumed = False
-        self._lr = math.nan  # of the last step: at the end of an epoch the optimiser already has the next one's
+        self._lr = (
+            math.nan
+        )  # of the last step: at the end of an epoch the optimiser already has the next one's
         self._bad_step: Tensor
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C] of normalised images [B, 3, H, W], or of what the frozen part made of them."""
-        out: Tensor = self.classifier(images.to(self.dtype))  # pixels are floats only after Lightning's conversion
+        """Return logits [B, C] of normalised images [B, 3, H, W], or of what the frozen part made of them."""
+        out: Tensor = self.classifier(
+            images.to(self.dtype)
+        )  # pixels are floats only after Lightning's conversion
         return out
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form for all
-        """The tuned state: a frozen backbone is never written."""
+        """Return the tuned state: a frozen backbone is never written."""
         return self.classifier.tuned_state()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
-        """Loads a tuned state; a name that is missing or too much is an error."""
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> None:
+        """Load a tuned state; a name that is missing or too much is an error."""
         self.classifier.load_tuned_state(state_dict)
         self._resumed = True
 
     def configure_optimizers(self) -> Any:
-        """The recipe's optimiser with its schedule, stepped after every optimiser step."""
+        """Return the recipe's optimiser with its schedule, stepped after every optimiser step."""
         # Lightning's own estimate would load the data before frozen features can take its place
         steps = math.ceil(len(self._datamodule.train_dataset) / self.recipe.batch_size)
         optimizer, schedule = build_optimizer(
@@ -123,7 +132,10 @@ class TuningModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Computes once what can never change, the output of frozen layers; else a GPU gets the pixels, once."""
+        """Compute once what can never change, the output of frozen layers.
+
+        Else a GPU gets the pixels, once.
+        """
         self._check_batch_norm()
         self._check_comparison()
         datamodule = self._datamodule
@@ -136,7 +148,7 @@ class TuningModule(L.LightningModule):
                 datamodule.val_dataset = self._kept(datamodule.val_dataset)
 
     def _initialise(self) -> None:
-        """Makes the method's first values of training images, the same on every rank."""
+        """Make the method's first values of training images, the same on every rank."""
         dataset = self._datamodule.train_dataset
         method, backbone = self.classifier.method, self.classifier.backbone
         rows = np.random.default_rng(self.seed).permutation(len(dataset))
@@ -153,19 +165,23 @@ class TuningModule(L.LightningModule):
             method.see_classes(backbone, ((b.images, b.labels) for b in batches), self.seed)
 
     def _check_batch_norm(self) -> None:
-        """Refuses batch statistics of less than the whole batch; on GPUs the trainer synchronises them."""
+        """Refuse batch statistics of less than the whole batch; on GPUs the trainer synchronises them."""
         trained = self.classifier.method.trains_backbone  # frozen, a backbone keeps its batch statistics
         names = [n for n in self.classifier.tuned_names if trained or not n.startswith("backbone.")]
         tuned = {name.rpartition(".")[0] for name in names}
-        if not any(isinstance(m, _BatchNorm) and name in tuned for name, m in self.classifier.named_modules()):
+        if not any(
+            isinstance(m, _BatchNorm) and name in tuned for name, m in self.classifier.named_modules()
+        ):
             return
         if self.trainer.accumulate_grad_batches > 1:
             raise UserError(
-                "batch norm is trained here, and each of the accumulated parts of a batch would have statistics of its "
-                "own: set trainer.accumulate_grad_batches=1"
+                "batch norm is trained here, and each of the accumulated parts of a batch would have "
+                "statistics of its own: set trainer.accumulate_grad_batches=1"
             )
         if self.trainer.world_size > 1 and self.device.type == "cpu":
-            raise UserError("batch norm is trained here, and cannot be synchronised over CPU processes: use one device")
+            raise UserError(
+                "batch norm is trained here, and cannot be synchronised over CPU processes: use one device"
+            )
         short = len(self._datamodule.train_dataset) % self.recipe.batch_size
         if 0 < short < self.trainer.world_size:
             raise UserError(
@@ -174,15 +190,15 @@ class TuningModule(L.LightningModule):
             )
 
     def _check_comparison(self) -> None:
-        """Refuses a loss that compares images where it would see parts of a batch."""
+        """Refuse a loss that compares images where it would see parts of a batch."""
         if self.classifier.method.compares_images and self.trainer.accumulate_grad_batches > 1:
             raise UserError(
-                "this method's loss compares the images of a batch, and each of the accumulated parts of a batch would "
-                "be compared by itself: set trainer.accumulate_grad_batches=1"
+                "this method's loss compares the images of a batch, and each of the accumulated parts of a "
+                "batch would be compared by itself: set trainer.accumulate_grad_batches=1"
             )
 
     def on_train_epoch_start(self) -> None:
-        """Seeds the noise of this epoch."""
+        """Seed the noise of this epoch."""
         text = f"{self.seed} {self.current_epoch} {self.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
 
@@ -195,64 +211,64 @@ class TuningModule(L.LightningModule):
         self._bad_step = torch.minimum(self._bad_step, step)
         real = (batch.weights > 0).float()
         self.train_loss.update(losses.detach(), real)
-        self.train_acc.update((logits.argmax(1) == batch.labels).float(), real)
+        self.train_score.update(self.kind.correct(logits, batch.labels), real)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keeps the rate of this step for the curve."""
+        """Keep the rate of this step for the curve."""
         self._lr = float(optimizer.param_groups[0]["lr"])
 
     def on_train_epoch_end(self) -> None:
-        """Ends a diverged run before its checkpoint is written; on all ranks alike."""
+        """End a diverged run before its checkpoint is written; on all ranks alike."""
         bad_step = int(torch.as_tensor(self.trainer.strategy.reduce(self._bad_step, reduce_op="min")))
         if bad_step != _NEVER:
             raise Diverged(bad_step)
         self.classifier.method.end_epoch(self.current_epoch)
         self.log("train/loss", self.train_loss, prog_bar=True)
-        self.log("train/acc", self.train_acc, prog_bar=True)
+        self.log(f"train/{self.kind.score}", self.train_score, prog_bar=True)
         self.log("lr", self._lr)
         if self._leaks and self._datamodule.split == "final":
-            self.log("leak/test_acc", self._leak())
+            self.log(f"leak/test_{self.kind.score}", self._leak())
 
     @torch.no_grad()
     def _leak(self) -> float:
-        """Test accuracy now; every rank scores all images."""
+        """Return the share of test images that are predicted rightly now; every rank scores all of them."""
         dataset, hits = self._datamodule.test_dataset, 0
         self.classifier.eval()
         for batch in self._datamodule.feature_dataloader(dataset):
             moved = self._apply_batch_transfer_handler(batch)
             with self.trainer.precision_plugin.forward_context():
-                hits += int((self(moved.images).argmax(1) == moved.labels).sum())
+                hits += int(self.kind.correct(self(moved.images), moved.labels).sum())
         self.classifier.train()
         return hits / len(dataset)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Scores val200; exists in `split=tune` only."""
+        """Score val200; exists in `split=tune` only."""
         logits = self(batch.images).float()
-        self.val_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"), batch.weights)
-        self.val_confusion.update(*_counted(logits, batch))
+        self.val_loss.update(self.kind.loss(logits, batch.labels), batch.weights)
+        self.val_figures.update(logits, batch.labels, batch.weights)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the validation figures."""
-        self._score("val", self.val_confusion, self.val_loss)
+        """Log the validation figures."""
+        self._score("val", self.val_figures, self.val_loss)
         self.scores["val/loss"] = self.scored_loss
         self.log("val/loss", self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Scores test; read once, after the last epoch of a final run."""
+        """Score test; read once, after the last epoch of a final run."""
         logits = self(batch.images).float()
-        self.test_loss.update(F.cross_entropy(logits, batch.labels, reduction="none"), batch.weights)
-        self.test_confusion.update(*_counted(logits, batch))
+        self.test_loss.update(self.kind.loss(logits, batch.labels), batch.weights)
+        self.test_figures.update(logits, batch.labels, batch.weights)
 
     def on_test_epoch_end(self) -> None:
-        """Logs the test figures."""
-        self._score("test", self.test_confusion, self.test_loss)
+        """Log the test figures."""
+        self._score("test", self.test_figures, self.test_loss)
         self.test_loss.reset()  # it is not logged, and so Lightning does not
 
-    def _score(self, stage: str, confusion: MulticlassConfusionMatrix, loss: Mean) -> None:
-        """Logs and keeps the accuracies of a split set; keeps its loss."""
-        found = accuracies(confusion.compute())
-        confusion.reset()
+    def _score(self, stage: str, figures: Metric, loss: Mean) -> None:
+        """Log and keep the figures of a split set; keep its loss."""
+        found = figures.compute()
+        figures.reset()
         self.per_class = found.pop("per_class")
         self.scores = {f"{stage}/{name}": value for name, value in found.items()}
         self.scored_step, self.scored_loss = self.trainer.global_step, float(loss.compute())
@@ -263,7 +279,9 @@ class TuningModule(L.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
 
     def _kept(self, dataset: TicketDataset) -> TicketDataset:
-        """A data set as what stays of it: its frozen part where there is one, on every rank all of it, else its pixels.
+        """Return a data set as what stays of it.
+
+        Its frozen part where there is one, on every rank all of it, else its pixels.
 
         Itself where that has no room.
         """
@@ -293,32 +311,3 @@ def first_of_each(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarra
     ordered = labels[rows]
     places = [np.flatnonzero(ordered == label)[:count] for label in np.unique(ordered)]
     return np.asarray(rows[np.sort(np.concatenate(places))])
-
-
-def _counted(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return predictions and labels without those of a filler, which a device without images scores."""
-    real = batch.weights > 0
-    return logits.argmax(1)[real], batch.labels[real]
-
-
-def accuracies(confusion: Tensor) -> dict[str, Any]:
-    """Accuracy figures of a confusion matrix.
-
-    Args:
-        confusion: Counts [C, C], a row for every true class.
-
-    Returns:
-        acc (share of images), balanced_acc (mean over the classes that are present) and per_class (share of each
-        class, None where it has no image), count (images).
-    """
-    counts = confusion.sum(1)
-    hits = confusion.diagonal()
-    present = counts > 0
-    shares = hits[present].double() / counts[present]
-    per_class = [float(hits[c] / counts[c]) if present[c] else None for c in range(len(counts))]
-    return {
-        "acc": float(hits.sum().double() / counts.sum()),
-        "balanced_acc": float(shares.mean()),
-        "per_class": per_class,
-        "count": int(counts.sum()),
-    }

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -95,7 +95,7 @@ def _judged(point: Sequence[Run]) -> Result:
     """What stands for a point: its mean over seeds, or a run that diverged."""
     worst = min((run.result for run in point), key=lambda result: result.score)
     mean = fmean(run.result.score for run in point)
-    return worst if worst.status == "diverged" else replace(worst, metrics={"val/acc": mean})
+    return worst if worst.status == "diverged" else worst.model_copy(update={"metrics": {"val/acc": mean}})
 
 
 def _size(run: Run) -> tuple[object, ...]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -77,7 +76,7 @@ def built(result: Result) -> Result:
     """A record with the number of blocks that its method's depth stands for, where it is null for all of them."""
     if result.method.get("depth", 0) is not None or "depth" not in result.tuned:
         return result
-    return replace(result, method=dict(result.method) | {"depth": result.tuned["depth"]})
+    return result.model_copy(update={"method": result.method | {"depth": result.tuned["depth"]}})
 
 
 def _plainly(trainer: Mapping[str, Any]) -> str:

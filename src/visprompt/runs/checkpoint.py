@@ -1,4 +1,7 @@
-"""What Lightning calls to keep a run's resume state: an IO plugin without pickle, and the callback that writes."""
+"""What Lightning calls to keep a run's resume state.
+
+An IO plugin without pickle, and the callback that writes.
+"""
 
 import csv
 import io
@@ -21,7 +24,9 @@ from visprompt.runs.run_folder import STATE
 class SafetensorsIO(CheckpointIO):
     """Lightning checkpoints as one safetensors file each, see `resume_state`."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Write a checkpoint."""
         write_checkpoint(checkpoint, Path(path))
 
@@ -37,11 +42,13 @@ class SafetensorsIO(CheckpointIO):
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Keeps what a run needs to go on: the curve as metrics.csv, and the resume state, both at the ends of epochs.
+    """Keeps what a run needs to go on.
 
-    The rows of the curve lie in the resume state too, so that both always tell of the same epochs. (Lightning's CSV
-    logger deletes the file of a folder that is not empty.) Derived from `Checkpoint` so that Lightning runs it after
-    every other hook of an epoch's end.
+    The curve as metrics.csv, and the resume state, both at the ends of epochs.
+
+    The rows of the curve lie in the resume state too, so that both always tell of the same epochs.
+    (Lightning's CSV logger deletes the file of a folder that is not empty.) Derived from `Checkpoint` so that
+    Lightning runs it after every other hook of an epoch's end.
 
     Args:
         folder: Where `state.safetensors` and `metrics.csv` are written.
@@ -63,7 +70,7 @@ class ResumeCheckpoint(Checkpoint):
         self._since = 0.0
 
     def find(self, owner: Owner) -> Path | None:
-        """Returns the resume state to go on from, and writes later ones as this owner's.
+        """Return the resume state to go on from, and writes later ones as this owner's.
 
         Args:
             owner: The attempt that is about to be trained.
@@ -72,8 +79,8 @@ class ResumeCheckpoint(Checkpoint):
             The file, None where training begins.
 
         Raises:
-            UserError: The file is damaged, of another run or attempt, of a version that did not note whose it is, or
-                holds numbers that are not finite.
+            UserError: The file is damaged, of another run or attempt, of a version that did not note whose it
+                is, or holds numbers that are not finite.
         """
         self.owner = owner
         if not self.path.is_file():
@@ -84,19 +91,23 @@ class ResumeCheckpoint(Checkpoint):
         return self.path
 
     def state_dict(self) -> dict[str, Any]:
-        """The curve and the time so far, and whose they are."""
-        return {"rows": self.rows, "seconds": self.seconds, "owner": asdict(self.owner) if self.owner else None}
+        """Return the curve and the time so far, and whose they are."""
+        return {
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "owner": asdict(self.owner) if self.owner else None,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the curve of the epochs before the resume."""
+        """Take the curve of the epochs before the resume."""
         self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._since = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Adds the epoch's row; writes the state after every n-th epoch and after the last."""
+        """Add the epoch's row; writes the state after every n-th epoch and after the last."""
         epoch = trainer.current_epoch
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
@@ -121,7 +132,7 @@ class ResumeCheckpoint(Checkpoint):
 
 
 def _trouble(checkpoint: dict[str, Any], key: str, owner: Owner) -> str:
-    """Returns why a checkpoint is not this owner's to go on from; "" where it is.
+    """Return why a checkpoint is not this owner's to go on from; "" where it is.
 
     Args:
         checkpoint: What Lightning saved.
@@ -135,7 +146,9 @@ def _trouble(checkpoint: dict[str, Any], key: str, owner: Owner) -> str:
     if saved.run != owner.run:
         return f"is the resume state of another run (its seed is {saved.seed}, this run's is {owner.seed})"
     if saved.attempt != owner.attempt:
-        return f"is the resume state of attempt {saved.attempt} of this run, and this is attempt {owner.attempt}"
+        return (
+            f"is the resume state of attempt {saved.attempt} of this run, and this is attempt {owner.attempt}"
+        )
     if spoilt := not_finite(checkpoint["state_dict"]):
         return f"holds numbers that are not finite, in {spoilt}"
     return ""

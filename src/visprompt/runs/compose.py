@@ -38,7 +38,7 @@ OmegaConf.register_new_resolver("expanduser", paths.expanduser)
 
 
 def check_own(config_name: str, arguments: Iterable[str]) -> None:
-    """Refuses keys of the command line that a program sets itself, for each run."""
+    """Refuse keys of the command line that a program sets itself, for each run."""
     own = {"train": ("task",), "tune": ("task", "split", "seed")}.get(config_name, ())
     instead = {"task": "tasks", "seed": "seeds"}
     for key in {key_of(argument) for argument in arguments}.intersection(own):
@@ -57,7 +57,7 @@ def specs(tasks: Any) -> list[catalog.TaskSpec]:
 
 
 def _as_written(cfg: DictConfig, key: str | None) -> Any:
-    """A value as it is written, with its references to other keys."""
+    """Return a value as it is written, with its references to other keys."""
     written: Any = OmegaConf.to_container(cfg, resolve=False)
     for name in str(key).split("."):
         written = written.get(name) if isinstance(written, dict) else None
@@ -103,17 +103,20 @@ def _in_lists(value: Any) -> Any:
 
 
 def in_multirun() -> bool:
-    """Whether Hydra runs this job as one of several (`-m`)."""
+    """Return whether Hydra runs this job as one of several (`-m`)."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def has_choosing_sweeper() -> bool:
-    """Whether a sweeper other than Hydra's own runs this job: that one goes through its points and reads no score."""
+    """Return whether a sweeper other than Hydra's own runs this job.
+
+    That one goes through its points and reads no score.
+    """
     return in_multirun() and not str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper")
 
 
 def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[Job]:
-    """Composes one job for each task of a command line.
+    """Compose one job for each task of a command line.
 
     Args:
         cfg: What `@hydra.main` composed.
@@ -126,7 +129,9 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[Job]:
         UserError: `data=` together with `tasks=`, an unknown task, or a key that is not for the command line.
     """
     hydra = HydraConfig.get()
-    said: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${task} is for each job to resolve
+    said: Any = OmegaConf.to_container(
+        hydra.overrides.task, resolve=False
+    )  # ${task} is for each job to resolve
     check_own("train", said)
     if cfg.tasks is None and not extra:
         return [complete(cfg.copy(), {key_of(setting) for setting in said}, hydra.runtime.choices)]
@@ -173,7 +178,9 @@ def data_of_tasks(config_name: str, settings: Iterable[Sequence[str]]) -> list[s
     """
     said = {key_of(values[0]): values for values in settings}
     named = [re.sub(r"[\[\]'\"]", "", setting.partition("=")[2]) for setting in said.get("tasks", ())]
-    named = named or [_tasks_of_experiment(setting.partition("=")[2]) for setting in said.get("experiment", ())]
+    named = named or [
+        _tasks_of_experiment(setting.partition("=")[2]) for setting in said.get("experiment", ())
+    ]
     if config_name == "prepare" or not named or "null" in named:
         return []
     if "data" in said:
@@ -183,14 +190,14 @@ def data_of_tasks(config_name: str, settings: Iterable[Sequence[str]]) -> list[s
 
 
 def _tasks_of_experiment(name: str) -> str:
-    """The tasks that an experiment's file names, "null" where it names none or is not one of this project."""
+    """Return the tasks that an experiment's file names, "null" where it names none or is not one of this project."""
     file = CONFIGS / "experiment" / f"{name}.yaml"
     tasks = OmegaConf.select(OmegaConf.load(file), "tasks") if file.is_file() else None
     return "null" if tasks is None else tasks if isinstance(tasks, str) else ",".join(tasks)
 
 
 def job(config_name: str, overrides: Sequence[str]) -> Job:
-    """Composes one job.
+    """Compose one job.
 
     Args:
         config_name: A primary config, "train" for example.
@@ -205,7 +212,9 @@ def job(config_name: str, overrides: Sequence[str]) -> Job:
     try:
         cfg = compose(config_name, list(overrides), return_hydra_config=True)
     except HydraException as error:
-        raise UserError(f"not every job can be composed ({' '.join(overrides)}): {in_one_line(error)}") from error
+        raise UserError(
+            f"not every job can be composed ({' '.join(overrides)}): {in_one_line(error)}"
+        ) from error
     choices = cfg.hydra.runtime.choices
     with open_dict(cfg):
         del cfg.hydra
@@ -237,7 +246,7 @@ def complete(cfg: DictConfig, said: Set[str], choices: Mapping[str, Any]) -> Job
 
 
 def plans(cfg: DictConfig) -> "list[Plan]":
-    """Returns what is to be prepared for each task of a composed `prepare` config.
+    """Return what is to be prepared for each task of a composed `prepare` config.
 
     Raises:
         UserError: An unknown task or source, or a number that is none.
@@ -246,7 +255,9 @@ def plans(cfg: DictConfig) -> "list[Plan]":
 
     chosen = specs(cfg.tasks)
     if cfg.root and cfg.source == "raw" and len({spec.dataset for spec in chosen}) > 1:
-        raise UserError(f"root={cfg.root} holds the files of one dataset, tasks={cfg.tasks} are several: one at a time")
+        raise UserError(
+            f"root={cfg.root} holds the files of one dataset, tasks={cfg.tasks} are several: one at a time"
+        )
     where: dict[str, Any] = {"data_dir": Path(cfg.data_dir), "store_dir": Path(cfg.store_dir)}
     where |= {"root": Path(cfg.root).expanduser() if cfg.root else None}
     how: dict[str, Any] = {"source": cfg.source, "revision": cfg.revision, "download": cfg.download}

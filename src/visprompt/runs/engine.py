@@ -1,7 +1,8 @@
 """Processes of one machine: a run on several devices as a process group, and ranks that end with their parent.
 
-Lightning's own launcher starts rank 1 only at the first fit, and its observer kills rank 0 when a child fails; here the
-parent starts every rank of one run, so that it alone decides which runs there are and a failure takes no other along.
+Lightning's own launcher starts rank 1 only at the first fit, and its observer kills rank 0 when a child
+fails; here the parent starts every rank of one run, so that it alone decides which runs there are and a
+failure takes no other along.
 """
 
 import os
@@ -22,7 +23,8 @@ from visprompt.runs import signals
 from visprompt.runs.signals import PARENT
 
 _REASON = "VISPROMPT_REASON"
-# what SLURM tells the one task of a job, from which the trainer of a rank would take SLURM for what started it
+# what SLURM tells the one task of a job, from which the trainer of a rank would take SLURM for what started
+# it
 _TASK = frozenset({"SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"})
 _POLL = 0.2  # seconds between two looks at the ranks
 _GRACE = 10.0  # seconds that ranks get to end by themselves
@@ -33,11 +35,15 @@ class RanksFailed(Exception):
 
 
 def started_elsewhere() -> bool:
-    """Whether srun, torchrun or the like started this process, one rank of a run, by the trainer's own judgement.
+    """Return whether srun, torchrun or the like started this process, one rank of a run, by the trainer's own judgement.
 
-    A job of one task, as SLURM gives it to a notebook or a batch script, starts its ranks itself: `run_ranks`.
+    A job of one task, as SLURM gives it to a notebook or a batch script, starts its ranks itself:
+    `run_ranks`.
     """
-    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment  # late: takes seconds
+    from lightning.fabric.plugins.environments import (
+        SLURMEnvironment,
+        TorchElasticEnvironment,
+    )  # late: takes seconds
 
     tasks = os.environ.get("SLURM_NTASKS", "1")
     return (
@@ -48,12 +54,12 @@ def started_elsewhere() -> bool:
 
 
 def starter() -> str:
-    """What started this process, for a message."""
+    """Return what started this process, for a message."""
     return "SLURM" if "SLURM_NTASKS" in os.environ else "the launcher"
 
 
 def remedy(devices: int, nodes: int) -> str:
-    """How to have as many processes started from outside, for a message."""
+    """Return how to have as many processes started from outside, for a message."""
     if "SLURM_NTASKS" in os.environ:
         return f"srun --nodes={nodes} --ntasks-per-node={devices}"
     return f"torchrun --nnodes={nodes} --nproc-per-node={devices}"
@@ -76,13 +82,14 @@ def check_alone(plugins: Iterable[Mapping[str, Any]], devices: int, nodes: int) 
         program = f"srun --nodes={nodes} --ntasks-per-node={devices}"
         program += "" if slurm else f" or torchrun --nnodes={nodes} --nproc-per-node={devices}"
         raise UserError(
-            f"{what} leaves it to another program to start {devices * nodes} process(es), and none did: begin the "
+            f"{what} leaves it to another program to start {devices * nodes} process(es), and none did: "
+            "begin the "
             f"command with {program}, or take trainer=ddp, which starts those of one machine itself"
         )
 
 
 def run_ranks(command: Sequence[str], world: int) -> None:
-    """Runs a command once for each rank and waits for all of them.
+    """Run a command once for each rank and waits for all of them.
 
     Args:
         command: Program and arguments.
@@ -124,7 +131,10 @@ def _group_env(world: int) -> Mapping[str, str]:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits until all have ended well or one has failed; ends the others then and returns the failed one's status."""
+    """Wait until all have ended well or one has failed.
+
+    Ends the others then and returns the failed one's status.
+    """
     while True:
         signals.check()
         codes = [rank.poll() for rank in ranks]
@@ -140,7 +150,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Asks the ranks to end, then ends them with everything they started."""
+    """Ask the ranks to end, then ends them with everything they started."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(signal.SIGTERM)
@@ -156,7 +166,10 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def end_with_parent() -> None:
-    """Ends this process when the parent that started it as a rank is gone; does nothing in any other process."""
+    """End this process when the parent that started it as a rank is gone.
+
+    Does nothing in any other process.
+    """
     parent = os.environ.get(PARENT)
     if parent is None:
         return
@@ -170,7 +183,7 @@ def end_with_parent() -> None:
 
 
 def give_reason(error: BaseException) -> None:
-    """Tells the parent, where there is one, in one sentence why this rank failed."""
+    """Tell the parent, where there is one, in one sentence why this rank failed."""
     path = os.environ.get(_REASON)
     if path is not None and os.environ.get("LOCAL_RANK") == "0":
         Path(path).write_text(str(error) or type(error).__name__)

@@ -16,8 +16,10 @@ _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "safetensors", "vispr
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts the measurement of the peak memory of a run on a device."""
-    if device.type == "cuda" and torch.cuda.is_initialized():  # else there is nothing to reset, and the call would fail
+    """Start the measurement of the peak memory of a run on a device."""
+    if (
+        device.type == "cuda" and torch.cuda.is_initialized()
+    ):  # else there is nothing to reset, and the call would fail
         torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark to the present size
@@ -39,11 +41,14 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
         return {"bytes": kib * 1024, "of": "process, this run"}
     except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
-        return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "process, its whole life"}
+        return {
+            "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            "of": "process, its whole life",
+        }
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the numbers."""
+    """Return versions of Python and of the libraries that decide the numbers."""
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 

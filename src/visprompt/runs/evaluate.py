@@ -25,7 +25,7 @@ console = Terminal()
 
 @memory.explained(lambda: "give precision=bf16-mixed, or trainer=cpu")
 def evaluate(cfg: DictConfig) -> float:
-    """Scores tuned states on their test set, several of them as one ensemble, and says what the runs had scored.
+    """Score tuned states on their test set, several of them as one ensemble, and says what the runs had scored.
 
     Args:
         cfg: run (the folder of a run, or a list of folders), trainer, precision, weights, data and paths.
@@ -34,7 +34,8 @@ def evaluate(cfg: DictConfig) -> float:
         test/acc.
 
     Raises:
-        UserError: A folder holds no finished run, or one that has no test set, or the runs do not belong together.
+        UserError: A folder holds no finished run, or one that has no test set, or the runs do not belong
+            together.
     """
     folders = [Path(folder) for folder in (cfg.run if OmegaConf.is_list(cfg.run) else [cfg.run])]
     if not folders:
@@ -43,14 +44,16 @@ def evaluate(cfg: DictConfig) -> float:
     states = [load_state(folder) for folder in folders]
     where: Any = {"data_dir": cfg.paths.data_dir, "weights": cfg.weights, "data": own_data(cfg)}
     job = job_of(folders[0], states[0], results[0], **where)
-    trainer, callbacks = (OmegaConf.to_container(cfg[name], resolve=True) for name in ("trainer", "callbacks"))
+    trainer, callbacks = (
+        OmegaConf.to_container(cfg[name], resolve=True) for name in ("trainer", "callbacks")
+    )
     job = job.vary({"trainer": trainer, "callbacks": callbacks, "precision": cfg.precision or job.precision})
     prepared = run.prepare(job)
     for folder, state, result in zip(folders, states, results, strict=True):
         if state.method.get("initial") is not None and len(folders) > 1:
             raise UserError(
-                f"{folder} is of a chain that prunes for its own seed, and the states of an ensemble have one shape: "
-                "give runs with method.prune=false"
+                f"{folder} is of a chain that prunes for its own seed, and the states of an ensemble have "
+                "one shape: give runs with method.prune=false"
             )
         check_prepared(prepared, state, result, folder, folders[0])
     module = TuningModule(restore_on(prepared, states[0], folders[0]), job.recipe, job.seed)
@@ -60,13 +63,16 @@ def evaluate(cfg: DictConfig) -> float:
     trainer = build_trainer(job)
     trainer.test(module, datamodule=prepared.datamodule, verbose=False)
     if not math.isfinite(module.scored_loss):
-        raise UserError(f"{folders[0]} cannot be scored: its loss on the test set is not finite, so run it again")
-    score = module.scores["test/acc"]
+        raise UserError(
+            f"{folders[0]} cannot be scored: its loss on the test set is not finite, so run it again"
+        )
+    first, *others = module.kind.shares
+    score = module.scores[f"test/{first}"]
     own = ", ".join(f"{100 * result.score:.2f} %" for result in results)
     console.print(
-        f"test/acc {100 * score:.2f} % on {module.scores['test/count']:.0f} images "
-        f"({'the run itself' if len(results) == 1 else f'{len(results)} runs averaged; each by itself'}: {own}), "
-        f"test/balanced_acc {100 * module.scores['test/balanced_acc']:.2f} %"
+        f"test/{first} {100 * score:.2f} % on {module.scores['test/count']:.0f} images "
+        f"({'the run itself' if len(results) == 1 else f'{len(results)} runs averaged; each by itself'}: "
+        f"{own}), " + ", ".join(f"test/{name} {100 * module.scores[f'test/{name}']:.2f} %" for name in others)
     )
     return score
 
@@ -80,7 +86,7 @@ def _scored(folder: Path) -> Result:
 
 
 def check_prepared(prepared: run.Run, state: TunedState, result: Result, folder: Path, source: Path) -> None:
-    """Refuses data and a backbone that are not those of a finished run.
+    """Refuse data and a backbone that are not those of a finished run.
 
     Args:
         prepared: What `run.prepare` made of a job.
@@ -95,14 +101,20 @@ def check_prepared(prepared: run.Run, state: TunedState, result: Result, folder:
     check_fits(state, folder, method=prepared.identity["method"], class_names=prepared.datamodule.class_names)
     found = prepared.datamodule.preprocessing
     if missing := [name for name in found if name not in state.preprocessing]:
-        raise UserError(f"{folder} does not say its {missing[0]}: an older version wrote it, run its command again")
+        raise UserError(
+            f"{folder} does not say its {missing[0]}: an older version wrote it, run its command again"
+        )
     if dict(state.preprocessing) != found:
-        raise UserError(f"{folder} was tuned with other preprocessing than {source}: give runs that agree in it")
+        raise UserError(
+            f"{folder} was tuned with other preprocessing than {source}: give runs that agree in it"
+        )
     check_fits(state, folder, backbone=prepared.backbone.record())
     if prepared.datamodule.fingerprint != result.data["fingerprint"]:
-        raise UserError(f"the data of {folder} have changed since it was trained: its test set is another one now")
+        raise UserError(
+            f"the data of {folder} have changed since it was trained: its test set is another one now"
+        )
 
 
 def restore_on(prepared: run.Run, state: TunedState, path: Path) -> Classifier:
-    """The classifier of a tuned state on a copy of a prepared backbone, which the process's next run gets too."""
+    """Return the classifier of a tuned state on a copy of a prepared backbone, which the process's next run gets too."""
     return restore(state, path, replace(prepared.backbone, module=deepcopy(prepared.backbone.module)))

@@ -1,8 +1,8 @@
 """The one place that makes objects of classes that a config names (`_target_`), each of the kind that belongs there.
 
-Configs come from this project, from configs/local and from the user's command line; what a run's folder says never
-gets here (see `visprompt.runs.recorded`). A function, a method or a class of another kind is refused all the same:
-nothing is called to find out what it is.
+Configs come from this project, from configs/local and from the user's command line; what a run's folder says
+never gets here (see `visprompt.runs.recorded`). A function, a method or a class of another kind is refused
+all the same: nothing is called to find out what it is.
 """
 
 import importlib
@@ -50,7 +50,8 @@ def instantiate(where: str, config: Any, kind: type[_Kind] | tuple[type[_Kind], 
         The object.
 
     Raises:
-        UserError: The class cannot be imported or is not of this kind, or it refuses its arguments; one sentence.
+        UserError: The class cannot be imported or is not of this kind, or it refuses its arguments; one
+            sentence.
     """
     plain = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -65,11 +66,15 @@ def instantiate(where: str, config: Any, kind: type[_Kind] | tuple[type[_Kind], 
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         cause = error.__cause__ or error
-        if isinstance(cause, TypeError) and (found := re.search(r"unexpected keyword argument '(\w+)'", str(cause))):
+        if isinstance(cause, TypeError) and (
+            found := re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+        ):
             known = {*map(str, plain), *_arguments(plain["_target_"])} - {found[1], "_target_", *given}
             raise unknown("key", f"{where}.{found[1]}", [f"{where}.{key}" for key in known]) from error
         said = reason(cause) or "one of its settings is of a wrong kind"
-        way_out = next((text for words, text in _WAYS_OUT.items() if words in said), f"correct {where}.<key>=...")
+        way_out = next(
+            (text for words, text in _WAYS_OUT.items() if words in said), f"correct {where}.<key>=..."
+        )
         raise UserError(f"{where} cannot be built: {said.rstrip('.!')}; {way_out}") from error
     if not isinstance(made, kinds):
         raise UserError(f"{where} makes no object of {_names(kinds)}: leave _partial_ and the like out of it")
@@ -77,7 +82,7 @@ def instantiate(where: str, config: Any, kind: type[_Kind] | tuple[type[_Kind], 
 
 
 def _nested(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The targets among a config's arguments at any depth, with their keys."""
+    """Yield the targets among a config's arguments at any depth, with their keys."""
     for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
         key = f"{where}.{name}" if isinstance(value, dict) else f"{where}[{name}]"
         if isinstance(entry, dict) and "_target_" in entry:
@@ -87,7 +92,10 @@ def _nested(where: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check(where: str, target: Any, kinds: tuple[type, ...]) -> None:
-    """Refuses a target that is not a class of one of some kinds; its module is imported, and nothing is called."""
+    """Refuse a target that is not a class of one of some kinds.
+
+    Its module is imported, and nothing is called.
+    """
     found = _find(where, target)
     if not (isinstance(found, type) and issubclass(found, kinds)):
         raise UserError(
@@ -119,7 +127,9 @@ def _import(where: str, target: str, name: str) -> Any:
         ) from error
     except Exception as error:  # a user's own module may raise of every kind
         said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}._target_={target} cannot be imported: {said[:200]}; mend that module") from error
+        raise UserError(
+            f"{where}._target_={target} cannot be imported: {said[:200]}; mend that module"
+        ) from error
 
 
 def _names(kinds: tuple[type, ...]) -> str:
@@ -127,6 +137,6 @@ def _names(kinds: tuple[type, ...]) -> str:
 
 
 def _arguments(target: str) -> set[str]:
-    """The names of a class's arguments, as far as it lists them."""
+    """Return the names of a class's arguments, as far as it lists them."""
     parameters = inspect.signature(hydra.utils.get_class(target)).parameters.values()
     return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}

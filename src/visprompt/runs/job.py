@@ -1,4 +1,7 @@
-"""The job: what one run is asked to do. Composed by Hydra, typed and checked once, then read by everything behind."""
+"""The job: what one run is asked to do.
+
+Composed by Hydra, typed and checked once, then read by everything behind.
+"""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -17,7 +20,9 @@ DEFAULT_MODULE = {"_target_": "visprompt.models.tuning_module.TuningModule"}
 
 
 class Group(BaseModel):
-    """A group of settings, read as attributes; what may stand in it is said by `settings` and by who reads it.
+    """A group of settings, read as attributes.
+
+    What may stand in it is said by `settings` and by who reads it.
 
     Example:
         `job.method.num_tokens`, `"prune" in job.method`, `dict(job.method)`.
@@ -87,9 +92,11 @@ class Job(BaseModel):
         backbone: Settings of the backbone, see `models.backbones.BackboneSpec`; `weights` is a file.
         method: Its name and options.
         recipe: How it is trained.
-        grid: What `tune.py` tries: lists of values by dotted key (`recipe.grid`); None or empty for one point.
+        grid: What `tune.py` tries: lists of values by dotted key (`recipe.grid`); None or empty for one
+            point.
         trainer: Settings of Lightning's trainer.
-        lightning_module: `_target_` of the LightningModule, and arguments of a user's own beside the project's.
+        lightning_module: `_target_` of the LightningModule, and arguments of a user's own beside the
+            project's.
         callbacks: Configs of callbacks by name; one that is None was removed.
         logger: Configs of loggers by name; None or empty for none.
         paths: Folders: root_dir, data_dir, log_dir.
@@ -134,7 +141,9 @@ class Job(BaseModel):
         recipe = content["recipe"]
         if isinstance(recipe, Mapping):
             content["grid"] = recipe.get("grid", content.get("grid"))
-            content["recipe"] = Recipe(**{k: v for k, v in recipe.items() if k not in ("grid", "rows", "table")})
+            content["recipe"] = Recipe(
+                **{k: v for k, v in recipe.items() if k not in ("grid", "rows", "table")}
+            )
         content["precision"] = settings.PRECISIONS.get(str(content["precision"]), str(content["precision"]))
         try:
             super().__init__(**content)
@@ -166,7 +175,8 @@ class Job(BaseModel):
         """Return a copy with other values, checked as this one was.
 
         Args:
-            values: New values by dotted key, such as {"recipe.lr": 0.1}; each replaces the old one as a whole.
+            values: New values by dotted key, such as {"recipe.lr": 0.1}; each replaces the old one as a
+                whole.
 
         Raises:
             UserError: The job has no such key, or a value does not fit.
@@ -177,16 +187,23 @@ class Job(BaseModel):
             holder: Any = content
             for parent in parents:
                 holder = holder.get(parent) if isinstance(holder, dict) else None
-            if not isinstance(holder, dict) or name not in holder:  # its value may be null, as that of method.depth
-                raise unknown("key of recipe.grid", key, ["recipe.lr", "recipe.weight_decay", "method.num_tokens"])
+            if (
+                not isinstance(holder, dict) or name not in holder
+            ):  # its value may be null, as that of method.depth
+                raise unknown(
+                    "key of recipe.grid", key, ["recipe.lr", "recipe.weight_decay", "method.num_tokens"]
+                )
             holder[name] = deepcopy(value)
         return Job(**content)
 
 
 def check_effect(recipe: Recipe) -> None:
-    """Refuse a value that the chosen optimiser does not read; a run of an older version may have recorded one."""
+    """Refuse a value that the chosen optimiser does not read.
+
+    A run of an older version may have recorded one.
+    """
     if not recipe.uses_sgd and recipe.momentum != 0.9:
         raise UserError(
-            f"recipe.momentum={recipe.momentum} is of SGD, and recipe.optimizer={recipe.optimizer} has none: leave it "
-            "out, or give recipe.optimizer=sgd"
+            f"recipe.momentum={recipe.momentum} is of SGD, and recipe.optimizer={recipe.optimizer} has "
+            "none: leave it out, or give recipe.optimizer=sgd"
         )

@@ -12,7 +12,15 @@ from visprompt.errors import UserError
 
 PATHS = (
     *("paths.root_dir", "paths.data_dir", "paths.log_dir", "data_dir", "store_dir", "root"),
-    *("data.root", "data.csv", "data.data_dir", "data.store_dir", "backbone.weights", "method.weights", "recipe.table"),
+    *(
+        "data.root",
+        "data.csv",
+        "data.data_dir",
+        "data.store_dir",
+        "backbone.weights",
+        "method.weights",
+        "recipe.table",
+    ),
     *("run", "state", "images", "output", "weights", "runs", "inspect", "table"),
     *("trainer.profiler.dirpath",),
 )
@@ -45,13 +53,18 @@ def expand_paths(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if value is None:
             continue
-        expanded: Any = [_expanded(v, start) for v in value] if OmegaConf.is_list(value) else _expanded(value, start)
+        expanded: Any = (
+            [_expanded(v, start) for v in value] if OmegaConf.is_list(value) else _expanded(value, start)
+        )
         if expanded != value:
             OmegaConf.update(cfg, key, expanded)
 
 
 def _expanded(value: Any, start: Path) -> Any:
-    if not isinstance(value, str) or value in ("", "auto"):  # `inspect=auto` is a word; a wrong kind is refused later
+    if not isinstance(value, str) or value in (
+        "",
+        "auto",
+    ):  # `inspect=auto` is a word; a wrong kind is refused later
         return value
     return expanduser(value) if start == Path() else str(start / expanduser(value))
 
@@ -91,4 +104,6 @@ def check_writable(folder: Path, key: str, value: str) -> None:
         if os.access(folder, os.W_OK | os.X_OK):
             return
         reason = f"{folder} cannot be written to"
-    raise UserError(f"{key}={value} cannot hold what is written: {reason}; give {key}= a folder that you may write to")
+    raise UserError(
+        f"{key}={value} cannot hold what is written: {reason}; give {key}= a folder that you may write to"
+    )

@@ -1,4 +1,7 @@
-"""Labelling a folder of images with a saved state; without Lightning and Hydra, whose imports take seconds."""
+"""Labelling a folder of images with a saved state.
+
+Without Lightning and Hydra, whose imports take seconds.
+"""
 
 import csv
 import io
@@ -39,8 +42,8 @@ def predict(
 ) -> None:
     """Label an image, or every image below a folder, and write a CSV.
 
-    What training leaves out (hidden and system files, other formats) is left out here. Names that cannot be shown are
-    escaped in the CSV: see `text.visible`.
+    What training leaves out (hidden and system files, other formats) is left out here. Names that cannot be
+    shown are escaped in the CSV: see `text.visible`.
 
     Args:
         state: A run's folder, or its tuned.safetensors.
@@ -57,9 +60,15 @@ def predict(
     """
     path, place, csv_file = Path(state), Path(images), Path(output)
     if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"batch_size={batch_size} is not a number of images: give a whole number of 1 or more")
+        raise UserError(
+            f"batch_size={batch_size} is not a number of images: give a whole number of 1 or more"
+        )
     if csv_file.is_dir() or (csv_file.exists() and not overwrite):
-        what = "is a folder: give" if csv_file.is_dir() else "is there already: give overwrite=true to replace it, or"
+        what = (
+            "is a folder: give"
+            if csv_file.is_dir()
+            else "is there already: give overwrite=true to replace it, or"
+        )
         raise UserError(f"output={output} {what} the name of a new CSV")
     tidy(path if path.is_dir() else path.parent)
     tuned = open_state(path)
@@ -76,7 +85,9 @@ def predict(
         with torch.inference_mode():
             shares = classifier(batch.to(where)).float().softmax(1).cpu()
         if not shares.isfinite().all():
-            raise UserError(f"{path} gives no probabilities for {names[0]}: its numbers overflow, so tune it again")
+            raise UserError(
+                f"{path} gives no probabilities for {names[0]}: its numbers overflow, so tune it again"
+            )
         for name, row in zip(names, shares, strict=True):
             best = int(row.argmax())
             figures = [f"{share:.6f}" for share in (row[best], *row)]
@@ -105,7 +116,7 @@ def _files(place: Path, left_out: Counter[str]) -> tuple[list[Path], Path]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one.
+    """Return the device of a name; "auto" is a GPU where there is one.
 
     Raises:
         UserError: There is no such device.
@@ -121,7 +132,7 @@ def find_device(name: str) -> torch.device:
 def _batches(
     files: Sequence[Path], root: Path, state: TunedState, size: int, max_pixels: int
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Batches of names and prepared images; a file that cannot be read is named and left out."""
+    """Return batches of names and prepared images; a file that cannot be read is named and left out."""
     decode = decoder_of(state.preprocessing, max_pixels)
     names: list[str] = []
     inputs: list[torch.Tensor] = []

@@ -1,4 +1,7 @@
-"""Importing this module silences what Lightning and timm say on every fit; warnings of other kinds still come."""
+"""Importing this module silences what Lightning and timm say on every fit.
+
+Warnings of other kinds still come.
+"""
 
 import logging
 import warnings
@@ -15,6 +18,8 @@ warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode a
 # what is logged at the end of an epoch is the same on every rank already
 warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True\)`")
 # every figure is logged at the end of an epoch, whatever the interval of steps
-warnings.filterwarnings("ignore", message=r"The number of training batches \(\d+\) is smaller than the logging")
+warnings.filterwarnings(
+    "ignore", message=r"The number of training batches \(\d+\) is smaller than the logging"
+)
 # images are decoded once and lie in memory or in a memory map: more workers would not help
 warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")

@@ -1,4 +1,6 @@
-"""One rank of a run on several devices: `python -m visprompt.runs.rank FILE`, where FILE holds the job as YAML.
+"""One rank of a run on several devices.
+
+`python -m visprompt.runs.rank FILE`, where FILE holds the job as YAML.
 
 `run_all` checked the job and started this process; here nothing is composed again.
 """
@@ -24,7 +26,10 @@ def main(file: Path) -> None:
     engine.end_with_parent()
     with one_sentence_errors():
         try:
-            from visprompt.runs import memory, run  # imported late: torch takes seconds, and the parent may be gone
+            from visprompt.runs import (
+                memory,
+                run,
+            )  # imported late: torch takes seconds, and the parent may be gone
             from visprompt.runs.job import Job
 
             signals.started()

@@ -23,7 +23,7 @@ def _row(key: str, *, _root_: DictConfig) -> Any:
 
 
 def _rows(cfg: DictConfig) -> list[DictConfig]:
-    """The rows of a recipe's table that are for a config's task, the nearest first."""
+    """Return the rows of a recipe's table that are for a config's task, the nearest first."""
     spec = catalog.TASKS.get(str(cfg.task))
     names = [cfg.task, spec.family if spec else None, "default"]
     return [cfg.recipe.rows[name] for name in names if name and name in cfg.recipe.rows]
@@ -41,7 +41,9 @@ def apply_table(cfg: DictConfig) -> None:
     recipe = cfg.recipe
     if recipe.table is None:
         return
-    names = {*catalog.TASKS, "vtab", "fgvc", "default"} & set(recipe.rows)  # `grid=paper` has other entries there
+    names = {*catalog.TASKS, "vtab", "fgvc", "default"} & set(
+        recipe.rows
+    )  # `grid=paper` has other entries there
     known = {str(key) for name in names for key in recipe.rows[name]} - {"grid", "source"}
     values = recipe_table.read(Path(recipe.table), str(cfg.task), cfg.method.name, known)
     with open_dict(cfg):
@@ -67,7 +69,9 @@ def apply_row(cfg: DictConfig, said: Set[str]) -> None:
 def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
     """Give a run of fewer epochs than its row has a warm-up in proportion, where the row's would not fit into it."""
     recipe, rows = cfg.recipe, _rows(cfg)
-    epochs, warmup = (next((row[name] for row in rows if name in row), None) for name in ("epochs", "warmup_epochs"))
+    epochs, warmup = (
+        next((row[name] for row in rows if name in row), None) for name in ("epochs", "warmup_epochs")
+    )
     numbers = (recipe.epochs, recipe.warmup_epochs, epochs, warmup)
     if "recipe.warmup_epochs" in said or recipe.warmup_epochs != warmup or not all(map(is_finite, numbers)):
         return
@@ -75,13 +79,14 @@ def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
         share = warmup * recipe.epochs / epochs
         recipe.warmup_epochs = share // 1 if recipe.schedule == "per_epoch" else share
         log.info(
-            "recipe.warmup_epochs is %g in a run of recipe.epochs=%s, in proportion to the recipe's %g of %s epochs",
+            "recipe.warmup_epochs is %g in a run of recipe.epochs=%s, in proportion to the recipe's %g of "
+            "%s epochs",
             *(recipe.warmup_epochs, recipe.epochs, warmup, epochs),
         )
 
 
 def _apply_grid(cfg: DictConfig, said: Set[str]) -> None:
-    """Gives a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
+    """Give a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
 
     Nothing is tried of what the command line gives: such a key keeps its own value alone.
     """

@@ -4,11 +4,12 @@
     dtd,vpt_deep,10,2.5,0.001
     svhn,vpt_deep,50,2.5,0
 
-A column is named like a value of the recipes' rows (lr, weight_decay, batch_size, num_tokens, dropout, ...); lr is the
-base value, for a batch of 256. `task` is an id or another name in circulation. A row is of any method where there is no
-column `method` or its cell is empty. An empty cell leaves the value to the recipe.
+A column is named like a value of the recipes' rows (lr, weight_decay, batch_size, num_tokens, dropout, ...);
+lr is the base value, for a batch of 256. `task` is an id or another name in circulation. A row is of any
+method where there is no column `method` or its cell is empty. An empty cell leaves the value to the recipe.
 
-A table of the settings that VPT's authors chose was public (vtab_all_release.csv); give its columns these names.
+A table of the settings that VPT's authors chose was public (vtab_all_release.csv); give its columns these
+names.
 """
 
 import csv
@@ -58,11 +59,15 @@ def _rows(path: Path) -> list[dict[str, str]]:
         raise UserError(f"recipe.table={path} cannot be read ({error}): give a CSV file") from error
     header = [name.strip() for name in lines[0]] if lines else []
     if "task" not in header:
-        raise UserError(f"{path} has no column task: its first line names the columns, as in task,lr,weight_decay")
+        raise UserError(
+            f"{path} has no column task: its first line names the columns, as in task,lr,weight_decay"
+        )
     if twice := next((name for name in header if header.count(name) > 1), None):
         raise UserError(f"{path} has two columns {twice!r}: leave one of them out")
     if bad := next((number for number, line in enumerate(lines, start=1) if len(line) != len(header)), None):
-        raise UserError(f"{path} has {len(lines[bad - 1])} cells in row {bad} and {len(header)} columns: mend that row")
+        raise UserError(
+            f"{path} has {len(lines[bad - 1])} cells in row {bad} and {len(header)} columns: mend that row"
+        )
     return [dict(zip(header, line, strict=True)) for line in lines[1:]]
 
 

@@ -1,9 +1,11 @@
-"""A finished run as a job for this machine: what its folder says is data, and names nothing that runs or is written to.
+"""A finished run as a job for this machine.
 
-Composed from this project's own configs are the data module (by the name of its config), the trainer and all folders;
-taken from the run's files are plain values: of the checked tuned state method and backbone, of result.json recipe,
-split, seed and precision, of config.yaml the settings of the data and where own images and weights lay. Everything else
-in a config.yaml (hydra, callbacks, logger, trainer, paths) is not looked at.
+What its folder says is data, and names nothing that runs or is written to.
+
+Composed from this project's own configs are the data module (by the name of its config), the trainer and all
+folders; taken from the run's files are plain values: of the checked tuned state method and backbone, of
+result.json recipe, split, seed and precision, of config.yaml the settings of the data and where own images
+and weights lay. Everything else in a config.yaml (hydra, callbacks, logger, trainer, paths) is not looked at.
 """
 
 import math
@@ -31,9 +33,19 @@ from visprompt.text import Terminal, visible
 
 console = Terminal()
 _MEND = "copy the whole folder of the run again, and do not use it if you do not know who made it"
-_THIS_MACHINE = ("_target_", "data_dir", "store_dir", "download", "num_workers", "pin_memory")  # of the data's settings
+_THIS_MACHINE = (
+    "_target_",
+    "data_dir",
+    "store_dir",
+    "download",
+    "num_workers",
+    "pin_memory",
+)  # of the data's settings
 _LARGEST = 2**22  # bytes of a config.yaml
-_MOST, _DEEPEST = 256, 2  # entries of a list or mapping among the data's settings, and how many lie in one another
+_MOST, _DEEPEST = (
+    256,
+    2,
+)  # entries of a list or mapping among the data's settings, and how many lie in one another
 
 
 class _Lax(BaseModel):
@@ -78,13 +90,15 @@ def job_of(
         result: What it recorded.
         data_dir: This machine's folder of data; None takes that of configs/paths and configs/local.
         weights: The file of backbone weights; None takes the place that the run recorded, which is only read.
-        data: The user's own settings of the data, such as another root; `_target_` among them names a data module.
+        data: The user's own settings of the data, such as another root; `_target_` among them names a data
+            module.
 
     Returns:
         A job for `run.prepare`, with this machine's default trainer.
 
     Raises:
-        UserError: The run's config.yaml cannot be read or says what no run says, or there is no file of weights.
+        UserError: The run's config.yaml cannot be read or says what no run says, or there is no file of
+            weights.
     """
     config = _read(folder / "config.yaml")
     stored_data = in_present_words(config.data)
@@ -129,9 +143,13 @@ def _read(path: Path) -> _Config:
             raise UserError(f"{path} is refused: it is larger than any run's; {_MEND}")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): copy the whole folder of the run") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): copy the whole folder of the run"
+        ) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read (it is cut or no YAML): copy the whole folder of the run") from error
+        raise UserError(
+            f"{path} cannot be read (it is cut or no YAML): copy the whole folder of the run"
+        ) from error
     return state_schema.read(_Config, content, path, _MEND)
 
 
@@ -140,7 +158,9 @@ def _compose(task: str, source: Path, data_dir: str | None) -> dict[str, Any]:
     spec = TASKS.get(task)
     files = [] if spec else sorted((CONFIGS / "data").rglob(f"{task}.yaml"))
     if spec is None and not files:
-        raise UserError(f"{source} is refused: its data are of the config {task!r}, which is not in {CONFIGS / 'data'}")
+        raise UserError(
+            f"{source} is refused: its data are of the config {task!r}, which is not in {CONFIGS / 'data'}"
+        )
     name = spec.config if spec else files[0].relative_to(CONFIGS / "data").with_suffix("").as_posix()
     with nullcontext() if GlobalHydra.instance().is_initialized() else composing():
         cfg = hydra_compose("train", [f"data={name}"])
@@ -149,20 +169,27 @@ def _compose(task: str, source: Path, data_dir: str | None) -> dict[str, Any]:
     return {group: OmegaConf.to_container(cfg[group], resolve=True) for group in ("data", "trainer", "paths")}
 
 
-def _data(ours: dict[str, Any], stored: Mapping[str, Any], given: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """The data module's settings: this machine's, then those that the run recorded, then the user's own."""
+def _data(
+    ours: dict[str, Any], stored: Mapping[str, Any], given: Mapping[str, Any], source: Path
+) -> dict[str, Any]:
+    """Return the data module's settings.
+
+    This machine's, then those that the run recorded, then the user's own.
+    """
     target = str(stored.get("_target_", ours["_target_"]))
     if target != ours["_target_"] and not target.startswith("visprompt.data.") and "_target_" not in given:
         raise UserError(
-            f"{source} names the data module {target!r:.80}, and a run's folder does not decide what code runs: "
-            "give +data._target_=... yourself if that is your own module"
+            f"{source} names the data module {target!r:.80}, and a run's folder does not decide what code "
+            "runs: give +data._target_=... yourself if that is your own module"
         )
     values: dict[str, Any] = {}
     for name, value in stored.items():
         if name in _THIS_MACHINE or name in given:
             continue
         if name not in ours:
-            raise UserError(f"{source} is refused: data.{visible(str(name))} is not a setting of its data; {_MEND}")
+            raise UserError(
+                f"{source} is refused: data.{visible(str(name))} is not a setting of its data; {_MEND}"
+            )
         if not _is_plain(value):
             raise UserError(f"{source} is refused: data.{name} is not a plain value; {_MEND}")
         values[name] = value
@@ -171,12 +198,16 @@ def _data(ours: dict[str, Any], stored: Mapping[str, Any], given: Mapping[str, A
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a value is a number, a switch, a text that OmegaConf takes as it is, or a few of them."""
+    """Return whether a value is a number, a switch, a text that OmegaConf takes as it is, or a few of them."""
     if isinstance(value, dict):
-        named = all(isinstance(name, str) and not name.startswith("_") for name in value)  # _target_ is Hydra's word
+        named = all(
+            isinstance(name, str) and not name.startswith("_") for name in value
+        )  # _target_ is Hydra's word
         return named and _is_plain([*value, *value.values()], depth)
     if isinstance(value, list):
-        return len(value) <= _MOST and depth < _DEEPEST and all(_is_plain(entry, depth + 1) for entry in value)
+        return (
+            len(value) <= _MOST and depth < _DEEPEST and all(_is_plain(entry, depth + 1) for entry in value)
+        )
     if isinstance(value, str):
         return not state_schema.has_control(value) and "${" not in value
     return value is None or isinstance(value, bool) or (type(value) in (int, float) and math.isfinite(value))

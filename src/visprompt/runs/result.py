@@ -3,142 +3,149 @@
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from visprompt.data.transforms import in_present_words
 from visprompt.errors import UserError
 from visprompt.files import DamagedRecord, read_record, write_record
+from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.models.tuned_state import TunedState, load_state, read_checksum
 from visprompt.text import in_markdown
 
-SCHEMA = 1
-_LATER = {"trainer", "files"}  # fields that records of older versions lack
+SCHEMA: Literal[1] = 1
+_LATER = {"trainer", "files", "kind"}  # fields that records of older versions lack
 _Point = TypeVar("_Point")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What one run was and what came of it.
+class Result(BaseModel):
+    """What one run was and what came of it: the schema of result.json."""
 
-    Attributes:
-        status: "finished", "diverged" where the loss was not finite, or "unscored" where a run was to train and score
-            nothing (data.test=none).
-        task: Task id, or the name of the user's own images.
-        method: Name and options.
-        recipe: How it was trained.
-        split: "tune" or "final".
-        seed: Seed of the run.
-        attempt: 0, and one more for each `rerun=true` that was completed.
-        precision: Lightning's precision.
-        data: Source, form (lossless or lossy), fingerprint, fraction, preprocessing, sizes of the split sets.
-        backbone: Name, options, weights' hash, the blocks that carried prompt tokens in full, and what was pooled.
-        metrics: Logged figures by name; accuracies are shares, not per cent.
-        per_class: Test (in tune: validation) accuracy by class name; null where a class has no image.
-        tuned: Parameters, head parameters, share of the backbone, parameters by name, pairs of a multiplication and an
-            addition for one image (macs), depth and length of prompts, bytes of the file, its checksum.
-        time: Seconds of training, and of the whole run; of the last process where a run was resumed.
-        peak_memory: Bytes, and what was measured.
-        machine: Device, devices, accumulation, threads.
-        versions: Libraries, Python, git commit.
-        diverged_step: The optimiser step at which the loss was not finite, else null.
-        trainer: The trainer's settings that may change the numbers, such as clipped gradients; records of older
-            versions have none.
-        files: sha256 (hex) by name of files beside the record that no checksum of their own guards: metrics.csv.
-        tags: The user's own.
-        schema: Version of this record.
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+    status: Literal["finished", "diverged", "unscored"]
+    """diverged: the loss was not finite.
+
+    Unscored: the run was to train and score nothing (data.test=none).
     """
-
-    status: str
     task: str
-    method: Mapping[str, Any]
-    recipe: Mapping[str, Any]
+    """Task id, or the name of the user's own images."""
+    method: dict[str, Any]
+    """Name and options."""
+    recipe: dict[str, Any]
+    """How it was trained."""
     split: str
+    """tune or final."""
     seed: int
+    """Seed of the run."""
     attempt: int
+    """0, and one more for each rerun=true that was completed."""
     precision: str
-    data: Mapping[str, Any]
-    backbone: Mapping[str, Any]
-    metrics: Mapping[str, float]
-    per_class: Mapping[str, float | None]
-    tuned: Mapping[str, Any]
-    time: Mapping[str, float]
-    peak_memory: Mapping[str, Any]
-    machine: Mapping[str, Any]
-    versions: Mapping[str, str | None]
+    """Lightning's precision."""
+    data: dict[str, Any]
+    """Source, form (lossless or lossy), fingerprint, fraction, preprocessing, sizes of the split sets."""
+    backbone: dict[str, Any]
+    """Name, options, sha256 of the weights, the blocks that carried prompt tokens in full, and what was pooled."""
+    metrics: dict[str, float]
+    """Logged figures by name; accuracies are shares, not per cent."""
+    per_class: dict[str, float | None]
+    """Test (in split=tune: validation) accuracy by class name; null for a class without images."""
+    tuned: dict[str, Any]
+    """Parameters, head parameters, share of the backbone, parameters by name, multiply-adds for one image (macs),
+    depth and length of prompts, bytes and sha256 of the file."""
+    time: dict[str, float]
+    """Seconds of training, and of the last process of a run that was resumed."""
+    peak_memory: dict[str, Any]
+    """Bytes, and what was measured."""
+    machine: dict[str, Any]
+    """Device, devices, accumulation, threads."""
+    versions: dict[str, str | None]
+    """Libraries, Python, git commit."""
     diverged_step: int | None = None
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
-    tags: tuple[str, ...] = field(default=())
-    schema: int = SCHEMA
+    """The optimiser step at which the loss was not finite, else null."""
+    trainer: dict[str, Any] = {}
+    """Settings of the trainer that may change the numbers, such as clipped gradients.
+
+    Older records lack it.
+    """
+    files: dict[str, str] = {}
+    """sha256 of further files of the folder, by name: metrics.csv; older records lack it."""
+    tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """The user's own, and debug."""
+    kind: str = SINGLE_LABEL.name
+    """What the task asks of an image; older records lack it."""
+    version: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    """Version of this record."""
 
     @property
     def score(self) -> float:
-        """What this run is judged by: val/acc in `split=tune`, else test/acc; -inf where it diverged; nan unscored."""
+        """What this run is judged by: a figure of val in `split=tune`, else of test; -inf diverged.
+
+        Nan unscored.
+        """
         if self.status == "unscored":
             return float("nan")
         if self.status == "diverged":
             return float("-inf")
-        return self.metrics["val/acc" if self.split == "tune" else "test/acc"]
-
-
-_KINDS: Mapping[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("status", "task", "split", "precision"), str),
-    **dict.fromkeys(("seed", "attempt", "schema"), int),
-    **dict.fromkeys(("method", "recipe", "data", "backbone", "metrics", "per_class", "tuned"), dict),
-    **dict.fromkeys(("time", "peak_memory", "machine", "versions", "trainer", "files"), dict),
-    **{"diverged_step": (int, type(None)), "tags": list},
-}
+        return self.metrics[f"{'val' if self.split == 'tune' else 'test'}/{KINDS[self.kind].score}"]
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Writes a run's result.json with its digest, atomically.
+    """Write a run's result.json with its digest, atomically.
 
     Raises:
         ValueError: A figure is not finite; JSON has no word for it.
     """
-    write_record(folder / "result.json", asdict(result), indent=1)
+    write_record(folder / "result.json", result.model_dump(by_alias=True), indent=1)
 
 
 def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
-    """Reads a run's result.json and compares the tuned state beside it with the checksum that it recorded.
+    """Read a run's result.json and compares the tuned state beside it with the checksum that it recorded.
 
     Args:
         folder: The run's folder.
-        hashed: Whether the state's tensors are hashed, 1 to 3 ms for each MB. Else only its size and the checksum in
-            its header are compared, 0.2 ms at any size, which finds another run's state and a cut one: for reports
-            over thousands of runs.
+        hashed: Whether the state's tensors are hashed, 1 to 3 ms for each MB. Else only its size and the
+            checksum in its header are compared, 0.2 ms at any size, which finds another run's state and a cut
+            one: for reports over thousands of runs.
 
     Returns:
         The result, None where there is no result.json.
 
     Raises:
-        DamagedRecord: The record or the tuned state is damaged, or they do not belong together. The message names the
-            file and says why, not what to do.
+        DamagedRecord: The record or the tuned state is damaged, or they do not belong together. The message
+            names the file and says why, not what to do.
     """
     path = folder / "result.json"
     record = read_record(path)
     if record is None:
         return None
     record.pop("digest", None)
-    if {*record, *_LATER} != {f.name for f in fields(Result)} or record["schema"] != SCHEMA:
+    if {*record, *_LATER} != {field.alias or name for name, field in Result.model_fields.items()}:
         raise DamagedRecord(f"{path} is damaged or of another version of visprompt")
-    for name, value in record.items():
-        if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
-            raise DamagedRecord(f"{path} is damaged: its {name} is {value!r}")
-    if record["status"] not in ("finished", "unscored", "diverged"):
-        raise DamagedRecord(f"{path} is damaged: its status is {record['status']!r}")
-    if isinstance(how := record["data"].get("preprocessing"), dict):
-        record["data"]["preprocessing"] = in_present_words(how)
-    result = Result(**record | {"tags": tuple(record["tags"])})
+    try:
+        result = Result.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["loc"] == ("schema",):
+            raise DamagedRecord(f"{path} is damaged or of another version of visprompt") from None
+        key = ".".join(map(str, first["loc"]))
+        raise DamagedRecord(f"{path} is damaged: its {key} is {first['input']!r}") from None
+    if result.kind not in KINDS:
+        raise DamagedRecord(f"{path} is damaged: its kind is {result.kind!r}")
+    if isinstance(how := result.data.get("preprocessing"), dict):
+        result = result.model_copy(update={"data": result.data | {"preprocessing": in_present_words(how)}})
     if result.status != "diverged":
         _check_state(folder / "tuned.safetensors", result, hashed)
     return result
 
 
 def _check_state(path: Path, result: Result, hashed: bool) -> None:
-    """Raises `DamagedRecord` where a tuned state is not the one that a result recorded."""
+    """Raise `DamagedRecord` where a tuned state is not the one that a result recorded."""
     if not path.is_file():
         raise DamagedRecord(f"{path} is missing, which result.json names")
     if path.stat().st_size != result.tuned.get("bytes"):
@@ -149,11 +156,13 @@ def _check_state(path: Path, result: Result, hashed: bool) -> None:
     if checksum is None:
         raise DamagedRecord(f"{path} is damaged: its checksum differs")
     if checksum != result.tuned["sha256"]:
-        raise DamagedRecord(f"{path} is not the state that result.json recorded: it is another run's or attempt's")
+        raise DamagedRecord(
+            f"{path} is not the state that result.json recorded: it is another run's or attempt's"
+        )
 
 
 def read_result(folder: Path, *, hashed: bool = True) -> Result | None:
-    """Reads a run's result where it is finished: `load_result`, with None for what is damaged too."""
+    """Read a run's result where it is finished: `load_result`, with None for what is damaged too."""
     try:
         return load_result(folder, hashed=hashed)
     except DamagedRecord:
@@ -161,7 +170,7 @@ def read_result(folder: Path, *, hashed: bool = True) -> Result | None:
 
 
 def open_result(folder: Path) -> Result:
-    """Reads the result of a run that has to be finished, without hashing its state, which `load_state` does.
+    """Read the result of a run that has to be finished, without hashing its state, which `load_state` does.
 
     Raises:
         UserError: The folder holds no finished run, or its files are damaged or do not belong together.
@@ -176,7 +185,7 @@ def open_result(folder: Path) -> Result:
 
 
 def check_same_run(result: Result, identity: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a whole result, state and all, that another run wrote.
+    """Refuse a whole result, state and all, that another run wrote.
 
     Args:
         result: What lies in the folder.
@@ -197,13 +206,13 @@ def check_same_run(result: Result, identity: Mapping[str, Any], folder: Path) ->
 
 def _another(folder: Path, name: str, found: object, wanted: object) -> UserError:
     return UserError(
-        f"{folder / 'result.json'} is another run's (its {name} is {found}, this run's is {wanted}): move or delete "
-        "what lies in that folder"
+        f"{folder / 'result.json'} is another run's (its {name} is {found}, this run's is {wanted}): move "
+        "or delete what lies in that folder"
     )
 
 
 def open_state(path: Path) -> TunedState:
-    """Reads a tuned state, after comparing it with the result.json beside it where there is one.
+    """Read a tuned state, after comparing it with the result.json beside it where there is one.
 
     Args:
         path: The file, or the run's folder that holds `tuned.safetensors`.
@@ -218,10 +227,10 @@ def open_state(path: Path) -> TunedState:
 
 
 def choose(results: Sequence[Result | None], points: Sequence[_Point]) -> _Point | None:
-    """Chooses a point of a grid by its validation accuracy after the last epoch.
+    """Choose a point of a grid by its validation accuracy after the last epoch.
 
-    Ties, common on 200 images, go to the smallest learning rate, then the largest weight decay, then the shortest
-    prompt, then to the first. A point that failed or diverged is never chosen.
+    Ties, common on 200 images, go to the smallest learning rate, then the largest weight decay, then the
+    shortest prompt, then to the first. A point that failed or diverged is never chosen.
 
     Args:
         results: Results of runs of `split=tune`, None where a run failed.
@@ -271,7 +280,7 @@ class Cell:
 
 
 def cell(results: Iterable[Result]) -> Cell:
-    """Puts runs together that differ in nothing but the seed.
+    """Put runs together that differ in nothing but the seed.
 
     Raises:
         UserError: They differ in protocol, one of them has no test score, or two are of one seed.
@@ -280,7 +289,9 @@ def cell(results: Iterable[Result]) -> Cell:
     alike = {json.dumps(_protocol(result), sort_keys=True) for result in found}
     scored = all(result.split == "final" and result.status == "finished" for result in found)
     if len(alike) != 1 or not scored:
-        raise UserError("runs that differ in more than the seed, or have no test score, are not averaged together")
+        raise UserError(
+            "runs that differ in more than the seed, or have no test score, are not averaged together"
+        )
     if len({result.seed for result in found}) < len(found):
         raise UserError("two runs of one seed are not averaged together: keep the one that is meant")
     return Cell(tuple(result.score for result in found))
@@ -290,14 +301,18 @@ def _protocol(result: Result) -> dict[str, Any]:
     names = ("task", "method", "recipe", "split", "precision", "data", "trainer")
     found = {name: getattr(result, name) for name in names}
     own = ("token_mask", "segment_mask", "initial")  # what a seed's own chain of pruning found
-    follows = {"pooling"} if result.backbone.get("pretrained", True) else {"pooling", "sha256"}  # of the seed's weights
-    found["data"] = {name: value for name, value in result.data.items() if name != "summary"}  # where it was, and so on
+    follows = (
+        {"pooling"} if result.backbone.get("pretrained", True) else {"pooling", "sha256"}
+    )  # of the seed's weights
+    found["data"] = {
+        name: value for name, value in result.data.items() if name != "summary"
+    }  # where it was, and so on
     found["backbone"] = {name: value for name, value in result.backbone.items() if name not in follows}
     return found | {"method": {name: value for name, value in result.method.items() if name not in own}}
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, its first column left-aligned, the others right-aligned."""
+    """Return a Markdown table, its first column left-aligned, the others right-aligned."""
     columns = list(header)
     marks = [":--"] + ["--:"] * (len(columns) - 1)
     lines = [map(in_markdown, columns), marks, *(map(in_markdown, row) for row in rows)]

@@ -1,4 +1,7 @@
-"""The file of a resume state, without pickle: tensors as safetensors, everything else as JSON in the same file."""
+"""The file of a resume state, without pickle.
+
+Tensors as safetensors, everything else as JSON in the same file.
+"""
 
 import json
 from collections import defaultdict
@@ -35,7 +38,7 @@ class Owner:
 
 
 def owner_of(path: Path) -> Owner | None:
-    """Returns whose resume state a file is, by its header alone; None where that cannot be read."""
+    """Return whose resume state a file is, by its header alone; None where that cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {})[_KEY][_DIGITS:]
@@ -78,7 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Replaces tensors by references, and dicts and tuples by forms that JSON gives back unchanged."""
+    """Replace tensors by references, and dicts and tuples by forms that JSON gives back unchanged."""
     if isinstance(value, torch.Tensor):
         # a copy, because two entries may share memory; safetensors takes contiguous ones only
         tensors[str(len(tensors))] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -95,7 +98,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Undoes `_pack`."""
+    """Undo `_pack`."""
     if isinstance(value, list):
         return [_unpack(v, tensors) for v in value]
     if not isinstance(value, dict):

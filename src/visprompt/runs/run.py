@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +22,7 @@ from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.family import Family
 from visprompt.models.classifier import Classifier
 from visprompt.models.feature_cache import release_pixels
+from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.models.methods import Method, build_method, check_options
 from visprompt.models.state_schema import check_record
 from visprompt.models.tuned_state import TunedState, save_state
@@ -60,7 +61,7 @@ class Run:
 
 
 def prepare(job: Job) -> Run:
-    """Builds a job's data and backbone and finds its folder.
+    """Build a job's data and backbone and finds its folder.
 
     Args:
         job: A job.
@@ -69,7 +70,8 @@ def prepare(job: Job) -> Run:
         The run; nothing is written and nothing trained yet.
 
     Raises:
-        UserError: Data, weights or a word of the config are missing or wrong, or no tuned state could hold them.
+        UserError: Data, weights or a word of the config are missing or wrong, or no tuned state could hold
+            them.
     """
     check(job)
     seed = 0 if job.backbone.pretrained else job.seed  # loaded weights are the same for every seed
@@ -78,7 +80,9 @@ def prepare(job: Job) -> Run:
     datamodule.check_sets()
     identity = identity_of(job, backbone, datamodule)
     about = {name: getattr(datamodule, name) for name in ("task", "class_names", "preprocessing")}
-    method = {k: v for k, v in identity["method"].items() if k != "weights"}  # whoever builds it looks for that file
+    method = {
+        k: v for k, v in identity["method"].items() if k != "weights"
+    }  # whoever builds it looks for that file
     about |= {"method": method, "backbone": backbone.record(), "versions": {}}
     check_record(about, "this run", "its tuned state could not be read again")  # before it is trained
     folder = Path(job.paths.log_dir) / datamodule.task / job.method.name / digest(identity)
@@ -97,12 +101,12 @@ def check(job: Job) -> None:
 
 @lru_cache(maxsize=1)
 def load_backbone(spec: str, seed: int) -> Backbone:
-    """Builds the backbone of a config given as JSON; the last one stays loaded for the next run."""
+    """Build the backbone of a config given as JSON; the last one stays loaded for the next run."""
     return build_backbone(BackboneSpec(**json.loads(spec)), seed)
 
 
 def build_data(job: Job, backbone: Backbone) -> TaskDataModule:
-    """The data of a job in the size and scale that a backbone reads."""
+    """Return the data of a job in the size and scale that a backbone reads."""
     return instantiate(
         "data",
         dict(job.data),
@@ -117,17 +121,19 @@ def build_data(job: Job, backbone: Backbone) -> TaskDataModule:
     )
 
 
-def build_classifier(job: Job, backbone: Backbone, num_classes: int) -> Classifier:
-    """Backbone (copied), method and head of a job, drawn from the job's seed."""
+def build_classifier(
+    job: Job, backbone: Backbone, num_classes: int, kind: str = SINGLE_LABEL.name
+) -> Classifier:
+    """Build the backbone (a copy), method and head of a job, drawn from the job's seed."""
     L.seed_everything(int(job.seed), verbose=False)
     module = deepcopy(backbone.module)
     options = dict(job.method)
     method = build_method(options.pop("name"), module, **options)
-    return Classifier(module, method, num_classes, job.recipe.head_init)
+    return Classifier(module, method, num_classes, job.recipe.head_init, KINDS[kind])
 
 
 def run_job(run: Run) -> Result:
-    """Runs a job in this process, which may be one rank of several: skips it, resumes it, or runs it.
+    """Run a job in this process, which may be one rank of several: skips it, resumes it, or runs it.
 
     Args:
         run: What `prepare` returned.
@@ -158,7 +164,7 @@ def run_job(run: Run) -> Result:
 
 @contextmanager
 def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
-    """Holds the run's lock; yields on all ranks the number of the attempt to make, None where there is none."""
+    """Hold the run's lock; yields on all ranks the number of the attempt to make, None where there is none."""
     attempt: int | None = None
     trouble: UserError | None = None
     with ExitStack() as stack:
@@ -177,12 +183,12 @@ def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
 
 
 def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
-    """Trains and scores a run on all ranks; rank 0 leaves the folder finished."""
+    """Train and scores a run on all ranks; rank 0 leaves the folder finished."""
     started = time.monotonic()
     device = trainer.strategy.root_device
     job, datamodule = run.job, run.datamodule
     ckpt_path = resume.find(Owner(full_digest(run.identity), job.seed, attempt))
-    classifier = build_classifier(job, run.backbone, datamodule.num_classes)
+    classifier = build_classifier(job, run.backbone, datamodule.num_classes, datamodule.kind)
     release_pixels(None if classifier.has_frozen_part else datamodule.images_key)  # they were earlier runs'
     environment.reset_peak_memory(device)
     pruning.rewind(classifier, run.folder.parent)  # where the method names stored initial values
@@ -209,8 +215,10 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         diverged = _fit_and_score(trainer, module, datamodule, ckpt_path)
         unscored = diverged is None and not datamodule.is_scored
         if diverged is None and not unscored and module.scored_step != trainer.global_step:
-            raise UserError("nothing was scored: take trainer.limit_val_batches and trainer.limit_test_batches off 0")
-        metrics = _last_row(resume) | module.scores
+            raise UserError(
+                "nothing was scored: take trainer.limit_val_batches and trainer.limit_test_batches off 0"
+            )
+        metrics = _last_row(resume, f"leak/test_{module.kind.score}") | module.scores
         figures = [*metrics.values()] if unscored else [module.scored_loss, *metrics.values()]
         if diverged is None and not all(map(math.isfinite, figures)):
             diverged = trainer.global_step  # the last step spoilt what the parameters make, if not themselves
@@ -226,14 +234,17 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             time={"train_s": resume.seconds, "last_process_s": time.monotonic() - started},
             peak_memory=environment.peak_memory(device),
             machine=_machine(trainer),
-            versions=environment.versions() | {"git_commit": environment.git_commit()},
+            versions={**environment.versions(), "git_commit": environment.git_commit()},
             diverged_step=diverged,
             trainer=run.identity["trainer"],
             tags=job.tags,
+            kind=datamodule.kind,
         )
         if trainer.is_global_zero:
             result = _finish(run, result, module.classifier)
-        status = "success" if diverged is None else "failed"  # a sweep must not take its last figure for a score
+        status = (
+            "success" if diverged is None else "failed"
+        )  # a sweep must not take its last figure for a score
     finally:
         for logger in trainer.loggers:
             close(logger, status, run.folder)
@@ -244,7 +255,10 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
 def _fit_and_score(
     trainer: L.Trainer, module: TuningModule, datamodule: TaskDataModule, ckpt_path: Path | None
 ) -> int | None:
-    """Fits and scores once after the last epoch; returns the step at which the loss was not finite, else None."""
+    """Fit and scores once after the last epoch.
+
+    Returns the step at which the loss was not finite, else None.
+    """
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         if not all(parameter.isfinite().all() for _, parameter in module.classifier.tuned_parameters()):
@@ -265,7 +279,7 @@ def _fit_and_score(
 
 
 def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
-    """Writes the tuned state and the result beside the resume state, and puts the complete attempt in place."""
+    """Write the tuned state and the result beside the resume state, and puts the complete attempt in place."""
     folder = run.folder / run_folder.RESUME
     if result.status != "diverged":
         checksum = save_state(
@@ -281,27 +295,32 @@ def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
             ),
         )
         size = (folder / "tuned.safetensors").stat().st_size
-        result = replace(result, tuned=dict(result.tuned) | {"bytes": size, "sha256": checksum})
+        result = result.model_copy(update={"tuned": result.tuned | {"bytes": size, "sha256": checksum}})
     else:
         (folder / "tuned.safetensors").unlink(missing_ok=True)  # of an attempt that was killed here
     curve = folder / "metrics.csv"  # missing where the first epoch diverged
-    result = replace(result, files={curve.name: sha256(curve.read_bytes()).hexdigest()} if curve.is_file() else {})
+    if curve.is_file():
+        result = result.model_copy(update={"files": {curve.name: sha256(curve.read_bytes()).hexdigest()}})
     write_result(folder, result)
     with signals.deferred():
         run_folder.put_in_place(run.folder)
     return result
 
 
-def _last_row(resume: ResumeCheckpoint) -> dict[str, float]:
+def _last_row(resume: ResumeCheckpoint, leak: str) -> dict[str, float]:
     row = resume.rows[max(resume.rows)] if resume.rows else {}
-    leaked = [row["leak/test_acc"] for row in resume.rows.values() if "leak/test_acc" in row]
+    leaked = [row[leak] for row in resume.rows.values() if leak in row]
     best = {"leak/best_on_test": max(leaked)} if leaked else {}  # a diagnostic: no choice reads it
     return {k: v for k, v in row.items() if "/" in k} | best
 
 
 def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
     summary = classifier.summary()
-    counts: dict[str, Any] = {"parameters": summary.tuned, "head_parameters": summary.head, "share": summary.share}
+    counts: dict[str, Any] = {
+        "parameters": summary.tuned,
+        "head_parameters": summary.head,
+        "share": summary.share,
+    }
     counts |= {"parts": dict(summary.parts), "macs": summary.macs}
     # as they are: in the config a depth of all blocks is null
     shape = {name: getattr(classifier.method, name, None) for name in ("depth", "num_tokens", "kept_tokens")}
@@ -313,13 +332,13 @@ def _reads_test(run: Run) -> bool:
 
 
 def _data_record(datamodule: TaskDataModule) -> dict[str, Any]:
-    """What is recorded of the data beyond what decides the numbers."""
+    """Return what is recorded of the data beyond what decides the numbers."""
     record: dict[str, Any] = {"form": datamodule.form, "sizes": datamodule.sizes}
     return record | ({"summary": datamodule.summary} if datamodule.summary else {})
 
 
 def _as_driven(family: Family, method: Method) -> dict[str, Any]:
-    """How the backbone was driven: blocks that carried prompt tokens in full, and what was pooled."""
+    """Return how the backbone was driven: blocks that carried prompt tokens in full, and what was pooled."""
     return {"carried_blocks": family.carried_blocks(), "pooling": family.pooling(method.pool)}
 
 

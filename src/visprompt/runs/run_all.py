@@ -12,6 +12,7 @@ from rich.table import Table
 
 from visprompt.errors import UserError
 from visprompt.files import temporary_folder
+from visprompt.models.kind import KINDS
 from visprompt.runs import compose, engine, environment, memory, run_folder, signals
 from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import Result, check_same_run, read_result
@@ -45,10 +46,10 @@ class Outcome:
 
 
 def train(cfg: DictConfig) -> float:
-    """Trains every task of a command line.
+    """Train every task of a command line.
 
-    Under a W&B agent one command is one W&B run: one task logs to it as it trains, several report to it at the end. A
-    sweep of final runs is a table and not a choice: it goes through its points (`method: grid`).
+    Under a W&B agent one command is one W&B run: one task logs to it as it trains, several report to it at
+    the end. A sweep of final runs is a table and not a choice: it goes through its points (`method: grid`).
 
     Args:
         cfg: What `@hydra.main` composed.
@@ -58,8 +59,8 @@ def train(cfg: DictConfig) -> float:
         where one was not scored.
 
     Raises:
-        UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; all others were run before this
-            is said. Or a sweeper would choose by the test accuracy.
+        UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; all others were run
+            before this is said. Or a sweeper would choose by the test accuracy.
     """
     check_sweeper(cfg)
     jobs = compose.jobs(cfg)
@@ -82,7 +83,8 @@ def check_sweeper(cfg: DictConfig) -> None:
     """Refuse a sweeper that would choose by the test accuracy."""
     if cfg.split != "tune" and compose.has_choosing_sweeper():
         raise UserError(
-            "this sweeper chooses by the figure that a run returns, and no choice reads test: give it split=tune"
+            "this sweeper chooses by the figure that a run returns, and no choice reads test: give it "
+            "split=tune"
         )
 
 
@@ -102,12 +104,12 @@ def check_all(jobs: Iterable[Job]) -> None:
 
 
 def run_all(jobs: Iterable[Job], wait: bool = True) -> list[Outcome]:
-    """Runs jobs one after the other; one that fails does not stop the others.
+    """Run jobs one after the other; one that fails does not stop the others.
 
     Args:
         jobs: Composed jobs.
-        wait: Whether a run that another process is at work on is come back to behind the others, as soon as that one
-            has finished it or is gone; else it has failed.
+        wait: Whether a run that another process is at work on is come back to behind the others, as soon as
+            that one has finished it or is gone; else it has failed.
 
     Returns:
         An outcome for each, in their order.
@@ -138,7 +140,7 @@ def run_all(jobs: Iterable[Job], wait: bool = True) -> list[Outcome]:
 
 
 def _outcome(job: Job) -> Outcome:
-    """Runs one job and gives its memory back.
+    """Run one job and gives its memory back.
 
     Raises:
         AtWork: Another process is at work on it.
@@ -163,7 +165,7 @@ def _outcome(job: Job) -> Outcome:
 
 
 def _run_chain(job: Job) -> tuple[Result, Path]:
-    """Runs a job, or the chain of runs that it stands for; returns its result and where that lies."""
+    """Run a job, or the chain of runs that it stands for; returns its result and where that lies."""
     made: list[tuple[Result, Path]] = []
 
     def run_one(link: Job) -> Result:
@@ -176,7 +178,10 @@ def _run_chain(job: Job) -> tuple[Result, Path]:
 
 
 def _run_one(job: Job) -> tuple[Result, Path]:
-    """Runs one job here, or on several devices, and shows what came of it; returns that and the run's folder."""
+    """Run one job here, or on several devices, and shows what came of it.
+
+    Returns that and the run's folder.
+    """
     run = prepare(job)
     run_folder.tidy(run.folder)
     stored = None if job.rerun else read_result(run.folder)
@@ -202,7 +207,7 @@ def _run_one(job: Job) -> tuple[Result, Path]:
 
 
 def _run_ranks(run: Run, devices: int) -> Result:
-    """Runs one job as a process group on several devices of this machine."""
+    """Run one job as a process group on several devices of this machine."""
     run.datamodule.prepare_data()  # once, before the ranks
     with run_folder.locked(run.folder):
         pass  # nobody is at work on it
@@ -220,12 +225,12 @@ def _run_ranks(run: Run, devices: int) -> Result:
 
 
 def _is_first() -> bool:
-    """Whether this process speaks for all that run the same job."""
+    """Return whether this process speaks for all that run the same job."""
     return not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
 
 
 def local_devices(trainer: Trainer) -> int:
-    """Number of devices of this machine that a trainer config asks for."""
+    """Return the number of devices of this machine that a trainer config asks for."""
     devices = trainer.devices
     if isinstance(devices, list):
         return len(devices)
@@ -234,24 +239,29 @@ def local_devices(trainer: Trainer) -> int:
     try:
         return int(devices)
     except (TypeError, ValueError):
-        raise UserError(f"trainer.devices={devices} is no number: give one, auto, or a list such as [0,1]") from None
+        raise UserError(
+            f"trainer.devices={devices} is no number: give one, auto, or a list such as [0,1]"
+        ) from None
 
 
 def _say_skipped(stored: Result, job: Job) -> None:
     commit, now = stored.versions["git_commit"], environment.git_commit()
     other = f" (by commit {commit}; this is {now})" if commit != now else ""
-    leaks = job.diagnostics.best_on_test and stored.split == "final" and "leak/best_on_test" not in stored.metrics
+    leaks = (
+        job.diagnostics.best_on_test and stored.split == "final" and "leak/best_on_test" not in stored.metrics
+    )
     lacks = " and adds what diagnostics.best_on_test=true asks for" if leaks else ""
     console.print(f"finished before{other}, not run again: rerun=true runs it anew{lacks}")
 
 
 def show(result: Result, run: Run) -> None:
-    """Prints a run's short table."""
+    """Print a run's short table."""
     table = Table(title=f"{result.task}, {result.method['name']}, split={result.split}, seed={result.seed}")
     table.add_column("what")
     table.add_column("figure", overflow="fold")
+    shares = KINDS[result.kind].shares
     for name, value in result.metrics.items():
-        if name.startswith(("val/", "test/")) and "acc" in name:
+        if name.startswith(("val/", "test/")) and name.partition("/")[2] in shares:
             table.add_row(name, f"{100 * value:.2f} %")
     if result.status == "diverged":
         table.add_row("status", f"diverged at step {result.diverged_step}")
@@ -260,11 +270,14 @@ def show(result: Result, run: Run) -> None:
     tuned = result.tuned
     table.add_row(
         "tuned parameters",
-        f"{tuned['parameters']:,} ({100 * tuned['share']:.2f} % of the backbone) + head {tuned['head_parameters']:,}",
+        f"{tuned['parameters']:,} ({100 * tuned['share']:.2f} % of the backbone) + head "
+        f"{tuned['head_parameters']:,}",
     )
     if "bytes" in tuned:
         table.add_row("tuned state", f"{tuned['bytes'] / 1000:,.1f} kB")
     table.add_row("training time", f"{result.time['train_s']:.1f} s")
-    table.add_row("peak memory", f"{result.peak_memory['bytes'] / 2**20:,.0f} MiB ({result.peak_memory['of']})")
+    table.add_row(
+        "peak memory", f"{result.peak_memory['bytes'] / 2**20:,.0f} MiB ({result.peak_memory['of']})"
+    )
     console.print(table)
     console.print(f"folder: {run.folder}", soft_wrap=True)  # in one piece, to be copied

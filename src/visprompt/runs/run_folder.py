@@ -1,7 +1,8 @@
 """A run's folder: one process at a time, a complete attempt put in place, and nothing that a killed process left.
 
-A new attempt is written whole under `resume/`, its `result.json` last, and only then moved to where readers look. A
-kill at any step leaves either the old result, or a complete attempt that the next look at the folder puts in place.
+A new attempt is written whole under `resume/`, its `result.json` last, and only then moved to where readers
+look. A kill at any step leaves either the old result, or a complete attempt that the next look at the folder
+puts in place.
 """
 
 import logging
@@ -44,7 +45,7 @@ class AtWork(UserError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Result | None]:
-    """Keeps other processes out of a run's folder, and tidies it.
+    """Keep other processes out of a run's folder, and tidies it.
 
     Args:
         folder: The run's folder; it is made.
@@ -80,7 +81,7 @@ def locked(folder: Path) -> Iterator[Result | None]:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether nobody is at work on a run."""
+    """Return whether nobody is at work on a run."""
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
@@ -102,7 +103,7 @@ def _refused(folder: Path, error: OSError) -> UserError:
 
 
 def tidy(folder: Path) -> None:
-    """Tidies a run's folder before it is read without its lock, unless somebody is at work on it or it is read-only."""
+    """Tidy a run's folder before it is read without its lock, unless somebody is at work on it or it is read-only."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError:
@@ -116,9 +117,10 @@ def tidy(folder: Path) -> None:
 
 
 def next_attempt(folder: Path, stored: Result | None, rerun: bool) -> int | None:
-    """The number of the attempt to make in a run's folder, None where it is finished and not to be run anew.
+    """Return the number of the attempt to make in a run's folder, None where it is finished and not to be run anew.
 
-    An unfinished attempt is gone on with: by `rerun=true` one that itself began, otherwise any of a run without result.
+    An unfinished attempt is gone on with: by `rerun=true` one that itself began, otherwise any of a run
+    without result.
 
     Args:
         folder: The run's folder, locked.
@@ -136,7 +138,10 @@ def next_attempt(folder: Path, stored: Result | None, rerun: bool) -> int | None
 
 
 def _begun(folder: Path) -> int | None:
-    """Number of the unfinished attempt that a folder's resume state is of; None where it has none of this run."""
+    """Return the number of the unfinished attempt that a folder's resume state is of.
+
+    None where it has none of this run.
+    """
     owner = _owner(folder)
     return owner.attempt if owner and owner.run.startswith(folder.name) else None
 
@@ -147,7 +152,7 @@ def _owner(folder: Path) -> Owner | None:
 
 
 def put_in_place(folder: Path) -> None:
-    """Makes a complete attempt under `resume/` the run's; may be repeated after a kill at any step.
+    """Make a complete attempt under `resume/` the run's; may be repeated after a kill at any step.
 
     Raises:
         DamagedRecord: Its result is damaged; nothing was moved.
@@ -169,10 +174,12 @@ def put_in_place(folder: Path) -> None:
 
 
 def _tidied(folder: Path) -> Result | None:
-    """Puts a complete attempt in place, removes what a killed process left, and returns the folder's result."""
+    """Put a complete attempt in place, removes what a killed process left, and returns the folder's result."""
     resume = folder / RESUME
     owner = _owner(folder)
-    if (resume / _RESULT).is_file() and (owner is None or owner.run.startswith(folder.name)):  # else `find` refuses it
+    if (resume / _RESULT).is_file() and (
+        owner is None or owner.run.startswith(folder.name)
+    ):  # else `find` refuses it
         try:
             put_in_place(folder)
         except DamagedRecord as error:
@@ -188,7 +195,7 @@ def _tidied(folder: Path) -> Result | None:
 
 
 def _whole_result(folder: Path) -> Result | None:
-    """The result that a folder holds, None where it has none that is whole; a damaged one is said."""
+    """Return the result that a folder holds, None where it has none that is whole; a damaged one is said."""
     try:
         return load_result(folder)
     except DamagedRecord as error:
@@ -197,6 +204,9 @@ def _whole_result(folder: Path) -> Result | None:
 
 
 def _is_over(folder: Path, stored: Result) -> bool:
-    """Whether what lies under `resume/` is of no attempt that could go on: a rerun that began, or a foreign state."""
+    """Return whether what lies under `resume/` is of no attempt that could go on.
+
+    A rerun that began, or a foreign state.
+    """
     begun = _begun(folder)
     return begun <= stored.attempt if begun is not None else _owner(folder) is None

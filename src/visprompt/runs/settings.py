@@ -1,7 +1,8 @@
 """What each setting may be: its kind and range, checked when a command line is composed, before anything is built.
 
-Recipes and methods check their own options (`models.recipe.Recipe`, `methods.check_options`), because they are also
-called without a config. Words from a list (an interpolation, a source) are checked where that list is.
+Recipes and methods check their own options (`models.recipe.Recipe`, `methods.check_options`), because they
+are also called without a config. Words from a list (an interpolation, a source) are checked where that list
+is.
 """
 
 import re
@@ -51,8 +52,12 @@ _KINDS: dict[str, Kind] = {
     "tags": WORDS,
     "methods": WORDS | NULL,
     "tasks": TEXT | WORDS | NULL,
-    **dict.fromkeys(("preprocessing.interpolation", "preprocessing.resampling", "preprocessing.normalisation"), TEXT),
-    **dict.fromkeys(("paths.root_dir", "paths.data_dir", "paths.log_dir", "table", "output", "state", "images"), PATH),
+    **dict.fromkeys(
+        ("preprocessing.interpolation", "preprocessing.resampling", "preprocessing.normalisation"), TEXT
+    ),
+    **dict.fromkeys(
+        ("paths.root_dir", "paths.data_dir", "paths.log_dir", "table", "output", "state", "images"), PATH
+    ),
     **dict.fromkeys(("data_dir", "root", "weights", "recipe.table"), PATH | NULL),
     **dict.fromkeys(("run", "runs"), _PATHS),
     "inspect": _PATHS | NULL,
@@ -73,7 +78,8 @@ _KINDS: dict[str, Kind] = {
     "data.num_workers": whole(0, 1024),
     **{f"data.{name}": SWITCH for name in ("pin_memory", "download", "crop", "skip_bad")},
     **{
-        f"data.{name}": TEXT for name in ("interpolation", "resampling", "normalisation", "source", "final", "revision")
+        f"data.{name}": TEXT
+        for name in ("interpolation", "resampling", "normalisation", "source", "final", "revision")
     },
     **{f"data.{name}": PATH for name in ("data_dir", "store_dir")},
     **{f"data.{name}": PATH | NULL for name in ("root", "csv")},
@@ -84,14 +90,17 @@ _KINDS: dict[str, Kind] = {
     "data.test": TEXT,
     **{f"logger.wandb.{name}": TEXT | NULL for name in ("project", "group", "name", "entity")},
     "logger.wandb.tags": WORDS | NULL,
-    **dict.fromkeys(("logger.wandb.offline", "logger.wandb.artifact", "callbacks.progress_bar.leave"), SWITCH),
+    **dict.fromkeys(
+        ("logger.wandb.offline", "logger.wandb.artifact", "callbacks.progress_bar.leave"), SWITCH
+    ),
     **{f"logger.tensorboard.{name}": TEXT | NULL for name in ("name", "version")},
     "data.split_names": MAPPING | Kind("none", lambda value: value == "none") | NULL,
     "data.fraction": number("a number above 0, 1 at most", lambda value: 0 < value <= 1),
     "data.flip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "data.short_side": _SIDE | NULL,
 }
-# what is otherwise in one program, told by a key of its: eval.py takes the run's precision, prepare.py needs a place
+# what is otherwise in one program, told by a key of its: eval.py takes the run's precision, prepare.py needs
+# a place
 _OF_PROGRAMS = (("weights", "precision", _PRECISION | NULL), ("verify", "data_dir", PATH))
 _GROUPS = ("data", "backbone", "method", "recipe", "trainer", "paths", "preprocessing", "diagnostics")
 
@@ -124,7 +133,8 @@ _DURATION = Kind(
         else isinstance(value, dict) and value.keys() <= _UNITS and all(map(is_finite, value.values()))
     ),
 )
-# those that cut training or scoring short, with the values that do not: such runs are for debugging, no results
+# those that cut training or scoring short, with the values that do not: such runs are for debugging, no
+# results
 _CUTS: dict[str, tuple[Kind, tuple[Any, ...]]] = {
     "fast_dev_run": (SWITCH | whole(1, _MOST), (False,)),
     **{f"limit_{name}_batches": (_BATCHES | NULL, (None, 1.0)) for name in ("train", "val", "test")},
@@ -183,7 +193,7 @@ def check(content: Mapping[str, Any]) -> None:
 
 
 def debugs(trainer: Mapping[str, Any]) -> bool:
-    """Whether trainer settings cut a run short, which is then for debugging and no result."""
+    """Return whether trainer settings cut a run short, which is then for debugging and no result."""
     return any(name in trainer and trainer[name] not in whole_run for name, (_, whole_run) in _CUTS.items())
 
 
@@ -192,7 +202,9 @@ def no_trainer_key(name: str) -> UserError:
     if name in _OURS:
         return UserError(f"trainer.{name} is set by this project: {_OURS[name]}")
     if name in _TRAINER:
-        return UserError(f"trainer.{name} is not in the chosen trainer's config: give +trainer.{name}=... to add it")
+        return UserError(
+            f"trainer.{name} is not in the chosen trainer's config: give +trainer.{name}=... to add it"
+        )
     return unknown("key", f"trainer.{name}", [f"trainer.{known}" for known in (*_TRAINER, *_OURS)])
 
 

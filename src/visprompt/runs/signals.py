@@ -1,9 +1,11 @@
-"""Ending on SIGINT (Ctrl-C) and SIGTERM (schedulers): work is kept, one sentence says so, the exit code is 130 or 143.
+"""Ending on SIGINT (Ctrl-C) and SIGTERM (schedulers).
 
-An entry point calls `install` before all other imports, which take seconds. The first signal raises `Ended` in the main
-thread, so that `with` and `finally` blocks remove temporary files, release locks and end child processes; while the
-first imports run there is nothing to tidy, and the process ends at once. A second signal ends the process at once, too,
-and so does a cleanup that takes longer than `_PATIENCE`.
+Work is kept, one sentence says so, the exit code is 130 or 143.
+
+An entry point calls `install` before all other imports, which take seconds. The first signal raises `Ended`
+in the main thread, so that `with` and `finally` blocks remove temporary files, release locks and end child
+processes; while the first imports run there is nothing to tidy, and the process ends at once. A second signal
+ends the process at once, too, and so does a cleanup that takes longer than `_PATIENCE`.
 """
 
 import atexit
@@ -17,14 +19,20 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-PARENT = "VISPROMPT_PARENT"  # in the environment of a rank that `launch.run_ranks` started; that one's parent speaks
+# in the environment of a rank that `launch.run_ranks` started; that one's parent speaks
+PARENT = "VISPROMPT_PARENT"
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-_SAME = 0.5  # seconds in which a second signal is the first one again: `timeout` and torchrun send theirs twice
+_SAME = (
+    0.5  # seconds in which a second signal is the first one again: `timeout` and torchrun send theirs twice
+)
 _PATIENCE = 20.0  # seconds for cleaning up: Kubernetes and SLURM kill after 30
 
 
 class Ended(SystemExit):
-    """The process is to end; its code is 128 and the signal's number. Being no `Exception`, libraries let it pass."""
+    """The process is to end; its code is 128 and the signal's number.
+
+    Being no `Exception`, libraries let it pass.
+    """
 
 
 _received: int | None = None
@@ -37,7 +45,7 @@ _deferrals = 0
 
 
 def install() -> None:
-    """Handles SIGINT and SIGTERM where nobody else does (a background shell ignores SIGINT, submitit has its own)."""
+    """Handle SIGINT and SIGTERM where nobody else does (a background shell ignores SIGINT, submitit has its own)."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in _WORDS:
@@ -50,20 +58,23 @@ def install() -> None:
 
 
 def started() -> None:
-    """Says that there may be something to tidy up from here on, also while a module is imported."""
+    """Say that there may be something to tidy up from here on, also while a module is imported."""
     global _started
     _started = True
 
 
 def check() -> None:
-    """Raises `Ended` where a signal came: a library may have swallowed the first."""
+    """Raise `Ended` where a signal came: a library may have swallowed the first."""
     if _received is not None:
         _raise()
 
 
 @contextmanager
 def consequences() -> Iterator[None]:
-    """Raises `Ended` in place of any error that comes after a signal: a rank that is gone, a loader without workers."""
+    """Raise `Ended` in place of any error that comes after a signal.
+
+    A rank that is gone, a loader without workers.
+    """
     try:
         yield
     except Exception:  # whatever a library makes of it
@@ -72,18 +83,18 @@ def consequences() -> Iterator[None]:
 
 
 def is_terminated() -> bool:
-    """Whether SIGTERM came: a scheduler may start the same command again."""
+    """Return whether SIGTERM came: a scheduler may start the same command again."""
     return _received == signal.SIGTERM
 
 
 def sentence(number: int) -> str:
-    """What is said of a signal."""
+    """Return what is said of a signal."""
     return f"{_WORDS[signal.Signals(number)]}: run the same command again to go on where it stopped"
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Lets a short piece of work finish first: a signal is raised at its end."""
+    """Let a short piece of work finish first: a signal is raised at its end."""
     global _deferrals
     _deferrals += 1
     try:
@@ -135,7 +146,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _say() -> None:
-    """Prints the sentence, once, where a signal came; only the first rank of a run speaks."""
+    """Print the sentence, once, where a signal came; only the first rank of a run speaks."""
     global _said
     ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID"))
     if _received is None or _said or PARENT in os.environ or any(rank != "0" for rank in ranks):
@@ -150,14 +161,17 @@ def _say() -> None:
 
 
 def _quit() -> NoReturn:
-    """Ends the process without cleaning up."""
+    """End the process without cleaning up."""
     assert _received is not None
     _say()
     os._exit(128 + _received)
 
 
 def _unraisable(unraisable: Any) -> None:
-    """Raises `Ended` again that came where Python drops exceptions: in a finaliser, or in a callback of the exit."""
+    """Raise `Ended` again that came where Python drops exceptions.
+
+    In a finaliser, or in a callback of the exit.
+    """
     if not isinstance(unraisable.exc_value, Ended):
         sys.__unraisablehook__(unraisable)
         return
@@ -176,7 +190,7 @@ def _deliver_again() -> None:
 
 
 def _restore() -> None:
-    """Gives a forked child, such as a loader's worker, Python's own handlers back: its parent cleans up."""
+    """Give a forked child, such as a loader's worker, Python's own handlers back: its parent cleans up."""
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) is handle:
             signal.signal(number, default)

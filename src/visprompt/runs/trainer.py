@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def build_trainer(job: Job, *callbacks: L.Callback) -> L.Trainer:
-    """The trainer of a job, with the job's callbacks and those given."""
+    """Return the trainer of a job, with the job's callbacks and those given."""
     without = (job.callbacks or {}).get("progress_bar", "") is None
     bar = job.trainer.enable_progress_bar and not without
     configured = [instantiate(f"callbacks.{name}", one, L.Callback) for name, one in _named(job.callbacks)]
@@ -56,7 +56,7 @@ def build_trainer(job: Job, *callbacks: L.Callback) -> L.Trainer:
 
 
 def _named(group: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
-    """The configs of a group by name, without those that were removed by null."""
+    """Return the configs of a group by name, without those that were removed by null."""
     return [(str(name), config) for name, config in (group or {}).items() if config is not None]
 
 
@@ -74,14 +74,17 @@ class TunedWandbLogger(WandbLogger):
         self._uploads = artifact
 
     def log_hyperparams(self, params: Any) -> None:
-        """Logs settings as fields named as on the command line, which is as a sweep names them: method.num_tokens."""
+        """Log settings as fields named as on the command line, which is as a sweep names them.
+
+        Method.num_tokens.
+        """
         fields = dict(_flat(params))
         if under_agent():  # what the sweep set is locked: W&B would warn of each
             fields = {name: value for name, value in fields.items() if name not in self.experiment.config}
         super().log_hyperparams(fields)
 
     def log_state(self, folder: Path) -> None:
-        """Uploads a finished run's tuned state, with the result and config that `src/eval.py` reads beside it.
+        """Upload a finished run's tuned state, with the result and config that `src/eval.py` reads beside it.
 
         Args:
             folder: The run's folder; a run without a tuned state has nothing to upload.
@@ -90,7 +93,9 @@ class TunedWandbLogger(WandbLogger):
         if not self._uploads or self.experiment.offline or self.experiment.disabled or not files[0].is_file():
             return
         if read_result(folder) is None:
-            log.warning("%s is not uploaded to W&B: its result and its tuned state do not belong together", folder)
+            log.warning(
+                "%s is not uploaded to W&B: its result and its tuned state do not belong together", folder
+            )
             return
         import wandb  # late: few runs need it, and it takes a second
 
@@ -105,7 +110,7 @@ class TunedWandbLogger(WandbLogger):
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of nested settings by dotted name; a list is a value."""
+    """Return values of nested settings by dotted name; a list is a value."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -114,12 +119,15 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def under_agent() -> bool:
-    """Whether a W&B agent started this command: all that it runs then belongs to the one W&B run of the agent's id."""
+    """Return whether a W&B agent started this command.
+
+    All that it runs then belongs to the one W&B run of the agent's id.
+    """
     return "WANDB_RUN_ID" in os.environ
 
 
 def without_wandb(job: Job) -> Job:
-    """A copy of a job that logs to all its loggers but W&B."""
+    """Return a copy of a job that logs to all its loggers but W&B."""
     kept = {name: one for name, one in _named(job.logger) if not _is_wandb(one)}
     return job.vary({"logger": kept})
 
@@ -129,7 +137,7 @@ def _is_wandb(logger: Mapping[str, Any]) -> bool:
 
 
 def build_loggers(job: Job, folder: Path, attempt: int, tuned: Mapping[str, Any]) -> list[Logger]:
-    """The config's loggers, with the run's config and tuned share as searchable fields.
+    """Return the config's loggers, with the run's config and tuned share as searchable fields.
 
     Args:
         job: The job.
@@ -145,7 +153,11 @@ def build_loggers(job: Job, folder: Path, attempt: int, tuned: Mapping[str, Any]
         if _is_wandb(config):
             extra |= {} if under_agent() else run_id  # the agent's id stands
             # the protocol changes the split of a composed job
-            extra |= {"resume": "allow", "name": f"{task}/{job.method.name}/{folder.name}", "job_type": job.split}
+            extra |= {
+                "resume": "allow",
+                "name": f"{task}/{job.method.name}/{folder.name}",
+                "job_type": job.split,
+            }
         logger = instantiate(f"logger.{name}", config, Logger, **extra)
         logger.log_hyperparams(_settings(job, task, tuned))
         loggers.append(logger)
@@ -153,17 +165,25 @@ def build_loggers(job: Job, folder: Path, attempt: int, tuned: Mapping[str, Any]
 
 
 def _settings(job: Job, task: str, tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """What a logger gets of a job: its config, its task, what is tuned, and what papers plot accuracy against."""
+    """Return what a logger gets of a job.
+
+    Its config, its task, what is tuned, and what papers plot accuracy against.
+    """
     settings = job.content()
     # as numbers, where the config says null for all blocks
     axes = {name: tuned[name] for name in ("num_tokens", "depth") if name in tuned}
     return settings | axes | {"task": task, "tuned": dict(tuned)}
 
 
-def report_together(jobs: Sequence[Job], results: Sequence[Result | None], folders: Sequence[Path | None]) -> None:
-    """Logs what the jobs of one command came to as one W&B run: every figure as <task>/<figure>, and their means.
+def report_together(
+    jobs: Sequence[Job], results: Sequence[Result | None], folders: Sequence[Path | None]
+) -> None:
+    """Log what the jobs of one command came to as one W&B run.
 
-    Where a job failed or diverged, the run ends as failed and has no means: those of the others would pass for them.
+    Every figure as <task>/<figure>, and their means.
+
+    Where a job failed or diverged, the run ends as failed and has no means: those of the others would pass
+    for them.
 
     Args:
         jobs: Composed jobs, one for each task.
@@ -171,7 +191,9 @@ def report_together(jobs: Sequence[Job], results: Sequence[Result | None], folde
         folders: Where these lie, with the tuned states that go to W&B.
     """
     finished = [result for result in results if result is not None and result.status == "finished"]
-    metrics = {f"{result.task}/{name}": value for result in finished for name, value in result.metrics.items()}
+    metrics = {
+        f"{result.task}/{name}": value for result in finished for name, value in result.metrics.items()
+    }
     whole = len(finished) == len(jobs)
     metrics |= _means([result.metrics for result in finished]) if whole else {}
     fields = _common(jobs, results) | {"tasks": [str(job.task) for job in jobs]}
@@ -189,13 +211,18 @@ def report_together(jobs: Sequence[Job], results: Sequence[Result | None], folde
 
 
 def _means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means of the figures that all tasks have; a number of images has none."""
-    names = [name for name in metrics[0] if all(name in one for one in metrics) and not name.endswith("/count")]
+    """Return means of the figures that all tasks have; a number of images has none."""
+    names = [
+        name for name in metrics[0] if all(name in one for one in metrics) and not name.endswith("/count")
+    ]
     return {name: sum(one[name] for one in metrics) / len(metrics) for name in names}
 
 
 def _common(jobs: Sequence[Job], results: Sequence[Result | None]) -> dict[str, Any]:
-    """The fields in which all jobs agree; where each task has a recipe of its own, its values are none."""
+    """Return the fields in which all jobs agree.
+
+    Where each task has a recipe of its own, its values are none.
+    """
     known = [
         dict(_flat(_settings(job, str(job.task), result.tuned if result else {})))
         for job, result in zip(jobs, results, strict=True)
@@ -204,7 +231,7 @@ def _common(jobs: Sequence[Job], results: Sequence[Result | None]) -> dict[str, 
 
 
 def close(logger: Logger, status: str, folder: Path | None = None) -> None:
-    """Ends a logger, so that the next run of this process gets one of its own.
+    """End a logger, so that the next run of this process gets one of its own.
 
     Args:
         logger: One of `build_loggers`.

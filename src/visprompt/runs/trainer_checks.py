@@ -1,4 +1,7 @@
-"""Check before anything trains that a run gets what its command asked for: processes, precision, a login to W&B."""
+"""Check before anything trains that a run gets what its command asked for.
+
+Processes, precision, a login to W&B.
+"""
 
 import logging
 import os
@@ -28,8 +31,8 @@ def check_trainer(trainer: L.Trainer, job: Job) -> None:
     got = max(got, int(os.environ.get("WORLD_SIZE", got))) if engine.started_elsewhere() else got
     if got != asked:
         raise UserError(
-            f"trainer.devices={job.trainer.devices} and trainer.num_nodes={trainer.num_nodes} ask for {asked} "
-            f"process(es), and {engine.starter()} started {got}: start as many as are asked for "
+            f"trainer.devices={job.trainer.devices} and trainer.num_nodes={trainer.num_nodes} ask for "
+            f"{asked} process(es), and {engine.starter()} started {got}: start as many as are asked for "
             f"({engine.remedy(trainer.num_devices, trainer.num_nodes)}), or change trainer.devices"
         )
     wanted, device = job.precision, trainer.strategy.root_device.type
@@ -56,10 +59,12 @@ def check_login(job: Job) -> None:
             if settings.mode in ("offline", "disabled", "dryrun") or wandb.login(prompt=False, verify=False):
                 continue
         except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
-            raise UserError(f"W&B's key cannot be used ({in_one_line(error)}): run `wandb login` again") from error
+            raise UserError(
+                f"W&B's key cannot be used ({in_one_line(error)}): run `wandb login` again"
+            ) from error
         raise UserError(
-            "logger=wandb finds no key of W&B on this machine: run `wandb login` (or set WANDB_API_KEY), or log "
-            "without a network by logger.wandb.offline=true"
+            "logger=wandb finds no key of W&B on this machine: run `wandb login` (or set WANDB_API_KEY), or "
+            "log without a network by logger.wandb.offline=true"
         )
 
 
@@ -74,13 +79,13 @@ def check_callbacks(job: Job) -> None:
         monitor = str(config.get("monitor")) if target == "EarlyStopping" else ""
         if monitor.startswith("val/") and job.split != "tune":
             raise UserError(
-                f"callbacks.{name} watches {monitor}, and split={job.split} scores no validation images: give "
-                "split=tune"
+                f"callbacks.{name} watches {monitor}, and split={job.split} scores no validation images: "
+                "give split=tune"
             )
         if target == "LearningRateMonitor" and not job.logger:
             raise UserError(
-                f"callbacks.{name} needs a logger: give logger=tensorboard or logger=wandb; metrics.csv has the "
-                "learning rate of each epoch without it"
+                f"callbacks.{name} needs a logger: give logger=tensorboard or logger=wandb; metrics.csv has "
+                "the learning rate of each epoch without it"
             )
 
 
@@ -88,7 +93,7 @@ def check_callbacks(job: Job) -> None:
 def warn_random(method: str) -> None:
     """Warn once in a process of a backbone that never learned anything."""
     log.warning(
-        "backbone.pretrained=false: the backbone's weights are random, and method=%s leaves them so; method=full "
-        "trains them",
+        "backbone.pretrained=false: the backbone's weights are random, and method=%s leaves them so; "
+        "method=full trains them",
         method,
     )

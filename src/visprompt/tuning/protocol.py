@@ -1,8 +1,9 @@
 """The protocol: a grid with `split=tune`, the choice on val200, then seeds with `split=final`.
 
-Task adaptation's protocol (Zhai et al., 2019) as both papers use it: hyper-parameters are chosen by training on
-train800 and scoring val200 after the last epoch; the chosen ones are retrained on train800val200, and test is read once
-for each seed. No choice reads a test score. Every step is a run with a folder of its own, so the whole resumes.
+Task adaptation's protocol (Zhai et al., 2019) as both papers use it: hyper-parameters are chosen by training
+on train800 and scoring val200 after the last epoch; the chosen ones are retrained on train800val200, and test
+is read once for each seed. No choice reads a test score. Every step is a run with a folder of its own, so the
+whole resumes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ RunAll = Callable[[Iterable[Job]], list[Outcome]]
 
 
 def tune(cfg: DictConfig) -> float:
-    """Runs the protocol for every method and task of a command line and writes the table.
+    """Run the protocol for every method and task of a command line and writes the table.
 
     Args:
         cfg: What `@hydra.main` composed: a training config with methods, seeds and table.
@@ -42,15 +43,16 @@ def tune(cfg: DictConfig) -> float:
         Mean test accuracy over all cells.
 
     Raises:
-        UserError: An empty or unknown choice, a grid that is none, runs that failed (what is finished stays finished),
-            or a W&B agent or Hydra's `-m`: what these are told of the final runs, they would choose by.
+        UserError: An empty or unknown choice, a grid that is none, runs that failed (what is finished stays
+            finished), or a W&B agent or Hydra's `-m`: what these are told of the final runs, they would
+            choose by.
     """
     jobs, seeds = asked(cfg)
     check_all(jobs)
     if "debug" in jobs[0].tags:
         raise UserError(
-            "a trainer setting cuts every run short, and src/tune.py makes results, which such runs are not: leave it "
-            "out, or debug src/train.py"
+            "a trainer setting cuts every run short, and src/tune.py makes results, which such runs are "
+            "not: leave it out, or debug src/train.py"
         )
     for job in jobs:
         job_points(job)  # says what is wrong with it before anything is trained
@@ -60,11 +62,15 @@ def tune(cfg: DictConfig) -> float:
     for job in jobs:
         scored = tune_one(job, seeds, run_all)
         failed += [f"{o.name}: {o.reason}" for o in scored if o.reason]
-        results = [o.result for o in scored if o.result is not None and not o.reason and o.result.split == "final"]
+        results = [
+            o.result for o in scored if o.result is not None and not o.reason and o.result.split == "final"
+        ]
         try:
             if len(results) == len(seeds):
                 cells[job.method.name, results[0].task] = cell(results)
-        except UserError as error:  # an older one is recorded otherwise; the other cells are good all the same
+        except (
+            UserError
+        ) as error:  # an older one is recorded otherwise; the other cells are good all the same
             failed.append(f"{job.name}: {error}")
     if cells:
         table = _table(cells)
@@ -83,8 +89,8 @@ def asked(cfg: DictConfig) -> tuple[list[Job], list[int]]:
     """
     if compose.in_multirun():
         raise UserError(
-            "src/tune.py is one command with one table: give methods=[...], tasks=[...] and seeds=[...] instead of -m; "
-            "src/train.py -m split=tune can make the points of its grid beforehand"
+            "src/tune.py is one command with one table: give methods=[...], tasks=[...] and seeds=[...] "
+            "instead of -m; src/train.py -m split=tune can make the points of its grid beforehand"
         )
     if cfg.rerun:
         raise UserError(
@@ -103,7 +109,9 @@ def asked(cfg: DictConfig) -> tuple[list[Job], list[int]]:
             raise unknown("method", method, METHODS)
     jobs = [job for method in methods for job in compose.jobs(cfg, [f"method={method}"])]
     if any(job.task == "folder" and job.data.test == "none" for job in jobs):
-        raise UserError("src/tune.py makes a table of test accuracies, and data.test=none scores none: take it away")
+        raise UserError(
+            "src/tune.py makes a table of test accuracies, and data.test=none scores none: take it away"
+        )
     return jobs, seeds
 
 
@@ -114,15 +122,17 @@ def _check_sets(job: Job) -> None:
 
 
 def _choices(cfg: DictConfig, name: str) -> list[Any]:
-    """A list of the config; an entry that stands twice would be counted twice in the table."""
+    """Return a list of the config; an entry that stands twice would be counted twice in the table."""
     given = cfg[name]
     if not OmegaConf.is_list(given) or not given or len({str(entry) for entry in given}) < len(given):
-        raise UserError(f"{name}={given} is no choice: give a list {name}=[...] of at least one entry, and none twice")
+        raise UserError(
+            f"{name}={given} is no choice: give a list {name}=[...] of at least one entry, and none twice"
+        )
     return list(given)
 
 
 def tune_one(job: Job, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
-    """The protocol for one method on one task.
+    """Return the protocol for one method on one task.
 
     Args:
         job: A composed job; its `recipe.grid` is what is tried.
@@ -130,14 +140,17 @@ def tune_one(job: Job, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
         run: Runs jobs and returns their outcomes, as `run_all` does.
 
     Returns:
-        Outcomes of the final runs; those of the grid's runs that failed, or of the whole grid where it diverged.
+        Outcomes of the final runs; those of the grid's runs that failed, or of the whole grid where it
+        diverged.
 
     Raises:
         UserError: The grid is none, has an unknown key, or tries what the protocol itself sets.
     """
     name = job.name
     points = job_points(job)
-    if alone := {key: value for key, value in points[0].items() if all(point[key] == value for point in points)}:
+    if alone := {
+        key: value for key, value in points[0].items() if all(point[key] == value for point in points)
+    }:
         console.print(f"{name}: of one value in the grid: {_words(alone)}")
     tried = _run(job, [point | _tuning(job) for point in points], run)
     if failed := [outcome for outcome in tried if outcome.result is None]:
@@ -150,14 +163,16 @@ def tune_one(job: Job, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
 
 
 def job_points(job: Job) -> list[dict[str, Any]]:
-    """All points of a job's grid.
+    """Return all points of a job's grid.
 
     Raises:
         UserError: As `tune_one`.
     """
     points = grid_points(job.grid)
     for key in points[0].keys() & _tuning(job).keys():
-        raise UserError(f"recipe.grid.{key} is nothing to try, the protocol itself sets it: take it out of the grid")
+        raise UserError(
+            f"recipe.grid.{key} is nothing to try, the protocol itself sets it: take it out of the grid"
+        )
     for point in points:
         varied = job.vary(point)
         check(varied)
@@ -166,12 +181,15 @@ def job_points(job: Job) -> list[dict[str, Any]]:
 
 
 def _tuning(job: Job) -> dict[str, Any]:
-    """What the protocol itself sets for the points of a grid; pruning comes when all else is chosen."""
+    """Return what the protocol itself sets for the points of a grid.
+
+    Pruning comes when all else is chosen.
+    """
     return {"split": "tune", "seed": GRID_SEED} | pruning_chain.unpruned(job)
 
 
 def _run(job: Job, varied: Sequence[Mapping[str, Any]], run: RunAll) -> list[Outcome]:
-    """Runs a job with other values; the outcomes' names tell them apart."""
+    """Run a job with other values; the outcomes' names tell them apart."""
     outcomes = run([job.vary(values) for values in varied])
     pairs = zip(outcomes, varied, strict=True)
     return [replace(outcome, name=f"{outcome.name} {_words(values)}") for outcome, values in pairs]
@@ -182,7 +200,7 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def grid_points(grid: Any) -> list[dict[str, Any]]:
-    """All points of a grid.
+    """Return all points of a grid.
 
     Args:
         grid: Dotted keys, each with a list of values; None or no key is the one point that changes nothing.

@@ -1,10 +1,11 @@
 """Which prompt tokens and segments matter, which of them go, and how a run starts from stored initial values again.
 
-E^2VPT (Han et al., ICCV 2023, section 3.3) after XPrompt (Ma et al., EMNLP 2022): a prompt token j is multiplied by a
-mask rho_j and each of its S segments by a mask rho_jk; the importance of a mask is the mean over the images of
+E^2VPT (Han et al., ICCV 2023, section 3.3) after XPrompt (Ma et al., EMNLP 2022): a prompt token j is
+multiplied by a mask rho_j and each of its S segments by a mask rho_jk; the importance of a mask is the mean
+over the images of
 |dL_i / d rho| at rho = 1. The least important ones are pruned, and what is left is trained again from its initial
-values. Different from the released code: the absolute value is there and taken image by image, masks are never
-trained, "rewinding" restores the very values, and "nothing pruned" is one of the choices.
+values. Different from the released code: the absolute value is there and taken image by image, masks are
+never trained, "rewinding" restores the very values, and "nothing pruned" is one of the choices.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +49,7 @@ class Importance:
 
     @classmethod
     def of(cls, lists: Mapping[str, Any]) -> "Importance":
-        """Importance from what `lists` made."""
+        """Return importance from what `lists` made."""
         tokens, segments = (torch.tensor(lists[name], dtype=torch.float64) for name in ("tokens", "segments"))
         return cls(tokens, segments)
 
@@ -66,7 +67,7 @@ class Masks:
     segments: Tensor
 
     def options(self) -> dict[str, Any]:
-        """The masks as options of the method, nested lists of 0 and 1."""
+        """Return the masks as options of the method, nested lists of 0 and 1."""
         tokens, segments = self.tokens.int(), self.segments.int()
         if len(tokens) == 1:
             tokens, segments = tokens[0], segments[0]
@@ -87,20 +88,21 @@ class Point:
 
 
 def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
-    """Mean over the images of the absolute gradient of each image's loss with respect to the masks.
+    """Return mean over the images of the absolute gradient of each image's loss with respect to the masks.
 
-    Every image gets masks of its own in the computation, so that one backward pass gives the gradient of each.
-    Scaling a whole token changes little where a norm follows and its output is dropped (deep prompts on a pre-norm
-    block): LN(rho P) = LN(P) but for the norm's epsilon. What is left of a token's importance is then small against
-    the rounding of float32: give a classifier and images in float64.
+    Every image gets masks of its own in the computation, so that one backward pass gives the gradient of
+    each. Scaling a whole token changes little where a norm follows and its output is dropped (deep prompts on
+    a pre-norm block): LN(rho P) = LN(P) but for the norm's epsilon. What is left of a token's importance is
+    then small against the rounding of float32: give a classifier and images in float64.
 
     Args:
-        classifier: A trained classifier whose method is an unpruned `E2VPT` with input prompts; used in evaluation
-            mode and left as it was.
+        classifier: A trained classifier whose method is an unpruned `E2VPT` with input prompts; used in
+            evaluation mode and left as it was.
         batches: Normalised images [B, 3, H, W] and labels [B], each image once.
 
     Returns:
-        The importance, summed over the layers before the absolute value is taken where they share their masks.
+        The importance, summed over the layers before the absolute value is taken where they share their
+        masks.
     """
     method = classifier.method
     assert isinstance(method, E2VPT)  # for the type checker
@@ -114,7 +116,9 @@ def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]])
     classifier.eval()
     try:
         for images, labels in batches:
-            method.gates = torch.ones(len(images), *shape, dtype=images.dtype, device=images.device, requires_grad=True)
+            method.gates = torch.ones(
+                len(images), *shape, dtype=images.dtype, device=images.device, requires_grad=True
+            )
             loss = F.cross_entropy(classifier(images), labels, reduction="sum")  # no image sees another
             (gradient,) = torch.autograd.grad(loss, method.gates)
             gradient = gradient.double().cpu()
@@ -130,7 +134,7 @@ def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]])
 
 
 def grid(tokens: Sequence[int], segments: Sequence[int], num_tokens: int, num_segments: int) -> list[Point]:
-    """The points that are tried.
+    """Return the points that are tried.
 
     Args:
         tokens: Percentages of tokens to prune; rounded down to whole tokens, and at least 1 is left.
@@ -152,7 +156,7 @@ def _left(count: int, percentage: int, least: int) -> int:
 
 
 def prune(found: Importance, point: Point) -> Masks:
-    """Keeps the most important tokens, and of each of them the most important segments.
+    """Keep the most important tokens, and of each of them the most important segments.
 
     Args:
         found: Importance of tokens and segments.
@@ -171,7 +175,7 @@ def _largest(values: Tensor, count: int) -> Tensor:
 
 
 def store_initial(folder: Path, state: TunedState) -> str:
-    """Stores the initial values of an unpruned classifier under their hash.
+    """Store the initial values of an unpruned classifier under their hash.
 
     Args:
         folder: Where the initial values of all runs of a method on a task lie.
@@ -188,12 +192,12 @@ def store_initial(folder: Path, state: TunedState) -> str:
 
 
 def has_initial(folder: Path, name: str) -> bool:
-    """Whether the initial values of that hash are stored in a folder."""
+    """Return whether the initial values of that hash are stored in a folder."""
     return _initial_path(folder, name).is_file()
 
 
 def rewind(classifier: Classifier, folder: Path) -> None:
-    """Gives a classifier the stored initial values that its method names, or of them what its masks keep.
+    """Give a classifier the stored initial values that its method names, or of them what its masks keep.
 
     Args:
         classifier: Any classifier; one whose method names no initial values is left as it is.
@@ -207,17 +211,25 @@ def rewind(classifier: Classifier, folder: Path) -> None:
         return
     path = _initial_path(folder, method.initial)
     if not path.is_file():
-        raise UserError(f"the initial values that this run starts from are not at {path}: run split=tune again")
+        raise UserError(
+            f"the initial values that this run starts from are not at {path}: run split=tune again"
+        )
     tensors = dict(load_state(path).tensors)
     if hash_tensors(tensors)[:_DIGITS] != method.initial:
-        raise UserError(f"{path} holds other initial values than its name says: delete it and run split=tune again")
+        raise UserError(
+            f"{path} holds other initial values than its name says: delete it and run split=tune again"
+        )
     if method.token_mask is not None:
         own = classifier.tuned_state()
         tensors |= {name: own[name] for name in ("token_mask", "segment_mask")}
-        names = [f"prompts.{layer}" for layer in range(method.depth) if f"prompts.{layer}" in own] or ["prompts"]
+        names = [f"prompts.{layer}" for layer in range(method.depth) if f"prompts.{layer}" in own] or [
+            "prompts"
+        ]
         prompts = tensors["prompts"] if names == ["prompts"] else [tensors[name] for name in names]
         left = method.unpruned(layer.to(own[names[0]].device) for layer in prompts)
-        tensors |= {"prompts": torch.stack(left)} if names == ["prompts"] else dict(zip(names, left, strict=True))
+        tensors |= (
+            {"prompts": torch.stack(left)} if names == ["prompts"] else dict(zip(names, left, strict=True))
+        )
     classifier.load_tuned_state(tensors)
 
 
@@ -226,7 +238,10 @@ def _initial_path(folder: Path, name: str) -> Path:
 
 
 def masks_of(options: Mapping[str, Any], layers: int = 1) -> Masks:
-    """The masks among a method's options; where there are none, everything is kept in that many layers."""
+    """Return the masks among a method's options.
+
+    Where there are none, everything is kept in that many layers.
+    """
     shape = (layers, options["num_tokens"], options["num_segments"])
     if options["token_mask"] is None:
         return Masks(torch.ones(shape[:2], dtype=torch.bool), torch.ones(shape, dtype=torch.bool))
@@ -235,7 +250,7 @@ def masks_of(options: Mapping[str, Any], layers: int = 1) -> Masks:
 
 
 def table(masks: Masks, found: Importance) -> str:
-    """A Markdown table of what is kept of each token.
+    """Return a Markdown table of what is kept of each token.
 
     Args:
         masks: What is kept.
@@ -255,7 +270,7 @@ def table(masks: Masks, found: Importance) -> str:
 
 
 def _ranges(indices: Sequence[int]) -> str:
-    """Indices counted from 0 as ranges counted from 1: "1-4, 7"."""
+    """Return indices counted from 0 as ranges counted from 1: "1-4, 7"."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1]:
@@ -270,7 +285,7 @@ _CELL, _GAP, _HEAD, _PANELS = 18, 44, 96, 4  # pixels; panels in a row
 
 
 def picture(masks: Masks, title: str) -> Image.Image:
-    """Draws which segments of which tokens are kept: a panel for every layer, or one for all.
+    """Draw which segments of which tokens are kept: a panel for every layer, or one for all.
 
     Args:
         masks: What is kept.
@@ -303,7 +318,7 @@ def picture(masks: Masks, title: str) -> Image.Image:
 def _panel(
     draw: ImageDraw.ImageDraw, corner: tuple[int, int], tokens: Tensor, segments: Tensor, tall: int, font: Any
 ) -> None:
-    """Draws one layer's tokens (down) and segments (across), numbered from 1."""
+    """Draw one layer's tokens (down) and segments (across), numbered from 1."""
     left, top = corner
     every = 1 if tall >= 12 else -(-12 // tall)
     for row, (kept, parts) in enumerate(zip(tokens.tolist(), segments.tolist(), strict=True)):

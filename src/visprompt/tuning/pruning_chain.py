@@ -1,14 +1,15 @@
 """E^2VPT's pruning as a chain of runs, each with an identity and folder of its own, so that the whole resumes.
 
-`split=tune`: the initial values are drawn and stored; the unpruned prompts are trained from them on train800; the
-importance of tokens and segments is measured on train800; each point of the prune grid is trained from the stored
-values; val200 chooses, "nothing pruned" being one of the points. `split=final` starts from the same stored values with
-the masks that were chosen, trains on train800val200 and reads test once; where there are no masks yet it makes the tune
-chain first. A chain's own files lie in the folder of its own identity, in which no run lies, beside those of its runs:
-`initial.json`, `importance.json`, `masks.json`, `pruning.md`, `pruning.png`; initial values in `initial/` beside it.
+`split=tune`: the initial values are drawn and stored; the unpruned prompts are trained from them on train800;
+the importance of tokens and segments is measured on train800; each point of the prune grid is trained from
+the stored values; val200 chooses, "nothing pruned" being one of the points. `split=final` starts from the
+same stored values with the masks that were chosen, trains on train800val200 and reads test once; where there
+are no masks yet it makes the tune chain first. A chain's own files lie in the folder of its own identity, in
+which no run lies, beside those of its runs: `initial.json`, `importance.json`, `masks.json`, `pruning.md`,
+`pruning.png`; initial values in `initial/` beside it.
 
-Every link is a W&B run of its own. Under a W&B agent, which has one W&B run for a whole command, only the link whose
-result is the chain's reports to it.
+Every link is a W&B run of its own. Under a W&B agent, which has one W&B run for a whole command, only the
+link whose result is the chain's reports to it.
 """
 
 import logging
@@ -47,13 +48,13 @@ RunOne = Callable[[Job], Result]
 
 
 def prunes(job: Job) -> bool:
-    """Whether a job is a whole chain; its links, which name their initial values, are plain runs."""
+    """Return whether a job is a whole chain; its links, which name their initial values, are plain runs."""
     found = ("initial", "token_mask", "segment_mask")  # by a chain: a job that has one of them is a plain run
     return job.method.get("prune") is True and all(job.method[name] is None for name in found)
 
 
 def unpruned(job: Job) -> dict[str, Any]:
-    """What turns a chain into the plain method, by dotted key; empty for any other job.
+    """Return what turns a chain into the plain method, by dotted key; empty for any other job.
 
     Learning rate, weight decay and lengths are chosen so, before anything is pruned.
     """
@@ -62,15 +63,15 @@ def unpruned(job: Job) -> dict[str, Any]:
 
 
 def run(job: Job, run_one: RunOne) -> Result:
-    """Runs a job, or the chain of runs that it stands for.
+    """Run a job, or the chain of runs that it stands for.
 
     Args:
         job: A composed job.
         run_one: Runs one job and returns its result; it skips what is finished and resumes what is half done.
 
     Returns:
-        The result of the job; of a chain that of the chosen point, or of the final run. Where the unpruned run of a
-        chain diverged, its result.
+        The result of the job; of a chain that of the chosen point, or of the final run. Where the unpruned
+        run of a chain diverged, its result.
 
     Raises:
         UserError: Something of the chain's config is wrong; what `run_one` raises ends the chain, too.
@@ -96,10 +97,11 @@ def run(job: Job, run_one: RunOne) -> Result:
 
 
 def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[str, Any] | None]:
-    """Trains, scores, tries the prune grid and chooses.
+    """Train, scores, tries the prune grid and chooses.
 
     Returns:
-        The link that was chosen, its result, and what was found; the unpruned one and None where that diverged.
+        The link that was chosen, its result, and what was found; the unpruned one and None where that
+        diverged.
     """
     initial = _initial(job, folder)
     points = prune_points(job)
@@ -114,7 +116,9 @@ def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[st
     options = [*(pruning.prune(found, point).options() for point in points[:-1]), {}]
     links = [link_of(bare, initial, masks) for masks in options]
     results = [*(run_one(link) for link in links[:-1]), trained]
-    best = choose(results, range(len(results)))  # ties go to what keeps fewer tokens, then fewer segments: it is first
+    best = choose(
+        results, range(len(results))
+    )  # ties go to what keeps fewer tokens, then fewer segments: it is first
     assert best is not None  # the unpruned one has not diverged
     scores = [result.score if result.status == "finished" else None for result in results]
     record = {
@@ -131,7 +135,7 @@ def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[st
 
 
 def prune_points(job: Job) -> list[Point]:
-    """The points of pruning that a chain tries; the last one prunes nothing."""
+    """Return the points of pruning that a chain tries; the last one prunes nothing."""
     method = job.method
     # without percentages of the one kind the other kind is tried alone
     tokens, segments = (list(method[name] or (0,)) for name in ("prune_tokens", "prune_segments"))
@@ -161,7 +165,10 @@ def _initial(job: Job, folder: Path) -> str:
 
 
 def _importance(link: Job, trained: Result, folder: Path) -> Importance:
-    """Importance of the trained run's tokens and segments; measured once, by one process for all."""
+    """Return the importance of the trained run's tokens and segments.
+
+    Measured once, by one process for all.
+    """
     with _alone(folder):
         known = stored(folder / "importance.json")
         if known is None or known["of"] != trained.tuned["sha256"]:
@@ -174,7 +181,7 @@ def _importance(link: Job, trained: Result, folder: Path) -> Importance:
 
 
 def _measure(one: Run) -> Importance:
-    """Measures importance on the images that the run was trained on, without augmentation."""
+    """Measure importance on the images that the run was trained on, without augmentation."""
     classifier = build_classifier(one.job, one.backbone, one.datamodule.num_classes)
     classifier.load_tuned_state(open_state(one.folder).tensors)
     on_cpu = one.job.trainer.accelerator == "cpu" or not torch.cuda.is_available()
@@ -195,20 +202,22 @@ def _batches(one: Run, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def link_of(job: Job, initial: str, masks: dict[str, Any] | None = None) -> Job:
-    """A run of the chain: it starts from the stored initial values, or from what the masks keep of them."""
+    """Return a run of the chain: it starts from the stored initial values, or from what the masks keep of them."""
     options = {"initial": initial} | (masks or {})
     return job.vary({f"method.{name}": value for name, value in options.items()})
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Holds a chain's folder: of several processes one finds something out, and the others read it."""
+    """Hold a chain's folder: of several processes one finds something out, and the others read it."""
     lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error}; choose another folder with paths.log_dir=...") from error
+        raise UserError(
+            f"cannot write to {folder}: {error}; choose another folder with paths.log_dir=..."
+        ) from error
     try:
         sweep(folder.glob(".*.????????"))
         yield
@@ -217,14 +226,14 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def stored(path: Path) -> dict[str, Any] | None:
-    """Reads a record of a chain.
+    """Read a record of a chain.
 
     Args:
         path: One of `RECORDS` in the chain's folder.
 
     Returns:
-        The record; None where that step has not been taken, and, with a line that says so, where the file is damaged or
-        another chain's: the step is taken again then.
+        The record; None where that step has not been taken, and, with a line that says so, where the file is
+        damaged or another chain's: the step is taken again then.
     """
     try:
         record = read_record(path)
@@ -246,7 +255,7 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _report(folder: Path, result: Result, found: Mapping[str, Any]) -> None:
-    """Writes what was pruned where, as a table and a picture, and says where they are."""
+    """Write what was pruned where, as a table and a picture, and says where they are."""
     importance, point = Importance.of(found["importance"]), found["points"][found["chosen"]]
     masks = pruning.masks_of(result.method, layers=len(importance.tokens))
     name = f"{result.task}, {result.method['name']}, split={result.split}, seed={result.seed}"

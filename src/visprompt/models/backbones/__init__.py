@@ -31,12 +31,14 @@ class BackboneSpec:
 
     Attributes:
         name: The embedded demo backbone's name or a timm model name, with or without a pre-training tag.
-        weights: A file of weights (.safetensors, .pth, .npz) or a folder with one; None takes timm's cache or hub.
+        weights: A file of weights (.safetensors, .pth, .npz) or a folder with one; None takes timm's cache or
+            hub.
         pretrained: False leaves random weights, for tests and for training from scratch.
         image_size: Side of the input in pixels; None is the model's own.
-        global_pool: Another of timm's poolings for the trained model, whose norms stay where they are; None is its own.
-        final_norm: "trained" for the norm behind the last block as it was trained; "fresh" for one of weight 1 and bias
-            0 behind the mean in its place, as the codes of MAE, VPT and E2VPT pool MAE's features.
+        global_pool: Another of timm's poolings for the trained model, whose norms stay where they are; None
+            is its own.
+        final_norm: "trained" for the norm behind the last block as it was trained; "fresh" for one of weight
+            1 and bias 0 behind the mean in its place, as the codes of MAE, VPT and E2VPT pool MAE's features.
         exact: False carries prompt tokens through every block, for comparison.
         kwargs: Further arguments of the timm model, such as depth and embed_dim of a tiny one; see `options`.
 
@@ -58,8 +60,8 @@ class BackboneSpec:
             raise unknown("backbone.final_norm", self.final_norm, FINAL_NORMS)
         if not self.pretrained and self.weights is not None:
             raise UserError(
-                f"backbone.pretrained=false asks for random weights, and backbone.weights={self.weights} for those of "
-                "a file: leave one of them out, or give backbone.weights=null"
+                f"backbone.pretrained=false asks for random weights, and backbone.weights={self.weights} "
+                "for those of a file: leave one of them out, or give backbone.weights=null"
             )
 
 
@@ -84,13 +86,13 @@ class Backbone:
     std: tuple[float, ...]
 
     def record(self) -> dict[str, Any]:
-        """What a result and a tuned state keep: how to build it again, and the weights' hash."""
+        """Return what a result and a tuned state keep: how to build it again, and the weights' hash."""
         # where the file of weights lay is no part of what it holds
         return {k: v for k, v in asdict(self.spec).items() if k != "weights"} | {"sha256": self.sha256}
 
 
 def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
-    """Builds a backbone and loads its weights.
+    """Build a backbone and loads its weights.
 
     Args:
         spec: Which one.
@@ -121,12 +123,14 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
     except Exception as error:  # timm raises of every kind
         said = textwrap.shorten(reason(error), 300, placeholder=" ...")
         raise UserError(
-            f"backbone {spec.name} cannot be built: {said or 'one of its settings is unknown or of a wrong kind'}; "
+            f"backbone {spec.name} cannot be built: "
+            f"{said or 'one of its settings is unknown or of a wrong kind'}; "
             "check backbone.name, backbone.image_size, backbone.global_pool and backbone.kwargs"
         ) from error
     if spec.image_size not in (None, module.image_size):
         raise UserError(
-            f"backbone.image_size={spec.image_size} was not taken, {spec.name} is built for {module.image_size}: "
+            f"backbone.image_size={spec.image_size} was not taken, {spec.name} is built for "
+            f"{module.image_size}: "
             "give one size alone, as +backbone.kwargs.img_size=... where the model needs it so"
         )
     config = model.pretrained_cfg if spec.name != DEMO else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -138,9 +142,14 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
 def _renew_norm(model: Any) -> None:
     """Drop the trained norm behind the last block, and put one of weight 1 and bias 0 behind the mean."""
     norm = getattr(model, "norm", None)
-    if not isinstance(model, VisionTransformer) or not isinstance(norm, nn.LayerNorm) or model.global_pool != "avg":
+    if (
+        not isinstance(model, VisionTransformer)
+        or not isinstance(norm, nn.LayerNorm)
+        or model.global_pool != "avg"
+    ):
         raise UserError(
-            "backbone.final_norm=fresh is for a ViT with a layer norm behind its last block whose features are the "
+            "backbone.final_norm=fresh is for a ViT with a layer norm behind its last block whose features "
+            "are the "
             "mean of the patches: give backbone.global_pool=avg with it, or backbone.final_norm=trained"
         )
     model.fc_norm = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
@@ -148,7 +157,9 @@ def _renew_norm(model: Any) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise unless a name is the embedded backbone's or one of timm's registry; an address or a folder is neither.
+    """Raise unless a name is the embedded backbone's or one of timm's registry.
+
+    An address or a folder is neither.
 
     Raises:
         UserError: Names the nearest ones.
@@ -164,7 +175,7 @@ def check_name(name: str) -> None:
 
 
 def _weights_file(spec: BackboneSpec) -> Path | None:
-    """The file of weights to load; None where none are wanted."""
+    """Return the file of weights to load; None where none are wanted."""
     if not spec.pretrained:
         return None
     if spec.weights is not None:
@@ -173,12 +184,16 @@ def _weights_file(spec: BackboneSpec) -> Path | None:
 
 
 def _create(spec: BackboneSpec) -> Any:
-    """The model with random weights and without a classifier."""
-    name, kwargs = (_DEMO_MODEL, _DEMO_KWARGS | spec.kwargs) if spec.name == DEMO else (spec.name, dict(spec.kwargs))
+    """Return the model with random weights and without a classifier."""
+    name, kwargs = (
+        (_DEMO_MODEL, _DEMO_KWARGS | spec.kwargs) if spec.name == DEMO else (spec.name, dict(spec.kwargs))
+    )
     side, config = spec.image_size, timm.get_pretrained_cfg(name)
     if side is not None and (config is None or config.fixed_input_size):
         kwargs = kwargs | {"img_size": spec.kwargs.get("img_size", side)}
-    elif side is not None:  # a convolutional network takes any size: what is changed is what it says of itself
+    elif (
+        side is not None
+    ):  # a convolutional network takes any size: what is changed is what it says of itself
         overlay = {"input_size": (3, side, side)} | kwargs.pop("pretrained_cfg_overlay", {})
         kwargs["pretrained_cfg_overlay"] = overlay
     return timm.create_model(name, num_classes=0, **kwargs)

@@ -1,10 +1,10 @@
 """timm's residual blocks, re-driven so that only what is read is computed and a method can enter.
 
-A block's output is read only for some of its tokens: where the next block drops or replaces the prompts, their outputs
-are not read; where the pooling takes the class token, the last block's outputs of all other tokens are not. Tokens that
-are not read serve as keys and values only: K = LN(P) W_k + b_k, V = LN(P) W_v + b_v. Their queries, attention,
-projection and MLP are left out, with the same logits and gradients. Prompts that all images share ([1, p, width]) give
-their keys and values once per step, not once per image.
+A block's output is read only for some of its tokens: where the next block drops or replaces the prompts,
+their outputs are not read; where the pooling takes the class token, the last block's outputs of all other
+tokens are not. Tokens that are not read serve as keys and values only: K = LN(P) W_k + b_k, V = LN(P) W_v +
+b_v. Their queries, attention, projection and MLP are left out, with the same logits and gradients. Prompts
+that all images share ([1, p, width]) give their keys and values once per step, not once per image.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,13 @@ _TOKENWISE_NORMS = (nn.LayerNorm, LayerNorm, RmsNorm)
 _TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
 
-def is_proven(block: Any, own: type[nn.Module] = Block, attentions: Sequence[type[nn.Module]] = (Attention,)) -> bool:
-    """Whether `run_block` computes exactly what this block computes.
+def is_proven(
+    block: Any, own: type[nn.Module] = Block, attentions: Sequence[type[nn.Module]] = (Attention,)
+) -> bool:
+    """Return whether `run_block` computes exactly what this block computes.
 
-    Exact classes, not subclasses: a subclass may have changed its forward. Everything outside the attention must work
-    token by token.
+    Exact classes, not subclasses: a subclass may have changed its forward. Everything outside the attention
+    must work token by token.
 
     Args:
         block: Any.
@@ -60,15 +62,15 @@ def run_block(
     method: Method | None = None,
     index: int = 0,
 ) -> Tensor:
-    """Outputs of a block x + Attention(LN(x)), then + MLP(LN(x)), for some of its tokens.
+    """Return outputs of a block x + Attention(LN(x)), then + MLP(LN(x)), for some of its tokens.
 
     Args:
         block: A block whose class its family has proven.
         read: Tokens whose outputs are read, [B, n, width].
-        context: The other tokens of the sequence, in any number of parts [B or 1, m, width]; they give keys and values
-            only.
-        attend: The family's attention: of the block's `attn`, the normed tokens, the normed context and the method's
-            rows.
+        context: The other tokens of the sequence, in any number of parts [B or 1, m, width]; they give keys
+            and values only.
+        attend: The family's attention: of the block's `attn`, the normed tokens, the normed context and the
+            method's rows.
         method: Asked for rows of keys and values and for branches; None asks nobody.
         index: Of the block, for the method.
 
@@ -94,7 +96,10 @@ def run_block(
 
 
 def _scaled(block: Any, which: int, x: Tensor) -> Tensor:
-    """A branch behind its layer scale: a module in a ViT's block, a vector or None in EVA's, nothing in Swin's."""
+    """Return a branch behind its layer scale.
+
+    A module in a ViT's block, a vector or None in EVA's, nothing in Swin's.
+    """
     if hasattr(block, f"ls{which}"):
         return cast(Tensor, getattr(block, f"ls{which}")(x))
     gamma = getattr(block, f"gamma_{which}", None)
@@ -102,7 +107,10 @@ def _scaled(block: Any, which: int, x: Tensor) -> Tensor:
 
 
 def attend(attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows | None) -> Tensor:
-    """Attention of a plain block: of normed tokens [B, n, width] over themselves, the context and the method's rows."""
+    """Return attention of a plain block.
+
+    Of normed tokens [B, n, width] over themselves, the context and the method's rows.
+    """
     q, k, v = split_heads(attn, attn.qkv(read))
     keys, values = [attn.k_norm(k)], [v]
     for part in context:
@@ -115,7 +123,7 @@ def attend(attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows 
 def combine(
     attn: Any, read: Tensor, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: Rows | None
 ) -> Tensor:
-    """What an attention of timm makes of its queries, keys and values.
+    """Return what an attention of timm makes of its queries, keys and values.
 
     Args:
         attn: Its `scale`, `norm`, `gate`, `proj` and `proj_drop` are used.
@@ -131,7 +139,9 @@ def combine(
     if rows:
         keys, values = [*keys, rows[0][None]], [*values, rows[1][None]]
     dtype, size = values[0].dtype, (len(read), -1, -1, -1)
-    all_keys, all_values = (torch.cat([p.to(dtype).expand(size) for p in parts], 2) for parts in (keys, values))
+    all_keys, all_values = (
+        torch.cat([p.to(dtype).expand(size) for p in parts], 2) for parts in (keys, values)
+    )
     out = F.scaled_dot_product_attention(q, all_keys, all_values, scale=attn.scale)
     out = attn.norm(out.transpose(1, 2).flatten(2))
     if attn.gate is not None:
@@ -140,7 +150,7 @@ def combine(
 
 
 def _keys_values(attn: Attention, x: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values of normed tokens that ask nothing, each [B, heads, n, head_dim]."""
+    """Return keys and values of normed tokens that ask nothing, each [B, heads, n, head_dim]."""
     if type(attn.qkv) is not nn.Linear:
         return split_heads(attn, attn.qkv(x))[1:]
     # rows [width:] of the joint projection are those of the keys and the values

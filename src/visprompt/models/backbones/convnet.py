@@ -1,8 +1,11 @@
-"""Convolutional networks of timm: ConvNeXt with its second version, and ResNet with ResNeXt, SE-ResNet and deep stems.
+"""Convolutional networks of timm.
 
-Their blocks take maps [B, channels, height, width], which no token can join: methods enter through the pixels, the
-layers and the weights. timm's own blocks run one after the other, so that what comes before the tuned ones can be
-computed once. Frozen batch norm keeps its statistics, because a frozen backbone stays in evaluation mode.
+ConvNeXt with its second version, and ResNet with ResNeXt, SE-ResNet and deep stems.
+
+Their blocks take maps [B, channels, height, width], which no token can join: methods enter through the
+pixels, the layers and the weights. timm's own blocks run one after the other, so that what comes before the
+tuned ones can be computed once. Frozen batch norm keeps its statistics, because a frozen backbone stays in
+evaluation mode.
 """
 
 from typing import Any, cast
@@ -47,17 +50,21 @@ class ConvNet(Family):
         self._measure()
 
     def _order(self) -> dict[str, str | None]:
-        """Each block's name, and that of what stands between it and the one before."""
+        """Return each block's name, and that of what stands between it and the one before."""
         raise NotImplementedError
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """Reads widths and grids off a run on tensors without values."""
+        """Read widths and grids off a run on tensors without values."""
         maps: list[torch.Size] = []
-        hooks = [block.register_forward_hook(lambda *call: maps.append(call[2].shape)) for block in self.blocks]
+        hooks = [
+            block.register_forward_hook(lambda *call: maps.append(call[2].shape)) for block in self.blocks
+        ]
         tensors = {name: t.to("meta") for name, t in (*self.named_parameters(), *self.named_buffers())}
         like = next(iter(tensors.values()))
-        images = like.new_empty(2, 3, self.image_size, self.image_size)  # two: batch statistics need more than one
+        images = like.new_empty(
+            2, 3, self.image_size, self.image_size
+        )  # two: batch statistics need more than one
         features: Tensor = functional_call(self, tensors, (images, Method(self)))
         for hook in hooks:
             hook.remove()
@@ -68,11 +75,11 @@ class ConvNet(Family):
         self.grids = tuple((shape[2], shape[3]) for shape in maps)
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """Maps [B, channels, height, width] of images [B, 3, H, W], before the first block."""
+        """Return maps [B, channels, height, width] of images [B, 3, H, W], before the first block."""
         raise NotImplementedError
 
     def pool(self, x: Tensor) -> Tensor:
-        """Features [B, width] of the last block's maps, as the model's own classifier would get them."""
+        """Return features [B, width] of the last block's maps, as the model's own classifier would get them."""
         return cast(Tensor, cast(Any, self.model).forward_head(x, pre_logits=True))
 
     def pooling(self, pool: str | None) -> str:
@@ -101,7 +108,7 @@ class ConvNet(Family):
         return self.pool(self._through(x, start, self.num_blocks))
 
     def _through(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Maps before block `stop` of those before block `start`."""
+        """Return maps before block `stop` of those before block `start`."""
         for i in range(start, stop):
             x = self.model.get_submodule(self.block_names[i])(x)
             between = self.between_names[i + 1] if i + 1 < self.num_blocks else None
@@ -111,7 +118,9 @@ class ConvNet(Family):
 
 
 class ConvNeXt(ConvNet):
-    """A timm `ConvNeXt` without its head: any stem, linear or convolutional MLPs, norm before or behind the pooling.
+    """A timm `ConvNeXt` without its head.
+
+    Any stem, linear or convolutional MLPs, norm before or behind the pooling.
 
     Args:
         model: The model; it takes images of any size.
@@ -126,31 +135,40 @@ class ConvNeXt(ConvNet):
 
     def __init__(self, model: nn.Module, exact: bool = True) -> None:
         super().__init__(model, exact)
-        norms = {name: module for name, module in self.model.named_modules() if name in ("norm_pre", "head.norm")}
+        norms = {
+            name: module for name, module in self.model.named_modules() if name in ("norm_pre", "head.norm")
+        }
         self.final_names = tuple(name for name, norm in norms.items() if not isinstance(norm, nn.Identity))
 
     def _order(self) -> dict[str, str | None]:
         order: dict[str, str | None] = {}
         for i, stage in enumerate(cast(Any, self.model.stages)):
             if not len(stage.blocks):
-                raise UserError(f"stage {i} of the backbone has no blocks: give backbone.kwargs.depths of at least 1")
+                raise UserError(
+                    f"stage {i} of the backbone has no blocks: give backbone.kwargs.depths of at least 1"
+                )
             before = None if i == 0 or isinstance(stage.downsample, nn.Identity) else f"stages.{i}.downsample"
             order |= {f"stages.{i}.blocks.{j}": before if j == 0 else None for j in range(len(stage.blocks))}
         return order
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """Maps [B, channels, height, width] before the first block; the first stage's downsampling belongs to them."""
+        """Return maps [B, channels, height, width] before the first block.
+
+        The first stage's downsampling belongs to them.
+        """
         self.check_size(images, method)
         maps = self.model.stem(method.pixels(images))
         return cast(Tensor, cast(Any, self.model.stages[0]).downsample(maps))
 
     def pool(self, x: Tensor) -> Tensor:
-        """Features [B, width] of the last block's maps."""
+        """Return features [B, width] of the last block's maps."""
         return super().pool(self.model.norm_pre(x))
 
 
 class ResNet(ConvNet):
-    """A timm `ResNet` without its head: basic blocks or bottlenecks, any stem; no norm stands behind the last block.
+    """A timm `ResNet` without its head: basic blocks or bottlenecks, any stem.
+
+    No norm stands behind the last block.
 
     Args:
         model: The model; it takes images of any size.
@@ -165,10 +183,14 @@ class ResNet(ConvNet):
 
     def _order(self) -> dict[str, str | None]:
         stages = ("layer1", "layer2", "layer3", "layer4")
-        return {f"{stage}.{name}": None for stage in stages for name, _ in getattr(self.model, stage).named_children()}
+        return {
+            f"{stage}.{name}": None
+            for stage in stages
+            for name, _ in getattr(self.model, stage).named_children()
+        }
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """Maps [B, channels, height, width] before the first block."""
+        """Return maps [B, channels, height, width] before the first block."""
         self.check_size(images, method)
         model = self.model
         return cast(Tensor, model.maxpool(model.act1(model.bn1(model.conv1(method.pixels(images))))))

@@ -1,8 +1,11 @@
-"""Vision transformers with rotary positions, timm's class Eva: EVA-02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2.
+"""Vision transformers with rotary positions, timm's class Eva.
 
-An attention rotates the queries and the keys of every patch by angles that are its position; class and register tokens
-have none, and prompts get none. A row of sine 0 and cosine 1 rotates nothing: with such rows around those of the
-patches, tokens of every kind stand in any order, prompts behind the image tokens as in every family.
+EVA-02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2.
+
+An attention rotates the queries and the keys of every patch by angles that are its position; class and
+register tokens have none, and prompts get none. A row of sine 0 and cosine 1 rotates nothing: with such rows
+around those of the patches, tokens of every kind stand in any order, prompts behind the image tokens as in
+every family.
 """
 
 import math
@@ -27,7 +30,8 @@ class EVA(ViT):
     """A timm `Eva` without its head.
 
     Args:
-        model: Any `Eva`: rotary positions of any kind, absolute ones or both; norms before or behind the branches.
+        model: Any `Eva`: rotary positions of any kind, absolute ones or both; norms before or behind the
+            branches.
         exact: False carries the prompt tokens through every block, as the papers' codes do; for comparison.
 
     Raises:
@@ -43,11 +47,12 @@ class EVA(ViT):
         blocks: list[Any] = self.blocks
         for block in blocks:
             if getattr(block.attn, "q_bias", None) is not None:
-                # timm then calls the joint projection, which a method may have wrapped, and does not read its weight
+                # timm then calls the joint projection, which a method may have wrapped, and does not read its
+                # weight
                 block.attn.qkv_bias_separate = True
 
     def is_proven(self, block: nn.Module) -> bool:
-        """Whether the block is of the class with its norms before the branches."""
+        """Return whether the block is of the class with its norms before the branches."""
         return is_proven(block, EvaBlock, (EvaAttention, AttentionRope))
 
     def forward(self, images: Tensor, method: Method) -> Tensor:
@@ -89,9 +94,11 @@ class EVA(ViT):
     def drive(
         self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
     ) -> Tensor:
-        """Runs a block; tokens that are not read give keys and values only."""
+        """Run a block; tokens that are not read give keys and values only."""
         all_rows = self._rows(index, num_image, x.shape[1])
-        parts = [part for part in (slice(0, rows.start), slice(rows.stop, x.shape[1])) if part.start < part.stop]
+        parts = [
+            part for part in (slice(0, rows.start), slice(rows.stop, x.shape[1])) if part.start < part.stop
+        ]
         context, of_context = [x[:, part] for part in parts], [_some(all_rows, part) for part in parts]
         if entering is not None:
             context, of_context = [*context, entering], [*of_context, None]
@@ -99,12 +106,12 @@ class EVA(ViT):
         return run_block(self.model.blocks[index], x[:, rows], context, attend, method, index)
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Runs timm's block on all tokens."""
+        """Run timm's block on all tokens."""
         rows = _some(self._rows(index, num_image, x.shape[1]), slice(self.num_prefix, None))
         return cast(Tensor, self.model.blocks[index](x, rope=rows))
 
     def _pools_prefix(self) -> bool:
-        """Whether a pooling over tokens reads class and register tokens with the patches."""
+        """Return whether a pooling over tokens reads class and register tokens with the patches."""
         return self.model.attn_pool is not None
 
     def _begin(self, images: Tensor, method: Method) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
@@ -119,12 +126,14 @@ class EVA(ViT):
     def _check_grid(self, grid: tuple[int, int]) -> None:
         if self.model.rope is not None and side_of(math.prod(grid), self.grids[0]) != grid:
             raise UserError(
-                f"images of {grid[0]} x {grid[1]} patches leave tokens whose number does not tell their rotary "
-                f"positions: give square images, or such of the backbone's own {self.grids[0][0]} x {self.grids[0][1]}"
+                f"images of {grid[0]} x {grid[1]} patches leave tokens whose number does not tell their "
+                "rotary "
+                f"positions: give square images, or such of the backbone's own {self.grids[0][0]} x "
+                f"{self.grids[0][1]}"
             )
 
     def _holding(self, rotations: Tensor | None, run: Callable[[], Tensor]) -> Tensor:
-        """Runs blocks by these rotations, which are made once for all of them."""
+        """Run blocks by these rotations, which are made once for all of them."""
         self._held = rotations
         try:
             return run()
@@ -132,7 +141,10 @@ class EVA(ViT):
             self._held = None
 
     def _rotations(self, num_image: int) -> Tensor | None:
-        """The rotations of image tokens that come without their images: those that timm's `_pos_embed` makes."""
+        """Return the rotations of image tokens that come without their images.
+
+        Those that timm's `_pos_embed` makes.
+        """
         rope: Any = self.model.rope
         if rope is None or not num_image:
             return None
@@ -141,7 +153,10 @@ class EVA(ViT):
         return _padded(rope.get_embed() if fixed else rope.get_embed(shape=grid), self.num_prefix, 0)
 
     def _rows(self, index: int, num_image: int, num_tokens: int) -> Tensor | None:
-        """The rotations of all tokens in a block, [..., num_tokens, 2 * head_dim]: sines, then cosines."""
+        """Return the rotations of all tokens in a block, [..., num_tokens, 2 * head_dim].
+
+        Sines, then cosines.
+        """
         rotations = self._rotations(num_image) if self._held is None else self._held
         if rotations is not None and self.model.rope_mixed:  # each block has its own
             rotations = rotations[index]
@@ -149,7 +164,7 @@ class EVA(ViT):
 
 
 def _padded(rotations: Tensor | None, before: int, behind: int) -> Tensor | None:
-    """Rotations with rows before and behind them that rotate nothing."""
+    """Return rotations with rows before and behind them that rotate nothing."""
     if rotations is None or not before + behind:
         return rotations
     sines, cosines = rotations.chunk(2, dim=-1)
@@ -169,7 +184,7 @@ def _attend(
     context: Sequence[Tensor],
     rows: Rows | None,
 ) -> Tensor:
-    """Attention of normed tokens [B, n, width] over themselves, the context and the method's rows, by rotations."""
+    """Return attention of normed tokens [B, n, width] over themselves, the context and the method's rows, by rotations."""
     bias = _separate_bias(attn)
     q, *own = _project(attn, read, bias, 3)
     pairs = [own, *(_project(attn, part, bias, 2) for part in context)]
@@ -183,17 +198,22 @@ def _attend(
 
 
 def _rotated(attn: Any, x: Tensor, rotations: Tensor | None, like: Tensor) -> Tensor:
-    """Queries or keys [B, heads, n, head_dim] in their positions; in the precision of `like`, which norms may leave."""
+    """Return queries or keys [B, heads, n, head_dim] in their positions.
+
+    In the precision of `like`, which norms may leave.
+    """
     return x if rotations is None else apply_rot_embed_cat(x, rotations, half=attn.rotate_half).type_as(like)
 
 
 def _separate_bias(attn: Any) -> Tensor | None:
-    """The bias [3 * width] that EVA's attention keeps beside its joint projection, that of the keys being zero."""
-    return None if getattr(attn, "q_bias", None) is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    """Return the bias [3 * width] that EVA's attention keeps beside its joint projection, that of the keys being zero."""
+    return (
+        None if getattr(attn, "q_bias", None) is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    )
 
 
 def _project(attn: Any, x: Tensor, bias: Tensor | None, parts: int) -> list[Tensor]:
-    """The last 2 or 3 of queries, keys and values of normed tokens, each [B, heads, n, head_dim]."""
+    """Return the last 2 or 3 of queries, keys and values of normed tokens, each [B, heads, n, head_dim]."""
     layer = attn.qkv
     if layer is None:
         layers = (attn.q_proj, attn.k_proj, attn.v_proj)[-parts:]

@@ -13,7 +13,7 @@ FAMILIES: tuple[type[Family], ...] = (ViT, EVA, Swin, ConvNeXt, ResNet)
 
 
 def family(model: nn.Module, exact: bool = True) -> Family:
-    """Wraps a model of timm into the family that drives it, in evaluation mode.
+    """Wrap a model of timm into the family that drives it, in evaluation mode.
 
     Args:
         model: The model; its head is taken off.
@@ -30,4 +30,6 @@ def family(model: nn.Module, exact: bool = True) -> Family:
             # eval first: in training mode, dropout in its attention keeps blocks off the exact path
             return cls(model.eval(), exact).eval()
     known = ", ".join(cls.model_class.__name__ for cls in FAMILIES)
-    raise UserError(f"backbone class {type(model).__name__} is driven by no family: choose a model of one of {known}")
+    raise UserError(
+        f"backbone class {type(model).__name__} is driven by no family: choose a model of one of {known}"
+    )

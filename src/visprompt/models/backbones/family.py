@@ -1,8 +1,9 @@
 """What all families of backbones have in common, and the drive of those that are made of tokens.
 
-A family is a file: it says where a method may enter (its sites), names the model's parts, and drives timm's own
-modules block by block. Never compute what the loss cannot see: outputs that nobody reads are left out by block classes
-that are re-driven exactly (`is_proven`), each tested against timm's own forward. Other blocks carry the tokens.
+A family is a file: it says where a method may enter (its sites), names the model's parts, and drives timm's
+own modules block by block. Never compute what the loss cannot see: outputs that nobody reads are left out by
+block classes that are re-driven exactly (`is_proven`), each tested against timm's own forward. Other blocks
+carry the tokens.
 
 From images to logits (here, `models/classifier.py` and `block.py`; a method is asked, and never calls):
 
@@ -11,7 +12,8 @@ From images to logits (here, `models/classifier.py` and `block.py`; a method is 
         x = method.shift(i, x)
         if flow[i] enters or mixes:                      # method.token_flow()
             entering = method.tokens(i, x)               # [1 or B, p, width], in place of the last block's
-        read = the rows of x whose outputs are read      # the next block drops prompts; the pooling reads few tokens
+        read = the rows of x whose outputs are read      # the next block drops prompts; the pooling reads few
+        tokens
         queries = LN(x[read]);  context = LN(the other rows), LN(entering)                    # run_block
         keys, values = those of queries, context and method.keys_values(i)                    # attend
         x = x[read] + Attention(queries, keys, values) + method.branch(ATTENTION) [+ ...]
@@ -69,16 +71,18 @@ class Family(nn.Module):
 
     @classmethod
     def check_class(cls, model: nn.Module) -> None:
-        """Refuses a model of another class than the family's.
+        """Refuse a model of another class than the family's.
 
-        A subclass is refused too: it may embed or pool in another way (timm's distilled ViT has two class tokens).
+        A subclass is refused too: it may embed or pool in another way (timm's distilled ViT has two class
+        tokens).
 
         Raises:
             UserError: It is of another class.
         """
         if type(model) is not cls.model_class:
             raise UserError(
-                f"backbone class {type(model).__name__} is not a plain timm {cls.model_class.__name__}: choose one"
+                f"backbone class {type(model).__name__} is not a plain timm {cls.model_class.__name__}: "
+                "choose one"
             )
 
     @property
@@ -97,11 +101,17 @@ class Family(nn.Module):
         return self.image_size, self.image_size
 
     def carried_blocks(self) -> list[int]:
-        """Indices of the blocks that carry prompt tokens in full: their class is not proven, or `exact` is off."""
+        """Return indices of the blocks that carry prompt tokens in full.
+
+        Their class is not proven, or `exact` is off.
+        """
         return []
 
     def pooling(self, pool: str | None) -> str:
-        """What the features are pooled of, in words for a record: a method's `pool`, or else timm's own word."""
+        """Return what the features are pooled of, in words for a record.
+
+        A method's `pool`, or else timm's own word.
+        """
         return pool or str(getattr(self.model, "global_pool", "avg"))
 
     def forward(self, images: Tensor, method: Method) -> Tensor:
@@ -117,11 +127,17 @@ class Family(nn.Module):
         return self.from_block(0, self.embed(images, method), method)
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """What the first block gets of images [B, 3, H, W]: tokens [B, n, width], or maps [B, channels, h, w]."""
+        """Return what the first block gets of images [B, 3, H, W].
+
+        Tokens [B, n, width], or maps [B, channels, h, w].
+        """
         raise NotImplementedError
 
     def to_block(self, stop: int, images: Tensor, method: Method) -> Tensor:
-        """The same, maps flat, before block `stop`, at or below the method's `first_block`: nothing tuned is in it."""
+        """Return the same, maps flat, before block `stop`, at or below the method's `first_block`.
+
+        Nothing tuned is in it.
+        """
         raise NotImplementedError
 
     def from_block(self, start: int, x: Tensor, method: Method) -> Tensor:
@@ -129,13 +145,15 @@ class Family(nn.Module):
         raise NotImplementedError
 
     def check_size(self, images: Tensor, method: Method) -> None:
-        """Refuses images of other channels, or of another size than the backbone's own where a method needs that one.
+        """Refuse images of other channels, or of another size than the backbone's own where a method needs that one.
 
         Raises:
             UserError: They have others.
         """
         if images.shape[1] != 3:
-            raise UserError(f"images are [B, 3, height, width], and these have the shape {tuple(images.shape)}")
+            raise UserError(
+                f"images are [B, 3, height, width], and these have the shape {tuple(images.shape)}"
+            )
         height, width = self.own_size
         if method.fixed_size and images.shape[-2:] != (height, width):
             raise UserError(
@@ -148,11 +166,14 @@ class TokenFamily(Family):
     """A family whose blocks take tokens; image tokens stand first, prompts behind them."""
 
     def carried_blocks(self) -> list[int]:
-        """Indices of the blocks that carry prompt tokens in full: their class is not proven, or `exact` is off."""
+        """Return indices of the blocks that carry prompt tokens in full.
+
+        Their class is not proven, or `exact` is off.
+        """
         return [i for i, block in enumerate(self.blocks) if not (self.exact and self.is_proven(block))]
 
     def is_proven(self, block: nn.Module) -> bool:
-        """Whether `drive` computes exactly what this block computes."""
+        """Return whether `drive` computes exactly what this block computes."""
         raise NotImplementedError
 
     def drive(
@@ -185,23 +206,26 @@ class TokenFamily(Family):
         return self.model.get_submodule(self.block_names[index])
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Runs timm's own block on all tokens x [B, n, width], prompts among them."""
+        """Run timm's own block on all tokens x [B, n, width], prompts among them."""
         raise NotImplementedError
 
     def between(self, index: int, x: Tensor, num_image: int) -> tuple[Tensor, int]:
-        """Takes image tokens, and prompts that flow on, to block `index`; returns the image tokens' new number too."""
+        """Take image tokens, and prompts that flow on, to block `index`.
+
+        Returns the image tokens' new number too.
+        """
         return x, num_image
 
     def pooled_rows(self, num_image: int, pool: str | None) -> tuple[slice, bool]:
-        """Rows of the last block's output that the pooling reads, and whether prompts are among them."""
+        """Return rows of the last block's output that the pooling reads, and whether prompts are among them."""
         raise NotImplementedError
 
     def pool(self, x: Tensor, pool: str | None) -> Tensor:
-        """Norms and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
+        """Norm and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
         raise NotImplementedError
 
     def states(self, images: Tensor) -> list[Tensor]:
-        """Tokens [B, n, width] of images before each block and behind the last, without any method."""
+        """Return tokens [B, n, width] of images before each block and behind the last, without any method."""
         like, nobody = next(self.parameters()), Method(self)
         states = [self.embed(images.to(like.device, like.dtype), nobody)]
         for i in range(self.num_blocks):
@@ -209,14 +233,17 @@ class TokenFamily(Family):
         return states
 
     def to_block(self, stop: int, images: Tensor, method: Method) -> Tensor:
-        """Image tokens before block `stop`, at or below the method's `first_block`: nothing tuned is in them."""
+        """Image tokens before block `stop`, at or below the method's `first_block`.
+
+        Nothing tuned is in them.
+        """
         x = self.embed(images, method)
         for i in range(stop):
             x = self._plain(i, x)
         return x
 
     def _plain(self, index: int, x: Tensor) -> Tensor:
-        """A block on image tokens, and what stands behind it."""
+        """Return a block on image tokens, and what stands behind it."""
         x = self.carry(index, x, x.shape[1])
         return self.between(index + 1, x, x.shape[1])[0] if index + 1 < self.num_blocks else x
 
@@ -235,7 +262,9 @@ class TokenFamily(Family):
             entering = None
             if flow[i] in (Flow.ENTER, Flow.MIX):
                 last = (entered, out) if flow[i] is Flow.MIX else None
-                entering = entered = method.tokens(i, x, last).to(x.dtype)  # a backbone may be in 16 bits throughout
+                entering = entered = method.tokens(i, x, last).to(
+                    x.dtype
+                )  # a backbone may be in 16 bits throughout
             if i + 1 == self.num_blocks:
                 rows, with_prompts = self.pooled_rows(num_image, method.pool)
             else:
@@ -251,7 +280,10 @@ class TokenFamily(Family):
     def _run_block(
         self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
     ) -> Tensor:
-        """Runs one block on the tokens x [B, n, width] and those entering; returns the outputs of `rows` of x."""
+        """Run one block on the tokens x [B, n, width] and those entering.
+
+        Returns the outputs of `rows` of x.
+        """
         start, stop, _ = rows.indices(x.shape[1])
         asks = bool(method.places) or method.keys_values(index) is not None
         all_read = entering is None and (start, stop) == (0, x.shape[1])
@@ -260,7 +292,8 @@ class TokenFamily(Family):
             x, entering = torch.cat([x, entering.expand(len(x), -1, -1)], dim=1), None
         if not driven:
             return self.carry(index, x, num_image)[:, start:stop]
-        # not exact: every output is computed; and a branch that looks at its neighbours needs all patches, if any
+        # not exact: every output is computed; and a branch that looks at its neighbours needs all patches, if
+        # any
         if not self.exact or (not method.tokenwise and stop > self.num_prefix):
             return self.drive(index, x, num_image, slice(0, x.shape[1]), entering, method)[:, start:stop]
         return self.drive(index, x, num_image, slice(start, stop), entering, method)
@@ -281,7 +314,7 @@ def side_of(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise UserError(
-            f"images of another size than the backbone's own must be square, and these have {num_tokens} positions: "
-            "crop or resize them, or set backbone.image_size"
+            f"images of another size than the backbone's own must be square, and these have {num_tokens} "
+            "positions: crop or resize them, or set backbone.image_size"
         )
     return side, side

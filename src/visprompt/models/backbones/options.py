@@ -1,8 +1,10 @@
-"""Which options of timm's models a backbone may be built with (`backbone.kwargs`): an allow-list of plain values.
+"""Which options of timm's models a backbone may be built with (`backbone.kwargs`).
 
-timm's own factory also takes options that fetch a file, or read and write at an address (`pretrained`, `cache_dir`,
-`checkpoint_path`, `pretrained_cfg_overlay.url`, ...). None of them is here, on the command line as little as in a
-tuned state: what is trained can be built again by whoever gets the state.
+An allow-list of plain values.
+
+timm's own factory also takes options that fetch a file, or read and write at an address (`pretrained`,
+`cache_dir`, `checkpoint_path`, `pretrained_cfg_overlay.url`, ...). None of them is here, on the command line
+as little as in a tuned state: what is trained can be built again by whoever gets the state.
 """
 
 import math
@@ -30,7 +32,7 @@ def _are_counts(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number of ordinary size; true and false are not."""
+    """Return whether a value is a finite number of ordinary size; true and false are not."""
     return type(value) in (int, float) and abs(value) <= 1e6 and math.isfinite(value)
 
 
@@ -43,7 +45,17 @@ def _is_one_of(*words: str) -> Callable[[Any], bool]:
 
 
 _WORDS: Mapping[str, tuple[str, ...]] = {
-    "act_layer": ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swish", "mish", "hard_swish", "leaky_relu"),
+    "act_layer": (
+        "gelu",
+        "gelu_tanh",
+        "quick_gelu",
+        "relu",
+        "silu",
+        "swish",
+        "mish",
+        "hard_swish",
+        "leaky_relu",
+    ),
     "attn_type": ("eva", "rope"),
     "global_pool": ("", "avg", "avgmax", "max", "token"),
     "norm_layer": ("batchnorm2d", "groupnorm", "layernorm", "layernorm2d", "rmsnorm", "simplenorm"),
@@ -54,29 +66,100 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "weight_init": ("", "jax", "jax_nlhb", "moco", "reset", "skip"),
 }
 _COUNTS = (
-    *("attn_pool_num_heads", "base_width", "block_reduce_first", "cardinality", "channels", "depth", "depths", "dims"),
+    *(
+        "attn_pool_num_heads",
+        "base_width",
+        "block_reduce_first",
+        "cardinality",
+        "channels",
+        "depth",
+        "depths",
+        "dims",
+    ),
     *("down_kernel_size", "embed_dim", "head_dim", "head_hidden_size", "img_size", "kernel_sizes", "layers"),
-    *("num_heads", "num_kv_heads", "num_reg_tokens", "output_stride", "patch_size", "ref_feat_shape", "reg_tokens"),
+    *(
+        "num_heads",
+        "num_kv_heads",
+        "num_reg_tokens",
+        "output_stride",
+        "patch_size",
+        "ref_feat_shape",
+        "reg_tokens",
+    ),
     *("rope_mrope_section", "stem_width", "swiglu_align_to", "window_size"),
 )
 _NUMBERS = (
-    *("attn_drop_rate", "attn_pool_mlp_ratio", "drop_block_rate", "drop_path_rate", "drop_rate", "head_init_scale"),
-    *("init_values", "ls_init_value", "mlp_ratio", "norm_eps", "patch_drop_rate", "pos_drop_rate", "proj_drop_rate"),
-    *("rope_grid_offset", "rope_jitter_coords", "rope_rescale_coords", "rope_shift_coords", "rope_temperature"),
+    *(
+        "attn_drop_rate",
+        "attn_pool_mlp_ratio",
+        "drop_block_rate",
+        "drop_path_rate",
+        "drop_rate",
+        "head_init_scale",
+    ),
+    *(
+        "init_values",
+        "ls_init_value",
+        "mlp_ratio",
+        "norm_eps",
+        "patch_drop_rate",
+        "pos_drop_rate",
+        "proj_drop_rate",
+    ),
+    *(
+        "rope_grid_offset",
+        "rope_jitter_coords",
+        "rope_rescale_coords",
+        "rope_shift_coords",
+        "rope_temperature",
+    ),
 )
 _FLAGS = (
     *("always_partition", "attn_only_layer_scale", "avg_down", "class_token", "conv_bias", "conv_mlp"),
-    *("dynamic_img_pad", "dynamic_img_size", "fc_norm", "final_norm", "fix_init", "head_norm_first", "no_embed_class"),
-    *("pool_include_prefix", "pre_norm", "proj_bias", "qk_norm", "qkv_bias", "qkv_fused", "replace_stem_pool"),
-    *("rope_rotate_half", "scale_attn_inner", "scale_attn_norm", "scale_mlp", "scale_mlp_norm", "strict_img_size"),
-    *("swiglu_mlp", "use_abs_pos_emb", "use_fc_norm", "use_grn", "use_post_norm", "use_post_transformer_norm"),
+    *(
+        "dynamic_img_pad",
+        "dynamic_img_size",
+        "fc_norm",
+        "final_norm",
+        "fix_init",
+        "head_norm_first",
+        "no_embed_class",
+    ),
+    *(
+        "pool_include_prefix",
+        "pre_norm",
+        "proj_bias",
+        "qk_norm",
+        "qkv_bias",
+        "qkv_fused",
+        "replace_stem_pool",
+    ),
+    *(
+        "rope_rotate_half",
+        "scale_attn_inner",
+        "scale_attn_norm",
+        "scale_mlp",
+        "scale_mlp_norm",
+        "strict_img_size",
+    ),
+    *(
+        "swiglu_mlp",
+        "use_abs_pos_emb",
+        "use_fc_norm",
+        "use_grn",
+        "use_post_norm",
+        "use_post_transformer_norm",
+    ),
     *("use_pre_transformer_norm", "use_rot_pos_emb", "zero_init_last"),
 )
 _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_FLAGS, (_is_flag, "true or false")),
     **dict.fromkeys(_COUNTS, (_are_counts, f"a whole number from 0 to {_LARGEST}, or a short list of them")),
     **dict.fromkeys(_NUMBERS, (_is_number, "a number")),
-    **{name: (_is_one_of(*words), "one of " + ", ".join(filter(None, words))) for name, words in _WORDS.items()},
+    **{
+        name: (_is_one_of(*words), "one of " + ", ".join(filter(None, words)))
+        for name, words in _WORDS.items()
+    },
 }
 _OVERLAY = ("mean", "std")  # what images are normalised with, where weights came without timm's own
 

@@ -1,6 +1,7 @@
 """Plain vision transformers of timm: supervised ViT, MAE, MoCo v3, DINO, DINOv2, DeiT III, CLIP, SigLIP.
 
-`block.run_block` leaves out the outputs that nobody reads. It is taken for the block classes in `block.is_proven`.
+`block.run_block` leaves out the outputs that nobody reads. It is taken for the block classes in
+`block.is_proven`.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,9 @@ class ViT(TokenFamily):
         self.check_class(model)
         model = cast(VisionTransformer, model)
         if model.attn_pool is None and not model.global_pool:
-            raise UserError("the backbone pools nothing: set backbone.global_pool to token, avg, avgmax or max")
+            raise UserError(
+                "the backbone pools nothing: set backbone.global_pool to token, avg, avgmax or max"
+            )
         _check_sides(model)
         model.reset_classifier(0)
         super().__init__(model, exact)
@@ -62,10 +65,11 @@ class ViT(TokenFamily):
         return height, width
 
     def check_size(self, images: Tensor, method: Method) -> None:
-        """Refuses, too, images of a size that the patch embedding does not take.
+        """Refuse, too, images of a size that the patch embedding does not take.
 
         Raises:
-            UserError: Of another than the backbone's own or, where it takes any, of a side that no patches fill.
+            UserError: Of another than the backbone's own or, where it takes any, of a side that no patches
+                fill.
         """
         super().check_size(images, method)
         (height, width), embed = images.shape[-2:], self.model.patch_embed
@@ -73,8 +77,8 @@ class ViT(TokenFamily):
             if (height, width) != self.own_size:
                 own = " x ".join(map(str, self.own_size))
                 raise UserError(
-                    f"this backbone takes images of its own size {own} and got {height} x {width}: resize them, or set "
-                    "backbone.image_size"
+                    f"this backbone takes images of its own size {own} and got {height} x {width}: resize "
+                    "them, or set backbone.image_size"
                 )
         elif not embed.dynamic_img_pad and (height % embed.patch_size[0] or width % embed.patch_size[1]):
             raise UserError(
@@ -83,7 +87,7 @@ class ViT(TokenFamily):
             )
 
     def is_proven(self, block: nn.Module) -> bool:
-        """Whether the block is of the plain class."""
+        """Return whether the block is of the plain class."""
         return is_proven(block)
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
@@ -98,11 +102,11 @@ class ViT(TokenFamily):
         return attend(attn, read, context, rows)
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Runs timm's block on all tokens."""
+        """Run timm's block on all tokens."""
         return cast(Tensor, self.model.blocks[index](x))
 
     def pooled_rows(self, num_image: int, pool: str | None) -> tuple[slice, bool]:
-        """Rows of the last block's output that the pooling reads, and whether prompts are among them."""
+        """Return rows of the last block's output that the pooling reads, and whether prompts are among them."""
         model = self.model
         if pool is not None:
             rows = {
@@ -117,11 +121,11 @@ class ViT(TokenFamily):
         return slice(0 if self._pools_prefix() else model.num_prefix_tokens, num_image), False
 
     def _pools_prefix(self) -> bool:
-        """Whether a pooling over tokens reads class and register tokens with the patches."""
+        """Return whether a pooling over tokens reads class and register tokens with the patches."""
         return self.model.pool_include_prefix
 
     def pool(self, x: Tensor, pool: str | None) -> Tensor:
-        """Norms and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
+        """Norm and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
         model = self.model
         x = model.norm(x)
         if pool is not None:
@@ -134,7 +138,7 @@ class ViT(TokenFamily):
 
 
 def _check_sides(model: VisionTransformer) -> None:
-    """Refuses a side whose last pixels no patch reads, unless the model was pre-trained so, as one SigLIP was."""
+    """Refuse a side whose last pixels no patch reads, unless the model was pre-trained so, as one SigLIP was."""
     embed, config = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}
     if tuple(config.get("input_size", ())[1:]) == embed.img_size or getattr(embed, "dynamic_img_pad", False):
         return

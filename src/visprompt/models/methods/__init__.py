@@ -79,14 +79,16 @@ _KINDS: Mapping[Any, tuple[type, str]] = {  # of an option, by its annotation; t
 
 
 def option_kinds(name: str) -> dict[str, Any]:
-    """The annotation of each option of a method.
+    """Return the annotation of each option of a method.
 
     Raises:
         UserError: The name is unknown.
     """
     if not isinstance(name, str) or name not in METHODS:
         raise unknown("method", name, METHODS)
-    return {p: one.annotation for p, one in inspect.signature(METHODS[name]).parameters.items() if p != "backbone"}
+    return {
+        p: one.annotation for p, one in inspect.signature(METHODS[name]).parameters.items() if p != "backbone"
+    }
 
 
 def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def hashed_file(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
-    """Builds a method for a backbone.
+    """Build a method for a backbone.
 
     Args:
         name: One of `METHODS`.
@@ -118,8 +120,8 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
         The method, its parameters drawn from torch's global generator.
 
     Raises:
-        UserError: The name or an option is unknown, an option is of the wrong kind, or the backbone lacks a site that
-            the method needs.
+        UserError: The name or an option is unknown, an option is of the wrong kind, or the backbone lacks a
+            site that the method needs.
     """
     check_options(name, options)
     factory = METHODS[name]
@@ -150,7 +152,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _check_kind(option: str, value: Any, annotation: Any) -> None:
-    """Refuses a value that its annotation does not name: "no" is a word, and a word that is not empty counts as true.
+    """Refuse a value that its annotation does not name.
+
+    "no" is a word, and a word that is not empty counts as true.
 
     Raises:
         UserError: It says what to give.

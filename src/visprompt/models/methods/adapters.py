@@ -1,17 +1,21 @@
 """Adapters: a small bottleneck in every block, on, beside or behind its MLP.
 
-Adapter      y + Up(GELU(Down(y))) on the output y of the MLP, before it is added to the stream. Pfeiffer et al.,
-             AdapterFusion, EACL 2021; the baseline of Jia et al., Visual Prompt Tuning, ECCV 2022, section 4.1.
-AdaptFormer  x + MLP(LN(x)) + s * Up(ReLU(Down(x))). Chen et al., AdaptFormer, NeurIPS 2022, equations 2 and 3.
-Adapter+     x + g * Up(GELU(Down(x))) behind the block, g one number per channel. Steitz and Roth, Adapters Strike
+Adapter      y + Up(GELU(Down(y))) on the output y of the MLP, before it is added to the stream. Pfeiffer et
+al.,
+             AdapterFusion, EACL 2021; the baseline of Jia et al., Visual Prompt Tuning, ECCV 2022, section
+             4.1.
+AdaptFormer  x + MLP(LN(x)) + s * Up(ReLU(Down(x))). Chen et al., AdaptFormer, NeurIPS 2022, equations 2 and
+3.
+Adapter+     x + g * Up(GELU(Down(x))) behind the block, g one number per channel. Steitz and Roth, Adapters
+Strike
              Back, CVPR 2024, section 3.
 
 Each starts equal to the backbone, because Up starts at zero; only Adapter+ with init=houlsby draws Up, too.
 
-Different from the released codes. VPT's zeroes Down and Up alike: with both at zero neither ever gets a gradient, and
-all that its adapter trains is the bias of Up; here Down is drawn. AdaptFormer's paper norms the input of the branch;
-its code does not, and neither does this. Adapter+ draws Up as it draws Down (init=houlsby does so here) and keeps
-weight decay off biases and scales.
+Different from the released codes. VPT's zeroes Down and Up alike: with both at zero neither ever gets a
+gradient, and all that its adapter trains is the bias of Up; here Down is drawn. AdaptFormer's paper norms the
+input of the branch; its code does not, and neither does this. Adapter+ draws Up as it draws Down
+(init=houlsby does so here) and keeps weight decay off biases and scales.
 """
 
 import math
@@ -39,7 +43,8 @@ class Bottleneck(Method):
         down: [blocks, width, bottleneck], as PyTorch draws a linear layer: U(-1, 1) / sqrt(width).
         down_bias: [blocks, bottleneck], zero at first.
         up: [blocks, bottleneck, width], zero at first.
-        up_bias: [blocks, width], zero at first. Where the blocks' widths differ, each is a list over the blocks.
+        up_bias: [blocks, width], zero at first. Where the blocks' widths differ, each is a list over the
+            blocks.
 
     Raises:
         UserError: The bottleneck is smaller than 1.
@@ -67,7 +72,8 @@ class Adapter(Bottleneck):
 
     Args:
         backbone: The backbone whose width and number of blocks shape the bottlenecks.
-        bottleneck: Width of a bottleneck (r); None means an eighth of the block's. The paper tries 8, 64 and 256.
+        bottleneck: Width of a bottleneck (r); None means an eighth of the block's. The paper tries 8, 64 and
+            256.
 
     Attributes:
         down: See `Bottleneck`, as for `down_bias`, `up` and `up_bias`.
@@ -104,7 +110,9 @@ class AdaptFormer(Bottleneck):
 
     places: ClassVar[frozenset[Place]] = frozenset({Place.MLP})
 
-    def __init__(self, backbone: Geometry, bottleneck: int = 64, scale: float = 0.1, dropout: float = 0.1) -> None:
+    def __init__(
+        self, backbone: Geometry, bottleneck: int = 64, scale: float = 0.1, dropout: float = 0.1
+    ) -> None:
         super().__init__(backbone, bottleneck)
         check_scale(scale)
         check_probability("dropout", dropout)
@@ -112,7 +120,7 @@ class AdaptFormer(Bottleneck):
         self.dropout = nn.Dropout(dropout)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """The scaled bottleneck of the stream x [B, n, width]."""
+        """Return the scaled bottleneck of the stream x [B, n, width]."""
         return self.scale * self.squeeze(block, x, lambda hidden: self.dropout(F.relu(hidden)))
 
 
@@ -122,7 +130,8 @@ class AdapterPlus(Bottleneck):
     Args:
         backbone: The backbone whose width and number of blocks shape the bottlenecks.
         bottleneck: Width of a bottleneck (r).
-        drop_path: Probability that a block's adapter is skipped for an image in training, the same in all blocks.
+        drop_path: Probability that a block's adapter is skipped for an image in training, the same in all
+            blocks.
         init: "zero": Up starts at zero; "houlsby": it is drawn as Down is, as in the released code.
 
     Attributes:
@@ -137,9 +146,13 @@ class AdapterPlus(Bottleneck):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({Place.AFTER})
-    undecayed: ClassVar[frozenset[str]] = frozenset({"down_bias", "up_bias", "scale"})  # as in the released code
+    undecayed: ClassVar[frozenset[str]] = frozenset(
+        {"down_bias", "up_bias", "scale"}
+    )  # as in the released code
 
-    def __init__(self, backbone: Geometry, bottleneck: int = 8, drop_path: float = 0.1, init: str = "zero") -> None:
+    def __init__(
+        self, backbone: Geometry, bottleneck: int = 8, drop_path: float = 0.1, init: str = "zero"
+    ) -> None:
         super().__init__(backbone, bottleneck)
         check_probability("drop_path", drop_path)
         if init not in ("zero", "houlsby"):
@@ -151,40 +164,40 @@ class AdapterPlus(Bottleneck):
                 nn.init.trunc_normal_(weight, std=_STD, a=-2 * _STD, b=2 * _STD)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """The scaled bottleneck of the stream x [B, n, width], zero for the images that skip it."""
+        """Return the scaled bottleneck of the stream x [B, n, width], zero for the images that skip it."""
         out: Tensor = self.drop_path(self.squeeze(block, x, F.gelu))
         return out * self.scale[block].to(out.dtype)  # under autocast the branch stays in its precision
 
 
 def draw_linear(weight: Tensor, inputs: int = -2) -> None:
-    """Draws [..., inputs, outputs], or with its inputs along another axis, from U(-1, 1) / sqrt(inputs), as PyTorch."""
+    """Draw [..., inputs, outputs], or with its inputs along another axis, from U(-1, 1) / sqrt(inputs), as PyTorch."""
     bound = 1 / math.sqrt(weight.shape[inputs])
     weight.uniform_(-bound, bound)
 
 
 def check_size(name: str, value: int) -> None:
-    """Raises a UserError unless an option's value is 1 or more."""
+    """Raise a UserError unless an option's value is 1 or more."""
     if value < 1:
         raise UserError(f"method.{name}={value} is too small: give at least 1, or use method=linear")
 
 
 def check_rank(value: int, width: int) -> None:
-    """Raises a UserError unless the rank of an update is one that layers of a width can have."""
+    """Raise a UserError unless the rank of an update is one that layers of a width can have."""
     check_size("rank", value)
     if value > width:
         raise UserError(
-            f"method.rank={value} is beyond the width {width} of the layers, whose updates have no higher rank: give 1 "
-            f"to {width}"
+            f"method.rank={value} is beyond the width {width} of the layers, whose updates have no higher "
+            f"rank: give 1 to {width}"
         )
 
 
 def check_scale(value: float) -> None:
-    """Raises a UserError unless `scale` is a positive number."""
+    """Raise a UserError unless `scale` is a positive number."""
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"method.scale={value} cannot scale what is tuned: give a number above 0")
 
 
 def check_probability(name: str, value: float) -> None:
-    """Raises a UserError unless an option's value lies in [0, 1)."""
+    """Raise a UserError unless an option's value lies in [0, 1)."""
     if not 0 <= value < 1:
         raise UserError(f"method.{name}={value} is not a probability: give a number from 0 to below 1")

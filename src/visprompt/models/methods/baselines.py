@@ -2,12 +2,14 @@
 
 Linear:    a linear head on frozen features.
 Mlp-k:     a head of k linear layers; every hidden one is followed by ReLU, batch norm and dropout.
-Partial-k: the last k residual blocks and the final norm. The released code counts stages on a ResNet; here blocks,
+Partial-k: the last k residual blocks and the final norm. The released code counts stages on a ResNet; here
+blocks,
            everywhere.
 Full:      everything.
 
-The paper says no more of Mlp-k than "k layers". That k counts the last layer too follows from its table 1: Mlp-3 with
-two hidden layers of width d gives the 1.35 x total parameters stated there; three would give 1.52 x.
+The paper says no more of Mlp-k than "k layers". That k counts the last layer too follows from its table 1:
+Mlp-3 with two hidden layers of width d gives the 1.35 x total parameters stated there; three would give 1.52
+x.
 """
 
 import operator
@@ -50,12 +52,14 @@ class MLP(Linear):
     def __init__(self, backbone: Geometry, num_layers: int = 3, dropout: float = 0.1) -> None:
         super().__init__(backbone)
         if num_layers < 2:
-            raise UserError(f"method.num_layers={num_layers} is too small: give at least 2, or use method=linear")
+            raise UserError(
+                f"method.num_layers={num_layers} is too small: give at least 2, or use method=linear"
+            )
         check_probability("dropout", dropout)
         self.num_layers, self.dropout = operator.index(num_layers), dropout
 
     def make_head(self, width: int, num_classes: int, init: str) -> nn.Module:
-        """Builds the head: features [B, width] -> logits [B, num_classes]."""
+        """Build the head: features [B, width] -> logits [B, num_classes]."""
         return MLPHead(width, num_classes, self.num_layers - 1, self.dropout, init)
 
 
@@ -88,16 +92,21 @@ class MLPHead(nn.Linear):
         init_linear(self, init)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Logits [B, C] of features [B, d]."""
+        """Return logits [B, C] of features [B, d]."""
         return super().forward(self.hidden(input))
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Batch norm that takes a batch of one image by its running statistics: the last batch may be that short."""
+    """Batch norm that takes a batch of one image by its running statistics.
+
+    The last batch may be that short.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and len(input) == 1:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
         return super().forward(input)
 
 
@@ -119,7 +128,8 @@ class Partial(Method):
         super().__init__(backbone)
         if not 1 <= num_blocks <= self.num_blocks:
             raise UserError(
-                f"method.num_blocks={num_blocks} does not fit: give 1 to {self.num_blocks}, the backbone's blocks"
+                f"method.num_blocks={num_blocks} does not fit: give 1 to {self.num_blocks}, the backbone's "
+                "blocks"
             )
         self._first = first = self.num_blocks - operator.index(num_blocks)
         # what stands between two stages is tuned where both of its neighbours are
@@ -132,7 +142,7 @@ class Partial(Method):
         return self._first
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head, the last blocks, and the final norms."""
+        """Return the head, the last blocks, and the final norms."""
         modules = [f"backbone.model.{name}" for name in self._names]
         tuned = (f"{m}.{name}" for m in modules for name, _ in classifier.get_submodule(m).named_parameters())
         return super().tuned_names(classifier) | frozenset(tuned)
@@ -141,13 +151,13 @@ class Partial(Method):
 class Full(Method):
     """Tunes every parameter, with stochastic depth or dropout on.
 
-    VPT's released code has no stochastic depth on ViT-B, and dropout of 0.1 behind the position embedding and behind
-    both layers of every MLP: `drop_path=0, dropout=0.1`.
+    VPT's released code has no stochastic depth on ViT-B, and dropout of 0.1 behind the position embedding and
+    behind both layers of every MLP: `drop_path=0, dropout=0.1`.
 
     Args:
         backbone: The backbone that is tuned.
-        drop_path: Probability that the last block's branches are skipped for an image; it grows linearly from 0 at the
-            first block.
+        drop_path: Probability that the last block's branches are skipped for an image; it grows linearly from
+            0 at the first block.
         dropout: Dropout behind the position embedding and in the MLPs of a transformer.
 
     Raises:
@@ -165,7 +175,7 @@ class Full(Method):
         self.drop_path, self.dropout = drop_path, dropout
 
     def attach(self, backbone: Geometry) -> None:
-        """Sets the stochastic depth of every residual branch that has one, and the dropout."""
+        """Set the stochastic depth of every residual branch that has one, and the dropout."""
         if self.dropout:
             self._drop(backbone)
         for i, block in enumerate(backbone.blocks):
@@ -175,13 +185,13 @@ class Full(Method):
                     setattr(module, name, DropPath(rate) if rate else nn.Identity())
 
     def _drop(self, backbone: Geometry) -> None:
-        """Sets the dropout; a GRN or gated MLP of timm has one or both of the two places."""
+        """Set the dropout; a GRN or gated MLP of timm has one or both of the two places."""
         places = [getattr(backbone.model, "pos_drop", None)]
         found = [(block, getattr(block, "mlp", None)) for block in backbone.blocks]
         if any(not isinstance(getattr(mlp, "drop2", None), nn.Dropout) for _, mlp in found):
             raise UserError(
-                f"method.dropout={self.dropout} is of the MLPs of transformers, and this backbone has none with "
-                "dropout: give method.dropout=0"
+                f"method.dropout={self.dropout} is of the MLPs of transformers, and this backbone has none "
+                "with dropout: give method.dropout=0"
             )
         places += [getattr(mlp, name, None) for _, mlp in found for name in ("drop1", "drop2")]
         for place in places:
@@ -189,5 +199,5 @@ class Full(Method):
                 place.p = self.dropout
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """Every parameter."""
+        """Return every parameter."""
         return frozenset(name for name, _ in classifier.named_parameters())

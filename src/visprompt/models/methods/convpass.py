@@ -1,11 +1,15 @@
-"""Convpass: convolutional bypasses. Jie and Deng, Convolutional Bypasses Are Better Vision Transformer Adapters, 2022.
+"""Convpass: convolutional bypasses.
+
+Jie and Deng, Convolutional Bypasses Are Better Vision Transformer Adapters, 2022.
 
 x + Attention(LN(x)) + s * Bypass(LN(x)), then x + MLP(LN(x)) + s * Bypass'(LN(x)), with
-Bypass(z) = Up(GELU(Conv(GELU(Down(z))))): Down and Up work token by token (1x1), Conv is 3x3 over the grid of patches;
-the class token goes through it alone, as an image of one pixel (of the 3x3 kernel only the centre meets it).
+Bypass(z) = Up(GELU(Conv(GELU(Down(z))))): Down and Up work token by token (1x1), Conv is 3x3 over the grid of
+patches; the class token goes through it alone, as an image of one pixel (of the 3x3 kernel only the centre
+meets it).
 
-Each bypass starts at zero, because Up does. Different from the released code: GELU as the paper says, where the code
-approximates it by x * sigmoid(1.702 x); register tokens are treated as the class token is; any grid and bottleneck.
+Each bypass starts at zero, because Up does. Different from the released code: GELU as the paper says, where
+the code approximates it by x * sigmoid(1.702 x); register tokens are treated as the class token is; any grid
+and bottleneck.
 """
 
 import math
@@ -76,7 +80,7 @@ class Convpass(Method):
         self.up_bias = nn.Parameter(torch.zeros(*stack, width))
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """The scaled bypass of normed image tokens [B, n, width], all or those before the patches."""
+        """Return the scaled bypass of normed image tokens [B, n, width], all or those before the patches."""
         assert normed is not None  # both places have one
         at = (block, _ORDER.index(place))
         hidden = F.gelu(F.linear(normed, self.down[at].T, self.down_bias[at]))
@@ -84,7 +88,10 @@ class Convpass(Method):
         return self.scale * F.linear(self.dropout(hidden), self.up[at].T, self.up_bias[at])
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-        """The convolution [r, r, 3, 3] of tokens [B, n, r]: of all patches or none together, of each other alone."""
+        """Return the convolution [r, r, 3, 3] of tokens [B, n, r].
+
+        Of all patches or none together, of each other alone.
+        """
         alone, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
         alone = F.linear(alone, kernel[:, :, 1, 1], bias)
         if not patches.shape[1]:  # the last block's, where the pooling reads none
@@ -94,7 +101,7 @@ class Convpass(Method):
 
 
 def _kernel(channels: int, init: str, stack: tuple[int, int]) -> Tensor:
-    """Initial kernels [*stack, channels, channels, 3, 3]."""
+    """Return initial kernels [*stack, channels, channels, 3, 3]."""
     if init == "xavier":
         bound = math.sqrt(6 / (2 * 9 * channels))
         return torch.empty(*stack, channels, channels, 3, 3).uniform_(-bound, bound)

@@ -1,12 +1,14 @@
 """Cross visual prompt tuning. Huang et al., CVPT: Cross Visual Prompt Tuning, ICCV 2025.
 
-Between the attention and the MLP of block i: x <- x + CA(x, P_i), where the queries come from the image tokens x, keys
-and values from the prompts P_i. Prompts never enter the sequence, so a token's cost is linear in their number.
-CA's projections are copies of that block's attention and stay frozen ("weight sharing"); only the prompts and the head
-are tuned. There is no norm before CA and nothing that starts at zero: it does not start equal to the backbone.
+Between the attention and the MLP of block i: x <- x + CA(x, P_i), where the queries come from the image
+tokens x, keys and values from the prompts P_i. Prompts never enter the sequence, so a token's cost is linear
+in their number. CA's projections are copies of that block's attention and stay frozen ("weight sharing");
+only the prompts and the head are tuned. There is no norm before CA and nothing that starts at zero: it does
+not start equal to the backbone.
 
-Different from the released code: the copies are the attention itself, which holds the same numbers once; a block's
-query and key norm apply where there are any; the frozen backbone's stochastic depth (0.1 there) is off.
+Different from the released code: the copies are the attention itself, which holds the same numbers once; a
+block's query and key norm apply where there are any; the frozen backbone's stochastic depth (0.1 there) is
+off.
 """
 
 from typing import ClassVar, cast
@@ -30,8 +32,8 @@ class CVPT(Method):
         dropout: Dropout on prompt values, drawn for every image anew.
 
     Attributes:
-        prompts: [blocks, num_tokens, width], U(-v, v) with v = sqrt(6 / ((blocks + num_tokens) * width)) (the released
-            code's: Xavier's rule on the tensor of all blocks).
+        prompts: [blocks, num_tokens, width], U(-v, v) with v = sqrt(6 / ((blocks + num_tokens) * width)) (the
+            released code's: Xavier's rule on the tensor of all blocks).
 
     Raises:
         UserError: A number lies outside its range.
@@ -43,20 +45,26 @@ class CVPT(Method):
     def __init__(self, backbone: Geometry, num_tokens: int = 10, dropout: float = 0.1) -> None:
         super().__init__(backbone)
         if num_tokens < 1:
-            raise UserError(f"method.num_tokens={num_tokens} is too small: give at least 1, or use method=linear")
+            raise UserError(
+                f"method.num_tokens={num_tokens} is too small: give at least 1, or use method=linear"
+            )
         check_probability("dropout", dropout)
         self.dropout = nn.Dropout(dropout)
         self.prompts = nn.Parameter(torch.empty(self.num_blocks, num_tokens, backbone.width))
         nn.init.xavier_uniform_(self.prompts)
-        self._attentions: tuple[Attention, ...] = ()  # in a tuple, so that their parameters stay the backbone's alone
+        self._attentions: tuple[
+            Attention, ...
+        ] = ()  # in a tuple, so that their parameters stay the backbone's alone
 
     def attach(self, backbone: Geometry) -> None:
-        """Keeps every block's attention, whose frozen weights the prompts are read through."""
+        """Keep every block's attention, whose frozen weights the prompts are read through."""
         attentions = [getattr(block, "attn", None) for block in backbone.blocks]
         if any(type(attention) is not Attention for attention in attentions):
             raise UserError(
-                "method cvpt cannot work on this backbone: it reads its prompts through timm's plain attention, and "
-                f"these blocks, of class {type(backbone.blocks[0]).__name__}, have another; choose a plain ViT"
+                "method cvpt cannot work on this backbone: it reads its prompts through timm's plain "
+                "attention, and "
+                f"these blocks, of class {type(backbone.blocks[0]).__name__}, have another; choose a plain "
+                "ViT"
             )
         self._attentions = tuple(cast(list[Attention], attentions))
 

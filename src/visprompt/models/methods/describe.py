@@ -45,7 +45,7 @@ block; `stream`, one sequence of one width that every attention sees whole: neit
 
 
 def member(family: str) -> torch.nn.Module:
-    """A small random model of a family of `MEMBERS`, made from seed 0."""
+    """Return a small random model of a family of `MEMBERS`, made from seed 0."""
     name, options = MEMBERS[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -53,7 +53,7 @@ def member(family: str) -> torch.nn.Module:
 
 
 def attempt(method: str, family: str, **options: Any) -> Classifier:
-    """Builds a pair and takes one training step's gradients.
+    """Build a pair and takes one training step's gradients.
 
     Args:
         method: A name of `METHODS`.
@@ -77,7 +77,7 @@ def attempt(method: str, family: str, **options: Any) -> Classifier:
 
 
 def refusal(method: str, family: str, **options: Any) -> str | None:
-    """The sentence that a pair is refused with; None where it works."""
+    """Return the sentence that a pair is refused with; None where it works."""
     try:
         attempt(method, family, **options)
     except UserError as error:
@@ -86,10 +86,13 @@ def refusal(method: str, family: str, **options: Any) -> str | None:
 
 
 def markdown() -> str:
-    """Returns the page."""
+    """Return the page."""
     reasons: list[str] = []
     lines = [_HEAD, *_table("method", [(name, name, {}) for name in METHODS], reasons), ""]
-    lines += ["Where the prompts of `vpt_shallow` enter (`method.location`; see `models/methods/locations.py`):", ""]
+    lines += [
+        "Where the prompts of `vpt_shallow` enter (`method.location`; see `models/methods/locations.py`):",
+        "",
+    ]
     places = [(place, "vpt_shallow", {"location": place}) for place in LOCATIONS]
     lines += [*_table("location", places, reasons), "", "Refused with:", ""]
     lines += [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
@@ -105,7 +108,7 @@ def _table(title: str, rows: list[tuple[str, str, dict[str, Any]]], reasons: lis
 
 
 def _cell(method: str, family: str, options: dict[str, Any], reasons: list[str]) -> str:
-    """The word yes, the locations that work and what they ask for, or the number of the reason why not."""
+    """Return the word yes, the locations that work and what they ask for, or the number of the reason why not."""
     reason = refusal(method, family, **options)
     if reason is None:
         return "yes"

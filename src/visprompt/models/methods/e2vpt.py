@@ -1,13 +1,15 @@
-"""E^2VPT. Han et al., E^2VPT: An Effective and Efficient Approach for Visual Prompt Tuning, ICCV 2023, section 3.
+"""E^2VPT. Han et al., E^2VPT.
+
+An Effective and Efficient Approach for Visual Prompt Tuning, ICCV 2023, section 3.
 
 Input prompts as in VPT, and key-value prompts inside the attentions, equations 4 to 6:
     Attention(Q, [K, P_K], [V, P_V]), with P_K = P_V unless `share_kv` is off.
-Pruning, section 3.3: P_j -> rho_j * [rho_j1 * s_1, ..., rho_jS * s_S], with rho in {0, 1} for a token and for its
-segments s. Finding the masks is the work of `visprompt.tuning.pruning` and `visprompt.tuning.pruning_chain`; here they
-are options.
+Pruning, section 3.3: P_j -> rho_j * [rho_j1 * s_1, ..., rho_jS * s_S], with rho in {0, 1} for a token and for
+its segments s. Finding the masks is the work of `visprompt.tuning.pruning` and
+`visprompt.tuning.pruning_chain`; here they are options.
 
-Different from the released code: a pruned token is left out instead of attended to as zeros; segments are contiguous
-instead of strided; only what is kept is a parameter.
+Different from the released code: a pruned token is left out instead of attended to as zeros; segments are
+contiguous instead of strided; only what is kept is a parameter.
 """
 
 import math
@@ -26,39 +28,46 @@ KV_BLOCKS = ("all", "first_half", "last_half", "every_other")
 
 
 class E2VPT(Method):
-    """Prompt tokens before blocks and key-value prompts inside attentions; all else but the head stays frozen.
+    """Prompt tokens before blocks and key-value prompts inside attentions.
+
+    All else but the head stays frozen.
 
     Args:
         backbone: The backbone whose width, patch size, heads and number of blocks shape the prompts.
         num_tokens: Input prompt tokens of a block (p); 0 for key-value prompts alone.
         depth: Number of first blocks with input prompts of their own; None means all.
-        carry_over: Whether the prompt outputs of the last prompted block flow on; with depth 1 this is shallow.
+        carry_over: Whether the prompt outputs of the last prompted block flow on; with depth 1 this is
+            shallow.
         num_kv_tokens: Key-value prompts of an attention (T); 0 for input prompts alone.
         share_kv: Whether one tensor serves as keys and as values.
         kv_blocks: Attentions with key-value prompts: a word of `KV_BLOCKS`, or indices counted from 0.
         dropout: Dropout on the values of input prompts, drawn for every image anew.
-        pool: Which outputs of the last block are pooled, one of `base.POOLS`; None for the backbone's own pooling.
-        num_segments: Contiguous segments of a token (S); needed where something is pruned, S must divide the width.
-        mask_per_layer: Whether every prompted layer has masks of its own, with as many values kept in each; says
-            nothing where one layer is prompted.
+        pool: Which outputs of the last block are pooled, one of `base.POOLS`; None for the backbone's own
+            pooling.
+        num_segments: Contiguous segments of a token (S); needed where something is pruned, S must divide the
+            width.
+        mask_per_layer: Whether every prompted layer has masks of its own, with as many values kept in each;
+            says nothing where one layer is prompted.
         token_mask: 0 or 1 for every token, [p] or [layers, p]; None keeps all.
         segment_mask: 0 or 1 for every segment, [p, S] or [layers, p, S]; None keeps all.
         initial: Which stored initial values the run starts from, by their hash (see
             `visprompt.tuning.pruning.rewind`); None draws them.
-        prune: Whether training is a chain that finds the masks (`visprompt.tuning.pruning_chain`); nothing by itself.
+        prune: Whether training is a chain that finds the masks (`visprompt.tuning.pruning_chain`); nothing by
+            itself.
         prune_tokens: Percentages of tokens that the chain tries to prune.
         prune_segments: Percentages of each kept token's segments that the chain tries to prune.
 
     Attributes:
-        prompts: [layers, p, width], U(-v, v) with v = sqrt(6 / (3 * patch^2 + width)); where something is pruned the
-            kept values of each layer alone, [layers, n].
-        kv_prompts: [kv layers, heads, T, width / heads], U(-v, v) with v = sqrt(6 / (T * width / heads)): the released
-            code's kaiming-uniform, which takes all but the first dimension for the fan-in.
-        k_prompts, v_prompts: The same instead, where keys and values are separate. Where the layers' widths differ,
-            each is a list over the layers.
+        prompts: [layers, p, width], U(-v, v) with v = sqrt(6 / (3 * patch^2 + width)); where something is
+            pruned the kept values of each layer alone, [layers, n].
+        kv_prompts: [kv layers, heads, T, width / heads], U(-v, v) with v = sqrt(6 / (T * width / heads)): the
+            released code's kaiming-uniform, which takes all but the first dimension for the fan-in.
+        k_prompts, v_prompts: The same instead, where keys and values are separate. Where the layers' widths
+            differ, each is a list over the layers.
         token_mask: bool [p] or [layers, p]; None where nothing is pruned.
         segment_mask: bool [p, S] or [layers, p, S], false for the segments of pruned tokens; None likewise.
-        gates: Factors on the segments of each image's prompts [B, layers, p, S], set while importance is measured.
+        gates: Factors on the segments of each image's prompts [B, layers, p, S], set while importance is
+            measured.
 
     Raises:
         UserError: A number lies outside its range, a word is unknown or a mask does not fit.
@@ -99,7 +108,9 @@ class E2VPT(Method):
             )
         depth = self.num_blocks if depth is None else depth
         if not 1 <= depth <= self.num_blocks:
-            raise UserError(f"method.depth={depth} does not fit: give 1 to {self.num_blocks}, the backbone's blocks")
+            raise UserError(
+                f"method.depth={depth} does not fit: give 1 to {self.num_blocks}, the backbone's blocks"
+            )
         check_probability("dropout", dropout)
         pruned = token_mask is not None or segment_mask is not None
         widths = backbone.widths[:depth]
@@ -117,13 +128,16 @@ class E2VPT(Method):
         self.gates: Tensor | None = None
         self._set_masks(token_mask, segment_mask)
         if num_tokens:
-            # all are drawn, so that those kept, and what is drawn after them, are those of the unpruned method
+            # all are drawn, so that those kept, and what is drawn after them, are those of the unpruned
+            # method
             bound = vpt_bound(backbone.patch_size, backbone.widths[0])  # one for all stages
             drawn = per_block(
                 [(num_tokens, width) for width in widths], lambda prompts: prompts.uniform_(-bound, bound)
             )
             if pruned:
-                left = self.unpruned(drawn.data if isinstance(drawn, nn.Parameter) else [one.data for one in drawn])
+                left = self.unpruned(
+                    drawn.data if isinstance(drawn, nn.Parameter) else [one.data for one in drawn]
+                )
                 stacked = isinstance(drawn, nn.Parameter)
                 drawn = nn.Parameter(torch.stack(left)) if stacked else nn.ParameterList(left)
             self.prompts = drawn
@@ -144,7 +158,10 @@ class E2VPT(Method):
         return self._left
 
     def token_flow(self) -> tuple[Flow, ...]:
-        """Input prompts enter before each of the first blocks; behind the last of them they are dropped or flow on."""
+        """Input prompts enter before each of the first blocks.
+
+        Behind the last of them they are dropped or flow on.
+        """
         flow = [Flow.ENTER] * self.depth + [Flow.KEEP] * (self.num_blocks - self.depth)
         if 0 < self.depth < self.num_blocks and not self.carry_over:
             flow[self.depth] = Flow.DROP
@@ -159,7 +176,7 @@ class E2VPT(Method):
         return drop(self.dropout, prompts, len(x))
 
     def keys_values(self, block: int) -> tuple[Tensor, Tensor] | None:
-        """The key-value prompts of a block, each [heads, T, width / heads]."""
+        """Return the key-value prompts of a block, each [heads, T, width / heads]."""
         if block not in self.kv_blocks:
             return None
         layer = self.kv_blocks.index(block)
@@ -168,19 +185,21 @@ class E2VPT(Method):
         return self.k_prompts[layer], self.v_prompts[layer]
 
     def unpruned(self, prompts: Iterable[Tensor]) -> list[Tensor]:
-        """What the masks keep of the prompts [p, width] of each layer, each [n]."""
+        """Return what the masks keep of the prompts [p, width] of each layer, each [n]."""
         assert self.segment_mask is not None
         parts = [layer.unflatten(-1, (self.num_segments, -1)) for layer in prompts]
         masks = self.segment_mask.expand(len(parts), -1, -1)
         return [layer[mask].flatten() for layer, mask in zip(parts, masks, strict=True)]
 
     def _set_masks(self, tokens: Sequence[Any] | None, segments: Sequence[Any] | None) -> None:
-        """Keeps the masks as buffers, which are saved beside the values."""
+        """Keep the masks as buffers, which are saved beside the values."""
         token_mask, segment_mask = None, None
         if tokens is not None or segments is not None:
             shape = (self.depth,) * self.mask_per_layer + (self.num_tokens,)
             token_mask = _mask("token_mask", tokens, shape)
-            segment_mask = _mask("segment_mask", segments, (*shape, self.num_segments)) & token_mask.unsqueeze(-1)
+            segment_mask = _mask(
+                "segment_mask", segments, (*shape, self.num_segments)
+            ) & token_mask.unsqueeze(-1)
             _check_left(token_mask, segment_mask)
         self._left = self.num_tokens if token_mask is None else int(token_mask.sum(-1).max())
         self._segments_left = (
@@ -214,12 +233,12 @@ def _draw_keys_values(prompts: Tensor) -> None:
 
 
 def _first(mask: Tensor, count: int) -> Tensor:
-    """Positions of the `count` true entries of a flat mask, in their order."""
+    """Return positions of the `count` true entries of a flat mask, in their order."""
     return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]
 
 
 def _blocks(which: str | Sequence[int], num_blocks: int) -> tuple[int, ...]:
-    """Indices of the blocks that a word or a list names."""
+    """Return indices of the blocks that a word or a list names."""
     half = num_blocks // 2
     ranges = (range(num_blocks), range(half), range(half, num_blocks), range(0, num_blocks, 2))
     named = dict(zip(KV_BLOCKS, ranges, strict=True))
@@ -236,7 +255,7 @@ def _blocks(which: str | Sequence[int], num_blocks: int) -> tuple[int, ...]:
 
 
 def _check_pruning(widths: Sequence[int], num_tokens: int, num_segments: int, wanted: bool) -> None:
-    """Refuses to prune what is not there or cannot be divided."""
+    """Refuse to prune what is not there or cannot be divided."""
     if num_segments < 1:
         raise UserError(f"method.num_segments={num_segments} is too small: give at least 1")
     if wanted and num_tokens == 0:
@@ -244,22 +263,25 @@ def _check_pruning(widths: Sequence[int], num_tokens: int, num_segments: int, wa
     width = next((width for width in widths if width % num_segments), None)
     if wanted and width is not None:
         raise UserError(
-            f"method.num_segments={num_segments} does not divide the backbone's width {width}: give a divisor of it"
+            f"method.num_segments={num_segments} does not divide the backbone's width {width}: give a "
+            "divisor of it"
         )
 
 
 def _percentages(name: str, values: Sequence[int] | None) -> list[int]:
-    """A list of percentages of which something is left; None means none."""
+    """Return a list of percentages of which something is left; None means none."""
     if values is not None and (not isinstance(values, Sequence) or isinstance(values, str)):
         raise UserError(f"method.{name}={values} is no list: give [{values}], for example")
     for value in values or []:
         if not isinstance(value, int) or not 0 <= value < 100:
-            raise UserError(f"method.{name}={list(values or [])} holds {value}: give whole percentages from 0 to 99")
+            raise UserError(
+                f"method.{name}={list(values or [])} holds {value}: give whole percentages from 0 to 99"
+            )
     return list(values or [])
 
 
 def _mask(name: str, given: Sequence[Any] | None, shape: tuple[int, ...]) -> Tensor:
-    """A mask as a bool tensor; everything kept where none is given."""
+    """Return a mask as a bool tensor; everything kept where none is given."""
     if given is None:
         return torch.ones(shape, dtype=torch.bool)
     try:
@@ -272,16 +294,20 @@ def _mask(name: str, given: Sequence[Any] | None, shape: tuple[int, ...]) -> Ten
 
 
 def _check_left(tokens: Tensor, segments: Tensor) -> None:
-    """Refuses masks that leave nothing, or not as much in every layer."""
+    """Refuse masks that leave nothing, or not as much in every layer."""
     if not (segments.any(-1) == tokens).all() or not tokens.any(-1).all():
         raise UserError(
             "the masks leave a token or a layer without a value: keep a segment of every token that is left"
         )
-    counts = {(int(t.sum()), int(s.sum())) for t, s in zip(_layers(tokens, 1), _layers(segments, 2), strict=True)}
+    counts = {
+        (int(t.sum()), int(s.sum())) for t, s in zip(_layers(tokens, 1), _layers(segments, 2), strict=True)
+    }
     if len(counts) > 1:
-        raise UserError("the masks keep more in one layer than in another: keep as many tokens and segments in each")
+        raise UserError(
+            "the masks keep more in one layer than in another: keep as many tokens and segments in each"
+        )
 
 
 def _layers(mask: Tensor, dims: int) -> Tensor:
-    """A mask with a leading axis of layers, of length 1 where they share it."""
+    """Return a mask with a leading axis of layers, of length 1 where they share it."""
     return mask.unsqueeze(0) if mask.ndim == dims else mask

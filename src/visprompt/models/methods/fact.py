@@ -1,15 +1,18 @@
-"""Factor-tuning. Jie and Deng, FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023, 3.2.
+"""Factor-tuning. Jie and Deng, FacT.
 
-All matrices of all blocks are seen as one tensor of width x width slices: q, k, v and the output projection of the
-attention, and the MLP's two layers as hidden / width slices each. Its update is factored, with U [d, r] and V [r, d]
-shared by all slices and blocks:
+Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023, 3.2.
+
+All matrices of all blocks are seen as one tensor of width x width slices: q, k, v and the output projection
+of the attention, and the MLP's two layers as hidden / width slices each. Its update is factored, with U [d,
+r] and V [r, d] shared by all slices and blocks:
 
     tt: s * U Sigma V, Sigma [r, r] for every slice (tensor train, equation 6)
     tk: the same, but each Sigma is a sum of r shared matrices: sum_p mix_p core_p (Tucker, equation 7)
 
-V starts at zero, so the start is the backbone. Different from the released code: the update is written once for any
-width and any hidden / width that divides; the slices of tk's two MLP layers are not interleaved (the values are
-learned, so only their order differs). As there, it is applied to the activations: no gradient of a full matrix.
+V starts at zero, so the start is the backbone. Different from the released code: the update is written once
+for any width and any hidden / width that divides; the slices of tk's two MLP layers are not interleaved (the
+values are learned, so only their order differs). As there, it is applied to the activations: no gradient of a
+full matrix.
 """
 
 import math
@@ -30,8 +33,8 @@ class FacT(Method):
     """Low-rank updates of every linear layer from factors that all blocks share; mergeable.
 
     Args:
-        backbone: The backbone whose width and number of blocks shape the factors; its MLP's hidden width does too, so
-            those that depend on it are drawn in `attach`.
+        backbone: The backbone whose width and number of blocks shape the factors; its MLP's hidden width does
+            too, so those that depend on it are drawn in `attach`.
         rank: Of every factor (r).
         form: "tt", tensor train, or "tk", Tucker.
         scale: Of the update (s); the released code chooses 0.01 to 100 per task.
@@ -40,8 +43,8 @@ class FacT(Method):
     Attributes:
         u: [width, rank], as PyTorch draws a linear layer: U(-1, 1) / sqrt(width).
         v: [rank, width], zero at first.
-        sigma: tt: [blocks, slices, rank, rank], U(-1, 1) / sqrt(inputs); the slices are q, k, v, the output projection,
-            those of the MLP's first and those of its second layer: 12 where hidden is 4 * width.
+        sigma: tt: [blocks, slices, rank, rank], U(-1, 1) / sqrt(inputs); the slices are q, k, v, the output
+            projection, those of the MLP's first and those of its second layer: 12 where hidden is 4 * width.
         core: tk: [rank, rank, rank], xavier.
         mix: tk: [blocks, slices, rank], xavier.
 
@@ -71,7 +74,7 @@ class FacT(Method):
             self.core = nn.Parameter(_uniform(math.sqrt(3) / rank, rank, rank, rank))
 
     def attach(self, backbone: Geometry) -> None:
-        """Draws what depends on the MLP and wraps the four linear layers of every block.
+        """Draw what depends on the MLP and wraps the four linear layers of every block.
 
         Raises:
             UserError: A block has other layers, or the MLP's hidden width is no multiple of the width.
@@ -101,13 +104,13 @@ class FacT(Method):
         return self.scale * self.dropout(middle) @ self.v
 
     def _sigma(self, block: int, first: int, last: int) -> Tensor:
-        """The middle factors [slices, rank, rank] of a layer."""
+        """Return the middle factors [slices, rank, rank] of a layer."""
         if self.form == "tt":
             return self.sigma[block, first:last]
         return torch.einsum("mp,prs->mrs", self.mix[block, first:last], self.core)
 
     def _draw(self, slices: dict[str, tuple[int, int]]) -> None:
-        """Draws sigma or mix."""
+        """Draw sigma or mix."""
         first, count = slices["mlp.fc2"]
         if self.form == "tk":
             bound = math.sqrt(6 / (self.num_blocks * count + self.rank))
@@ -126,8 +129,10 @@ class FacT(Method):
             size = max(shape)
             if min(shape) != width or size % width or (path == "attn.qkv" and size != 3 * width):
                 raise UserError(
-                    f"method fact cannot work on this backbone: {path} maps {shape[0]} to {shape[1]}, which slices of "
-                    f"width {width} do not fill; choose a backbone whose hidden width is a multiple of its width"
+                    f"method fact cannot work on this backbone: {path} maps {shape[0]} to {shape[1]}, which "
+                    "slices of "
+                    f"width {width} do not fill; choose a backbone whose hidden width is a multiple of its "
+                    "width"
                 )
             slices[path] = (first, first + size // width)
             first += size // width

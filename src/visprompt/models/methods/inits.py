@@ -1,12 +1,12 @@
 """Prompts that start as features of training images.
 
-Class tokens: Jia et al., Visual Prompt Tuning, ECCV 2022, section 4.3 (prompt initialisation). Patch features: Wang et
-al., Revisiting the Power of Prompt for Visual Tuning (SPT), ICML 2024, section 3: the prompts of a layer start as that
-layer's own patch tokens, sampled, averaged or as the centres of k-means.
+Class tokens: Jia et al., Visual Prompt Tuning, ECCV 2022, section 4.3 (prompt initialisation). Patch
+features: Wang et al., Revisiting the Power of Prompt for Visual Tuning (SPT), ICML 2024, section 3: the
+prompts of a layer start as that layer's own patch tokens, sampled, averaged or as the centres of k-means.
 
-Different from the papers' codes: the features are computed here, not read from a file; class tokens by layer are those
-behind a block (before the first block they are the same for every image, and equal prompts would stay equal); patch
-tokens are a bounded sample of each image's.
+Different from the papers' codes: the features are computed here, not read from a file; class tokens by layer
+are those behind a block (before the first block they are the same for every image, and equal prompts would
+stay equal); patch tokens are a bounded sample of each image's.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,14 +26,16 @@ MAX_IMAGES = 800  # VTAB's train800; more would need memory and time, and add li
 PATCHES = 16  # of an image; with 800 images of ViT-B 39 MB a layer
 
 
-def initialise(method: Method, backbone: TokenBackbone, images: Tensor | Iterable[Tensor], seed: int = 42) -> None:
-    """Writes those first values of a method that are made of training images, in place.
+def initialise(
+    method: Method, backbone: TokenBackbone, images: Tensor | Iterable[Tensor], seed: int = 42
+) -> None:
+    """Write those first values of a method that are made of training images, in place.
 
     Args:
         method: Where it does not need images (`needs_images`), nothing is done.
         backbone: The frozen backbone, in evaluation mode, with the method attached.
-        images: Normalised training images [N, 3, H, W], or batches of such, in random order: the first `MAX_IMAGES`
-            are used.
+        images: Normalised training images [N, 3, H, W], or batches of such, in random order: the first
+            `MAX_IMAGES` are used.
         seed: Decides what is drawn.
 
     Raises:
@@ -44,7 +46,7 @@ def initialise(method: Method, backbone: TokenBackbone, images: Tensor | Iterabl
 
 
 def _batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    """The first images, by batches."""
+    """Return the first images, by batches."""
     left = MAX_IMAGES
     for batch in images.split(_BATCH) if isinstance(images, Tensor) else images:
         if left <= 0:
@@ -56,7 +58,7 @@ def _batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
 def features(
     init: str, backbone: TokenBackbone, blocks: Sequence[int], count: int, images: Iterable[Tensor], seed: int
 ) -> list[Tensor]:
-    """Features of training images that prompts may start as.
+    """Return features of training images that prompts may start as.
 
     Args:
         init: "cls", "cls_layer", "patch_sample", "patch_pool" or "patch_kmeans".
@@ -110,7 +112,7 @@ def _class_tokens(init: str, backbone: TokenBackbone, blocks: Sequence[int], ima
 def _patch_tokens(
     backbone: TokenBackbone, blocks: Sequence[int], images: Tensor, generator: torch.Generator
 ) -> list[Tensor]:
-    """Some patch tokens of each image before each block, [B * n, width] for each block, n up to `PATCHES`."""
+    """Return some patch tokens of each image before each block, [B * n, width] for each block, n up to `PATCHES`."""
     states, index = backbone.states(images), {}
     rows = torch.arange(len(images))[:, None]
     layers = []
@@ -131,7 +133,7 @@ class Means:
         self._counts: dict[Any, int] = {}
 
     def add(self, name: Any, values: Tensor) -> None:
-        """Adds values [B, ...] of B images."""
+        """Add values [B, ...] of B images."""
         self._sums[name] = self._sums.get(name, 0) + values.float().sum(0).cpu().double()
         self._counts[name] = self._counts.get(name, 0) + len(values)
 
@@ -140,7 +142,7 @@ class Means:
 
 
 def check_plain_attentions(backbone: Geometry, blocks: Sequence[int], option: str) -> None:
-    """Refuses blocks other than timm's plain one, where one linear layer gives queries, keys and values.
+    """Refuse blocks other than timm's plain one, where one linear layer gives queries, keys and values.
 
     Args:
         backbone: The backbone.
@@ -148,7 +150,8 @@ def check_plain_attentions(backbone: Geometry, blocks: Sequence[int], option: st
         option: What reads them, as on the command line.
 
     Raises:
-        UserError: A block is of another class (windows, rotary positions), or its attention has further parts.
+        UserError: A block is of another class (windows, rotary positions), or its attention has further
+            parts.
     """
     for index in blocks:
         block: Any = backbone.blocks[index]
@@ -162,19 +165,23 @@ def check_plain_attentions(backbone: Geometry, blocks: Sequence[int], option: st
         ):
             name, _, value = option.partition("=")
             raise UserError(
-                f"{option} reads the attention of plain ViT blocks, and block {index} of this backbone, of class "
-                f"{type(block).__name__}, has another: give another {name} than {value}, or choose a plain ViT"
+                f"{option} reads the attention of plain ViT blocks, and block {index} of this backbone, of "
+                "class "
+                f"{type(block).__name__}, has another: give another {name} than {value}, or choose a plain "
+                "ViT"
             )
 
 
 def _pooled(rows: Tensor, count: int) -> Tensor:
-    """Means [count, d] of as many groups of successive rows [n, d], that is of the patches of successive images."""
+    """Return means [count, d] of as many groups of successive rows [n, d], that is of the patches of successive images."""
     return F.adaptive_avg_pool1d(rows.T, count).T
 
 
 def _centres(rows: Tensor, count: int, seed: int) -> Tensor:
-    """Centres [count, d] of k-means over rows [n, d]."""
-    from sklearn.cluster import KMeans  # only where it is asked for: the library itself does without scikit-learn
+    """Centre [count, d] of k-means over rows [n, d]."""
+    from sklearn.cluster import (
+        KMeans,
+    )  # only where it is asked for: the library itself does without scikit-learn
 
     found = KMeans(count, n_init=1, max_iter=100, random_state=seed).fit(rows.float().numpy())
     return torch.from_numpy(found.cluster_centers_).to(rows.dtype)

@@ -3,13 +3,17 @@
 prepend         [x, P, E]          tokens before a block
 add             [x, E + P]         one vector for each patch position
 add_one         [x, E + 1 p^T]     one vector for all patch positions
-prepend_pixel   [x, Conv(P), E]    patches of pixels, through the frozen patch convolution, before the first block
-pad             E = Conv(pad(I))   pixels around the image; U[0, 1], normalised by ImageNet's mean and deviation
-concat_channel  E = Conv(I) + W P  further input channels with a patch embedding of their own (the code's `below`)
+prepend_pixel   [x, Conv(P), E]    patches of pixels, through the frozen patch convolution, before the first
+block
+pad             E = Conv(pad(I))   pixels around the image; U[0, 1], normalised by ImageNet's mean and
+deviation
+concat_channel  E = Conv(I) + W P  further input channels with a patch embedding of their own (the code's
+`below`)
 
-Different from the released code: `add` and `add_one` leave class and register tokens alone, as the paper's text has it;
-beside further channels, the three channels' own patch embedding (and a ResNet's first norm) stays frozen, with its
-pre-trained values; further channels start in U(-v, v) on every backbone, where the code's ResNet has U[0, 1].
+Different from the released code: `add` and `add_one` leave class and register tokens alone, as the paper's
+text has it; beside further channels, the three channels' own patch embedding (and a ResNet's first norm)
+stays frozen, with its pre-trained values; further channels start in U(-v, v) on every backbone, where the
+code's ResNet has U[0, 1].
 """
 
 import math
@@ -25,12 +29,16 @@ from visprompt.errors import UserError
 from visprompt.models.contract import Geometry
 
 LOCATIONS = ("prepend", "add", "add_one", "prepend_pixel", "pad", "concat_channel")
-VECTORS = ("prepend", "add", "add_one")  # prompts are vectors, before any block; elsewhere pixels, before the first
+VECTORS = (
+    "prepend",
+    "add",
+    "add_one",
+)  # prompts are vectors, before any block; elsewhere pixels, before the first
 _SITES = {"pad": "pixels", "concat_channel": "pixels"}
 
 
 def check_sites(location: str, backbone: Geometry) -> None:
-    """Refuses a location that the backbone has no site for.
+    """Refuse a location that the backbone has no site for.
 
     Raises:
         UserError: It names the site.
@@ -40,25 +48,28 @@ def check_sites(location: str, backbone: Geometry) -> None:
         fitting = [one for one in LOCATIONS if _SITES.get(one, "tokens") in backbone.sites]
         advice = f"give method.location={' or '.join(fitting)}" if fitting else "choose another backbone"
         raise UserError(
-            f"method.location={location} cannot work on this backbone: it needs the site {site}, and the backbone "
-            f"offers {', '.join(sorted(backbone.sites))}; {advice}"
+            f"method.location={location} cannot work on this backbone: it needs the site {site}, and the "
+            f"backbone offers {', '.join(sorted(backbone.sites))}; {advice}"
         )
 
 
 def tokens_at(location: str, num_tokens: int, backbone: Geometry, block: int) -> int:
-    """Number of vectors before a block: `num_tokens` where they are prepended, else as many as the location has."""
+    """Return the number of vectors before a block.
+
+    `num_tokens` where they are prepended, else as many as the location has.
+    """
     if location == "add":
         return math.prod(backbone.grids[block])
     return 1 if location == "add_one" else num_tokens
 
 
 def vpt_bound(patch_size: int, width: int) -> float:
-    """The released code's bound of a uniform initialisation: sqrt(6 / (3 * patch^2 + width))."""
+    """Return the released code's bound of a uniform initialisation: sqrt(6 / (3 * patch^2 + width))."""
     return math.sqrt(6 / (3 * patch_size**2 + width))
 
 
 def draw_pixels(location: str, num_tokens: int, backbone: Geometry, pad_resize: bool) -> Tensor:
-    """Draws prompts that are pixels.
+    """Draw prompts that are pixels.
 
     Args:
         location: A location that is not one of `VECTORS`.
@@ -67,14 +78,17 @@ def draw_pixels(location: str, num_tokens: int, backbone: Geometry, pad_resize: 
         pad_resize: Whether the padded image has the side of the image before.
 
     Returns:
-        [p, 3, patch, patch] or [p, side, side] from U(-v, v) with `vpt_bound`; [4, 3, p, side - p] from U(0, 1).
+        [p, 3, patch, patch] or [p, side, side] from U(-v, v) with `vpt_bound`; [4, 3, p, side - p] from U(0,
+        1).
 
     Raises:
         UserError: The padding leaves nothing of the image, or the image is not square.
     """
     side, patch = backbone.image_size, backbone.patch_size
     if location in ("pad", "concat_channel") and backbone.grids[0][0] != backbone.grids[0][1]:
-        raise UserError(f"method.location={location} needs square images: choose another location for this backbone")
+        raise UserError(
+            f"method.location={location} needs square images: choose another location for this backbone"
+        )
     if location == "pad":
         if pad_resize and 2 * num_tokens >= side:
             raise UserError(
@@ -88,10 +102,10 @@ def draw_pixels(location: str, num_tokens: int, backbone: Geometry, pad_resize: 
 
 
 def check_padded_side(backbone: Geometry, num_pixels: int) -> None:
-    """Refuses an image that grows beyond what a backbone takes.
+    """Refuse an image that grows beyond what a backbone takes.
 
-    A plain timm ViT takes images of its own side alone. Padding grows them to side + 2p, of which the patch embedding
-    drops the remainder: below half a patch the side stays.
+    A plain timm ViT takes images of its own side alone. Padding grows them to side + 2p, of which the patch
+    embedding drops the remainder: below half a patch the side stays.
 
     Raises:
         UserError: The side becomes another one, and the model was not built for that.
@@ -106,15 +120,15 @@ def check_padded_side(backbone: Geometry, num_pixels: int) -> None:
 
 
 def pad(images: Tensor, prompts: Tensor, resize: bool, patch_size: int) -> Tensor:
-    """Puts a frame of pixels around images.
+    """Put a frame of pixels around images.
 
     Args:
         images: Normalised images [B, 3, H, H].
-        prompts: The frame, in 0..1: [4, 3, p, side - p], the strip above the image without the corner at its right, and
-            the same of the image turned by 90, 180 and 270 degrees. The four cover the frame once.
+        prompts: The frame, in 0..1: [4, 3, p, side - p], the strip above the image without the corner at its
+            right, and the same of the image turned by 90, 180 and 270 degrees. The four cover the frame once.
         resize: Shrink the images by 2p first, so that the side stays H; else it grows to H + 2p.
-        patch_size: What is left of a side that it does not divide is dropped, right and below, as by the patch
-            embedding of the released code; timm's refuses it. 1 drops nothing.
+        patch_size: What is left of a side that it does not divide is dropped, right and below, as by the
+            patch embedding of the released code; timm's refuses it. 1 drops nothing.
 
     Returns:
         [B, 3, side, side].
@@ -124,7 +138,9 @@ def pad(images: Tensor, prompts: Tensor, resize: bool, patch_size: int) -> Tenso
     if resize:
         small = F.interpolate(images.float(), size=(side - 2 * width,) * 2, mode="bilinear", antialias=True)
         images = small.to(images.dtype)  # float: there is no such kernel for 16 bits on every device
-    mean, std = (prompts.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, std = (
+        prompts.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
     strips = F.pad((prompts - mean) / std, (0, width, 0, side - width))
     # counter-clockwise: strip k of the turned image stands where k quarter turns bring the first
     frame = torch.stack([torch.rot90(strip, turns, (1, 2)) for turns, strip in enumerate(strips)]).sum(0)
@@ -133,7 +149,7 @@ def pad(images: Tensor, prompts: Tensor, resize: bool, patch_size: int) -> Tenso
 
 
 def patch_tokens(patch_embed: nn.Module, prompts: Tensor) -> Tensor:
-    """Tokens [1, p, width] of patches [p, 3, patch, patch], by the backbone's patch convolution and its norm."""
+    """Return tokens [1, p, width] of patches [p, 3, patch, patch], by the backbone's patch convolution and its norm."""
     proj, norm = patch_embed.get_submodule("proj"), patch_embed.get_submodule("norm")
     return cast(Tensor, norm(proj(prompts).flatten(1)))[None]
 
@@ -141,9 +157,9 @@ def patch_tokens(patch_embed: nn.Module, prompts: Tensor) -> Tensor:
 class MoreChannels(nn.Module):
     """A patch convolution that sees further channels, the same for every image.
 
-    They enter here and not as a shift before the first block, because a model may normalise its patch embedding
-    (`patch_embed.norm`, `norm_pre`): the further channels are part of what is normalised. They are convolved once for
-    the batch.
+    They enter here and not as a shift before the first block, because a model may normalise its patch
+    embedding (`patch_embed.norm`, `norm_pre`): the further channels are part of what is normalised. They are
+    convolved once for the batch.
 
     Args:
         base: The patch convolution.
@@ -155,5 +171,5 @@ class MoreChannels(nn.Module):
         self.base, self.term = base, term
 
     def forward(self, images: Tensor) -> Tensor:
-        """Patches [B, width, grid, grid] of images [B, 3, H, W]."""
+        """Patch [B, width, grid, grid] of images [B, 3, H, W]."""
         return cast(Tensor, self.base(images)) + self.term()

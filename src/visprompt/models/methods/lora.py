@@ -1,11 +1,13 @@
 """Low-rank updates of the attention's projections. Hu et al., LoRA, ICLR 2022, section 4.1, equation 3.
 
-W x + (alpha / r) B A x for each of the matrices W_q, W_k, W_v of every block, A [r, d] and B [d, r]; B starts at zero,
-so the start is the backbone. After training W + (alpha / r) B A takes W's place and nothing more is computed.
+W x + (alpha / r) B A x for each of the matrices W_q, W_k, W_v of every block, A [r, d] and B [d, r]; B starts
+at zero, so the start is the backbone. After training W + (alpha / r) B A takes W's place and nothing more is
+computed.
 
-Different from the paper, which updates W_q and W_v of language models: all three by default, `targets=qv` gives the
-paper's choice. Different from layers that add B A to W in every step: the update is applied to the activations, so no
-gradient of the size of W is ever computed. Each of the three has an A of its own, as in the released code.
+Different from the paper, which updates W_q and W_v of language models: all three by default, `targets=qv`
+gives the paper's choice. Different from layers that add B A to W in every step: the update is applied to the
+activations, so no gradient of the size of W is ever computed. Each of the three has an A of its own, as in
+the released code.
 """
 
 import copy
@@ -50,13 +52,13 @@ class Updated(Wrapped):
         self._where = where
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [..., in] -> [..., out]."""
+        """Return tokens [..., in] -> [..., out]."""
         out: Tensor = self.base(x)
         return out + self._method[0].update(x, *self._where)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer that computes the same."""
+        """Return a plain layer that computes the same."""
         layer, (method,) = copy.deepcopy(self.base), self._method
         training = method.training
         method.train(False)  # no dropout
@@ -77,7 +79,8 @@ class LoRA(Method):
 
     Attributes:
         a: [blocks, targets, rank, width], as PyTorch draws a linear layer: U(-1, 1) / sqrt(width).
-        b: [blocks, targets, width, rank], zero at first. Both are lists over the blocks where their widths differ.
+        b: [blocks, targets, width, rank], zero at first. Both are lists over the blocks where their widths
+            differ.
 
     Raises:
         UserError: A number lies outside its range, or a target is none.
@@ -98,17 +101,23 @@ class LoRA(Method):
         check_rank(rank, min(backbone.widths))
         check_probability("dropout", dropout)
         if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-            raise UserError(f"method.alpha={alpha} cannot scale what is tuned: give a number above 0, or null for rank")
+            raise UserError(
+                f"method.alpha={alpha} cannot scale what is tuned: give a number above 0, or null for rank"
+            )
         if not targets or set(targets) - set("qkv") or len(set(targets)) < len(targets):
-            raise UserError(f"method.targets={targets!r} names no matrices: give letters of qkv, such as qv, each once")
+            raise UserError(
+                f"method.targets={targets!r} names no matrices: give letters of qkv, such as qv, each once"
+            )
         self.rank, self.targets = rank, targets
         self.scale = 1.0 if alpha is None else alpha / rank
         self.dropout = nn.Dropout(dropout)
-        self.a = per_block([(len(targets), rank, width) for width in backbone.widths], lambda a: draw_linear(a, -1))
+        self.a = per_block(
+            [(len(targets), rank, width) for width in backbone.widths], lambda a: draw_linear(a, -1)
+        )
         self.b = per_block([(len(targets), width, rank) for width in backbone.widths], nn.init.zeros_)
 
     def attach(self, backbone: Geometry) -> None:
-        """Wraps the joint projection of every attention.
+        """Wrap the joint projection of every attention.
 
         Raises:
             UserError: There is none, or it gives queries, keys and values of another width than the tokens'.
@@ -118,15 +127,17 @@ class LoRA(Method):
             width = layer.in_features
             if layer.out_features != 3 * width:
                 raise UserError(
-                    f"method lora cannot work on this backbone: its {type(block).__name__} has no linear layer "
-                    f"attn.qkv from {width} to {3 * width}; choose a backbone of plain timm blocks"
+                    f"method lora cannot work on this backbone: its {type(block).__name__} has no linear "
+                    f"layer attn.qkv from {width} to {3 * width}; choose a backbone of plain timm blocks"
                 )
             block.set_submodule("attn.qkv", Updated(layer, self, i))
 
     def update(self, x: Tensor, *where: int) -> Tensor:
         """Update [..., 3 * width] of a block's joint queries, keys and values, from normed tokens x [..., width]."""
         (block,) = where
-        low = self.scale * F.linear(self.dropout(x), self.a[block].flatten(0, 1))  # of all targets in one product
+        low = self.scale * F.linear(
+            self.dropout(x), self.a[block].flatten(0, 1)
+        )  # of all targets in one product
         parts = {
             target: F.linear(part, self.b[block][i])
             for i, (target, part) in enumerate(zip(self.targets, low.split(self.rank, dim=-1), strict=True))
@@ -136,7 +147,7 @@ class LoRA(Method):
 
 
 def find_linears(backbone: Geometry, paths: Sequence[str], method: str) -> list[nn.Module]:
-    """The blocks of a backbone, each of which has plain linear layers at some paths.
+    """Return the blocks of a backbone, each of which has plain linear layers at some paths.
 
     Args:
         backbone: Any.
@@ -157,7 +168,7 @@ def find_linears(backbone: Geometry, paths: Sequence[str], method: str) -> list[
             layer = None
         if type(layer) is not nn.Linear:
             raise UserError(
-                f"method {method} cannot work on this backbone: its {type(block).__name__} has no linear layer "
-                f"{path}; choose a backbone that has it, such as a plain ViT"
+                f"method {method} cannot work on this backbone: its {type(block).__name__} has no linear "
+                f"layer {path}; choose a backbone that has it, such as a plain ViT"
             )
     return blocks

@@ -48,15 +48,16 @@ class LowRankVPT(VPT):
         rank: Columns of the left, rows of the right matrix (r).
         depth: Number of blocks that get prompts of their own; None means all.
         depth_from: "first" or "last": which blocks these are.
-        carry_over: Whether the prompt outputs of the last prompted block flow on; with depth 1 this is shallow.
+        carry_over: Whether the prompt outputs of the last prompted block flow on; with depth 1 this is
+            shallow.
         dropout: Dropout on prompt values, drawn for every image anew.
-        whitening: "none"; or "frozen" or "tuned", whichever a right matrix is that `inits.initialise` takes from
-            the whitening matrix.
+        whitening: "none"; or "frozen" or "tuned", whichever a right matrix is that `inits.initialise` takes
+            from the whitening matrix.
 
     Attributes:
         left: [depth, num_tokens, rank], N(0, 0.02^2).
-        right: [depth, rank, width], U(-v, v) with v = sqrt(6 / (rank + width)); a list where the widths differ. With
-            whitening this until `initialise`; a buffer, saved all the same, where it is frozen.
+        right: [depth, rank, width], U(-v, v) with v = sqrt(6 / (rank + width)); a list where the widths
+            differ. With whitening this until `initialise`; a buffer, saved all the same, where it is frozen.
 
     Raises:
         UserError: A number lies outside its range, or a word is unknown.
@@ -77,7 +78,12 @@ class LowRankVPT(VPT):
         whitening: str = "none",
     ) -> None:
         super().__init__(
-            backbone, num_tokens=num_tokens, depth=depth, depth_from=depth_from, carry_over=carry_over, dropout=dropout
+            backbone,
+            num_tokens=num_tokens,
+            depth=depth,
+            depth_from=depth_from,
+            carry_over=carry_over,
+            dropout=dropout,
         )
         if whitening not in WHITENINGS:
             raise unknown("method.whitening", whitening, WHITENINGS)
@@ -86,7 +92,8 @@ class LowRankVPT(VPT):
         largest = min(num_tokens, *widths)
         if not 1 <= rank <= largest:
             raise UserError(
-                f"method.rank={rank} does not fit: give 1 to {largest}, the smaller of num_tokens and the width"
+                f"method.rank={rank} does not fit: give 1 to {largest}, the smaller of num_tokens and the "
+                "width"
             )
         del self.prompts  # they are the product, never stored
         self.left = per_block([(num_tokens, rank)] * self.depth, lambda left: left.normal_(0, 0.02))
@@ -98,14 +105,14 @@ class LowRankVPT(VPT):
         return self.whitening != "none"
 
     def attach(self, backbone: Geometry) -> None:
-        """Checks that the right matrices can be made on this backbone."""
+        """Check that the right matrices can be made on this backbone."""
         super().attach(backbone)
         if self.needs_images:
             check_plain_attentions(backbone, self.prompted_blocks, f"method.whitening={self.whitening}")
 
     @torch.no_grad()
     def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
-        """Puts numbers of the whitening matrices into the right ones, see `Method.initialise`."""
+        """Put numbers of the whitening matrices into the right ones, see `Method.initialise`."""
         means, generator = Means(), torch.Generator().manual_seed(seed)
         for batch in images:
             states = backbone.states(batch)
@@ -114,11 +121,13 @@ class LowRankVPT(VPT):
         for own, block in enumerate(self.prompted_blocks):
             attn: Any = backbone.blocks[block].attn
             whitening = _whitening(attn, means[block])
-            chosen = torch.rand(whitening.shape, generator=generator).argsort(1)[:, : self.right[own].shape[0]]
+            chosen = torch.rand(whitening.shape, generator=generator).argsort(1)[
+                :, : self.right[own].shape[0]
+            ]
             self.right[own].copy_(whitening.gather(1, chosen).T)
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
+        """Return prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
         own = block - self.first_block
         prompts = (self.left[own] @ self.right[own]).unsqueeze(0)
         return drop(self.dropout, prompts, len(x))
@@ -131,7 +140,7 @@ def _draw_right(right: Tensor) -> None:
 
 
 def _whitening(attn: Any, patches: Tensor) -> Tensor:
-    """The whitening matrix [d, d] of W_q W_k^T X^T, of an attention and mean patches X [n, d]."""
+    """Return the whitening matrix [d, d] of W_q W_k^T X^T, of an attention and mean patches X [n, d]."""
     # as PyTorch has them: [out, in]
     query, key = attn.qkv.weight[: 2 * attn.attn_dim].cpu().double().chunk(2)
     met = query.T @ key @ patches.T

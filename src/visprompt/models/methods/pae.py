@@ -23,8 +23,8 @@ All this is the released code's; its README has max(0, V(z_{i+1}) - V(z_i)) in p
   of zeros would give all of them one loss, and is refused.
 - The pairs are of the second block's prompts and those behind: the first block's are in none.
 
-Different from the released code: the images of the one batch are not augmented as in training; not there are a
-matrix back from k to the width, which no loss reads, and an operator for each pair of blocks (KOOPMAN_MOD
+Different from the released code: the images of the one batch are not augmented as in training; not there are
+a matrix back from k to the width, which no loss reads, and an operator for each pair of blocks (KOOPMAN_MOD
 layerwise), in place of the one that the paper is about.
 """
 
@@ -111,7 +111,7 @@ class PAE(VPT):
         return self.by_frequency
 
     def make_head(self, width: int, num_classes: int, init: str) -> nn.Module:
-        """Builds a linear head, and keeps it to score windows."""
+        """Build a linear head, and keeps it to score windows."""
         if self.by_frequency and init == "zeros":
             raise UserError(
                 "method.init=frequency compares windows by the loss of the head before training, and with "
@@ -123,7 +123,7 @@ class PAE(VPT):
 
     @torch.no_grad()
     def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
-        """Makes the prompts of all blocks of the first images; nothing is drawn."""
+        """Make the prompts of all blocks of the first images; nothing is drawn."""
         tokens, like = cast(TokenBackbone, backbone), next(backbone.parameters())
         images, labels = _first(batches)
         spectrum = fft.fftshift(fft.fft2(images.to(like.device).float()), dim=(-2, -1))
@@ -161,7 +161,7 @@ class PAE(VPT):
         return corners
 
     def _filtered(self, spectrum: Tensor, corner: tuple[int, int]) -> Tensor:
-        """Images [B, 3, H, W] of the frequencies of one window alone."""
+        """Return images [B, 3, H, W] of the frequencies of one window alone."""
         rows, columns = (slice(start, start + self.window) for start in corner)
         kept = torch.zeros_like(spectrum)
         kept[..., rows, columns] = spectrum[..., rows, columns]
@@ -172,9 +172,9 @@ class PAE(VPT):
         head = self._head[0]
         return F.cross_entropy(head(backbone(images, self).to(head.weight.dtype)).float(), labels)
 
-    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
-        """Adds the terms of the prompts to the cross-entropies [B]."""
-        return cross_entropy + self._evolution() if self.evolves else cross_entropy
+    def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+        """Add the terms of the prompts to the cross-entropies [B]."""
+        return task_loss + self._evolution() if self.evolves else task_loss
 
     def _evolution(self) -> Tensor:
         """Both terms, weighted; the gradient of C, K and L together is at most `_CLIP` long."""
@@ -202,7 +202,7 @@ class PAE(VPT):
 
 
 def _first(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The first `IMAGES` images, and their labels."""
+    """Return the first `IMAGES` images, and their labels."""
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for some, of_some in batches:
@@ -214,7 +214,7 @@ def _first(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _by_energy(patches: Tensor) -> Tensor:
-    """Mean [d] of all tokens [B, n, d], each with its squared length as its weight."""
+    """Return mean [d] of all tokens [B, n, d], each with its squared length as its weight."""
     energies = patches.square().sum(dim=-1, keepdim=True)
     return (energies / energies.sum() * patches).sum(dim=(0, 1))
 

@@ -8,15 +8,15 @@ from torch import distributed as dist
 
 
 def is_spread() -> bool:
-    """Whether several processes train together."""
+    """Return whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gathered(rows: Tensor) -> Tensor:
     """Return the rows of all ranks, [N, ...], of this rank's [n, ...], whose number may differ between ranks.
 
-    Every rank must call it, and every rank's loss of the result must be the same function: its gradient is summed over
-    the ranks, so that the mean over ranks that DDP takes is that of one device with all rows.
+    Every rank must call it, and every rank's loss of the result must be the same function: its gradient is
+    summed over the ranks, so that the mean over ranks that DDP takes is that of one device with all rows.
     """
     if not is_spread():
         return rows

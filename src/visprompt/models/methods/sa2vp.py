@@ -1,26 +1,32 @@
-"""A map of prompts over the patches. Pei et al., SA2VP: Spatially Aligned-and-Adapted Visual Prompt, AAAI 2024.
+"""A map of prompts over the patches.
 
-A second sequence P of as many tokens as the image's (one for each patch, one for the class token) runs through the same
-frozen blocks L_i beside the image's sequence X; in every block one of the two reads the other:
+Pei et al., SA2VP: Spatially Aligned-and-Adapted Visual Prompt, AAAI 2024.
+
+A second sequence P of as many tokens as the image's (one for each patch, one for the class token) runs
+through the same frozen blocks L_i beside the image's sequence X; in every block one of the two reads the
+other:
 
     P_0 = A W + b + positions                                 A [n, r], W [r, d]
-    blocks 0, 4, 8, ...:  P_{i+1} = L_i(P_i) [+ g_i * L_i(A_i W_i + b_i), not in block 0] + scale * F_i(P_i, X_i)
+    blocks 0, 4, 8, ...:  P_{i+1} = L_i(P_i) [+ g_i * L_i(A_i W_i + b_i), not in block 0] + scale * F_i(P_i,
+    X_i)
                           X_{i+1} = L_i(X_i)
     other blocks:         X_{i+1} = L_i(X_i) + scale * F_i(X_i, P_i);    P_{i+1} = L_i(P_i)
     F_i(a, b) = MLP_i(LN_i(a + CA_i(LN1_i(a), LN1_i(b))))            MLP_i: d -> r, GELU, r -> d
 
-LN1_i and the projections of CA_i are the block's own norm and attention, frozen. In CA_i a patch of a attends to the 3
-x 3 patches of b around its own place (fewer at the border), the class token to all tokens of b. A, A_i, W, W_i, b, b_i,
-g_i [d], LN_i, MLP_i and the head are tuned. With probabilities of the head on X's class token and on P's,
+LN1_i and the projections of CA_i are the block's own norm and attention, frozen. In CA_i a patch of a attends
+to the 3 x 3 patches of b around its own place (fewer at the border), the class token to all tokens of b. A,
+A_i, W, W_i, b, b_i, g_i [d], LN_i, MLP_i and the head are tuned. With probabilities of the head on X's class
+token and on P's,
 
-    loss = (1 - prompt_weight) * cross-entropy(X) + prompt_weight * cross-entropy(P);   a prediction reads X alone.
+    loss = (1 - prompt_weight) * cross-entropy(X) + prompt_weight * cross-entropy(P);   a prediction reads X
+    alone.
 
-Taken from the released code's slower form (`vit_tinypara`, the one that its script trains); its faster one gives the
-cross attention one head and lets patches at the border attend to zeros. Different from both: the frozen blocks' own
-dropout (0.1 there, in training) is off, as everywhere here; the projections are the attention itself, which holds the
-same numbers once. Own choice where the released code has no such backbone: register tokens are as class tokens, more
-than 12 blocks go on with every fourth, P_0 passes a norm before the blocks as X_0 does, and other poolings read P as
-they read X.
+Taken from the released code's slower form (`vit_tinypara`, the one that its script trains); its faster one
+gives the cross attention one head and lets patches at the border attend to zeros. Different from both: the
+frozen blocks' own dropout (0.1 there, in training) is off, as everywhere here; the projections are the
+attention itself, which holds the same numbers once. Own choice where the released code has no such backbone:
+register tokens are as class tokens, more than 12 blocks go on with every fourth, P_0 passes a norm before the
+blocks as X_0 does, and other poolings read P as they read X.
 """
 
 from typing import Any, ClassVar, cast
@@ -84,7 +90,8 @@ class SA2VP(Method):
         check_probability("dropout", dropout)
         if self.num_blocks % EVERY == 1:
             raise UserError(
-                f"method sa2vp cannot work on this backbone: of its {self.num_blocks} blocks the last would have the "
+                f"method sa2vp cannot work on this backbone: of its {self.num_blocks} blocks the last would "
+                "have the "
                 "prompts read the image, and nothing the prompts; choose a backbone of another depth"
             )
         self.scale, self.prompt_weight, self.dropout = scale, prompt_weight, nn.Dropout(dropout)
@@ -100,20 +107,23 @@ class SA2VP(Method):
         self.up, self.up_bias = _linears(blocks, inner, width)
         self.register_buffer("near", _neighbours(backbone.num_prefix, *backbone.grids[0]), persistent=False)
         self._backbone: tuple[Any, ...] = ()  # in a tuple, so that its parameters stay the backbone's alone
-        self._state: dict[str, Tensor] = {}  # of the forward that runs: the prompts, and what the image reads of them
+        self._state: dict[
+            str, Tensor
+        ] = {}  # of the forward that runs: the prompts, and what the image reads of them
 
     def attach(self, backbone: Geometry) -> None:
-        """Keeps the backbone, whose blocks the prompts run through."""
+        """Keep the backbone, whose blocks the prompts run through."""
         if any(type(getattr(block, "attn", None)) is not Attention for block in backbone.blocks):
             raise UserError(
-                "method sa2vp cannot work on this backbone: image and prompts read each other through timm's plain "
-                f"attention, and these blocks, of class {type(backbone.blocks[0]).__name__}, have another; choose a "
-                "plain ViT"
+                "method sa2vp cannot work on this backbone: image and prompts read each other through "
+                "timm's plain "
+                f"attention, and these blocks, of class {type(backbone.blocks[0]).__name__}, have another; "
+                "choose a plain ViT"
             )
         self._backbone = (backbone,)
 
     def shift(self, block: int, x: Tensor) -> Tensor:
-        """Takes the prompts through this block too; the image's tokens [B, n, width] stay as they are."""
+        """Take the prompts through this block too; the image's tokens [B, n, width] stay as they are."""
         if not block:
             (backbone,) = self._backbone
             first = backbone.model.norm_pre(self._lifted(0) + self._positions())
@@ -133,25 +143,32 @@ class SA2VP(Method):
             return out
         if block:
             deep = self._lifted(block // EVERY).to(x.dtype)
-            out = out + cast(Tensor, self.gates)[block // EVERY - 1] * backbone.carry(block, deep, deep.shape[1])
+            out = out + cast(Tensor, self.gates)[block // EVERY - 1] * backbone.carry(
+                block, deep, deep.shape[1]
+            )
         return out + self.scale * self._read(block, prompts, x)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """What the image reads of the prompts, [B, n, width]; x holds all its tokens, or those before the patches."""
+        """Return what the image reads of the prompts, [B, n, width].
+
+        X holds all its tokens, or those before the patches.
+        """
         read = self._state.pop("read", None)
         return torch.zeros_like(x) if read is None else read[:, : x.shape[1]]
 
-    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
-        """Mixes the cross-entropies [B] with those of the head on the prompts."""
+    def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+        """Mix the cross-entropies [B] with those of the head on the prompts."""
         prompts = self._state.pop("prompts", None)
         if prompts is None or not self.prompt_weight:
-            return cross_entropy
+            return task_loss
         (backbone,) = self._backbone
         rows, _ = backbone.pooled_rows(prompts.shape[1], None)
         dtype = next(backbone.parameters()).dtype
-        logits = head(backbone.pool(prompts[:, rows].to(dtype), None).to(next(head.parameters()).dtype)).float()
+        logits = head(
+            backbone.pool(prompts[:, rows].to(dtype), None).to(next(head.parameters()).dtype)
+        ).float()
         own = F.cross_entropy(logits.expand(len(labels), -1), labels, reduction="none")
-        return (1 - self.prompt_weight) * cross_entropy + self.prompt_weight * own
+        return (1 - self.prompt_weight) * task_loss + self.prompt_weight * own
 
     @property
     def _scores_prompts(self) -> bool:
@@ -159,7 +176,7 @@ class SA2VP(Method):
         return self.training and torch.is_grad_enabled() and self.prompt_weight > 0
 
     def _lifted(self, index: int) -> Tensor:
-        """A map of prompts, [1, n, width]."""
+        """Return a map of prompts, [1, n, width]."""
         return F.linear(self.maps[index], self.lift[index], self.lift_bias[index])[None]
 
     def _positions(self) -> Tensor:
@@ -168,7 +185,9 @@ class SA2VP(Method):
         model = backbone.model
         if model.pos_embed is None:
             return self.maps.new_zeros(())
-        missing = self.maps.shape[1] - model.pos_embed.shape[1]  # of class or register tokens without positions
+        missing = (
+            self.maps.shape[1] - model.pos_embed.shape[1]
+        )  # of class or register tokens without positions
         return F.pad(model.pos_embed, (0, 0, missing, 0))
 
     def _read(self, index: int, reader: Tensor, source: Tensor) -> Tensor:
@@ -198,7 +217,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _linears(count: int, width: int, out: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weights [count, out, width], each by Xavier's rule, and biases [count, out] that are nearly zero."""
+    """Return weights [count, out, width], each by Xavier's rule, and biases [count, out] that are nearly zero."""
     weight = torch.empty(count, out, width)
     for one in weight:
         nn.init.xavier_uniform_(one)
@@ -206,7 +225,10 @@ def _linears(count: int, width: int, out: int) -> tuple[nn.Parameter, nn.Paramet
 
 
 def _neighbours(prefix: int, height: int, width: int) -> Tensor:
-    """Which tokens [n] a token [n] reads: the patches around its own place, or all before the patches."""
+    """Return which tokens [n] a token [n] reads.
+
+    The patches around its own place, or all before the patches.
+    """
     rows, columns = (torch.arange(height * width) // width, torch.arange(height * width) % width)
     close = ((rows[:, None] - rows).abs() <= 1) & ((columns[:, None] - columns).abs() <= 1)
     return F.pad(F.pad(close, (prefix, 0)), (0, 0, prefix, 0), value=True)

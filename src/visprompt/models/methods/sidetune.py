@@ -2,12 +2,12 @@
 
 features = a * B(x) + (1 - a) * W S(x),  a = sigmoid(alpha),  alpha = 0 at the start
 
-B is the frozen backbone, S torchvision's AlexNet up to its pooling (256 maps of 6 x 6 for images of every size), W a
-linear layer from those 9216 numbers to the backbone's width, without bias. S, W and alpha are tuned. As in the released
-code, S sees the images normalised as they are for the backbone.
+B is the frozen backbone, S torchvision's AlexNet up to its pooling (256 maps of 6 x 6 for images of every
+size), W a linear layer from those 9216 numbers to the backbone's width, without bias. S, W and alpha are
+tuned. As in the released code, S sees the images normalised as they are for the backbone.
 
-Different from the released code: nothing is downloaded, the pre-trained S comes from a file that the user names; and
-images too small for S (its poolings leave nothing of sides below 63) are enlarged to that side.
+Different from the released code: nothing is downloaded, the pre-trained S comes from a file that the user
+names; and images too small for S (its poolings leave nothing of sides below 63) are enlarged to that side.
 """
 
 import math
@@ -30,7 +30,8 @@ class SideTune(Method):
 
     Args:
         backbone: The backbone whose width is that of the side network's features.
-        weights: "random", or a file of torchvision's AlexNet weights (the paper's), such as alexnet-owt-7be5be79.pth.
+        weights: "random", or a file of torchvision's AlexNet weights (the paper's), such as
+            alexnet-owt-7be5be79.pth.
 
     Attributes:
         alpha: Scalar; sigmoid(alpha) is the backbone's share.
@@ -56,17 +57,17 @@ class SideTune(Method):
         return self.num_blocks
 
     def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """The backbone's features and, for the side network, the pixels: [B, width + 3 * H * W]."""
+        """Return the backbone's features and, for the side network, the pixels: [B, width + 3 * H * W]."""
         self._shape = tuple(images.shape[1:])
         return torch.cat([pooled, images.flatten(1)], dim=1)
 
     def resumed(self, stored: Tensor) -> Tensor:
-        """The mixture [B, width] of what `stored` made of images of the last size that it saw."""
+        """Return the mixture [B, width] of what `stored` made of images of the last size that it saw."""
         pooled, pixels = stored.split([self.projection.out_features, math.prod(self._shape)], dim=1)
         return self.features(pooled, pixels.unflatten(1, self._shape))
 
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """The mixture [B, width] of the backbone's features [B, width] and those of images [B, 3, H, W]."""
+        """Return the mixture [B, width] of the backbone's features [B, width] and those of images [B, 3, H, W]."""
         share = self.alpha.sigmoid()
         return share * pooled + (1 - share) * self._side_features(images)
 
@@ -100,13 +101,17 @@ def alexnet_features() -> nn.Sequential:
 
 
 def _load(side: nn.Sequential, file: Path) -> None:
-    """Loads the convolutions of a file of AlexNet's weights; its classifier is left out."""
+    """Load the convolutions of a file of AlexNet's weights; its classifier is left out."""
     if not file.is_file():
-        raise UserError(f"there is no file of AlexNet weights at {file}: correct method.weights=..., or give {RANDOM}")
+        raise UserError(
+            f"there is no file of AlexNet weights at {file}: correct method.weights=..., or give {RANDOM}"
+        )
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         parts = {name.partition("."): tensor for name, tensor in tensors.items()}
-        side.load_state_dict({rest: tensor for (first, _, rest), tensor in parts.items() if first == "features"})
+        side.load_state_dict(
+            {rest: tensor for (first, _, rest), tensor in parts.items() if first == "features"}
+        )
     except Exception as error:  # torch's readers raise of every kind
         raise UserError(
             f"{file} does not hold the weights of torchvision's AlexNet ({type(error).__name__}): "

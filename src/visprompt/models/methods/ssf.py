@@ -1,11 +1,14 @@
-"""Scaling and shifting features. Lian et al., Scaling & Shifting Your Features, NeurIPS 2022, equations 3 and 4.
+"""Scaling and shifting features.
 
-y = gamma * x + beta, channel by channel, behind every linear layer, every norm and the patch embedding. After training
-the two merge into the layer before them: weight * gamma, bias * gamma + beta.
+Lian et al., Scaling & Shifting Your Features, NeurIPS 2022, equations 3 and 4.
 
-gamma is drawn from N(1, 0.02^2) and beta from N(0, 0.02^2), so the start is not quite the backbone: the paper's choice.
-Different from the released code: where the tokens are averaged before the last norm, that norm is scaled and shifted
-too (there, the average is); norms inside the attention (of queries and keys) are left alone in both.
+y = gamma * x + beta, channel by channel, behind every linear layer, every norm and the patch embedding. After
+training the two merge into the layer before them: weight * gamma, bias * gamma + beta.
+
+gamma is drawn from N(1, 0.02^2) and beta from N(0, 0.02^2), so the start is not quite the backbone: the
+paper's choice. Different from the released code: where the tokens are averaged before the last norm, that
+norm is scaled and shifted too (there, the average is); norms inside the attention (of queries and keys) are
+left alone in both.
 """
 
 import copy
@@ -41,22 +44,26 @@ class ScaledShifted(Wrapped):
         self._name, self._row = name, row
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer puts out, scaled and shifted."""
+        """Return what the layer puts out, scaled and shifted."""
         out: Tensor = self.base(x)
-        gamma, beta = (t.to(out.dtype) for t in self._pair())  # under autocast the output stays in its precision
+        gamma, beta = (
+            t.to(out.dtype) for t in self._pair()
+        )  # under autocast the output stays in its precision
         if isinstance(self.base, _MAPS):
             gamma, beta = gamma[:, None, None], beta[:, None, None]
         return torch.addcmul(beta, out, gamma)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """A plain layer that computes the same.
+        """Return a plain layer that computes the same.
 
         Raises:
             UserError: The layer cannot shift.
         """
         if isinstance(self.base, (RmsNorm, RmsNorm2d)):
-            raise UserError("method ssf does not merge into an RmsNorm, which cannot shift: keep the tuned state")
+            raise UserError(
+                "method ssf does not merge into an RmsNorm, which cannot shift: keep the tuned state"
+            )
         layer, (gamma, beta) = copy.deepcopy(self.base), self._pair()
         weight: Tensor = torch.ones_like(gamma) if layer.weight is None else layer.weight  # type: ignore[assignment]  # a tensor
         bias: Tensor = torch.zeros_like(beta) if layer.bias is None else layer.bias  # type: ignore[assignment]  # a parameter or buffer
@@ -78,9 +85,9 @@ class SSF(Method):
         backbone: The backbone; what its layers put out shapes the parameters, which are drawn in `attach`.
 
     Attributes:
-        gamma: By layer. Of the blocks' layers, such as `norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`, each is [blocks,
-            channels], or a list over the blocks that have it where their channels differ; of those beside the blocks,
-            such as `patch` and `norm`, each is [channels].
+        gamma: By layer. Of the blocks' layers, such as `norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`, each is
+            [blocks, channels], or a list over the blocks that have it where their channels differ; of those
+            beside the blocks, such as `patch` and `norm`, each is [channels].
         beta: The same.
     """
 
@@ -93,7 +100,7 @@ class SSF(Method):
         self.gamma, self.beta = nn.ParameterDict(), nn.ParameterDict()
 
     def attach(self, backbone: Geometry) -> None:
-        """Draws the parameters and wraps the layers."""
+        """Draw the parameters and wraps the layers."""
         model = backbone.model
         inside: dict[str, list[str]] = {}
         beside = []
@@ -125,14 +132,19 @@ class SSF(Method):
 
 
 def _is_scaled(path: str, layer: nn.Module) -> bool:
-    """Whether a layer's output is scaled and shifted: not norms and gates inside an attention, not a pooling's."""
-    if path.startswith("attn_pool") or (".attn." in path and (isinstance(layer, _NORMS) or path.endswith(".gate"))):
+    """Return whether a layer's output is scaled and shifted.
+
+    Not norms and gates inside an attention, not a pooling's.
+    """
+    if path.startswith("attn_pool") or (
+        ".attn." in path and (isinstance(layer, _NORMS) or path.endswith(".gate"))
+    ):
         return False
     return isinstance(layer, (nn.Linear, nn.Conv2d, *_NORMS))
 
 
 def _channels(layer: Any) -> int:
-    """Channels that a layer puts out."""
+    """Channel that a layer puts out."""
     for name in ("out_features", "out_channels", "num_features", "num_channels"):
         if hasattr(layer, name):
             return int(getattr(layer, name))

@@ -1,24 +1,28 @@
 """Prompts chosen token by token. Liu et al., Token Coordinated Prompt Attention, ICML 2025.
 
-Every block has two pools of m entries, one for the class token and one for the patches. An entry is a key k [d] and t
-prompts [t, d]. Before a block a token x chooses the c entries of its own pool whose keys have the largest cosine with
-it. All prompts of both pools enter, P = Re FFT2(dropout([class prompts; image prompts])), and the attention's weights
-are masked behind their softmax, so that those of a row no longer sum to 1:
+Every block has two pools of m entries, one for the class token and one for the patches. An entry is a key k
+[d] and t prompts [t, d]. Before a block a token x chooses the c entries of its own pool whose keys have the
+largest cosine with it. All prompts of both pools enter, P = Re FFT2(dropout([class prompts; image prompts])),
+and the attention's weights are masked behind their softmax, so that those of a row no longer sum to 1:
 
-    A = softmax(Q [K, K_P]^T / sqrt(d_h));    out = (A * M) [V, V_P];    M = 1 on all image tokens and on the prompts
+    A = softmax(Q [K, K_P]^T / sqrt(d_h));    out = (A * M) [V, V_P];    M = 1 on all image tokens and on the
+    prompts
     chosen by the token of the row, else 0.   Outputs of the prompts are not used.
 
-    loss = cross-entropy + match_weight * sum over blocks and both pools of the mean of 1 - cos(x, chosen keys)
+    loss = cross-entropy + match_weight * sum over blocks and both pools of the mean of 1 - cos(x, chosen
+    keys)
 
-The mean is over tokens and chosen keys. Only that term moves the keys; it moves the prompts of the blocks before too,
-as x is not cut off. In the first `random_epochs` epochs of training entries are chosen at random.
+The mean is over tokens and chosen keys. Only that term moves the keys; it moves the prompts of the blocks
+before too, as x is not cut off. In the first `random_epochs` epochs of training entries are chosen at random.
 
-Here the block's own attention reads all prompts, and a branch beside it takes back what M hides: with the attention
-recomputed, - (A * (1 - M)) [V, V_P] through the output projection without its bias. The same numbers, to rounding.
+Here the block's own attention reads all prompts, and a branch beside it takes back what M hides: with the
+attention recomputed, - (A * (1 - M)) [V, V_P] through the output projection without its bias. The same
+numbers, to rounding.
 
-All this is the released code's (VFPT_TCPA, the one form that is there). Not here: its mixup, and the convolution on the
-images that one of its scripts (CUB) adds. Own choice where it has no such backbone: register tokens choose from the
-class token's pool, each by itself, and where no token stands before the patches, theirs is the only pool.
+All this is the released code's (VFPT_TCPA, the one form that is there). Not here: its mixup, and the
+convolution on the images that one of its scripts (CUB) adds. Own choice where it has no such backbone:
+register tokens choose from the class token's pool, each by itself, and where no token stands before the
+patches, theirs is the only pool.
 """
 
 from typing import Any, ClassVar
@@ -46,7 +50,8 @@ class TCPA(Method):
         dropout: Dropout on prompt values before the transform, drawn for every image anew.
 
     Attributes:
-        prompts: [blocks, pools, pool_size, length, width], U(-1, 1); the class token's pool, then the patches'.
+        prompts: [blocks, pools, pool_size, length, width], U(-1, 1); the class token's pool, then the
+            patches'.
         keys: [blocks, pools, pool_size, width], U(-1, 1).
         epochs: How many are behind, a number of type int64; saved, so that a resumed run goes on.
 
@@ -90,14 +95,17 @@ class TCPA(Method):
         self.keys = nn.Parameter(torch.empty(*pools, backbone.width).uniform_(-1, 1))
         self.register_buffer("epochs", torch.tensor(0))
         self._backbone: tuple[Any, ...] = ()  # in a tuple, so that its parameters stay the backbone's alone
-        self._state: dict[str, Tensor] = {}  # of the forward that runs: tokens, mask, prompts, and the loss so far
+        self._state: dict[
+            str, Tensor
+        ] = {}  # of the forward that runs: tokens, mask, prompts, and the loss so far
 
     def attach(self, backbone: Geometry) -> None:
-        """Keeps the backbone, whose attentions are masked."""
+        """Keep the backbone, whose attentions are masked."""
         attentions = [getattr(block, "attn", None) for block in backbone.blocks]
         if any(type(attn) is not Attention or not isinstance(attn.norm, nn.Identity) for attn in attentions):
             raise UserError(
-                "method tcpa cannot work on this backbone: it masks the weights of timm's plain attention, and these "
+                "method tcpa cannot work on this backbone: it masks the weights of timm's plain attention, "
+                "and these "
                 f"blocks, of class {type(backbone.blocks[0]).__name__}, have another; choose a plain ViT"
             )
         self._backbone = (backbone,)
@@ -107,7 +115,7 @@ class TCPA(Method):
         return (Flow.ENTER,) * self.num_blocks
 
     def shift(self, block: int, x: Tensor) -> Tensor:
-        """Lets the tokens [B, n, width] choose; they stay as they are."""
+        """Let the tokens [B, n, width] choose; they stay as they are."""
         if not block:
             self._state = {}
         parts = (x[:, : self._prefix], x[:, self._prefix :]) if self._prefix else (x,)
@@ -122,7 +130,7 @@ class TCPA(Method):
         return x
 
     def _choose(self, block: int, pool: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Which prompts of a pool tokens [B, n, width] see, [B, n, pool_size * length], and their mean distance [B]."""
+        """Return which prompts of a pool tokens [B, n, width] see, [B, n, pool_size * length], and their mean distance [B]."""
         similarity = F.normalize(x.float(), dim=-1) @ F.normalize(self.keys[block, pool].float(), dim=-1).T
         by_chance = self.training and self.epochs < self.random_epochs
         scores = torch.rand_like(similarity) if by_chance else similarity
@@ -132,17 +140,20 @@ class TCPA(Method):
         return seen.repeat_interleave(self.prompts.shape[3], dim=-1), distance
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts of both pools, [1, p, width], or [B, p, width] while dropout is active."""
+        """Return prompts of both pools, [1, p, width], or [B, p, width] while dropout is active."""
         prompts = drop(self.dropout, self.prompts[block].flatten(0, 2)[None], len(x))
         # float: there is no transform of 16-bit numbers on every device
         self._state["prompts"] = torch.fft.fft2(prompts.float()).real.to(x.dtype)
         return self._state["prompts"]
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Takes back what the tokens read of hidden prompts; x holds all, or those before the patches."""
+        """Take back what the tokens read of hidden prompts; x holds all, or those before the patches."""
         assert normed is not None
         (backbone,) = self._backbone
-        own, (tokens, hidden, prompts) = backbone.blocks[block], map(self._state.pop, ("x", "hidden", "prompts"))
+        own, (tokens, hidden, prompts) = (
+            backbone.blocks[block],
+            map(self._state.pop, ("x", "hidden", "prompts")),
+        )
         attn, num_image = own.attn, tokens.shape[1]
         count = min(x.shape[1], num_image)  # where prompts are carried in full, they stand behind
         image = normed[:, :num_image] if x.shape[1] >= num_image else own.norm1(tokens)
@@ -159,11 +170,11 @@ class TCPA(Method):
         out = own.ls1(F.linear(out, attn.proj.weight))
         return -F.pad(out, (0, 0, 0, x.shape[1] - count))
 
-    def losses(self, cross_entropy: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
-        """Adds each image's distance between tokens and chosen keys to the cross-entropies [B]."""
+    def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
+        """Add each image's distance between tokens and chosen keys to the cross-entropies [B]."""
         distance = self._state.pop("distance", None)
-        return cross_entropy if distance is None else cross_entropy + self.match_weight * distance
+        return task_loss if distance is None else task_loss + self.match_weight * distance
 
     def end_epoch(self, epoch: int) -> None:
-        """Counts the epochs."""
+        """Count the epochs."""
         self.epochs.fill_(epoch + 1)

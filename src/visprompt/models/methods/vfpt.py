@@ -1,10 +1,11 @@
 """Visual Fourier prompt tuning. Zeng et al., Visual Fourier Prompt Tuning, NeurIPS 2024.
 
-Of each block's prompts P the first floor(share * p) enter as Re(F_tokens(F_width(P))), an unnormalised two-dimensional
-Fourier transform of themselves; the others enter as they are. No parameter is added to VPT-deep's.
+Of each block's prompts P the first floor(share * p) enter as Re(F_tokens(F_width(P))), an unnormalised
+two-dimensional Fourier transform of themselves; the others enter as they are. No parameter is added to
+VPT-deep's.
 
-As in the released code, dropout comes before the transform. Different from it: prompts stand behind the image tokens,
-as in `visprompt.models.methods.vpt`, and the two one-dimensional transforms are one call.
+As in the released code, dropout comes before the transform. Different from it: prompts stand behind the image
+tokens, as in `visprompt.models.methods.vpt`, and the two one-dimensional transforms are one call.
 """
 
 import math
@@ -55,7 +56,7 @@ class VFPT(VPT):
         self.num_fourier = math.floor(fourier_share * num_tokens + 1e-6)
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
+        """Return prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
         prompts = super().tokens(block, x, last)
         if not self.num_fourier:
             return prompts

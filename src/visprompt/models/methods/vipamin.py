@@ -42,7 +42,7 @@ MATCHED_PATCHES, ORTHOGONAL_SHARE = 8, 0.5  # points of the grid that the releas
 
 
 def check_options(init: str, matched_patches: int, orthogonal_share: float) -> None:
-    """Refuses numbers that are out of range, and such that say nothing because `init` is another.
+    """Refuse numbers that are out of range, and such that say nothing because `init` is another.
 
     Raises:
         UserError: It says what to give.
@@ -50,7 +50,9 @@ def check_options(init: str, matched_patches: int, orthogonal_share: float) -> N
     if matched_patches < 1:
         raise UserError(f"method.matched_patches={matched_patches} is too small: give at least 1")
     if not 0 <= orthogonal_share <= 1:
-        raise UserError(f"method.orthogonal_share={orthogonal_share} is not a share: give a number from 0 to 1")
+        raise UserError(
+            f"method.orthogonal_share={orthogonal_share} is not a share: give a number from 0 to 1"
+        )
     if init == "vipamin":
         return
     given = {
@@ -60,13 +62,13 @@ def check_options(init: str, matched_patches: int, orthogonal_share: float) -> N
     for option, (value, default) in given.items():
         if value != default:
             raise UserError(
-                f"method.{option}={value} is for method.init=vipamin, and says nothing with method.init={init}: "
-                f"give method.init=vipamin, or method.{option}={default}"
+                f"method.{option}={value} is for method.init=vipamin, and says nothing with "
+                f"method.init={init}: give method.init=vipamin, or method.{option}={default}"
             )
 
 
 def check(backbone: Geometry, blocks: Sequence[int], matched_patches: int) -> None:
-    """Refuses a backbone that this cannot be computed on.
+    """Refuse a backbone that this cannot be computed on.
 
     Raises:
         UserError: A prompted block is not a plain one, or has fewer patches than are to be matched.
@@ -94,7 +96,8 @@ def prompts(
         drawn: The random prompts of each, [p, width], that are matched.
         images: Batches of normalised training images [B, 3, H, W].
         matched_patches: Patches that each prompt is matched with (K).
-        orthogonal_share: Share of the orthogonal part (lambda), 0 to 1; a part without a share is not computed.
+        orthogonal_share: Share of the orthogonal part (lambda), 0 to 1; a part without a share is not
+            computed.
         seed: Decides the random prompts of the orthogonal part.
 
     Returns:
@@ -128,7 +131,7 @@ def prompts(
 def _read_keys(
     backbone: TokenBackbone, blocks: Sequence[int], drawn: Sequence[Tensor], x: Tensor, means: Means
 ) -> None:
-    """Adds keys, means over heads, and patches before each prompted block, to which random prompts go."""
+    """Add keys, means over heads, and patches before each prompted block, to which random prompts go."""
     num_image = x.shape[1]
     patches = slice(backbone.num_prefix, num_image)
     for index in range(blocks[-1] + 1):
@@ -147,32 +150,34 @@ def _read_keys(
 
 
 def _read_outputs(backbone: TokenBackbone, blocks: Sequence[int], x: Tensor, means: Means) -> None:
-    """Adds the attention outputs of all image tokens before the output projection, without prompts."""
+    """Add the attention outputs of all image tokens before the output projection, without prompts."""
     for index in range(blocks[-1] + 1):
         if index in blocks:
             block: Any = backbone.blocks[index]
             attn = block.attn
             q, k, v = split_heads(attn, attn.qkv(block.norm1(x)))
-            out = F.scaled_dot_product_attention(attn.q_norm(q).to(v), attn.k_norm(k).to(v), v, scale=attn.scale)
+            out = F.scaled_dot_product_attention(
+                attn.q_norm(q).to(v), attn.k_norm(k).to(v), v, scale=attn.scale
+            )
             means.add(("outputs", index), out.transpose(1, 2).flatten(2))
         x = backbone.carry(index, x, x.shape[1])
 
 
 def _nearest(of_prompts: Tensor, of_patches: Tensor, matched_patches: int) -> Tensor:
-    """The patches [p, K] whose keys [n, head_dim] are nearest by cosine to those of prompts [p, head_dim]."""
+    """Return the patches [p, K] whose keys [n, head_dim] are nearest by cosine to those of prompts [p, head_dim]."""
     _check_count(matched_patches, len(of_patches))
     cosines = F.normalize(of_prompts, dim=-1) @ F.normalize(of_patches, dim=-1).T
     return cosines.topk(matched_patches, dim=1).indices
 
 
 def _orthogonal(backbone: TokenBackbone, index: int, outputs: Tensor, random: Tensor) -> Tensor:
-    """Prompts [p, width] whose values lie outside the span of outputs [n, d]; made of random ones."""
+    """Return prompts [p, width] whose values lie outside the span of outputs [n, d]; made of random ones."""
     attn: Any = backbone.blocks[index].attn
     tokens, width = outputs.shape
     if tokens >= width:
         raise UserError(
-            f"method.init=vipamin finds no direction outside the attention outputs of block {index}, whose {tokens} "
-            f"tokens span all {width}: give method.orthogonal_share=0, or a wider backbone"
+            f"method.init=vipamin finds no direction outside the attention outputs of block {index}, whose "
+            f"{tokens} tokens span all {width}: give method.orthogonal_share=0, or a wider backbone"
         )
     # rows [-d:] of the joint projection are those of the values
     weight = attn.qkv.weight[-width:].cpu().double()
@@ -187,6 +192,6 @@ def _orthogonal(backbone: TokenBackbone, index: int, outputs: Tensor, random: Te
 def _check_count(matched_patches: int, patches: int) -> None:
     if matched_patches > patches:
         raise UserError(
-            f"method.matched_patches={matched_patches} is more than the {patches} patches of an image: give at most "
-            "that many"
+            f"method.matched_patches={matched_patches} is more than the {patches} patches of an image: give "
+            "at most that many"
         )

@@ -1,13 +1,14 @@
 """Visual prompt tuning. Jia et al., Visual Prompt Tuning, ECCV 2022, section 3.2, equations 4 to 8.
 
 Shallow: [x_1, Z_1, E_1] = L_1([x_0, P, E_0]), and the prompt outputs Z flow on through all blocks.
-Deep:    [x_i, _, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}]): every block has its own prompts, whose outputs are dropped.
+Deep:    [x_i, _, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}]): every block has its own prompts, whose outputs are
+dropped.
 
-Both are one class here: shallow is depth 1 with carry-over; the paper's ablations (section 4.3) are its options.
-Different from the released code: prompts stand behind the image tokens instead of behind the class token (attention
-without positions does not see the order), tokens whose outputs nobody reads are not computed (see
-`visprompt.models.backbones.vit`), and a depth of the last n blocks keeps every image token (the code drops the first
-p).
+Both are one class here: shallow is depth 1 with carry-over; the paper's ablations (section 4.3) are its
+options. Different from the released code: prompts stand behind the image tokens instead of behind the class
+token (attention without positions does not see the order), tokens whose outputs nobody reads are not computed
+(see `visprompt.models.backbones.vit`), and a depth of the last n blocks keeps every image token (the code
+drops the first p).
 """
 
 from collections.abc import Iterable
@@ -47,33 +48,40 @@ class VPT(Method):
 
     Args:
         backbone: The backbone whose width, patch size and number of blocks shape the prompts.
-        num_tokens: Prompt tokens of a block (p); of other locations the number of patches, of pixels on each side, or
-            of channels. `add` has one vector for each patch and `add_one` one, whatever is given here.
+        num_tokens: Prompt tokens of a block (p); of other locations the number of patches, of pixels on each
+            side, or of channels. `add` has one vector for each patch and `add_one` one, whatever is given
+            here.
         depth: Number of blocks that get prompts of their own; None means all.
         depth_from: "first" or "last": which blocks these are.
-        carry_over: Whether the prompt outputs of the last prompted block flow on into the blocks behind it; with
-            depth 1 from the first block this is VPT-shallow. Refused where nothing could flow on.
+        carry_over: Whether the prompt outputs of the last prompted block flow on into the blocks behind it;
+            with depth 1 from the first block this is VPT-shallow. Refused where nothing could flow on.
         dropout: Dropout on prompt values, behind the projection, drawn for every image anew.
         location: One of `locations.LOCATIONS`; those of pixels enter before the first block alone.
-        shared: "none", "intra" (the tokens of a layer are one vector), "inter" (all layers have one set) or "all".
-        project: Width of the prompts (h) before one linear layer, shared by all blocks, brings them to the backbone's;
-            None for prompts of the backbone's width.
-        pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's own pooling (Swin's
-            is over image and prompts, as in the paper).
-        init: "random", or features of training images that `inits.initialise` puts in: "cls" (class tokens behind the
-            last block), "cls_layer" (behind each prompted block), "patch_sample", "patch_pool" or "patch_kmeans"
-            (patch tokens before each prompted block, as SPT has them), "vipamin" (see `methods.vipamin`).
-        matched_patches: Where init is "vipamin": how many patches each prompt is matched with (the paper's K).
-        orthogonal_share: Where init is "vipamin": the share of the orthogonal part (the paper's lambda), 0 to 1.
+        shared: "none", "intra" (the tokens of a layer are one vector), "inter" (all layers have one set) or
+            "all".
+        project: Width of the prompts (h) before one linear layer, shared by all blocks, brings them to the
+            backbone's; None for prompts of the backbone's width.
+        pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's own pooling
+            (Swin's is over image and prompts, as in the paper).
+        init: "random", or features of training images that `inits.initialise` puts in: "cls" (class tokens
+            behind the last block), "cls_layer" (behind each prompted block), "patch_sample", "patch_pool" or
+            "patch_kmeans" (patch tokens before each prompted block, as SPT has them), "vipamin" (see
+            `methods.vipamin`).
+        matched_patches: Where init is "vipamin": how many patches each prompt is matched with (the paper's
+            K).
+        orthogonal_share: Where init is "vipamin": the share of the orthogonal part (the paper's lambda), 0 to
+            1.
         frozen: Whether the prompts keep their initial values, so that only the head is tuned.
-        pad_resize: Where the location is "pad": whether images shrink so that their side stays, or the side grows.
+        pad_resize: Where the location is "pad": whether images shrink so that their side stays, or the side
+            grows.
 
     Attributes:
-        prompts: [depth, num_tokens, width], U(-v, v) with v = sqrt(6 / (3 * patch^2 + width)) (the released code's; on
-            Swin the first stage's width for all); with `project` h instead of width; a shared axis is 1; a list over
-            the layers where their widths (Swin's stages) or numbers of patches (`add`) differ. Other locations:
-            `locations.draw_pixels`.
-        project: Linear(h -> width), weight kaiming-normal by fan-out, the bias PyTorch's own (the released code's).
+        prompts: [depth, num_tokens, width], U(-v, v) with v = sqrt(6 / (3 * patch^2 + width)) (the released
+            code's; on Swin the first stage's width for all); with `project` h instead of width; a shared axis
+            is 1; a list over the layers where their widths (Swin's stages) or numbers of patches (`add`)
+            differ. Other locations: `locations.draw_pixels`.
+        project: Linear(h -> width), weight kaiming-normal by fan-out, the bias PyTorch's own (the released
+            code's).
         channel_embed: [width, num_tokens, patch, patch], the patch embedding of further channels.
 
     Raises:
@@ -117,7 +125,9 @@ class VPT(Method):
         self.depth, self.carry_over, self.location, self.frozen = depth, carry_over, location, frozen
         self.pool, self.init, self.pad_resize = pool, init, pad_resize
         self.matched_patches, self.orthogonal_share = matched_patches, orthogonal_share
-        self._counts = [locations.tokens_at(location, num_tokens, backbone, i) for i in range(self.num_blocks)]
+        self._counts = [
+            locations.tokens_at(location, num_tokens, backbone, i) for i in range(self.num_blocks)
+        ]
         self.num_tokens = self._counts[self._first]
         self.dropout = nn.Dropout(dropout)
         self._check_widths(backbone, shared, project)
@@ -152,10 +162,12 @@ class VPT(Method):
             conv: nn.Conv2d = backbone.model.get_submodule(backbone.stem)  # type: ignore[assignment]  # the stem is one
             bound = locations.vpt_bound(backbone.patch_size, conv.out_channels)
             shape = (conv.out_channels, count, *conv.kernel_size)
-            self._own("channel_embed", nn.Parameter(torch.empty(shape).uniform_(-bound, bound)), not self.frozen)
+            self._own(
+                "channel_embed", nn.Parameter(torch.empty(shape).uniform_(-bound, bound)), not self.frozen
+            )
 
     def _own(self, name: str, values: nn.Parameter | nn.ParameterList, tuned: bool) -> None:
-        """Registers values, as buffers where they are not tuned: saved with the state all the same."""
+        """Register values, as buffers where they are not tuned: saved with the state all the same."""
         if tuned:
             setattr(self, name, values)
         elif isinstance(values, nn.ParameterList):
@@ -164,18 +176,22 @@ class VPT(Method):
             self.register_buffer(name, values.data)
 
     def _check_widths(self, backbone: Geometry, shared: str, project: int | None) -> None:
-        """Refuses to share between layers of different shapes."""
+        """Refuse to share between layers of different shapes."""
         shapes = {(backbone.widths[block], self._counts[block]) for block in self.prompted_blocks}
         if len(shapes) > 1 and (shared in ("inter", "all") or project is not None):
             option = f"shared={shared}" if shared in ("inter", "all") else f"project={project}"
             raise UserError(
-                f"method.{option} needs layers of one shape, and those of this backbone grow from stage to stage: give "
+                f"method.{option} needs layers of one shape, and those of this backbone grow from stage to "
+                "stage: give "
                 "method.shared=none or intra with method.project=null, or a method.depth within one stage"
             )
 
     @property
     def first_block(self) -> int:
-        """The first block with prompts; behind the last one where frozen prompts give the same features always."""
+        """The first block with prompts.
+
+        Behind the last one where frozen prompts give the same features always.
+        """
         return self.num_blocks if self.frozen and self.dropout.p == 0 else self._first
 
     @property
@@ -189,11 +205,13 @@ class VPT(Method):
         return self.init != "random"
 
     def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
-        """Puts what `init` makes of training images into the prompts, see `Method.initialise`."""
+        """Put what `init` makes of training images into the prompts, see `Method.initialise`."""
         blocks, count = self.prompted_blocks[: len(self.prompts)], self.prompts[0].shape[0]
         if self.init == "vipamin":
             drawn = [self.prompts[i].expand(self._counts[block], -1) for i, block in enumerate(blocks)]
-            values = vipamin.prompts(backbone, blocks, drawn, images, self.matched_patches, self.orthogonal_share, seed)
+            values = vipamin.prompts(
+                backbone, blocks, drawn, images, self.matched_patches, self.orthogonal_share, seed
+            )
         else:
             values = features(self.init, backbone, blocks, count, images, seed)
         with torch.no_grad():
@@ -201,7 +219,7 @@ class VPT(Method):
                 self.prompts[i].copy_(value[:count])
 
     def attach(self, backbone: Geometry) -> None:
-        """Puts further channels into the first convolution, or checks what only the model itself can tell."""
+        """Put further channels into the first convolution, or checks what only the model itself can tell."""
         if self.init in ("cls", "cls_layer") and not backbone.has_class_token:
             raise UserError(f"method.init={self.init} needs a class token, which this backbone does not have")
         if self.init == "vipamin":
@@ -216,17 +234,20 @@ class VPT(Method):
             backbone.model.set_submodule(backbone.stem, locations.MoreChannels(conv, self.more_channels))
 
     def more_channels(self) -> Tensor:
-        """What further channels add to the first convolution's maps, [1, channels, height, width]."""
+        """Return what further channels add to the first convolution's maps, [1, channels, height, width]."""
         return F.conv2d(self.prompts[None], self.channel_embed, **self._step)  # type: ignore[index, call-overload]  # one tensor here
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W], with a frame of prompts where the location is "pad"."""
+        """Return normalised images [B, 3, H, W], with a frame of prompts where the location is "pad"."""
         if self.location != "pad":
             return images
         return locations.pad(images, self.prompts, self.pad_resize, self._patch)  # type: ignore[arg-type]  # one tensor here
 
     def token_flow(self) -> tuple[Flow, ...]:
-        """Own prompts enter before each prompted block; behind the last of them they are dropped or flow on."""
+        """Own prompts enter before each prompted block.
+
+        Behind the last of them they are dropped or flow on.
+        """
         flow = [Flow.KEEP] * self.num_blocks
         if self.location in ("prepend", "prepend_pixel"):
             end = self._first + self.depth
@@ -236,13 +257,16 @@ class VPT(Method):
         return tuple(flow)
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
+        """Return prompts of a block, [1, p, width], or [B, p, width] while dropout is active."""
         if self.location == "prepend_pixel":
             return locations.patch_tokens(self._patch_embed[0], self.prompts)  # type: ignore[arg-type]  # one tensor here
         return self._vectors(block, len(x))
 
     def shift(self, block: int, x: Tensor) -> Tensor:
-        """Adds a prompted block's vectors to the patch tokens of x [B, n, width]; class and register tokens stay."""
+        """Add a prompted block's vectors to the patch tokens of x [B, n, width].
+
+        Class and register tokens stay.
+        """
         if self.location not in ("add", "add_one") or block not in self.prompted_blocks:
             return x
         vectors = self._vectors(block, len(x))
@@ -250,7 +274,7 @@ class VPT(Method):
         return x + F.pad(vectors, (0, 0, self._prefix, 0))
 
     def _vectors(self, block: int, batch_size: int) -> Tensor:
-        """The vectors of a block behind projection and dropout, [1 or B, p, width]."""
+        """Return the vectors of a block behind projection and dropout, [1 or B, p, width]."""
         own = self.prompts[block - self._first if len(self.prompts) > 1 else 0]
         vectors = own.expand(self._counts[block], -1)
         if self.project is not None:
@@ -287,8 +311,10 @@ def _check_words(depth_from: str, location: str, shared: str, init: str) -> None
             raise unknown(f"method.{option}", word, choices)
 
 
-def _check_pixels(location: str, first: int, depth: int, dropout: float, shared: str, project: int | None) -> None:
-    """Refuses what prompts of pixels cannot have."""
+def _check_pixels(
+    location: str, first: int, depth: int, dropout: float, shared: str, project: int | None
+) -> None:
+    """Refuse what prompts of pixels cannot have."""
     if (first, depth) != (0, 1):
         raise UserError(
             f"method.location={location} enters before the first block alone: give method.depth=1 and "
@@ -299,25 +325,29 @@ def _check_pixels(location: str, first: int, depth: int, dropout: float, shared:
         if value != only:
             only = "null" if only is None else only
             raise UserError(
-                f"method.{option}={value} is for prompts that are vectors, and those of method.location={location} "
-                f"are pixels: give method.{option}={only}"
+                f"method.{option}={value} is for prompts that are vectors, and those of "
+                f"method.location={location} are pixels: give method.{option}={only}"
             )
 
 
 def _check_flow(location: str, first: int, depth: int) -> None:
-    """Refuses to carry over what does not flow; the shallow form, depth 1, may be of every location."""
+    """Refuse to carry over what does not flow; the shallow form, depth 1, may be of every location."""
     if first > 0:
         why = "depth_from=last leaves no block behind the prompted ones"
     elif location in ("add", "add_one") and depth > 1:
         why = f"location={location} has no prompt outputs"
     else:
         return
-    raise UserError(f"method.carry_over=true says nothing here, since method.{why}: give method.carry_over=false")
+    raise UserError(
+        f"method.carry_over=true says nothing here, since method.{why}: give method.carry_over=false"
+    )
 
 
 def _check_init(init: str, location: str, project: int | None, frozen: bool) -> None:
     if project is not None and frozen:
-        raise UserError("method.project is tuned and method.frozen=true tunes the head alone: give one of them")
+        raise UserError(
+            "method.project is tuned and method.frozen=true tunes the head alone: give one of them"
+        )
     if init == "random":
         return
     if project is not None:

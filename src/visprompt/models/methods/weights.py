@@ -1,17 +1,19 @@
 """Tuning a few of the backbone's own numbers, alone or together with prompts.
 
-Bias:       every bias. Ben Zaken et al., BitFit, ACL 2022; Cai et al., TinyTL, NeurIPS 2020; the "Bias" of Jia et al.,
-            Visual Prompt Tuning, ECCV 2022, section 4.1. That of the keys is among them, though softmax cannot see it:
-            it lies in one tensor with those of queries and values.
+Bias:       every bias. Ben Zaken et al., BitFit, ACL 2022; Cai et al., TinyTL, NeurIPS 2020; the "Bias" of
+Jia et al.,
+            Visual Prompt Tuning, ECCV 2022, section 4.1. That of the keys is among them, though softmax
+            cannot see it: it lies in one tensor with those of queries and values.
 VPT + bias: the same with prompts, shallow or deep (Jia et al., appendix).
-LayerNorm:  scale and shift of every layer norm, on a ResNet of every batch norm. De Min et al., On the Effectiveness of
-            LayerNorm Tuning for Continual Learning in Vision Transformers, ICCV workshops 2023; Frankle et al.,
-            Training BatchNorm and Only BatchNorm, ICLR 2021.
+LayerNorm:  scale and shift of every layer norm, on a ResNet of every batch norm. De Min et al., On the
+Effectiveness of
+            LayerNorm Tuning for Continual Learning in Vision Transformers, ICCV workshops 2023; Frankle et
+            al., Training BatchNorm and Only BatchNorm, ICLR 2021.
 
-The released VPT code takes every parameter that has "bias" somewhere in its name; here the last part of the name
-decides, which on a plain ViT is the same set. On Swin that code takes the tables of relative positions too, which are
-no biases in this sense: `relative_positions=true` of Bias. On its conv nets it trains the head alone, here the biases
-of norms and convolutions as well.
+The released VPT code takes every parameter that has "bias" somewhere in its name; here the last part of the
+name decides, which on a plain ViT is the same set. On Swin that code takes the tables of relative positions
+too, which are no biases in this sense: `relative_positions=true` of Bias. On its conv nets it trains the head
+alone, here the biases of norms and convolutions as well.
 """
 
 from typing import ClassVar
@@ -44,13 +46,13 @@ class Bias(Method):
         self.relative_positions = relative_positions
 
     def attach(self, backbone: Geometry) -> None:
-        """Changes nothing; refuses a backbone without what is to be tuned."""
+        """Change nothing; refuses a backbone without what is to be tuned."""
         _require(bias_names(backbone.model), "biases")
         if self.relative_positions:
             _require(table_names(backbone.model), "tables of relative positions")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head, every bias of the backbone and, where asked for, its tables of relative positions."""
+        """Return the head, every bias of the backbone and, where asked for, its tables of relative positions."""
         backbone = classifier.get_submodule("backbone")
         tables = table_names(backbone) if self.relative_positions else frozenset()
         return super().tuned_names(classifier) | _of_backbone(bias_names(backbone) | tables)
@@ -71,12 +73,15 @@ class VPTBias(VPT):
         return 0
 
     def attach(self, backbone: Geometry) -> None:
-        """Refuses a backbone without any bias."""
+        """Refuse a backbone without any bias."""
         super().attach(backbone)
         _require(bias_names(backbone.model), "biases")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head, the prompts and every bias of the backbone; not those of its attention pooling under a `pool`."""
+        """Return the head, the prompts and every bias of the backbone.
+
+        Not those of its attention pooling under a `pool`.
+        """
         names = bias_names(classifier.get_submodule("backbone"))
         if self.pool is not None:  # it takes that one's place
             names = frozenset(name for name in names if not name.startswith("model.attn_pool."))
@@ -96,30 +101,34 @@ class LayerNorm(Method):
     can_merge: ClassVar[bool] = True
 
     def attach(self, backbone: Geometry) -> None:
-        """Changes nothing; refuses a backbone without any layer norm."""
+        """Change nothing; refuses a backbone without any layer norm."""
         _require(norm_names(backbone.model), "layer or batch norms")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """The head and the parameters of every layer norm and batch norm of the backbone."""
-        return super().tuned_names(classifier) | _of_backbone(norm_names(classifier.get_submodule("backbone")))
+        """Return the head and the parameters of every layer norm and batch norm of the backbone."""
+        return super().tuned_names(classifier) | _of_backbone(
+            norm_names(classifier.get_submodule("backbone"))
+        )
 
 
 def bias_names(module: nn.Module) -> frozenset[str]:
-    """Names of all biases in a module, those of EVA's queries and values (q_bias, v_bias) among them."""
+    """Return names of all biases in a module, those of EVA's queries and values (q_bias, v_bias) among them."""
     last = ((name, name.rpartition(".")[2]) for name, _ in module.named_parameters())
     return frozenset(name for name, own in last if own == "bias" or own.endswith("_bias"))
 
 
 def table_names(module: nn.Module) -> frozenset[str]:
-    """Names of the tables of relative positions in a module."""
+    """Return names of the tables of relative positions in a module."""
     names = (name for name, _ in module.named_parameters())
     return frozenset(name for name in names if name.endswith("relative_position_bias_table"))
 
 
 def norm_names(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters of all layer norms and batch norms in a module."""
+    """Return names of the parameters of all layer norms and batch norms in a module."""
     norms = [(name, norm) for name, norm in module.named_modules() if isinstance(norm, _NORMS)]
-    return frozenset(f"{name}.{own}" for name, norm in norms for own, _ in norm.named_parameters(recurse=False))
+    return frozenset(
+        f"{name}.{own}" for name, norm in norms for own, _ in norm.named_parameters(recurse=False)
+    )
 
 
 def _of_backbone(names: frozenset[str]) -> frozenset[str]:

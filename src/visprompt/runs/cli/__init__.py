@@ -27,9 +27,9 @@ class PointFailed(UserError, CompactHydraException):
 def check_words(config_name: str) -> None:
     """Check a command line before Hydra reads it, and write it as Hydra can read it.
 
-    Every setting is composed as Hydra will compose it, under `-m` those of every point, so that a wrong word is one
-    sentence that names the nearest valid one. Flags may stand between and behind settings. `--cfg job` is answered
-    here.
+    Every setting is composed as Hydra will compose it, under `-m` those of every point, so that a wrong word
+    is one sentence that names the nearest valid one. Flags may stand between and behind settings. `--cfg job`
+    is answered here.
 
     Args:
         config_name: The entry point's primary config.
@@ -48,8 +48,12 @@ def _checked(script: str, line: flags.CommandLine) -> list[str]:
     parsed = arguments.parse(settings, script, line.multirun)
     config_name = str(line.options.config_name or script).removesuffix(".yaml")
     compose.check_own(config_name, settings)
-    if config_name == "train" and any(compose.key_of(setting).startswith("recipe.grid") for setting in settings):
-        raise UserError("recipe.grid has no effect on src/train.py, which runs one point: give it to src/tune.py")
+    if config_name == "train" and any(
+        compose.key_of(setting).startswith("recipe.grid") for setting in settings
+    ):
+        raise UserError(
+            "recipe.grid has no effect on src/train.py, which runs one point: give it to src/tune.py"
+        )
     with compose.composing(line.options.config_dir):
         if not words.is_config(config_name):
             raise unknown("config", config_name, words.configs())
@@ -98,14 +102,18 @@ def _check_folder(cfg: DictConfig, hydras: Path) -> None:
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Prints a `UserError` as its sentence, without a traceback, and exits with status 2.
+    """Print a `UserError` as its sentence, without a traceback, and exits with status 2.
 
-    A signal goes through, as `signals.Ended`. In a multirun any error goes on to Hydra, which runs the other jobs.
+    A signal goes through, as `signals.Ended`. In a multirun any error goes on to Hydra, which runs the other
+    jobs.
     """
     if compose.in_multirun():
         signals.install()  # a launcher's worker runs no entry point
     try:
-        with signals.consequences(), memory.explained(lambda: "end other programs, or take a machine that has more"):
+        with (
+            signals.consequences(),
+            memory.explained(lambda: "end other programs, or take a machine that has more"),
+        ):
             yield
     except UserError as error:
         if compose.in_multirun():

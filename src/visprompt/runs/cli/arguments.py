@@ -14,7 +14,15 @@ from visprompt.runs.paths import LISTS, TEXTS, expand_argument
 
 WHOLE = frozenset(
     (
-        *("seed", "seeds", "resume_every_n_epochs", "recipe.epochs", "recipe.batch_size", "batch_size", "image_size"),
+        *(
+            "seed",
+            "seeds",
+            "resume_every_n_epochs",
+            "recipe.epochs",
+            "recipe.batch_size",
+            "batch_size",
+            "image_size",
+        ),
         *(
             "data.num_workers",
             "data.short_side",
@@ -130,7 +138,10 @@ def _can_be_quoted(key: str, text: str) -> bool:
 
 
 def _check_text(key: str, text: str, override: Override, multirun: bool) -> None:
-    """Refuse a free text that Hydra reads as something else; what is quoted or has backslashes says what it means."""
+    """Refuse a free text that Hydra reads as something else.
+
+    What is quoted or has backslashes says what it means.
+    """
     if override.is_sweep_override():
         if multirun:
             return
@@ -156,5 +167,9 @@ def _other_reading(value: Any, text: str, list_is_right: bool) -> str:
 def _needs_multirun(setting: str, script: str) -> UserError:
     command = shlex.join(["python", f"src/{script}.py", "-m", setting])
     key, _, text = setting.partition("=")
-    as_list = f"{key}=[{text}] for one command with all of them, or " if key in ("tasks", "methods", "seeds") else ""
+    as_list = (
+        f"{key}=[{text}] for one command with all of them, or "
+        if key in ("tasks", "methods", "seeds")
+        else ""
+    )
     return UserError(f"{setting} gives several values: type {as_list}{command} for a run with each")

@@ -29,9 +29,14 @@ class CommandLine:
 
     @property
     def settings_are_hydras(self) -> bool:
-        """Whether Hydra reads no config of this project: shell completion, its own help, a rerun, another folder."""
+        """Whether Hydra reads no config of this project.
+
+        Shell completion, its own help, a rerun, another folder.
+        """
         given = self.options
-        return bool(given.hydra_help or given.shell_completion or given.experimental_rerun or given.config_path)
+        return bool(
+            given.hydra_help or given.shell_completion or given.experimental_rerun or given.config_path
+        )
 
     @property
     def runs(self) -> bool:
@@ -63,15 +68,23 @@ def split(arguments: Sequence[str]) -> CommandLine:
     for flag in unknown:
         name, _, value = flag.lstrip("-").partition("=")
         hint = f"type {name}={value}" if value else "type key=value, such as seed=1"
-        raise UserError(f"{flag} is not a flag: settings have no dashes: {hint}; --hydra-help lists the flags")
-    given = {name: value for name, value in vars(options).items() if name != "overrides" and value not in (None, False)}
+        raise UserError(
+            f"{flag} is not a flag: settings have no dashes: {hint}; --hydra-help lists the flags"
+        )
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if name != "overrides" and value not in (None, False)
+    }
     _check_combination(given)
     if options.hydra_help:
         settings = []  # Hydra would look for them in its own config
     if options.shell_completion:
         settings = [_subcommand(word) for word in settings if _subcommand(word)]
         if len(settings) != 1:
-            raise UserError("-sc takes one of install=bash, uninstall=bash and query=bash, or another shell's name")
+            raise UserError(
+                "-sc takes one of install=bash, uninstall=bash and query=bash, or another shell's name"
+            )
     return CommandLine([_flag(name, value) for name, value in given.items()], settings, options)
 
 
@@ -85,7 +98,10 @@ def _with_info(arguments: Sequence[str]) -> list[str]:
 
 
 def _subcommand(word: str) -> str:
-    """What a word means to shell completion: `install=bash` where it is `bash`, nothing where it is a setting."""
+    """Return what a word means to shell completion.
+
+    `install=bash` where it is `bash`, nothing where it is a setting.
+    """
     if word in _SHELLS:
         return f"install={word}"
     return word if word.startswith(("install=", "uninstall=", "query=")) else ""
@@ -106,4 +122,6 @@ def _check_combination(given: Iterable[str]) -> None:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise UserError(f"Hydra's flags cannot be read: {message.removeprefix('argument ')}; --hydra-help lists them")
+    raise UserError(
+        f"Hydra's flags cannot be read: {message.removeprefix('argument ')}; --hydra-help lists them"
+    )

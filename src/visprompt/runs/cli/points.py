@@ -9,7 +9,10 @@ from hydra.core.override_parser.types import Override
 
 from visprompt.errors import UserError
 
-_COMBINATIONS, _VALUES = 25, 200  # at most so many are checked: a composition takes 0.1 to 0.3 s, a value 15 ms
+_COMBINATIONS, _VALUES = (
+    25,
+    200,
+)  # at most so many are checked: a composition takes 0.1 to 0.3 s, a value 15 ms
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ def axes(overrides: Sequence[Override]) -> list[Axis]:
     """List what each setting of a command line says.
 
     Args:
-        overrides: Parsed, in their order; of an interval, which another sweeper draws from, the start is taken.
+        overrides: Parsed, in their order; of an interval, which another sweeper draws from, the start is
+            taken.
 
     Returns:
         One axis for each key; a key that is typed twice has its last values, at its last place.
@@ -66,13 +70,17 @@ def _values(override: Override, key: str) -> tuple[str, ...]:
 
 
 def combinations(given: Sequence[Axis]) -> list[list[str]]:
-    """List the settings of points that differ in the options of groups; other settings have their first value.
+    """List the settings of points that differ in the options of groups.
+
+    Other settings have their first value.
 
     Every option is in one of them at least; what else could be combined is there up to a number.
     """
     choices = [axis.settings if axis.is_group else axis.settings[:1] for axis in given]
     first = [options[0] for options in choices]
-    single = [[*first[:i], option, *first[i + 1 :]] for i, options in enumerate(choices) for option in options[1:]]
+    single = [
+        [*first[:i], option, *first[i + 1 :]] for i, options in enumerate(choices) for option in options[1:]
+    ]
     several = [list(point) for point in islice(product(*choices), _COMBINATIONS)]
     return [first, *single, *(point for point in several if point != first and point not in single)]
 

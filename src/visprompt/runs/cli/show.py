@@ -9,7 +9,9 @@ from visprompt.runs import compose, paths
 
 
 def job_as_yaml(config_name: str, cfg: DictConfig, settings: Sequence[str], package: str | None) -> str:
-    """Return the config of a command as it will run: with the values of its task, and without other tasks' rows.
+    """Return the config of a command as it will run.
+
+    With the values of its task, and without other tasks' rows.
 
     Args:
         config_name: A primary config.
@@ -28,7 +30,9 @@ def job_as_yaml(config_name: str, cfg: DictConfig, settings: Sequence[str], pack
         jobs = compose.settings_of_tasks(settings, cfg.tasks)
         job = compose.job(config_name, jobs[0])
         note = f"# {job.task}, the first of {len(jobs)} tasks\n" if len(jobs) > 1 else ""
-        others = {key: value for key, value in compose.plain(cfg).items() if key in ("methods", "seeds", "table")}
+        others = {
+            key: value for key, value in compose.plain(cfg).items() if key in ("methods", "seeds", "table")
+        }
         cfg = OmegaConf.create(job.content() | others)
     else:
         with open_dict(cfg):

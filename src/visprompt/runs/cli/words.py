@@ -58,7 +58,10 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 
 
 def check_added(config_name: str, settings: Sequence[str]) -> None:
-    """Refuse `+key=...` next to the known keys, which nothing would read; below a known key its reader judges."""
+    """Refuse `+key=...` next to the known keys, which nothing would read.
+
+    Below a known key its reader judges.
+    """
     added = [_group(setting) for setting in settings if setting[:1] == "+"]
     known = {"hydra", *map(str, hydra_compose(config_name))} if added else set()
     for key in added:
@@ -72,7 +75,7 @@ def check_added(config_name: str, settings: Sequence[str]) -> None:
 
 
 def is_config(name: str) -> bool:
-    """Whether there is a primary config of this name."""
+    """Return whether there is a primary config of this name."""
     return name in configs()
 
 
@@ -87,12 +90,12 @@ def _is_group(name: str) -> bool:
 
 
 def _group(setting: str) -> str:
-    """The config group, or the key, that a setting names: `data` of `+data@other=folder`."""
+    """Return the config group, or the key, that a setting names: `data` of `+data@other=folder`."""
     return compose.key_of(setting).partition("@")[0]
 
 
 def _choices(settings: Sequence[str]) -> list[str]:
-    """Those settings that choose an option of a config group."""
+    """Return those settings that choose an option of a config group."""
     return [setting for setting in settings if _is_group(_group(setting))]
 
 
@@ -105,7 +108,9 @@ def _unknown_option(error: MissingConfigException) -> UserError:
     if top == "hydra" or not folder.is_dir():
         return unknown(group, option, error.options)
     below = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
-    options = [f"{group}/{name}".removeprefix(f"{top}/") for name in error.options]  # also those of --config-dir
+    options = [
+        f"{group}/{name}".removeprefix(f"{top}/") for name in error.options
+    ]  # also those of --config-dir
     return unknown(top, f"{group}/{option}".removeprefix(f"{top}/"), [*below, *options])
 
 
@@ -125,7 +130,11 @@ def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) ->
         cfg = hydra_compose(config_name, choices, return_hydra_config=True)
     except HydraException as choice_error:  # a choice itself is wrong, such as backbone={a:b}
         return UserError(in_one_line(choice_error))
-    keys = {key for key in _keys(without_hydra(cfg)) if not key.startswith("recipe.rows") and "_target_" not in key}
+    keys = {
+        key
+        for key in _keys(without_hydra(cfg))
+        if not key.startswith("recipe.rows") and "_target_" not in key
+    }
     tables = {key.rpartition(".")[0] for key in keys}  # what holds keys is no key to set
     for setting in settings:
         key = setting.partition("=")[0]
@@ -145,7 +154,7 @@ def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) ->
 
 
 def _of_another_script(config_name: str, key: str) -> UserError | None:
-    """The error for a key that another entry point has; None where this one has it, or none."""
+    """Return the error for a key that another entry point has; None where this one has it, or none."""
     top = key.partition(".")[0]
     if config_name not in SCRIPTS or top in _top_keys(config_name):
         return None
@@ -156,28 +165,44 @@ def _of_another_script(config_name: str, key: str) -> UserError | None:
 
 
 def _top_keys(config_name: str) -> set[str]:
-    """The keys and config groups at the top of a primary config, read from its file: composing takes longer."""
+    """Return the keys and config groups at the top of a primary config, read from its file.
+
+    Composing takes longer.
+    """
     cfg = OmegaConf.load(compose.CONFIGS / f"{config_name}.yaml")
     names = {str(key) for key in cfg} - {"defaults"}
     for entry in OmegaConf.select(cfg, "defaults", default=()):
         if OmegaConf.is_dict(entry):
-            names |= {str(group) for group in entry if " " not in str(group)}  # `override hydra/help` gives no key
+            names |= {
+                str(group) for group in entry if " " not in str(group)
+            }  # `override hydra/help` gives no key
         elif entry != "_self_":
             names |= _top_keys(str(entry))
     return names
 
 
 def _of_another_option(key: str, chosen: dict[str, str], keys: set[str]) -> UserError | None:
-    """The error for a key that another option of its group has: `method.num_tokens` with `method=linear`."""
+    """Return the error for a key that another option of its group has.
+
+    `method.num_tokens` with `method=linear`.
+    """
     group, _, name = key.partition(".")
     if group not in chosen or not _is_group(group):
         return None
     folder = compose.CONFIGS / group
-    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-    owners = [option for option, path in files.items() if name in _names(path.relative_to(compose.CONFIGS).as_posix())]
+    files = {
+        path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))
+    }
+    owners = [
+        option
+        for option, path in files.items()
+        if name in _names(path.relative_to(compose.CONFIGS).as_posix())
+    ]
     if not owners:
         return None
-    has = sorted(other.partition(".")[2] for other in keys if other.startswith(f"{group}.") and other.count(".") == 1)
+    has = sorted(
+        other.partition(".")[2] for other in keys if other.startswith(f"{group}.") and other.count(".") == 1
+    )
     has = [other for other in has if other not in ("name", "_target_")]
     listed = ", ".join(owners[:8]) + (f" and {len(owners) - 8} more" if len(owners) > 8 else "")
     what = f"has {', '.join(has)}" if has else "has no options"
@@ -185,7 +210,7 @@ def _of_another_option(key: str, chosen: dict[str, str], keys: set[str]) -> User
 
 
 def _names(file: str) -> set[str]:
-    """The keys at the top of a config file, and of the files that it takes in beside itself."""
+    """Return the keys at the top of a config file, and of the files that it takes in beside itself."""
     cfg = OmegaConf.load(compose.CONFIGS / file)
     if not isinstance(cfg, DictConfig):
         return set()

@@ -1,7 +1,7 @@
 """`dry_run=true`: which runs a command would make, how long they would take here, and what they need.
 
-Nothing is trained, fetched or written, but for Hydra's own record of the command. Finished runs are found as the
-command itself would find them.
+Nothing is trained, fetched or written, but for Hydra's own record of the command. Finished runs are found as
+the command itself would find them.
 """
 
 import json
@@ -40,7 +40,8 @@ class Planned:
 
     Attributes:
         shape: A job that costs as much.
-        exact: The run's own job; None where runs before it are still to say it (the chosen point, pruning's masks).
+        exact: The run's own job; None where runs before it are still to say it (the chosen point, pruning's
+            masks).
     """
 
     shape: Job
@@ -48,7 +49,7 @@ class Planned:
 
 
 def train(cfg: DictConfig) -> float:
-    """Says what `train.py` would do with a command line.
+    """Say what `train.py` would do with a command line.
 
     Args:
         cfg: What `@hydra.main` composed.
@@ -69,7 +70,7 @@ def train(cfg: DictConfig) -> float:
 
 
 def tune(cfg: DictConfig) -> float:
-    """Says what `tune.py` would do with a command line.
+    """Say what `tune.py` would do with a command line.
 
     Args:
         cfg: What `@hydra.main` composed.
@@ -118,14 +119,14 @@ class DryRun:
 
     @contextmanager
     def line(self, job: Job) -> Iterator[None]:
-        """Finds out one line of the table; what is wrong with it does not stop the others."""
+        """Find out one line of the table; what is wrong with it does not stop the others."""
         try:
             yield
         except UserError as error:
             self.failed.append(f"{job.name}: {error}")
 
     def add_protocol(self, job: Job, seeds: Sequence[int]) -> None:
-        """Adds the line of the protocol for one method on one task."""
+        """Add the line of the protocol for one method on one task."""
         asked: list[list[Job]] = []
 
         def look(jobs: Iterable[Job]) -> list[Outcome]:
@@ -137,23 +138,27 @@ class DryRun:
         runs = [Planned(one, one) for one in points]
         if len(asked) > 1:
             runs += [run for one in asked[1] for run in self.planned(one)]
-        elif any(outcome.result is None for outcome in outcomes):  # else the whole grid diverged, and nothing follows
+        elif any(
+            outcome.result is None for outcome in outcomes
+        ):  # else the whole grid diverged, and nothing follows
             finals = [job.vary({"split": "final", "seed": seed}) for seed in seeds]
             runs += [replace(run, exact=None) for one in finals for run in self.planned(one)]
         self.add(job, _in_words(len(asked[0]), len(points), job.grid), seeds, runs)
 
     def planned(self, job: Job) -> list[Planned]:
-        """The runs that a job stands for: itself, or its chain of pruning."""
+        """Return the runs that a job stands for: itself, or its chain of pruning."""
         if not pruning_chain.prunes(job):
             return [Planned(job, job)]
         points = pruning_chain.prune_points(job)
         links = self._links(job, points) if self._has_folder(job) else [None] * (len(points) + 1)
-        tune, final = (job.vary(pruning_chain.unpruned(job) | {"split": split}) for split in ("tune", "final"))
+        tune, final = (
+            job.vary(pruning_chain.unpruned(job) | {"split": split}) for split in ("tune", "final")
+        )
         shapes = [tune] * len(points) + [final] * (job.split == "final")
         return [Planned(shape, link) for shape, link in zip(shapes, links, strict=False)]
 
     def _links(self, job: Job, points: Sequence[pruning.Point]) -> list[Job | None]:
-        """The runs of a chain of pruning; None where runs before it are still to say it."""
+        """Return the runs of a chain of pruning; None where runs before it are still to say it."""
         tune = job.vary({"split": "tune", "rerun": job.rerun and job.split == "tune"})
         folder = prepare(tune).folder
         start, found, chosen = (
@@ -169,16 +174,20 @@ class DryRun:
         return [*links, pruning_chain.link_of(job, chosen["initial"], chosen["options"]) if chosen else None]
 
     def _has_folder(self, job: Job) -> bool:
-        """Whether a job has a folder, and others of its task and method are there."""
+        """Return whether a job has a folder, and others of its task and method are there."""
         facts = self.needs.facts(job)
         return facts.ready and (Path(job.paths.log_dir) / facts.datamodule.task / job.method.name).is_dir()
 
     def stored(self, job: Job) -> Result | None:
-        """The result of a job that is finished and not to be run anew."""
-        return read_result(prepare(job).folder, hashed=False) if self._has_folder(job) and not job.rerun else None
+        """Return the result of a job that is finished and not to be run anew."""
+        return (
+            read_result(prepare(job).folder, hashed=False)
+            if self._has_folder(job) and not job.rerun
+            else None
+        )
 
     def add(self, job: Job, grid: str, seeds: Sequence[int], runs: Sequence[Planned]) -> None:
-        """Adds a line to the table, and what its runs cost to the sums."""
+        """Add a line to the table, and what its runs cost to the sums."""
         steps = sorted({self._steps(run.shape) for run in runs})
         left = [run.shape for run in runs if run.exact is None or self.stored(run.exact) is None]
         paces = [self._pace(one) for one in left]
@@ -188,7 +197,9 @@ class DryRun:
         for one in left:
             size = self._state(one)
             self.results += size + _BESIDE
-            copies = 3 if "adamw" in one.recipe.optimizer else 2  # the state, and what its optimiser keeps of it
+            copies = (
+                3 if "adamw" in one.recipe.optimizer else 2
+            )  # the state, and what its optimiser keeps of it
             self.resume = max(self.resume, copies * size)
         if pruning_chain.prunes(job):
             grid += f", {len(pruning_chain.prune_points(job))} of pruning"
@@ -222,13 +233,19 @@ class DryRun:
         return sizes[split_set]
 
     def _shape(self, job: Job) -> list[Any]:
-        """What decides the cost of a step."""
+        """Return what decides the cost of a step."""
         parts: list[Any] = [dict(job.backbone), dict(job.method)]
-        parts += [job.recipe.batch_size, job.recipe.optimizer, job.precision, job.trainer.accelerator, _devices(job)]
+        parts += [
+            job.recipe.batch_size,
+            job.recipe.optimizer,
+            job.precision,
+            job.trainer.accelerator,
+            _devices(job),
+        ]
         return [*parts, job.trainer.accumulate_grad_batches, self.needs.facts(job).datamodule.augments]
 
     def _numbers(self, job: Job) -> list[Any]:
-        """What decides the numbers of one of a grid's runs."""
+        """Return what decides the numbers of one of a grid's runs."""
         return [job.recipe.model_dump(), dict(job.method)]
 
     def _pace(self, job: Job) -> Pace:
@@ -247,10 +264,12 @@ class DryRun:
         return self.states[key]
 
     def _cost(self, job: Job, pace: Pace) -> float:
-        """Seconds of a run."""
+        """Return seconds of a run."""
         final = job.split == "final"
         unscored = final and job.data.get("test") == "none"
-        scored = 0 if unscored else self._count(job, "test" if final else self.needs.facts(job).datamodule.val_set)
+        scored = (
+            0 if unscored else self._count(job, "test" if final else self.needs.facts(job).datamodule.val_set)
+        )
         seconds = self._steps(job) * pace.step
         once = json.dumps([job.task, job.split, *self._shape(job)])
         if once not in self.frozen:
@@ -262,7 +281,7 @@ class DryRun:
         return seconds + times * scored * pace.kept / _devices(job)
 
     def say(self) -> float:
-        """Prints the table and what is needed.
+        """Print the table and what is needed.
 
         Returns:
             nan.
@@ -282,7 +301,8 @@ class DryRun:
                 console.print(sentence, soft_wrap=True)
         if self.failed:
             raise UserError(
-                f"{'; '.join(self.failed)} ({len(self.failed)} of {len(self.lines) + len(self.failed)} would fail)"
+                f"{'; '.join(self.failed)} ({len(self.failed)} of {len(self.lines) + len(self.failed)} "
+                "would fail)"
             )
         return math.nan
 
@@ -292,11 +312,14 @@ class DryRun:
         if not any(pace.device for pace in paces):
             return "; ".join(why) or "nothing is left to run"
         scaled = (
-            "" if all(pace.whole for pace in paces) else f", those over {PATIENCE:.0f} s scaled up from a few images"
+            ""
+            if all(pace.whole for pace in paces)
+            else f", those over {PATIENCE:.0f} s scaled up from a few images"
         )
         device = next(pace.device for pace in paces if pace.device)
         known = (
-            f"time left: about {in_time(self.seconds)}, one run after the other, by steps on random images measured "
+            f"time left: about {in_time(self.seconds)}, one run after the other, by steps on random images "
+            "measured "
             f"now on {device}{scaled}; reading data, starting up and talk between devices come on top"
         )
         limits = [f"{', '.join(sorted(self.limits))} would make it less"] if self.limits else []
@@ -305,11 +328,13 @@ class DryRun:
     def _disk(self) -> str:
         parts = self.needs.disk() | ({"results": self.results + self.resume} if self.results else {})
         listed = ", ".join(f"{in_bytes(size)} of {name}" for name, size in parts.items())
-        return f"disk: about {in_bytes(sum(parts.values()))} more: {listed}" if parts else "disk: nothing more"
+        return (
+            f"disk: about {in_bytes(sum(parts.values()))} more: {listed}" if parts else "disk: nothing more"
+        )
 
 
 def _in_words(points: int, runs: int, grid: Mapping[str, Any] | None) -> str:
-    """A grid's number of points, of what they are made, and how many runs they are where some are equal."""
+    """Return a grid's number of points, of what they are made, and how many runs they are where some are equal."""
     sizes = [f"{len(values)} {key!s}" for key, values in (grid or {}).items() if len(values) > 1]
     made_of = f": {' x '.join(sizes)}" if len(sizes) > 1 else ""
     return f"{points}{made_of}" + (f", {runs} of them different" if runs < points else "")
@@ -320,7 +345,7 @@ def _devices(job: Job) -> int:
 
 
 def in_time(seconds: float) -> str:
-    """A time in words."""
+    """Return a time in words."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -43,7 +43,7 @@ class Facts:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Keeps the hub's client from fetching; what its cache holds is found."""
+    """Keep the hub's client from fetching; what its cache holds is found."""
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
@@ -55,7 +55,8 @@ class Needs:
     """What is missing for the jobs that were looked at.
 
     Attributes:
-        stores: Bytes of decoded images that are to be written, by the store's folder; photographs are taken for 4 : 3.
+        stores: Bytes of decoded images that are to be written, by the store's folder; photographs are taken
+            for 4 : 3.
         originals: Bytes of original files that are to be fetched, by their place.
         commands: Tasks that are not prepared, by the command that prepares them.
         weights: Bytes of weights that are missing, by the sentence that says so.
@@ -69,7 +70,7 @@ class Needs:
         self._facts: dict[str, Facts] = {}
 
     def facts(self, job: Job) -> Facts:
-        """What is known of a job's backbone and data; call it inside `offline`.
+        """Return what is known of a job's backbone and data; call it inside `offline`.
 
         Raises:
             UserError: A word of the job is wrong, or the user's own images are.
@@ -92,7 +93,7 @@ class Needs:
         return Facts(backbone, datamodule, dict(plan.spec.split_sizes), plan.spec.num_classes, False)
 
     def _backbone(self, job: Job) -> tuple[Backbone, bool]:
-        """A job's backbone, and whether it has its own weights."""
+        """Return a job's backbone, and whether it has its own weights."""
         options = dict(job.backbone)
         try:
             return load_backbone(json.dumps(options), 0 if job.backbone.pretrained else job.seed), True
@@ -121,11 +122,13 @@ class Needs:
         self.commands.setdefault(command, []).append(spec.id)
 
     def described(self) -> list[str]:
-        """What is said of the user's own images, once."""
-        return list(dict.fromkeys(line for facts in self._facts.values() for line in facts.datamodule.described))
+        """Return what is said of the user's own images, once."""
+        return list(
+            dict.fromkeys(line for facts in self._facts.values() for line in facts.datamodule.described)
+        )
 
     def sentences(self) -> Iterator[str]:
-        """What is missing and how to get it, in one sentence each."""
+        """Yield what is missing and how to get it, in one sentence each."""
         for command, tasks in self.commands.items():
             suite = next((name for name, ids in SUITES.items() if set(ids) == set(tasks)), None)
             words = suite or (tasks[0] if len(tasks) == 1 else f"'[{','.join(tasks)}]'")
@@ -138,7 +141,7 @@ class Needs:
             yield "runs that lack data or weights count as not done"
 
     def disk(self) -> dict[str, int]:
-        """Bytes that are to be written, by what they are."""
+        """Return bytes that are to be written, by what they are."""
         sizes = [sum(self.stores.values()), sum(self.originals.values()), sum(self.weights.values())]
         names = ("decoded images", "original files", "weights")
         return {name: size for name, size in zip(names, sizes, strict=True) if size}
@@ -150,11 +153,11 @@ def _random(spec: str) -> Backbone:
 
 
 def _how_to_get(error: str, name: str) -> str:
-    """The sentence for weights that are missing; it was not tried whether the hub answers."""
+    """Return the sentence for weights that are missing; it was not tried whether the hub answers."""
     url = re.search(r"https?://\S+", error)
     if "the hub cannot be reached" not in error or url is None:
         return error
     return (
-        f"the weights of backbone {name}: the first run fetches {url[0]}; where it cannot be reached, copy that file "
-        "here and give backbone.weights=FILE"
+        f"the weights of backbone {name}: the first run fetches {url[0]}; where it cannot be reached, copy "
+        "that file here and give backbone.weights=FILE"
     )

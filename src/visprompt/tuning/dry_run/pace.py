@@ -46,7 +46,7 @@ class Pace:
 
 
 def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augments: bool) -> Pace:
-    """Measures what a job costs; reads no data and writes nothing. Nothing is compiled, whatever the job says.
+    """Measure what a job costs; reads no data and writes nothing. Nothing is compiled, whatever the job says.
 
     Args:
         job: A composed job.
@@ -67,7 +67,9 @@ def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augme
     if device is None:
         return Pace(why=f"trainer.accelerator={job.trainer.accelerator} has no device on this machine")
     name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU (threads: {torch.get_num_threads()})"
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"the CPU (threads: {torch.get_num_threads()})"
     )
     mixed = job.precision.endswith("mixed")
     context = torch.autocast(device.type, _DTYPES[kind]) if mixed else contextlib.nullcontext()
@@ -81,7 +83,7 @@ def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augme
 
 
 def state_bytes(classifier: Classifier) -> int:
-    """Bytes of the tensors of a classifier's tuned state."""
+    """Return bytes of the tensors of a classifier's tuned state."""
     return sum(tensor.nbytes for tensor in classifier.tuned_state().values())
 
 
@@ -104,7 +106,7 @@ class Bench:
         self.optimizer, _ = build_optimizer(classifier.tuned_parameters(), recipe, 1, undecayed)
 
     def step(self, count: int) -> Callable[[], None]:
-        """Returns an optimiser step on as many random images, or on what is kept of them."""
+        """Return an optimiser step on as many random images, or on what is kept of them."""
         self.classifier.eval()
         inputs = self._kept(self._images(count))
         labels = torch.zeros(count, dtype=torch.long, device=self.like.device)
@@ -120,7 +122,7 @@ class Bench:
         return step
 
     def figures(self, share: int) -> dict[str, Any]:
-        """The figures of `Pace`, for a device's share of a batch."""
+        """Return the figures of `Pace`, for a device's share of a batch."""
         micro = -(-share // self.accumulate)
         few = min(_FEW, micro)
         part = self._seconds(self.step(few))
@@ -137,7 +139,13 @@ class Bench:
             kept = self._seconds(lambda: self.classifier(inputs)) / count
         # all of an image, without what comes behind the frozen layers
         frozen = max(0.0, image - kept)
-        return {"step": self.accumulate * step, "whole": whole, "image": image, "kept": kept, "frozen": frozen}
+        return {
+            "step": self.accumulate * step,
+            "whole": whole,
+            "image": image,
+            "kept": kept,
+            "frozen": frozen,
+        }
 
     def _images(self, count: int) -> Tensor:
         return torch.randn(count, 3, self.side, self.side, device=self.like.device, dtype=self.like.dtype)

@@ -49,7 +49,7 @@ _JOINT = {
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
-    """Reads a file of weights.
+    """Read a file of weights.
 
     Args:
         file: The `.npz`; nothing pickled in it is read.
@@ -65,13 +65,15 @@ def read_npz(file: Path) -> dict[str, Tensor]:
         arrays = {name: archive[name] for name in archive.files}
     start = next((prefix for prefix in _PREFIXES if f"{prefix}embedding/kernel" in arrays), None)
     if start is None:
-        raise ValueError(f"it holds {', '.join(sorted(arrays)[:3]) or 'nothing'}, but no embedding/kernel of a ViT")
+        raise ValueError(
+            f"it holds {', '.join(sorted(arrays)[:3]) or 'nothing'}, but no embedding/kernel of a ViT"
+        )
     inside = {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
     return _joined(dict(_renamed(name, array) for name, array in _unstacked(inside)))
 
 
 def _unstacked(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays, where big_vision stacked the layers of all blocks those of each block."""
+    """Return names and arrays, where big_vision stacked the layers of all blocks those of each block."""
     for name, array in arrays.items():
         if "/encoderblock/" not in name:
             yield name, array
@@ -81,7 +83,7 @@ def _unstacked(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarr
 
 
 def _renamed(name: str, array: np.ndarray) -> tuple[str, Tensor]:
-    """An array's name in timm, and its tensor as PyTorch lays it out."""
+    """Return an array's name in timm, and its tensor as PyTorch lays it out."""
     tensor = torch.from_numpy(array)
     if name in _WHOLE:
         return _WHOLE[name], tensor
@@ -102,7 +104,7 @@ def _laid_out(layer: str, leaf: str, tensor: Tensor) -> Tensor:
 
 
 def _joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with the projections of each attention joined as timm joins them, where none is missing."""
+    """Return the same with the projections of each attention joined as timm joins them, where none is missing."""
     for joint, (first, *others) in _JOINT.items():
         for name in [name for name in tensors if first in name]:
             names = [name, *(name.replace(first, other) for other in others)]

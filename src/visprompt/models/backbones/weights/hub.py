@@ -18,7 +18,7 @@ _NAMES = ("model.safetensors", "pytorch_model.bin")  # of hubs that do not say, 
 
 
 def hub_file(name: str) -> Path:
-    """Finds the file of a timm model's pre-trained weights; looks at the network only where no cache holds it.
+    """Find the file of a timm model's pre-trained weights; looks at the network only where no cache holds it.
 
     Args:
         name: The model's name, with or without a pre-training tag.
@@ -31,14 +31,21 @@ def hub_file(name: str) -> Path:
         tags = timm.list_models(f"{name.split('.')[0]}*", pretrained=True)
         raise UserError(
             f"timm has no pre-trained weights for backbone {name}: "
-            f"choose one of {', '.join(tags[:5]) or 'timm.list_models(pretrained=True)'}, or give backbone.weights=FILE"
+            f"choose one of {', '.join(tags[:5]) or 'timm.list_models(pretrained=True)'}, or give "
+            "backbone.weights=FILE"
         )
     names = (config.hf_hub_filename,) if config.hf_hub_filename else _NAMES
     for file in names:
-        cached = try_to_load_from_cache(config.hf_hub_id, file) if config.hf_hub_id else str(_downloaded(config))
+        cached = (
+            try_to_load_from_cache(config.hf_hub_id, file) if config.hf_hub_id else str(_downloaded(config))
+        )
         if isinstance(cached, str) and Path(cached).is_file():
             return Path(cached)
-    url = f"{constants.ENDPOINT}/{config.hf_hub_id}/resolve/main/{names[0]}" if config.hf_hub_id else _address(config)
+    url = (
+        f"{constants.ENDPOINT}/{config.hf_hub_id}/resolve/main/{names[0]}"
+        if config.hf_hub_id
+        else _address(config)
+    )
     if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT if config.hf_hub_id else url):
         raise _missing(name, url, "the hub cannot be reached")
     try:
@@ -48,11 +55,13 @@ def hub_file(name: str) -> Path:
 
 
 def _address(config: PretrainedCfg) -> str:
-    return config.url if isinstance(config.url, str) else (config.url or ("",))[0]  # some come with a file's name
+    return (
+        config.url if isinstance(config.url, str) else (config.url or ("",))[0]
+    )  # some come with a file's name
 
 
 def _downloaded(config: PretrainedCfg) -> Path:
-    """Where PyTorch's own hub keeps a file of a plain address."""
+    """Return where PyTorch's own hub keeps a file of a plain address."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(_address(config)).path).name
 
 
@@ -79,7 +88,7 @@ def _missing(name: str, url: str, why: str) -> UserError:
 
 
 def _answers(address: str) -> bool:
-    """Whether a hub or its mirror (HF_ENDPOINT) answers, through a proxy where one is set."""
+    """Return whether a hub or its mirror (HF_ENDPOINT) answers, through a proxy where one is set."""
     try:
         urlopen(address, timeout=_TIMEOUT).close()
     except HTTPError:

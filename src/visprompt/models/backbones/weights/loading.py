@@ -1,10 +1,10 @@
 """Weights of backbones: found on disk, read in the layouts they are published in, loaded whole or not at all.
 
-Layouts: what timm and torchvision save; MoCo v3, MAE, DINO, DINOv2, Swin and ConvNeXt as their authors published them;
-transformers' ViT, DINOv2 and CLIP; Google's `.npz`; and each of them as a part of a checkpoint of training. timm's own
-filter of an architecture renames and resizes (position tables, patch embeddings) as for timm's own weights. Then every
-tensor of the model must be in the file and every tensor of the file in the model, apart from classifiers and what
-served the pre-training alone.
+Layouts: what timm and torchvision save; MoCo v3, MAE, DINO, DINOv2, Swin and ConvNeXt as their authors
+published them; transformers' ViT, DINOv2 and CLIP; Google's `.npz`; and each of them as a part of a
+checkpoint of training. timm's own filter of an architecture renames and resizes (position tables, patch
+embeddings) as for timm's own weights. Then every tensor of the model must be in the file and every tensor of
+the file in the model, apart from classifiers and what served the pre-training alone.
 """
 
 import argparse
@@ -37,20 +37,33 @@ PUBLISHED = {
     "vit-s-300ep.pth.tar": "https://dl.fbaipublicfiles.com/moco-v3/vit-s-300ep/vit-s-300ep.pth.tar",
 }
 # a folder's weights are the first of these that it holds; else its only file with one of the suffixes
-_USUAL = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_USUAL = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 _SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".ckpt", ".bin", ".tar")
-# where a checkpoint of training keeps the model, best first; and MoCo v3 the encoder that its momentum encoder follows
+# where a checkpoint of training keeps the model, best first; and MoCo v3 the encoder that its momentum
+# encoder follows
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 _ENCODER = "base_encoder."
-_HEADS = ("head.", "head_dist.", "fc.", "pre_logits.", "attn_pool.")  # a model may be built without its pooling too
+_HEADS = (
+    "head.",
+    "head_dist.",
+    "fc.",
+    "pre_logits.",
+    "attn_pool.",
+)  # a model may be built without its pooling too
 _PRETRAINING = ("decoder_", "mask_token")  # MAE, DINOv2
 
 
 def find_file(weights: str | Path) -> Path:
-    """Finds the file of weights that a setting names.
+    """Find the file of weights that a setting names.
 
     Args:
-        weights: The file; or a folder that holds one: a snapshot of the Hugging Face cache, or its `models--...`.
+        weights: The file; or a folder that holds one: a snapshot of the Hugging Face cache, or its
+            `models--...`.
 
     Raises:
         UserError: There is none, or several; says what to do.
@@ -61,20 +74,27 @@ def find_file(weights: str | Path) -> Path:
     if not path.is_file():
         remedy = "correct backbone.weights=..."
         if path.name in PUBLISHED:
-            remedy = f"download {PUBLISHED[path.name]} to that place, or name another one by backbone.weights=FILE"
+            remedy = (
+                f"download {PUBLISHED[path.name]} to that place, or name another one by backbone.weights=FILE"
+            )
         raise UserError(f"there is no file of backbone weights at {path}: {remedy}")
     return path
 
 
 def _snapshot(folder: Path) -> Path:
-    """The snapshot that `main` names in a folder `models--...` of the cache; any other folder is itself the one."""
+    """Return the snapshot that `main` names in a folder `models--...` of the cache.
+
+    Any other folder is itself the one.
+    """
     main = folder / "refs" / "main"
     snapshots = sorted(path for path in (folder / "snapshots").glob("*") if path.is_dir())
     if main.is_file() and (named := folder / "snapshots" / main.read_text().strip()) in snapshots:
         return named
     if len(snapshots) > 1:
         names = ", ".join(path.name for path in snapshots)
-        raise UserError(f"{folder} has several snapshots ({names}): give one of their folders as backbone.weights=...")
+        raise UserError(
+            f"{folder} has several snapshots ({names}): give one of their folders as backbone.weights=..."
+        )
     return snapshots[0] if snapshots else folder
 
 
@@ -93,20 +113,23 @@ def _file_in(folder: Path) -> Path:
 
 
 def load_file(model: nn.Module, path: str | Path) -> None:
-    """Load a file of weights into a model of timm; every weight of the model is in the file, or nothing is loaded.
+    """Load a file of weights into a model of timm.
 
-    Position tables and patch embeddings of another size are resized. Classifiers that the model does not have are left
-    out, and what served the pre-training alone: MAE's decoder, MoCo v3's projector, predictor and momentum encoder. The
-    model may be a part of what the file holds, as `model.*` of a Lightning checkpoint, if only one part fits.
+    Every weight of the model is in the file, or nothing is loaded.
+
+    Position tables and patch embeddings of another size are resized. Classifiers that the model does not have
+    are left out, and what served the pre-training alone: MAE's decoder, MoCo v3's projector, predictor and
+    momentum encoder. The model may be a part of what the file holds, as `model.*` of a Lightning checkpoint,
+    if only one part fits.
 
     Args:
         model: The model, by custom without a classifier.
-        path: A file (.safetensors, Google's .npz; all others are read by `torch.load(weights_only=True)`) or a folder,
-            see `find_file`.
+        path: A file (.safetensors, Google's .npz; all others are read by `torch.load(weights_only=True)`) or
+            a folder, see `find_file`.
 
     Raises:
-        UserError: There is no such file, it cannot be read, lacks weights, has others or has them in other shapes, or
-            several parts of it fit.
+        UserError: There is no such file, it cannot be read, lacks weights, has others or has them in other
+            shapes, or several parts of it fit.
     """
     file = find_file(path)
     tensors = _read(file)
@@ -116,7 +139,9 @@ def load_file(model: nn.Module, path: str | Path) -> None:
         parts |= {start: _converted(model, _below(tensors, start)) for start in _starts(tensors, model)}
     fitting = {start: part for start, part in parts.items() if not part.problems}
     _check_one(file, model, fitting)
-    part = next(iter(fitting.values()), None) or min(parts.values(), key=lambda part: _lacking(part.tensors, model))
+    part = next(iter(fitting.values()), None) or min(
+        parts.values(), key=lambda part: _lacking(part.tensors, model)
+    )
     if part.problems:
         raise _unfit(file, model, part.problems)
     model.load_state_dict(part.tensors, strict=False)  # counters of batches apart, nothing is missing
@@ -137,12 +162,14 @@ def _converted(model: nn.Module, tensors: Mapping[str, Any]) -> _Part:
     except Exception as error:  # timm's filters take the layout and the number of tokens for granted
         problems = _problems(renamed, own) if own.keys() & renamed.keys() else []
         return _Part(renamed, [f"timm cannot convert its weights ({_in_short(error)})", *problems])
-    converted = {name: t for name, t in converted.items() if name in own or not name.startswith(_left_out(model))}
+    converted = {
+        name: t for name, t in converted.items() if name in own or not name.startswith(_left_out(model))
+    }
     return _Part(converted, _problems(converted, own))
 
 
 def _starts(tensors: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """How the names begin of each part that is large enough to be the model, `student.` or `model.net.` for example."""
+    """Return how the names begin of each part that is large enough to be the model, `student.` or `model.net.` for example."""
     counts = Counter(name[: dot.end()] for name in tensors for dot in re.finditer(r"\.", name))
     return [start for start, count in counts.items() if 2 * count >= len(model.state_dict())]
 
@@ -152,10 +179,14 @@ def _below(tensors: Mapping[str, Any], start: str) -> dict[str, Any]:
 
 
 def _check_one(file: Path, model: nn.Module, fitting: Mapping[str, _Part]) -> None:
-    """Raise where parts with different weights fit: a student and its teacher, a model and its running mean."""
+    """Raise where parts with different weights fit.
+
+    A student and its teacher, a model and its running mean.
+    """
     if len(fitting) > 1 and len({hash_tensors(part.tensors) for part in fitting.values()}) > 1:
         raise UserError(
-            f"{file} holds several models that fit this {type(model).__name__}, under {', '.join(sorted(fitting))}: "
+            f"{file} holds several models that fit this {type(model).__name__}, under "
+            f"{', '.join(sorted(fitting))}: "
             "save the state_dict() of the one that you mean alone and set backbone.weights to that file"
         )
 
@@ -165,7 +196,7 @@ def _lacking(tensors: Mapping[str, Any], model: nn.Module) -> int:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    """What a file holds, by name; of a checkpoint of training the model alone."""
+    """Return what a file holds, by name; of a checkpoint of training the model alone."""
     try:
         held = _READERS.get(file.suffix, _read_pickle)(file)
     except pickle.UnpicklingError as error:
@@ -179,21 +210,26 @@ def _read(file: Path) -> Mapping[str, Any]:
         ) from error
     except Exception as error:  # each reader has exceptions of its own
         raise UserError(
-            f"{file} cannot be read as backbone weights ({_in_short(error)}): it may be cut short or of another kind, "
-            "get it again or correct backbone.weights=..."
+            f"{file} cannot be read as backbone weights ({_in_short(error)}): it may be cut short or of "
+            "another kind, get it again or correct backbone.weights=..."
         ) from error
     for name in _CONTAINERS:
         if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
             held = held[name]
             break
     if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
-        raise UserError(f"{file} holds no weights by name but {type(held).__name__}: give its state_dict() instead")
+        raise UserError(
+            f"{file} holds no weights by name but {type(held).__name__}: give its state_dict() instead"
+        )
     tensors = clean_state_dict(_flat(held))
     return _below(tensors, _ENCODER) or tensors
 
 
 def _flat(values: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
-    """Values by their dotted names: {"net": {"norm": 1}} as {"net.norm": 1}, for mappings whose keys are names."""
+    """Return values by their dotted names: {"net": {"norm": 1}} as {"net.norm".
+
+    1}, for mappings whose keys are names.
+    """
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if depth and isinstance(value, Mapping) and value and all(isinstance(key, str) for key in value):
@@ -204,7 +240,9 @@ def _flat(values: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
 
 
 def _read_pickle(file: Path) -> Any:
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training, beside its weights
+    with torch.serialization.safe_globals(
+        [argparse.Namespace]
+    ):  # the options of a training, beside its weights
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -212,7 +250,7 @@ _READERS: dict[str, Callable[[Path], Any]] = {".npz": read_npz, ".safetensors": 
 
 
 def _filter(model: nn.Module) -> Callable[[dict[str, Any], nn.Module], Mapping[str, Any]]:
-    """The filter that timm puts its own weights of a model's architecture through."""
+    """Return the filter that timm puts its own weights of a model's architecture through."""
     name = str(_config(model).get("architecture"))
     module = timm.model_entrypoint(name).__module__ if timm.is_model(name) else type(model).__module__
     found: Any = getattr(sys.modules[module], "checkpoint_filter_fn", None)
@@ -229,12 +267,12 @@ def _filter(model: nn.Module) -> Callable[[dict[str, Any], nn.Module], Mapping[s
 
 
 def _config(model: nn.Module) -> Mapping[str, Any]:
-    """What timm knows of a model; nothing of one that was made by its class alone."""
+    """Return what timm knows of a model; nothing of one that was made by its class alone."""
     return getattr(model, "pretrained_cfg", None) or {}
 
 
 def _left_out(model: nn.Module) -> tuple[str, ...]:
-    """How the names of tensors begin that a file may hold and a model may lack."""
+    """Return how the names of tensors begin that a file may hold and a model may lack."""
     classifiers = _config(model).get("classifier") or ()
     named = (classifiers,) if isinstance(classifiers, str) else classifiers
     return (*(f"{name}." for name in named), *_HEADS, *_PRETRAINING)
@@ -246,7 +284,11 @@ def _problems(tensors: Mapping[str, Any], own: Mapping[str, Tensor]) -> list[str
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
     extra = [name for name, tensor in tensors.items() if name not in own or not _is_plain(tensor)]
     both = {name: tensor for name, tensor in tensors.items() if name not in extra}
-    misfits = [f"{n} [{_size(t)}], which is [{_size(own[n])}] here" for n, t in both.items() if t.shape != own[n].shape]
+    misfits = [
+        f"{n} [{_size(t)}], which is [{_size(own[n])}] here"
+        for n, t in both.items()
+        if t.shape != own[n].shape
+    ]
     broken = [name for name, tensor in both.items() if not tensor.isfinite().all()]
     return [
         *([f"it lacks {len(missing)} of {len(own)} weights: {_some(missing)}"] if missing else []),
@@ -257,7 +299,10 @@ def _problems(tensors: Mapping[str, Any], own: Mapping[str, Tensor]) -> list[str
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value is a tensor of real numbers that are all there: not sparse, not quantized, not meta."""
+    """Return whether a value is a tensor of real numbers that are all there.
+
+    Not sparse, not quantized, not meta.
+    """
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
     return not (value.is_quantized or value.is_complex())

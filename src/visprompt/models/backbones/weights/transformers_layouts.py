@@ -1,7 +1,7 @@
 """Vision transformers as Hugging Face's transformers names them, under timm's names.
 
-ViT (also in ViTForImageClassification and ViT-MAE), DINOv2 with and without registers, and CLIP's image tower, in the
-names that their files have and those that transformers 5 has in memory.
+ViT (also in ViTForImageClassification and ViT-MAE), DINOv2 with and without registers, and CLIP's image
+tower, in the names that their files have and those that transformers 5 has in memory.
 """
 
 import json
@@ -34,7 +34,10 @@ _NAMES = (
         _BLOCK + r"(?:attention\.attention\.|attention\.|self_attn\.)(q|k|v)(?:uery|ey|alue|_proj)\.",
         r"blocks.\1.attn.\2.",
     ),
-    (_BLOCK + r"(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", r"blocks.\1.attn.proj."),
+    (
+        _BLOCK + r"(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.",
+        r"blocks.\1.attn.proj.",
+    ),
     (_BLOCK + r"layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
     (_BLOCK + r"mlp\.(fc[12]|gate_proj|up_proj)\.", r"blocks.\1.mlp.\2."),
     (_BLOCK + r"(?:intermediate\.dense|mlp\.weights_in)\.", r"blocks.\1.mlp.fc1."),
@@ -45,11 +48,13 @@ _POOLERS = ("pooler.", "classifier.")  # behind the class token; timm's models h
 
 
 def to_timm(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tensors under timm's names where they are a vision transformer of transformers; others as they are.
+    """Return tensors under timm's names where they are a vision transformer of transformers.
+
+    Others as they are.
 
     Args:
-        tensors: For example `encoder.layer.0.attention.attention.query.weight`, `.key.weight` and `.value.weight`,
-            which timm has as one `blocks.0.attn.qkv.weight`.
+        tensors: For example `encoder.layer.0.attention.attention.query.weight`, `.key.weight` and
+            `.value.weight`, which timm has as one `blocks.0.attn.qkv.weight`.
     """
     if not any(mark in tensors for mark in _MARKS):
         return dict(tensors)
@@ -77,7 +82,8 @@ def _renamed(name: str) -> str:
 def check_activation(file: Path, tensors: Mapping[str, Any], model: nn.Module) -> None:
     """Raise where the `config.json` in a file's folder names QuickGELU and the model has GELU, or the reverse.
 
-    Weights of both have the same names and shapes, so that the features would be wrong in silence, OpenAI's CLIP's too.
+    Weights of both have the same names and shapes, so that the features would be wrong in silence, OpenAI's
+    CLIP's too.
     """
     if not any(name.endswith(_MARKS) for name in tensors):
         return
@@ -91,7 +97,11 @@ def check_activation(file: Path, tensors: Mapping[str, Any], model: nn.Module) -
         return
     name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture"))
     other = name.replace("_quickgelu", "") if quick else name.replace("_clip_", "_clip_quickgelu_")
-    remedy = f"set backbone.name={other}" if other != name and timm.is_model(other) else "choose another backbone.name"
+    remedy = (
+        f"set backbone.name={other}"
+        if other != name and timm.is_model(other)
+        else "choose another backbone.name"
+    )
     raise UserError(
         f"{file} was trained with the activation {named} (config.json in its folder) and {name} has "
         f"{'quick_gelu' if quick else 'gelu'}: {remedy}"
