@@ -19,7 +19,7 @@ SHOWN = [
     for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
 ]
-OTHERS = {"method=scaled"}  # of the walk through adding a method, which has a test of its own
+OTHERS = {"method=vpt_residual"}  # of the walk through adding a method, which test_walkthroughs.py follows
 
 
 def shown(start):

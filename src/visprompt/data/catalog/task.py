@@ -1,4 +1,4 @@
-"""What a record of the catalog consists of; the records themselves are in `records/`, one file per family."""
+"""What a record of the catalog consists of; the records themselves are in one file per family."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -98,7 +98,7 @@ class TaskSpec:
         id: The one name that configs, folders, results and tables use.
         aliases: Other names in circulation; `tasks=` accepts them, and so do names of folders of the prepared source.
         group: "natural", "specialized" or "structured" (VTAB's kinds of task), or "fine-grained".
-        family: The folder of its config below `configs/data/`: "vtab", "fgvc" or "demo".
+        family: The folder of its config below `configs/data/`: "vtab", "fgvc", "demo" or "other".
         dataset: The dataset whose images it uses; tasks of one dataset share raw files and decoded pixels.
         num_classes: Number of classes.
         class_names: In the order of the labels; empty where only the data's own files tell them.

@@ -1,9 +1,11 @@
-"""Readers of the original files, one function per dataset."""
+"""Readers of the original files: one function per dataset, and one for archives with a folder per class."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from visprompt.data.catalog.task import TaskSpec
 from visprompt.data.sources import natural, specialized, structured
+from visprompt.data.sources.class_folders import class_folders
 from visprompt.data.sources.content import Content
 
 READERS: Mapping[str, Callable[[Path], Content]] = {
@@ -25,3 +27,8 @@ READERS: Mapping[str, Callable[[Path], Content]] = {
     "smallnorb": structured.smallnorb,
 }
 """Dataset -> the function that opens a folder with its original files."""
+
+
+def read_original(spec: TaskSpec, root: Path) -> Content:
+    """Open a folder with the original files of a task; a dataset that is not in `READERS` has a folder per class."""
+    return READERS[spec.dataset](root) if spec.dataset in READERS else class_folders(root, spec)
