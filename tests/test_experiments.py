@@ -51,8 +51,9 @@ PAIRS = list(product(BENCHMARKS, PAPERS))
 def read(name):
     """An experiment's header, and its content."""
     text = (EXPERIMENTS / f"{name}.yaml").read_text()
-    header = [line for line in text.splitlines() if line.startswith("#")]
-    return dict(re.match(r"# (\w+): +(.*)", line).groups() for line in header[1:]), yaml.safe_load(text)
+    header = "\n".join(line for line in text.splitlines() if re.match(r"# [\w ]", line))
+    header = re.sub(r"\n#  +", " ", header)  # lines that go on
+    return dict(re.match(r"# (\w+): +(.*)", line).groups() for line in header.splitlines()), yaml.safe_load(text)
 
 
 def expected(benchmark, method):

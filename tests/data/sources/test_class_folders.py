@@ -15,9 +15,7 @@ FILES = [("top/dog/b.JPG", b"1"), ("top/cat/a.png", b"2"), ("top/cat/._a.png", b
 def spec(name):
     file = SourceFile(name=name)
     cuts = {"val": Cut("train", 800, 1000), "test": Cut("train", 1000), "class_names": ("cat", "dog")}
-    return vtab(
-        "pets", official={"train": 2}, num_classes=2, files=(file,), **cuts, **FACTS
-    )
+    return vtab("pets", official={"train": 2}, num_classes=2, files=(file,), **cuts, **FACTS)
 
 
 @pytest.mark.parametrize("name", ["pets.zip", "pets.tgz", "pets.tar"])

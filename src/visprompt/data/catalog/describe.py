@@ -38,8 +38,8 @@ output pixels. Fine-grained images are always resized by Pillow. Results with di
 together, and each way of resizing has its store of decoded images.
 
 JPEG files are decoded by Pillow; TensorFlow's decoder, which made the published results, may differ by a few of 256
-levels. Results of different sources are never averaged together. The sizes of the files are those of the download. Afterwards
-only the store in `data/stores/` is needed (about 22 GB for VTAB-1k at 224 pixels), and the files may be deleted.
+levels. Results of different sources are never averaged together. The sizes of the files are those of the download.
+Afterwards only the store in `data/stores/` is needed (about 22 GB for VTAB-1k at 224 pixels); the files may be deleted.
 """
 
 
