@@ -54,9 +54,11 @@ report: $(STAMP)  ## the protocol and an ablation on the demo, then a page of ta
 	$(RUN) src/train.py -m experiment=demo_ablation method.num_tokens=1,10,50 method.depth=1,3,6
 	$(RUN) src/report.py inspect=auto $(ARGS)
 
-docs: $(STAMP)  ## the generated pages: docs/datasets.md, docs/methods-by-backbones.md
+docs: $(STAMP)  ## the generated pages (datasets, methods, methods by backbones), golden values of new methods
 	$(RUN) -m visprompt.data.catalog.describe > docs/datasets.md
+	$(RUN) -m visprompt.runs.methods_page > docs/methods.md
 	$(RUN) -m visprompt.models.methods.describe > docs/methods-by-backbones.md
+	$(RUN) tests/helpers/goldens.py
 
 setup: $(STAMP)  ## only the environment, .venv, from the hashes in uv.lock; uv itself goes to .uv
 	@:

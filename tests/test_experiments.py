@@ -51,8 +51,9 @@ PAIRS = list(product(BENCHMARKS, PAPERS))
 def read(name):
     """An experiment's header, and its content."""
     text = (EXPERIMENTS / f"{name}.yaml").read_text()
-    header = [line for line in text.splitlines() if line.startswith("#")]
-    return dict(re.match(r"# (\w+): +(.*)", line).groups() for line in header[1:]), yaml.safe_load(text)
+    header = "\n".join(line for line in text.splitlines() if re.match(r"# [\w ]", line))
+    header = re.sub(r"\n#  +", " ", header)  # lines that go on
+    return dict(re.match(r"# (\w+): +(.*)", line).groups() for line in header.splitlines()), yaml.safe_load(text)
 
 
 def expected(benchmark, method):
@@ -168,7 +169,8 @@ def grid_of(task, *arguments):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_grid_paper_is_the_paper_s_grid_of_each_method(method):
-    vtab, fgvc, lengths, on_vtab, on_fgvc = KINDS[KIND.get(method, "adamw")]
+    named = yaml.safe_load((ROOT / "configs" / "grid" / "paper.yaml").read_text())["kinds"]
+    vtab, fgvc, lengths, on_vtab, on_fgvc = KINDS[KIND.get(method, named.get(method, "adamw"))]
     for task, rates, points in (("vtab/cifar", vtab, on_vtab), ("fgvc/cub200", fgvc, on_fgvc)):
         found = grid_of(task, f"method={method}", "grid=paper")
         assert found == {"recipe.lr": rates, "recipe.weight_decay": [0.01, 0.001, 0.0001, 0], **lengths}

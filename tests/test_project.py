@@ -25,7 +25,7 @@ TOP_LEVEL = {
 # The only modules that may import Lightning, Hydra, OmegaConf or W&B.
 SHELL = {
     *("models/tuning_module.py", "data/datamodule.py", "data/ragged_datamodule.py", "data/vtab_datamodule.py"),
-    *("data/fgvc_datamodule.py", "data/folder_datamodule.py", "data/digits_datamodule.py"),
+    *("data/other_datamodule.py", "data/fgvc_datamodule.py", "data/folder_datamodule.py", "data/digits_datamodule.py"),
     *("runs", "tuning", "reports"),
 }
 BLOCKED = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb")

@@ -9,7 +9,7 @@ import torch
 from helpers.miniatures import miniature
 from helpers.miniatures.natural import tar_bytes
 from helpers.resizing import tensorflow
-from visprompt.data import catalog, fgvc_datamodule, vtab_datamodule
+from visprompt.data import catalog, fgvc_datamodule, other_datamodule, vtab_datamodule
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.data.sources.archive import members
 from visprompt.data.sources.readers import READERS
@@ -21,13 +21,15 @@ from visprompt.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VTAB = [TASKS[task] for task in SUITES["vtab_all"]]
+SQUARE = [spec for spec in TASKS.values() if spec.family in ("vtab", "other")]
 MODULES = {
     m.task: m
-    for file in (vtab_datamodule, fgvc_datamodule)
+    for file in (vtab_datamodule, fgvc_datamodule, other_datamodule)
     for m in vars(file).values()
     if isinstance(getattr(m, "task", None), str)
 }
-CASES = [(spec.id, source) for spec in VTAB for source in ("raw", "prepared", *(["hf"] if spec.mirror else []))]
+SOURCES = {spec.id: ["raw", *["prepared"][: spec.family == "vtab"], *["hf"][: bool(spec.mirror)]] for spec in SQUARE}
+CASES = [(task, source) for task, sources in SOURCES.items() for source in sources]
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def plan(task, folder, **given):
 
 
 def test_there_is_a_module_for_each_task():
-    assert set(MODULES) == set(SUITES["vtab_all"]) | set(SUITES["fgvc"])
+    assert set(MODULES) == {spec.id for spec in TASKS.values() if spec.family != "demo"}
     assert set(READERS) == {spec.dataset for spec in VTAB}
 
 

@@ -14,7 +14,7 @@ from test_words import became
 from helpers.cli import ROOT, composed
 from visprompt.models.methods import METHODS, option_kinds
 from visprompt.runs import compose, settings
-from visprompt.runs.cli.arguments import WHOLE, plain, quoted
+from visprompt.runs.cli.arguments import WHOLE, is_whole, plain, quoted
 from visprompt.runs.cli.words import SCRIPTS
 from visprompt.runs.paths import PATHS, TEXTS
 
@@ -168,18 +168,18 @@ def defaults(script, *choices):
 
 
 def test_every_whole_number_of_every_config_and_method_is_known_as_one():
-    options = {
-        f"method.{name}"
-        for method in METHODS
-        for name, kind in option_kinds(method).items()
-        if "int" in str(kind) and "Any" not in str(kind)
-    }
-    assert options <= WHOLE
+    for method in METHODS:
+        for name, kind in option_kinds(method).items():
+            if "int" in str(kind) and "Any" not in str(kind):
+                assert is_whole(f"method.{name}"), (method, name)
+    assert not is_whole("method.dropout")
+    assert not is_whole("method.initial")
     given = {"data": ("data=folder", "data.root=/x")}
     for script in SCRIPTS:
         found = defaults(script, *given["data"]) if script == "train" else defaults(script)
         whole = {key for key, value in found.items() if type(value) is int}
-        assert whole <= WHOLE | {"recipe.warmup_epochs"}, script  # which may be a fraction
+        fractions = {"recipe.warmup_epochs"}  # what may be a fraction too
+        assert {key for key in whole if not is_whole(key)} <= fractions, script
     kinds = {key for key, kind in settings._KINDS.items() if kind.fits(2) and not kind.fits(2.5)}
     assert kinds <= WHOLE | {"precision", "backbone.kwargs"}
 

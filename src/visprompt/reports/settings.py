@@ -6,22 +6,13 @@ from functools import cache
 from typing import Any
 
 from visprompt.data.catalog import TASKS
+from visprompt.runs.recipe_rows import row_options
 from visprompt.runs.result import Result
 
 UNRECORDED = "not recorded"
 NEUTRAL = "neutral"  # a trainer without settings that bear on the figures
 OF_EACH_TASK = "of each task"
 OWN_IMAGES = "own images"
-# what a recipe's row may choose for a task (`${row:...}` in configs/method), or a grid beside the recipe itself
-_CHOSEN = frozenset(
-    {
-        *("num_tokens", "num_kv_tokens", "prune_tokens", "prune_segments", "fourier_share", "gate_init"),
-        *("rank", "scale", "bottleneck", "dropout", "inner", "prompt_weight"),
-        *("guided_tokens", "guided_blocks", "patch_weight", "class_weight", "norm", "remap_from", "bias"),
-        *("pool_size", "random_epochs"),
-    }
-)
-_CHOSEN_INIT = frozenset({"adapter_plus", "convpass"})  # whose `init` the row chooses; other methods' is an ablation
 # facts of a task's images, and what follows from the method: different from task to task, one within a task
 _OF_TASK = frozenset(
     {"data.fingerprint", "data.sizes", "data.preprocessing.decode", "data.preprocessing.native"}
@@ -100,7 +91,7 @@ def scope(key: str, method: str) -> str:
         "chosen": in a task, for which a grid or a recipe's row chose it.
     """
     part, _, option = key.partition(".")
-    if part == "recipe" or (part == "method" and (option in _CHOSEN or (option == "init" and method in _CHOSEN_INIT))):
+    if part == "recipe" or (part == "method" and option in row_options(method)):
         return "chosen"
     if key in _OF_TASK:
         return "task"

@@ -1,7 +1,9 @@
 """The table of a recipe: a value comes from the row of the task, else from its family's, else from the default row."""
 
 import logging
+import re
 from collections.abc import Set
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from visprompt.errors import UserError, is_finite
 from visprompt.runs import recipe_table
 
 log = logging.getLogger(__name__)
+
+_METHODS = Path(__file__).resolve().parents[3] / "configs" / "method"
 
 
 def _row(key: str, *, _root_: DictConfig) -> Any:
@@ -30,6 +34,21 @@ def _rows(cfg: DictConfig) -> list[DictConfig]:
 
 
 OmegaConf.register_new_resolver("row", _row)
+
+
+@cache
+def row_options(method: str) -> frozenset[str]:
+    """Return the options of a method that a recipe chooses for each task: those that are `${row:...}` in its config.
+
+    Args:
+        method: Name of a method; one that has no config (of an older version) has no such options.
+
+    Returns:
+        For example {"num_tokens", "dropout"} of "vpt_deep".
+    """
+    file = _METHODS / f"{method}.yaml"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return frozenset(re.findall(r"^(\w+): \$\{row:", text, re.MULTILINE))
 
 
 def apply_table(cfg: DictConfig) -> None:

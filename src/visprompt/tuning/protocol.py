@@ -102,7 +102,7 @@ def asked(cfg: DictConfig) -> tuple[list[Job], list[int]]:
             "src/tune.py tries a grid and chooses from it, and so does a W&B sweep: "
             "give its agents src/train.py with split=tune, or run src/tune.py without an agent"
         )
-    methods = [cfg.method.name] if cfg.methods is None else _choices(cfg, "methods")
+    methods = _methods(cfg)
     seeds = list(RELEASED_SEEDS) if cfg.seeds == "released" else _choices(cfg, "seeds")
     for method in methods:
         if method not in METHODS:
@@ -119,6 +119,12 @@ def _check_sets(job: Job) -> None:
     """Raise where own images lack those that the grid or the final runs score."""
     for split in ("tune", "final") if job.task == "folder" else ():
         prepare(job.vary({"split": split}))
+
+
+def _methods(cfg: DictConfig) -> list[str]:
+    if cfg.methods == "all":
+        return list(METHODS)
+    return [cfg.method.name] if cfg.methods is None else _choices(cfg, "methods")
 
 
 def _choices(cfg: DictConfig, name: str) -> list[Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from helpers.miniatures import circulated, fgvc, natural, specialized, structured
+from helpers.miniatures.natural import class_folders
 from visprompt.data.catalog import TASKS
 from visprompt.data.catalog.task import Cut, SourceFile, TaskSpec
-from visprompt.data.sources.readers import READERS
+from visprompt.data.sources.readers import READERS, read_original
 
 _COUNTS = {"train": 48, "validation": 16, "test": 24}  # per official split, as far as the dataset has it
 _WRITERS = {name: vars(m)[name] for m in (natural, specialized, structured) for name in READERS if name in vars(m)}
@@ -37,10 +38,11 @@ def write(task: str, source: str, data_dir: Path) -> dict[str, TaskSpec]:
     folder.mkdir(parents=True)
     if spec.family == "fgvc":
         return {task: _shrunk_fgvc(spec, vars(fgvc)[task](folder, _COUNTS, draw))}
-    written = _WRITERS[spec.dataset](folder, _COUNTS, draw)
-    return _shrunk(
-        spec, written, {split: len(part.keys) for split, part in READERS[spec.dataset](folder).parts.items()}
-    )
+    if spec.dataset in _WRITERS:
+        written = _WRITERS[spec.dataset](folder, _COUNTS, draw)
+    else:
+        written = class_folders(folder / spec.files[0].name, spec.class_names, _COUNTS["train"], draw)
+    return _shrunk(spec, written, {split: len(part.keys) for split, part in read_original(spec, folder).parts.items()})
 
 
 def _shrunk(spec: TaskSpec, written: Mapping[str, int], official: Mapping[str, int]) -> dict[str, TaskSpec]:
@@ -59,7 +61,7 @@ def _shrunk(spec: TaskSpec, written: Mapping[str, int], official: Mapping[str, i
         cuts[name] = Cut(split, free[split], stop)
         free[split] = stop
     sizes = {name: cut.stop - cut.start for name, cut in cuts.items() if cut.stop}
-    tasks = [task for task in TASKS.values() if task.dataset == spec.dataset and task.family == "vtab"]
+    tasks = [task for task in TASKS.values() if task.dataset == spec.dataset and task.family == spec.family]
     facts = {"official_sizes": official, "cuts": cuts, "split_sizes": sizes, "golden": {}}
     return {task.id: replace(task, files=_unchecked(task), **facts) for task in tasks}  # type: ignore[arg-type]  # kinds
 

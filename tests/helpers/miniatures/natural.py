@@ -7,7 +7,7 @@ returns how many it wrote. The colour of an image tells its class.
 import gzip
 import tarfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -63,6 +63,19 @@ def write_zip(path: Path, files: Files) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files:
             archive.writestr(zipfile.ZipInfo(name), data)
+
+
+def class_folders(path: Path, names: Sequence[str], count: int, draw: np.random.Generator) -> dict[str, int]:
+    """Writes an archive with a folder of small photographs for each class, a few more than one for each."""
+    labels = [*range(len(names)), *class_labels(count - len(names), len(names)).tolist()]
+    top = path.name.partition(".")[0]
+    files = [(f"{top}/{names[label]}/{row}.jpg", jpeg(label, draw)) for row, label in enumerate(labels)]
+    files.append((f"{top}/LICENSE.txt", b"terms"))
+    if path.suffix == ".zip":
+        write_zip(path, files)
+    else:
+        path.write_bytes(tar_bytes(files, packed=path.suffix != ".tar"))
+    return {"train": len(labels)}
 
 
 def write_mat(path: Path, **arrays: np.ndarray) -> None:

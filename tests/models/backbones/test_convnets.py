@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision.transforms.functional import resize
 
+from helpers.pairs import options, working
 from helpers.tiny import NUM_CLASSES, RECORD, images, measured, relative_error, worst_error
 from visprompt.errors import UserError
 from visprompt.models.backbones import BackboneSpec, build_backbone
@@ -349,7 +350,7 @@ def test_counts_on_the_papers_backbones(name, stem):
 
 
 @pytest.mark.parametrize("name", ["resnet", "convnext"])
-@pytest.mark.parametrize("method", sorted(set(METHODS) - set(METHOD_OPTIONS) - {"sidetune"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {m for m in working("ResNet") if not options(m, "ResNet")}))
 def test_a_method_that_cannot_enter_says_so(method, name):
     needed = {"lora": "has no linear layer attn.qkv"}.get(method, "it needs the site .*, and the backbone offers mod")
     with pytest.raises(UserError, match=needed):

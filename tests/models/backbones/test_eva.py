@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import visprompt
+from helpers.pairs import working
 from helpers.tiny import NUM_CLASSES, images, mean_loss, measured, relative_error, worst_error
 from visprompt.errors import UserError
 from visprompt.models.backbones.eva import EVA
@@ -202,7 +203,7 @@ def test_images_that_it_does_not_take_are_refused():
 
 
 # The battery: members in which methods meet another projection, norm, MLP or attention.
-PLAIN_ONLY = ("cvpt", "da_vpt", "sa2vp", "tcpa")  # read the projections of timm's plain attention themselves
+PLAIN_ONLY = set(METHODS) - working("DINOv3")  # such as those that read the projections of timm's plain attention
 BATTERY = {
     "vit_base_patch16_dinov3": {*PLAIN_ONLY},
     "eva02_tiny_patch14_224": {*PLAIN_ONLY, "fact"},
@@ -277,7 +278,7 @@ def test_what_merges_is_a_plain_eva(method, name):
 
 @pytest.mark.parametrize(("name", "method"), [(n, m) for n, refused in BATTERY.items() for m in sorted(refused)])
 def test_a_pair_that_cannot_work_says_so(name, method):
-    with pytest.raises(UserError, match=SENTENCES[method]):
+    with pytest.raises(UserError, match=SENTENCES.get(method, f"method {method} cannot work on this backbone: ")):
         visprompt.build(tiny_eva(name), method, NUM_CLASSES)
 
 

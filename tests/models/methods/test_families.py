@@ -1,45 +1,32 @@
 """Every method on a small member of every family: it works whole, or one sentence says why not.
 
-What a family's own file holds of its members too is slow here; a new family has it before it has such a file.
+Which pairs work is what docs/methods-by-backbones.md says. What a family's own file tests too is slow here.
 """
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from helpers.pairs import options, works
 from helpers.tiny import relative_error
 from visprompt.models.merge import merge
 from visprompt.models.methods import METHODS
 from visprompt.models.methods.describe import MEMBERS, attempt, refusal
 
-PIXELS = {"location": "pad", "depth": 1, "dropout": 0.0}  # what is left of VPT where there are no tokens
-BY_PIXELS = {"vpt_shallow", "vpt_deep", "vpt_shallow_bias", "vpt_deep_bias"}
-CONVNETS = ("ConvNeXt", "ResNet")
-WORKS = {
-    family: {
-        "linear", "full", "partial", "mlp", "sidetune", "bias", "layernorm", "ssf", *BY_PIXELS,
-    }
-    for family in CONVNETS
-}  # fmt: skip
-WORKS["Swin"] = set(METHODS) - {"vapt", "cvpt", "vpt_gated", "da_vpt", "sa2vp", "pae", "tcpa", "convpass", "fact"}
-WORKS["DINOv3"] = set(METHODS) - {"cvpt", "da_vpt", "sa2vp", "tcpa"}
-WORKS["EVA-02"] = set(METHODS) - {"cvpt", "da_vpt", "sa2vp", "tcpa", "fact", "lora"}
-WORKS["ViT"] = set(METHODS)
 SLOW = {"sidetune"}  # 40 M operations an image: the ViT's battery has it
-PAIRS = [(m, f) for f in MEMBERS for m in METHODS if m in WORKS[f] and f != "ViT" and not (m in SLOW and f != "Swin")]
+PAIRS = [(m, f) for f in MEMBERS for m in METHODS if works(m, f) and f != "ViT" and not (m in SLOW and f != "Swin")]
 
 
-def options(method, family):
-    if family in CONVNETS and method in BY_PIXELS:
-        return {k: v for k, v in PIXELS.items() if k == "location" or "deep" in method}
-    return {}
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_works_on_a_plain_vit(method):
+    assert works(method, "ViT")
 
 
 @pytest.mark.parametrize("family", MEMBERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pair_works_or_one_sentence_says_why_not(method, family):
     reason = refusal(method, family, **options(method, family))
-    if method in WORKS[family]:
+    if works(method, family):
         assert reason is None
     else:
         assert reason.startswith(f"method {method} cannot work on this backbone: ")
@@ -94,7 +81,7 @@ def test_bfloat16_comes_close(method, family):
 @pytest.mark.parametrize("family", [f for f in MEMBERS if f != "ViT"])
 @pytest.mark.parametrize("method", ["linear", "partial", "bias", "layernorm", "lora", "ssf", "full"])
 def test_merged_is_a_plain_model_with_equal_logits(method, family):
-    if method not in WORKS[family]:
+    if not works(method, family):
         return
     classifier = attempt(method, family).eval()
     with torch.no_grad():

@@ -1,12 +1,12 @@
-"""The catalog: the only list of tasks. A new task is a record here, two class lines and one YAML."""
+"""The only list of tasks and their facts. docs/add-a-dataset.md: a record, two class lines, one YAML."""
 
 from collections.abc import Iterator, Sequence
 
-from visprompt.data.catalog import demo, fgvc, vtab
+from visprompt.data.catalog import demo, fgvc, other, vtab
 from visprompt.data.catalog.task import TaskSpec
 from visprompt.errors import UserError, unknown
 
-_RECORDS = (*vtab.RECORDS, *fgvc.RECORDS, *demo.RECORDS)
+_RECORDS = (*vtab.RECORDS, *fgvc.RECORDS, *demo.RECORDS, *other.RECORDS)
 
 TASKS: dict[str, TaskSpec] = {spec.id: spec for spec in _RECORDS}
 

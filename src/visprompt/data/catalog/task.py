@@ -98,7 +98,7 @@ class TaskSpec:
         id: The name in configs, folders, results and tables.
         aliases: Other names in use, which `tasks=` accepts; the prepared folder may use them, too.
         group: "natural", "specialized" or "structured" (VTAB's groups), or "fine-grained".
-        family: Folder of its config below `configs/data/`: "vtab", "fgvc" or "demo".
+        family: Folder of its config below `configs/data/`: "vtab", "fgvc", "demo" or "other".
         dataset: Dataset of its images; tasks of one dataset share raw files and decoded pixels.
         num_classes: Number of classes.
         class_names: In the order of the labels; empty where only the data's files have them.

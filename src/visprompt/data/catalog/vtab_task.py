@@ -21,6 +21,7 @@ def vtab(
     val: Cut | None = None,
     test: Cut | None = None,
     golden: Mapping[str, Golden] | None = None,
+    family: str = "vtab",
     **facts: Any,
 ) -> TaskSpec:
     """Return the record of a VTAB-1k task; the sizes of its split sets follow from the cuts.
@@ -32,13 +33,14 @@ def vtab(
         val: The 200 validation images; None for the first of an official validation split.
         test: The test images; None for the whole official test split.
         golden: Known values of the split sets.
+        family: "vtab", or "other" for a dataset outside the benchmark that is cut like it.
         facts: The other fields of `TaskSpec`.
     """
     cuts = {"train800": TRAIN, "val200": val or Cut("validation", 0, 200), "test": test or Cut("test")}
     return TaskSpec(
         **{"dataset": task, **facts},
         id=task,
-        family="vtab",
+        family=family,
         num_classes=num_classes,
         official_sizes=official,
         golden={**(golden or {}), "test": Golden(classes=num_classes)},

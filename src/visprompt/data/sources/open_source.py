@@ -13,7 +13,7 @@ from visprompt.data.sources.fgvc import fgvc, fgvc_root
 from visprompt.data.sources.hf import hub
 from visprompt.data.sources.images import ImageFolder
 from visprompt.data.sources.prepared import prepared
-from visprompt.data.sources.readers import READERS
+from visprompt.data.sources.readers import read_original
 from visprompt.data.stores.plan import Plan, has_json
 from visprompt.errors import UserError
 from visprompt.files import alone, explained, publish
@@ -52,7 +52,7 @@ def open_source(plan: Plan) -> tuple[Content, Mapping[str, Any]]:
         origin = _circulated(plan)
         return prepared(plan.files_dir, plan.spec), origin
     checksums = {file.name: _obtained(plan, file) for file in plan.spec.files}
-    return READERS[plan.spec.dataset](plan.files_dir), {"sha256": checksums}
+    return read_original(plan.spec, plan.files_dir), {"sha256": checksums}
 
 
 def list_images(plan: Plan) -> tuple[ImageFolder, str]:

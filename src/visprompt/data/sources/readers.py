@@ -1,9 +1,11 @@
-"""Readers of the original files, one function per dataset."""
+"""Readers of the original files: one function per dataset, and one for archives with a folder per class."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from visprompt.data.catalog.task import TaskSpec
 from visprompt.data.sources import natural, specialized, structured
+from visprompt.data.sources.class_folders import class_folders
 from visprompt.data.sources.content import Content
 
 READERS: Mapping[str, Callable[[Path], Content]] = {
@@ -24,4 +26,9 @@ READERS: Mapping[str, Callable[[Path], Content]] = {
     "dsprites": structured.dsprites,
     "smallnorb": structured.smallnorb,
 }
-"""Dataset -> function that opens the folder with its original files, or raises `UserError`"""
+"""Dataset -> the function that opens a folder with its original files."""
+
+
+def read_original(spec: TaskSpec, root: Path) -> Content:
+    """Open a folder with the original files of a task; a dataset that is not in `READERS` has a folder per class."""
+    return READERS[spec.dataset](root) if spec.dataset in READERS else class_folders(root, spec)

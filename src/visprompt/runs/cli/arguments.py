@@ -3,7 +3,8 @@
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
+from typing import Any, get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
@@ -31,17 +32,11 @@ WHOLE = frozenset(
             "max_pixels",
             "backbone.image_size",
         ),
-        *(f"method.num_{name}" for name in ("tokens", "kv_tokens", "segments", "blocks", "layers")),
-        *(f"method.{name}" for name in ("bottleneck", "depth", "inner", "project", "rank", "kv_blocks")),
-        *(f"method.{name}" for name in ("guided_tokens", "guided_blocks", "matched_patches", "remap_from")),
-        *(f"method.{name}" for name in ("window", "stride", "koopman_dim", "pool_size")),
-        *(f"method.{name}" for name in ("chosen", "length", "random_epochs")),
-        *("method.prune_tokens", "method.prune_segments"),
         *(f"trainer.{name}" for name in ("devices", "num_nodes", "accumulate_grad_batches")),
         *("trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"),
     )
 )
-"""Keys of all entry points whose values are whole numbers: W&B's agents write some of them as 2.0."""
+"""Keys whose values are whole numbers, beside options of methods: W&B's agents write some of them as 2.0."""
 
 _ONE_OF_LIST = r"(?P<before>^|[\[,]\s*){}(?=\s*(?:[,\]]|$))"
 _NONE = re.compile(_ONE_OF_LIST.format("None"))
@@ -61,9 +56,29 @@ def plain(argument: str) -> str:
     """
     key, equals, value = expand_argument(_MODEL.sub(r"\1method", argument)).partition("=")
     value = _NONE.sub(r"\g<before>null", value)
-    if key.lstrip("+") in WHOLE:
+    if _FLOAT.search(value) and is_whole(key.lstrip("+")):
         value = _FLOAT.sub(r"\g<before>\g<whole>", value)
     return f"{key}{equals}{value}"
+
+
+def is_whole(key: str) -> bool:
+    """Return whether the values of a key are whole numbers; of a method's option its annotation says so."""
+    group, _, option = key.partition(".")
+    return key in WHOLE or (group == "method" and option in _whole_options())
+
+
+@cache
+def _whole_options() -> frozenset[str]:
+    from visprompt.models.methods import METHODS, option_kinds  # imports torch, which most command lines do without
+
+    kinds = (pair for method in METHODS for pair in option_kinds(method).items())
+    return frozenset(option for option, kind in kinds if _is_of_whole_numbers(kind))
+
+
+def _is_of_whole_numbers(kind: Any) -> bool:
+    """Whether an annotation names int, also in a union or a sequence, and no kind of number that has fractions."""
+    parts = get_args(kind)
+    return not {Any, float}.intersection(parts) and (kind is int or any(map(_is_of_whole_numbers, parts)))
 
 
 def quoted(key: str, text: str) -> str:
