@@ -180,8 +180,8 @@ def test_every_whole_number_of_every_config_and_method_is_known_as_one():
         found = defaults(script, *given["data"]) if script == "train" else defaults(script)
         whole = {key for key, value in found.items() if type(value) is int}
         assert whole <= WHOLE | {"recipe.warmup_epochs"}, script  # which may be a fraction
-    kinds = {key for key, kind in settings._KINDS.items() if kind.fits(2) and not kind.fits(2.5)}
-    assert kinds <= WHOLE | {"precision", "backbone.kwargs"}
+    whole = {key for key, allowed in settings._ALLOWED.items() if allowed.fits(2) and not allowed.fits(2.5)}
+    assert whole <= WHOLE | {"precision", "backbone.kwargs"}
 
 
 @pytest.mark.parametrize("key", [*PATHS])

@@ -99,14 +99,14 @@ def test_a_record_of_an_older_version_has_no_trainer_files_or_digest(tmp_path):
 
 
 WHY = {
-    "cut": (lambda folder: os.truncate(folder / "result.json", 100), "result.json is damaged: it is cut or no JSON"),
+    "cut": (lambda folder: os.truncate(folder / "result.json", 100), "result.json is damaged: it is cut off or not JSON"),
     "no object": (
         lambda folder: (folder / "result.json").write_text("[]"),
-        "result.json is damaged: it is no JSON object",
+        "result.json is damaged: it is not a JSON object",
     ),
     "changed": (
         lambda folder: edit(folder / "result.json", b"0.75", b"0.95"),
-        "result.json is damaged: it is not what its digest says",
+        "result.json is damaged: it does not match its digest",
     ),
     "not finite": (
         lambda folder: edit(folder / "result.json", b"0.75", b"1e999"),

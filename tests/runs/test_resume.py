@@ -175,7 +175,7 @@ def test_a_cut_or_another_run_s_state_or_result_is_said_and_the_run_starts_again
     other, _ = whole("seed=1")
     for name, sentence in (
         ("tuned.safetensors", "is not the state that result.json recorded: its size differs"),
-        ("result.json", "is damaged: it is cut or no JSON"),
+        ("result.json", "is damaged: it is cut off or not JSON"),
         ("", "is not the state that result.json recorded: it is another run's or attempt's"),
     ):
         again = short_run(tmp_path / (name or "other"))
@@ -241,7 +241,7 @@ def test_a_damaged_result_of_a_complete_attempt_is_scored_again(tmp_path, whole,
     monkeypatch.setattr(TuningModule, "training_step", lambda *_: pytest.fail("trains again"))
     assert run.run_job(short_run(tmp_path)).metrics == result.metrics
     assert caplog.messages[0] == (
-        f"{half.folder}/resume/result.json is damaged: it is cut or no JSON: the attempt is scored again"
+        f"{half.folder}/resume/result.json is damaged: it is cut off or not JSON: the attempt is scored again"
     )
 
 
