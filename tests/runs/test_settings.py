@@ -158,7 +158,8 @@ def test_no_more_epochs_than_the_warm_up_shorten_it_in_proportion(caplog):
 
 def test_momentum_is_refused_where_the_optimiser_has_none():
     sentence = (
-        "recipe.momentum=0.5 is of SGD, and recipe.optimizer=adamw has none: leave it out, or give recipe.optimizer=sgd"
+        "recipe.momentum=0.5 has no effect on recipe.optimizer=adamw, which has no momentum: leave it out, or give "
+        "recipe.optimizer=sgd"
     )
     assert said("method=linear", "recipe.momentum=0.5", "recipe.optimizer=adamw") == sentence
     assert composed_job("method=linear", "recipe.momentum=0.5", "recipe.optimizer=sgd").recipe.momentum == 0.5

@@ -211,7 +211,7 @@ def test_a_state_of_a_chain_is_no_member_of_an_ensemble(logs, final):
     with pytest.raises(UserError) as refused:
         evaluate(last, last)
     assert str(refused.value) == (
-        f"{last} is of a chain that prunes for its own seed, and the states of an ensemble have one shape: "
+        f"the prompts in {last} were pruned for one seed, and an ensemble needs prompts of one shape: "
         "give runs with method.prune=false"
     )
 
