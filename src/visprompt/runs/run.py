@@ -32,6 +32,7 @@ from visprompt.runs.checkpoint import Owner, ResumeCheckpoint
 from visprompt.runs.identity import digest, full_digest, identity_of
 from visprompt.runs.instantiate import instantiate
 from visprompt.runs.job import Job
+from visprompt.runs.quiet import silence_libraries
 from visprompt.runs.result import Result, check_same_run, read_result, write_result
 from visprompt.runs.trainer import build_loggers, build_trainer, close
 from visprompt.runs.trainer_checks import warn_random
@@ -101,7 +102,8 @@ def check(job: Job) -> None:
 
 @lru_cache(maxsize=1)
 def load_backbone(spec: str, seed: int) -> Backbone:
-    """Build the backbone of a config given as JSON; the last one stays loaded for the next run."""
+    """Build the backbone of a config given as JSON; the last one stays in memory for the next run."""
+    silence_libraries()  # timm logs each file of weights that it loads
     return build_backbone(BackboneSpec(**json.loads(spec)), seed)
 
 
