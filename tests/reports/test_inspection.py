@@ -241,7 +241,7 @@ def test_what_cannot_be_opened_is_said_in_one_sentence(opened, logs, tmp_path):
         inspection.open_run(half)
     (half / "config.yaml").write_text("data: [")
     with pytest.raises(
-        UserError, match=r"half/config\.yaml cannot be read \(it is cut or no YAML\): copy the whole folder of the run$"
+        UserError, match=r"half/config\.yaml cannot be read \(it is cut off or not YAML\): copy the whole folder of the run$"
     ):
         inspection.open_run(half)
     (half / "config.yaml").unlink()
