@@ -228,7 +228,7 @@ def test_own_images_scored_in_tune(tmp_path):
 
 def test_what_cannot_be_opened_is_said_in_one_sentence(opened, logs, tmp_path):
     folder = opened("linear").folder
-    with pytest.raises(UserError, match=r"holds no finished run: give the folder that its table named$"):
+    with pytest.raises(UserError, match=r"holds no finished run: give the folder that was printed below its table$"):
         inspection.open_run(tmp_path)
     with pytest.raises(UserError, match=r"^device=gpu is not a device of this machine: choose auto, cpu or cuda$"):
         inspection.open_run(folder, "gpu")
@@ -248,7 +248,7 @@ def test_what_cannot_be_opened_is_said_in_one_sentence(opened, logs, tmp_path):
     with pytest.raises(UserError, match=r"cannot be read \(.*No such file.*\): copy the whole folder of the run$"):
         inspection.open_run(half)
     (half / "result.json").unlink()
-    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that its table named$"):
+    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that was printed below its table$"):
         inspection.open_run(half)
 
 

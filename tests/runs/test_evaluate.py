@@ -118,14 +118,14 @@ def test_eval_on_own_images_wherever_they_lie_and_refuses_when_they_have_changed
 
 
 def test_eval_refuses_what_has_no_test_score(trained, tmp_path):
-    with pytest.raises(UserError, match=r"holds no finished run: give the folder that its table named$"):
+    with pytest.raises(UserError, match=r"holds no finished run: give the folder that was printed below its table$"):
         evaluate(tmp_path)
     folder, _ = trained("split=tune")
     with pytest.raises(UserError, match=r"is a run of split=tune, which has no test set: give a run of split=final"):
         evaluate(folder)
     half = shutil.copytree(trained()[0], tmp_path / "half")
     (half / "result.json").unlink()
-    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that its table named"):
+    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that was printed below its table"):
         evaluate(half)
 
 
