@@ -275,7 +275,7 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path):
     (one.folder / "holder").write_text("process 4711 on thor")
     with (
         FileLock(one.folder / "lock"),
-        pytest.raises(UserError, match=r"^process 4711 on thor is at work on this run in .*: wait for it, or end it$"),
+        pytest.raises(UserError, match=r"^process 4711 on thor is working on this run in .*: wait for it, or end it$"),
     ):
         run.run_job(one)
     assert run.run_job(one).status == "finished"
