@@ -13,9 +13,8 @@ _CONTROL = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 # file's name that is not UTF-8 (U+DC80 to U+DCFF)
 _UNSEEN = re.compile(f"[{_CONTROL}\ud800-\udc7f\udd00-\udfff\ufffe\uffff]")
 _ESCAPED = re.compile(f"[{_CONTROL}\ud800-\udfff\ufffe\uffff]")  # the same with those surrogates
-_FORMULA = frozenset(
-    "=+-@\uff1d\uff0b\uff0d\uff20"
-)  # a spreadsheet runs a cell that begins with one of these
+# a spreadsheet runs a cell that begins with one of these characters
+_FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")
 _LAYOUT = "\n\t"
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 

@@ -287,7 +287,7 @@ def test_what_cannot_run_is_one_sentence_behind_the_table(tmp_path, arguments, s
 
 
 def test_a_grid_that_is_none_is_said_as_ever(tmp_path):
-    with pytest.raises(UserError, match=r"digits/vpt_deep: recipe\.grid\.seed is nothing to try"):
+    with pytest.raises(UserError, match=r"digits/vpt_deep: recipe\.grid\.seed is set by the protocol itself"):
         tune(tmp_path, "+recipe.grid={seed:[1,2]}")
 
 

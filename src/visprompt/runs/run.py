@@ -197,9 +197,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     # free the cached images of earlier runs, unless this run reads the same ones
     release_pixels(None if classifier.has_frozen_part else datamodule.images_key)
     environment.reset_peak_memory(device)
-    pruning.rewind(
-        classifier, run.folder.parent
-    )  # does nothing unless the method names stored initial values
+    pruning.rewind(classifier, run.folder.parent)  # if the method names stored initial values
     arguments = {"classifier": classifier, "recipe": job.recipe, "seed": job.seed, "leaks": _reads_test(run)}
     module = instantiate("lightning_module", dict(job.lightning_module), TuningModule, **arguments)
     if job.compile:
@@ -255,9 +253,8 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     finally:
         for logger in trainer.loggers:
             close(logger, status, run.folder)
-    finished: Result = trainer.strategy.broadcast(
-        result
-    )  # includes the checksum of the file that rank 0 wrote
+    # rank 0's result has the checksum of the file that it wrote
+    finished: Result = trainer.strategy.broadcast(result)
     return finished
 
 
@@ -272,9 +269,7 @@ def _fit_and_score(
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         if not all(parameter.isfinite().all() for _, parameter in module.classifier.tuned_parameters()):
-            return (
-                trainer.global_step
-            )  # after the last step, no loss shows that the parameters are not finite
+            return trainer.global_step  # of the last step: no later loss shows that they are not finite
         if datamodule.split == "final" and datamodule.is_scored:
             trainer.test(module, datamodule=datamodule, verbose=False)
         elif datamodule.is_scored and module.scored_step != trainer.global_step:
@@ -308,9 +303,7 @@ def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
         size = (folder / "tuned.safetensors").stat().st_size
         result = result.model_copy(update={"tuned": result.tuned | {"bytes": size, "sha256": checksum}})
     else:
-        (folder / "tuned.safetensors").unlink(
-            missing_ok=True
-        )  # left by a process that was killed at this point
+        (folder / "tuned.safetensors").unlink(missing_ok=True)  # left by a process that was killed here
     curve = folder / "metrics.csv"  # missing if the first epoch diverged
     if curve.is_file():
         result = result.model_copy(update={"files": {curve.name: sha256(curve.read_bytes()).hexdigest()}})

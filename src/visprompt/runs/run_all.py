@@ -66,9 +66,8 @@ def train(cfg: DictConfig) -> float:
     jobs = compose.jobs(cfg)
     check_all(jobs)
     together = under_agent() and len(jobs) > 1
-    wait = (
-        len(jobs) > 1 and not engine.started_elsewhere()
-    )  # ranks cannot wait: they would have to agree on it
+    # ranks do not wait for other processes, because they would have to agree on the order of the jobs
+    wait = len(jobs) > 1 and not engine.started_elsewhere()
     outcomes = run_all([without_wandb(job) for job in jobs] if together else jobs, wait)
     if together and _is_first():
         report_together(jobs, [o.result for o in outcomes], [o.folder for o in outcomes])

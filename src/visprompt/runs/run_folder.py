@@ -131,10 +131,8 @@ def next_attempt(folder: Path, stored: Result | None, rerun: bool) -> int | None
         return None
     unfinished, resume = _unfinished_attempt(folder), folder / RESUME
     attempt = (stored.attempt if stored else 0) + 1 if rerun else unfinished or 0
-    stale = unfinished not in (
-        None,
-        attempt,
-    )  # of the first attempt, or left by a kill after the attempt's end
+    # a state of the attempt before a rerun, or of an attempt that was killed after its end
+    stale = unfinished not in (None, attempt)
     if resume.is_dir() and (stale or not (resume / STATE).is_file()):
         shutil.rmtree(resume)
     return attempt
