@@ -353,7 +353,7 @@ def test_a_record_is_its_chain_s_alone_and_a_damaged_one_is_taken_again(tmp_path
     assert caplog.messages == [
         f"{path} {why}: this step is taken again"
         for why in (
-            "is of another chain, 4567",
+            "belongs to another chain, 4567",
             "is damaged: it is cut off or not JSON",
             "is damaged: it does not match its digest",
             "is damaged or of another version of visprompt",
