@@ -252,7 +252,7 @@ def test_a_file_of_weights_that_is_not_there_is_named(tmp_path, measured, capsys
     _, (*_, missing) = lines(text := capsys.readouterr().out)
     sentence = "there is no file of backbone weights at /nowhere/w.safetensors: correct backbone.weights=..."
     assert missing == f"missing: {sentence}"
-    assert text.endswith("\nruns that lack data or weights count as not done\n")
+    assert text.endswith("\nruns that lack data or weights are counted as not done\n")
 
 
 def test_the_hub_is_asked_again_after_a_dry_run(monkeypatch):
@@ -363,7 +363,7 @@ def test_a_batch_without_room_is_a_reason(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pace.Bench, "figures", full)
     found = paced(tmp_path)
-    many = "recipe.batch_size=64 on 1 device(s) has no room on the CPU (threads: 1)"
+    many = "recipe.batch_size=64 on 1 device(s) does not fit into the memory of the CPU (threads: 1)"
     assert (found.device, found.why) == ("", f"{many}: raise trainer.accumulate_grad_batches")
 
 
