@@ -200,7 +200,7 @@ def test_another_run_s_finished_folder_is_not_this_run_s(tmp_path, whole, monkey
     before = content(mine.folder)
     monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("trains"))
     sentence = (
-        f"{mine.folder}/result.json is another run's (its seed is 1, this run's is 0): move or delete what lies in "
+        f"{mine.folder}/result.json is another run's (its seed is 1, this run's is 0): move or delete the files in "
         "that folder"
     )
     with pytest.raises(UserError) as error:

@@ -320,7 +320,7 @@ def test_without_test_images_a_run_is_refused_or_marked_as_not_scored(tmp_path, 
     run_all.show(result, one)
     assert "not scored: there are no test images" in capsys.readouterr().out
     assert run.run_job(one) == result, "it is finished"
-    with pytest.raises(UserError, match="have no test score, are not averaged"):
+    with pytest.raises(UserError, match="have no test score cannot be averaged"):
         cell([result])
 
 

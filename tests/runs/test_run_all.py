@@ -111,7 +111,7 @@ def test_ranks_that_somebody_else_started_decide_together_what_is_finished(logs,
 
 def test_no_sweeper_chooses_by_the_test_accuracy(tmp_path):
     chooses = {"mode": "MULTIRUN", "sweeper._target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"}
-    with pytest.raises(UserError, match=r"no choice reads test: give it split=tune$"):
+    with pytest.raises(UserError, match=r"no choice may read a test score: give it split=tune$"):
         train(tmp_path, **chooses)
     assert 0 <= train(tmp_path, "split=tune", "+trainer.limit_val_batches=1", **chooses) <= 1
 

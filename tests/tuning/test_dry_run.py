@@ -79,7 +79,7 @@ def test_steps_time_and_disk_are_added_up(tmp_path, measured, capsys):
     # 3 epochs of 16 batches from 1,000 images, one second each, and 797 test images
     assert table["digits", "vpt_deep"] == ["-", "0", "1, 0 done", "48", "56 s"]
     assert left.startswith("time left: about 3 min, one run after the other, ")
-    assert left.endswith(" on top; trainer.limit_test_batches, trainer.limit_train_batches would make it less")
+    assert left.endswith(" are not included; trainer.limit_test_batches, trainer.limit_train_batches would make it less")
     assert len(measured) == 1, "tasks that differ in their number of classes alone take as long"
     states = [4 * (2 * 4 * 24 + 25 * TASKS[task].num_classes) for task in SUITES["demo"]]
     size = sum(states) + 3 * 20_000 + 3 * max(states)

@@ -99,8 +99,8 @@ _ALLOWED: dict[str, Allowed] = {
     "data.flip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "data.short_side": _SIDE | NULL,
 }
-# Two programs differ, and are recognised by a key that only they have: eval.py (`weights`) may leave out the
-# precision, which is then the run's; prepare.py (`verify`) needs a data_dir.
+# Two programs differ, and are recognised by one of their keys: eval.py (`weights`) may leave out the precision,
+# which is then the run's; prepare.py (`verify`) needs a data_dir.
 _IN_ONE_PROGRAM = (("weights", "precision", _PRECISION | NULL), ("verify", "data_dir", PATH))
 _GROUPS = ("data", "backbone", "method", "recipe", "trainer", "paths", "preprocessing", "diagnostics")
 
@@ -112,13 +112,13 @@ _SET_BY_PROJECT = {
     "callbacks": "give +callbacks.NAME={_target_: ...}",
     "default_root_dir": "give paths.log_dir=...",
     "enable_checkpointing": "give resume_every_n_epochs=...",
-    "enable_model_summary": "the table behind each run counts the parameters",
+    "enable_model_summary": "the table after each run has the number of parameters",
     "num_sanity_val_steps": "it would draw random numbers before the first epoch",
-    "use_distributed_sampler": "data are dealt to devices by the data module",
-    "sync_batchnorm": "it is on where GPUs train batch norm",
+    "use_distributed_sampler": "the data module divides the images over the devices",
+    "sync_batchnorm": "it is on if GPUs train batch norm",
     "limit_predict_batches": "src/predict.py reads all images",
     "enable_autolog_hparams": "choose logger=csv, tensorboard or wandb",
-    "model_registry": "nothing is uploaded but by logger=wandb",
+    "model_registry": "only logger=wandb uploads anything",
     "barebones": "take debug=profiler to measure time",
 }
 _BATCHES = whole(1, _MOST) | number(
