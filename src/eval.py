@@ -1,4 +1,4 @@
-"""Scores a saved state on its test set: `python src/eval.py run=logs/<task>/<method>/<hash>`."""
+"""Score a finished run on its test set: `python src/eval.py run=logs/<task>/<method>/<hash>`."""
 
 from visprompt.runs import signals
 
@@ -14,9 +14,11 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval")
 def main(cfg: DictConfig) -> float:
-    """Return test/acc."""
+    """Score the run, or the ensemble of runs, and return the test accuracy."""
     with one_sentence_errors():
-        from visprompt.runs import evaluate  # imported late: a wrong word is said before torch is loaded
+        from visprompt.runs import (
+            evaluate,
+        )  # imported late: typing errors are reported before torch is loaded
 
         signals.started()
         expand_paths(cfg)

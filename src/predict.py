@@ -1,4 +1,4 @@
-"""Labels a folder of images: `python src/predict.py state=logs/<task>/<method>/<hash> images=FOLDER`."""
+"""Label a folder of images: `python src/predict.py state=logs/<task>/<method>/<hash> images=FOLDER`."""
 
 from visprompt.runs import signals
 
@@ -14,19 +14,15 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="predict")
 def main(cfg: DictConfig) -> None:
-    """Write predictions.csv."""
+    """Label the images and write the CSV file."""
     with one_sentence_errors():
-        from visprompt.runs.predict import (
-            predict,
-        )  # imported late: a wrong word is said before torch is loaded
+        # imported late: typing errors are reported before torch is loaded
+        from visprompt.runs.predict import predict
 
         signals.started()
         expand_paths(cfg)
-        options = {
-            name: cfg[name]
-            for name in ("output", "batch_size", "device", "weights", "overwrite", "max_pixels")
-        }
-        predict(cfg.state, cfg.images, **options)
+        names = ("output", "batch_size", "device", "weights", "overwrite", "max_pixels")
+        predict(cfg.state, cfg.images, **{name: cfg[name] for name in names})
 
 
 if __name__ == "__main__":

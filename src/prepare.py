@@ -1,4 +1,4 @@
-"""Downloads, verifies and decodes datasets, once: `python src/prepare.py tasks=vtab_natural`."""
+"""Download, verify and decode datasets, once: `python src/prepare.py tasks=vtab_natural`."""
 
 from visprompt.runs import signals
 
@@ -14,10 +14,11 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="prepare")
 def main(cfg: DictConfig) -> None:
-    """Prepare the tasks of a command line, or says what is missing of them."""
+    """Prepare the tasks of a command line, or with `verify=true` say which of their files are missing."""
     with one_sentence_errors():
+        # imported late: typing errors are reported before torch is loaded
         from visprompt.data.stores.prepare_all import prepare_all, verify_all
-        from visprompt.runs.compose import plans  # imported late: a wrong word is said before torch is loaded
+        from visprompt.runs.compose import plans
 
         signals.started()
         expand_paths(cfg)

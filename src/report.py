@@ -1,4 +1,4 @@
-"""Tables, tests, figures and a page of all runs below a folder: `python src/report.py runs=logs`."""
+"""Write tables, tests, figures and a page about the runs in a folder: `python src/report.py runs=logs`."""
 
 from visprompt.runs import signals
 
@@ -16,7 +16,9 @@ from visprompt.runs.paths import expand_paths
 def main(cfg: DictConfig) -> None:
     """Write the report."""
     with one_sentence_errors():
-        from visprompt.reports import report  # imported late: a wrong word is said before torch is loaded
+        from visprompt.reports import (
+            report,
+        )  # imported late: typing errors are reported before torch is loaded
 
         signals.started()
         expand_paths(cfg)

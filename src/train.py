@@ -1,4 +1,4 @@
-"""Tunes a frozen backbone on one task or several: `python src/train.py data=demo/digits method=vpt_deep`."""
+"""Tune a frozen backbone on one task or several: `python src/train.py data=demo/digits method=vpt_deep`."""
 
 from visprompt.runs import signals
 
@@ -13,9 +13,10 @@ from visprompt.runs.cli import check_words, one_sentence_errors
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> float:
-    """Return the mean score over the tasks, by which a sweeper of Hydra's may choose in split=tune."""
+    """Train and return the mean score over the tasks, by which a Hydra sweeper may choose if split=tune."""
     with one_sentence_errors():
-        from visprompt.runs import run_all  # imported late: a wrong word is said before torch is loaded
+        # imported late: typing errors are reported before torch is loaded
+        from visprompt.runs import run_all
         from visprompt.tuning import dry_run
 
         signals.started()

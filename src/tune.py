@@ -1,4 +1,4 @@
-"""Grid, choice on val200, seeds, table: `python src/tune.py experiment=demo_table`."""
+"""Try a grid, choose on val200, run the seeds, write a table: `python src/tune.py experiment=demo_table`."""
 
 from visprompt.runs import signals
 
@@ -14,12 +14,10 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="tune")
 def main(cfg: DictConfig) -> float:
-    """Return the mean test accuracy over methods and tasks."""
+    """Run the protocol and return the mean test accuracy over methods and tasks."""
     with one_sentence_errors():
-        from visprompt.tuning import (
-            dry_run,
-            protocol,
-        )  # imported late: a wrong word is said before torch is loaded
+        # imported late: typing errors are reported before torch is loaded
+        from visprompt.tuning import dry_run, protocol
 
         signals.started()
         expand_paths(cfg)

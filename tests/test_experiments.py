@@ -238,7 +238,7 @@ def test_what_the_user_gives_is_not_tried():
 
 def test_the_papers_have_no_grid_for_other_tasks():
     with pytest.raises(
-        UserError, match=r"recipe\.grid=paper \(which is for the tasks of VTAB-1k and FGVC\) is no grid"
+        UserError, match=r"recipe\.grid=paper \(which is for the tasks of VTAB-1k and FGVC\) is not a grid"
     ):
         grid_points(grid_of("demo/digits", "grid=paper"))
 

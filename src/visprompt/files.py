@@ -1,7 +1,7 @@
-"""Files and folders that exist whole or not at all: atomic writes, locks, JSON records with a digest.
+"""Write files and folders atomically, lock them, and read and write JSON records that carry a digest.
 
-Whoever writes a temporary file or folder holds a lock on it, so that those of killed processes are known and
-removed.
+A process locks the temporary files and folders that it writes. The system releases the lock of a killed
+process, so that what it left behind can be recognised and removed.
 """
 
 import errno
@@ -27,23 +27,26 @@ from safetensors import SafetensorError
 from visprompt.errors import UserError
 
 _log = logging.getLogger(__name__)
-# where `write_atomically` writes until a file is complete; in older versions safetensors wrote beside it
+# names of the folders in which `write_atomically` writes, and of the temporary files that safetensors made in
+# the run's folder in older versions
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}|\.tmp[A-Za-z0-9]{6}")
-_YOUNG = 5.0  # seconds in which a new file may not have its lock yet
-_ABANDONED = 3600.0  # seconds without a write, where the file system has no locks
+_YOUNG = 5.0  # seconds after which a new file is surely locked
+_ABANDONED = (
+    3600.0  # seconds without a write after which a file is abandoned, if the file system has no locks
+)
 _DIGEST = "digest"
 
 
 @contextmanager
 def alone(lock_file: Path, what: str) -> Iterator[None]:
-    """Keep other processes from doing the same at the same time, after waiting for one that does.
+    """Hold a lock while the body runs, so that one process at a time does the same work; wait for the lock.
 
     Args:
-        lock_file: Held while the body runs.
-        what: What is being done, for who has to wait: "downloading x".
+        lock_file: The lock's file.
+        what: The work, for the log of a process that waits: "downloading x".
 
     Raises:
-        OSError: The place cannot be written.
+        OSError: The lock's folder cannot be written to.
     """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file)
@@ -60,13 +63,10 @@ def alone(lock_file: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Lock a temporary file or folder while it is written.
-
-    The system releases the lock of a killed process.
-    """
+    """Lock a temporary file or folder while it is written, so that `sweep` leaves it alone."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # no locks here: the age decides
+        with suppress(OSError):  # a file system without locks: `sweep` goes by the age
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -75,12 +75,10 @@ def claimed(path: Path) -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(purpose: str) -> Iterator[Path]:
-    """Return a folder in the system's place for temporary files.
-
-    Removes those for the same purpose of killed processes.
+    """Make a temporary folder, and remove those that killed processes left for the same purpose.
 
     Args:
-        purpose: Part of its name, for example "ranks".
+        purpose: Part of the folder's name: "ranks" gives /tmp/visprompt-ranks-x3k9q0.
     """
     prefix = f"visprompt-{purpose}-"
     sweep(Path(tempfile.gettempdir()).glob(f"{prefix}*"))
@@ -89,21 +87,21 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
 
 
 def sweep(paths: Iterable[Path]) -> None:
-    """Remove those of some temporary files and folders that nobody writes any more."""
+    """Remove the given temporary files and folders, except those that a process is still writing."""
     for path in paths:
         if not _is_abandoned(path):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            with suppress(OSError):  # somebody else's
+            with suppress(OSError):  # another user's file
                 path.unlink(missing_ok=True)
 
 
 def _is_abandoned(path: Path) -> bool:
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:  # it is gone, or somebody else's
+    except OSError:  # it is gone, or another user's
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,10 +115,7 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _last_write(path: Path) -> float:
-    """When something of a file or folder was last written.
-
-    Now, where its owner renames or removes it meanwhile.
-    """
+    """Return when a file, or anything in a folder, was last written; now, if it is being renamed."""
     try:
         return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
     except OSError:
@@ -128,35 +123,34 @@ def _last_write(path: Path) -> float:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it either stands complete under its name or not at all.
+    """Write a file that appears under its name only when it is complete.
 
     Args:
         path: The file to write; its folder is made.
-        write: Writes the content to the path it is given.
+        write: Writes the content to the path that it is given.
 
     Raises:
-        UserError: The file system refuses (full disk, read-only); what stood there before still stands.
+        UserError: The file system refuses (full disk, read-only); an earlier file at `path` is unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent.glob(f".{glob.escape(path.name)}.????????"))
-        place = Path(
-            tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
-        )  # safetensors writes two files there
+        # a folder and not a file, because safetensors writes a second temporary file next to the first
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as error:
         raise _unwritable(path, error) from error
-    temporary = place / path.name
+    temporary = folder / path.name
     try:
-        with claimed(place):
+        with claimed(folder):
             write(temporary)
-            temporary.chmod(0o644)  # safetensors makes files that their owner alone may read
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise _unwritable(path, error) from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unwritable(path: Path, error: Exception) -> UserError:
@@ -168,16 +162,16 @@ def _unwritable(path: Path, error: Exception) -> UserError:
 def publish(
     folder: Path, write: Callable[[Path], None], usable: Callable[[], bool], option: str = "store_dir"
 ) -> None:
-    """Write a folder; any number of processes may do so at once, the first that is ready wins.
+    """Write a folder atomically; several processes may do so at once, and the first to finish wins.
 
     Args:
-        folder: The folder to make, replacing one that is damaged.
+        folder: The folder to make; a damaged one is replaced.
         write: Fills the temporary folder that it is given.
-        usable: Whether the folder is there and whole, so that it need not be replaced.
-        option: What moves the folder elsewhere, for errors.
+        usable: Returns whether `folder` exists and is complete, so that it need not be replaced.
+        option: The option that chooses another place for the folder, for errors.
 
     Raises:
-        UserError: The disk is full, or the place cannot be written.
+        UserError: The disk is full, or the place cannot be written to.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +191,7 @@ def publish(
 
 
 def explained(error: OSError, place: Path, option: str = "store_dir") -> UserError:
-    """Say in one sentence why a place cannot be written, and which option moves it elsewhere."""
+    """Build the error that says why a folder cannot be written to, and which option chooses another one."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"the disk of {place} is full: free space there, "
@@ -217,24 +211,24 @@ def _replace(temporary: Path, folder: Path, usable: Callable[[], bool]) -> None:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
         if usable():
-            return  # another process was faster: its folder is as good
-        folder.rename(temporary / "replaced")  # damaged: it goes when the temporary folder is removed
+            return  # another process was faster, and its folder is as good
+        folder.rename(temporary / "replaced")  # the damaged folder; removed with the temporary one
         temporary.rename(folder)
         shutil.rmtree(folder / "replaced", ignore_errors=True)
 
 
 class DamagedRecord(UserError):
-    """A record that is there and cannot be trusted.
+    """A record whose file exists but cannot be trusted.
 
-    The message says which and why, not what to do about it.
+    The message names the file and the fault; the caller adds what to do about it.
     """
 
 
 def digest_of(record: Mapping[str, Any]) -> str:
-    """Return the sha256 (hex) over the canonical JSON of a record, of which "digest" is left out.
+    """Return the sha256 (hex) of a record's canonical JSON, without its key "digest".
 
     Raises:
-        ValueError: A number is not finite, or a value is not one of JSON's.
+        ValueError: A number is not finite, or a value has no form in JSON.
     """
     content = {key: value for key, value in record.items() if key != _DIGEST}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -242,20 +236,20 @@ def digest_of(record: Mapping[str, Any]) -> str:
 
 
 def record_text(record: Mapping[str, Any], indent: int | None = None) -> str:
-    """Return a record with its digest as JSON.
+    """Return a record and its digest as JSON.
 
     Args:
-        record: Content by name, for example {"initial": "0f3a"}; its names are texts.
+        record: Content by name: {"initial": "0f3a"} gives '{"initial": "0f3a", "digest": "9c1e..."}'.
         indent: As in `json.dumps`.
 
     Raises:
-        ValueError: A number is not finite; JSON has no word for it.
+        ValueError: A number is not finite, which JSON cannot express.
     """
     return json.dumps(dict(record) | {_DIGEST: digest_of(record)}, indent=indent, allow_nan=False) + "\n"
 
 
 def write_record(path: Path, record: Mapping[str, Any], indent: int | None = None) -> None:
-    """Write `record_text` atomically.
+    """Write a record and its digest as JSON, atomically.
 
     Raises:
         ValueError: A number is not finite.
@@ -266,18 +260,18 @@ def write_record(path: Path, record: Mapping[str, Any], indent: int | None = Non
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Read a record and compares it with its digest.
+    """Read a record and compare it with its digest.
 
     Args:
         path: The file.
 
     Returns:
-        The content, with "digest" where the record has one: those of older versions have none, so that the
-        caller has to know every name that may occur. None where there is no such file.
+        The content, with "digest" if the record has one, or None if there is no such file. Records of older
+        versions lack a digest, so the caller must itself check which names occur.
 
     Raises:
-        DamagedRecord: The file cannot be read, is no JSON, holds a number that is not finite, or is not what
-            its digest says.
+        DamagedRecord: The file cannot be read, is not JSON, holds a number that is not finite, or does not
+            match its digest.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -286,13 +280,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise DamagedRecord(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise DamagedRecord(f"{path} is damaged: it is cut or no JSON") from error
+        raise DamagedRecord(f"{path} is damaged: it is cut off or not JSON") from error
     if not isinstance(record, dict):
-        raise DamagedRecord(f"{path} is damaged: it is no JSON object")
+        raise DamagedRecord(f"{path} is damaged: it is not a JSON object")
     try:
         digest = digest_of(record)
     except (ValueError, RecursionError) as error:
         raise DamagedRecord(f"{path} is damaged: it holds a number that is not finite") from error
     if _DIGEST in record and record[_DIGEST] != digest:
-        raise DamagedRecord(f"{path} is damaged: it is not what its digest says")
+        raise DamagedRecord(f"{path} is damaged: it does not match its digest")
     return record

@@ -228,35 +228,35 @@ def test_own_images_scored_in_tune(tmp_path):
 
 def test_what_cannot_be_opened_is_said_in_one_sentence(opened, logs, tmp_path):
     folder = opened("linear").folder
-    with pytest.raises(UserError, match=r"holds no finished run: give the folder that its table named$"):
+    with pytest.raises(UserError, match=r"holds no finished run: give the folder that was printed below its table$"):
         inspection.open_run(tmp_path)
-    with pytest.raises(UserError, match=r"^device=gpu is no device of this machine: choose auto, cpu or cuda$"):
+    with pytest.raises(UserError, match=r"^device=gpu is not a device of this machine: choose auto, cpu or cuda$"):
         inspection.open_run(folder, "gpu")
     with pytest.raises(UserError, match=r"^there is no file of backbone weights at /nowhere: give weights=FILE$"):
         inspection.open_run(folder, weights="/nowhere")
     half = shutil.copytree(folder, tmp_path / "half")
     stored = json.loads((half / "result.json").read_text())
     rewrite(half / "result.json", data=stored["data"] | {"fingerprint": "0" * 64})
-    with pytest.raises(UserError, match=r"half have changed since it was trained: its test set is another one now$"):
+    with pytest.raises(UserError, match=r"half have changed since it was trained: restore them, or train again$"):
         inspection.open_run(half)
     (half / "config.yaml").write_text("data: [")
     with pytest.raises(
-        UserError, match=r"half/config\.yaml cannot be read \(it is cut or no YAML\): copy the whole folder of the run$"
+        UserError, match=r"half/config\.yaml cannot be read \(it is cut off or not YAML\): copy the whole folder of the run$"
     ):
         inspection.open_run(half)
     (half / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"cannot be read \(.*No such file.*\): copy the whole folder of the run$"):
         inspection.open_run(half)
     (half / "result.json").unlink()
-    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that its table named$"):
+    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that was printed below its table$"):
         inspection.open_run(half)
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"decode": None}, "old does not say its decode: an older version wrote it, run its command again$"),
-        ({"flip": 0.5}, "old was tuned with other preprocessing than .*config.yaml: give runs that agree in it$"),
+        ({"decode": None}, "old is of an older version, which did not record its decode: run its command again$"),
+        ({"flip": 0.5}, "old was tuned with other preprocessing than .*config.yaml: give runs with the same one$"),
     ],
 )
 def test_other_preprocessing_than_the_record_is_named(opened, tmp_path, changes, sentence):

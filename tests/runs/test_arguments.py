@@ -180,8 +180,8 @@ def test_every_whole_number_of_every_config_and_method_is_known_as_one():
         whole = {key for key, value in found.items() if type(value) is int}
         fractions = {"recipe.warmup_epochs"}  # what may be a fraction too
         assert {key for key in whole if not is_whole(key)} <= fractions, script
-    kinds = {key for key, kind in settings._KINDS.items() if kind.fits(2) and not kind.fits(2.5)}
-    assert kinds <= WHOLE | {"precision", "backbone.kwargs"}
+    whole = {key for key, allowed in settings._ALLOWED.items() if allowed.fits(2) and not allowed.fits(2.5)}
+    assert whole <= WHOLE | {"precision", "backbone.kwargs"}
 
 
 @pytest.mark.parametrize("key", [*PATHS])

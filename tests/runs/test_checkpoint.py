@@ -216,7 +216,7 @@ def test_a_resume_state_is_found_by_its_owner_alone(tmp_path):
             0.0,
             "is the resume state of attempt 2 of this run, and this is attempt 0",
         ),
-        (None, 0.0, "is of an older version, which did not note whose resume state it is"),
+        (None, 0.0, "was written by an older version, which did not record the run it belongs to"),
         (OWNER, float("nan"), "holds numbers that are not finite, in w"),
     ],
 )
@@ -230,7 +230,7 @@ def test_what_is_not_this_attempt_s_resume_state_is_refused(tmp_path, owner, wei
 def test_a_resume_state_of_another_layout_is_of_an_older_version(tmp_path):
     path = tmp_path / "state.safetensors"
     SafetensorsIO().save_checkpoint({"callbacks": {}, "state_dict": {}}, path)
-    with pytest.raises(UserError, match=r"is of an older version, which did not note whose resume state it is: delete"):
+    with pytest.raises(UserError, match=r"was written by an older version, which did not record the run it belongs to: delete"):
         ResumeCheckpoint(tmp_path).find(OWNER)
 
 

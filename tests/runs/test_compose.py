@@ -152,7 +152,7 @@ def test_a_machine_s_file_that_chooses_a_group_is_one_sentence(tmp_path, capsys,
     file.write_text("# @package _global_\ndefaults: [override /trainer: gpu]\n")
     sentence = said(capsys, monkeypatch, script, "device=cpu")
     assert sentence.startswith("error: the files in configs cannot be composed: In 'local/default': Could not override")
-    assert sentence.endswith("; configs/local/default.yaml may give values, but choose no groups\n")
+    assert sentence.endswith("; configs/local/default.yaml may set values, but cannot choose options of config groups\n")
 
 
 @pytest.mark.parametrize(

@@ -165,17 +165,17 @@ def test_processes_that_this_one_cannot_start_are_refused(monkeypatch):
     with pytest.raises(UserError) as error:
         engine.check_alone((), 2, 3)
     assert str(error.value) == (
-        "trainer.num_nodes=3 leaves it to another program to start 6 process(es), and none did: begin the command with "
-        "srun --nodes=3 --ntasks-per-node=2 or torchrun --nnodes=3 --nproc-per-node=2, or take trainer=ddp, which "
-        "starts those of one machine itself"
+        "trainer.num_nodes=3 needs another program to start its 6 process(es): begin the command with "
+        "srun --nodes=3 --ntasks-per-node=2 or torchrun --nnodes=3 --nproc-per-node=2, or give trainer=ddp, which "
+        "starts the processes of one machine itself"
     )
     with pytest.raises(
-        UserError, match=r"^trainer=slurm leaves .* 1 process.*: begin the command with srun --nodes=1 "
+        UserError, match=r"^trainer=slurm needs .* 1 process.*: begin the command with srun --nodes=1 "
     ):
         engine.check_alone(SLURM, 1, 1)
     monkeypatch.setenv("SLURM_NTASKS", "1")
     engine.check_alone(SLURM, 1, 1)
-    with pytest.raises(UserError, match=r"^trainer=slurm leaves it to another program to start 2 process"):
+    with pytest.raises(UserError, match=r"^trainer=slurm needs another program to start its 2 process"):
         engine.check_alone(SLURM, 2, 1)
 
 

@@ -118,14 +118,14 @@ def test_eval_on_own_images_wherever_they_lie_and_refuses_when_they_have_changed
 
 
 def test_eval_refuses_what_has_no_test_score(trained, tmp_path):
-    with pytest.raises(UserError, match=r"holds no finished run: give the folder that its table named$"):
+    with pytest.raises(UserError, match=r"holds no finished run: give the folder that was printed below its table$"):
         evaluate(tmp_path)
     folder, _ = trained("split=tune")
     with pytest.raises(UserError, match=r"is a run of split=tune, which has no test set: give a run of split=final"):
         evaluate(folder)
     half = shutil.copytree(trained()[0], tmp_path / "half")
     (half / "result.json").unlink()
-    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that its table named"):
+    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that was printed below its table"):
         evaluate(half)
 
 
@@ -169,7 +169,7 @@ def test_a_state_whose_numbers_overflow_gives_no_probability(logs, trained, tmp_
     with pytest.raises(UserError) as error:
         predict(logs, tmp_path / "state.safetensors", images, tmp_path / "out.csv")
     assert str(error.value) == (
-        f"{tmp_path}/state.safetensors gives no probabilities for a/0000.png: its numbers overflow, so tune it again"
+        f"{tmp_path}/state.safetensors gives no finite probabilities for a/0000.png: tune it again"
     )
     assert not (tmp_path / "out.csv").exists()
 
@@ -211,7 +211,7 @@ def test_runs_of_other_preprocessing_are_no_ensemble(trained):
     folders = [trained()[0], trained("preprocessing.normalisation=imagenet")[0]]
     with (
         composed("eval", f"run=[{','.join(map(str, folders))}]", "trainer=cpu", "callbacks=none") as cfg,
-        pytest.raises(UserError, match=r"was tuned with other preprocessing than .*: give runs that agree in it"),
+        pytest.raises(UserError, match=r"was tuned with other preprocessing than .*: give runs with the same one"),
     ):
         inference.evaluate(cfg)
 
@@ -300,7 +300,7 @@ def test_predict_on_a_folder_without_images_is_one_sentence(logs, trained, tmp_p
     (tmp_path / "images").mkdir()
     spoil(tmp_path / "images")
     with pytest.raises(
-        UserError, match=r"^there is no image that can be read in .*images: give an image or a folder of images$"
+        UserError, match=r"images has no image that can be read: give an image or a folder of images$"
     ):
         predict(logs, trained()[0], tmp_path / "images", tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
@@ -309,11 +309,11 @@ def test_predict_on_a_folder_without_images_is_one_sentence(logs, trained, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("images=/nowhere",), "there is no image and no folder /nowhere: correct images="),
+        (("images=/nowhere",), "images=/nowhere is neither an image nor a folder: correct images="),
         (("state=/nowhere",), "there is no tuned state at /nowhere"),
         (("batch_size=0",), "batch_size=0 is not a number of images: give a whole number of 1 or more"),
-        (("output=/tmp",), "^output=/tmp is a folder: give the name of a new CSV$"),
-        (("device=gpu",), "device=gpu is no device of this machine: choose auto, cpu or cuda"),
+        (("output=/tmp",), "^output=/tmp is a folder: give the name of a new CSV file$"),
+        (("device=gpu",), "device=gpu is not a device of this machine: choose auto, cpu or cuda"),
         (("weights=/nowhere",), "there is no file of backbone weights at /nowhere"),
     ],
 )
@@ -336,7 +336,7 @@ def test_predict_replaces_a_csv_only_where_it_is_told_to(logs, trained, tmp_path
     with pytest.raises(UserError) as caught:
         predict(logs, trained()[0], images, output)
     assert str(caught.value) == (
-        f"output={output} is there already: give overwrite=true to replace it, or the name of a new CSV"
+        f"output={output} exists: give overwrite=true to replace it, or the name of a new CSV file"
     )
     assert output.read_text() == "path\nmine\n"
     assert len(predict(logs, trained()[0], images, output, "overwrite=true")) == 2

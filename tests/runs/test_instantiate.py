@@ -104,7 +104,7 @@ def test_a_nested_target_is_refused_too_at_any_depth():
         ("mine_parts.X", "c._target_=mine_parts.X does not exist: there is no module mine_parts.X, correct it"),
         ("mine_parts.MyCallback.x", "c._target_=mine_parts.MyCallback.x does not exist: correct it"),
         ("mine_parts.MADE.append", "c._target_=mine_parts.MADE.append does not exist: correct it"),
-        ("mine_broken.X", "c._target_=mine_broken.X cannot be imported: no way; mend that module"),
+        ("mine_broken.X", "c._target_=mine_broken.X cannot be imported: no way; correct that module"),
         (
             "mine_parts.function",
             "c._target_=mine_parts.function is not a class that belongs there: give a subclass of ",
@@ -125,7 +125,7 @@ def test_what_is_not_a_class_is_named(mine, target, sentence):
 def test_a_config_without_a_class_and_one_that_makes_none_are_named():
     with pytest.raises(UserError, match=r"^c names no class: give c\._target_=\.\.\., a subclass of Callback$"):
         instantiate("c", {"monitor": "x"}, L.Callback)
-    with pytest.raises(UserError, match=r"^c makes no object of Callback: leave _partial_ and the like out of it$"):
+    with pytest.raises(UserError, match=r"^c builds no object of Callback: leave _partial_ and the like out of it$"):
         instantiate("c", {"_target_": "lightning.pytorch.callbacks.Timer", "_partial_": True}, L.Callback)
     known = r"\(all: c\.duration, c\.interval, c\.verbose\)"
     with pytest.raises(UserError, match=rf"^unknown key 'c\.nothing': did you mean c\.duration\? {known}$"):

@@ -144,7 +144,7 @@ def test_a_point_that_another_process_works_on_comes_last_and_the_table_is_whole
         monkeypatch.setattr(run_all, "time", SimpleNamespace(sleep=lambda seconds: other.release()))  # it was killed
         tune(tmp_path)
     assert trained == [(42, 0.4), (42, 0.2), (1, trained[-1][1])], "no final run before the choice from the whole grid"
-    assert "digits/vpt_deep: process 7 on another-machine is at work on it: later\n" in capsys.readouterr().out
+    assert "digits/vpt_deep: process 7 on another-machine is working on it: waiting until later\n" in capsys.readouterr().out
 
 
 def test_a_point_that_diverges_is_a_result_and_never_chosen(tmp_path, trained):

@@ -48,7 +48,7 @@ def fails(error):
         (fails(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")), GPU),
         (
             fails(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")),
-            "there is not enough memory for the loader's workers, of which data.num_workers=0 takes none: take less",
+            "there is not enough memory for the loader's workers (data.num_workers=0 starts none): take less",
         ),
     ],
 )

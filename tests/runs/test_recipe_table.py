@@ -66,7 +66,7 @@ def test_the_command_line_wins_over_a_table_and_a_grid_stays(table):
         ("", r"t\.csv has no column task"),
         ("task,learning_rate\ndtd,1\n", r"^unknown setting of method vpt_deep in .*t\.csv 'learning_rate'"),
         ("task,lr,lr\ndtd,1,2\n", r"t\.csv has two columns 'lr': leave one of them out$"),
-        ("task,lr\ndtd,1,2\n", r"t\.csv has 3 cells in row 2 and 2 columns: mend that row$"),
+        ("task,lr\ndtd,1,2\n", r"t\.csv has 3 cells in row 2 and 2 columns: correct that row$"),
         ("task,lr\ndtd,[1]\n", r"t\.csv has '\[1\]' for lr: give a number or a word$"),
         ("task,lr\ndtd,much\n", r"^recipe\.lr=much does not fit: give a finite number"),
     ],

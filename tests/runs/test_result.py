@@ -99,14 +99,14 @@ def test_a_record_of_an_older_version_has_no_trainer_files_or_digest(tmp_path):
 
 
 WHY = {
-    "cut": (lambda folder: os.truncate(folder / "result.json", 100), "result.json is damaged: it is cut or no JSON"),
+    "cut": (lambda folder: os.truncate(folder / "result.json", 100), "result.json is damaged: it is cut off or not JSON"),
     "no object": (
         lambda folder: (folder / "result.json").write_text("[]"),
-        "result.json is damaged: it is no JSON object",
+        "result.json is damaged: it is not a JSON object",
     ),
     "changed": (
         lambda folder: edit(folder / "result.json", b"0.75", b"0.95"),
-        "result.json is damaged: it is not what its digest says",
+        "result.json is damaged: it does not match its digest",
     ),
     "not finite": (
         lambda folder: edit(folder / "result.json", b"0.75", b"1e999"),
@@ -123,7 +123,7 @@ WHY = {
     "kind": (lambda folder: rewrite(folder / "result.json", seed=1.5), "result.json is damaged: its seed is 1.5"),
     "no state": (
         lambda folder: (folder / "tuned.safetensors").unlink(),
-        "tuned.safetensors is missing, which result.json names",
+        "tuned.safetensors is missing, but result.json names it",
     ),
     "cut state": (
         lambda folder: os.truncate(folder / "tuned.safetensors", 100),
@@ -187,7 +187,7 @@ def test_a_state_by_itself_needs_no_result(tmp_path):
     finished(tmp_path)
     (tmp_path / "result.json").unlink()
     assert open_state(tmp_path).class_names == RECORD["class_names"]
-    with pytest.raises(UserError, match=r"holds no finished run: give the folder that its table named$"):
+    with pytest.raises(UserError, match=r"holds no finished run: give the folder that was printed below its table$"):
         open_result(tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_a_diverged_or_failed_point_is_never_chosen():
 
 
 def test_a_score_of_a_final_run_cannot_decide():
-    with pytest.raises(UserError, match="split=final was offered to a choice: only val200 may decide"):
+    with pytest.raises(UserError, match="split=final is among those to choose from"):
         choose([make()], [{}])
 
 
@@ -288,12 +288,12 @@ def test_a_cell_is_mean_and_sample_deviation():
     ],
 )
 def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(other):
-    with pytest.raises(UserError, match="not averaged together"):
+    with pytest.raises(UserError, match="cannot be averaged: leave them out"):
         cell([make(), make(seed=2, **other)])
 
 
 def test_a_seed_counts_once():
-    with pytest.raises(UserError, match="two runs of one seed are not averaged together: keep the one that is meant"):
+    with pytest.raises(UserError, match="two runs with the same seed cannot be averaged: leave one of them out"):
         cell([make(), make(metrics={"test/acc": 0.5})])
 
 
@@ -303,7 +303,7 @@ def test_weights_from_scratch_are_the_seed_s_own_and_loaded_ones_are_not():
         return [make(seed=seed, backbone=backbone) for seed, backbone in enumerate(backbones)]
 
     assert cell(both(False)).scores == (0.75, 0.75)
-    with pytest.raises(UserError, match="not averaged together"):
+    with pytest.raises(UserError, match="cannot be averaged: leave them out"):
         cell(both(True))
 
 

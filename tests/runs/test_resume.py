@@ -175,7 +175,7 @@ def test_a_cut_or_another_run_s_state_or_result_is_said_and_the_run_starts_again
     other, _ = whole("seed=1")
     for name, sentence in (
         ("tuned.safetensors", "is not the state that result.json recorded: its size differs"),
-        ("result.json", "is damaged: it is cut or no JSON"),
+        ("result.json", "is damaged: it is cut off or not JSON"),
         ("", "is not the state that result.json recorded: it is another run's or attempt's"),
     ):
         again = short_run(tmp_path / (name or "other"))
@@ -200,7 +200,7 @@ def test_another_run_s_finished_folder_is_not_this_run_s(tmp_path, whole, monkey
     before = content(mine.folder)
     monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("trains"))
     sentence = (
-        f"{mine.folder}/result.json is another run's (its seed is 1, this run's is 0): move or delete what lies in "
+        f"{mine.folder}/result.json is another run's (its seed is 1, this run's is 0): move or delete the files in "
         "that folder"
     )
     with pytest.raises(UserError) as error:
@@ -241,7 +241,7 @@ def test_a_damaged_result_of_a_complete_attempt_is_scored_again(tmp_path, whole,
     monkeypatch.setattr(TuningModule, "training_step", lambda *_: pytest.fail("trains again"))
     assert run.run_job(short_run(tmp_path)).metrics == result.metrics
     assert caplog.messages[0] == (
-        f"{half.folder}/resume/result.json is damaged: it is cut or no JSON: the attempt is scored again"
+        f"{half.folder}/resume/result.json is damaged: it is cut off or not JSON: the attempt is scored again"
     )
 
 
@@ -275,7 +275,7 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path):
     (one.folder / "holder").write_text("process 4711 on thor")
     with (
         FileLock(one.folder / "lock"),
-        pytest.raises(UserError, match=r"^process 4711 on thor is at work on this run in .*: wait for it, or end it$"),
+        pytest.raises(UserError, match=r"^process 4711 on thor is working on this run in .*: wait for it, or end it$"),
     ):
         run.run_job(one)
     assert run.run_job(one).status == "finished"

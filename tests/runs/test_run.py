@@ -167,7 +167,7 @@ def test_a_run_that_scored_nothing_is_no_result(tmp_path):
         one = tiny_run(tmp_path, f"split={split}", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1")
         limits = {"limit_val_batches": 0, "limit_test_batches": 0}  # as no command line may say
         one = replace(one, job=one.job.model_copy(update={"trainer": one.job.trainer.model_copy(update=limits)}))
-        with pytest.raises(UserError, match=r"^nothing was scored: take trainer\.limit_val_batches and"):
+        with pytest.raises(UserError, match=r"^nothing was scored: trainer\.limit_val_batches and"):
             run.run_job(one)
         assert not (one.folder / "result.json").exists()
 
@@ -320,7 +320,7 @@ def test_without_test_images_a_run_is_refused_or_marked_as_not_scored(tmp_path, 
     run_all.show(result, one)
     assert "not scored: there are no test images" in capsys.readouterr().out
     assert run.run_job(one) == result, "it is finished"
-    with pytest.raises(UserError, match="have no test score, are not averaged"):
+    with pytest.raises(UserError, match="have no test score cannot be averaged"):
         cell([result])
 
 

@@ -111,7 +111,7 @@ def test_ranks_that_somebody_else_started_decide_together_what_is_finished(logs,
 
 def test_no_sweeper_chooses_by_the_test_accuracy(tmp_path):
     chooses = {"mode": "MULTIRUN", "sweeper._target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"}
-    with pytest.raises(UserError, match=r"no choice reads test: give it split=tune$"):
+    with pytest.raises(UserError, match=r"no choice may read a test score: give it split=tune$"):
         train(tmp_path, **chooses)
     assert 0 <= train(tmp_path, "split=tune", "+trainer.limit_val_batches=1", **chooses) <= 1
 
@@ -194,7 +194,7 @@ def test_several_devices_run_as_ranks_of_the_same_run(tmp_path, monkeypatch):
 def test_ranks_that_fail_or_leave_nothing_are_failed_runs(tmp_path, monkeypatch):
     job = tiny_job(tmp_path, "trainer=ddp_sim")
     monkeypatch.setattr(engine, "run_ranks", lambda *_: None)
-    assert run_all.run_all([job])[0].reason.startswith("the ranks left no whole result in ")
+    assert run_all.run_all([job])[0].reason.startswith("the ranks left no complete result in ")
 
     def fails(*_):
         raise engine.RanksFailed("a rank ended with status -9")
@@ -236,7 +236,7 @@ def test_number_of_local_devices(trainer, count, monkeypatch):
 
 def test_devices_that_are_no_number_are_one_sentence():
     trainer = Trainer(devices="0,1", accelerator="gpu")
-    sentence = r"trainer\.devices=0,1 is no number: give one, auto, or a list such as \[0,1\]$"
+    sentence = r"trainer\.devices=0,1 is not a number: give one, auto, or a list such as \[0,1\]$"
     with pytest.raises(UserError, match=sentence):
         run_all.local_devices(trainer)
 
@@ -264,7 +264,7 @@ def test_a_run_that_another_process_is_at_work_on_is_come_back_to(tmp_path, monk
         (f"{job.task}/vpt_deep", "", run.prepare(job).folder) for job in jobs
     ]
     out = capsys.readouterr().out
-    assert out.startswith("digits/vpt_deep: process 4711 on thor is at work on it: later\n")
+    assert out.startswith("digits/vpt_deep: process 4711 on thor is working on it: waiting until later\n")
     assert ("finished before" in out) is finishes
 
 
@@ -272,6 +272,6 @@ def test_a_single_run_that_another_process_is_at_work_on_fails(tmp_path):
     job = tiny_job(tmp_path, *SHORT)
     folder = run.prepare(job).folder
     folder.mkdir(parents=True)
-    what = f"another process is at work on this run in {folder}: wait for it, or end it"
+    what = f"another process is working on this run in {folder}: wait for it, or end it"
     with FileLock(folder / "lock"), pytest.raises(UserError, match=f"^digits/vpt_deep: {what}$"):
         train(tmp_path)

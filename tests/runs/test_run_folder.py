@@ -176,7 +176,7 @@ def test_the_next_look_at_a_finished_run_removes_what_a_killed_process_left(tmp_
 def test_who_is_at_work_is_told_to_all_ranks():
     error = pickle.loads(pickle.dumps(AtWork("process 4711 on thor", Path("logs/x"))))
     assert (error.who, error.folder) == ("process 4711 on thor", Path("logs/x"))
-    assert str(error) == "process 4711 on thor is at work on this run in logs/x: wait for it, or end it"
+    assert str(error) == "process 4711 on thor is working on this run in logs/x: wait for it, or end it"
 
 
 def test_a_folder_at_work_is_left_alone(tmp_path, whole):

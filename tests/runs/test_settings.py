@@ -96,7 +96,7 @@ def test_every_parameter_of_the_trainer_is_known():
 
     from lightning.pytorch import Trainer
 
-    assert settings._TRAINER.keys() | settings._OURS.keys() == inspect.signature(Trainer).parameters.keys() | {
+    assert settings._TRAINER.keys() | settings._SET_BY_PROJECT.keys() == inspect.signature(Trainer).parameters.keys() | {
         "_target_"
     }
 
@@ -125,7 +125,7 @@ def test_what_cuts_a_run_short_makes_it_one_of_debugging(word, debugs):
 
 
 def test_a_table_of_settings_needs_every_key_that_is_documented():
-    """A new key of a config has a line in `settings._KINDS`."""
+    """A new key of a config has a line in `settings._ALLOWED`."""
     from hydra import compose
 
     elsewhere = ("task", "method.", "recipe.", "trainer.", "callbacks", "logger", "lightning_module._", "hydra.")
@@ -139,7 +139,7 @@ def test_a_table_of_settings_needs_every_key_that_is_documented():
                     for key in leaves(cfg)
                     if not key.startswith((*elsewhere, "data._target_")) and key not in settings._GROUPS
                 }
-                assert keys - settings._KINDS.keys() == set(), program
+                assert keys - settings._ALLOWED.keys() == set(), program
 
 
 def test_no_more_epochs_than_the_warm_up_shorten_it_in_proportion(caplog):
@@ -158,7 +158,8 @@ def test_no_more_epochs_than_the_warm_up_shorten_it_in_proportion(caplog):
 
 def test_momentum_is_refused_where_the_optimiser_has_none():
     sentence = (
-        "recipe.momentum=0.5 is of SGD, and recipe.optimizer=adamw has none: leave it out, or give recipe.optimizer=sgd"
+        "recipe.momentum=0.5 has no effect on recipe.optimizer=adamw, which has no momentum: leave it out, or give "
+        "recipe.optimizer=sgd"
     )
     assert said("method=linear", "recipe.momentum=0.5", "recipe.optimizer=adamw") == sentence
     assert composed_job("method=linear", "recipe.momentum=0.5", "recipe.optimizer=sgd").recipe.momentum == 0.5

@@ -29,8 +29,8 @@ def refused(tmp_path, *words):
 def test_two_devices_of_which_slurm_started_one_are_refused(tmp_path, monkeypatch):
     slurm(monkeypatch)
     assert refused(tmp_path, "trainer=ddp_sim") == (
-        "trainer.devices=2 and trainer.num_nodes=1 ask for 2 process(es), and SLURM started 1: start as many as are "
-        "asked for (srun --nodes=1 --ntasks-per-node=2), or change trainer.devices"
+        "trainer.devices=2 and trainer.num_nodes=1 ask for 2 process(es), and SLURM started 1: start 2 "
+        "(srun --nodes=1 --ntasks-per-node=2), or change trainer.devices"
     )
     assert build_trainer(tiny_job(tmp_path)).world_size == 1
 
@@ -39,14 +39,14 @@ def test_one_device_of_two_processes_that_a_launcher_started_is_refused(tmp_path
     for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert refused(tmp_path) == (
-        "trainer.devices=1 and trainer.num_nodes=1 ask for 1 process(es), and the launcher started 2: start as many as "
-        "are asked for (torchrun --nnodes=1 --nproc-per-node=1), or change trainer.devices"
+        "trainer.devices=1 and trainer.num_nodes=1 ask for 1 process(es), and the launcher started 2: start 1 "
+        "(torchrun --nnodes=1 --nproc-per-node=1), or change trainer.devices"
     )
 
 
 @pytest.mark.filterwarnings("ignore:You passed")
 def test_a_precision_that_the_device_cannot_have_is_refused(tmp_path):
-    sentence = "precision=16-mixed cannot be had on device cpu: give precision=bf16-mixed"
+    sentence = "precision=16-mixed is not available on device cpu: give precision=bf16-mixed"
     assert refused(tmp_path, "precision=16-mixed") == refused(tmp_path, "precision=16") == sentence
     assert build_trainer(tiny_job(tmp_path, "precision=bf16")).precision == "bf16-mixed"
     assert build_trainer(tiny_job(tmp_path, "precision=64")).precision == "64-true"
@@ -88,8 +88,8 @@ def test_a_logger_of_wandb_without_a_key_is_one_sentence_before_anything_runs(tm
     with pytest.raises(UserError) as error:
         run_all.check_all([job])
     assert str(error.value) == (
-        "logger=wandb finds no key of W&B on this machine: run `wandb login` (or set WANDB_API_KEY), or log without a "
-        "network by logger.wandb.offline=true"
+        "logger=wandb finds no W&B API key on this machine: run `wandb login` (or set WANDB_API_KEY), or log without "
+        "a network by giving logger.wandb.offline=true"
     )
     assert asked == [{"prompt": False, "verify": False}]
     answer["key"] = True

@@ -131,7 +131,7 @@ def test_every_key_of_training(places):
 
 def test_every_key_of_the_trainer_and_of_loggers(places):
     cfg = composed("train", "data=demo/digits", "method=linear", *places)
-    assert faults(cfg, [f"trainer.{name}" for name in [*settings._TRAINER, *settings._OURS, "other"]], job)[0] == []
+    assert faults(cfg, [f"trainer.{name}" for name in [*settings._TRAINER, *settings._SET_BY_PROJECT, "other"]], job)[0] == []
     for logger in ("wandb", "tensorboard"):
         cfg = composed("train", "data=demo/digits", "method=linear", "callbacks=default", f"logger={logger}")
         keys = [key for key in leaves(cfg) if key.startswith(("logger", "callbacks"))]

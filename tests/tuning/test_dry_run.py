@@ -79,7 +79,7 @@ def test_steps_time_and_disk_are_added_up(tmp_path, measured, capsys):
     # 3 epochs of 16 batches from 1,000 images, one second each, and 797 test images
     assert table["digits", "vpt_deep"] == ["-", "0", "1, 0 done", "48", "56 s"]
     assert left.startswith("time left: about 3 min, one run after the other, ")
-    assert left.endswith(" on top; trainer.limit_test_batches, trainer.limit_train_batches would make it less")
+    assert left.endswith(" are not included; trainer.limit_test_batches, trainer.limit_train_batches would make it less")
     assert len(measured) == 1, "tasks that differ in their number of classes alone take as long"
     states = [4 * (2 * 4 * 24 + 25 * TASKS[task].num_classes) for task in SUITES["demo"]]
     size = sum(states) + 3 * 20_000 + 3 * max(states)
@@ -252,7 +252,7 @@ def test_a_file_of_weights_that_is_not_there_is_named(tmp_path, measured, capsys
     _, (*_, missing) = lines(text := capsys.readouterr().out)
     sentence = "there is no file of backbone weights at /nowhere/w.safetensors: correct backbone.weights=..."
     assert missing == f"missing: {sentence}"
-    assert text.endswith("\nruns that lack data or weights count as not done\n")
+    assert text.endswith("\nruns that lack data or weights are counted as not done\n")
 
 
 def test_the_hub_is_asked_again_after_a_dry_run(monkeypatch):
@@ -287,7 +287,7 @@ def test_what_cannot_run_is_one_sentence_behind_the_table(tmp_path, arguments, s
 
 
 def test_a_grid_that_is_none_is_said_as_ever(tmp_path):
-    with pytest.raises(UserError, match=r"digits/vpt_deep: recipe\.grid\.seed is nothing to try"):
+    with pytest.raises(UserError, match=r"digits/vpt_deep: recipe\.grid\.seed is set by the protocol itself"):
         tune(tmp_path, "+recipe.grid={seed:[1,2]}")
 
 
@@ -363,7 +363,7 @@ def test_a_batch_without_room_is_a_reason(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pace.Bench, "figures", full)
     found = paced(tmp_path)
-    many = "recipe.batch_size=64 on 1 device(s) has no room on the CPU (threads: 1)"
+    many = "recipe.batch_size=64 on 1 device(s) does not fit into the memory of the CPU (threads: 1)"
     assert (found.device, found.why) == ("", f"{many}: raise trainer.accumulate_grad_batches")
 
 

@@ -53,7 +53,7 @@ def test_a_grid_on_tune_then_seeds_on_final_with_the_chosen_point(logs, tuned):
     [
         (("train", "val"), (), r"pets has no test images: add test/<class>/ folders"),
         (("train", "test"), (), r"pets has no val images: add val/<class>/ folders"),
-        (("train", "val"), ("data.test=none",), r"^src/tune.py makes a table of test accuracies, and data.test=none"),
+        (("train", "val"), ("data.test=none",), r"^src/tune.py makes a table of test accuracies, but data.test=none"),
     ],
 )
 @pytest.mark.parametrize("dry", ["false", "true"])
@@ -101,12 +101,12 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
     [
         (
             ("methods=[]",),
-            r"methods=\[\] is no choice: give a list methods=\[\.\.\.\] of at least one entry, and none twice",
+            r"methods=\[\] does not fit: give a list methods=\[\.\.\.\] of at least one entry, none of them twice",
         ),
-        (("methods=linear",), r"methods=linear is no choice: give a list methods=\[\.\.\.\]"),
-        (("seeds=[]",), r"seeds=\[\] is no choice"),
-        (("seeds=[1,2,1]",), r"seeds=\[1, 2, 1\] is no choice: .* none twice"),
-        (("seeds=3",), "seeds=3 is no choice"),
+        (("methods=linear",), r"methods=linear does not fit: give a list methods=\[\.\.\.\]"),
+        (("seeds=[]",), r"seeds=\[\] does not fit"),
+        (("seeds=[1,2,1]",), r"seeds=\[1, 2, 1\] does not fit: .* none of them twice"),
+        (("seeds=3",), "seeds=3 does not fit"),
         (("methods=[linear]", "+method.depth=1"), r"unknown option of method linear 'depth'"),
         (("methods=[vpt_dep]",), "unknown method 'vpt_dep': did you mean vpt_deep"),
         (("methods=[null]",), "unknown method 'None'"),
@@ -115,18 +115,18 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
             r"^rerun=true, which debug=\.\.\. sets too, would run the whole grid anew at each call: give another",
         ),
         (("hydra.mode=MULTIRUN",), r"^src/tune\.py is one command with one table: give methods=\[\.\.\.\], tasks="),
-        (("++recipe.grid={recipe.lr:[]}",), r"recipe\.grid\.recipe\.lr=\[\] is no choice"),
+        (("++recipe.grid={recipe.lr:[]}",), r"recipe\.grid\.recipe\.lr=\[\] gives nothing to try"),
         (("++recipe.grid={recipe.lrr:[1]}",), r"unknown key of recipe\.grid 'recipe\.lrr': did you mean recipe\.lr"),
         (("++recipe.grid={recip.lr:[1]}",), r"unknown key of recipe\.grid 'recip\.lr': did you mean recipe\.lr"),
         (("++recipe.grid={recipe.lr.x:[1]}",), r"unknown key of recipe\.grid 'recipe\.lr\.x': did you mean recipe\.lr"),
-        (("recipe.grid=3",), r"recipe\.grid=3 is no grid: give dotted keys, each with a list of values"),
+        (("recipe.grid=3",), r"recipe\.grid=3 is not a grid: give dotted keys, each with a list of values"),
         (
             ("+recipe.grid={seed:[1,2]}",),
-            r"recipe\.grid\.seed is nothing to try, the protocol itself sets it: take it out of the grid",
+            r"recipe\.grid\.seed is set by the protocol itself: take it out of the grid",
         ),
         (
             ("methods=[e2vpt]", "+recipe.grid={method.prune_tokens:[[20],[50]]}"),
-            r"recipe\.grid\.method\.prune_tokens is nothing to try",
+            r"recipe\.grid\.method\.prune_tokens is set by the protocol itself",
         ),
     ],
 )
@@ -148,7 +148,7 @@ def test_what_the_command_line_gives_is_tried_in_no_other_value(tmp_path, monkey
     with pytest.raises(ValueError, match="zip"):  # no run, no outcome
         tune(tmp_path, "methods=[vpt_deep]", "recipe.lr=0.3", "++recipe.grid={recipe.weight_decay:[0.0,0.1]}")
     assert [(job.recipe.lr, job.recipe.weight_decay) for job in tried] == [(0.3, 0), (0.3, 0.1)]
-    assert capsys.readouterr().out == "digits/vpt_deep: of one value in the grid: recipe.lr=0.3\n"
+    assert capsys.readouterr().out == "digits/vpt_deep: with a single value in the grid: recipe.lr=0.3\n"
 
 
 def test_an_option_that_is_null_by_default_can_be_tried(logs):
@@ -179,7 +179,7 @@ def test_results_that_cannot_be_averaged_leave_the_other_cells_as_they_are(logs,
     found = [(path, json.loads(path.read_text())) for path in tmp_path.rglob("result.json")]
     path, stored = next((p, s) for p, s in found if s["method"]["name"] == "linear" and s["split"] == "final")
     rewrite(path, data=stored["data"] | {"form": "of an older version"})
-    with pytest.raises(UserError, match=r"^digits/linear: runs that differ in more than the seed, .*"):
+    with pytest.raises(UserError, match=r"^digits/linear: runs that differ in more than the seed or have .*"):
         tune(tmp_path, "methods=[linear,vpt_deep]", "recipe.epochs=2")
     (old, new) = ((folder / "table.md").read_text().splitlines() for folder in (logs, tmp_path))
     assert new == [*old[:2], old[3]]

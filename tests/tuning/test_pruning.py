@@ -214,7 +214,7 @@ def test_initial_values_that_are_gone_or_others_are_named(tmp_path):
     with pytest.raises(UserError, match="holds other initial values than its name says: delete it and run split=tune"):
         pruning.rewind(classifier(initial=name), tmp_path)
     (files / f"{name}.safetensors").unlink()
-    with pytest.raises(UserError, match="the initial values that this run starts from are not at"):
+    with pytest.raises(UserError, match="is missing, which has the initial values of this run"):
         pruning.rewind(classifier(initial=name), tmp_path)
 
 

@@ -211,7 +211,7 @@ def test_a_state_of_a_chain_is_no_member_of_an_ensemble(logs, final):
     with pytest.raises(UserError) as refused:
         evaluate(last, last)
     assert str(refused.value) == (
-        f"{last} is of a chain that prunes for its own seed, and the states of an ensemble have one shape: "
+        f"the prompts in {last} were pruned for one seed, and an ensemble needs prompts of one shape: "
         "give runs with method.prune=false"
     )
 
@@ -353,9 +353,9 @@ def test_a_record_is_its_chain_s_alone_and_a_damaged_one_is_taken_again(tmp_path
     assert caplog.messages == [
         f"{path} {why}: this step is taken again"
         for why in (
-            "is of another chain, 4567",
-            "is damaged: it is cut or no JSON",
-            "is damaged: it is not what its digest says",
+            "belongs to another chain, 4567",
+            "is damaged: it is cut off or not JSON",
+            "is damaged: it does not match its digest",
             "is damaged or of another version of visprompt",
         )
     ]
@@ -384,7 +384,7 @@ def test_damaged_masks_are_found_again_without_a_training(logs, final, tmp_path,
     monkeypatch.setattr(TuningModule, "training_step", lambda *_: pytest.fail("trains again"))
     assert go(tmp_path / "logs", "split=final") == final
     assert path.read_bytes() == whole
-    assert caplog.messages[0] == f"{path} is damaged: it is not what its digest says: this step is taken again"
+    assert caplog.messages[0] == f"{path} is damaged: it does not match its digest: this step is taken again"
 
 
 WILD = ("recipe.optimizer=sgd", "recipe.lr=1e30", "recipe.head_lr=null")

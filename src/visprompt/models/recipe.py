@@ -4,14 +4,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from visprompt.errors import NULL, Kind, UserError, is_finite, number, sentence, unknown
+from visprompt.errors import NULL, Allowed, UserError, is_finite, number, sentence, unknown
 
 OPTIMIZERS = ("sgd", "adamw", "vpt_adamw")
 SCHEDULES = ("per_step", "per_epoch")
 HEAD_INITS = ("vpt", "zeros")
 VPT_DECAY = 0.01  # of vpt_adamw, whatever weight decay above 0 is asked for
 _NUMBER = number("a finite number, 0 or above", lambda value: value >= 0)
-_COUNT = Kind("a whole number, 1 or more", lambda value: type(value) is int and value >= 1)
+_COUNT = Allowed("a whole number, 1 or more", lambda value: type(value) is int and value >= 1)
 _WORDS = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "head_init": HEAD_INITS}
 _RATES = ("lr", "head_lr", "weight_decay", "momentum")
 
@@ -40,7 +40,7 @@ class Recipe(BaseModel):
 
     optimizer: str
     lr: Annotated[float, _NUMBER.type]
-    head_lr: Annotated[float | None, Kind(_NUMBER.words, (_NUMBER | NULL).fits).type] = None
+    head_lr: Annotated[float | None, Allowed(_NUMBER.words, (_NUMBER | NULL).fits).type] = None
     weight_decay: Annotated[float, _NUMBER.type]
     momentum: Annotated[float, _NUMBER.type] = 0.9
     batch_size: Annotated[int, _COUNT.type]

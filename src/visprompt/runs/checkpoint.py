@@ -1,7 +1,4 @@
-"""What Lightning calls to keep a run's resume state.
-
-An IO plugin without pickle, and the callback that writes.
-"""
+"""Save and load a run's resume state: a checkpoint plugin without pickle, and the callback that uses it."""
 
 import csv
 import io
@@ -22,7 +19,7 @@ from visprompt.runs.run_folder import STATE
 
 
 class SafetensorsIO(CheckpointIO):
-    """Lightning checkpoints as one safetensors file each, see `resume_state`."""
+    """Writes each Lightning checkpoint as one safetensors file, see `resume_state`."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -33,7 +30,7 @@ class SafetensorsIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint, its tensors on the CPU."""
+        """Read a checkpoint with its tensors on the CPU."""
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -42,22 +39,20 @@ class SafetensorsIO(CheckpointIO):
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Keeps what a run needs to go on.
+    """Writes a run's resume state and its learning curve (`metrics.csv`) at the ends of epochs.
 
-    The curve as metrics.csv, and the resume state, both at the ends of epochs.
-
-    The rows of the curve lie in the resume state too, so that both always tell of the same epochs.
-    (Lightning's CSV logger deletes the file of a folder that is not empty.) Derived from `Checkpoint` so that
-    Lightning runs it after every other hook of an epoch's end.
+    The resume state contains the curve, so that after a resume `metrics.csv` and the state agree about the
+    epochs. (Lightning's CSV logger would delete the existing file.) The class derives from `Checkpoint`
+    because Lightning runs checkpoint callbacks after all others.
 
     Args:
         folder: Where `state.safetensors` and `metrics.csv` are written.
-        every_n_epochs: How often the state is written; a killed run repeats at most so many epochs.
+        every_n_epochs: How often the state is written; a killed run repeats at most this many epochs.
 
     Attributes:
-        rows: Metrics of each epoch, by epoch.
-        seconds: Training time up to the last state, over all processes that worked on the run.
-        owner: Whose state is written; set before the fit, when the number of the attempt is known.
+        rows: The metrics of each epoch, by epoch.
+        seconds: Training time up to the last state, summed over all processes that trained the run.
+        owner: The attempt that the state belongs to; set before the fit, when the attempt is known.
     """
 
     def __init__(self, folder: Path, every_n_epochs: int = 1) -> None:
@@ -70,28 +65,28 @@ class ResumeCheckpoint(Checkpoint):
         self._since = 0.0
 
     def find(self, owner: Owner) -> Path | None:
-        """Return the resume state to go on from, and writes later ones as this owner's.
+        """Return the resume state to continue from, and remember the owner for the states written later.
 
         Args:
             owner: The attempt that is about to be trained.
 
         Returns:
-            The file, None where training begins.
+            The file, or None if training starts from the beginning.
 
         Raises:
-            UserError: The file is damaged, of another run or attempt, of a version that did not note whose it
-                is, or holds numbers that are not finite.
+            UserError: The file is damaged, belongs to another run or attempt, was written by a version that
+                did not record the owner, or holds numbers that are not finite.
         """
         self.owner = owner
         if not self.path.is_file():
             return None
         checkpoint = read_checkpoint(self.path)
-        if trouble := _trouble(checkpoint, self.state_key, owner):
-            raise UserError(f"{self.path} {trouble}: delete it to start over")
+        if fault := _fault(checkpoint, self.state_key, owner):
+            raise UserError(f"{self.path} {fault}: delete it to start over")
         return self.path
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the curve and the time so far, and whose they are."""
+        """Return the curve, the training time so far and the owner."""
         return {
             "rows": self.rows,
             "seconds": self.seconds,
@@ -99,7 +94,7 @@ class ResumeCheckpoint(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the curve of the epochs before the resume."""
+        """Restore the curve and the training time of the epochs before the resume."""
         self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -107,15 +102,14 @@ class ResumeCheckpoint(Checkpoint):
         self._since = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the epoch's row; writes the state after every n-th epoch and after the last."""
+        """Add the epoch to the curve; write the state after every n-th epoch and after the last."""
         epoch = trainer.current_epoch
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
-        validated = (epoch + 1) % (
-            trainer.check_val_every_n_epoch or 1
-        ) == 0  # else its figures are of an earlier epoch
-        found = sorted(trainer.callback_metrics.items())
-        metrics = {k: float(v) for k, v in found if validated or not k.startswith("val/")}
+        # in an epoch without validation, callback_metrics still holds the val/ figures of an earlier one
+        validated = (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        logged = sorted(trainer.callback_metrics.items())
+        metrics = {k: float(v) for k, v in logged if validated or not k.startswith("val/")}
         self.rows[epoch] = {"epoch": epoch, "step": trainer.global_step} | metrics
         if trainer.is_global_zero:
             self._write_csv()
@@ -131,24 +125,24 @@ class ResumeCheckpoint(Checkpoint):
         write_atomically(self.csv, lambda temporary: temporary.write_text(text.getvalue()))
 
 
-def _trouble(checkpoint: dict[str, Any], key: str, owner: Owner) -> str:
-    """Return why a checkpoint is not this owner's to go on from; "" where it is.
+def _fault(checkpoint: dict[str, Any], key: str, owner: Owner) -> str:
+    """Return why an attempt cannot continue from a checkpoint, or "" if it can.
 
     Args:
         checkpoint: What Lightning saved.
-        key: Names the state of `ResumeCheckpoint` in it.
+        key: The key of `ResumeCheckpoint`'s state in the checkpoint.
         owner: The attempt that is about to be trained.
     """
     try:
         saved = Owner(**checkpoint["callbacks"][key]["owner"])
     except (KeyError, TypeError):
-        return "is of an older version, which did not note whose resume state it is"
+        return "was written by an older version, which did not record the run it belongs to"
     if saved.run != owner.run:
         return f"is the resume state of another run (its seed is {saved.seed}, this run's is {owner.seed})"
     if saved.attempt != owner.attempt:
         return (
             f"is the resume state of attempt {saved.attempt} of this run, and this is attempt {owner.attempt}"
         )
-    if spoilt := not_finite(checkpoint["state_dict"]):
-        return f"holds numbers that are not finite, in {spoilt}"
+    if names := not_finite(checkpoint["state_dict"]):
+        return f"holds numbers that are not finite, in {names}"
     return ""

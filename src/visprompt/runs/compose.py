@@ -1,6 +1,6 @@
-"""Compose the config of each task. What is wrong with a command line is said by `visprompt.runs.cli`.
+"""Compose one typed `Job` for each task of a command line, or the plans of `src/prepare.py`.
 
-What comes out is one typed `Job` for each task, or what is to be prepared.
+Mistakes on the command line itself are reported by `visprompt.runs.cli`.
 """
 
 import os
@@ -38,10 +38,10 @@ OmegaConf.register_new_resolver("expanduser", paths.expanduser)
 
 
 def check_own(config_name: str, arguments: Iterable[str]) -> None:
-    """Refuse keys of the command line that a program sets itself, for each run."""
-    own = {"train": ("task",), "tune": ("task", "split", "seed")}.get(config_name, ())
+    """Refuse keys on the command line that the program sets itself for each run."""
+    reserved = {"train": ("task",), "tune": ("task", "split", "seed")}.get(config_name, ())
     instead = {"task": "tasks", "seed": "seeds"}
-    for key in {key_of(argument) for argument in arguments}.intersection(own):
+    for key in {key_of(argument) for argument in arguments}.intersection(reserved):
         hint = f": give {instead[key]}=..." if key in instead else f": src/train.py takes {key}=..."
         raise UserError(f"{key} is set for each run, not by hand{hint}")
 
@@ -52,12 +52,12 @@ def key_of(argument: str) -> str:
 
 
 def specs(tasks: Any) -> list[catalog.TaskSpec]:
-    """Return the records of what `tasks=` names: an id, a suite, or a list of both."""
+    """Return the catalog's records of the tasks in `tasks=`: an id, a suite, or a list of both."""
     return catalog.resolve(list(tasks) if OmegaConf.is_list(tasks) else str(tasks))
 
 
 def _as_written(cfg: DictConfig, key: str | None) -> Any:
-    """Return a value as it is written, with its references to other keys."""
+    """Return a value as written in the config, with unresolved `${...}` references."""
     written: Any = OmegaConf.to_container(cfg, resolve=False)
     for name in str(key).split("."):
         written = written.get(name) if isinstance(written, dict) else None
@@ -65,11 +65,14 @@ def _as_written(cfg: DictConfig, key: str | None) -> Any:
 
 
 def check_values(cfg: DictConfig, to_run: bool = True) -> None:
-    """Refuse a config that has a value of a wrong kind or out of range, or lacks one without default.
+    """Refuse a config with a value that is of the wrong type, out of range or missing.
 
     Args:
-        cfg: Of any entry point.
-        to_run: Whether every value must be there; to be shown, a config may lack some.
+        cfg: The config of any entry point.
+        to_run: Whether every value must be present; a config that is only shown may lack some.
+
+    Raises:
+        UserError: A value does not fit.
     """
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
@@ -77,7 +80,9 @@ def check_values(cfg: DictConfig, to_run: bool = True) -> None:
     except InterpolationKeyError as error:
         key = error.full_key
         raise UserError(f"{key}={_as_written(cfg, key)} refers to a key that does not exist") from error
-    except OmegaConfBaseException as error:  # something else is made of it
+    except (
+        OmegaConfBaseException
+    ) as error:  # a resolver failed, for example because a value is of a wrong type
         raise UserError(str(error).splitlines()[0].rpartition("resolving interpolation: ")[2]) from error
     if missing and to_run:
         raise UserError(f"{missing[0]} has no default: give {missing[0]}=...")
@@ -85,7 +90,7 @@ def check_values(cfg: DictConfig, to_run: bool = True) -> None:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Return a config in plain containers, without what has no value yet and without the tables of recipes."""
+    """Return a config as plain dicts and lists, without missing values and without the tables of recipes."""
     content: dict[str, Any] = {}
     for key in map(str, cfg):
         if OmegaConf.is_missing(cfg, key) or key == "rows":
@@ -94,11 +99,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
             value = cfg[key]
         except InterpolationToMissingValueError:
             continue
-        content[key] = plain(value) if OmegaConf.is_dict(value) else _in_lists(value)
+        content[key] = plain(value) if OmegaConf.is_dict(value) else _plain_list(value)
     return content
 
 
-def _in_lists(value: Any) -> Any:
+def _plain_list(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
@@ -108,10 +113,7 @@ def in_multirun() -> bool:
 
 
 def has_choosing_sweeper() -> bool:
-    """Return whether a sweeper other than Hydra's own runs this job.
-
-    That one goes through its points and reads no score.
-    """
+    """Return whether a sweeper that reads scores runs this job: any but Hydra's basic one."""
     return in_multirun() and not str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper")
 
 
@@ -119,34 +121,35 @@ def jobs(cfg: DictConfig, extra: Iterable[str] = ()) -> list[Job]:
     """Compose one job for each task of a command line.
 
     Args:
-        cfg: What `@hydra.main` composed.
-        extra: Overrides beyond those of the command line.
+        cfg: The config that `@hydra.main` composed.
+        extra: Overrides in addition to those of the command line.
 
     Returns:
-        Jobs in the order of `tasks`; one job where only `data` is given.
+        Jobs in the order of `tasks`, or one job if only `data` is given.
 
     Raises:
         UserError: `data=` together with `tasks=`, an unknown task, or a key that is not for the command line.
     """
     hydra = HydraConfig.get()
-    said: Any = OmegaConf.to_container(
-        hydra.overrides.task, resolve=False
-    )  # ${task} is for each job to resolve
-    check_own("train", said)
+    # unresolved, because ${task} differs between the jobs
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    check_own("train", overrides)
     if cfg.tasks is None and not extra:
-        return [complete(cfg.copy(), {key_of(setting) for setting in said}, hydra.runtime.choices)]
-    return [job(str(hydra.job.config_name), one) for one in settings_of_tasks([*said, *extra], cfg.tasks)]
+        return [complete(cfg.copy(), {key_of(setting) for setting in overrides}, hydra.runtime.choices)]
+    config_name = str(hydra.job.config_name)
+    return [job(config_name, settings) for settings in settings_of_tasks([*overrides, *extra], cfg.tasks)]
 
 
 def settings_of_tasks(settings: Iterable[str], tasks: Any) -> list[list[str]]:
     """Return the settings of each task's job.
 
     Args:
-        settings: Of a command line.
-        tasks: An id, a suite, or a list of both; None where `data` alone says what the job is about.
+        settings: The settings of a command line.
+        tasks: An id, a suite, or a list of both; None if `data` alone says what the job is about.
 
     Returns:
-        Settings in the order of the tasks.
+        One list of settings for each task, in order. `["seed=1", "tasks=[dtd,svhn]"]` gives
+        `["seed=1", "data=vtab/dtd", "tasks=null"]` and `["seed=1", "data=vtab/svhn", "tasks=null"]`.
 
     Raises:
         UserError: `data=` together with `tasks=`, or an unknown task.
@@ -155,42 +158,42 @@ def settings_of_tasks(settings: Iterable[str], tasks: Any) -> list[list[str]]:
     if tasks is None:
         return [shared]
     data = [setting for setting in shared if key_of(setting) == "data"]
-    if any(not choice.startswith("data='") for choice in data):
+    if any(not choice.startswith("data='") for choice in data):  # quoted by `data_of_tasks`, not by the user
         raise UserError(f"{data[0]} and tasks={tasks} both name the data: give one of them")
     shared = [setting for setting in shared if setting not in data]
     return [[*shared, f"data={spec.config}", "tasks=null"] for spec in specs(tasks)]
 
 
 def data_of_tasks(config_name: str, settings: Iterable[Sequence[str]]) -> list[str]:
-    """Return the data config of the first task where `tasks` names it, so that Hydra knows the keys of `data` options.
+    """Return a setting `data='...'` for the first task of `tasks=`, so that Hydra knows the keys `data.*`.
 
-    Every job gets the config of its own task afterwards: `settings_of_tasks` knows this one by its quotes.
+    `settings_of_tasks` replaces it by the config of each job's task; it recognises the setting by its quotes.
 
     Args:
         config_name: A primary config.
-        settings: The settings of a command line, each with all its values: several in a multirun.
+        settings: The settings of a command line, each with all its values (several in a multirun).
 
     Returns:
-        One setting, or none.
+        A list with that setting, or an empty list if the command line names no tasks.
 
     Raises:
         UserError: `data=` together with `tasks=`, or an unknown task.
     """
-    said = {key_of(values[0]): values for values in settings}
-    named = [re.sub(r"[\[\]'\"]", "", setting.partition("=")[2]) for setting in said.get("tasks", ())]
+    by_key = {key_of(values[0]): values for values in settings}
+    named = [re.sub(r"[\[\]'\"]", "", setting.partition("=")[2]) for setting in by_key.get("tasks", ())]
     named = named or [
-        _tasks_of_experiment(setting.partition("=")[2]) for setting in said.get("experiment", ())
+        _tasks_of_experiment(setting.partition("=")[2]) for setting in by_key.get("experiment", ())
     ]
     if config_name == "prepare" or not named or "null" in named:
         return []
-    if "data" in said:
-        raise UserError(f"{said['data'][0]} and tasks={named[0]} both name the data: give one of them")
-    tasks = [catalog.resolve(one) for one in named]
+    if "data" in by_key:
+        raise UserError(f"{by_key['data'][0]} and tasks={named[0]} both name the data: give one of them")
+    tasks = [catalog.resolve(names) for names in named]
     return [f"data='{tasks[0][0].config}'"]
 
 
 def _tasks_of_experiment(name: str) -> str:
-    """Return the tasks that an experiment's file names, "null" where it names none or is not one of this project."""
+    """Return the tasks in an experiment's file as "dtd,svhn"; "null" if there are none or no such file."""
     file = CONFIGS / "experiment" / f"{name}.yaml"
     tasks = OmegaConf.select(OmegaConf.load(file), "tasks") if file.is_file() else None
     return "null" if tasks is None else tasks if isinstance(tasks, str) else ",".join(tasks)
@@ -200,14 +203,14 @@ def job(config_name: str, overrides: Sequence[str]) -> Job:
     """Compose one job.
 
     Args:
-        config_name: A primary config, "train" for example.
-        overrides: What a command line would say; `tasks` is not among them.
+        config_name: A primary config, for example "train".
+        overrides: Settings as on a command line, without `tasks`.
 
     Returns:
         The job.
 
     Raises:
-        UserError: An override does not fit this job, or a value that has no default is missing.
+        UserError: An override does not fit this job, or a value without a default is missing.
     """
     try:
         cfg = compose(config_name, list(overrides), return_hydra_config=True)
@@ -221,54 +224,56 @@ def job(config_name: str, overrides: Sequence[str]) -> Job:
     return complete(cfg, {key_of(override) for override in overrides}, choices)
 
 
-def complete(cfg: DictConfig, said: Set[str], choices: Mapping[str, Any]) -> Job:
-    """Make a job of a composed config.
+def complete(cfg: DictConfig, given: Set[str], choices: Mapping[str, Any]) -> Job:
+    """Build a job from a composed config.
 
     Args:
-        cfg: The config, which is changed.
-        said: Keys of the command line.
-        choices: The option of each config group, as Hydra chose them.
+        cfg: The config; it is modified.
+        given: Keys that the command line sets.
+        choices: The chosen option of each config group, for example {"data": "vtab/dtd"}.
 
     Raises:
-        UserError: A value does not fit, or one that has no default is missing.
+        UserError: A value does not fit, or a value without a default is missing.
     """
     cfg.task = choices["data"].rpartition("/")[2]
     check_values(cfg)
     if choices.get("debug") or settings.debugs(plain(cfg.trainer)):
-        cfg.tags = [*cfg.tags, "debug"]  # whatever tags the user gives
+        cfg.tags = [*cfg.tags, "debug"]  # in addition to the user's tags
     paths.expand_paths(cfg)
     recipe_rows.apply_table(cfg)
     OmegaConf.resolve(cfg)
-    recipe_rows.apply_row(cfg, said)
+    recipe_rows.apply_row(cfg, given)
     job = Job(**plain(cfg))
     check_effect(job.recipe)
     return job
 
 
 def plans(cfg: DictConfig) -> "list[Plan]":
-    """Return what is to be prepared for each task of a composed `prepare` config.
+    """Return the plan of the data to prepare, for each task of a composed `prepare` config.
 
     Raises:
-        UserError: An unknown task or source, or a number that is none.
+        UserError: A task or source is unknown, or a number does not fit.
     """
     from visprompt.data.stores.plan import Plan
 
     chosen = specs(cfg.tasks)
     if cfg.root and cfg.source == "raw" and len({spec.dataset for spec in chosen}) > 1:
         raise UserError(
-            f"root={cfg.root} holds the files of one dataset, tasks={cfg.tasks} are several: one at a time"
+            f"root={cfg.root} holds the files of one dataset, and tasks={cfg.tasks} are of several: "
+            "give the tasks of one dataset at a time"
         )
-    where: dict[str, Any] = {"data_dir": Path(cfg.data_dir), "store_dir": Path(cfg.store_dir)}
-    where |= {"root": Path(cfg.root).expanduser() if cfg.root else None}
-    how: dict[str, Any] = {"source": cfg.source, "revision": cfg.revision, "download": cfg.download}
-    how |= {"interpolation": cfg.preprocessing.interpolation}
     return [
         Plan(
             spec=spec,
             size=cfg.image_size * 256 // 224 if spec.family == "fgvc" else cfg.image_size,
             resampling="pillow" if spec.family == "fgvc" else cfg.preprocessing.resampling,
-            **where,
-            **how,
+            interpolation=cfg.preprocessing.interpolation,
+            data_dir=Path(cfg.data_dir),
+            store_dir=Path(cfg.store_dir),
+            root=Path(cfg.root).expanduser() if cfg.root else None,
+            source=cfg.source,
+            revision=cfg.revision,
+            download=cfg.download,
         )
         for spec in chosen
     ]
@@ -276,10 +281,10 @@ def plans(cfg: DictConfig) -> "list[Plan]":
 
 @contextmanager
 def composing(extra: str | None = None) -> Iterator[None]:
-    """Let `job` compose outside an entry point, as tests and notebooks do.
+    """Initialise Hydra so that `job` can compose outside an entry point, as tests and notebooks do.
 
     Args:
-        extra: A further folder of configs, which come before this project's.
+        extra: Another folder of configs, which take precedence over this project's.
 
     Raises:
         UserError: There is no such folder.

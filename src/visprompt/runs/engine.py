@@ -1,8 +1,8 @@
-"""Processes of one machine: a run on several devices as a process group, and ranks that end with their parent.
+"""Start the ranks of a run on several devices of one machine, and end them with their parent process.
 
-Lightning's own launcher starts rank 1 only at the first fit, and its observer kills rank 0 when a child
-fails; here the parent starts every rank of one run, so that it alone decides which runs there are and a
-failure takes no other along.
+Lightning's script launcher starts rank 1 only at the first fit, and kills rank 0 when another rank fails.
+Here a parent process starts all ranks of a run, so that the parent alone decides which runs are made, and
+the failure of one run does not stop the others.
 """
 
 import os
@@ -23,27 +23,25 @@ from visprompt.runs import signals
 from visprompt.runs.signals import PARENT
 
 _REASON = "VISPROMPT_REASON"
-# what SLURM tells the one task of a job, from which the trainer of a rank would take SLURM for what started
-# it
-_TASK = frozenset({"SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"})
-_POLL = 0.2  # seconds between two looks at the ranks
-_GRACE = 10.0  # seconds that ranks get to end by themselves
+# variables that SLURM sets for the only task of a job; in a rank that this process starts, Lightning would
+# conclude from them that SLURM had started it
+_SLURM_TASK = frozenset({"SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"})
+_POLL = 0.2  # seconds between two checks of the ranks
+_GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 
 
 class RanksFailed(Exception):
-    """A run's process group ended with an error; the message is the reason its rank gave."""
+    """A run's process group ended with an error; the message is the reason that rank 0 gave."""
 
 
 def started_elsewhere() -> bool:
-    """Return whether srun, torchrun or the like started this process, one rank of a run, by the trainer's own judgement.
+    """Return whether srun, torchrun or the like started this process as one rank of a run.
 
-    A job of one task, as SLURM gives it to a notebook or a batch script, starts its ranks itself:
-    `run_ranks`.
+    The answer is the one that Lightning's trainer would give, except for a SLURM job with a single task (a
+    notebook, a batch script): such a process starts its ranks itself with `run_ranks`.
     """
-    from lightning.fabric.plugins.environments import (
-        SLURMEnvironment,
-        TorchElasticEnvironment,
-    )  # late: takes seconds
+    # imported late: it takes seconds
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     tasks = os.environ.get("SLURM_NTASKS", "1")
     return (
@@ -54,27 +52,27 @@ def started_elsewhere() -> bool:
 
 
 def starter() -> str:
-    """Return what started this process, for a message."""
+    """Return the name of the program that started this process, for a message."""
     return "SLURM" if "SLURM_NTASKS" in os.environ else "the launcher"
 
 
 def remedy(devices: int, nodes: int) -> str:
-    """Return how to have as many processes started from outside, for a message."""
+    """Return the command that starts one process per device, for a message."""
     if "SLURM_NTASKS" in os.environ:
         return f"srun --nodes={nodes} --ntasks-per-node={devices}"
     return f"torchrun --nnodes={nodes} --nproc-per-node={devices}"
 
 
 def check_alone(plugins: Iterable[Mapping[str, Any]], devices: int, nodes: int) -> None:
-    """Refuse a trainer whose processes this one cannot start by itself.
+    """Refuse a trainer whose ranks another program (srun, torchrun) has to start.
 
     Args:
         plugins: Configs of the trainer's plugins.
-        devices: Of each machine.
-        nodes: Machines.
+        devices: Number of devices of each machine.
+        nodes: Number of machines.
 
     Raises:
-        UserError: It names several machines, or an environment in which SLURM starts the processes.
+        UserError: The trainer asks for several machines, or for SLURM.
     """
     slurm = any(str(plugin.get("_target_")).endswith("SLURMEnvironment") for plugin in plugins)
     if nodes > 1 or (slurm and devices > 1) or (slurm and "SLURM_NTASKS" not in os.environ):
@@ -82,32 +80,31 @@ def check_alone(plugins: Iterable[Mapping[str, Any]], devices: int, nodes: int) 
         program = f"srun --nodes={nodes} --ntasks-per-node={devices}"
         program += "" if slurm else f" or torchrun --nnodes={nodes} --nproc-per-node={devices}"
         raise UserError(
-            f"{what} leaves it to another program to start {devices * nodes} process(es), and none did: "
-            "begin the "
-            f"command with {program}, or take trainer=ddp, which starts those of one machine itself"
+            f"{what} needs another program to start its {devices * nodes} process(es): begin the command "
+            f"with {program}, or give trainer=ddp, which starts the processes of one machine itself"
         )
 
 
 def run_ranks(command: Sequence[str], world: int) -> None:
-    """Run a command once for each rank and waits for all of them.
+    """Run a command once for each rank and wait for all of them.
 
     Args:
         command: Program and arguments.
         world: Number of ranks.
 
     Raises:
-        RanksFailed: A rank failed; all others are ended then.
+        RanksFailed: A rank failed; all others have been ended.
     """
     with temporary_folder("ranks") as folder:
         reason = folder / "reason"
         ranks: list[subprocess.Popen[bytes]] = []
         try:
-            outer = {name: value for name, value in os.environ.items() if name not in _TASK}
-            base = {**outer, **_group_env(world), _REASON: str(reason)}
+            inherited = {name: value for name, value in os.environ.items() if name not in _SLURM_TASK}
+            base = {**inherited, **_group_env(world), _REASON: str(reason)}
             for rank in range(world):
                 ranks.append(subprocess.Popen(command, env=base | {"LOCAL_RANK": str(rank)}, process_group=0))
             code = _wait(ranks)
-        except BaseException:  # Ctrl-C too: no rank outlives this process
+        except BaseException:  # Ctrl-C included: no rank outlives this process
             _end(ranks)
             raise
         if code:
@@ -115,6 +112,7 @@ def run_ranks(command: Sequence[str], world: int) -> None:
 
 
 def _group_env(world: int) -> Mapping[str, str]:
+    """Return the environment variables that all ranks of a process group share."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -131,17 +129,17 @@ def _group_env(world: int) -> Mapping[str, str]:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait until all have ended well or one has failed.
+    """Wait for the ranks and return their exit status; once a rank has failed, end the others.
 
-    Ends the others then and returns the failed one's status.
+    Returns:
+        0, or the exit status of the first rank that failed.
     """
     while True:
         signals.check()
         codes = [rank.poll() for rank in ranks]
         failed = [code for code in codes if code]
         if failed:
-            # ranks that fail together should all say why before they are ended
-            time.sleep(1.0)
+            time.sleep(1.0)  # others may be failing for the same reason: let them report it
             _end(ranks)
             return failed[0]
         if all(code == 0 for code in codes):
@@ -150,7 +148,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask the ranks to end, then ends them with everything they started."""
+    """Send the ranks SIGTERM, and after a grace period SIGKILL to them and all their child processes."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(signal.SIGTERM)
@@ -160,16 +158,13 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
             rank.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             rank.kill()
-        with suppress(ProcessLookupError):  # nothing of its group is left
+        with suppress(ProcessLookupError):  # no process of the group is left
             os.killpg(rank.pid, signal.SIGKILL)
         rank.wait()
 
 
 def end_with_parent() -> None:
-    """End this process when the parent that started it as a rank is gone.
-
-    Does nothing in any other process.
-    """
+    """In a rank, end the process when its parent is gone; in any other process, do nothing."""
     parent = os.environ.get(PARENT)
     if parent is None:
         return
@@ -183,13 +178,13 @@ def end_with_parent() -> None:
 
 
 def give_reason(error: BaseException) -> None:
-    """Tell the parent, where there is one, in one sentence why this rank failed."""
+    """In rank 0, write the reason of a failure to the file from which the parent reads it."""
     path = os.environ.get(_REASON)
     if path is not None and os.environ.get("LOCAL_RANK") == "0":
         Path(path).write_text(str(error) or type(error).__name__)
 
 
 def rank_command(job_file: Path) -> list[str]:
-    """Return the command of a rank, which runs the job of a file."""
-    # -P: no folder is put before those of PYTHONPATH, by which a rank imports what its parent imports
+    """Return the command of a rank that runs the job in a file."""
+    # -P: do not put the current folder before PYTHONPATH, so that a rank imports the same code as its parent
     return [sys.executable, "-P", "-m", "visprompt.runs.rank", str(job_file.resolve())]

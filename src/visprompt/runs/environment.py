@@ -1,4 +1,4 @@
-"""What a run took and where: peak memory, versions, the process."""
+"""Describe where and with what a run was made: peak memory, versions, git commit, process."""
 
 import os
 import platform
@@ -17,21 +17,22 @@ _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "safetensors", "vispr
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start the measurement of the peak memory of a run on a device."""
-    if (
-        device.type == "cuda" and torch.cuda.is_initialized()
-    ):  # else there is nothing to reset, and the call would fail
+    if device.type == "cuda" and torch.cuda.is_initialized():  # before CUDA starts, the call would fail
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark to the present size
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark to the current size
     except OSError:
-        return  # elsewhere the mark is that of the process's whole life; `peak_memory` says so
+        return  # on other systems the peak is that of the whole process; `peak_memory` records that
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
-    """Peak memory since `reset_peak_memory`, bytes, with what was measured.
+    """Return the peak memory since `reset_peak_memory` and what was measured.
 
     Args:
-        device: Where the run was: of a GPU its allocations count, else the process.
+        device: The run's device. For a GPU the memory allocated on it is measured, else that of the process.
+
+    Returns:
+        For example {"bytes": 1073741824, "of": "GPU allocations"}.
     """
     if device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated(device), "of": "GPU allocations"}
@@ -48,12 +49,12 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return versions of Python and of the libraries that decide the numbers."""
+    """Return the versions of Python and of the libraries that can change a run's numbers."""
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
 def git_commit() -> str | None:
-    """Commit of the code, marked `+` where tracked files are changed; None outside a checkout."""
+    """Return the commit of the code, with a `+` if tracked files are changed; None outside a git checkout."""
     here = Path(__file__).parent
     try:
         options = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
@@ -65,5 +66,5 @@ def git_commit() -> str | None:
 
 
 def this_process() -> str:
-    """Who is at work, for the message to another process."""
+    """Return the name of this process, for a message in another one: "process 17 on gpu3"."""
     return f"process {os.getpid()} on {socket.gethostname()}"

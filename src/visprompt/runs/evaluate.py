@@ -1,4 +1,4 @@
-"""Scoring saved states on their test set, one by itself or several as an ensemble."""
+"""Score finished runs on their test set: one run, or several as an ensemble."""
 
 import math
 from copy import deepcopy
@@ -25,21 +25,23 @@ console = Terminal()
 
 @memory.explained(lambda: "give precision=bf16-mixed, or trainer=cpu")
 def evaluate(cfg: DictConfig) -> float:
-    """Score tuned states on their test set, several of them as one ensemble, and says what the runs had scored.
+    """Score runs on their test set, several as one ensemble; print the new score and the recorded scores.
 
     Args:
-        cfg: run (the folder of a run, or a list of folders), trainer, precision, weights, data and paths.
+        cfg: The config of `src/eval.py`; its `run` is the folder of a run, or a list of folders.
 
     Returns:
-        test/acc.
+        The test accuracy.
 
     Raises:
-        UserError: A folder holds no finished run, or one that has no test set, or the runs do not belong
-            together.
+        UserError: A folder holds no finished run, or a run without a test set, or the runs cannot be
+            averaged.
     """
     folders = [Path(folder) for folder in (cfg.run if OmegaConf.is_list(cfg.run) else [cfg.run])]
     if not folders:
-        raise UserError("run=[] names no run: give the folder of one, or of several to average their logits")
+        raise UserError(
+            "run=[] names no run: give a run's folder, or several folders to average their logits"
+        )
     results = [_scored(folder) for folder in folders]
     states = [load_state(folder) for folder in folders]
     where: Any = {"data_dir": cfg.paths.data_dir, "weights": cfg.weights, "data": own_data(cfg)}
@@ -52,27 +54,28 @@ def evaluate(cfg: DictConfig) -> float:
     for folder, state, result in zip(folders, states, results, strict=True):
         if state.method.get("initial") is not None and len(folders) > 1:
             raise UserError(
-                f"{folder} is of a chain that prunes for its own seed, and the states of an ensemble have "
-                "one shape: give runs with method.prune=false"
+                f"the prompts in {folder} were pruned for one seed, and an ensemble needs prompts of one "
+                "shape: give runs with method.prune=false"
             )
         check_prepared(prepared, state, result, folder, folders[0])
     module = TuningModule(restore_on(prepared, states[0], folders[0]), job.recipe, job.seed)
     if len(states) > 1:
         members = Ensemble(module.classifier, [state.tensors for state in states])
-        module.classifier = members.eval()  # type: ignore[assignment]  # it gives logits, all that scoring asks for
+        module.classifier = members.eval()  # type: ignore[assignment]  # scoring needs only its logits
     trainer = build_trainer(job)
     trainer.test(module, datamodule=prepared.datamodule, verbose=False)
     if not math.isfinite(module.scored_loss):
         raise UserError(
-            f"{folders[0]} cannot be scored: its loss on the test set is not finite, so run it again"
+            f"{folders[0]} cannot be scored, because its loss on the test set is not finite: run it again"
         )
     first, *others = module.kind.shares
     score = module.scores[f"test/{first}"]
-    own = ", ".join(f"{100 * result.score:.2f} %" for result in results)
+    recorded = ", ".join(f"{100 * result.score:.2f} %" for result in results)
     console.print(
         f"test/{first} {100 * score:.2f} % on {module.scores['test/count']:.0f} images "
         f"({'the run itself' if len(results) == 1 else f'{len(results)} runs averaged; each by itself'}: "
-        f"{own}), " + ", ".join(f"test/{name} {100 * module.scores[f'test/{name}']:.2f} %" for name in others)
+        f"{recorded}), "
+        + ", ".join(f"test/{name} {100 * module.scores[f'test/{name}']:.2f} %" for name in others)
     )
     return score
 
@@ -89,32 +92,32 @@ def check_prepared(prepared: run.Run, state: TunedState, result: Result, folder:
     """Refuse data and a backbone that are not those of a finished run.
 
     Args:
-        prepared: What `run.prepare` made of a job.
-        state: What the run tuned.
-        result: What it recorded.
-        folder: Where it lies, for messages.
-        source: Where the job comes from, for messages.
+        prepared: The run that `run.prepare` built with the data and backbone of this machine.
+        state: The finished run's tuned state.
+        result: The finished run's result.
+        folder: The finished run's folder, for messages.
+        source: The folder that the settings of `prepared` come from, for messages.
 
     Raises:
         UserError: Method, classes, preprocessing, backbone or data differ.
     """
     check_fits(state, folder, method=prepared.identity["method"], class_names=prepared.datamodule.class_names)
-    found = prepared.datamodule.preprocessing
-    if missing := [name for name in found if name not in state.preprocessing]:
+    preprocessing = prepared.datamodule.preprocessing
+    if missing := [name for name in preprocessing if name not in state.preprocessing]:
         raise UserError(
-            f"{folder} does not say its {missing[0]}: an older version wrote it, run its command again"
+            f"{folder} is of an older version, which did not record its {missing[0]}: run its command again"
         )
-    if dict(state.preprocessing) != found:
+    if dict(state.preprocessing) != preprocessing:
         raise UserError(
-            f"{folder} was tuned with other preprocessing than {source}: give runs that agree in it"
+            f"{folder} was tuned with other preprocessing than {source}: give runs with the same one"
         )
     check_fits(state, folder, backbone=prepared.backbone.record())
     if prepared.datamodule.fingerprint != result.data["fingerprint"]:
         raise UserError(
-            f"the data of {folder} have changed since it was trained: its test set is another one now"
+            f"the data of {folder} have changed since it was trained: restore them, or train again"
         )
 
 
 def restore_on(prepared: run.Run, state: TunedState, path: Path) -> Classifier:
-    """Return the classifier of a tuned state on a copy of a prepared backbone, which the process's next run gets too."""
+    """Return the classifier of a tuned state, on a copy of the backbone, which later runs share."""
     return restore(state, path, replace(prepared.backbone, module=deepcopy(prepared.backbone.module)))

@@ -1,4 +1,4 @@
-"""What decides a run's numbers, and the hash of it that names the run's folder."""
+"""Collect everything that decides a run's numbers, and hash it for the name of the run's folder."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from visprompt.models.backbones import Backbone
 from visprompt.models.methods import hashed_file, option_kinds
 from visprompt.runs.job import DEFAULT_MODULE, Job
 
-# trainer settings that leave the numbers as they are; any other one is part of a run's identity
+# trainer settings that do not change the numbers; every other setting is part of a run's identity
 _NEUTRAL_TRAINER = {
     *("_target_", "accelerator", "devices", "num_nodes", "strategy", "plugins", "sync_batchnorm"),
     *(
@@ -23,19 +23,21 @@ _NEUTRAL_TRAINER = {
     *("enable_progress_bar", "profiler", "inference_mode"),
 }
 
-_NEUTRAL_CALLBACKS = {"progress_bar", "model_summary", "lr_monitor"}  # of configs/callbacks; they only show
+_NEUTRAL_CALLBACKS = {"progress_bar", "model_summary", "lr_monitor"}  # in configs/callbacks; they only show
 
 
 def identity_of(job: Job, backbone: Backbone, datamodule: TaskDataModule) -> dict[str, Any]:
-    """Return everything that decides the numbers of a run, the same however the job writes it.
+    """Return everything that decides the numbers of a run.
+
+    Two spellings of the same run (`lr=1` and `lr=1.0`) give the same identity.
 
     Args:
         job: The job.
-        backbone: Its backbone.
-        datamodule: Its data.
+        backbone: The job's backbone.
+        datamodule: The job's data.
 
     Returns:
-        Values by what they are of, for JSON.
+        Values for JSON: {"task": "dtd", "data": {...}, "backbone": {...}, "method": {...}, ...}.
     """
     return {
         "task": datamodule.task,
@@ -63,28 +65,23 @@ def digest(identity: Mapping[str, Any]) -> str:
 
 
 def _trainer_record(job: Job) -> dict[str, Any]:
-    """Return what of the trainer may change the numbers.
-
-    Settings that are not neutral, and classes of the user's.
-    """
+    """Return the trainer's settings, callbacks and LightningModule, as far as they may change the numbers."""
     module = dict(job.lightning_module)
-    callbacks = (job.callbacks or {}).items()
-    own = {
+    callbacks = {
         name: callback
-        for name, callback in callbacks
+        for name, callback in (job.callbacks or {}).items()
         if name not in _NEUTRAL_CALLBACKS and callback is not None
     }
     record = {name: value for name, value in dict(job.trainer).items() if name not in _NEUTRAL_TRAINER}
-    record |= {"callbacks": own} if own else {}
+    record |= {"callbacks": callbacks} if callbacks else {}
     return record | ({"lightning_module": module} if module != DEFAULT_MODULE else {})
 
 
 def _method_record(options: dict[str, Any], num_blocks: int) -> dict[str, Any]:
-    """Return a method's name and options, a number where one is meant.
+    """Return a method's name and options in one spelling, with a hash in place of a file of weights.
 
-    Its content's hash in place of a file of weights.
-
-    Where all blocks have prompts, the first ones are the last ones, and there is no block to carry them to.
+    A whole number for an option of type float becomes a float. If all blocks have prompts, `depth_from` and
+    `carry_over` have no effect and are recorded with fixed values.
     """
     for option, kind in option_kinds(options["name"]).items():
         if (

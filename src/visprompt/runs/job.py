@@ -1,7 +1,4 @@
-"""The job: what one run is asked to do.
-
-Composed by Hydra, typed and checked once, then read by everything behind.
-"""
+"""The job: all settings of one run, composed by Hydra and then typed and checked once."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -20,9 +17,7 @@ DEFAULT_MODULE = {"_target_": "visprompt.models.tuning_module.TuningModule"}
 
 
 class Group(BaseModel):
-    """A group of settings, read as attributes.
-
-    What may stand in it is said by `settings` and by who reads it.
+    """A group of settings, with any keys; `settings` and the code that reads them check the values.
 
     Example:
         `job.method.num_tokens`, `"prune" in job.method`, `dict(job.method)`.
@@ -30,7 +25,7 @@ class Group(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
-    if TYPE_CHECKING:  # a setting without a type of its own here, such as a method's option
+    if TYPE_CHECKING:  # lets mypy accept settings that no field declares, such as `job.method.num_tokens`
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -41,18 +36,18 @@ class Group(BaseModel):
         return dict(self)[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return a setting that need not be there."""
+        """Return a setting, or the default if there is no such setting."""
         return dict(self).get(name, default)
 
 
 class Named(Group):
-    """A method or backbone with its options."""
+    """A group of settings with a name: a method or backbone and its options."""
 
     name: str
 
 
 class Backbone(Named):
-    """See `models.backbones.BackboneSpec`."""
+    """Settings of the backbone, see `models.backbones.BackboneSpec`."""
 
     pretrained: bool
 
@@ -68,47 +63,46 @@ class Trainer(Group):
 
 
 class Paths(Group):
-    """Folders."""
+    """Folders for data and results."""
 
     data_dir: str
     log_dir: str
 
 
 class Diagnostics(Group):
-    """What is logged besides, and read by no choice."""
+    """Additional figures to log, which no choice reads."""
 
     best_on_test: bool = False
 
 
 class Job(BaseModel):
-    """What one run is asked to do.
+    """All settings of one run.
 
     Attributes:
         task: Name of the data's config: a task id, or "folder".
         split: "tune" or "final".
         seed: Seed of the run.
         precision: Lightning's precision, in full: "32-true".
-        data: Settings of the data module, `_target_` among them.
+        data: Settings of the data module, including `_target_`.
         backbone: Settings of the backbone, see `models.backbones.BackboneSpec`; `weights` is a file.
-        method: Its name and options.
-        recipe: How it is trained.
-        grid: What `tune.py` tries: lists of values by dotted key (`recipe.grid`); None or empty for one
-            point.
+        method: Name and options of the method.
+        recipe: How the tuned parameters are trained.
+        grid: The grid that `tune.py` tries, for example {"recipe.lr": [0.1, 1.0]} (on the command line
+            `recipe.grid`); None or {} means a single point.
         trainer: Settings of Lightning's trainer.
-        lightning_module: `_target_` of the LightningModule, and arguments of a user's own beside the
-            project's.
-        callbacks: Configs of callbacks by name; one that is None was removed.
-        logger: Configs of loggers by name; None or empty for none.
+        lightning_module: `_target_` of the LightningModule, and arguments of a user's class.
+        callbacks: Configs of callbacks by name; None in place of a config removes that callback.
+        logger: Configs of loggers by name; None or {} logs nowhere.
         paths: Folders: root_dir, data_dir, log_dir.
-        preprocessing: The group that `data` took its own from.
+        preprocessing: The config group that `data` takes its preprocessing from.
         compile: Whether the classifier is compiled.
-        rerun: Whether a finished run is run anew.
+        rerun: Whether a finished run is run again.
         resume_every_n_epochs: How often the resume state is written.
-        tags: The user's own, and "debug".
-        diagnostics: `best_on_test`.
+        tags: The user's tags, and "debug" for a run that is not a result.
+        diagnostics: Additional figures to log: `best_on_test`.
 
     Raises:
-        UserError: A value is of another kind or out of range; one sentence names its key.
+        UserError: A value has the wrong type or is out of range; the message names its key.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -152,31 +146,31 @@ class Job(BaseModel):
 
     @property
     def name(self) -> str:
-        """What it is called where it is reported, such as `dtd/vpt_deep`; own images go by their own name."""
+        """Name of the job in messages, such as `dtd/vpt_deep`; own images have their name for the task."""
         task = own_name(self.data.root, self.data.name) if self.task == "folder" else self.task
         return f"{task}/{self.method.name}"
 
     def content(self) -> dict[str, Any]:
-        """Return it in plain containers, as its config.yaml has it; `Job(**content)` is this job again."""
+        """Return a copy of the settings as plain dicts and lists; `Job(**content)` builds the job again."""
         content = self.model_dump()
         content["recipe"]["grid"] = content.pop("grid")
-        return deepcopy(content) | {"tags": list(self.tags)}
+        return content | {"tags": list(self.tags)}
 
     @classmethod
     def from_yaml(cls, text: str) -> "Job":
-        """Return the job of a text that `as_yaml` made."""
+        """Return the job that `as_yaml` wrote."""
         return cls(**yaml.safe_load(text))
 
     def as_yaml(self) -> str:
-        """Return its config.yaml."""
+        """Return the job as YAML, the text of the run's config.yaml."""
         return yaml.safe_dump(self.content(), sort_keys=False, allow_unicode=True, width=120)
 
     def vary(self, values: Mapping[str, Any]) -> "Job":
-        """Return a copy with other values, checked as this one was.
+        """Return a checked copy with some values replaced.
 
         Args:
-            values: New values by dotted key, such as {"recipe.lr": 0.1}; each replaces the old one as a
-                whole.
+            values: New values by dotted key, such as {"recipe.lr": 0.1}; a mapping is replaced as a whole,
+                not merged.
 
         Raises:
             UserError: The job has no such key, or a value does not fit.
@@ -187,23 +181,21 @@ class Job(BaseModel):
             holder: Any = content
             for parent in parents:
                 holder = holder.get(parent) if isinstance(holder, dict) else None
-            if (
-                not isinstance(holder, dict) or name not in holder
-            ):  # its value may be null, as that of method.depth
+            if not isinstance(holder, dict) or name not in holder:
                 raise unknown(
                     "key of recipe.grid", key, ["recipe.lr", "recipe.weight_decay", "method.num_tokens"]
                 )
-            holder[name] = deepcopy(value)
+            holder[name] = deepcopy(value)  # the caller may change its own later
         return Job(**content)
 
 
 def check_effect(recipe: Recipe) -> None:
     """Refuse a value that the chosen optimiser does not read.
 
-    A run of an older version may have recorded one.
+    `Recipe` itself accepts it, because runs of older versions may have recorded one.
     """
     if not recipe.uses_sgd and recipe.momentum != 0.9:
         raise UserError(
-            f"recipe.momentum={recipe.momentum} is of SGD, and recipe.optimizer={recipe.optimizer} has "
-            "none: leave it out, or give recipe.optimizer=sgd"
+            f"recipe.momentum={recipe.momentum} has no effect on recipe.optimizer={recipe.optimizer}, which "
+            "has no momentum: leave it out, or give recipe.optimizer=sgd"
         )

@@ -1,4 +1,4 @@
-"""Which settings are paths, and what a user's `~` and relative paths stand for."""
+"""List the settings that are paths, and expand `~` and relative paths in them."""
 
 import os
 import re
@@ -24,28 +24,28 @@ PATHS = (
     *("run", "state", "images", "output", "weights", "runs", "inspect", "table"),
     *("trainer.profiler.dirpath",),
 )
-"""Keys of all entry points whose values are paths; `paths.*` first: others refer to them."""
+"""Keys of all entry points whose values are paths; `paths.*` are first, because others refer to them."""
 
 LISTS = ("run", "runs", "inspect")
-"""Those that may be a list of paths."""
+"""Keys whose values may be a list of paths."""
 
 TEXTS = (*PATHS, "data.name")
-"""Keys whose values are names that a user chose freely."""
+"""Keys whose values are free text, chosen by the user."""
 
 
-_TILDE = re.compile(r"(?:^|(?<=[\[,]))\s*(~[^/,\]]*)")  # at the start of a value, or of one in a list
+_TILDE = re.compile(r"(?:^|(?<=[\[,]))\s*(~[^/,\]]*)")  # at the start of a value or of an entry in a list
 
 
 def expanduser(path: str) -> str:
-    """Write out `~` and `~name` at the start of a path; an unknown name stays as it is."""
-    return os.path.expanduser(path)  # noqa: PTH111  # pathlib's raises where there is no such user
+    """Expand `~` and `~name` at the start of a path; leave an unknown name as it is."""
+    return os.path.expanduser(path)  # noqa: PTH111  # pathlib's raises an error for an unknown user
 
 
 def expand_paths(cfg: DictConfig) -> None:
-    """Write out `~` in every path of a config, and make relative ones absolute where Hydra has changed the folder.
+    """Expand `~` in every path of a config, and make relative paths absolute if Hydra has changed the folder.
 
     Args:
-        cfg: Of any entry point; its paths are changed in place.
+        cfg: The config of any entry point; its paths are changed in place.
     """
     chdir = HydraConfig.initialized() and HydraConfig.get().job.chdir
     start = Path(HydraConfig.get().runtime.cwd) if chdir else Path()
@@ -61,39 +61,37 @@ def expand_paths(cfg: DictConfig) -> None:
 
 
 def _expanded(value: Any, start: Path) -> Any:
-    if not isinstance(value, str) or value in (
-        "",
-        "auto",
-    ):  # `inspect=auto` is a word; a wrong kind is refused later
+    # `inspect=auto` is not a path; a value of the wrong type is refused later
+    if not isinstance(value, str) or value in ("", "auto"):
         return value
     return expanduser(value) if start == Path() else str(start / expanduser(value))
 
 
 def expand_argument(argument: str) -> str:
-    """Write out `~` at the start of the paths in `key=value`, which Hydra's grammar cannot read.
+    """Expand `~` in `key=value` if the key is a path: Hydra's grammar cannot read `~`.
 
     Args:
-        argument: Of a command line, for example `runs=[~/a,~/b]`.
+        argument: An argument of a command line, for example `runs=[~/a,~/b]`.
 
     Returns:
-        The argument; as it is where its key is no path.
+        For example `runs=[/home/me/a,/home/me/b]`.
     """
     key, _, value = argument.partition("=")
     if key.lstrip("+") not in PATHS:
         return argument
-    return f"{key}={_TILDE.sub(lambda found: expanduser(found[1]), value)}"
+    return f"{key}={_TILDE.sub(lambda match: expanduser(match[1]), value)}"
 
 
 def check_writable(folder: Path, key: str, value: str) -> None:
-    """Make the folder that Hydra's folders go into, before Hydra does.
+    """Make the folder that will hold Hydra's output folders, and check that it can be written to.
 
     Args:
-        folder: To be made where it does not exist.
-        key: The setting that decides it.
-        value: Of this setting.
+        folder: The folder.
+        key: The setting that decides where the folder is.
+        value: The setting's value.
 
     Raises:
-        UserError: It cannot be made or written to.
+        UserError: The folder cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,25 +1,30 @@
-"""Importing this module silences what Lightning and timm say on every fit.
-
-Warnings of other kinds still come.
-"""
+"""Silence the messages of Lightning and timm that tell a user nothing new."""
 
 import logging
 import warnings
 
-import lightning.pytorch  # noqa: F401  # sets its own levels as it is imported: before those below
-
-# its lines come twice under Hydra's logging, and those below a warning repeat what the run's table says
-for _name in ("lightning.pytorch", "lightning.fabric", "timm"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
-# Lightning 2.6 asks torch's pytrees in the old way
-warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-# a frozen backbone stays in evaluation mode on purpose
-warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
-# what is logged at the end of an epoch is the same on every rank already
-warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True\)`")
-# every figure is logged at the end of an epoch, whatever the interval of steps
-warnings.filterwarnings(
-    "ignore", message=r"The number of training batches \(\d+\) is smaller than the logging"
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "timm")
+_WARNINGS = (
+    # Lightning 2.6 calls a deprecated function of torch's pytrees
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # a frozen backbone stays in evaluation mode on purpose
+    r"Found \d+ module\(s\) in eval mode at the start of training",
+    # figures logged at the end of an epoch are the same on every rank already
+    r"It is recommended to use `self.log\(.*sync_dist=True\)`",
+    # all figures are logged at the end of an epoch, so the interval in steps does not matter
+    r"The number of training batches \(\d+\) is smaller than the logging",
+    # decoded images are in memory or memory-mapped, so more workers would not help
+    r"The '\w+' does not have many workers",
 )
-# images are decoded once and lie in memory or in a memory map: more workers would not help
-warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
+
+
+def silence_libraries() -> None:
+    """Raise the log level of Lightning and timm to WARNING, and ignore a few known warnings.
+
+    Under Hydra's logging their INFO lines would be printed twice, and the table of a run says the same. Call
+    this after `import lightning.pytorch`, which sets its log levels itself. Calling it again does no harm.
+    """
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)

@@ -1,8 +1,6 @@
-"""One rank of a run on several devices.
+"""Run one rank of a run on several devices: `python -m visprompt.runs.rank FILE`.
 
-`python -m visprompt.runs.rank FILE`, where FILE holds the job as YAML.
-
-`run_all` checked the job and started this process; here nothing is composed again.
+FILE holds the job as YAML. `run_all` has composed and checked the job and starts this process for each rank.
 """
 
 from visprompt.runs import signals
@@ -18,25 +16,23 @@ from visprompt.runs.cli import one_sentence_errors
 
 
 def main(file: Path) -> None:
-    """Run the job of a file.
+    """Run the job in a file.
 
     Raises:
-        SystemExit: The run failed; the parent process is told why.
+        SystemExit: The run failed; the parent process has been told why.
     """
     engine.end_with_parent()
     with one_sentence_errors():
         try:
-            from visprompt.runs import (
-                memory,
-                run,
-            )  # imported late: torch takes seconds, and the parent may be gone
+            # imported late: torch takes seconds, in which the parent may end
+            from visprompt.runs import memory, run
             from visprompt.runs.job import Job
 
             signals.started()
             job = Job.from_yaml(file.read_text(encoding="utf-8"))
             with memory.explained_for(job):
                 run.run_job(run.prepare(job))
-        except BaseException as error:  # whatever ends a rank is told to the process that started it
+        except BaseException as error:  # signals too: the parent is told about everything that ends a rank
             engine.give_reason(error)
             raise
 

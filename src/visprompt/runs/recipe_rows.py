@@ -1,4 +1,4 @@
-"""The table of a recipe: a value comes from the row of the task, else from its family's, else from the default row."""
+"""Look up values in a recipe's table: in the row of the task, else of its family, else in the default row."""
 
 import logging
 import re
@@ -19,7 +19,7 @@ _METHODS = Path(__file__).resolve().parents[3] / "configs" / "method"
 
 
 def _row(key: str, *, _root_: DictConfig) -> Any:
-    """`${row:lr}`: a value of the recipe's table, from the row of the task, of its family, or the default row."""
+    """Resolve `${row:lr}`: look up a value in the row of the task, of its family, or in the default row."""
     for row in _rows(_root_):
         if key in row:
             return row[key]
@@ -27,7 +27,7 @@ def _row(key: str, *, _root_: DictConfig) -> Any:
 
 
 def _rows(cfg: DictConfig) -> list[DictConfig]:
-    """Return the rows of a recipe's table that are for a config's task, the nearest first."""
+    """Return the rows that apply to a config's task, the most specific first: task, family, default."""
     spec = catalog.TASKS.get(str(cfg.task))
     names = [cfg.task, spec.family if spec else None, "default"]
     return [cfg.recipe.rows[name] for name in names if name and name in cfg.recipe.rows]
@@ -52,47 +52,43 @@ def row_options(method: str) -> frozenset[str]:
 
 
 def apply_table(cfg: DictConfig) -> None:
-    """Put what the user's own `recipe.table` says of a config's task and method into the recipe's row for it.
+    """Merge the settings that the user's `recipe.table` has for the task and method into the task's row.
 
     Raises:
-        UserError: The file cannot be used, or says nothing of them.
+        UserError: The file cannot be used, or has no row for the task and method.
     """
     recipe = cfg.recipe
     if recipe.table is None:
         return
-    names = {*catalog.TASKS, "vtab", "fgvc", "default"} & set(
-        recipe.rows
-    )  # `grid=paper` has other entries there
+    # not all of recipe.rows, because `grid=paper` has entries there that are not rows
+    names = {*catalog.TASKS, "vtab", "fgvc", "default"} & set(recipe.rows)
     known = {str(key) for name in names for key in recipe.rows[name]} - {"grid", "source"}
     values = recipe_table.read(Path(recipe.table), str(cfg.task), cfg.method.name, known)
     with open_dict(cfg):
         recipe.rows[cfg.task] = OmegaConf.merge(recipe.rows.get(cfg.task, {}), values)
 
 
-def apply_row(cfg: DictConfig, said: Set[str]) -> None:
-    """Settle what of a resolved job's recipe depends on its row: a warm-up in proportion, and the grid.
+def apply_row(cfg: DictConfig, given: Set[str]) -> None:
+    """Set the warm-up and the grid of a resolved job from its row, and remove the table from the recipe.
 
     Args:
-        cfg: A job whose recipe still has its table.
-        said: Keys of the command line.
-
-    Raises:
-        UserError: A value would have no effect.
+        cfg: A job's config, still with the recipe's table.
+        given: Keys that the command line sets.
     """
-    _shorten_warmup(cfg, said)
-    _apply_grid(cfg, said)
+    _shorten_warmup(cfg, given)
+    _apply_grid(cfg, given)
     with open_dict(cfg):
         del cfg.recipe.rows, cfg.recipe.table
 
 
-def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
-    """Give a run of fewer epochs than its row has a warm-up in proportion, where the row's would not fit into it."""
+def _shorten_warmup(cfg: DictConfig, given: Set[str]) -> None:
+    """Shorten the row's warm-up in proportion if it would not fit into the epochs that the user chose."""
     recipe, rows = cfg.recipe, _rows(cfg)
     epochs, warmup = (
         next((row[name] for row in rows if name in row), None) for name in ("epochs", "warmup_epochs")
     )
     numbers = (recipe.epochs, recipe.warmup_epochs, epochs, warmup)
-    if "recipe.warmup_epochs" in said or recipe.warmup_epochs != warmup or not all(map(is_finite, numbers)):
+    if "recipe.warmup_epochs" in given or recipe.warmup_epochs != warmup or not all(map(is_finite, numbers)):
         return
     if 0 < recipe.epochs <= warmup < epochs:
         share = warmup * recipe.epochs / epochs
@@ -104,17 +100,17 @@ def _shorten_warmup(cfg: DictConfig, said: Set[str]) -> None:
         )
 
 
-def _apply_grid(cfg: DictConfig, said: Set[str]) -> None:
-    """Give a job its grid: that of its row, with the user's own keys beside it and in place of the same ones.
+def _apply_grid(cfg: DictConfig, given: Set[str]) -> None:
+    """Set a job's grid: the grid of its row, updated by the user's `recipe.grid`.
 
-    Nothing is tried of what the command line gives: such a key keeps its own value alone.
+    A key that the command line sets to a value (`recipe.lr=0.1`) is not tried: it has that value alone.
     """
-    own = OmegaConf.create() if cfg.recipe.grid is None and "recipe.grid" not in said else cfg.recipe.grid
-    if not OmegaConf.is_dict(own):  # the user's null is no grid; the protocol refuses anything else
+    users = OmegaConf.create() if cfg.recipe.grid is None and "recipe.grid" not in given else cfg.recipe.grid
+    if not OmegaConf.is_dict(users):  # null means no grid; anything else is refused by `protocol.grid_points`
         return
-    rows: Any = next((row.grid for row in _rows(cfg) if "grid" in row), {})
-    if not OmegaConf.is_dict(rows):  # a text in place of a grid: the protocol refuses it with that text
-        cfg.recipe.grid = own or rows
+    default: Any = next((row.grid for row in _rows(cfg) if "grid" in row), {})
+    if not OmegaConf.is_dict(default):  # not a grid: `protocol.grid_points` refuses it and shows it
+        cfg.recipe.grid = users or default
         return
-    found = {**rows, **own}
-    cfg.recipe.grid = found | {key: [OmegaConf.select(cfg, key)] for key in found if key in said}
+    grid = {**default, **users}
+    cfg.recipe.grid = grid | {key: [OmegaConf.select(cfg, key)] for key in grid if key in given}

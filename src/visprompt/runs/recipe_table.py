@@ -1,15 +1,15 @@
-"""Settings that were chosen per task, read from a CSV file: `recipe.table=FILE.csv`.
+"""Read settings that were chosen per task from a CSV file: `recipe.table=FILE.csv`.
 
     task,method,num_tokens,lr,weight_decay
     dtd,vpt_deep,10,2.5,0.001
     svhn,vpt_deep,50,2.5,0
 
-A column is named like a value of the recipes' rows (lr, weight_decay, batch_size, num_tokens, dropout, ...);
-lr is the base value, for a batch of 256. `task` is an id or another name in circulation. A row is of any
-method where there is no column `method` or its cell is empty. An empty cell leaves the value to the recipe.
+A column has the name of a value in the recipes' rows (lr, weight_decay, batch_size, num_tokens, ...).
+lr is the base learning rate, for a batch of 256. `task` is a task's id or an alias. A row applies to all
+methods if the table has no column `method` or its cell is empty. An empty cell means the recipe's value.
 
-A table of the settings that VPT's authors chose was public (vtab_all_release.csv); give its columns these
-names.
+VPT's authors published a table of the settings that they chose (vtab_all_release.csv); rename its columns as
+above to use it.
 """
 
 import csv
@@ -22,7 +22,7 @@ import yaml
 from visprompt.data import catalog
 from visprompt.errors import UserError, unknown
 
-_NAMES = ("task", "method")  # columns that say what a row is of
+_NAMES = ("task", "method")  # columns that are not settings
 
 
 def read(path: Path, task: str, method: str, known: Collection[str]) -> dict[str, Any]:
@@ -32,15 +32,16 @@ def read(path: Path, task: str, method: str, known: Collection[str]) -> dict[str
         path: The CSV file.
         task: A task's id.
         method: A method's name.
-        known: Values that this method's recipe has.
+        known: Names of the settings that this method's recipe has.
 
     Returns:
-        Values by name; only those whose cells are filled.
+        Values by name, without empty cells: {"num_tokens": 10, "lr": 2.5, "weight_decay": 0.001}.
 
     Raises:
-        UserError: The file cannot be read, names what is unknown, or has no row or several rows for the task.
+        UserError: The file cannot be read, names an unknown setting, or does not have exactly one row for
+            the task and method.
     """
-    rows = [row for row in _rows(path) if _is_of(row, task, method)]
+    rows = [row for row in _rows(path) if _applies_to(row, task, method)]
     if len(rows) != 1:
         how_many = "no row" if not rows else f"{len(rows)} rows"
         raise UserError(f"{path} has {how_many} for task {task} and method {method}: recipe.table needs one")
@@ -66,12 +67,12 @@ def _rows(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path} has two columns {twice!r}: leave one of them out")
     if bad := next((number for number, line in enumerate(lines, start=1) if len(line) != len(header)), None):
         raise UserError(
-            f"{path} has {len(lines[bad - 1])} cells in row {bad} and {len(header)} columns: mend that row"
+            f"{path} has {len(lines[bad - 1])} cells in row {bad} and {len(header)} columns: correct that row"
         )
     return [dict(zip(header, line, strict=True)) for line in lines[1:]]
 
 
-def _is_of(row: dict[str, str], task: str, method: str) -> bool:
+def _applies_to(row: dict[str, str], task: str, method: str) -> bool:
     name = row["task"].strip()
     return catalog.ALIASES.get(name, name) == task and row.get("method", method).strip() in ("", method)
 
@@ -83,7 +84,7 @@ def _value(path: Path, name: str, cell: str) -> Any:
         value = None
     if isinstance(value, str):
         try:
-            return float(cell)  # 1e-4, which YAML takes for a word
+            return float(cell)  # YAML reads 1e-4 as a word
         except ValueError:
             return value
     if not isinstance(value, bool | int | float):

@@ -1,11 +1,14 @@
-"""A finished run as a job for this machine.
+"""Build a job for this machine from the folder of a finished run, which may come from somebody else.
 
-What its folder says is data, and names nothing that runs or is written to.
+The files of the folder are data: they never decide which code runs or where files are written. So the data
+module, the trainer and all folders come from this project's configs, and only plain values are taken from the
+run's files:
 
-Composed from this project's own configs are the data module (by the name of its config), the trainer and all
-folders; taken from the run's files are plain values: of the checked tuned state method and backbone, of
-result.json recipe, split, seed and precision, of config.yaml the settings of the data and where own images
-and weights lay. Everything else in a config.yaml (hydra, callbacks, logger, trainer, paths) is not looked at.
+- method and backbone from the tuned state, which has been checked,
+- recipe, split, seed and precision from result.json,
+- from config.yaml the settings of the data, and where the user's images and the backbone's weights were.
+
+Everything else in config.yaml (hydra, callbacks, logger, trainer, paths) is ignored.
 """
 
 import math
@@ -32,24 +35,16 @@ from visprompt.runs.result import Result
 from visprompt.text import Terminal, visible
 
 console = Terminal()
-_MEND = "copy the whole folder of the run again, and do not use it if you do not know who made it"
-_THIS_MACHINE = (
-    "_target_",
-    "data_dir",
-    "store_dir",
-    "download",
-    "num_workers",
-    "pin_memory",
-)  # of the data's settings
-_LARGEST = 2**22  # bytes of a config.yaml
-_MOST, _DEEPEST = (
-    256,
-    2,
-)  # entries of a list or mapping among the data's settings, and how many lie in one another
+_REMEDY = "copy the whole folder of the run again, and do not use it if you do not know who made it"
+# settings of the data that come from this machine's configs, not from the run
+_FROM_THIS_MACHINE = ("_target_", "data_dir", "store_dir", "download", "num_workers", "pin_memory")
+_MAX_BYTES = 2**22  # of a config.yaml
+_MAX_ENTRIES = 256  # of a list or mapping among the data's settings
+_MAX_DEPTH = 2  # of nested lists and mappings
 
 
 class _Lax(BaseModel):
-    """A record of which only the known keys are looked at."""
+    """A record whose unknown keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -65,7 +60,7 @@ class _Config(_Lax):
 
 
 class _Scoring(state_schema.Closed):
-    """What of a result.json becomes part of a job."""
+    """The values of a result.json that become part of a job."""
 
     split: Literal["tune", "final"]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -82,27 +77,26 @@ def job_of(
     weights: str | None,
     data: Mapping[str, Any] | None = None,
 ) -> Job:
-    """Build the job of a finished run, for this machine.
+    """Build the job of a finished run for this machine.
 
     Args:
-        folder: The run's.
-        state: What it tuned, as `state.load_state` checked it.
-        result: What it recorded.
-        data_dir: This machine's folder of data; None takes that of configs/paths and configs/local.
-        weights: The file of backbone weights; None takes the place that the run recorded, which is only read.
-        data: The user's own settings of the data, such as another root; `_target_` among them names a data
-            module.
+        folder: The run's folder.
+        state: The run's tuned state, as `tuned_state.load_state` returns it.
+        result: The run's result.
+        data_dir: This machine's folder of data; None uses that of configs/paths and configs/local.
+        weights: The file of backbone weights; None uses the path that the run recorded, which is only read.
+        data: Settings of the data given by the user, such as another root; they may name a `_target_`.
 
     Returns:
         A job for `run.prepare`, with this machine's default trainer.
 
     Raises:
-        UserError: The run's config.yaml cannot be read or says what no run says, or there is no file of
-            weights.
+        UserError: The run's config.yaml cannot be read or holds something that no run writes, or the file of
+            weights does not exist.
     """
     config = _read(folder / "config.yaml")
     stored_data = in_present_words(config.data)
-    ours = _compose(config.task, folder / "config.yaml", data_dir)
+    local = _compose(config.task, folder / "config.yaml", data_dir)
     given = {name: value for name, value in (data or {}).items() if value is not None}
     weights = weights or (config.backbone.weights if state.backbone["pretrained"] else None)
     if state.backbone["pretrained"] and weights and not Path(weights).expanduser().exists():
@@ -110,26 +104,26 @@ def job_of(
     content = {
         **_scoring(folder, result),
         "task": config.task,
-        "data": _data(ours["data"], stored_data, given, folder / "config.yaml"),
+        "data": _data(local["data"], stored_data, given, folder / "config.yaml"),
         "backbone": {k: v for k, v in state.backbone.items() if k != "sha256"} | {"weights": weights},
         "method": dict(state.method),
-        "trainer": ours["trainer"],
-        "paths": ours["paths"],
+        "trainer": local["trainer"],
+        "paths": local["paths"],
         "callbacks": {},
         "logger": None,
     }
     try:
         job = Job(**content)
     except UserError as error:
-        raise UserError(f"{folder / 'config.yaml'} is refused: {error}; {_MEND}") from error
-    places = {f"data.{name}": job.data.get(name) for name in ("root", "csv") if name not in given}
-    places |= {"weights": weights} if weights == config.backbone.weights else {}
-    for name, place in places.items():
-        if place:
-            _say(f"{name} is {place}, as the run recorded it: {name}=... names another place")
-    there = config.data.get("data_dir")
-    if isinstance(there, str) and there != ours["data"].get("data_dir") and "data_dir" in ours["data"]:
-        _say(f"the run's data lay below {there}, here they are looked for below {ours['data']['data_dir']}")
+        raise UserError(f"{folder / 'config.yaml'} is refused: {error}; {_REMEDY}") from error
+    recorded_paths = {f"data.{name}": job.data.get(name) for name in ("root", "csv") if name not in given}
+    recorded_paths |= {"weights": weights} if weights == config.backbone.weights else {}
+    for name, path in recorded_paths.items():
+        if path:
+            _say(f"{name} is {path}, as the run recorded it: {name}=... names another place")
+    recorded_dir, local_dir = config.data.get("data_dir"), local["data"].get("data_dir")
+    if isinstance(recorded_dir, str) and recorded_dir != local_dir and "data_dir" in local["data"]:
+        _say(f"the run's data were in {recorded_dir}, here they are looked for in {local_dir}")
     return job
 
 
@@ -139,8 +133,8 @@ def _say(line: str) -> None:
 
 def _read(path: Path) -> _Config:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise UserError(f"{path} is refused: it is larger than any run's; {_MEND}")
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{path} is refused: it is larger than that of any run; {_REMEDY}")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
@@ -148,18 +142,27 @@ def _read(path: Path) -> _Config:
         ) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(
-            f"{path} cannot be read (it is cut or no YAML): copy the whole folder of the run"
+            f"{path} cannot be read (it is cut off or not YAML): copy the whole folder of the run"
         ) from error
-    return state_schema.read(_Config, content, path, _MEND)
+    return state_schema.read(_Config, content, path, _REMEDY)
 
 
 def _compose(task: str, source: Path, data_dir: str | None) -> dict[str, Any]:
-    """This project's own configs for a task's data, resolved for this machine."""
+    """Compose this project's configs for a task, resolved for this machine.
+
+    Args:
+        task: Name of a data config: a task's id, or "folder".
+        source: The file that names the task, for messages.
+        data_dir: This machine's folder of data; None uses that of the configs.
+
+    Returns:
+        The groups "data", "trainer" and "paths" in plain containers.
+    """
     spec = TASKS.get(task)
     files = [] if spec else sorted((CONFIGS / "data").rglob(f"{task}.yaml"))
     if spec is None and not files:
         raise UserError(
-            f"{source} is refused: its data are of the config {task!r}, which is not in {CONFIGS / 'data'}"
+            f"{source} is refused: its task {task!r} has no config in {CONFIGS / 'data'}: add one"
         )
     name = spec.config if spec else files[0].relative_to(CONFIGS / "data").with_suffix("").as_posix()
     with nullcontext() if GlobalHydra.instance().is_initialized() else composing():
@@ -170,44 +173,48 @@ def _compose(task: str, source: Path, data_dir: str | None) -> dict[str, Any]:
 
 
 def _data(
-    ours: dict[str, Any], stored: Mapping[str, Any], given: Mapping[str, Any], source: Path
+    local: dict[str, Any], stored: Mapping[str, Any], given: Mapping[str, Any], source: Path
 ) -> dict[str, Any]:
-    """Return the data module's settings.
+    """Merge the settings of the data module.
 
-    This machine's, then those that the run recorded, then the user's own.
+    Args:
+        local: The settings of this machine's configs.
+        stored: The settings in the run's config.yaml, which take precedence over `local` if they are checked
+            plain values and do not depend on the machine.
+        given: The user's settings, which take precedence over both.
+        source: The run's config.yaml, for messages.
     """
-    target = str(stored.get("_target_", ours["_target_"]))
-    if target != ours["_target_"] and not target.startswith("visprompt.data.") and "_target_" not in given:
+    target = str(stored.get("_target_", local["_target_"]))
+    if target != local["_target_"] and not target.startswith("visprompt.data.") and "_target_" not in given:
         raise UserError(
             f"{source} names the data module {target!r:.80}, and a run's folder does not decide what code "
-            "runs: give +data._target_=... yourself if that is your own module"
+            "runs: give +data._target_=... yourself if the module is yours"
         )
     values: dict[str, Any] = {}
     for name, value in stored.items():
-        if name in _THIS_MACHINE or name in given:
+        if name in _FROM_THIS_MACHINE or name in given:
             continue
-        if name not in ours:
+        if name not in local:
             raise UserError(
-                f"{source} is refused: data.{visible(str(name))} is not a setting of its data; {_MEND}"
+                f"{source} is refused: data.{visible(str(name))} is not a setting of its data; {_REMEDY}"
             )
         if not _is_plain(value):
-            raise UserError(f"{source} is refused: data.{name} is not a plain value; {_MEND}")
+            raise UserError(f"{source} is refused: data.{name} is not a plain value; {_REMEDY}")
         values[name] = value
-    # scoring is no occasion to fetch 40 GB
-    return {**ours, **values, **({"download": False} if "download" in ours else {}), **given}
+    # scoring a run must not start to download 40 GB
+    no_download = {"download": False} if "download" in local else {}
+    return {**local, **values, **no_download, **given}
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Return whether a value is a number, a switch, a text that OmegaConf takes as it is, or a few of them."""
+    """Return whether a value is null, a boolean, a number, a text without `${`, or a small list or dict."""
     if isinstance(value, dict):
-        named = all(
-            isinstance(name, str) and not name.startswith("_") for name in value
-        )  # _target_ is Hydra's word
-        return named and _is_plain([*value, *value.values()], depth)
+        # no names with an underscore, because Hydra gives _target_ and the like a meaning
+        plain_names = all(isinstance(name, str) and not name.startswith("_") for name in value)
+        return plain_names and _is_plain([*value, *value.values()], depth)
     if isinstance(value, list):
-        return (
-            len(value) <= _MOST and depth < _DEEPEST and all(_is_plain(entry, depth + 1) for entry in value)
-        )
+        small = len(value) <= _MAX_ENTRIES and depth < _MAX_DEPTH
+        return small and all(_is_plain(entry, depth + 1) for entry in value)
     if isinstance(value, str):
         return not state_schema.has_control(value) and "${" not in value
     return value is None or isinstance(value, bool) or (type(value) in (int, float) and math.isfinite(value))
@@ -216,16 +223,16 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 def _scoring(folder: Path, result: Result) -> dict[str, Any]:
     path = folder / "result.json"
     record = {name: getattr(result, name) for name in _Scoring.model_fields}
-    known = state_schema.read(_Scoring, record, path, _MEND)
+    checked = state_schema.read(_Scoring, record, path, _REMEDY)
     try:
-        if not known.recipe.keys() <= Recipe.model_fields.keys():
+        if not checked.recipe.keys() <= Recipe.model_fields.keys():
             raise UserError("its recipe is not of this version")
-        recipe = Recipe(**known.recipe)
+        recipe = Recipe(**checked.recipe)
     except UserError as error:
-        raise UserError(f"{path} is refused: {error}; {_MEND}") from error
-    return known.model_dump() | {"recipe": recipe.model_dump()}
+        raise UserError(f"{path} is refused: {error}; {_REMEDY}") from error
+    return checked.model_dump() | {"recipe": recipe.model_dump()}
 
 
 def own_data(cfg: DictConfig) -> dict[str, Any]:
-    """Return the user's own settings of the data in a composed config, in plain containers."""
+    """Return the settings of the data that the user gave to `src/eval.py`, in plain containers."""
     return dict(OmegaConf.to_container(cfg.data, resolve=True))  # type: ignore[arg-type]  # a group is a mapping

@@ -1,4 +1,4 @@
-"""result.json: one run's record, its schema, and how several are read together or chosen from."""
+"""Read, write and compare the record of a run, result.json, and choose among and average several."""
 
 import json
 import statistics
@@ -17,76 +17,70 @@ from visprompt.models.tuned_state import TunedState, load_state, read_checksum
 from visprompt.text import in_markdown
 
 SCHEMA: Literal[1] = 1
-_LATER = {"trainer", "files", "kind"}  # fields that records of older versions lack
+_ADDED_LATER = {"trainer", "files", "kind"}  # fields that records of older versions lack
 _Point = TypeVar("_Point")
 
 
 class Result(BaseModel):
-    """What one run was and what came of it: the schema of result.json."""
+    """The settings and the outcome of one run: the schema of result.json."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True
     )
 
     status: Literal["finished", "diverged", "unscored"]
-    """diverged: the loss was not finite.
-
-    Unscored: the run was to train and score nothing (data.test=none).
-    """
+    """`diverged`: the loss was not finite; `unscored`: there was nothing to score (data.test=none)."""
     task: str
-    """Task id, or the name of the user's own images."""
+    """The task's id, or the name of the user's own images."""
     method: dict[str, Any]
-    """Name and options."""
+    """Name and options of the method."""
     recipe: dict[str, Any]
-    """How it was trained."""
+    """How the tuned parameters were trained."""
     split: str
-    """tune or final."""
+    """`tune` or `final`."""
     seed: int
     """Seed of the run."""
     attempt: int
-    """0, and one more for each rerun=true that was completed."""
+    """0, plus 1 for each rerun=true that was completed."""
     precision: str
     """Lightning's precision."""
     data: dict[str, Any]
     """Source, form (lossless or lossy), fingerprint, fraction, preprocessing, sizes of the split sets."""
     backbone: dict[str, Any]
-    """Name, options, sha256 of the weights, the blocks that carried prompt tokens in full, and what was pooled."""
+    """Name, options, sha256 of the weights, blocks driven without the fast path (carried_blocks), pooling."""
     metrics: dict[str, float]
-    """Logged figures by name; accuracies are shares, not per cent."""
+    """Logged figures by name; accuracies are between 0 and 1."""
     per_class: dict[str, float | None]
-    """Test (in split=tune: validation) accuracy by class name; null for a class without images."""
+    """Test accuracy (validation accuracy if split=tune) by class name; null for a class without images."""
     tuned: dict[str, Any]
-    """Parameters, head parameters, share of the backbone, parameters by name, multiply-adds for one image (macs),
-    depth and length of prompts, bytes and sha256 of the file."""
+    """Number of parameters, head parameters, share of the backbone, parameters by name, multiply-adds for one
+    image (macs), depth and length of prompts, bytes and sha256 of the file."""
     time: dict[str, float]
-    """Seconds of training, and of the last process of a run that was resumed."""
+    """Seconds of training over all processes (train_s), and of the last process (last_process_s)."""
     peak_memory: dict[str, Any]
     """Bytes, and what was measured."""
     machine: dict[str, Any]
-    """Device, devices, accumulation, threads."""
+    """Device, number of devices, accumulation steps, threads."""
     versions: dict[str, str | None]
-    """Libraries, Python, git commit."""
+    """Versions of libraries and Python, and the git commit."""
     diverged_step: int | None = None
     """The optimiser step at which the loss was not finite, else null."""
     trainer: dict[str, Any] = {}
-    """Settings of the trainer that may change the numbers, such as clipped gradients.
-
-    Older records lack it.
-    """
+    """Settings of the trainer that may change the numbers, such as clipping; older records lack it."""
     files: dict[str, str] = {}
-    """sha256 of further files of the folder, by name: metrics.csv; older records lack it."""
+    """sha256 of other files in the folder (metrics.csv) by name; older records lack it."""
     tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """The user's own, and debug."""
+    """The user's tags, and `debug`."""
     kind: str = SINGLE_LABEL.name
-    """What the task asks of an image; older records lack it."""
+    """Name of the `TaskKind`; older records lack it."""
     version: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
-    """Version of this record."""
+    """Version of this schema."""
 
     @property
     def score(self) -> float:
-        """What this run is judged by: a figure of val in `split=tune`, else of test; -inf diverged.
+        """The figure by which runs are compared: of val if `split=tune`, else of test.
 
-        Nan unscored.
+        It is -inf for a diverged run and nan for an unscored one.
         """
         if self.status == "unscored":
             return float("nan")
@@ -99,33 +93,32 @@ def write_result(folder: Path, result: Result) -> None:
     """Write a run's result.json with its digest, atomically.
 
     Raises:
-        ValueError: A figure is not finite; JSON has no word for it.
+        ValueError: A figure is not finite, which JSON cannot express.
     """
     write_record(folder / "result.json", result.model_dump(by_alias=True), indent=1)
 
 
 def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
-    """Read a run's result.json and compares the tuned state beside it with the checksum that it recorded.
+    """Read a run's result.json, and check that the tuned state in the folder is the one it recorded.
 
     Args:
         folder: The run's folder.
-        hashed: Whether the state's tensors are hashed, 1 to 3 ms for each MB. Else only its size and the
-            checksum in its header are compared, 0.2 ms at any size, which finds another run's state and a cut
-            one: for reports over thousands of runs.
+        hashed: Whether to hash the state's tensors, which takes 1 to 3 ms per MB. Otherwise only the file's
+            size and the checksum in its header are compared, which takes 0.2 ms and detects the state of
+            another run or a truncated file; reports over thousands of runs use this.
 
     Returns:
-        The result, None where there is no result.json.
+        The result, or None if there is no result.json.
 
     Raises:
-        DamagedRecord: The record or the tuned state is damaged, or they do not belong together. The message
-            names the file and says why, not what to do.
+        DamagedRecord: The record or the tuned state is damaged, or they do not belong together.
     """
     path = folder / "result.json"
     record = read_record(path)
     if record is None:
         return None
     record.pop("digest", None)
-    if {*record, *_LATER} != {field.alias or name for name, field in Result.model_fields.items()}:
+    if {*record, *_ADDED_LATER} != {field.alias or name for name, field in Result.model_fields.items()}:
         raise DamagedRecord(f"{path} is damaged or of another version of visprompt")
     try:
         result = Result.model_validate(record)
@@ -137,21 +130,22 @@ def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
         raise DamagedRecord(f"{path} is damaged: its {key} is {first['input']!r}") from None
     if result.kind not in KINDS:
         raise DamagedRecord(f"{path} is damaged: its kind is {result.kind!r}")
-    if isinstance(how := result.data.get("preprocessing"), dict):
-        result = result.model_copy(update={"data": result.data | {"preprocessing": in_present_words(how)}})
+    if isinstance(preprocessing := result.data.get("preprocessing"), dict):
+        data = result.data | {"preprocessing": in_present_words(preprocessing)}
+        result = result.model_copy(update={"data": data})
     if result.status != "diverged":
         _check_state(folder / "tuned.safetensors", result, hashed)
     return result
 
 
 def _check_state(path: Path, result: Result, hashed: bool) -> None:
-    """Raise `DamagedRecord` where a tuned state is not the one that a result recorded."""
+    """Raise `DamagedRecord` if a tuned state is not the one that a result recorded."""
     if not path.is_file():
-        raise DamagedRecord(f"{path} is missing, which result.json names")
+        raise DamagedRecord(f"{path} is missing, but result.json names it")
     if path.stat().st_size != result.tuned.get("bytes"):
         raise DamagedRecord(f"{path} is not the state that result.json recorded: its size differs")
     if "sha256" not in result.tuned:
-        return  # every run of this project records it; a record that somebody else wrote may lack it
+        return  # every run of this project records it, but a record written by other code may lack it
     checksum = read_checksum(path, hashed=hashed)
     if checksum is None:
         raise DamagedRecord(f"{path} is damaged: its checksum differs")
@@ -162,7 +156,7 @@ def _check_state(path: Path, result: Result, hashed: bool) -> None:
 
 
 def read_result(folder: Path, *, hashed: bool = True) -> Result | None:
-    """Read a run's result where it is finished: `load_result`, with None for what is damaged too."""
+    """Read a run's result like `load_result`, but return None also if it is damaged."""
     try:
         return load_result(folder, hashed=hashed)
     except DamagedRecord:
@@ -170,7 +164,7 @@ def read_result(folder: Path, *, hashed: bool = True) -> Result | None:
 
 
 def open_result(folder: Path) -> Result:
-    """Read the result of a run that has to be finished, without hashing its state, which `load_state` does.
+    """Read the result of a finished run, without hashing its tuned state, which `load_state` will do.
 
     Raises:
         UserError: The folder holds no finished run, or its files are damaged or do not belong together.
@@ -180,45 +174,47 @@ def open_result(folder: Path) -> Result:
     except DamagedRecord as error:
         raise UserError(f"{error}; copy the run's whole folder again, or run its command again") from error
     if result is None:
-        raise UserError(f"{folder} holds no finished run: give the folder that its table named")
+        raise UserError(f"{folder} holds no finished run: give the folder that was printed below its table")
     return result
 
 
 def check_same_run(result: Result, identity: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a whole result, state and all, that another run wrote.
+    """Refuse a result in a run's folder that another run wrote.
 
     Args:
-        result: What lies in the folder.
-        identity: What decides the numbers of the run that the folder is for, see `identity.identity_of`.
+        result: The result in the folder.
+        identity: Everything that decides the numbers of the folder's run, see `identity.identity_of`.
         folder: The run's folder, for the message.
 
     Raises:
-        UserError: They differ in task, split, seed, precision, method, recipe, data or backbone.
+        UserError: Result and identity differ in task, split, seed, precision, method, recipe, data or
+            backbone.
     """
-    wanted = json.loads(json.dumps(identity, default=list))
+    expected = json.loads(json.dumps(identity, default=list))
     for name in ("task", "split", "seed", "precision", "method", "recipe"):
-        if getattr(result, name) != wanted[name]:
-            raise _another(folder, name, getattr(result, name), wanted[name])
+        if getattr(result, name) != expected[name]:
+            raise _of_another_run(folder, name, getattr(result, name), expected[name])
     for name, key in (("data", "fingerprint"), ("backbone", "sha256")):
-        if getattr(result, name).get(key) != wanted[name][key]:
-            raise _another(folder, f"{name}.{key}", getattr(result, name).get(key), wanted[name][key])
+        recorded = getattr(result, name).get(key)
+        if recorded != expected[name][key]:
+            raise _of_another_run(folder, f"{name}.{key}", recorded, expected[name][key])
 
 
-def _another(folder: Path, name: str, found: object, wanted: object) -> UserError:
+def _of_another_run(folder: Path, name: str, recorded: object, expected: object) -> UserError:
     return UserError(
-        f"{folder / 'result.json'} is another run's (its {name} is {found}, this run's is {wanted}): move "
-        "or delete what lies in that folder"
+        f"{folder / 'result.json'} is another run's (its {name} is {recorded}, this run's is {expected}): "
+        "move or delete the files in that folder"
     )
 
 
 def open_state(path: Path) -> TunedState:
-    """Read a tuned state, after comparing it with the result.json beside it where there is one.
+    """Read a tuned state; if there is a result.json in its folder, check that they belong together.
 
     Args:
         path: The file, or the run's folder that holds `tuned.safetensors`.
 
     Raises:
-        UserError: The state cannot be used, see `load_state`, or is not the one that the result recorded.
+        UserError: The state cannot be used (see `load_state`), or is not the one that the result recorded.
     """
     folder = path if path.is_dir() else path.parent
     if (folder / "result.json").is_file() and path in (folder, folder / "tuned.safetensors"):
@@ -227,17 +223,17 @@ def open_state(path: Path) -> TunedState:
 
 
 def choose(results: Sequence[Result | None], points: Sequence[_Point]) -> _Point | None:
-    """Choose a point of a grid by its validation accuracy after the last epoch.
+    """Choose the point of a grid with the best validation score after the last epoch.
 
-    Ties, common on 200 images, go to the smallest learning rate, then the largest weight decay, then the
-    shortest prompt, then to the first. A point that failed or diverged is never chosen.
+    On 200 images equal scores are common. Among equals the smallest learning rate is chosen, then the largest
+    weight decay, then the shortest prompt, then the first. A point that failed or diverged is never chosen.
 
     Args:
-        results: Results of runs of `split=tune`, None where a run failed.
-        points: What they were runs of, in the same order.
+        results: Results of runs with `split=tune`; None for a run that failed.
+        points: The points of these runs, in the same order.
 
     Returns:
-        The chosen point, None where every one failed.
+        The chosen point, or None if all runs failed.
 
     Raises:
         UserError: A result is not of `split=tune`.
@@ -247,7 +243,10 @@ def choose(results: Sequence[Result | None], points: Sequence[_Point]) -> _Point
         if result is None or result.status == "diverged":
             continue
         if result.split != "tune":
-            raise UserError(f"a run of split={result.split} was offered to a choice: only val200 may decide")
+            raise UserError(
+                f"a run of split={result.split} is among those to choose from, and only validation scores "
+                "may decide: give runs of split=tune"
+            )
         length = result.method.get("num_tokens", 0)
         rank = (result.score, -result.recipe["lr"], result.recipe["weight_decay"], -length)
         candidates.append((rank, point))
@@ -256,10 +255,10 @@ def choose(results: Sequence[Result | None], points: Sequence[_Point]) -> _Point
 
 @dataclass(frozen=True)
 class Cell:
-    """Scores of one method on one task over seeds.
+    """Scores of one method on one task over several seeds, shown as "81.2 ± 0.4".
 
     Attributes:
-        scores: Test accuracies as shares, one for each seed.
+        scores: Test accuracies between 0 and 1, one for each seed.
     """
 
     scores: tuple[float, ...]
@@ -271,7 +270,7 @@ class Cell:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation over the seeds (n - 1); 0 of a single seed, which has none."""
+        """Sample standard deviation over the seeds (n - 1); 0 for a single seed."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
 
     def __str__(self) -> str:
@@ -280,39 +279,39 @@ class Cell:
 
 
 def cell(results: Iterable[Result]) -> Cell:
-    """Put runs together that differ in nothing but the seed.
+    """Combine the results of runs that differ only in the seed.
 
     Raises:
-        UserError: They differ in protocol, one of them has no test score, or two are of one seed.
+        UserError: The runs differ in more than the seed, one has no test score, or two have the same seed.
     """
-    found = list(results)
-    alike = {json.dumps(_protocol(result), sort_keys=True) for result in found}
-    scored = all(result.split == "final" and result.status == "finished" for result in found)
-    if len(alike) != 1 or not scored:
+    runs = list(results)
+    protocols = {json.dumps(_protocol(result), sort_keys=True) for result in runs}
+    scored = all(result.split == "final" and result.status == "finished" for result in runs)
+    if len(protocols) != 1 or not scored:
         raise UserError(
-            "runs that differ in more than the seed, or have no test score, are not averaged together"
+            "runs that differ in more than the seed or have no test score cannot be averaged: leave them out"
         )
-    if len({result.seed for result in found}) < len(found):
-        raise UserError("two runs of one seed are not averaged together: keep the one that is meant")
-    return Cell(tuple(result.score for result in found))
+    if len({result.seed for result in runs}) < len(runs):
+        raise UserError("two runs with the same seed cannot be averaged: leave one of them out")
+    return Cell(tuple(result.score for result in runs))
 
 
 def _protocol(result: Result) -> dict[str, Any]:
-    names = ("task", "method", "recipe", "split", "precision", "data", "trainer")
-    found = {name: getattr(result, name) for name in names}
-    own = ("token_mask", "segment_mask", "initial")  # what a seed's own chain of pruning found
-    follows = (
-        {"pooling"} if result.backbone.get("pretrained", True) else {"pooling", "sha256"}
-    )  # of the seed's weights
-    found["data"] = {
-        name: value for name, value in result.data.items() if name != "summary"
-    }  # where it was, and so on
-    found["backbone"] = {name: value for name, value in result.backbone.items() if name not in follows}
-    return found | {"method": {name: value for name, value in result.method.items() if name not in own}}
+    """Return everything in which runs over several seeds must agree."""
+    names = ("task", "recipe", "split", "precision", "trainer")
+    # pruning chooses masks and stores initial values for each seed
+    pruned = ("token_mask", "segment_mask", "initial")
+    # random weights are drawn from the seed
+    seeded = {"pooling"} if result.backbone.get("pretrained", True) else {"pooling", "sha256"}
+    return {name: getattr(result, name) for name in names} | {
+        "method": {name: value for name, value in result.method.items() if name not in pruned},
+        "data": {name: value for name, value in result.data.items() if name != "summary"},
+        "backbone": {name: value for name, value in result.backbone.items() if name not in seeded},
+    }
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table, its first column left-aligned, the others right-aligned."""
+    """Return a Markdown table with the first column left-aligned and the others right-aligned."""
     columns = list(header)
     marks = [":--"] + ["--:"] * (len(columns) - 1)
     lines = [map(in_markdown, columns), marks, *(map(in_markdown, row) for row in rows)]

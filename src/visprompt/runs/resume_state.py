@@ -1,7 +1,4 @@
-"""The file of a resume state, without pickle.
-
-Tensors as safetensors, everything else as JSON in the same file.
-"""
+"""Read and write resume states without pickle: a safetensors file with all other data in its metadata."""
 
 import json
 from collections import defaultdict
@@ -17,9 +14,9 @@ from visprompt.errors import UserError
 from visprompt.files import write_atomically
 from visprompt.models.tensors import hash_tensors
 
-OWNER_KEY = "ResumeCheckpoint"  # under which Lightning keeps that callback's state
+OWNER_KEY = "ResumeCheckpoint"  # the key of this callback's state in Lightning's checkpoint
 _KEY = "visprompt.resume"
-_DIGITS = 64  # of a SHA-256 in hexadecimal
+_DIGITS = 64  # hexadecimal digits of a SHA-256
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,9 @@ class Owner:
     """The attempt of a run that a resume state belongs to.
 
     Attributes:
-        run: sha256 (hex) of the run's whole identity, of which the folder's name is the beginning.
-        seed: Seed of the run; part of the identity, kept for messages.
-        attempt: 0, and one more for each `rerun=true` that was completed before.
+        run: sha256 (hex) of the run's identity; the folder's name is its first 12 digits.
+        seed: Seed of the run, for messages.
+        attempt: 0, plus 1 for each `rerun=true` that was completed before.
     """
 
     run: str
@@ -38,7 +35,7 @@ class Owner:
 
 
 def owner_of(path: Path) -> Owner | None:
-    """Return whose resume state a file is, by its header alone; None where that cannot be read."""
+    """Read the owner of a resume state from the file's header; return None if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {})[_KEY][_DIGITS:]
@@ -52,7 +49,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint of tensors and plain data atomically.
 
     Raises:
-        TypeError: It holds something that is neither a tensor nor plain data.
+        TypeError: The checkpoint holds something that is neither a tensor nor plain data.
     """
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_pack(checkpoint, tensors))
@@ -62,14 +59,14 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, its tensors on the CPU.
+    """Read a checkpoint with its tensors on the CPU.
 
     Raises:
-        UserError: The file is not readable, or damaged.
+        UserError: The file cannot be read or is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
             stored = (file.metadata() or {})[_KEY]
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a readable resume state: delete it to start over") from error
@@ -81,9 +78,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Replace tensors by references, and dicts and tuples by forms that JSON gives back unchanged."""
+    """Convert a value to JSON; `_unpack` restores it with the same types.
+
+    Args:
+        value: A tensor, or plain data with tensors in it: `{1: (tensor,)}` becomes
+            `{"dict": [[1, {"tuple": [{"tensor": "0"}]}]]}`.
+        tensors: Gets a copy of each tensor, by the number in its reference.
+    """
     if isinstance(value, torch.Tensor):
-        # a copy, because two entries may share memory; safetensors takes contiguous ones only
+        # a copy, because safetensors refuses tensors that share memory or are not contiguous
         tensors[str(len(tensors))] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": str(len(tensors) - 1)}
     if isinstance(value, dict):
@@ -98,14 +101,14 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Undo `_pack`."""
+    """Restore what `_pack` converted."""
     if isinstance(value, list):
         return [_unpack(v, tensors) for v in value]
     if not isinstance(value, dict):
         return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
+    ((form, content),) = value.items()
+    if form == "tensor":
         return tensors[content]
-    if kind == "tuple":
+    if form == "tuple":
         return tuple(_unpack(v, tensors) for v in content)
     return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}

@@ -1,4 +1,4 @@
-"""One run: its folder, skip, resume or run anew, training, scoring, and what it leaves behind."""
+"""Make one run: find its folder, skip or resume or start it, train, score, and write its results."""
 
 import json
 import math
@@ -32,6 +32,7 @@ from visprompt.runs.checkpoint import Owner, ResumeCheckpoint
 from visprompt.runs.identity import digest, full_digest, identity_of
 from visprompt.runs.instantiate import instantiate
 from visprompt.runs.job import Job
+from visprompt.runs.quiet import silence_libraries
 from visprompt.runs.result import Result, check_same_run, read_result, write_result
 from visprompt.runs.trainer import build_loggers, build_trainer, close
 from visprompt.runs.trainer_checks import warn_random
@@ -43,13 +44,13 @@ console = Terminal()
 
 @dataclass(frozen=True)
 class Run:
-    """A job with its data and backbone, known well enough to have a folder.
+    """A job with its data, its backbone and the folder of its results.
 
     Attributes:
-        job: What it is asked to do.
-        datamodule: Its data.
-        backbone: Its backbone, shared by all runs of this process: copy its module before tuning it.
-        identity: What decides the numbers.
+        job: The job.
+        datamodule: The job's data.
+        backbone: The job's backbone, shared by all runs of this process: copy its module before tuning it.
+        identity: Everything that decides the numbers.
         folder: logs/<task>/<method>/<hash of the identity>.
     """
 
@@ -61,17 +62,17 @@ class Run:
 
 
 def prepare(job: Job) -> Run:
-    """Build a job's data and backbone and finds its folder.
+    """Build a job's data and backbone and find its folder; write and train nothing.
 
     Args:
         job: A job.
 
     Returns:
-        The run; nothing is written and nothing trained yet.
+        The run.
 
     Raises:
-        UserError: Data, weights or a word of the config are missing or wrong, or no tuned state could hold
-            them.
+        UserError: Data, weights or a setting are missing or wrong, or the run could not be recorded in a
+            tuned state.
     """
     check(job)
     seed = 0 if job.backbone.pretrained else job.seed  # loaded weights are the same for every seed
@@ -79,21 +80,21 @@ def prepare(job: Job) -> Run:
     datamodule = build_data(job, backbone)
     datamodule.check_sets()
     identity = identity_of(job, backbone, datamodule)
-    about = {name: getattr(datamodule, name) for name in ("task", "class_names", "preprocessing")}
-    method = {
-        k: v for k, v in identity["method"].items() if k != "weights"
-    }  # whoever builds it looks for that file
-    about |= {"method": method, "backbone": backbone.record(), "versions": {}}
-    check_record(about, "this run", "its tuned state could not be read again")  # before it is trained
+    # check before the training that the tuned state's record will be accepted; a method's file of weights is
+    # checked when the method is built
+    record = {name: getattr(datamodule, name) for name in ("task", "class_names", "preprocessing")}
+    method = {name: value for name, value in identity["method"].items() if name != "weights"}
+    record |= {"method": method, "backbone": backbone.record(), "versions": {}}
+    check_record(record, "this run", "its tuned state could not be read again")
     folder = Path(job.paths.log_dir) / datamodule.task / job.method.name / digest(identity)
     return Run(job, datamodule, backbone, identity, folder)
 
 
 def check(job: Job) -> None:
-    """Check a job's method before anything of it is loaded or built.
+    """Check the options of a job's method before anything is loaded or built.
 
     Raises:
-        UserError: An option of the method is unknown or of a wrong kind.
+        UserError: An option of the method is unknown or has a wrong type.
     """
     options = dict(job.method)
     check_options(options.pop("name"), options)
@@ -101,12 +102,13 @@ def check(job: Job) -> None:
 
 @lru_cache(maxsize=1)
 def load_backbone(spec: str, seed: int) -> Backbone:
-    """Build the backbone of a config given as JSON; the last one stays loaded for the next run."""
+    """Build the backbone of a config given as JSON; the last one stays in memory for the next run."""
+    silence_libraries()  # timm logs each file of weights that it loads
     return build_backbone(BackboneSpec(**json.loads(spec)), seed)
 
 
 def build_data(job: Job, backbone: Backbone) -> TaskDataModule:
-    """Return the data of a job in the size and scale that a backbone reads."""
+    """Build a job's data module, with the image size and normalisation of a backbone."""
     return instantiate(
         "data",
         dict(job.data),
@@ -124,7 +126,7 @@ def build_data(job: Job, backbone: Backbone) -> TaskDataModule:
 def build_classifier(
     job: Job, backbone: Backbone, num_classes: int, kind: str = SINGLE_LABEL.name
 ) -> Classifier:
-    """Build the backbone (a copy), method and head of a job, drawn from the job's seed."""
+    """Build the classifier of a job: a copy of the backbone, method and head, drawn with the job's seed."""
     L.seed_everything(int(job.seed), verbose=False)
     module = deepcopy(backbone.module)
     options = dict(job.method)
@@ -133,40 +135,43 @@ def build_classifier(
 
 
 def run_job(run: Run) -> Result:
-    """Run a job in this process, which may be one rank of several: skips it, resumes it, or runs it.
+    """Skip, resume or start a run in this process, which may be one rank of several.
 
     Args:
         run: What `prepare` returned.
 
     Returns:
-        The result; the stored one where the run was finished before and `rerun` is not set.
+        The result; the stored one if the run was finished before and `rerun` is not set.
 
     Raises:
-        UserError: Another process holds the run, or something of the config is wrong.
+        UserError: Another process is working on the run, or a setting is wrong.
     """
     resume = ResumeCheckpoint(run.folder / run_folder.RESUME, run.job.resume_every_n_epochs)
     trainer = build_trainer(run.job, resume)
     if trainer.world_size > 1:
-        trainer.strategy.setup_environment()  # rank 0 decides for all: the group is made before the decision
-    with _held(run, trainer) as attempt:
+        trainer.strategy.setup_environment()  # makes the process group, for the broadcast in `_next_attempt`
+    with _next_attempt(run, trainer) as attempt:
         if attempt is not None:
             return _train(run, trainer, resume, attempt)
-        stored = read_result(run.folder, hashed=False)  # it was hashed when the lock was taken
+        stored = read_result(run.folder, hashed=False)  # `_next_attempt` has hashed it
         if stored is None:
             raise UserError(f"{run.folder} changed while it was read: run the same command again")
-        for logger in (
-            build_loggers(run.job, run.folder, stored.attempt, stored.tuned) if trainer.is_global_zero else ()
-        ):
-            logger.log_metrics(dict(stored.metrics))
-            close(logger, "failed" if stored.status == "diverged" else "success", run.folder)
+        if trainer.is_global_zero:
+            for logger in build_loggers(run.job, run.folder, stored.attempt, stored.tuned):
+                logger.log_metrics(dict(stored.metrics))
+                close(logger, "failed" if stored.status == "diverged" else "success", run.folder)
         return stored
 
 
 @contextmanager
-def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
-    """Hold the run's lock; yields on all ranks the number of the attempt to make, None where there is none."""
+def _next_attempt(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
+    """Hold the run's lock in rank 0, and yield on all ranks the number of the attempt to make.
+
+    Yields:
+        The number, or None if the run is finished and not to be run again.
+    """
     attempt: int | None = None
-    trouble: UserError | None = None
+    error: UserError | None = None
     with ExitStack() as stack:
         if trainer.is_global_zero:
             try:
@@ -174,29 +179,30 @@ def _held(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
                 if stored:
                     check_same_run(stored, run.identity, run.folder)
                 attempt = run_folder.next_attempt(run.folder, stored, run.job.rerun)
-            except UserError as error:
-                trouble = error
-        attempt, trouble = trainer.strategy.broadcast((attempt, trouble))
-        if trouble:
-            raise trouble
+            except UserError as refusal:
+                error = refusal
+        attempt, error = trainer.strategy.broadcast((attempt, error))
+        if error:
+            raise error
         yield attempt
 
 
 def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
-    """Train and scores a run on all ranks; rank 0 leaves the folder finished."""
+    """Train and score a run on all ranks; rank 0 writes the results."""
     started = time.monotonic()
     device = trainer.strategy.root_device
     job, datamodule = run.job, run.datamodule
     ckpt_path = resume.find(Owner(full_digest(run.identity), job.seed, attempt))
     classifier = build_classifier(job, run.backbone, datamodule.num_classes, datamodule.kind)
-    release_pixels(None if classifier.has_frozen_part else datamodule.images_key)  # they were earlier runs'
+    # free the cached images of earlier runs, unless this run reads the same ones
+    release_pixels(None if classifier.has_frozen_part else datamodule.images_key)
     environment.reset_peak_memory(device)
-    pruning.rewind(classifier, run.folder.parent)  # where the method names stored initial values
-    asked = {"classifier": classifier, "recipe": job.recipe, "seed": job.seed, "leaks": _reads_test(run)}
-    module = instantiate("lightning_module", dict(job.lightning_module), TuningModule, **asked)
+    pruning.rewind(classifier, run.folder.parent)  # if the method names stored initial values
+    arguments = {"classifier": classifier, "recipe": job.recipe, "seed": job.seed, "leaks": _reads_test(run)}
+    module = instantiate("lightning_module", dict(job.lightning_module), TuningModule, **arguments)
     if job.compile:
-        torch.compiler.reset()  # else the ninth run of a process would exceed a limit and go uncompiled
-        module.classifier.compile()  # in place: the names of its parameters stay
+        torch.compiler.reset()  # else the ninth run of a process would exceed a limit and run uncompiled
+        module.classifier.compile()  # in place, so that the parameters keep their names
     tuned = _tuned_counts(module.classifier)
     if trainer.is_global_zero and not (job.backbone.pretrained or classifier.method.trains_backbone):
         warn_random(job.method.name)
@@ -208,7 +214,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         trainer.loggers = build_loggers(run.job, run.folder, attempt, tuned)
     status = "failed"
     if trainer.is_global_zero and datamodule.described:
-        datamodule.prepare_data()  # what cannot be decoded and is left out is known then
+        datamodule.prepare_data()  # finds the images that cannot be decoded, which `described` lists
         for line in datamodule.described:
             console.print(line, soft_wrap=True)
     try:
@@ -216,12 +222,12 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         unscored = diverged is None and not datamodule.is_scored
         if diverged is None and not unscored and module.scored_step != trainer.global_step:
             raise UserError(
-                "nothing was scored: take trainer.limit_val_batches and trainer.limit_test_batches off 0"
+                "nothing was scored: trainer.limit_val_batches and trainer.limit_test_batches must not be 0"
             )
         metrics = _last_row(resume, f"leak/test_{module.kind.score}") | module.scores
         figures = [*metrics.values()] if unscored else [module.scored_loss, *metrics.values()]
         if diverged is None and not all(map(math.isfinite, figures)):
-            diverged = trainer.global_step  # the last step spoilt what the parameters make, if not themselves
+            diverged = trainer.global_step  # the parameters are finite, but the loss or a figure is not
         result = Result(
             status="diverged" if diverged is not None else "unscored" if unscored else "finished",
             **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
@@ -242,44 +248,44 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
         )
         if trainer.is_global_zero:
             result = _finish(run, result, module.classifier)
-        status = (
-            "success" if diverged is None else "failed"
-        )  # a sweep must not take its last figure for a score
+        # a diverged run counts as failed, so that a sweep does not take its last figure for a score
+        status = "success" if diverged is None else "failed"
     finally:
         for logger in trainer.loggers:
             close(logger, status, run.folder)
-    finished: Result = trainer.strategy.broadcast(result)  # with the checksum of the file that rank 0 wrote
+    # rank 0's result has the checksum of the file that it wrote
+    finished: Result = trainer.strategy.broadcast(result)
     return finished
 
 
 def _fit_and_score(
     trainer: L.Trainer, module: TuningModule, datamodule: TaskDataModule, ckpt_path: Path | None
 ) -> int | None:
-    """Fit and scores once after the last epoch.
+    """Train, and score once after the last epoch.
 
-    Returns the step at which the loss was not finite, else None.
+    Returns:
+        The step at which the run diverged, or None if it did not.
     """
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         if not all(parameter.isfinite().all() for _, parameter in module.classifier.tuned_parameters()):
-            return trainer.global_step  # the last step spoilt them: the next loss would not be finite
+            return trainer.global_step  # of the last step: no later loss shows that they are not finite
         if datamodule.split == "final" and datamodule.is_scored:
             trainer.test(module, datamodule=datamodule, verbose=False)
-        elif (
-            datamodule.is_scored and module.scored_step != trainer.global_step
-        ):  # killed behind the last epoch, or that is not one to validate
+        elif datamodule.is_scored and module.scored_step != trainer.global_step:
+            # the last epoch was not validated: check_val_every_n_epoch, or a kill after its resume state
             trainer.validate(module, datamodule=datamodule, verbose=False)
     except Diverged as error:
         return error.step
     except SystemExit as error:
         if trainer.interrupted and not isinstance(error, signals.Ended):
-            raise KeyboardInterrupt from None  # Lightning makes an exit of Ctrl-C
+            raise KeyboardInterrupt from None  # Lightning turns Ctrl-C into SystemExit
         raise
     return None
 
 
 def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
-    """Write the tuned state and the result beside the resume state, and puts the complete attempt in place."""
+    """Write tuned state and result to the resume folder, then move the complete attempt into place."""
     folder = run.folder / run_folder.RESUME
     if result.status != "diverged":
         checksum = save_state(
@@ -297,8 +303,8 @@ def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
         size = (folder / "tuned.safetensors").stat().st_size
         result = result.model_copy(update={"tuned": result.tuned | {"bytes": size, "sha256": checksum}})
     else:
-        (folder / "tuned.safetensors").unlink(missing_ok=True)  # of an attempt that was killed here
-    curve = folder / "metrics.csv"  # missing where the first epoch diverged
+        (folder / "tuned.safetensors").unlink(missing_ok=True)  # left by a process that was killed here
+    curve = folder / "metrics.csv"  # missing if the first epoch diverged
     if curve.is_file():
         result = result.model_copy(update={"files": {curve.name: sha256(curve.read_bytes()).hexdigest()}})
     write_result(folder, result)
@@ -308,10 +314,16 @@ def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
 
 
 def _last_row(resume: ResumeCheckpoint, leak: str) -> dict[str, float]:
+    """Return the figures of the last epoch, and the best test figure of all epochs if tests were logged.
+
+    Args:
+        resume: Holds the learning curve.
+        leak: Name of the test figure of each epoch, which diagnostics.best_on_test=true logs.
+    """
     row = resume.rows[max(resume.rows)] if resume.rows else {}
     leaked = [row[leak] for row in resume.rows.values() if leak in row]
-    best = {"leak/best_on_test": max(leaked)} if leaked else {}  # a diagnostic: no choice reads it
-    return {k: v for k, v in row.items() if "/" in k} | best
+    best = {"leak/best_on_test": max(leaked)} if leaked else {}  # a diagnostic that no choice reads
+    return {name: value for name, value in row.items() if "/" in name} | best
 
 
 def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
@@ -322,7 +334,7 @@ def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
         "share": summary.share,
     }
     counts |= {"parts": dict(summary.parts), "macs": summary.macs}
-    # as they are: in the config a depth of all blocks is null
+    # read from the method, because in the config `depth` is null for all blocks
     shape = {name: getattr(classifier.method, name, None) for name in ("depth", "num_tokens", "kept_tokens")}
     return counts | {name: value for name, value in shape.items() if value is not None}
 
@@ -332,13 +344,13 @@ def _reads_test(run: Run) -> bool:
 
 
 def _data_record(datamodule: TaskDataModule) -> dict[str, Any]:
-    """Return what is recorded of the data beyond what decides the numbers."""
+    """Return what the result records of the data in addition to the identity."""
     record: dict[str, Any] = {"form": datamodule.form, "sizes": datamodule.sizes}
     return record | ({"summary": datamodule.summary} if datamodule.summary else {})
 
 
 def _as_driven(family: Family, method: Method) -> dict[str, Any]:
-    """Return how the backbone was driven: blocks that carried prompt tokens in full, and what was pooled."""
+    """Return the blocks that were driven without the fast path, and what the features were pooled from."""
     return {"carried_blocks": family.carried_blocks(), "pooling": family.pooling(method.pool)}
 
 

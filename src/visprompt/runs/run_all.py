@@ -1,4 +1,4 @@
-"""The loop over runs: each in this process, or on several local devices as a process group of its own."""
+"""Make several runs, one after the other: each in this process, or as a process group on several devices."""
 
 import logging
 import time
@@ -25,18 +25,18 @@ from visprompt.tuning import pruning_chain
 
 log = logging.getLogger(__name__)
 console = Terminal()
-_POLL = 2.0  # seconds between two looks at runs that other processes are at work on
+_POLL = 2.0  # seconds between two checks of runs that other processes are working on
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one job.
+    """The outcome of one job.
 
     Attributes:
-        name: Task and method.
-        result: The result, None where the run failed.
-        reason: Why it failed, or diverged; empty otherwise.
-        folder: Where the result lies, None where the run failed.
+        name: Task and method: "dtd/vpt_deep".
+        result: The result, or None if the run failed.
+        reason: Why the run failed or diverged; otherwise "".
+        folder: The folder of the result, or None if the run failed.
     """
 
     name: str
@@ -48,30 +48,31 @@ class Outcome:
 def train(cfg: DictConfig) -> float:
     """Train every task of a command line.
 
-    Under a W&B agent one command is one W&B run: one task logs to it as it trains, several report to it at
-    the end. A sweep of final runs is a table and not a choice: it goes through its points (`method: grid`).
+    Under a W&B agent one command is one W&B run: a single task logs to it while it trains, and several tasks
+    are reported to it at the end.
 
     Args:
-        cfg: What `@hydra.main` composed.
+        cfg: The config that `@hydra.main` composed.
 
     Returns:
-        Mean score over the tasks: val/acc in `split=tune`, else test/acc; -inf where one diverged, nan
-        where one was not scored.
+        Mean score over the tasks: val/acc if `split=tune`, else test/acc; -inf if one diverged, nan if one
+        was not scored.
 
     Raises:
-        UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; all others were run
-            before this is said. Or a sweeper would choose by the test accuracy.
+        UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; the error is raised
+            after all other runs. Or a sweeper would choose by the test accuracy.
     """
     check_sweeper(cfg)
     jobs = compose.jobs(cfg)
     check_all(jobs)
     together = under_agent() and len(jobs) > 1
-    wait = len(jobs) > 1 and not engine.started_elsewhere()  # ranks would have to agree on when
+    # ranks do not wait for other processes, because they would have to agree on the order of the jobs
+    wait = len(jobs) > 1 and not engine.started_elsewhere()
     outcomes = run_all([without_wandb(job) for job in jobs] if together else jobs, wait)
     if together and _is_first():
         report_together(jobs, [o.result for o in outcomes], [o.folder for o in outcomes])
     bad = [f"{o.name}: {o.reason}" for o in outcomes if o.result is None]
-    if not (compose.in_multirun() or under_agent()):  # there it is a point of a grid
+    if not (compose.in_multirun() or under_agent()):  # in a sweep, a diverged run is a point with a low score
         bad += [f"{o.name}: {o.reason}" for o in outcomes if o.result is not None and o.reason]
     if bad:
         several = f" ({len(bad)} of {len(outcomes)} runs failed)" if len(outcomes) > 1 else ""
@@ -83,16 +84,16 @@ def check_sweeper(cfg: DictConfig) -> None:
     """Refuse a sweeper that would choose by the test accuracy."""
     if cfg.split != "tune" and compose.has_choosing_sweeper():
         raise UserError(
-            "this sweeper chooses by the figure that a run returns, and no choice reads test: give it "
-            "split=tune"
+            "this sweeper chooses by the score that a run returns, and no choice may read a test score: give "
+            "it split=tune"
         )
 
 
 def check_all(jobs: Iterable[Job]) -> None:
-    """Check what can be known of jobs before the first of them runs.
+    """Check the methods, callbacks and loggers of all jobs before the first one runs.
 
     Raises:
-        UserError: A word of one is wrong, or a logger would stop to ask for a key.
+        UserError: A setting of a job is wrong, or a logger would stop to ask for an API key.
     """
     for job in jobs:
         try:
@@ -108,14 +109,14 @@ def run_all(jobs: Iterable[Job], wait: bool = True) -> list[Outcome]:
 
     Args:
         jobs: Composed jobs.
-        wait: Whether a run that another process is at work on is come back to behind the others, as soon as
-            that one has finished it or is gone; else it has failed.
+        wait: What to do about a run that another process is working on: True runs the other jobs first and
+            then waits for that process to finish or end; False counts the run as failed.
 
     Returns:
-        An outcome for each, in their order.
+        The outcomes of the jobs, in the same order.
     """
     outcomes: dict[int, Outcome] = {}
-    others: dict[int, tuple[Job, Path]] = {}
+    waiting: dict[int, tuple[Job, Path]] = {}
     for number, job in enumerate(jobs):
         try:
             outcomes[number] = _outcome(job)
@@ -123,27 +124,27 @@ def run_all(jobs: Iterable[Job], wait: bool = True) -> list[Outcome]:
             if not wait:
                 outcomes[number] = Outcome(job.name, None, str(error))
                 continue
-            others[number] = job, error.folder
-            console.print(f"{job.name}: {error.who} is at work on it: later", highlight=False)
-    while others:
-        for number, (job, folder) in list(others.items()):
+            waiting[number] = job, error.folder
+            console.print(f"{job.name}: {error.who} is working on it: waiting until later", highlight=False)
+    while waiting:
+        for number, (job, folder) in list(waiting.items()):
             if not is_free(folder):
                 continue
             try:
                 outcomes[number] = _outcome(job)
-                del others[number]
-            except AtWork as error:  # of a third process, or on the next run of a chain
-                others[number] = job, error.folder
-        if others:
+                del waiting[number]
+            except AtWork as error:  # a third process, or a later run of a chain of pruning
+                waiting[number] = job, error.folder
+        if waiting:
             time.sleep(_POLL)
     return [outcomes[number] for number in sorted(outcomes)]
 
 
 def _outcome(job: Job) -> Outcome:
-    """Run one job and gives its memory back.
+    """Run one job and return its outcome; free its memory.
 
     Raises:
-        AtWork: Another process is at work on it.
+        AtWork: Another process is working on the run.
     """
     signals.check()
     name = job.name
@@ -154,7 +155,7 @@ def _outcome(job: Job) -> Outcome:
         raise
     except (UserError, engine.RanksFailed) as error:
         return Outcome(name, None, str(error))
-    except Exception as error:  # a fault of one run, ours or a library's, stops no other
+    except Exception as error:  # a bug, here or in a library, must not stop the other runs
         log.exception("%s failed", name)
         return Outcome(name, None, f"{type(error).__name__}: {error}")
     finally:
@@ -165,23 +166,20 @@ def _outcome(job: Job) -> Outcome:
 
 
 def _run_chain(job: Job) -> tuple[Result, Path]:
-    """Run a job, or the chain of runs that it stands for; returns its result and where that lies."""
-    made: list[tuple[Result, Path]] = []
+    """Run a job, or the chain of runs that a job with pruning means; return the result and its folder."""
+    runs: list[tuple[Result, Path]] = []
 
     def run_one(link: Job) -> Result:
         with memory.explained_for(link):
-            made.append(_run_one(link))
-        return made[-1][0]
+            runs.append(_run_one(link))
+        return runs[-1][0]
 
     result = pruning_chain.run(job, run_one)
-    return result, next(folder for found, folder in made if found is result)
+    return result, next(folder for each, folder in runs if each is result)
 
 
 def _run_one(job: Job) -> tuple[Result, Path]:
-    """Run one job here, or on several devices, and shows what came of it.
-
-    Returns that and the run's folder.
-    """
+    """Run one job in this process or on several devices and show the result; return it and its folder."""
     run = prepare(job)
     run_folder.tidy(run.folder)
     stored = None if job.rerun else read_result(run.folder)
@@ -192,7 +190,7 @@ def _run_one(job: Job) -> tuple[Result, Path]:
     if not elsewhere:
         engine.check_alone(job.trainer.get("plugins") or (), devices, job.trainer.num_nodes)
     if elsewhere:
-        result = run_job(run)  # in which the first rank decides for all
+        result = run_job(run)  # rank 0 decides for all whether the run is skipped
     elif stored and not job.logger:
         result = stored
     elif devices > 1:
@@ -208,24 +206,26 @@ def _run_one(job: Job) -> tuple[Result, Path]:
 
 def _run_ranks(run: Run, devices: int) -> Result:
     """Run one job as a process group on several devices of this machine."""
-    run.datamodule.prepare_data()  # once, before the ranks
+    run.datamodule.prepare_data()  # once, before the ranks start
     with run_folder.locked(run.folder):
-        pass  # nobody is at work on it
+        pass  # raises AtWork if another process is working on the run
     try:
-        with temporary_folder("job") as folder:  # the run's own belongs to whoever holds its lock
+        with temporary_folder("job") as folder:  # not in the run's folder, whose lock is held by rank 0
             file = folder / "job.yaml"
             file.write_text(run.job.as_yaml(), encoding="utf-8")
             engine.run_ranks(engine.rank_command(file), devices)
     finally:
-        run_folder.tidy(run.folder)  # ranks that did not end in time were killed
+        run_folder.tidy(run.folder)  # ranks that did not end in time have been killed
     result = read_result(run.folder)
     if result is None:
-        raise engine.RanksFailed(f"the ranks left no whole result in {run.folder}")
+        raise engine.RanksFailed(
+            f"the ranks left no complete result in {run.folder}: run the same command again"
+        )
     return result
 
 
 def _is_first() -> bool:
-    """Return whether this process speaks for all that run the same job."""
+    """Return whether this process is rank 0 of a process group, or not in a group at all."""
     return not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
 
 
@@ -240,22 +240,22 @@ def local_devices(trainer: Trainer) -> int:
         return int(devices)
     except (TypeError, ValueError):
         raise UserError(
-            f"trainer.devices={devices} is no number: give one, auto, or a list such as [0,1]"
+            f"trainer.devices={devices} is not a number: give one, auto, or a list such as [0,1]"
         ) from None
 
 
 def _say_skipped(stored: Result, job: Job) -> None:
     commit, now = stored.versions["git_commit"], environment.git_commit()
-    other = f" (by commit {commit}; this is {now})" if commit != now else ""
-    leaks = (
+    by_commit = f" (by commit {commit}; this is {now})" if commit != now else ""
+    lacks_leak = (
         job.diagnostics.best_on_test and stored.split == "final" and "leak/best_on_test" not in stored.metrics
     )
-    lacks = " and adds what diagnostics.best_on_test=true asks for" if leaks else ""
-    console.print(f"finished before{other}, not run again: rerun=true runs it anew{lacks}")
+    hint = " and adds what diagnostics.best_on_test=true asks for" if lacks_leak else ""
+    console.print(f"finished before{by_commit}, not run again: rerun=true runs it anew{hint}")
 
 
 def show(result: Result, run: Run) -> None:
-    """Print a run's short table."""
+    """Print a short table of a run's result, and its folder."""
     table = Table(title=f"{result.task}, {result.method['name']}, split={result.split}, seed={result.seed}")
     table.add_column("what")
     table.add_column("figure", overflow="fold")
@@ -280,4 +280,4 @@ def show(result: Result, run: Run) -> None:
         "peak memory", f"{result.peak_memory['bytes'] / 2**20:,.0f} MiB ({result.peak_memory['of']})"
     )
     console.print(table)
-    console.print(f"folder: {run.folder}", soft_wrap=True)  # in one piece, to be copied
+    console.print(f"folder: {run.folder}", soft_wrap=True)  # on one line, so that it can be copied

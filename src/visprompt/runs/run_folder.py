@@ -1,8 +1,8 @@
-"""A run's folder: one process at a time, a complete attempt put in place, and nothing that a killed process left.
+"""Lock a run's folder, move complete attempts into place, and remove what killed processes left.
 
-A new attempt is written whole under `resume/`, its `result.json` last, and only then moved to where readers
-look. A kill at any step leaves either the old result, or a complete attempt that the next look at the folder
-puts in place.
+A new attempt is written under `resume/`, with `result.json` as its last file, and then moved to the run's
+folder. A kill at any step leaves either the old result, or a complete attempt that the next process to open
+the folder moves into place.
 """
 
 import logging
@@ -21,37 +21,37 @@ from visprompt.runs.resume_state import Owner, owner_of
 
 log = logging.getLogger(__name__)
 RESUME = "resume"
-STATE = "state.safetensors"  # below it: what an unfinished attempt goes on from
+STATE = "state.safetensors"  # in the folder RESUME: the resume state of an unfinished attempt
 _RESULT = "result.json"
 _STATE, _CURVE = "tuned.safetensors", "metrics.csv"
-_PARTS = ("config.yaml", _CURVE, _STATE)  # of an attempt, besides its result
+_PARTS = ("config.yaml", _CURVE, _STATE)  # the other files of a complete attempt
 
 
 class AtWork(UserError):
-    """Another process is at work on a run.
+    """Another process is working on a run.
 
     Attributes:
-        who: That process.
+        who: The other process: "process 17 on gpu3".
         folder: The run's folder.
     """
 
     def __init__(self, who: str, folder: Path) -> None:
-        super().__init__(f"{who} is at work on this run in {folder}: wait for it, or end it")
+        super().__init__(f"{who} is working on this run in {folder}: wait for it, or end it")
         self.who, self.folder = who, folder
 
-    def __reduce__(self) -> tuple[type["AtWork"], tuple[str, Path]]:  # rank 0 sends it to the others
+    def __reduce__(self) -> tuple[type["AtWork"], tuple[str, Path]]:  # rank 0 broadcasts it to the others
         return AtWork, (self.who, self.folder)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Result | None]:
-    """Keep other processes out of a run's folder, and tidies it.
+    """Lock a run's folder against other processes, and tidy it.
 
     Args:
         folder: The run's folder; it is made.
 
     Yields:
-        The result that it holds, None where it has none that is whole.
+        The folder's result, or None if there is none or it is damaged.
 
     Raises:
         AtWork: Another process holds the lock.
@@ -60,7 +60,7 @@ def locked(folder: Path) -> Iterator[Result | None]:
     lock, holder = FileLock(folder / "lock"), folder / "holder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0.2)  # who only looks whether it is free holds it for a moment
+        lock.acquire(timeout=0.2)  # not 0, because `is_free` in another process holds the lock for a moment
     except Timeout:
         raise AtWork(_holder(folder), folder) from None
     except OSError as error:
@@ -81,7 +81,7 @@ def locked(folder: Path) -> Iterator[Result | None]:
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether nobody is at work on a run."""
+    """Return whether no process is working on a run."""
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
@@ -103,7 +103,7 @@ def _refused(folder: Path, error: OSError) -> UserError:
 
 
 def tidy(folder: Path) -> None:
-    """Tidy a run's folder before it is read without its lock, unless somebody is at work on it or it is read-only."""
+    """Tidy a run's folder before it is read without the lock; do nothing if it is locked or read-only."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError:
@@ -117,46 +117,45 @@ def tidy(folder: Path) -> None:
 
 
 def next_attempt(folder: Path, stored: Result | None, rerun: bool) -> int | None:
-    """Return the number of the attempt to make in a run's folder, None where it is finished and not to be run anew.
+    """Return the number of the attempt to make, or None if the run is finished and not to be run again.
 
-    An unfinished attempt is gone on with: by `rerun=true` one that itself began, otherwise any of a run
-    without result.
+    An unfinished attempt is continued: with `rerun=true` only one that an earlier `rerun=true` started,
+    otherwise any attempt of a run without a result. Remove a resume state that is not continued.
 
     Args:
         folder: The run's folder, locked.
-        stored: The result that it holds.
-        rerun: Whether a finished run is run anew.
+        stored: The folder's result.
+        rerun: Whether a finished run is run again.
     """
     if stored and not rerun:
         return None
-    begun, resume = _begun(folder), folder / RESUME
-    attempt = (stored.attempt if stored else 0) + 1 if rerun else begun or 0
-    stale = begun not in (None, attempt)  # of the original run, or left by a kill after its end
+    unfinished, resume = _unfinished_attempt(folder), folder / RESUME
+    attempt = (stored.attempt if stored else 0) + 1 if rerun else unfinished or 0
+    # a state of the attempt before a rerun, or of an attempt that was killed after its end
+    stale = unfinished not in (None, attempt)
     if resume.is_dir() and (stale or not (resume / STATE).is_file()):
         shutil.rmtree(resume)
     return attempt
 
 
-def _begun(folder: Path) -> int | None:
-    """Return the number of the unfinished attempt that a folder's resume state is of.
-
-    None where it has none of this run.
-    """
+def _unfinished_attempt(folder: Path) -> int | None:
+    """Return the number of the attempt whose resume state is in the folder, or None if there is none."""
     owner = _owner(folder)
     return owner.attempt if owner and owner.run.startswith(folder.name) else None
 
 
 def _owner(folder: Path) -> Owner | None:
+    """Return the owner of the resume state in a folder, or None if there is none or it cannot be read."""
     state = folder / RESUME / STATE
     return owner_of(state) if state.is_file() else None
 
 
 def put_in_place(folder: Path) -> None:
-    """Make a complete attempt under `resume/` the run's; may be repeated after a kill at any step.
+    """Move a complete attempt from `resume/` to the run's folder; may be repeated after a kill at any step.
 
     Raises:
-        DamagedRecord: Its result is damaged; nothing was moved.
-        UserError: The file system refuses.
+        DamagedRecord: The attempt's result is damaged; nothing has been moved.
+        UserError: The folder cannot be written.
     """
     resume = folder / RESUME
     try:
@@ -164,9 +163,11 @@ def put_in_place(folder: Path) -> None:
         for name in _PARTS:
             if (resume / name).is_file():
                 (resume / name).replace(folder / name)
-        lacks = {_STATE: record.get("status") == "diverged", _CURVE: _CURVE not in record.get("files", {})}
-        for name in (name for name, lacking in lacks.items() if lacking):
-            (folder / name).unlink(missing_ok=True)  # of an older result
+        # files of an older result that the new attempt does not have
+        if record.get("status") == "diverged":
+            (folder / _STATE).unlink(missing_ok=True)
+        if _CURVE not in record.get("files", {}):
+            (folder / _CURVE).unlink(missing_ok=True)
         (resume / _RESULT).replace(folder / _RESULT)
         shutil.rmtree(resume)
     except OSError as error:
@@ -174,12 +175,12 @@ def put_in_place(folder: Path) -> None:
 
 
 def _tidied(folder: Path) -> Result | None:
-    """Put a complete attempt in place, removes what a killed process left, and returns the folder's result."""
+    """Move a complete attempt into place, remove what a killed process left; return the folder's result."""
     resume = folder / RESUME
     owner = _owner(folder)
-    if (resume / _RESULT).is_file() and (
-        owner is None or owner.run.startswith(folder.name)
-    ):  # else `find` refuses it
+    # of another run's files `ResumeCheckpoint.find` will say that they do not belong here
+    is_this_runs = owner is None or owner.run.startswith(folder.name)
+    if (resume / _RESULT).is_file() and is_this_runs:
         try:
             put_in_place(folder)
         except DamagedRecord as error:
@@ -188,14 +189,14 @@ def _tidied(folder: Path) -> Result | None:
     for path in (*folder.glob(".*"), *resume.glob(".*")):
         if TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    stored = _whole_result(folder)
+    stored = _undamaged_result(folder)
     if stored and resume.is_dir() and _is_over(folder, stored):
         shutil.rmtree(resume)
     return stored
 
 
-def _whole_result(folder: Path) -> Result | None:
-    """Return the result that a folder holds, None where it has none that is whole; a damaged one is said."""
+def _undamaged_result(folder: Path) -> Result | None:
+    """Return the result in a folder; None if there is none, or, with a warning, if it is damaged."""
     try:
         return load_result(folder)
     except DamagedRecord as error:
@@ -204,9 +205,9 @@ def _whole_result(folder: Path) -> Result | None:
 
 
 def _is_over(folder: Path, stored: Result) -> bool:
-    """Return whether what lies under `resume/` is of no attempt that could go on.
+    """Return whether no attempt can continue from the files under `resume/`.
 
-    A rerun that began, or a foreign state.
+    A rerun that has started can continue. The resume state of another run is kept, to be refused later.
     """
-    begun = _begun(folder)
-    return begun <= stored.attempt if begun is not None else _owner(folder) is None
+    unfinished = _unfinished_attempt(folder)
+    return unfinished <= stored.attempt if unfinished is not None else _owner(folder) is None

@@ -1,8 +1,8 @@
-"""What each setting may be: its kind and range, checked when a command line is composed, before anything is built.
+"""Check the type and range of every setting when a command line is composed, before anything is built.
 
-Recipes and methods check their own options (`models.recipe.Recipe`, `methods.check_options`), because they
-are also called without a config. Words from a list (an interpolation, a source) are checked where that list
-is.
+Recipes and methods check their options themselves (`models.recipe.Recipe`, `methods.check_options`), because
+they are also used without a config. A word from a fixed list (an interpolation, a data source) is checked in
+the module that has the list.
 """
 
 import re
@@ -18,7 +18,7 @@ from visprompt.errors import (
     SWITCH,
     TEXT,
     WORDS,
-    Kind,
+    Allowed,
     UserError,
     is_finite,
     list_of,
@@ -30,19 +30,19 @@ from visprompt.errors import (
 )
 
 PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-"""Lightning's short names of precisions, and what they are short for."""
+"""Lightning's short names of precisions, and the full names."""
 
 _MOST = 2**32 - 1
-_SIDE = whole(1, 2**14)  # of an image, in pixels
+_SIDE = whole(1, 2**14)  # an image's width or height in pixels
 _PATHS = PATH | list_of(PATH, "a list of paths")
-_TARGET = Kind("a mapping with _target_", lambda value: isinstance(value, dict) and "_target_" in value)
+_TARGET = Allowed("a mapping with _target_", lambda value: isinstance(value, dict) and "_target_" in value)
 _PRECISE = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
-_PRECISION = Kind(f"one of {', '.join(_PRECISE)}", one_of(*_PRECISE, *PRECISIONS, 64, 32, 16).fits)
+_PRECISION = Allowed(f"one of {', '.join(_PRECISE)}", one_of(*_PRECISE, *PRECISIONS, 64, 32, 16).fits)
 
-_KINDS: dict[str, Kind] = {
+_ALLOWED: dict[str, Allowed] = {
     "seed": whole(0, _MOST),
     "seeds": list_of(whole(0, _MOST), f"a list of whole numbers from 0 to {_MOST}")
-    | Kind("the word released", lambda value: value == "released"),
+    | Allowed("the word released", lambda value: value == "released"),
     "precision": _PRECISION,
     **dict.fromkeys(
         ("compile", "dry_run", "rerun", "overwrite", "diagnostics.best_on_test", "verify", "download"), SWITCH
@@ -94,38 +94,38 @@ _KINDS: dict[str, Kind] = {
         ("logger.wandb.offline", "logger.wandb.artifact", "callbacks.progress_bar.leave"), SWITCH
     ),
     **{f"logger.tensorboard.{name}": TEXT | NULL for name in ("name", "version")},
-    "data.split_names": MAPPING | Kind("none", lambda value: value == "none") | NULL,
+    "data.split_names": MAPPING | Allowed("none", lambda value: value == "none") | NULL,
     "data.fraction": number("a number above 0, 1 at most", lambda value: 0 < value <= 1),
     "data.flip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "data.short_side": _SIDE | NULL,
 }
-# what is otherwise in one program, told by a key of its: eval.py takes the run's precision, prepare.py needs
-# a place
-_OF_PROGRAMS = (("weights", "precision", _PRECISION | NULL), ("verify", "data_dir", PATH))
+# Two programs differ, and are recognised by one of their keys: eval.py (`weights`) may leave out the precision,
+# which is then the run's; prepare.py (`verify`) needs a data_dir.
+_IN_ONE_PROGRAM = (("weights", "precision", _PRECISION | NULL), ("verify", "data_dir", PATH))
 _GROUPS = ("data", "backbone", "method", "recipe", "trainer", "paths", "preprocessing", "diagnostics")
 
-# settings of Lightning's trainer that this project gives by itself, with what to give instead
-_OURS = {
+# settings of Lightning's trainer that this project sets itself, with what to give instead
+_SET_BY_PROJECT = {
     "max_epochs": "give recipe.epochs=...",
     "precision": "give precision=...",
     "logger": "choose logger=csv, tensorboard or wandb",
     "callbacks": "give +callbacks.NAME={_target_: ...}",
     "default_root_dir": "give paths.log_dir=...",
     "enable_checkpointing": "give resume_every_n_epochs=...",
-    "enable_model_summary": "the table behind each run counts the parameters",
+    "enable_model_summary": "the table after each run has the number of parameters",
     "num_sanity_val_steps": "it would draw random numbers before the first epoch",
-    "use_distributed_sampler": "data are dealt to devices by the data module",
-    "sync_batchnorm": "it is on where GPUs train batch norm",
+    "use_distributed_sampler": "the data module divides the images over the devices",
+    "sync_batchnorm": "it is on if GPUs train batch norm",
     "limit_predict_batches": "src/predict.py reads all images",
     "enable_autolog_hparams": "choose logger=csv, tensorboard or wandb",
-    "model_registry": "nothing is uploaded but by logger=wandb",
+    "model_registry": "only logger=wandb uploads anything",
     "barebones": "take debug=profiler to measure time",
 }
 _BATCHES = whole(1, _MOST) | number(
     "a share above 0, 1.0 at most", lambda value: type(value) is float and 0 < value <= 1
 )
 _UNITS = frozenset({"weeks", "days", "hours", "minutes", "seconds"})
-_DURATION = Kind(
+_DURATION = Allowed(
     "days, hours, minutes and seconds as 00:02:00:00, or a mapping such as {hours: 2}",
     lambda value: (
         re.fullmatch(r"\d+(:\d\d){3}", value) is not None
@@ -133,21 +133,21 @@ _DURATION = Kind(
         else isinstance(value, dict) and value.keys() <= _UNITS and all(map(is_finite, value.values()))
     ),
 )
-# those that cut training or scoring short, with the values that do not: such runs are for debugging, no
-# results
-_CUTS: dict[str, tuple[Kind, tuple[Any, ...]]] = {
+# settings that cut training or scoring short, so that a run is for debugging and not a result; each with the
+# values that cut nothing
+_SHORTENING: dict[str, tuple[Allowed, tuple[Any, ...]]] = {
     "fast_dev_run": (SWITCH | whole(1, _MOST), (False,)),
     **{f"limit_{name}_batches": (_BATCHES | NULL, (None, 1.0)) for name in ("train", "val", "test")},
     "overfit_batches": (_BATCHES | one_of(0, 0.0), (0, 0.0)),
-    "max_steps": (whole(1, _MOST) | Kind("-1", lambda value: value == -1), (-1,)),
+    "max_steps": (whole(1, _MOST) | Allowed("-1", lambda value: value == -1), (-1,)),
     "max_time": (_DURATION | NULL, (None,)),
 }
-_TRAINER: dict[str, Kind] = {
-    **{name: kind for name, (kind, _) in _CUTS.items()},
+_TRAINER: dict[str, Allowed] = {
+    **{name: allowed for name, (allowed, _) in _SHORTENING.items()},
     "_target_": TEXT,
     "accelerator": TEXT,
     "strategy": TEXT | _TARGET,
-    "devices": Kind(
+    "devices": Allowed(
         "a number of devices, auto, or a list such as [0,1]",
         (whole(1, 2**16) | one_of(-1, "auto", "-1") | list_of(whole(0, 2**16), "")).fits,
     ),
@@ -168,13 +168,13 @@ _TRAINER: dict[str, Kind] = {
 
 
 def check(content: Mapping[str, Any]) -> None:
-    """Check every setting that this project knows; a data module's further keys are its own.
+    """Check every setting that this project knows; a data module checks its further options itself.
 
     Args:
-        content: Of a config of any entry point, or of a job, in plain containers.
+        content: The config of any entry point, or of a job, in plain containers.
 
     Raises:
-        UserError: A value is of another kind or out of range, or the trainer has a key that is not for it.
+        UserError: A value has the wrong type or is out of range, or the trainer has an unknown key.
     """
     for group in _GROUPS:
         if group in content and not isinstance(content[group], Mapping | BaseModel):
@@ -182,10 +182,10 @@ def check(content: Mapping[str, Any]) -> None:
     for group in ("callbacks", "logger"):
         _check(content, group, MAPPING | NULL)
         for name in content.get(group) or ():
-            _check(content, f"{group}.{name}", _TARGET | Kind("null to remove it", NULL.fits))
-    kinds = _KINDS | {key: kind for program, key, kind in _OF_PROGRAMS if program in content}
-    for key, kind in kinds.items():
-        _check(content, key, kind)
+            _check(content, f"{group}.{name}", _TARGET | Allowed("null to remove it", NULL.fits))
+    in_program = {key: allowed for program, key, allowed in _IN_ONE_PROGRAM if program in content}
+    for key, allowed in (_ALLOWED | in_program).items():
+        _check(content, key, allowed)
     for name in map(str, content.get("trainer") or ()):
         if name not in _TRAINER:
             raise no_trainer_key(name)
@@ -193,26 +193,28 @@ def check(content: Mapping[str, Any]) -> None:
 
 
 def debugs(trainer: Mapping[str, Any]) -> bool:
-    """Return whether trainer settings cut a run short, which is then for debugging and no result."""
-    return any(name in trainer and trainer[name] not in whole_run for name, (_, whole_run) in _CUTS.items())
+    """Return whether trainer settings cut a run short, so that it is for debugging and not a result."""
+    return any(
+        name in trainer and trainer[name] not in harmless for name, (_, harmless) in _SHORTENING.items()
+    )
 
 
 def no_trainer_key(name: str) -> UserError:
-    """Return the error for a key of the trainer that the composed config does not have, or must not have."""
-    if name in _OURS:
-        return UserError(f"trainer.{name} is set by this project: {_OURS[name]}")
+    """Build the error for a trainer key that the composed config lacks, or that only this project may set."""
+    if name in _SET_BY_PROJECT:
+        return UserError(f"trainer.{name} is set by this project: {_SET_BY_PROJECT[name]}")
     if name in _TRAINER:
         return UserError(
             f"trainer.{name} is not in the chosen trainer's config: give +trainer.{name}=... to add it"
         )
-    return unknown("key", f"trainer.{name}", [f"trainer.{known}" for known in (*_TRAINER, *_OURS)])
+    return unknown("key", f"trainer.{name}", [f"trainer.{known}" for known in (*_TRAINER, *_SET_BY_PROJECT)])
 
 
-def _check(content: Mapping[str, Any], key: str, kind: Kind) -> None:
-    """Check one value, if it is there."""
+def _check(content: Mapping[str, Any], key: str, allowed: Allowed) -> None:
+    """Check the value of a dotted key, if the config has that key."""
     *parents, name = key.split(".")
     holder: Any = content
     for parent in parents:
         holder = holder.get(parent) if isinstance(holder, Mapping) else None
-    if isinstance(holder, Mapping) and name in holder and not kind.fits(holder[name]):
-        raise kind.error(key, holder[name])
+    if isinstance(holder, Mapping) and name in holder and not allowed.fits(holder[name]):
+        raise allowed.error(key, holder[name])

@@ -1,11 +1,9 @@
-"""Ending on SIGINT (Ctrl-C) and SIGTERM (schedulers).
-
-Work is kept, one sentence says so, the exit code is 130 or 143.
+"""End the process on SIGINT (Ctrl-C) and SIGTERM (schedulers): clean up, print a sentence, exit 130 or 143.
 
 An entry point calls `install` before all other imports, which take seconds. The first signal raises `Ended`
 in the main thread, so that `with` and `finally` blocks remove temporary files, release locks and end child
-processes; while the first imports run there is nothing to tidy, and the process ends at once. A second signal
-ends the process at once, too, and so does a cleanup that takes longer than `_PATIENCE`.
+processes. During the first imports there is nothing to clean up, and the process ends at once. It also ends
+at once on a second signal, and if the cleanup takes longer than `_PATIENCE`.
 """
 
 import atexit
@@ -19,33 +17,34 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-# in the environment of a rank that `launch.run_ranks` started; that one's parent speaks
+# environment variable that `engine.run_ranks` sets in a rank: the parent's process id; only the parent prints
 PARENT = "VISPROMPT_PARENT"
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-_SAME = (
-    0.5  # seconds in which a second signal is the first one again: `timeout` and torchrun send theirs twice
-)
-_PATIENCE = 20.0  # seconds for cleaning up: Kubernetes and SLURM kill after 30
+_SAME = 0.5  # seconds in which a second signal is ignored, because `timeout` and torchrun send theirs twice
+_PATIENCE = 20.0  # seconds for the cleanup: Kubernetes and SLURM kill after 30
 
 
 class Ended(SystemExit):
-    """The process is to end; its code is 128 and the signal's number.
+    """Raised when the process is to end; its code is 128 plus the signal's number.
 
-    Being no `Exception`, libraries let it pass.
+    It is not an `Exception`, so that libraries do not catch it.
     """
 
 
-_received: int | None = None
-_since = 0.0
-_started = False
-_said = False
-_raised = False
-_again = False
-_deferrals = 0
+_received: int | None = None  # the first signal
+_since = 0.0  # when it came
+_started = False  # whether there may be something to clean up
+_said = False  # whether the sentence has been printed
+_raised = False  # whether `Ended` has been raised
+_again = False  # whether the next signal is the first one, delivered again by `_deliver_again`
+_deferrals = 0  # how many `deferred` blocks are entered
 
 
 def install() -> None:
-    """Handle SIGINT and SIGTERM where nobody else does (a background shell ignores SIGINT, submitit has its own)."""
+    """Install handlers for SIGINT and SIGTERM, but keep handlers that are not Python's defaults.
+
+    A background shell ignores SIGINT, and submitit installs its own handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
     for number in _WORDS:
@@ -58,43 +57,40 @@ def install() -> None:
 
 
 def started() -> None:
-    """Say that there may be something to tidy up from here on, also while a module is imported."""
+    """Declare that from now on there may be something to clean up, also during an import."""
     global _started
     _started = True
 
 
 def check() -> None:
-    """Raise `Ended` where a signal came: a library may have swallowed the first."""
+    """Raise `Ended` if a signal has come: a library may have swallowed the first exception."""
     if _received is not None:
         _raise()
 
 
 @contextmanager
 def consequences() -> Iterator[None]:
-    """Raise `Ended` in place of any error that comes after a signal.
-
-    A rank that is gone, a loader without workers.
-    """
+    """Raise `Ended` in place of an error that a signal has caused, such as a missing loader worker."""
     try:
         yield
-    except Exception:  # whatever a library makes of it
+    except Exception:
         check()
         raise
 
 
 def is_terminated() -> bool:
-    """Return whether SIGTERM came: a scheduler may start the same command again."""
+    """Return whether SIGTERM has come, so that a scheduler may start the same command again."""
     return _received == signal.SIGTERM
 
 
 def sentence(number: int) -> str:
-    """Return what is said of a signal."""
+    """Return the sentence to print after a signal."""
     return f"{_WORDS[signal.Signals(number)]}: run the same command again to go on where it stopped"
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Let a short piece of work finish first: a signal is raised at its end."""
+    """Let a short piece of work finish: raise `Ended` for a signal only at its end."""
     global _deferrals
     _deferrals += 1
     try:
@@ -106,10 +102,10 @@ def deferred() -> Iterator[None]:
 
 
 def handle(number: int, frame: FrameType | None) -> None:
-    """Is the handler of both signals.
+    """Handle either signal.
 
     Raises:
-        Ended: On the first signal, where there may be something to tidy up.
+        Ended: On the first signal, if there may be something to clean up.
     """
     global _received, _since, _again
     if _again:
@@ -124,7 +120,7 @@ def handle(number: int, frame: FrameType | None) -> None:
     patience.daemon = True
     patience.start()
     if not _started and _importing(frame):
-        atexit._run_exitfuncs()  # libraries make folders for temporary files as they are imported
+        atexit._run_exitfuncs()  # some libraries make temporary folders when they are imported
         _quit()
     if not _deferrals:
         _raise()
@@ -146,16 +142,16 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _say() -> None:
-    """Print the sentence, once, where a signal came; only the first rank of a run speaks."""
+    """Print the sentence once if a signal has come; of the ranks of a run only the first prints it."""
     global _said
     ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID"))
     if _received is None or _said or PARENT in os.environ or any(rank != "0" for rank in ranks):
         return
     _said = True
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, RuntimeError):  # a closed pipe; a signal in the middle of a write
+        with suppress(OSError, ValueError, RuntimeError):  # a closed pipe, or a signal during a write
             stream.flush()
-    start = "\n" if os.isatty(2) else ""  # a terminal's line begins with ^C
+    start = "\n" if os.isatty(2) else ""  # a terminal has printed ^C on this line
     with suppress(OSError):
         os.write(2, f"{start}{sentence(_received)}\n".encode())
 
@@ -168,14 +164,11 @@ def _quit() -> NoReturn:
 
 
 def _unraisable(unraisable: Any) -> None:
-    """Raise `Ended` again that came where Python drops exceptions.
-
-    In a finaliser, or in a callback of the exit.
-    """
+    """Deliver the signal again if Python dropped `Ended`, as it does in a finaliser or an exit callback."""
     if not isinstance(unraisable.exc_value, Ended):
         sys.__unraisablehook__(unraisable)
         return
-    if sys._getframe().f_back is None:  # the interpreter itself called: it is ending
+    if sys._getframe().f_back is None:  # called by the interpreter, which is ending
         _quit()
     timer = threading.Timer(0.05, _deliver_again)
     timer.daemon = True
@@ -190,7 +183,7 @@ def _deliver_again() -> None:
 
 
 def _restore() -> None:
-    """Give a forked child, such as a loader's worker, Python's own handlers back: its parent cleans up."""
+    """Restore Python's handlers in a forked child, such as a loader's worker: the parent cleans up."""
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) is handle:
             signal.signal(number, default)

@@ -1,7 +1,4 @@
-"""Check before anything trains that a run gets what its command asked for.
-
-Processes, precision, a login to W&B.
-"""
+"""Check before training that a run gets the processes, the precision and the loggers that it asks for."""
 
 import logging
 import os
@@ -18,41 +15,44 @@ log = logging.getLogger(__name__)
 
 
 def check_trainer(trainer: L.Trainer, job: Job) -> None:
-    """Compare a trainer with the settings it was built from.
+    """Check that a trainer has the processes and the precision of its job.
 
     Args:
         trainer: The trainer.
-        job: The job it was built for.
+        job: The job that it was built for.
 
     Raises:
-        UserError: It has fewer or more processes, or another precision, than was asked for.
+        UserError: The trainer has another number of processes, or another precision.
     """
-    asked, got = trainer.num_devices * trainer.num_nodes, trainer.world_size
-    got = max(got, int(os.environ.get("WORLD_SIZE", got))) if engine.started_elsewhere() else got
-    if got != asked:
+    expected, actual = trainer.num_devices * trainer.num_nodes, trainer.world_size
+    if engine.started_elsewhere():
+        actual = max(actual, int(os.environ.get("WORLD_SIZE", actual)))
+    if actual != expected:
         raise UserError(
             f"trainer.devices={job.trainer.devices} and trainer.num_nodes={trainer.num_nodes} ask for "
-            f"{asked} process(es), and {engine.starter()} started {got}: start as many as are asked for "
+            f"{expected} process(es), and {engine.starter()} started {actual}: start {expected} "
             f"({engine.remedy(trainer.num_devices, trainer.num_nodes)}), or change trainer.devices"
         )
-    wanted, device = job.precision, trainer.strategy.root_device.type
-    if trainer.precision != wanted or (device == "mps" and wanted == "64-true"):
-        instead = trainer.precision if trainer.precision != wanted else "32-true"
-        raise UserError(f"precision={wanted} cannot be had on device {device}: give precision={instead}")
+    precision, device = job.precision, trainer.strategy.root_device.type
+    if trainer.precision != precision or (device == "mps" and precision == "64-true"):
+        instead = trainer.precision if trainer.precision != precision else "32-true"
+        raise UserError(
+            f"precision={precision} is not available on device {device}: give precision={instead}"
+        )
 
 
 def check_login(job: Job) -> None:
-    """Check that W&B's logger, where a job has one that is online, finds a key without asking for it.
+    """Check that a W&B logger that is online finds an API key, so that it does not stop to ask for one.
 
     Raises:
-        UserError: There is no key.
+        UserError: There is no key, or W&B refuses it.
     """
     for logger in (job.logger or {}).values():
         if logger is None or not str(logger["_target_"]).endswith("WandbLogger"):
             continue
         if logger.get("offline") or logger.get("mode") in ("offline", "disabled"):
             continue
-        import wandb  # late: few runs need it, and it takes a second
+        import wandb  # imported late: few runs need it, and it takes a second
 
         settings: Any = wandb.setup().settings
         try:
@@ -63,23 +63,24 @@ def check_login(job: Job) -> None:
                 f"W&B's key cannot be used ({in_one_line(error)}): run `wandb login` again"
             ) from error
         raise UserError(
-            "logger=wandb finds no key of W&B on this machine: run `wandb login` (or set WANDB_API_KEY), or "
-            "log without a network by logger.wandb.offline=true"
+            "logger=wandb finds no W&B API key on this machine: run `wandb login` (or set WANDB_API_KEY), or "
+            "log without a network by giving logger.wandb.offline=true"
         )
 
 
 def check_callbacks(job: Job) -> None:
-    """Refuse a callback of Lightning's that would find nothing to read in a run.
+    """Refuse a callback of Lightning that would find nothing to read.
 
     Raises:
-        UserError: Early stopping watches validation images where there are none, or a monitor has no logger.
+        UserError: Early stopping watches a validation figure in a run without validation, or a
+            `LearningRateMonitor` has no logger.
     """
     for name, config in (job.callbacks or {}).items():
         target = "" if config is None else str(config.get("_target_")).rpartition(".")[2]
         monitor = str(config.get("monitor")) if target == "EarlyStopping" else ""
         if monitor.startswith("val/") and job.split != "tune":
             raise UserError(
-                f"callbacks.{name} watches {monitor}, and split={job.split} scores no validation images: "
+                f"callbacks.{name} watches {monitor}, but split={job.split} scores no validation images: "
                 "give split=tune"
             )
         if target == "LearningRateMonitor" and not job.logger:
@@ -91,9 +92,9 @@ def check_callbacks(job: Job) -> None:
 
 @lru_cache
 def warn_random(method: str) -> None:
-    """Warn once in a process of a backbone that never learned anything."""
+    """Warn, once in a process, that a method leaves the backbone's random weights untrained."""
     log.warning(
-        "backbone.pretrained=false: the backbone's weights are random, and method=%s leaves them so; "
-        "method=full trains them",
+        "backbone.pretrained=false: the backbone's weights are random, and method=%s does not train them; "
+        "method=full does",
         method,
     )

@@ -1,1 +1,1 @@
-"""The protocol of the papers: grid, choice, seeds; pruning; dry runs."""
+"""The papers' protocol (grid, choice on validation, seeds), pruning, and dry runs."""

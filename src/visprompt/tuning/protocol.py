@@ -1,9 +1,9 @@
-"""The protocol: a grid with `split=tune`, the choice on val200, then seeds with `split=final`.
+"""Run the papers' protocol: a grid with `split=tune`, the choice on val200, then seeds with `split=final`.
 
-Task adaptation's protocol (Zhai et al., 2019) as both papers use it: hyper-parameters are chosen by training
-on train800 and scoring val200 after the last epoch; the chosen ones are retrained on train800val200, and test
-is read once for each seed. No choice reads a test score. Every step is a run with a folder of its own, so the
-whole resumes.
+This is the protocol of VTAB (Zhai et al., 2019) as both papers use it. Every point of the grid is trained on
+train800 and scored on val200 after the last epoch. The point with the best score is trained again on
+train800val200, once for each seed, and scored on the test set. No choice reads a test score. Every step is a
+run with a separate folder, so that the protocol can be resumed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,24 +28,24 @@ from visprompt.tuning import pruning_chain
 
 GRID_SEED = 42
 RELEASED_SEEDS = (42, 44, 82, 100, 800)
-"""Seeds of the final runs in VPT's released code; its published table of settings has the first three."""
+"""Seeds of the final runs in VPT's released code; its published table of settings uses the first three."""
 console = Terminal()
 RunAll = Callable[[Iterable[Job]], list[Outcome]]
 
 
 def tune(cfg: DictConfig) -> float:
-    """Run the protocol for every method and task of a command line and writes the table.
+    """Run the protocol for every method and task of a command line and write the table.
 
     Args:
-        cfg: What `@hydra.main` composed: a training config with methods, seeds and table.
+        cfg: The config that `@hydra.main` composed: a training config with methods, seeds and table.
 
     Returns:
-        Mean test accuracy over all cells.
+        Mean test accuracy over all methods and tasks.
 
     Raises:
-        UserError: An empty or unknown choice, a grid that is none, runs that failed (what is finished stays
-            finished), or a W&B agent or Hydra's `-m`: what these are told of the final runs, they would
-            choose by.
+        UserError: A list of methods or seeds is empty or has an unknown entry, a grid is malformed, a run
+            failed (finished runs stay finished), or the command runs under `-m` or a W&B agent, which could
+            choose by the test accuracy.
     """
     jobs, seeds = asked(cfg)
     check_all(jobs)
@@ -55,7 +55,7 @@ def tune(cfg: DictConfig) -> float:
             "not: leave it out, or debug src/train.py"
         )
     for job in jobs:
-        job_points(job)  # says what is wrong with it before anything is trained
+        job_points(job)  # finds errors in the grid before anything is trained
         _check_sets(job)
     cells: dict[tuple[str, str], Cell] = {}
     failed: list[str] = []
@@ -70,7 +70,7 @@ def tune(cfg: DictConfig) -> float:
                 cells[job.method.name, results[0].task] = cell(results)
         except (
             UserError
-        ) as error:  # an older one is recorded otherwise; the other cells are good all the same
+        ) as error:  # an older run recorded its settings otherwise; other cells are not affected
             failed.append(f"{job.name}: {error}")
     if cells:
         table = _table(cells)
@@ -78,14 +78,14 @@ def tune(cfg: DictConfig) -> float:
         console.print(f"\n{table}\nwritten to {cfg.table}")
     if failed:
         raise UserError("; ".join(failed) + (f" ({len(failed)} runs failed)" if len(failed) > 1 else ""))
-    return sum(found.mean for found in cells.values()) / len(cells)
+    return sum(each.mean for each in cells.values()) / len(cells)
 
 
 def asked(cfg: DictConfig) -> tuple[list[Job], list[int]]:
     """Return a job for each method and task of a command line, and the seeds of their final runs.
 
     Raises:
-        UserError: As `tune`, before anything is run.
+        UserError: As in `tune`, but before anything is run.
     """
     if compose.in_multirun():
         raise UserError(
@@ -110,13 +110,17 @@ def asked(cfg: DictConfig) -> tuple[list[Job], list[int]]:
     jobs = [job for method in methods for job in compose.jobs(cfg, [f"method={method}"])]
     if any(job.task == "folder" and job.data.test == "none" for job in jobs):
         raise UserError(
-            "src/tune.py makes a table of test accuracies, and data.test=none scores none: take it away"
+            "src/tune.py makes a table of test accuracies, but data.test=none has no test set: leave it out"
         )
     return jobs, seeds
 
 
 def _check_sets(job: Job) -> None:
-    """Raise where own images lack those that the grid or the final runs score."""
+    """Check that the user's images have all sets that the grid and the final runs need.
+
+    Raises:
+        UserError: A set is missing or empty.
+    """
     for split in ("tune", "final") if job.task == "folder" else ():
         prepare(job.vary({"split": split}))
 
@@ -128,42 +132,41 @@ def _methods(cfg: DictConfig) -> list[str]:
 
 
 def _choices(cfg: DictConfig, name: str) -> list[Any]:
-    """Return a list of the config; an entry that stands twice would be counted twice in the table."""
+    """Return a list in the config; a duplicate entry, which would count twice in the table, is refused."""
     given = cfg[name]
     if not OmegaConf.is_list(given) or not given or len({str(entry) for entry in given}) < len(given):
         raise UserError(
-            f"{name}={given} is no choice: give a list {name}=[...] of at least one entry, and none twice"
+            f"{name}={given} does not fit: give a list {name}=[...] of at least one entry, none of them twice"
         )
     return list(given)
 
 
 def tune_one(job: Job, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
-    """Return the protocol for one method on one task.
+    """Run the protocol for one method on one task.
 
     Args:
-        job: A composed job; its `recipe.grid` is what is tried.
+        job: A composed job with the grid to try.
         seeds: Seeds of the final runs.
         run: Runs jobs and returns their outcomes, as `run_all` does.
 
     Returns:
-        Outcomes of the final runs; those of the grid's runs that failed, or of the whole grid where it
-        diverged.
+        The outcomes of the final runs; if runs of the grid failed, only the outcomes of these; if all runs
+        of the grid diverged, their outcomes.
 
     Raises:
-        UserError: The grid is none, has an unknown key, or tries what the protocol itself sets.
+        UserError: The grid is malformed, has an unknown key, or has a key that the protocol itself sets.
     """
     name = job.name
     points = job_points(job)
-    if alone := {
-        key: value for key, value in points[0].items() if all(point[key] == value for point in points)
-    }:
-        console.print(f"{name}: of one value in the grid: {_words(alone)}")
-    tried = _run(job, [point | _tuning(job) for point in points], run)
-    if failed := [outcome for outcome in tried if outcome.result is None]:
-        return failed  # a choice among what happened to succeed would be another protocol
-    chosen = choose([outcome.result for outcome in tried], points)
+    fixed = {key: value for key, value in points[0].items() if all(point[key] == value for point in points)}
+    if fixed:
+        console.print(f"{name}: with a single value in the grid: {_words(fixed)}")
+    outcomes = _run(job, [point | _tuning(job) for point in points], run)
+    if failed := [outcome for outcome in outcomes if outcome.result is None]:
+        return failed  # choosing among the runs that happened to succeed would be another protocol
+    chosen = choose([outcome.result for outcome in outcomes], points)
     if chosen is None:
-        return tried
+        return outcomes
     console.print(f"{name}: chosen on validation: {_words(chosen) or 'the only point'}")
     return _run(job, [chosen | {"split": "final", "seed": seed} for seed in seeds], run)
 
@@ -172,13 +175,11 @@ def job_points(job: Job) -> list[dict[str, Any]]:
     """Return all points of a job's grid.
 
     Raises:
-        UserError: As `tune_one`.
+        UserError: As in `tune_one`.
     """
     points = grid_points(job.grid)
     for key in points[0].keys() & _tuning(job).keys():
-        raise UserError(
-            f"recipe.grid.{key} is nothing to try, the protocol itself sets it: take it out of the grid"
-        )
+        raise UserError(f"recipe.grid.{key} is set by the protocol itself: take it out of the grid")
     for point in points:
         varied = job.vary(point)
         check(varied)
@@ -187,17 +188,14 @@ def job_points(job: Job) -> list[dict[str, Any]]:
 
 
 def _tuning(job: Job) -> dict[str, Any]:
-    """Return what the protocol itself sets for the points of a grid.
-
-    Pruning comes when all else is chosen.
-    """
+    """Return what the protocol itself sets for every point of a grid; pruning is left to the final runs."""
     return {"split": "tune", "seed": GRID_SEED} | pruning_chain.unpruned(job)
 
 
-def _run(job: Job, varied: Sequence[Mapping[str, Any]], run: RunAll) -> list[Outcome]:
-    """Run a job with other values; the outcomes' names tell them apart."""
-    outcomes = run([job.vary(values) for values in varied])
-    pairs = zip(outcomes, varied, strict=True)
+def _run(job: Job, variants: Sequence[Mapping[str, Any]], run: RunAll) -> list[Outcome]:
+    """Run variants of a job; the values of each are in its outcome's name: "dtd/vpt_deep recipe.lr=0.1"."""
+    outcomes = run([job.vary(values) for values in variants])
+    pairs = zip(outcomes, variants, strict=True)
     return [replace(outcome, name=f"{outcome.name} {_words(values)}") for outcome, values in pairs]
 
 
@@ -209,20 +207,22 @@ def grid_points(grid: Any) -> list[dict[str, Any]]:
     """Return all points of a grid.
 
     Args:
-        grid: Dotted keys, each with a list of values; None or no key is the one point that changes nothing.
+        grid: Lists of values by dotted key. None or {} gives a single point that changes nothing.
 
     Returns:
-        One mapping of key to value for each point.
+        Values by key for each point: {"a": [1, 2], "b": [3]} gives [{"a": 1, "b": 3}, {"a": 2, "b": 3}].
 
     Raises:
-        UserError: The grid is none, or a list of it is empty or no list.
+        UserError: The grid is not a mapping, or a value in it is not a list or is empty.
     """
     grid = {} if grid is None else grid
     if not isinstance(grid, dict):
-        raise UserError(f"recipe.grid={grid} is no grid: give dotted keys, each with a list of values")
+        raise UserError(f"recipe.grid={grid} is not a grid: give dotted keys, each with a list of values")
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"recipe.grid.{key}={values} is no choice: give a list of at least one value")
+            raise UserError(
+                f"recipe.grid.{key}={values} gives nothing to try: give a list of at least one value"
+            )
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 

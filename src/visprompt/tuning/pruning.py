@@ -1,11 +1,12 @@
-"""Which prompt tokens and segments matter, which of them go, and how a run starts from stored initial values again.
+"""Measure the importance of prompt tokens and segments, prune the least important, rewind to initial values.
 
-E^2VPT (Han et al., ICCV 2023, section 3.3) after XPrompt (Ma et al., EMNLP 2022): a prompt token j is
-multiplied by a mask rho_j and each of its S segments by a mask rho_jk; the importance of a mask is the mean
-over the images of
-|dL_i / d rho| at rho = 1. The least important ones are pruned, and what is left is trained again from its initial
-values. Different from the released code: the absolute value is there and taken image by image, masks are
-never trained, "rewinding" restores the very values, and "nothing pruned" is one of the choices.
+E^2VPT (Han et al., ICCV 2023, section 3.3) after XPrompt (Ma et al., EMNLP 2022): prompt token j is
+multiplied by a mask rho_j, and each of its S segments by a mask rho_jk. The importance of a mask is the mean
+over the images i of |dL_i / d rho| at rho = 1. The least important tokens and segments are pruned, and the
+rest is trained again from its initial values.
+
+Differences from the released code: the absolute value is taken, for each image; masks are never trained;
+"rewinding" restores exactly the initial values; and "nothing pruned" is one of the choices.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,8 +28,8 @@ from visprompt.models.tuned_state import TunedState, load_state, save_state
 from visprompt.runs.result import markdown_table
 
 MIN_TOKENS = 1
-MIN_SEGMENTS = 4  # of each token that is left
-_DIGITS = 16  # of the hash that names stored initial values
+MIN_SEGMENTS = 4  # of each token that is kept
+_DIGITS = 16  # hexadecimal digits of the hash that names stored initial values
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,22 @@ class Importance:
     segments: Tensor
 
     def lists(self) -> dict[str, Any]:
-        """As plain JSON values, from which `of` makes the same numbers again."""
+        """Return the importance as nested lists for JSON; `of` restores the same numbers."""
         return {"tokens": self.tokens.tolist(), "segments": self.segments.tolist()}
 
     @classmethod
     def of(cls, lists: Mapping[str, Any]) -> "Importance":
-        """Return importance from what `lists` made."""
+        """Build the importance from the nested lists of `lists`."""
         tokens, segments = (torch.tensor(lists[name], dtype=torch.float64) for name in ("tokens", "segments"))
         return cls(tokens, segments)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """What is kept.
+    """Which tokens and segments are kept (true) and pruned (false).
 
     Attributes:
-        tokens: bool [1 or layers, p].
+        tokens: bool [1 or layers, p]; 1 if all layers share their masks.
         segments: bool [1 or layers, p, S], false for the segments of pruned tokens.
     """
 
@@ -67,7 +68,12 @@ class Masks:
     segments: Tensor
 
     def options(self) -> dict[str, Any]:
-        """Return the masks as options of the method, nested lists of 0 and 1."""
+        """Return the masks as options of the method.
+
+        Example:
+            {"token_mask": [1, 0], "segment_mask": [[1, 0, 1, 1], [0, 0, 0, 0]]}, or a list of these for each
+            layer.
+        """
         tokens, segments = self.tokens.int(), self.segments.int()
         if len(tokens) == 1:
             tokens, segments = tokens[0], segments[0]
@@ -76,11 +82,11 @@ class Masks:
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """A point of the prune grid; in order, what keeps less comes first.
+    """A point of the grid of pruning; points that keep less sort first.
 
     Attributes:
-        kept_tokens: Tokens left in each layer.
-        kept_segments: Segments left of each of them.
+        kept_tokens: Number of tokens kept in each layer.
+        kept_segments: Number of segments kept of each of these tokens.
     """
 
     kept_tokens: int
@@ -88,21 +94,21 @@ class Point:
 
 
 def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
-    """Return mean over the images of the absolute gradient of each image's loss with respect to the masks.
+    """Return the mean over the images of the absolute gradient of each image's loss in the masks.
 
-    Every image gets masks of its own in the computation, so that one backward pass gives the gradient of
-    each. Scaling a whole token changes little where a norm follows and its output is dropped (deep prompts on
-    a pre-norm block): LN(rho P) = LN(P) but for the norm's epsilon. What is left of a token's importance is
-    then small against the rounding of float32: give a classifier and images in float64.
+    Every image gets separate masks, so that one backward pass gives the gradients of all images. Give a
+    classifier and images in float64: scaling a whole token changes little if a norm follows and the token's
+    output is dropped (deep prompts on a pre-norm block), because LN(rho P) = LN(P) except for the norm's
+    epsilon. A token's importance is then smaller than the rounding errors of float32.
 
     Args:
-        classifier: A trained classifier whose method is an unpruned `E2VPT` with input prompts; used in
-            evaluation mode and left as it was.
+        classifier: A trained classifier whose method is an unpruned `E2VPT` with input prompts; it is
+            unchanged afterwards.
         batches: Normalised images [B, 3, H, W] and labels [B], each image once.
 
     Returns:
-        The importance, summed over the layers before the absolute value is taken where they share their
-        masks.
+        The importance. If the layers share their masks, gradients are summed over the layers before the
+        absolute value is taken.
     """
     method = classifier.method
     assert isinstance(method, E2VPT)  # for the type checker
@@ -119,7 +125,8 @@ def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]])
             method.gates = torch.ones(
                 len(images), *shape, dtype=images.dtype, device=images.device, requires_grad=True
             )
-            loss = F.cross_entropy(classifier(images), labels, reduction="sum")  # no image sees another
+            # a sum, so that the gradient in an image's masks is that of this image's loss alone
+            loss = F.cross_entropy(classifier(images), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, method.gates)
             gradient = gradient.double().cpu()
             if not method.mask_per_layer:
@@ -134,55 +141,56 @@ def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]])
 
 
 def grid(tokens: Sequence[int], segments: Sequence[int], num_tokens: int, num_segments: int) -> list[Point]:
-    """Return the points that are tried.
+    """Return the points to try.
 
     Args:
-        tokens: Percentages of tokens to prune; rounded down to whole tokens, and at least 1 is left.
-        segments: Percentages of each token's segments to prune; rounded down, and at least 4 are left.
+        tokens: Percentages of tokens to prune, rounded down to whole tokens; at least 1 token is kept.
+        segments: Percentages of each token's segments to prune, rounded down; at least 4 are kept.
         num_tokens: Number of tokens (p).
         num_segments: Number of segments of a token (S).
 
     Returns:
-        Different points, what keeps less first; the last one prunes nothing.
+        Distinct points; those that keep less are first, and the last one prunes nothing.
     """
     points = {Point(num_tokens, num_segments)}
     for token, segment in product(tokens, segments):
-        points.add(Point(_left(num_tokens, token, MIN_TOKENS), _left(num_segments, segment, MIN_SEGMENTS)))
+        points.add(Point(_kept(num_tokens, token, MIN_TOKENS), _kept(num_segments, segment, MIN_SEGMENTS)))
     return sorted(points)
 
 
-def _left(count: int, percentage: int, least: int) -> int:
+def _kept(count: int, percentage: int, least: int) -> int:
     return max(min(least, count), count - count * percentage // 100)
 
 
-def prune(found: Importance, point: Point) -> Masks:
-    """Keep the most important tokens, and of each of them the most important segments.
+def prune(scores: Importance, point: Point) -> Masks:
+    """Keep the most important tokens, and the most important segments of each of them.
 
     Args:
-        found: Importance of tokens and segments.
-        point: How many are kept.
+        scores: Importance of tokens and segments.
+        point: How many of them are kept.
 
     Returns:
-        The masks; of equally important ones the first are kept.
+        The masks; among equally important tokens or segments the first are kept.
     """
-    tokens = _largest(found.tokens, point.kept_tokens)
-    return Masks(tokens, _largest(found.segments, point.kept_segments) & tokens.unsqueeze(-1))
+    tokens = _largest(scores.tokens, point.kept_tokens)
+    return Masks(tokens, _largest(scores.segments, point.kept_segments) & tokens.unsqueeze(-1))
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
+    """Mark the largest values along the last dimension: [3, 9, 5] with count 2 gives [0, 1, 1]."""
     first = values.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros(values.shape, dtype=torch.bool).scatter(-1, first, True)
 
 
 def store_initial(folder: Path, state: TunedState) -> str:
-    """Store the initial values of an unpruned classifier under their hash.
+    """Store the initial values of an unpruned classifier in a file named by their hash.
 
     Args:
-        folder: Where the initial values of all runs of a method on a task lie.
-        state: The values.
+        folder: The folder of all runs of a method on a task.
+        state: The initial values.
 
     Returns:
-        The hash, which is the option `initial` of the runs that start from them.
+        The hash; it is the option `initial` of the runs that start from these values.
     """
     name = hash_tensors(state.tensors)[:_DIGITS]
     path = _initial_path(folder, name)
@@ -192,44 +200,40 @@ def store_initial(folder: Path, state: TunedState) -> str:
 
 
 def has_initial(folder: Path, name: str) -> bool:
-    """Return whether the initial values of that hash are stored in a folder."""
+    """Return whether a folder has the initial values with a hash."""
     return _initial_path(folder, name).is_file()
 
 
 def rewind(classifier: Classifier, folder: Path) -> None:
-    """Give a classifier the stored initial values that its method names, or of them what its masks keep.
+    """Set a classifier to the stored initial values that its method names, as far as its masks keep them.
 
     Args:
-        classifier: Any classifier; one whose method names no initial values is left as it is.
-        folder: Where they lie, see `store_initial`.
+        classifier: Any classifier; nothing happens if its method names no initial values.
+        folder: The folder with the values, see `store_initial`.
 
     Raises:
-        UserError: They are gone or damaged.
+        UserError: The values are missing or damaged.
     """
     method = classifier.method
     if not isinstance(method, E2VPT) or method.initial is None:
         return
     path = _initial_path(folder, method.initial)
     if not path.is_file():
-        raise UserError(
-            f"the initial values that this run starts from are not at {path}: run split=tune again"
-        )
+        raise UserError(f"{path} is missing, which has the initial values of this run: run split=tune again")
     tensors = dict(load_state(path).tensors)
     if hash_tensors(tensors)[:_DIGITS] != method.initial:
         raise UserError(
             f"{path} holds other initial values than its name says: delete it and run split=tune again"
         )
     if method.token_mask is not None:
-        own = classifier.tuned_state()
-        tensors |= {name: own[name] for name in ("token_mask", "segment_mask")}
-        names = [f"prompts.{layer}" for layer in range(method.depth) if f"prompts.{layer}" in own] or [
-            "prompts"
-        ]
-        prompts = tensors["prompts"] if names == ["prompts"] else [tensors[name] for name in names]
-        left = method.unpruned(layer.to(own[names[0]].device) for layer in prompts)
-        tensors |= (
-            {"prompts": torch.stack(left)} if names == ["prompts"] else dict(zip(names, left, strict=True))
-        )
+        current = classifier.tuned_state()
+        tensors |= {name: current[name] for name in ("token_mask", "segment_mask")}
+        # the prompts are one tensor "prompts", or one tensor "prompts.<layer>" for each layer
+        by_layer = [f"prompts.{layer}" for layer in range(method.depth) if f"prompts.{layer}" in current]
+        prompts = [tensors[name] for name in by_layer] if by_layer else tensors["prompts"]
+        device = current[by_layer[0] if by_layer else "prompts"].device
+        kept = method.unpruned(layer.to(device) for layer in prompts)
+        tensors |= dict(zip(by_layer, kept, strict=True)) if by_layer else {"prompts": torch.stack(kept)}
     classifier.load_tuned_state(tensors)
 
 
@@ -238,9 +242,11 @@ def _initial_path(folder: Path, name: str) -> Path:
 
 
 def masks_of(options: Mapping[str, Any], layers: int = 1) -> Masks:
-    """Return the masks among a method's options.
+    """Return the masks in a method's options.
 
-    Where there are none, everything is kept in that many layers.
+    Args:
+        options: The method's options.
+        layers: Number of layers of the returned masks if the options have none, so that everything is kept.
     """
     shape = (layers, options["num_tokens"], options["num_segments"])
     if options["token_mask"] is None:
@@ -249,47 +255,48 @@ def masks_of(options: Mapping[str, Any], layers: int = 1) -> Masks:
     return Masks(tokens, segments) if tokens.ndim == 2 else Masks(tokens[None], segments[None])
 
 
-def table(masks: Masks, found: Importance) -> str:
-    """Return a Markdown table of what is kept of each token.
+def table(masks: Masks, scores: Importance) -> str:
+    """Return a Markdown table of the segments that are kept of each token.
 
     Args:
-        masks: What is kept.
-        found: Importance of the tokens.
+        masks: The masks.
+        scores: Importance of the tokens.
 
     Returns:
-        A row for every token of every layer, or of all layers where they share their masks.
+        A table with a row for every token of every layer; a single layer "all" if they share their masks.
     """
     rows = []
     for layer, (tokens, segments) in enumerate(zip(masks.tokens, masks.segments, strict=True)):
         name = "all" if len(masks.tokens) == 1 else str(layer + 1)
-        for token, kept in enumerate(tokens.tolist()):
-            score = float(found.tokens[layer, token])
-            left = _ranges(segments[token].nonzero().flatten().tolist()) if kept else "pruned"
-            rows.append([name, str(token + 1), f"{score:.3g}", left])
+        for token, is_kept in enumerate(tokens.tolist()):
+            score = float(scores.tokens[layer, token])
+            kept = _ranges(segments[token].nonzero().flatten().tolist()) if is_kept else "pruned"
+            rows.append([name, str(token + 1), f"{score:.3g}", kept])
     return markdown_table(["layer", "token", "importance", "segments left"], rows)
 
 
 def _ranges(indices: Sequence[int]) -> str:
-    """Return indices counted from 0 as ranges counted from 1: "1-4, 7"."""
-    runs: list[list[int]] = []
+    """Return indices counted from 0 as ranges counted from 1: [0, 1, 2, 3, 6] gives "1-4, 7"."""
+    ranges: list[list[int]] = []
     for index in indices:
-        if runs and index == runs[-1][1]:
-            runs[-1][1] = index + 1
+        if ranges and index == ranges[-1][1]:
+            ranges[-1][1] = index + 1
         else:
-            runs.append([index + 1, index + 1])
-    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+            ranges.append([index + 1, index + 1])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in ranges)
 
 
 COLOURS = {"kept": "#2f6db5", "segment pruned": "#d9e4f0", "token pruned": "#e8a87c"}
-_CELL, _GAP, _HEAD, _PANELS = 18, 44, 96, 4  # pixels; panels in a row
+_CELL, _GAP, _HEAD = 18, 44, 96  # pixels
+_PANELS = 4  # in a row
 
 
 def picture(masks: Masks, title: str) -> Image.Image:
-    """Draw which segments of which tokens are kept: a panel for every layer, or one for all.
+    """Draw which segments of which tokens are kept: one panel for each layer, or one for all layers.
 
     Args:
-        masks: What is kept.
-        title: One line, or several, above.
+        masks: The masks.
+        title: The title, one line or several.
     """
     layers, count, segments = masks.segments.shape
     tall = min(_CELL, max(4, 640 // count))
@@ -318,7 +325,7 @@ def picture(masks: Masks, title: str) -> Image.Image:
 def _panel(
     draw: ImageDraw.ImageDraw, corner: tuple[int, int], tokens: Tensor, segments: Tensor, tall: int, font: Any
 ) -> None:
-    """Draw one layer's tokens (down) and segments (across), numbered from 1."""
+    """Draw a layer's tokens as rows and their segments as columns, numbered from 1."""
     left, top = corner
     every = 1 if tall >= 12 else -(-12 // tall)
     for row, (kept, parts) in enumerate(zip(tokens.tolist(), segments.tolist(), strict=True)):

@@ -1,15 +1,22 @@
-"""E^2VPT's pruning as a chain of runs, each with an identity and folder of its own, so that the whole resumes.
+"""Run E^2VPT's pruning as a chain of runs with separate identities and folders, so that it can be resumed.
 
-`split=tune`: the initial values are drawn and stored; the unpruned prompts are trained from them on train800;
-the importance of tokens and segments is measured on train800; each point of the prune grid is trained from
-the stored values; val200 chooses, "nothing pruned" being one of the points. `split=final` starts from the
-same stored values with the masks that were chosen, trains on train800val200 and reads test once; where there
-are no masks yet it makes the tune chain first. A chain's own files lie in the folder of its own identity, in
-which no run lies, beside those of its runs: `initial.json`, `importance.json`, `masks.json`, `pruning.md`,
-`pruning.png`; initial values in `initial/` beside it.
+With `split=tune`:
 
-Every link is a W&B run of its own. Under a W&B agent, which has one W&B run for a whole command, only the
-link whose result is the chain's reports to it.
+1. Draw and store the initial values.
+2. Train the unpruned prompts from these values on train800.
+3. Measure the importance of tokens and segments on train800.
+4. Train each point of the grid of pruning from the stored values.
+5. Choose the point with the best score on val200; "nothing pruned" is one of the points.
+
+`split=final` starts from the same stored values with the chosen masks, trains on train800val200 and scores
+the test set once. If no masks have been chosen yet, it runs the steps above first.
+
+The chain has a folder, named by the hash of its settings like those of its runs, for `initial.json`,
+`importance.json`, `masks.json`, `pruning.md` and `pruning.png`. The initial values are in the folder
+`initial/` next to it.
+
+Each run of the chain is a separate W&B run. A W&B agent has a single W&B run for a whole command; then only
+the run whose result is the result of the chain reports to it.
 """
 
 import logging
@@ -23,6 +30,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError
 from visprompt.files import DamagedRecord, read_record, sweep, write_atomically, write_record
 from visprompt.models.tuned_state import TunedState
@@ -42,92 +50,93 @@ RECORDS = {
     "importance.json": ("of", "tokens", "segments"),
     "masks.json": ("initial", "options", "chosen", "points", "importance", "unpruned"),
 }
-"""Records of a chain in the folder of its identity, and the names in them."""
-_AT_ONCE = 8  # images whose activations are kept in float64: some 165 MB each for ViT-B/16
+"""The records in a chain's folder, and the names in them."""
+_BATCH = 8  # images; the activations of one take about 165 MB in float64 with ViT-B/16
 RunOne = Callable[[Job], Result]
 
 
 def prunes(job: Job) -> bool:
-    """Return whether a job is a whole chain; its links, which name their initial values, are plain runs."""
-    found = ("initial", "token_mask", "segment_mask")  # by a chain: a job that has one of them is a plain run
-    return job.method.get("prune") is True and all(job.method[name] is None for name in found)
+    """Return whether a job means a chain of runs; the chain's runs themselves name their initial values."""
+    set_by_chain = ("initial", "token_mask", "segment_mask")
+    return job.method.get("prune") is True and all(job.method[name] is None for name in set_by_chain)
 
 
 def unpruned(job: Job) -> dict[str, Any]:
-    """Return what turns a chain into the plain method, by dotted key; empty for any other job.
+    """Return the values by dotted key that turn pruning off; {} for a job without pruning.
 
-    Learning rate, weight decay and lengths are chosen so, before anything is pruned.
+    The protocol chooses learning rate, weight decay and prompt lengths without pruning.
     """
     plain = {"prune": False, "prune_tokens": None, "prune_segments": None}
     return {f"method.{name}": value for name, value in plain.items()} if prunes(job) else {}
 
 
 def run(job: Job, run_one: RunOne) -> Result:
-    """Run a job, or the chain of runs that it stands for.
+    """Run a job, or the chain of runs that a job with pruning means.
 
     Args:
         job: A composed job.
-        run_one: Runs one job and returns its result; it skips what is finished and resumes what is half done.
+        run_one: Runs one job and returns its result; it skips a finished run and resumes an unfinished one.
 
     Returns:
-        The result of the job; of a chain that of the chosen point, or of the final run. Where the unpruned
-        run of a chain diverged, its result.
+        The result of the job. For a chain it is that of the chosen point, or of the final run, or of the
+        unpruned run if that diverged.
 
     Raises:
-        UserError: Something of the chain's config is wrong; what `run_one` raises ends the chain, too.
+        UserError: A setting of the chain is wrong; errors of `run_one` also end the chain.
     """
     if not prunes(job):
         return run_one(job)
-    prepare(job)  # says what is wrong before anything is trained
-    quiet = without_wandb(job) if under_agent() else job  # what this process runs would log into one W&B run
-    tune = quiet.vary({"split": "tune", "rerun": bool(job.rerun and job.split == "tune")})
+    prepare(job)  # finds errors before anything is trained
+    silent = (
+        without_wandb(job) if under_agent() else job
+    )  # else all runs would log to the agent's one W&B run
+    tune = silent.vary({"split": "tune", "rerun": bool(job.rerun and job.split == "tune")})
     folder = prepare(tune).folder
-    found = stored(folder / "masks.json")
-    if job.split == "tune" or found is None or not pruning.has_initial(folder.parent, found["initial"]):
-        link, result, found = _tune(tune, folder, run_one)
-        if job.split == "tune" or found is None:
-            if link.logger != job.logger:  # it was silent; it is finished, so that now it only reports
+    choice = stored(folder / "masks.json")
+    if job.split == "tune" or choice is None or not pruning.has_initial(folder.parent, choice["initial"]):
+        link, result, choice = _tune(tune, folder, run_one)
+        if job.split == "tune" or choice is None:
+            if link.logger != job.logger:  # the run is finished: run again with the logger, it only reports
                 run_one(link.vary({"logger": job.logger, "rerun": False}))
             return result
-    link = link_of(job, found["initial"], found["options"])
+    link = link_of(job, choice["initial"], choice["options"])
     result = run_one(link)
     if result.status == "finished":
-        _report(prepare(link).folder, result, found)
+        _report(prepare(link).folder, result, choice)
     return result
 
 
 def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[str, Any] | None]:
-    """Train, scores, tries the prune grid and chooses.
+    """Run the steps of `split=tune` and choose a point.
 
     Returns:
-        The link that was chosen, its result, and what was found; the unpruned one and None where that
-        diverged.
+        The job of the chosen point, its result, and the record `masks.json`; if the unpruned run diverged,
+        its job, its result and None.
     """
     initial = _initial(job, folder)
     points = prune_points(job)
     console.print(f"{job.name}: {len(points)} points of pruning, the unpruned first")
-    bare = job.vary({"method.prune_tokens": None, "method.prune_segments": None})
-    first = link_of(bare, initial)
-    trained = run_one(first)
-    if trained.status == "diverged":
+    base = job.vary({"method.prune_tokens": None, "method.prune_segments": None})
+    first = link_of(base, initial)
+    unpruned_result = run_one(first)
+    if unpruned_result.status == "diverged":
         (folder / "masks.json").unlink(missing_ok=True)  # of an older result
-        return first, trained, None
-    found = _importance(first, trained, folder)
-    options = [*(pruning.prune(found, point).options() for point in points[:-1]), {}]
-    links = [link_of(bare, initial, masks) for masks in options]
-    results = [*(run_one(link) for link in links[:-1]), trained]
-    best = choose(
-        results, range(len(results))
-    )  # ties go to what keeps fewer tokens, then fewer segments: it is first
-    assert best is not None  # the unpruned one has not diverged
+        return first, unpruned_result, None
+    importance = _importance(first, unpruned_result, folder)
+    options = [*(pruning.prune(importance, point).options() for point in points[:-1]), {}]
+    links = [link_of(base, initial, masks) for masks in options]
+    results = [*(run_one(link) for link in links[:-1]), unpruned_result]
+    # among equal scores the first point is chosen, which keeps the fewest tokens and then segments
+    best = choose(results, range(len(results)))
+    assert best is not None  # the unpruned run has not diverged
     scores = [result.score if result.status == "finished" else None for result in results]
     record = {
         "initial": initial,
         "options": options[best],
         "chosen": best,
         "points": [asdict(point) | {"score": score} for point, score in zip(points, scores, strict=True)],
-        "importance": found.lists(),
-        "unpruned": {name: trained.tuned[name] for name in ("parameters", "share")},
+        "importance": importance.lists(),
+        "unpruned": {name: unpruned_result.tuned[name] for name in ("parameters", "share")},
     }
     _write(folder / "masks.json", record)
     _report(folder, results[best], record)
@@ -137,26 +146,26 @@ def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[st
 def prune_points(job: Job) -> list[Point]:
     """Return the points of pruning that a chain tries; the last one prunes nothing."""
     method = job.method
-    # without percentages of the one kind the other kind is tried alone
+    # null prunes 0 % of the tokens (or segments), so that only the other percentages are tried
     tokens, segments = (list(method[name] or (0,)) for name in ("prune_tokens", "prune_segments"))
     return pruning.grid(tokens, segments, method.num_tokens, method.num_segments)
 
 
 def _initial(job: Job, folder: Path) -> str:
-    """Hash of the chain's stored initial values; draws and stores them where that has not been done."""
-    with _alone(folder):
-        known = stored(folder / "initial.json")
-        if known and pruning.has_initial(folder.parent, known["initial"]):
-            return str(known["initial"])
-        one = prepare(job)
-        classifier = build_classifier(one.job, one.backbone, one.datamodule.num_classes)
+    """Return the hash of the chain's initial values; draw and store them if that has not been done."""
+    with _locked(folder):
+        record = stored(folder / "initial.json")
+        if record and pruning.has_initial(folder.parent, record["initial"]):
+            return str(record["initial"])
+        prepared = prepare(job)
+        classifier = build_classifier(prepared.job, prepared.backbone, prepared.datamodule.num_classes)
         state = TunedState(
             tensors=classifier.tuned_state(),
-            method=one.identity["method"],
-            task=one.datamodule.task,
-            class_names=one.datamodule.class_names,
-            preprocessing=one.datamodule.preprocessing,
-            backbone=one.backbone.record(),
+            method=prepared.identity["method"],
+            task=prepared.datamodule.task,
+            class_names=prepared.datamodule.class_names,
+            preprocessing=prepared.datamodule.preprocessing,
+            backbone=prepared.backbone.record(),
             versions=environment.versions(),
         )
         name = pruning.store_initial(folder.parent, state)
@@ -165,51 +174,54 @@ def _initial(job: Job, folder: Path) -> str:
 
 
 def _importance(link: Job, trained: Result, folder: Path) -> Importance:
-    """Return the importance of the trained run's tokens and segments.
-
-    Measured once, by one process for all.
-    """
-    with _alone(folder):
-        known = stored(folder / "importance.json")
-        if known is None or known["of"] != trained.tuned["sha256"]:
+    """Return the importance of the tokens and segments of a trained run; only one process measures it."""
+    with _locked(folder):
+        record = stored(folder / "importance.json")
+        if record is None or record["of"] != trained.tuned["sha256"]:
             measured = _measure(prepare(link))
             if not (measured.tokens.isfinite().all() and measured.segments.isfinite().all()):
                 raise UserError(f"the importance of tokens in {folder} is not finite: lower recipe.lr")
-            known = {"of": trained.tuned["sha256"]} | measured.lists()
-            _write(folder / "importance.json", known)
-    return Importance.of(known)
+            record = {"of": trained.tuned["sha256"]} | measured.lists()
+            _write(folder / "importance.json", record)
+    return Importance.of(record)
 
 
-def _measure(one: Run) -> Importance:
-    """Measure importance on the images that the run was trained on, without augmentation."""
-    classifier = build_classifier(one.job, one.backbone, one.datamodule.num_classes)
-    classifier.load_tuned_state(open_state(one.folder).tensors)
-    on_cpu = one.job.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-    devices = one.job.trainer.devices
+def _measure(trained: Run) -> Importance:
+    """Measure importance on the images that a run was trained on, without augmentation."""
+    classifier = build_classifier(trained.job, trained.backbone, trained.datamodule.num_classes)
+    classifier.load_tuned_state(open_state(trained.folder).tensors)
+    on_cpu = trained.job.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    devices = trained.job.trainer.devices
     index = devices[0] if isinstance(devices, list) else 0
     device = torch.device("cpu") if on_cpu else torch.device("cuda", index)
-    return pruning.importance(classifier.to(device).double(), _batches(one, device))
+    return pruning.importance(classifier.to(device).double(), _batches(trained.datamodule, device))
 
 
-def _batches(one: Run, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    datamodule = one.datamodule
+def _batches(datamodule: TaskDataModule, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the training images in float64 and their labels, in small batches."""
     datamodule.prepare_data()
     for batch in datamodule.feature_dataloader(datamodule.train_dataset):
         moved = batch._replace(images=batch.images.to(device), labels=batch.labels.to(device))
         images = datamodule.on_after_batch_transfer(moved, 0).images
-        for part, labels in zip(images.split(_AT_ONCE), moved.labels.split(_AT_ONCE), strict=True):
+        for part, labels in zip(images.split(_BATCH), moved.labels.split(_BATCH), strict=True):
             yield part.double(), labels
 
 
 def link_of(job: Job, initial: str, masks: dict[str, Any] | None = None) -> Job:
-    """Return a run of the chain: it starts from the stored initial values, or from what the masks keep of them."""
+    """Return the job of one run of the chain.
+
+    Args:
+        job: The job of the chain.
+        initial: Hash of the stored initial values that the run starts from.
+        masks: The options `token_mask` and `segment_mask`; None for the unpruned run.
+    """
     options = {"initial": initial} | (masks or {})
     return job.vary({f"method.{name}": value for name, value in options.items()})
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a chain's folder: of several processes one finds something out, and the others read it."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a chain's folder, so that one process computes a record and the others read it."""
     lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,8 +244,8 @@ def stored(path: Path) -> dict[str, Any] | None:
         path: One of `RECORDS` in the chain's folder.
 
     Returns:
-        The record; None where that step has not been taken, and, with a line that says so, where the file is
-        damaged or another chain's: the step is taken again then.
+        The record, or None if this step of the chain is still to be done. None, with a warning, also if the
+        file is damaged or belongs to another chain.
     """
     try:
         record = read_record(path)
@@ -242,8 +254,8 @@ def stored(path: Path) -> dict[str, Any] | None:
         names = set(RECORDS[path.name])
         if set(record) != (names | {"digest", "chain"} if "digest" in record else names):
             raise DamagedRecord(f"{path} is damaged or of another version of visprompt")
-        if record.get("chain", path.parent.name) != path.parent.name:  # those of older versions do not say it
-            raise DamagedRecord(f"{path} is of another chain, {record['chain']}")
+        if record.get("chain", path.parent.name) != path.parent.name:  # records of older versions lack it
+            raise DamagedRecord(f"{path} belongs to another chain, {record['chain']}")
         return {name: record[name] for name in names}
     except DamagedRecord as error:
         log.warning("%s: this step is taken again", error)
@@ -254,9 +266,15 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
     write_record(path, {**record, "chain": path.parent.name})
 
 
-def _report(folder: Path, result: Result, found: Mapping[str, Any]) -> None:
-    """Write what was pruned where, as a table and a picture, and says where they are."""
-    importance, point = Importance.of(found["importance"]), found["points"][found["chosen"]]
+def _report(folder: Path, result: Result, choice: Mapping[str, Any]) -> None:
+    """Write a table and a picture of what was pruned, and print where they are.
+
+    Args:
+        folder: Where to write them.
+        result: The result of the pruned run.
+        choice: The record `masks.json`.
+    """
+    importance, point = Importance.of(choice["importance"]), choice["points"][choice["chosen"]]
     masks = pruning.masks_of(result.method, layers=len(importance.tokens))
     name = f"{result.task}, {result.method['name']}, split={result.split}, seed={result.seed}"
     kept = (
@@ -265,8 +283,8 @@ def _report(folder: Path, result: Result, found: Mapping[str, Any]) -> None:
         f"{_percent(masks.segments.float().mean().item())} of the input prompts"
     )
     parts = [
-        _counts(found["unpruned"], result.tuned),
-        _tried(found),
+        _counts(choice["unpruned"], result.tuned),
+        _tried(choice),
         pruning.table(masks, importance),
     ]
     text = "\n".join([f"# {in_markdown(name)}\n\n{kept}.\n", *parts])
@@ -285,11 +303,11 @@ def _counts(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return markdown_table(["tuned without the head", "unpruned", "left", "share left"], rows)
 
 
-def _tried(found: Mapping[str, Any]) -> str:
+def _tried(choice: Mapping[str, Any]) -> str:
     rows = []
-    for index, point in enumerate(found["points"]):
+    for index, point in enumerate(choice["points"]):
         score = "diverged" if point["score"] is None else _percent(point["score"])
-        chosen = "chosen" if index == found["chosen"] else ""
+        chosen = "chosen" if index == choice["chosen"] else ""
         rows.append([str(point["kept_tokens"]), str(point["kept_segments"]), score, chosen])
     return markdown_table(["tokens left", "segments of each left", "validation accuracy", ""], rows)
 

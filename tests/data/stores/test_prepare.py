@@ -841,7 +841,7 @@ def test_verify_reads_every_pixel_and_the_whole_manifest(verified, capsys):
     with pytest.raises(UserError) as error:
         verify_all([verified])
     assert str(error.value) == (
-        f"1 checks failed: svhn: {path} is damaged: it is not what its digest says: delete those stores and prepare "
+        f"1 checks failed: svhn: {path} is damaged: it does not match its digest: delete those stores and prepare "
         "them again"
     )
     assert "0 of 1 tasks are prepared" in capsys.readouterr().out

@@ -21,21 +21,22 @@ from visprompt.text import visible
 
 
 class PointFailed(UserError, CompactHydraException):
-    """A point of a multirun failed for a reason that its message explains; Hydra prints the message alone."""
+    """A job of a multirun failed for a reason that its message explains; Hydra prints the message alone."""
 
 
 def check_words(config_name: str) -> None:
-    """Check a command line before Hydra reads it, and write it as Hydra can read it.
+    """Check the command line before Hydra reads it, and rewrite `sys.argv` in a form that Hydra can read.
 
-    Every setting is composed as Hydra will compose it, under `-m` those of every point, so that a wrong word
-    is one sentence that names the nearest valid one. Flags may stand between and behind settings. `--cfg job`
-    is answered here.
+    The config is composed here as Hydra will compose it (under `-m` for every job of the multirun), so that a
+    misspelt word gives one sentence with the nearest valid word. Flags may be before, between and after the
+    settings. `--cfg job` is answered here.
 
     Args:
         config_name: The entry point's primary config.
 
     Raises:
-        SystemExit: A flag, key, option or value is wrong; one sentence says so. Or `--cfg job` was answered.
+        SystemExit: A flag, key, option or value is wrong, and the error has been printed; or `--cfg job` has
+            been answered.
     """
     with one_sentence_errors():
         line = flags.split(sys.argv[1:])
@@ -60,13 +61,13 @@ def _checked(script: str, line: flags.CommandLine) -> list[str]:
         given = points.axes(parsed)
         data = compose.data_of_tasks(config_name, [axis.settings for axis in given])
         for number, point in enumerate(points.combinations(given)):
-            whole = words.composed(config_name, [*point, *data])
-            cfg = words.without_hydra(whole)
+            full = words.composed(config_name, [*point, *data])
+            cfg = words.without_hydra(full)
             words.check_added(config_name, point)
             _check(cfg, given, line.runs)
             _check_values_of(cfg, given)
             if number == 0 and line.runs:
-                _check_folder(cfg, Path(whole.hydra.sweep.dir if line.multirun else whole.hydra.run.dir))
+                _check_folder(cfg, Path(full.hydra.sweep.dir if line.multirun else full.hydra.run.dir))
         if line.options.cfg == "job":
             print(job_as_yaml(config_name, cfg, [*settings, *data], line.options.package), end="")
             raise SystemExit(0)
@@ -83,7 +84,7 @@ def _check(cfg: DictConfig, given: Sequence[points.Axis], to_run: bool) -> None:
 
 
 def _check_values_of(cfg: DictConfig, given: Sequence[points.Axis]) -> None:
-    """Check the other values of a multirun's settings, one at a time."""
+    """Check the second and later values of each swept setting, one at a time."""
     for values in points.other_values(given):
         for setting in values:
             override = OverridesParser.create().parse_override(setting)
@@ -92,23 +93,23 @@ def _check_values_of(cfg: DictConfig, given: Sequence[points.Axis]) -> None:
             _check(cfg, given, to_run=True)
 
 
-def _check_folder(cfg: DictConfig, hydras: Path) -> None:
-    """Refuse a place where Hydra could not make its folder, for each of its runs."""
+def _check_folder(cfg: DictConfig, output_dir: Path) -> None:
+    """Refuse a place where Hydra could not make its output folder."""
     log_dir = str(OmegaConf.select(cfg, "paths.log_dir", default=""))
-    below = log_dir and hydras.is_relative_to(Path(log_dir).expanduser())
-    key, value = ("paths.log_dir", log_dir) if below else ("hydra.run.dir", str(hydras))
-    check_writable(hydras.parent, key, value)
+    below = log_dir and output_dir.is_relative_to(Path(log_dir).expanduser())
+    key, value = ("paths.log_dir", log_dir) if below else ("hydra.run.dir", str(output_dir))
+    check_writable(output_dir.parent, key, value)
 
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Print a `UserError` as its sentence, without a traceback, and exits with status 2.
+    """Print a `UserError` as its sentence, without a traceback, and exit with status 2.
 
-    A signal goes through, as `signals.Ended`. In a multirun any error goes on to Hydra, which runs the other
+    `signals.Ended` passes through. In a multirun every error is passed on to Hydra, which runs the other
     jobs.
     """
     if compose.in_multirun():
-        signals.install()  # a launcher's worker runs no entry point
+        signals.install()  # a worker of a Hydra launcher has not run the entry point's first lines
     try:
         with (
             signals.consequences(),
@@ -120,10 +121,10 @@ def one_sentence_errors() -> Iterator[None]:
             raise PointFailed(f"error: {error}") from None
         print(f"error: {visible(str(error), keep=chr(10))}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:  # of a handler that is not ours
+    except KeyboardInterrupt:  # raised by another signal handler than ours
         print(f"\n{signals.sentence(signal.SIGINT)}", file=sys.stderr)
         raise SystemExit(130) from None
-    except Exception:  # a fault of ours is shown whole: Hydra would cut the traceback
+    except Exception:  # a bug: Hydra would shorten the traceback, so it is printed here
         traceback.print_exc()
         if compose.in_multirun():
             raise

@@ -1,4 +1,4 @@
-"""Read `key=value` as Hydra's grammar does, and say how to quote a text that it cannot read."""
+"""Parse `key=value` with Hydra's grammar, and say how to quote a text that the grammar cannot read."""
 
 import re
 import shlex
@@ -46,10 +46,10 @@ _MODEL = re.compile(r"^([+~]{0,2})model(?=[.=]|$)")  # what lightning-hydra-temp
 
 
 def plain(argument: str) -> str:
-    """Write an argument as Hydra wants it: no `~`, and none of Python's spellings that W&B's agents use.
+    """Rewrite an argument for Hydra: write out `~`, and replace Python spellings that W&B agents use.
 
     Args:
-        argument: `method.depth=None`, `model.num_tokens=10.0` or `data.root=~/birds`, for example.
+        argument: For example `method.depth=None`, `model.num_tokens=10.0` or `data.root=~/birds`.
 
     Returns:
         `method.depth=null`, `method.num_tokens=10` or `data.root=/home/me/birds`.
@@ -82,33 +82,34 @@ def _is_of_whole_numbers(kind: Any) -> bool:
 
 
 def quoted(key: str, text: str) -> str:
-    """Return what to type in a shell so that Hydra reads a text as it is.
+    """Return what to type in a shell so that Hydra reads a text unchanged.
 
     Args:
-        key: Of a setting.
-        text: Its value.
+        key: The setting's key.
+        text: The setting's value.
 
     Returns:
         For example `"data.root='/data/my birds [v2]'"`.
     """
     argument = f"{key}={QuotedString(text, Quote.single).with_quotes()}"
-    as_it_is = not re.search(r'[$`"!\n]|\\["\\]', argument)  # between double quotes of a shell
-    return f'"{argument}"' if as_it_is else shlex.quote(argument)
+    unchanged = not re.search(r'[$`"!\n]|\\["\\]', argument)  # by a shell, between double quotes
+    return f'"{argument}"' if unchanged else shlex.quote(argument)
 
 
 def parse(settings: Sequence[str], script: str, multirun: bool) -> list[Override]:
     """Parse settings with Hydra's grammar.
 
     Args:
-        settings: Of a command line, as `plain` writes them.
+        settings: The settings of a command line, as `plain` returns them.
         script: The entry point, for example "train".
-        multirun: Whether lists with commas are a run for each value.
+        multirun: Whether `key=a,b` means one run for each value.
 
     Returns:
-        The parsed settings, in their order.
+        The parsed settings, in the same order.
 
     Raises:
-        UserError: One cannot be read, is a free text that would be read as something else, or needs `-m`.
+        UserError: A setting cannot be read, is a free text that Hydra would take for something else, or
+            needs `-m`.
     """
     parsed = []
     for number, setting in enumerate(settings):
@@ -117,7 +118,7 @@ def parse(settings: Sequence[str], script: str, multirun: bool) -> list[Override
             if not _KEY.fullmatch(key):
                 raise ValueError
             override = OverridesParser.create().parse_override(setting)
-        except (HydraException, ValueError):  # the latter of a function's own, such as range(1,2,0)
+        except (HydraException, ValueError):  # ValueError: a function with bad arguments, as in range(1,2,0)
             raise _unreadable(settings, number) from None
         if key.lstrip("+") in TEXTS:
             _check_text(key, text, override, multirun)
@@ -153,10 +154,7 @@ def _can_be_quoted(key: str, text: str) -> bool:
 
 
 def _check_text(key: str, text: str, override: Override, multirun: bool) -> None:
-    """Refuse a free text that Hydra reads as something else.
-
-    What is quoted or has backslashes says what it means.
-    """
+    """Refuse a free text that Hydra takes for something else, unless it is quoted or has backslashes."""
     if override.is_sweep_override():
         if multirun:
             return

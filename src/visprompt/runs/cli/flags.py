@@ -1,4 +1,4 @@
-"""Split what was typed into Hydra's flags and settings, wherever the flags stand."""
+"""Split a command line into Hydra's flags and settings, wherever the flags are."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -15,12 +15,12 @@ _SHELLS = ("bash", "zsh", "fish")
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was typed.
+    """A command line, split into flags and settings.
 
     Attributes:
         flags: Hydra's flags in their long form, each as one argument: `--cfg=job`.
-        settings: `key=value`, `+key=value`, `~key` in the order typed.
-        options: The flags as Hydra's parser reads them: `options.cfg` is "job".
+        settings: `key=value`, `+key=value` and `~key`, in the order typed.
+        options: The flags as parsed by Hydra: `options.cfg` is "job".
     """
 
     flags: list[str]
@@ -29,10 +29,7 @@ class CommandLine:
 
     @property
     def settings_are_hydras(self) -> bool:
-        """Whether Hydra reads no config of this project.
-
-        Shell completion, its own help, a rerun, another folder.
-        """
+        """Whether Hydra reads no config of this project: completion, its help, a rerun, --config-path."""
         given = self.options
         return bool(
             given.hydra_help or given.shell_completion or given.experimental_rerun or given.config_path
@@ -45,24 +42,24 @@ class CommandLine:
 
     @property
     def multirun(self) -> bool:
-        """Whether every value of a list with commas is a run: `-m`, or `hydra.mode=MULTIRUN`."""
+        """Whether `key=a,b` means one run for each value: `-m`, or `hydra.mode=MULTIRUN`."""
         return bool(self.options.multirun) or "hydra.mode=MULTIRUN" in self.settings
 
 
 def split(arguments: Sequence[str]) -> CommandLine:
-    """Split a command line as Hydra's own parser does, but with settings also between and behind flags.
+    """Split a command line with Hydra's parser, but allow settings also between and after flags.
 
     Args:
-        arguments: What follows the name of the program.
+        arguments: The arguments after the program's name.
 
     Returns:
         Flags and settings.
 
     Raises:
-        UserError: A flag is unknown, lacks its value or cannot be combined with another.
+        UserError: A flag is unknown, has no value or cannot be combined with another.
     """
     parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]  # else it prints its usage over several lines and exits
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage and exit
     options, unknown = parser.parse_known_intermixed_args(_with_info(arguments))
     settings: list[str] = options.overrides
     for flag in unknown:
@@ -78,7 +75,7 @@ def split(arguments: Sequence[str]) -> CommandLine:
     }
     _check_combination(given)
     if options.hydra_help:
-        settings = []  # Hydra would look for them in its own config
+        settings = []  # Hydra would look for them in its config of the help
     if options.shell_completion:
         settings = [_subcommand(word) for word in settings if _subcommand(word)]
         if len(settings) != 1:
@@ -89,7 +86,7 @@ def split(arguments: Sequence[str]) -> CommandLine:
 
 
 def _with_info(arguments: Sequence[str]) -> list[str]:
-    """Write out that a bare `--info` means all, so that it does not take a setting behind it for its value."""
+    """Replace a bare `--info` by `--info=all`: else it takes the setting after it for its value."""
     following = [*arguments, ""][1:]
     return [
         "--info=all" if word in _INFO and ("=" in after or after.startswith("~")) else word
@@ -98,10 +95,7 @@ def _with_info(arguments: Sequence[str]) -> list[str]:
 
 
 def _subcommand(word: str) -> str:
-    """Return what a word means to shell completion.
-
-    `install=bash` where it is `bash`, nothing where it is a setting.
-    """
+    """Return a subcommand of shell completion: `install=bash` for `bash`, "" for a setting."""
     if word in _SHELLS:
         return f"install={word}"
     return word if word.startswith(("install=", "uninstall=", "query=")) else ""

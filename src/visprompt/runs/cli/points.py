@@ -1,4 +1,4 @@
-"""What the points of a multirun say, so that the words of each are checked before the first one runs."""
+"""List the settings of a multirun's jobs, so that all of them are checked before the first one runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,20 +9,18 @@ from hydra.core.override_parser.types import Override
 
 from visprompt.errors import UserError
 
-_COMBINATIONS, _VALUES = (
-    25,
-    200,
-)  # at most so many are checked: a composition takes 0.1 to 0.3 s, a value 15 ms
+# the most combinations (0.1 to 0.3 s each) and values of one setting (15 ms each) that are checked
+_COMBINATIONS, _VALUES = 25, 200
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting with its values, one where it is not swept.
+    """A setting of a command line with all its values; a setting that is not swept has one.
 
     Attributes:
-        key: `+key` where it is typed so.
+        key: The key as typed, for example `+data.crop`.
         settings: `key=value` for each value.
-        is_group: Whether it chooses an option of a config group.
+        is_group: Whether the setting chooses an option of a config group.
     """
 
     key: str
@@ -31,14 +29,14 @@ class Axis:
 
 
 def axes(overrides: Sequence[Override]) -> list[Axis]:
-    """List what each setting of a command line says.
+    """List the settings of a command line with their values.
 
     Args:
-        overrides: Parsed, in their order; of an interval, which another sweeper draws from, the start is
-            taken.
+        overrides: The parsed settings, in order. An interval, from which some sweepers draw values, counts
+            as its start.
 
     Returns:
-        One axis for each key; a key that is typed twice has its last values, at its last place.
+        One axis for each key; of a key that is typed twice the last values count.
     """
     loader = GlobalHydra.instance().config_loader()
     axes_by_key: dict[str, Axis] = {}
@@ -65,16 +63,18 @@ def _values(override: Override, key: str) -> tuple[str, ...]:
     except ValueError:  # range(1,2,0)
         settings = ()
     if not settings:
-        raise UserError(f"{override.input_line} gives no value: a sweep needs one at least")
+        raise UserError(f"{override.input_line} gives no value: a sweep needs at least one")
     return settings
 
 
 def combinations(given: Sequence[Axis]) -> list[list[str]]:
-    """List the settings of points that differ in the options of groups.
+    """List combinations of the options of config groups, all other settings at their first value.
 
-    Other settings have their first value.
+    Every option is in at least one combination; of all possible combinations at most `_COMBINATIONS` follow.
 
-    Every option is in one of them at least; what else could be combined is there up to a number.
+    Example:
+        `data=a,b method=c,d seed=1,2` gives [data=a, method=c, seed=1], [data=b, method=c, seed=1],
+        [data=a, method=d, seed=1] and [data=b, method=d, seed=1].
     """
     choices = [axis.settings if axis.is_group else axis.settings[:1] for axis in given]
     first = [options[0] for options in choices]
@@ -86,6 +86,6 @@ def combinations(given: Sequence[Axis]) -> list[list[str]]:
 
 
 def other_values(given: Sequence[Axis]) -> list[tuple[str, ...]]:
-    """List the values of each swept setting that chooses no option, the first one last."""
+    """List the values of each swept setting that is not a config group, the first value last."""
     swept = [axis.settings for axis in given if not axis.is_group and len(axis.settings) > 1]
     return [(*settings[1:], settings[0]) for settings in swept]

@@ -1,4 +1,4 @@
-"""Show the config that a command line gives: `--cfg job`."""
+"""Show the config that a command line composes: `--cfg job`."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,16 @@ from visprompt.runs import compose, paths
 
 
 def job_as_yaml(config_name: str, cfg: DictConfig, settings: Sequence[str], package: str | None) -> str:
-    """Return the config of a command as it will run.
-
-    With the values of its task, and without other tasks' rows.
+    """Return the config with which a command would run, with the values of its task filled in.
 
     Args:
         config_name: A primary config.
-        cfg: What it composes into.
-        settings: Of the command line.
-        package: A dotted key, to show what is below it alone; None or `_global_` shows all.
+        cfg: The composed config.
+        settings: The settings of the command line.
+        package: A dotted key, to show only what is below it; None or `_global_` shows everything.
 
     Returns:
-        YAML; of several tasks that of the first.
+        The config as YAML; for several tasks that of the first.
 
     Raises:
         UserError: The first job cannot be composed, or there is no such package.

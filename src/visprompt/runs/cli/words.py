@@ -1,4 +1,4 @@
-"""Say which word of a command line Hydra does not know, and which ones are near."""
+"""Find the word of a command line that Hydra does not know, and suggest similar ones."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,16 +13,18 @@ from visprompt.runs import compose
 from visprompt.runs.settings import no_trainer_key
 
 SCRIPTS = ("train", "tune", "eval", "predict", "prepare", "report")
-"""The entry points, each with a config of its name; that which most keys belong to is first."""
+"""The entry points, which are also the names of their configs; the one with the most keys is first."""
 _OF_TEMPLATES = {
     "ckpt_path": "a run that was stopped goes on by its own command again, and src/eval.py takes run=FOLDER",
     "train": "src/eval.py run=FOLDER scores a finished run without training",
     "test": "split=tune trains without reading the test set, and scores the validation images",
-    "hparams_search": "sweeps are W&B's: wandb sweep configs/sweep/lr_wd.yaml, and wandb agent with the id it prints",
+    "hparams_search": (
+        "sweeps are W&B's: wandb sweep configs/sweep/lr_wd.yaml, and wandb agent with the id it prints"
+    ),
     "task_name": "a run is named by its task, its method and a hash of its settings; tags=[NAME] marks it",
     "optimized_metric": "src/train.py returns the accuracy of the run: val/acc with split=tune",
 }
-"""Keys of lightning-hydra-template that mean nothing here, and what to do instead."""
+"""Keys of lightning-hydra-template that this project does not have, and what to do instead."""
 
 
 def composed(config_name: str, settings: Sequence[str]) -> DictConfig:
@@ -30,10 +32,10 @@ def composed(config_name: str, settings: Sequence[str]) -> DictConfig:
 
     Args:
         config_name: A primary config.
-        settings: Of a command line, without sweeps.
+        settings: Settings of a command line, without sweeps.
 
     Returns:
-        The config, with `hydra`.
+        The config, including `hydra`.
 
     Raises:
         UserError: An option or a key is unknown.
@@ -42,9 +44,9 @@ def composed(config_name: str, settings: Sequence[str]) -> DictConfig:
         return hydra_compose(config_name, list(settings), return_hydra_config=True)
     except MissingConfigException as error:
         raise _unknown_option(error) from error
-    except ValueError as error:  # a group's option is a number or a mapping
+    except ValueError as error:  # the option of a group is a number or a mapping
         raise UserError(f"{in_one_line(error)}: {' '.join(_choices(settings))}") from error
-    except TypeError as error:  # Hydra joins a list in a list to a path
+    except TypeError as error:  # the option is a list of lists, which Hydra tries to join to a path
         raise UserError(
             f"{' '.join(_choices(settings))} cannot be read: an option is a name, as in data=folder"
         ) from error
@@ -58,9 +60,9 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 
 
 def check_added(config_name: str, settings: Sequence[str]) -> None:
-    """Refuse `+key=...` next to the known keys, which nothing would read.
+    """Refuse `+key=...` for a new top-level key, which nothing would read.
 
-    Below a known key its reader judges.
+    A new key below a known one is judged by the code that reads the known one.
     """
     added = [_group(setting) for setting in settings if setting[:1] == "+"]
     known = {"hydra", *map(str, hydra_compose(config_name))} if added else set()
@@ -80,9 +82,9 @@ def is_config(name: str) -> bool:
 
 
 def configs() -> list[str]:
-    """List the primary configs, also those of `--config-dir`."""
+    """List the primary configs, including those of `--config-dir`."""
     names = GlobalHydra.instance().config_loader().get_group_options("")
-    return [name for name in names if not name.startswith("_")]  # one of Hydra's has no use for a user
+    return [name for name in names if not name.startswith("_")]  # Hydra adds one for internal use
 
 
 def _is_group(name: str) -> bool:
@@ -95,7 +97,7 @@ def _group(setting: str) -> str:
 
 
 def _choices(settings: Sequence[str]) -> list[str]:
-    """Return those settings that choose an option of a config group."""
+    """Return the settings that choose an option of a config group."""
     return [setting for setting in settings if _is_group(_group(setting))]
 
 
@@ -108,9 +110,8 @@ def _unknown_option(error: MissingConfigException) -> UserError:
     if top == "hydra" or not folder.is_dir():
         return unknown(group, option, error.options)
     below = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
-    options = [
-        f"{group}/{name}".removeprefix(f"{top}/") for name in error.options
-    ]  # also those of --config-dir
+    # Hydra's list also has the options of --config-dir
+    options = [f"{group}/{name}".removeprefix(f"{top}/") for name in error.options]
     return unknown(top, f"{group}/{option}".removeprefix(f"{top}/"), [*below, *options])
 
 
@@ -119,7 +120,7 @@ def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) ->
     try:
         hydra = hydra_compose(config_name, return_hydra_config=True).hydra
     except HydraException as bare:  # without any setting
-        hint = "configs/local/default.yaml may give values, but choose no groups"
+        hint = "configs/local/default.yaml may set values, but cannot choose options of config groups"
         return UserError(f"the files in configs cannot be composed: {in_one_line(bare)}; {hint}")
     groups = [str(group) for group in hydra.runtime.choices]
     for choice in choices:
@@ -135,7 +136,7 @@ def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) ->
         for key in _keys(without_hydra(cfg))
         if not key.startswith("recipe.rows") and "_target_" not in key
     }
-    tables = {key.rpartition(".")[0] for key in keys}  # what holds keys is no key to set
+    tables = {key.rpartition(".")[0] for key in keys}  # groups of keys, which are not suggested themselves
     for setting in settings:
         key = setting.partition("=")[0]
         if setting in choices or not key[:1].isalpha() or key.startswith("hydra") or key in keys:
@@ -154,7 +155,7 @@ def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) ->
 
 
 def _of_another_script(config_name: str, key: str) -> UserError | None:
-    """Return the error for a key that another entry point has; None where this one has it, or none."""
+    """Build the error for a key that only another entry point has; return None if there is no such one."""
     top = key.partition(".")[0]
     if config_name not in SCRIPTS or top in _top_keys(config_name):
         return None
@@ -165,26 +166,22 @@ def _of_another_script(config_name: str, key: str) -> UserError | None:
 
 
 def _top_keys(config_name: str) -> set[str]:
-    """Return the keys and config groups at the top of a primary config, read from its file.
-
-    Composing takes longer.
-    """
+    """Return the top-level keys and config groups of a primary config, read from its file, which is fast."""
     cfg = OmegaConf.load(compose.CONFIGS / f"{config_name}.yaml")
     names = {str(key) for key in cfg} - {"defaults"}
     for entry in OmegaConf.select(cfg, "defaults", default=()):
         if OmegaConf.is_dict(entry):
-            names |= {
-                str(group) for group in entry if " " not in str(group)
-            }  # `override hydra/help` gives no key
+            names |= {str(group) for group in entry if " " not in str(group)}  # not `override hydra/help`
         elif entry != "_self_":
             names |= _top_keys(str(entry))
     return names
 
 
 def _of_another_option(key: str, chosen: dict[str, str], keys: set[str]) -> UserError | None:
-    """Return the error for a key that another option of its group has.
+    """Build the error for a key that only another option of its group has; return None if no option has it.
 
-    `method.num_tokens` with `method=linear`.
+    Example:
+        `method.num_tokens` with `method=linear`.
     """
     group, _, name = key.partition(".")
     if group not in chosen or not _is_group(group):
@@ -210,7 +207,7 @@ def _of_another_option(key: str, chosen: dict[str, str], keys: set[str]) -> User
 
 
 def _names(file: str) -> set[str]:
-    """Return the keys at the top of a config file, and of the files that it takes in beside itself."""
+    """Return the top-level keys of a config file and of the files that its defaults list includes."""
     cfg = OmegaConf.load(compose.CONFIGS / file)
     if not isinstance(cfg, DictConfig):
         return set()

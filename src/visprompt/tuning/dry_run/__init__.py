@@ -1,7 +1,7 @@
-"""`dry_run=true`: which runs a command would make, how long they would take here, and what they need.
+"""Say which runs a command would make, how long they would take here, and what they need: `dry_run=true`.
 
-Nothing is trained, fetched or written, but for Hydra's own record of the command. Finished runs are found as
-the command itself would find them.
+Nothing is trained, downloaded or written, except Hydra's record of the command. Finished runs are recognised
+as they would be without `dry_run=true`.
 """
 
 import json
@@ -30,7 +30,7 @@ from visprompt.tuning.dry_run.needs import Needs, offline
 from visprompt.tuning.dry_run.pace import PATIENCE, Pace, measure_pace, state_bytes
 
 console = Terminal()
-_BESIDE = 20_000  # bytes of config, curve and result beside a tuned state
+_OTHER_FILES = 20_000  # bytes of config, curve and result of a run
 _COLUMNS = ("method", "grid", "seeds", "runs", "steps", "time left")
 
 
@@ -39,9 +39,9 @@ class Planned:
     """A run that a command would make.
 
     Attributes:
-        shape: A job that costs as much.
-        exact: The run's own job; None where runs before it are still to say it (the chosen point, pruning's
-            masks).
+        shape: A job that takes the same time and memory.
+        exact: The run's job, or None if it depends on runs that have not been made yet (the chosen point of
+            a grid, the masks of pruning).
     """
 
     shape: Job
@@ -52,58 +52,59 @@ def train(cfg: DictConfig) -> float:
     """Say what `train.py` would do with a command line.
 
     Args:
-        cfg: What `@hydra.main` composed.
+        cfg: The config that `@hydra.main` composed.
 
     Returns:
-        nan: nothing is scored.
+        nan, because nothing is scored.
 
     Raises:
-        UserError: Runs could not begin, for a reason other than missing files.
+        UserError: Runs could not start, for another reason than missing files.
     """
     check_sweeper(cfg)
-    found = DryRun()
+    plan = DryRun()
     with offline():
         for job in compose.jobs(cfg):
-            with found.line(job):
-                found.add(job, "-", [job.seed], found.planned(job))
-    return found.say()
+            with plan.line(job):
+                plan.add(job, "-", [job.seed], plan.planned(job))
+    return plan.say()
 
 
 def tune(cfg: DictConfig) -> float:
     """Say what `tune.py` would do with a command line.
 
     Args:
-        cfg: What `@hydra.main` composed.
+        cfg: The config that `@hydra.main` composed.
 
     Returns:
-        nan: nothing is scored.
+        nan, because nothing is scored.
 
     Raises:
-        UserError: As `train`.
+        UserError: As in `train`.
     """
     jobs, seeds = protocol.asked(cfg)
-    found = DryRun()
+    plan = DryRun()
     with offline():
         for job in jobs:
-            with found.line(job):
-                found.add_protocol(job, seeds)
-    return found.say()
+            with plan.line(job):
+                plan.add_protocol(job, seeds)
+    return plan.say()
 
 
 class DryRun:
-    """What was found out so far, over all lines of the table.
+    """The table of a dry run, with sums over its lines. A line is a method on a task.
 
     Attributes:
         lines: The table's lines.
-        failed: Why the runs of a line could not begin.
-        needs: What is missing.
-        paces: What was measured, by what decides it.
-        states: Bytes of tuned states, by what decides them.
-        frozen: Where the frozen layers' output was counted: it is made once and stays from run to run.
-        seconds: Of all runs that are left, as far as they could be measured.
-        results: Bytes that these leave behind.
-        resume: Bytes of the largest resume state on the way.
-        limits: Keys that end epochs early, which the sums leave out.
+        failed: Why the runs of a line could not start.
+        needs: Missing data and weights.
+        paces: Measured times, by the settings that decide them (as JSON).
+        states: Bytes of tuned states, by the settings that decide them (as JSON).
+        frozen: Settings (as JSON) for which the time of the frozen layers has been counted; their output is
+            cached and shared by runs.
+        seconds: Time of all runs that are left, as far as it could be measured.
+        results: Bytes of the files of these runs.
+        resume: Bytes of the largest resume state.
+        limits: Keys that shorten epochs, which the times ignore.
     """
 
     def __init__(self) -> None:
@@ -119,34 +120,34 @@ class DryRun:
 
     @contextmanager
     def line(self, job: Job) -> Iterator[None]:
-        """Find out one line of the table; what is wrong with it does not stop the others."""
+        """Collect the error of a line of the table, so that the other lines are still computed."""
         try:
             yield
         except UserError as error:
             self.failed.append(f"{job.name}: {error}")
 
     def add_protocol(self, job: Job, seeds: Sequence[int]) -> None:
-        """Add the line of the protocol for one method on one task."""
-        asked: list[list[Job]] = []
+        """Add a line for the protocol of one method on one task."""
+        steps: list[list[Job]] = []  # jobs of the grid, then of the final runs
 
-        def look(jobs: Iterable[Job]) -> list[Outcome]:
-            asked.append(list(jobs))
-            return [Outcome(one.name, self.stored(one)) for one in asked[-1]]
+        def look_up(jobs: Iterable[Job]) -> list[Outcome]:
+            steps.append(list(jobs))
+            return [Outcome(each.name, self.stored(each)) for each in steps[-1]]
 
-        outcomes = protocol.tune_one(job, seeds, look)
-        points = {json.dumps(self._numbers(one)): one for one in asked[0]}.values()  # equal ones are one run
-        runs = [Planned(one, one) for one in points]
-        if len(asked) > 1:
-            runs += [run for one in asked[1] for run in self.planned(one)]
-        elif any(
-            outcome.result is None for outcome in outcomes
-        ):  # else the whole grid diverged, and nothing follows
+        outcomes = protocol.tune_one(job, seeds, look_up)
+        grid = steps[0]
+        points = {json.dumps(self._numbers(each)): each for each in grid}.values()  # equal points are one run
+        runs = [Planned(each, each) for each in points]
+        if len(steps) > 1:  # all runs of the grid are finished, so that the choice is known
+            runs += [run for final in steps[1] for run in self.planned(final)]
+        elif any(outcome.result is None for outcome in outcomes):
             finals = [job.vary({"split": "final", "seed": seed}) for seed in seeds]
-            runs += [replace(run, exact=None) for one in finals for run in self.planned(one)]
-        self.add(job, _in_words(len(asked[0]), len(points), job.grid), seeds, runs)
+            runs += [replace(run, exact=None) for final in finals for run in self.planned(final)]
+        # otherwise all runs of the grid have diverged, and there are no final runs
+        self.add(job, _in_words(len(grid), len(points), job.grid), seeds, runs)
 
     def planned(self, job: Job) -> list[Planned]:
-        """Return the runs that a job stands for: itself, or its chain of pruning."""
+        """Return the runs that a job means: itself, or its chain of pruning."""
         if not pruning_chain.prunes(job):
             return [Planned(job, job)]
         points = pruning_chain.prune_points(job)
@@ -158,59 +159,60 @@ class DryRun:
         return [Planned(shape, link) for shape, link in zip(shapes, links, strict=False)]
 
     def _links(self, job: Job, points: Sequence[pruning.Point]) -> list[Job | None]:
-        """Return the runs of a chain of pruning; None where runs before it are still to say it."""
+        """Return the jobs of a chain of pruning; None for a job that depends on runs not made yet.
+
+        The unpruned run is first, then the other points, then the final run.
+        """
         tune = job.vary({"split": "tune", "rerun": job.rerun and job.split == "tune"})
         folder = prepare(tune).folder
-        start, found, chosen = (
+        initial, importance, choice = (
             pruning_chain.stored(folder / f"{name}.json") for name in ("initial", "importance", "masks")
         )
-        bare = tune.vary({"method.prune_tokens": None, "method.prune_segments": None})
+        base = tune.vary({"method.prune_tokens": None, "method.prune_segments": None})
         links: list[Job | None] = [None] * len(points)
-        if start:
-            links[0] = pruning_chain.link_of(bare, start["initial"])
-        if start and found:
-            masks = [pruning.prune(pruning.Importance.of(found), point).options() for point in points[:-1]]
-            links[1:] = [pruning_chain.link_of(bare, start["initial"], one) for one in masks]
-        return [*links, pruning_chain.link_of(job, chosen["initial"], chosen["options"]) if chosen else None]
+        if initial:
+            links[0] = pruning_chain.link_of(base, initial["initial"])
+        if initial and importance:
+            scores = pruning.Importance.of(importance)
+            masks = [pruning.prune(scores, point).options() for point in points[:-1]]
+            links[1:] = [pruning_chain.link_of(base, initial["initial"], options) for options in masks]
+        return [*links, pruning_chain.link_of(job, choice["initial"], choice["options"]) if choice else None]
 
     def _has_folder(self, job: Job) -> bool:
-        """Return whether a job has a folder, and others of its task and method are there."""
+        """Return whether a job's data and weights are there, and any run of its task and method."""
         facts = self.needs.facts(job)
         return facts.ready and (Path(job.paths.log_dir) / facts.datamodule.task / job.method.name).is_dir()
 
     def stored(self, job: Job) -> Result | None:
-        """Return the result of a job that is finished and not to be run anew."""
-        return (
-            read_result(prepare(job).folder, hashed=False)
-            if self._has_folder(job) and not job.rerun
-            else None
-        )
+        """Return the result of a job, or None if it is not finished or is to be run again."""
+        if job.rerun or not self._has_folder(job):
+            return None
+        return read_result(prepare(job).folder, hashed=False)
 
     def add(self, job: Job, grid: str, seeds: Sequence[int], runs: Sequence[Planned]) -> None:
-        """Add a line to the table, and what its runs cost to the sums."""
+        """Add a line to the table, and the time and disk space of its runs to the sums."""
         steps = sorted({self._steps(run.shape) for run in runs})
         left = [run.shape for run in runs if run.exact is None or self.stored(run.exact) is None]
-        paces = [self._pace(one) for one in left]
-        seconds = sum(self._cost(one, pace) for one, pace in zip(left, paces, strict=True))
+        paces = [self._pace(each) for each in left]
+        seconds = sum(self._cost(each, pace) for each, pace in zip(left, paces, strict=True))
         self.seconds += seconds
         self.limits |= {f"trainer.{key}" for key, _ in job.trainer if key.startswith("limit_")}
-        for one in left:
-            size = self._state(one)
-            self.results += size + _BESIDE
-            copies = (
-                3 if "adamw" in one.recipe.optimizer else 2
-            )  # the state, and what its optimiser keeps of it
+        for each in left:
+            size = self._state(each)
+            self.results += size + _OTHER_FILES
+            copies = 3 if "adamw" in each.recipe.optimizer else 2  # the parameters and the optimiser's state
             self.resume = max(self.resume, copies * size)
         if pruning_chain.prunes(job):
             grid += f", {len(pruning_chain.prune_points(job))} of pruning"
         done = f"{len(runs)}, {len(runs) - len(left)} done"
-        each = " to ".join(f"{count:,}" for count in dict.fromkeys((steps[0], steps[-1])))
+        steps_of_run = " to ".join(f"{count:,}" for count in dict.fromkeys((steps[0], steps[-1])))
         time = "unknown" if any(pace.why for pace in paces) else in_time(seconds)
         task = self.needs.facts(job).datamodule.task
-        self.lines.append((task, str(job.method.name), grid, ", ".join(map(str, seeds)), done, each, time))
+        listed_seeds = ", ".join(map(str, seeds))
+        self.lines.append((task, str(job.method.name), grid, listed_seeds, done, steps_of_run, time))
 
     def _steps(self, job: Job) -> int:
-        """Optimiser steps of a run."""
+        """Return the number of optimiser steps of a run."""
         accumulate = int(job.trainer.accumulate_grad_batches)
         batches = GlobalBatches(
             num_rows=self._rows(job),
@@ -222,7 +224,7 @@ class DryRun:
         return int(job.recipe.epochs) * (len(batches) // accumulate)
 
     def _rows(self, job: Job) -> int:
-        """Training images, nearly: a share is taken of each class, and rounded there."""
+        """Return the number of training images; nearly, because data.fraction rounds for each class."""
         sets = self.needs.facts(job).datamodule.train_sets[job.split]
         return round(sum(self._count(job, name) for name in sets) * job.data.fraction)
 
@@ -233,7 +235,7 @@ class DryRun:
         return sizes[split_set]
 
     def _shape(self, job: Job) -> list[Any]:
-        """Return what decides the cost of a step."""
+        """Return the settings that decide the time of a step."""
         parts: list[Any] = [dict(job.backbone), dict(job.method)]
         parts += [
             job.recipe.batch_size,
@@ -245,15 +247,15 @@ class DryRun:
         return [*parts, job.trainer.accumulate_grad_batches, self.needs.facts(job).datamodule.augments]
 
     def _numbers(self, job: Job) -> list[Any]:
-        """Return what decides the numbers of one of a grid's runs."""
+        """Return the settings in which the runs of a grid can differ."""
         return [job.recipe.model_dump(), dict(job.method)]
 
     def _pace(self, job: Job) -> Pace:
-        facts, key = self.needs.facts(job), json.dumps(self._shape(job))  # the head takes next to no time
+        # the number of classes is not in the key, because the head takes almost no time
+        facts, key = self.needs.facts(job), json.dumps(self._shape(job))
         if key not in self.paces:
-            datamodule = facts.datamodule
-            found = measure_pace(job, facts.backbone, facts.classes, _devices(job), datamodule.augments)
-            self.paces[key] = found
+            augments = facts.datamodule.augments
+            self.paces[key] = measure_pace(job, facts.backbone, facts.classes, _devices(job), augments)
         return self.paces[key]
 
     def _state(self, job: Job) -> int:
@@ -264,16 +266,15 @@ class DryRun:
         return self.states[key]
 
     def _cost(self, job: Job, pace: Pace) -> float:
-        """Return seconds of a run."""
+        """Return the seconds that a run takes."""
         final = job.split == "final"
         unscored = final and job.data.get("test") == "none"
-        scored = (
-            0 if unscored else self._count(job, "test" if final else self.needs.facts(job).datamodule.val_set)
-        )
+        scored_set = "test" if final else self.needs.facts(job).datamodule.val_set
+        scored = 0 if unscored else self._count(job, scored_set)
         seconds = self._steps(job) * pace.step
-        once = json.dumps([job.task, job.split, *self._shape(job)])
-        if once not in self.frozen:
-            self.frozen.add(once)
+        key = json.dumps([job.task, job.split, *self._shape(job)])
+        if key not in self.frozen:
+            self.frozen.add(key)
             seconds += (self._rows(job) + (0 if final else scored)) * pace.frozen
         if final:
             return seconds + scored * pace.image / _devices(job)
@@ -281,10 +282,10 @@ class DryRun:
         return seconds + times * scored * pace.kept / _devices(job)
 
     def say(self) -> float:
-        """Print the table and what is needed.
+        """Print the table, the time and what is missing.
 
         Returns:
-            nan.
+            nan, the score of a dry run.
 
         Raises:
             UserError: Some lines failed.
@@ -311,19 +312,16 @@ class DryRun:
         why = [f"no time for some: {pace.why}" for pace in paces if pace.why][:1]
         if not any(pace.device for pace in paces):
             return "; ".join(why) or "nothing is left to run"
-        scaled = (
-            ""
-            if all(pace.whole for pace in paces)
-            else f", those over {PATIENCE:.0f} s scaled up from a few images"
-        )
+        scaled = f", those over {PATIENCE:.0f} s scaled up from a few images"
+        scaled = "" if all(pace.whole for pace in paces) else scaled
         device = next(pace.device for pace in paces if pace.device)
-        known = (
+        estimate = (
             f"time left: about {in_time(self.seconds)}, one run after the other, by steps on random images "
-            "measured "
-            f"now on {device}{scaled}; reading data, starting up and talk between devices come on top"
+            f"measured now on {device}{scaled}; reading data, start-up and communication between devices are "
+            "not included"
         )
         limits = [f"{', '.join(sorted(self.limits))} would make it less"] if self.limits else []
-        return "; ".join([known, *limits, *why])
+        return "; ".join([estimate, *limits, *why])
 
     def _disk(self) -> str:
         parts = self.needs.disk() | ({"results": self.results + self.resume} if self.results else {})
@@ -334,10 +332,16 @@ class DryRun:
 
 
 def _in_words(points: int, runs: int, grid: Mapping[str, Any] | None) -> str:
-    """Return a grid's number of points, of what they are made, and how many runs they are where some are equal."""
+    """Describe a grid: "12: 4 recipe.lr x 3 recipe.weight_decay, 10 of them different".
+
+    Args:
+        points: Number of points.
+        runs: Number of runs; smaller if several points mean the same run.
+        grid: Lists of values by dotted key.
+    """
     sizes = [f"{len(values)} {key!s}" for key, values in (grid or {}).items() if len(values) > 1]
-    made_of = f": {' x '.join(sizes)}" if len(sizes) > 1 else ""
-    return f"{points}{made_of}" + (f", {runs} of them different" if runs < points else "")
+    factors = f": {' x '.join(sizes)}" if len(sizes) > 1 else ""
+    return f"{points}{factors}" + (f", {runs} of them different" if runs < points else "")
 
 
 def _devices(job: Job) -> int:
@@ -345,7 +349,7 @@ def _devices(job: Job) -> int:
 
 
 def in_time(seconds: float) -> str:
-    """Return a time in words."""
+    """Return a time in words: "45 s", "12 min", "3 h" or "5 days"."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""What jobs need of data and weights, found out without fetching or making any of it."""
+"""Find out which data and weights jobs lack, without downloading or preparing anything."""
 
 import json
 import re
@@ -24,14 +24,14 @@ from visprompt.runs.run import build_data, load_backbone
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a job's backbone and data.
+    """A job's backbone and data, as far as they are available.
 
     Attributes:
-        backbone: With random weights where its own are missing.
-        datamodule: The data, not opened.
-        sizes: Images of each split set.
+        backbone: The backbone; with random weights if its weights are missing.
+        datamodule: The data module; its data are not opened.
+        sizes: Number of images of each split set.
         classes: Number of classes.
-        ready: Whether data and weights are there, without which a run has no folder.
+        ready: Whether data and weights are available. If not, the run's identity and folder are unknown.
     """
 
     backbone: Backbone
@@ -43,7 +43,7 @@ class Facts:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Keep the hub's client from fetching; what its cache holds is found."""
+    """Let the Hugging Face hub's client use only files in its cache."""
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
@@ -52,14 +52,13 @@ def offline() -> Iterator[None]:
 
 
 class Needs:
-    """What is missing for the jobs that were looked at.
+    """Data and weights that are missing for the jobs passed to `facts`.
 
     Attributes:
-        stores: Bytes of decoded images that are to be written, by the store's folder; photographs are taken
-            for 4 : 3.
-        originals: Bytes of original files that are to be fetched, by their place.
+        stores: Bytes of decoded images to write, by the store's folder; photographs are assumed to be 4:3.
+        originals: Bytes of original files to download, by their path.
         commands: Tasks that are not prepared, by the command that prepares them.
-        weights: Bytes of weights that are missing, by the sentence that says so.
+        weights: Bytes of missing weights, by a sentence that says how to get them.
     """
 
     def __init__(self) -> None:
@@ -70,10 +69,10 @@ class Needs:
         self._facts: dict[str, Facts] = {}
 
     def facts(self, job: Job) -> Facts:
-        """Return what is known of a job's backbone and data; call it inside `offline`.
+        """Return a job's backbone and data, and note what is missing; call this inside `offline`.
 
         Raises:
-            UserError: A word of the job is wrong, or the user's own images are.
+            UserError: A setting of the job or the user's own images are wrong.
         """
         key = json.dumps([dict(job.backbone), dict(job.data)])
         if key not in self._facts:
@@ -93,7 +92,7 @@ class Needs:
         return Facts(backbone, datamodule, dict(plan.spec.split_sizes), plan.spec.num_classes, False)
 
     def _backbone(self, job: Job) -> tuple[Backbone, bool]:
-        """Return a job's backbone, and whether it has its own weights."""
+        """Return a job's backbone, and whether its weights are available; without them they are random."""
         options = dict(job.backbone)
         try:
             return load_backbone(json.dumps(options), 0 if job.backbone.pretrained else job.seed), True
@@ -122,26 +121,26 @@ class Needs:
         self.commands.setdefault(command, []).append(spec.id)
 
     def described(self) -> list[str]:
-        """Return what is said of the user's own images, once."""
+        """Return the lines that describe the user's own images, without duplicates."""
         return list(
             dict.fromkeys(line for facts in self._facts.values() for line in facts.datamodule.described)
         )
 
     def sentences(self) -> Iterator[str]:
-        """Yield what is missing and how to get it, in one sentence each."""
+        """Yield one sentence for each missing thing, which says how to get it."""
         for command, tasks in self.commands.items():
             suite = next((name for name, ids in SUITES.items() if set(ids) == set(tasks)), None)
-            words = suite or (tasks[0] if len(tasks) == 1 else f"'[{','.join(tasks)}]'")
-            hands = [task for task in tasks if TASKS[task].how_to_get and "source=" not in command]
-            note = f" ({', '.join(hands)}: by hand, verify=true says how)" if hands else ""
-            yield f"missing: the data of {', '.join(tasks)}: {command.replace('TASKS', words)}{note}"
+            value = suite or (tasks[0] if len(tasks) == 1 else f"'[{','.join(tasks)}]'")
+            by_hand = [task for task in tasks if TASKS[task].how_to_get and "source=" not in command]
+            note = f" ({', '.join(by_hand)}: by hand, verify=true says how)" if by_hand else ""
+            yield f"missing: the data of {', '.join(tasks)}: {command.replace('TASKS', value)}{note}"
         for sentence in self.weights:
             yield f"missing: {sentence}"
         if self.commands or self.weights:
-            yield "runs that lack data or weights count as not done"
+            yield "runs that lack data or weights are counted as not done"
 
     def disk(self) -> dict[str, int]:
-        """Return bytes that are to be written, by what they are."""
+        """Return the bytes to write: {"decoded images": 120000000, "weights": 343000000}."""
         sizes = [sum(self.stores.values()), sum(self.originals.values()), sum(self.weights.values())]
         names = ("decoded images", "original files", "weights")
         return {name: size for name, size in zip(names, sizes, strict=True) if size}
@@ -153,7 +152,13 @@ def _random(spec: str) -> Backbone:
 
 
 def _how_to_get(error: str, name: str) -> str:
-    """Return the sentence for weights that are missing; it was not tried whether the hub answers."""
+    """Return a sentence on how to get missing weights.
+
+    Args:
+        error: The message of the error that loading them raised. While offline it says that the hub cannot be
+            reached, which has not been tried.
+        name: The backbone's name.
+    """
     url = re.search(r"https?://\S+", error)
     if "the hub cannot be reached" not in error or url is None:
         return error

@@ -1,4 +1,4 @@
-"""How long a run would take on this machine, from a few real steps on random images of its own shapes."""
+"""Estimate how long a run would take on this machine from a few training steps on random images."""
 
 import contextlib
 import statistics
@@ -16,24 +16,25 @@ from visprompt.models.optim import build_optimizer
 from visprompt.runs.job import Job
 from visprompt.runs.run import build_classifier
 
-PATIENCE = 5.0  # seconds; the time of a step that would take longer is scaled up from one of a few images
+PATIENCE = 5.0  # seconds; the time of a step that would take longer is estimated from a step on a few images
 _FEW = 4  # images
-_TIMED = 3  # calls whose median counts
+_TIMED = 3  # timed calls, of which the median is taken
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What a run of some shape costs on one device.
+    """The measured times of a run on one device.
 
     Attributes:
-        device: What it was measured on; empty where it could not be.
-        why: Why it could not be measured, else empty.
+        device: The device on which they were measured; "" if they could not be measured.
+        why: Why they could not be measured; otherwise "".
         step: Seconds of an optimiser step on one device's share of the batch.
         image: Seconds to score one image.
-        kept: The same from what the frozen layers made of it, where that is kept; else as `image`.
-        frozen: Seconds that one image takes in those layers; 0 where nothing is kept.
-        whole: Whether a whole share was measured, and not a few images.
+        kept: Seconds to score one image from the cached output of the frozen layers; equal to `image` if
+            that output is not cached.
+        frozen: Seconds that one image takes in the frozen layers; 0 if their output is not cached.
+        whole: Whether the step was measured on a device's whole share, not estimated from a few images.
     """
 
     device: str = ""
@@ -46,22 +47,22 @@ class Pace:
 
 
 def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augments: bool) -> Pace:
-    """Measure what a job costs; reads no data and writes nothing. Nothing is compiled, whatever the job says.
+    """Measure the times of a job without reading or writing data, and without compiling anything.
 
     Args:
         job: A composed job.
-        backbone: Its backbone; one with random weights takes as long.
+        backbone: The job's backbone; random weights take the same time.
         classes: Number of classes.
         devices: Number of devices that share a batch.
-        augments: Whether training images differ between epochs, so that nothing made of them can be kept.
+        augments: Whether training images differ between epochs, so that no output of layers can be cached.
 
     Returns:
-        The pace, or why it could not be measured.
+        The times, or why they could not be measured.
 
     Raises:
-        UserError: A word of the job is wrong, or its method and its backbone do not fit.
+        UserError: A setting of the job is wrong, or its method does not fit its backbone.
     """
-    kind = job.precision.partition("-")[0]
+    dtype = _DTYPES[job.precision.partition("-")[0]]
     classifier = build_classifier(job, backbone, classes)
     device = _device(str(job.trainer.accelerator))
     if device is None:
@@ -72,18 +73,20 @@ def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augme
         else f"the CPU (threads: {torch.get_num_threads()})"
     )
     mixed = job.precision.endswith("mixed")
-    context = torch.autocast(device.type, _DTYPES[kind]) if mixed else contextlib.nullcontext()
+    context = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
     try:
         with context:
-            bench = Bench(job, classifier.to(device, torch.float32 if mixed else _DTYPES[kind]), augments)
+            bench = Bench(job, classifier.to(device, torch.float32 if mixed else dtype), augments)
             return Pace(device=name, **bench.figures(-(-job.recipe.batch_size // devices)))
     except torch.OutOfMemoryError:
-        many = f"recipe.batch_size={job.recipe.batch_size} on {devices} device(s)"
-        return Pace(why=f"{many} has no room on {name}: raise trainer.accumulate_grad_batches")
+        batch = f"recipe.batch_size={job.recipe.batch_size} on {devices} device(s)"
+        return Pace(
+            why=f"{batch} does not fit into the memory of {name}: raise trainer.accumulate_grad_batches"
+        )
 
 
 def state_bytes(classifier: Classifier) -> int:
-    """Return bytes of the tensors of a classifier's tuned state."""
+    """Return the number of bytes of the tensors of a classifier's tuned state."""
     return sum(tensor.nbytes for tensor in classifier.tuned_state().values())
 
 
@@ -94,7 +97,7 @@ def _device(accelerator: str) -> torch.device | None:
 
 
 class Bench:
-    """A classifier with its optimiser, and random images for it."""
+    """A classifier with its optimiser, to be timed on random images."""
 
     def __init__(self, job: Job, classifier: Classifier, augments: bool) -> None:
         self.classifier = classifier
@@ -106,7 +109,7 @@ class Bench:
         self.optimizer, _ = build_optimizer(classifier.tuned_parameters(), recipe, 1, undecayed)
 
     def step(self, count: int) -> Callable[[], None]:
-        """Return an optimiser step on as many random images, or on what is kept of them."""
+        """Return a function that makes an optimiser step on random images, or on cached features of them."""
         self.classifier.eval()
         inputs = self._kept(self._images(count))
         labels = torch.zeros(count, dtype=torch.long, device=self.like.device)
@@ -122,7 +125,7 @@ class Bench:
         return step
 
     def figures(self, share: int) -> dict[str, Any]:
-        """Return the figures of `Pace`, for a device's share of a batch."""
+        """Measure the times of `Pace` for a device's share of a batch."""
         micro = -(-share // self.accumulate)
         few = min(_FEW, micro)
         part = self._seconds(self.step(few))
@@ -137,8 +140,7 @@ class Bench:
                 return {"step": self.accumulate * step, "whole": whole, "image": image, "kept": image}
             inputs = self._kept(images)
             kept = self._seconds(lambda: self.classifier(inputs)) / count
-        # all of an image, without what comes behind the frozen layers
-        frozen = max(0.0, image - kept)
+        frozen = max(0.0, image - kept)  # an image's total time without the layers after the frozen ones
         return {
             "step": self.accumulate * step,
             "whole": whole,
@@ -155,7 +157,7 @@ class Bench:
         return self.classifier.frozen(images) if self.keeps else images
 
     def _seconds(self, work: Callable[[], object]) -> float:
-        """Median time of calls after one that warms up; of fewer where they take long."""
+        """Return the median time of a few calls after a warm-up; of fewer calls if they take long."""
         times: list[float] = []
         while len(times) < 2 or (len(times) <= _TIMED and sum(times) < PATIENCE / 2):
             self._wait()
