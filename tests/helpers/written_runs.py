@@ -5,6 +5,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from visprompt.reports.load import frame
 from visprompt.runs.result import Result, write_result
 
 VIT_B = "vit_base_patch16_224.orig_in21k"
@@ -72,3 +75,13 @@ def write(root: Path, record: Result, name: str | None = None) -> Path:
         (folder / "tuned.safetensors").write_bytes(b"\0" * record.tuned["bytes"])
     write_result(folder, record)
     return folder
+
+
+def changed(record: Result, **values: Any) -> Result:
+    """A record with other values in place of its own."""
+    return type(record)(**vars(record) | values)
+
+
+def table(*records: Result) -> pd.DataFrame:
+    """The table of runs that lie in folders run0, run1 and so on."""
+    return frame((Path(f"run{i}"), record) for i, record in enumerate(records))

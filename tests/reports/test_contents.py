@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 
 from helpers.written_runs import result, write
 from visprompt.data.catalog import SUITES
-from visprompt.reports.collect import survey
-from visprompt.reports.contents import contents
+from visprompt.reports.load import survey
+from visprompt.reports.page import contents
 
 MADE = datetime(2026, 11, 21, 20, 30, tzinfo=UTC)
 ALL_TRIED = "All settings of a method on a task with final runs have a grid on the validation images among these runs."

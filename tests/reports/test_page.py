@@ -16,9 +16,8 @@ from PIL import Image
 
 from helpers.written_runs import result, write
 from visprompt.reports import figures
-from visprompt.reports.collect import survey
-from visprompt.reports.contents import contents
-from visprompt.reports.page import Picture, page
+from visprompt.reports.load import survey
+from visprompt.reports.page import Picture, contents, page
 
 MADE = datetime(2026, 11, 21, 20, 30, tzinfo=UTC)
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}

@@ -16,10 +16,10 @@ from visprompt.errors import UserError
 from visprompt.reports import closeups
 from visprompt.reports import report as module
 from visprompt.reports.closeups import typical
-from visprompt.reports.collect import read_runs, rows
 from visprompt.reports.inspection import Features
-from visprompt.reports.render import Table, decimal, latex
+from visprompt.reports.load import read_runs
 from visprompt.reports.report import FORMATS, report
+from visprompt.reports.rows import rows
 from visprompt.runs import run
 from visprompt.runs.compose import composing
 
@@ -202,22 +202,6 @@ def test_what_nothing_can_be_tested_against_is_said_before_any_run_is_opened(log
         made(tmp_path / "tried", tmp_path / "report", "against=linear")
 
 
-# text in Markdown and LaTeX
-
-
-def test_a_table_is_as_wide_as_a_page_of_latex_at_most():
-    long = "runs of digits differ in recipe.lr: " * 20
-    made = latex(Table("Why", ("row", "value", "why"), (("[1, 2]", decimal(1.0), long), ("* b", decimal(2.0), "a/b"))))
-    lines = made.splitlines()
-    assert lines[3] == r"\begin{tabular}{lr>{\raggedright\arraybackslash}p{16em}}"
-    assert lines[7].startswith("{[}1, 2] & 1.0 & runs of digits")
-    assert lines[8] == r"{*} b & 2.0 & a/\allowbreak{}b \\"
-    many = Table("Cost", ("row", *(f"column {i}" for i in range(9))), (("a", *(decimal(i) for i in range(9))),))
-    lines = latex(many).splitlines()
-    assert lines[3:5] == [r"\resizebox{\linewidth}{!}{%", r"\begin{tabular}{lrrrrrrrrr}"]
-    assert lines[-2] == r"\end{tabular}}"
-
-
 def test_a_wrong_word_is_said_before_anything_is_loaded():
     done = call("report", "outptu=x")
     assert done.returncode == 2
@@ -256,7 +240,7 @@ def test_a_run_that_stands_in_two_rows_is_opened_once(tmp_path):
     runs = read_runs([tmp_path])
     made_rows = rows(runs)
     assert [sorted(row.cells) for row in made_rows] == [["digits", "digits_loc"]] * 3
-    rates = {run.folder: run.result.recipe["lr"] for run in runs}
+    rates = {folder: result.recipe["lr"] for folder, result in zip(runs.folder, runs.result, strict=True)}
     assert sorted(rates[folder] for folder in typical(made_rows)) == [0.5, 1.0]
 
 

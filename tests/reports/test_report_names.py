@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -13,11 +12,11 @@ import pytest
 from hydra import compose
 
 from helpers.names import NASTY
-from helpers.written_runs import result, write
+from helpers.written_runs import changed, result, write
 from visprompt.reports import pictures
 from visprompt.reports.figures import LIGHT, Plot, png, svg
-from visprompt.reports.render import Number, Table, csv_text, html, latex, markdown
 from visprompt.reports.report import report
+from visprompt.reports.writers import Number, Table, csv_text, html, latex, markdown
 from visprompt.runs.compose import composing
 from visprompt.runs.result import write_result
 from visprompt.text import csv_cell, in_markdown, visible
@@ -35,7 +34,7 @@ def output(tmp_path_factory):
             records += [result("own", "vpt_deep", 0.5, split="tune", options=option) for option in options]
         for record in records:
             folder = write(logs / f"{number}", record)
-            write_result(folder, replace(record, task=name))
+            write_result(folder, changed(record, task=name))
     folder = tmp_path_factory.mktemp("out") / "report [v2] 50% #1"
     with composing():
         cfg = compose("report", [f"runs={logs}", f"output='{folder}'"])

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from helpers.cli import content, equal, frozen, tensors, tiny_run
 from visprompt.models.tuning_module import TuningModule
-from visprompt.reports.folders import survey
+from visprompt.reports.load import survey
 from visprompt.runs import run
 from visprompt.runs.result import read_result
 from visprompt.runs.run_folder import AtWork, tidy
@@ -203,5 +203,5 @@ def test_a_complete_attempt_that_is_not_yet_in_place_is_read(tmp_path, whole):
     (folder / "resume").mkdir()
     for name in ("metrics.csv", "result.json"):  # the state and the config were already moved
         (folder / name).rename(folder / "resume" / name)
-    assert [found.result.attempt for found in survey([tmp_path]).runs] == [0]
+    assert list(survey([tmp_path]).runs.attempt) == [0]
     check(folder, whole, 0)

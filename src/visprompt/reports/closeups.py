@@ -10,12 +10,12 @@ import numpy as np
 from visprompt.errors import UserError
 from visprompt.reports import inspection
 from visprompt.reports.charts import file_name
-from visprompt.reports.collect import LeftOut, Row
-from visprompt.reports.comparable import protocols
 from visprompt.reports.figures import Plot
 from visprompt.reports.inspection import Latency, Opened
+from visprompt.reports.load import LeftOut
 from visprompt.reports.pictures import MOST_NAMED, draw_attention, draw_confusion, draw_map
-from visprompt.reports.render import Entry, Table, decimal
+from visprompt.reports.rows import Row, protocols
+from visprompt.reports.writers import Entry, Table, decimal
 from visprompt.text import visible
 
 _IMAGES = 4  # whose attention is drawn
@@ -58,11 +58,12 @@ class _Look:
 def typical(rows: Sequence[Row]) -> list[Path]:
     """One run of every row, each once, all on the task and under the protocol where these are most."""
     shared = [
-        dict.fromkeys(next(run for run in row.runs if run.task == task) for row in protocol.rows if task in row.cells)
+        dict.fromkeys(row.runs["folder"][row.runs["task"] == task].iat[0] for row in protocol.rows if task in row.cells)
         for protocol in protocols(rows)
         for task in dict.fromkeys(task for row in protocol.rows for task in row.cells)
     ]
-    return [run.folder for run in max(shared, key=len, default={})]
+    longest = max(shared, key=len, default={})
+    return list(longest)
 
 
 def look(

@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from matplotlib.transforms import Bbox
 
 from visprompt.reports.charts import Chart, Line, Point, front
-from visprompt.reports.render import Table
+from visprompt.reports.writers import Table
 from visprompt.text import visible
 
 WIDTH = 5.0  # inches

@@ -5,14 +5,27 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from visprompt.data.catalog import SUITES
+from visprompt.reports.settings import NEUTRAL, UNRECORDED, text
+
+if TYPE_CHECKING:
+    from visprompt.reports.rows import Row
 
 GROUPS = ("vtab_natural", "vtab_specialized", "vtab_structured")
+FLAT = "vtab, mean of 19 tasks"
+GROUPED = "vtab, mean of 3 groups"
 _FILE = Path(__file__).with_name("published.yaml")
+_THE_PAPERS: Mapping[str, tuple[str, ...]] = {  # what a row must not contradict to stand next to a paper's figures
+    "data.fraction": ("1.0",),
+    "backbone.image_size": ("null", "224"),
+    "backbone.pretrained": ("true",),
+    "backbone.kwargs": ("{}",),
+    "trainer": (NEUTRAL,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +86,18 @@ class Published:
             return self.printed_mean
         return fmean(self.means[group] for group in GROUPS) if all(group in self.means for group in GROUPS) else None
 
+    @property
+    def all_means(self) -> dict[str, float]:
+        """Means by group, under `FLAT` and under `GROUPED`, in per cent, as far as they are known."""
+        overall = {FLAT: self.flat_mean, GROUPED: self.mean_of_groups}
+        return dict(self.means) | {name: value for name, value in overall.items() if value is not None}
+
+    @property
+    def worked_out(self) -> tuple[str, ...]:
+        """Names of the means that the paper does not print: they follow from its other figures."""
+        printed = {FLAT: self.printed_flat_mean, GROUPED: self.printed_mean}
+        return tuple(name for name, value in printed.items() if value is None and name in self.all_means)
+
     def fits(self, options: Mapping[str, Any]) -> bool:
         """Whether a run's method options are those of the paper; an option that the run does not record fits."""
         same = all(options[name] in _listed(value) for name, value in self.options.items() if name in options)
@@ -98,6 +123,22 @@ def published(
         if known and paper in (None, found.paper) and found.fits(options or {}):
             return found
     return None
+
+
+def published_of(row: "Row", paper: str | None = None) -> Published | None:
+    """Return the figures of a paper for a row's method and backbone; None where the row is another thing of the name.
+
+    A row of a fraction of the data, of another image size or pooling, of a backbone that was changed or has random
+    weights, or of a trainer that was not left as it is, has none.
+    """
+    if any(row.told.get(key, UNRECORDED) not in (*values, UNRECORDED) for key, values in _THE_PAPERS.items()):
+        return None
+    first, *others = (published(row.method, row.backbone, paper, result.method) for result in row.runs["result"])
+    if first is None or any(other != first for other in others):
+        return None
+    pooled, norm = (row.told.get(f"backbone.{name}", UNRECORDED) for name in ("global_pool", "final_norm"))
+    same = pooled in (*map(text, first.global_pools), UNRECORDED) and norm in (first.final_norm, UNRECORDED)
+    return first if same else None
 
 
 @cache

@@ -12,12 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError, unknown
 from visprompt.reports import figures
-from visprompt.reports.collect import Row, rows, survey
-from visprompt.reports.comparable import protocols, references
-from visprompt.reports.contents import Contents, contents
-from visprompt.reports.page import Picture, page
+from visprompt.reports.load import survey
+from visprompt.reports.page import Contents, Picture, contents, page
 from visprompt.reports.published import all_published
-from visprompt.reports.render import LATEX_PACKAGES, csv_text, latex, markdown
+from visprompt.reports.rows import Row, protocols, references, rows
+from visprompt.reports.writers import LATEX_PACKAGES, csv_text, latex, markdown
 from visprompt.runs.result import open_result
 from visprompt.text import Terminal, in_markdown
 
@@ -47,7 +46,7 @@ def report(cfg: DictConfig) -> Path:
     formats = _formats(cfg.formats)
     check_place(output)
     found = survey(folders)
-    if not found.runs:
+    if found.runs.empty:
         also = f" ({len(found.left_out)} are unfinished, damaged or of debugging)" if found.left_out else ""
         raise UserError(
             f"there is no finished run below {' or '.join(map(str, folders))}{also}: name folders that hold some with "
@@ -106,7 +105,7 @@ def _closeups(cfg: DictConfig, made: Sequence[Row]) -> "Closeups | None":
         return None
     from visprompt.reports.closeups import look, typical
 
-    names = {run.folder.resolve(): row.label for row in made for run in row.runs}
+    names = {folder.resolve(): row.label for row in made for folder in row.runs["folder"]}
     folders = typical(made) if cfg.inspect == "auto" else list(dict.fromkeys(_paths(cfg.inspect, "inspect")))
     for folder in folders:
         open_result(folder)  # what was asked for by name is there, before any of it is opened

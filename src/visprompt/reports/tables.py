@@ -3,31 +3,20 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from visprompt.data.catalog import SUITES, TASKS
-from visprompt.reports.collect import Grid, LeftOut, Row, Survey, diverged
-from visprompt.reports.published import GROUPS, Published
-from visprompt.reports.render import Entry, Missing, Number, Table, decimal, p_value
+from visprompt.reports.choices import Grid
+from visprompt.reports.load import Survey
+from visprompt.reports.published import FLAT, GROUPS, Published, published_of
+from visprompt.reports.rows import Row, full_of, without_score
 from visprompt.reports.settings import OWN_IMAGES
 from visprompt.reports.statistical_tests import RESAMPLES, Paired, average_ranks, compare, seed_interval, smallest_p
-from visprompt.reports.summary import (
-    FLAT,
-    SUMMED,
-    Cost,
-    Total,
-    backbone_sizes,
-    cost,
-    full_of,
-    means,
-    published_means,
-    published_of,
-    wins,
-    worked_out,
-)
+from visprompt.reports.summary import SUMMED, Cost, Total, backbone_sizes, cost, means, wins
+from visprompt.reports.writers import Entry, Missing, Number, Table, decimal, p_value
 
 _PAPERS_TASKS = frozenset({*SUITES["vtab_all"], *SUITES["fgvc"]})
 _LEVELS = (0.05, 0.01)
 
 
-def groups(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
+def task_groups(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
     """The groups of tasks of which rows have any: those of VTAB-1k, "fgvc", "demo", and the user's own images."""
     own = tuple(dict.fromkeys(task for row in rows for task in row.cells if task not in TASKS))
     named = {name: SUITES[name] for name in (*GROUPS, "fgvc", "demo")} | {OWN_IMAGES: own}
@@ -35,8 +24,8 @@ def groups(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
 
 
 def suites(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-    """As `groups`, with all of VTAB-1k as one: what tests and ranks are made over."""
-    found = groups(rows)
+    """As `task_groups`, with all of VTAB-1k as one: what tests and ranks are made over."""
+    found = task_groups(rows)
     vtab = {"vtab_all": SUITES["vtab_all"]} if found.keys() & set(GROUPS) else {}
     return vtab | {name: tasks for name, tasks in found.items() if name not in GROUPS}
 
@@ -46,10 +35,10 @@ def accuracy(rows: Sequence[Row], group: str, paper: str | None = None) -> Table
 
     Args:
         rows: Rows; those without a task of the group are left out.
-        group: A name of `groups`.
+        group: A name of `task_groups`.
         paper: The paper to compare with, see `published`.
     """
-    tasks = groups(rows)[group]
+    tasks = task_groups(rows)[group]
     shown = [row for row in rows if any(task in row.cells for task in tasks)]
     lines: list[tuple[Entry, ...]] = []
     compared = {}
@@ -80,8 +69,8 @@ def aggregates(rows: Sequence[Row], paper: str | None = None) -> Table:
         own = means(row)
         lines.append((row.label, *(_percent(own[name]) for name in names)))
         found = published_of(row, paper)
-        if found is not None and any(name in published_means(found) for name in names):
-            theirs = published_means(found)
+        theirs = found.all_means if found else {}
+        if found is not None and any(name in theirs for name in names):
             lines += _beside(row, found, [own[name].value for name in names], [theirs.get(name) for name in names], 2)
             compared[found.source, found.name] = found
     notes = (*_worked_out(compared, names), *_cautions(compared))
@@ -262,14 +251,14 @@ def _choice_line(grid: Grid) -> tuple[Entry, ...]:
         decimal(len(grid.points), 0),
         decimal(grid.diverged, 0),
         Missing("all diverged") if grid.score is None else decimal(100 * grid.score),
-        (grid.choice or "the only point") if grid.chosen else "nothing",
+        "nothing" if grid.chosen is None else grid.choice or "the only point",
         used,
     )
 
 
 def left_out(survey: Survey) -> Table:
     """Folders that are in no other table, and why."""
-    found: Sequence[LeftOut] = [*survey.left_out, *diverged(survey.runs)]
+    found = [*survey.left_out, *without_score(survey.runs)]
     return Table("Left out", ("folder", "why"), tuple((str(one.folder), one.why) for one in found))
 
 
@@ -299,7 +288,7 @@ def _worked_out(compared: Mapping[tuple[str, str], Published], names: Sequence[s
     """Of each paper the means, among those that are shown, that it does not print."""
     by_source: dict[str, dict[str, None]] = {}
     for (source, _), found in compared.items():
-        by_source.setdefault(source, {}).update(dict.fromkeys(name for name in worked_out(found) if name in names))
+        by_source.setdefault(source, {}).update(dict.fromkeys(name for name in found.worked_out if name in names))
     said = "not printed there but worked out from its other figures"
     return tuple(f"{source}: {'; '.join(own)}: {said}." for source, own in by_source.items() if own)
 
