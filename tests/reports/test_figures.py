@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visprompt.reports import figures, pictures
+from visprompt.reports import closeups, figures
 from visprompt.reports.charts import Chart, Line, Point, in_parts
 from visprompt.reports.figures import DARK, LIGHT, Plot, png, svg
 from visprompt.reports.writers import csv_text
@@ -163,7 +163,7 @@ def test_text_can_be_read_and_shades_go_one_way(theme):
 
 def test_a_confusion_matrix_shows_counts_and_shades_shares():
     counts = np.array([[8, 2, 0], [0, 5, 0], [1, 0, 0]])
-    axes, *_ = pictures.draw_confusion(counts, ("cat", "dog", "cow"), LIGHT).axes
+    axes, *_ = closeups.draw_confusion(counts, ("cat", "dog", "cow"), LIGHT).axes
     assert {(t.get_position(), t.get_text()) for t in axes.texts} == {
         ((0, 0), "8"),
         ((1, 0), "2"),
@@ -177,34 +177,34 @@ def test_a_confusion_matrix_shows_counts_and_shades_shares():
 
 
 def test_a_matrix_of_many_classes_has_no_names_and_no_numbers():
-    axes, *_ = pictures.draw_confusion(np.eye(40, dtype=int), [f"class {i}" for i in range(40)], DARK).axes
+    axes, *_ = closeups.draw_confusion(np.eye(40, dtype=int), [f"class {i}" for i in range(40)], DARK).axes
     assert list(axes.texts) == []
     assert "class 0" not in [text.get_text() for text in axes.get_xticklabels()]
 
 
 def test_a_map_has_a_colour_and_a_shape_for_every_class():
     places, labels = np.arange(12.0).reshape(6, 2), np.array([0, 1, 2, 0, 1, 2])
-    figure = pictures.draw_map(places, labels, ("a", "b", "c"), LIGHT)
+    figure = closeups.draw_map(places, labels, ("a", "b", "c"), LIGHT)
     found = [collection.get_offsets().tolist() for collection in figure.axes[0].collections]
     assert found == [places[labels == label].tolist() for label in range(3)]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
-    many = pictures.draw_map(places, labels, [f"class {i}" for i in range(100)], LIGHT)
+    many = closeups.draw_map(places, labels, [f"class {i}" for i in range(100)], LIGHT)
     assert many.legends == []
 
 
 def test_names_are_written_as_they_are_and_not_as_mathematics():
     names = ("_background_", "$5$ note", "a name that is far too long for an axis")
-    figure = pictures.draw_map(np.zeros((3, 2)), np.arange(3), names, LIGHT)
+    figure = closeups.draw_map(np.zeros((3, 2)), np.arange(3), names, LIGHT)
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert shown == ["\u200b_background_", r"\$5\$ note", "a name that is far to…"]
-    plot = Plot("c", "C", "", "", lambda theme: pictures.draw_confusion(np.eye(3, dtype=int), names, theme))
+    plot = Plot("c", "C", "", "", lambda theme: closeups.draw_confusion(np.eye(3, dtype=int), names, theme))
     assert svg(plot, LIGHT)
 
 
 def test_attention_lights_its_patches_and_adds_up_the_other_tokens():
     images, patches = np.full((1, 4, 4, 3), 0.8), np.array([[[0.1, 0.0], [0.0, 0.4]]])
     bars = [("class", np.array([[0.2]])), ("prompts", np.array([[0.1, 0.2]])), ("none", np.zeros((1, 0)))]
-    left, middle, right = pictures.draw_attention(images, patches, bars, ["cat"], LIGHT).axes
+    left, middle, right = closeups.draw_attention(images, patches, bars, ["cat"], LIGHT).axes
     lit = middle.images[0].get_array()
     np.testing.assert_allclose(lit[3, 3], 0.1 * 0.4 + 0.9 * np.array([240, 228, 66]) / 255)
     np.testing.assert_allclose(lit[0, 3], 0.4)
@@ -216,5 +216,5 @@ def test_attention_lights_its_patches_and_adds_up_the_other_tokens():
 
 def test_pictures_are_saved_like_charts():
     counts = np.array([[3, 1], [0, 4]])
-    plot = Plot("c", "C", "", "", lambda theme: pictures.draw_confusion(counts, ("a", "b"), theme))
+    plot = Plot("c", "C", "", "", lambda theme: closeups.draw_confusion(counts, ("a", "b"), theme))
     assert svg(plot, LIGHT) == svg(plot, LIGHT) != svg(plot, DARK)

@@ -1,4 +1,4 @@
-"""Charts as numbers: lines of points, what the axes are, and the same in words for those who cannot see it."""
+"""Charts as numbers: lines of points, what the axes are, and the same in words for who cannot see it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +19,7 @@ from visprompt.reports.writers import Number, Table
 
 MOST_LINES = 8  # more in one chart cannot be told apart
 _LEAST = 2  # points or lines: fewer are read off the tables
+_FRONT = "Filled and joined: no other is as good with as few tuned parameters."
 _TOLD = 12  # points of a line that the words for it name; of a longer one its ends
 
 
@@ -63,8 +64,8 @@ class Chart:
         lines: What is drawn.
         x_scale: "linear", "log", or "symlog": logarithmic with a place for 0.
         y_scale: "linear" or "log".
-        front: Whether the lines are single points, of which those are marked that no other point beats: none is higher
-            with as small an `x`.
+        front: Whether the lines are single points, of which those are marked that no other point beats: none
+            is higher with as small an `x`.
     """
 
     name: str
@@ -136,10 +137,10 @@ def spread_scale(values: Sequence[float]) -> str:
 
 
 def by_parameters(rows: Sequence[Row]) -> list[Chart]:
-    """Return charts of accuracy against tuned parameters, with the Pareto front, among rows under one protocol.
+    """Return charts of accuracy against tuned parameters with the Pareto front, one protocol in each.
 
-    For each protocol there is a chart of the mean over each group of which two rows have all tasks, and one of each
-    task on which other rows stand than in the chart of its group.
+    For each protocol there is a chart of the mean over each group of which two rows have all tasks, and one
+    of each task on which other rows stand than in the chart of its group.
     """
     charts = []
     for protocol in protocols(rows):
@@ -166,7 +167,7 @@ def _scatter(protocol: Protocol, rows: Sequence[Row], tasks: Sequence[str], of: 
         title=protocol.titled(f"Accuracy by tuned parameters, {of}"),
         x_label="tuned parameters, without the head",
         y_label="test accuracy (%)",
-        caption=f"Mean over seeds{bars}. Filled and joined: no other is as good with as few tuned parameters.",
+        caption=f"Mean over seeds{bars}. {_FRONT}",
         lines=lines,
         x_scale="log" if least > 0 else "symlog",
         front=True,
@@ -182,7 +183,7 @@ def _point(row: Row, tasks: Sequence[str]) -> Point:
 
 
 def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
-    """Return up to three charts for each task of loss and accuracy over the epochs, as far as metrics.csv is there.
+    """Return up to three charts for each task of loss and accuracy by epoch, as far as metrics.csv is there.
 
     Args:
         rows: Their runs of `split=final` are drawn, averaged over seeds.

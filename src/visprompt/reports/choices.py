@@ -23,8 +23,8 @@ class Grid:
         runs: The runs, of each point one for each seed.
         chosen: A run of the point that validation chooses, see `chosen`; None where all diverged.
         choice: What it has that others have not, in words.
-        used: What the final runs of the same protocol have, in words; the choice itself, unless the points are of more
-            than one grid, or final runs took something that validation did not choose.
+        used: What the final runs of the same protocol have, in words; the choice itself, unless the points
+            are of more than one grid, or final runs took something that validation did not choose.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Grid:
 
     @property
     def score(self) -> float | None:
-        """Return the validation accuracy of the chosen point, its mean over seeds; None where all diverged."""
+        """Return the chosen point's validation accuracy, its mean over seeds; None where all diverged."""
         if self.chosen is None:
             return None
         return _judged(self.runs[self.runs["point"] == self.chosen["point"]]).score
@@ -65,11 +65,11 @@ def grids(runs: pd.DataFrame) -> list[Grid]:
 
 
 def chosen(runs: pd.DataFrame, finals: pd.DataFrame) -> pd.Series | None:
-    """Return a run of the point that validation chooses by the rule of `result.choose`; None where there is none.
+    """Return a run of the point that validation chooses by the rule of `result.choose`, or None.
 
-    A point is judged by its mean over seeds. Where the rule leaves a tie, the point with fewer tokens and parameters is
-    taken in a prune grid. In another the first point of the grid was taken, which no record tells: the one that has
-    final runs or, where that does not tell either, the one of smaller values.
+    A point is judged by its mean over seeds. Where the rule leaves a tie, the point with fewer tokens and
+    parameters is taken in a prune grid. In another the first point of the grid was taken, which no record
+    tells: the one that has final runs or, where that does not tell either, the one of smaller values.
 
     Args:
         runs: Of `split=tune`, of one method.

@@ -1,6 +1,7 @@
 """What a report needs the model for: a finished run's confusion matrix, features, attention and latency.
 
-Everything runs as scoring does: the run's data, precision and batches, without a tuned or frozen value changed.
+Everything runs as scoring does: the run's data, precision and batches, without a tuned or frozen value
+changed.
 """
 
 import time
@@ -44,7 +45,8 @@ class Opened:
         folder: Where it lies.
         result: What it recorded.
         classifier: Tuned, in evaluation mode, on `device`.
-        backbone: As it was before the run; shared by all runs of this process, copy its module before moving it.
+        backbone: As it was before the run; shared by all runs of this process, copy its module before moving
+            it.
         datamodule: The run's data.
         device: Where the classifier is.
         precision: Lightning's, of the run.
@@ -60,29 +62,29 @@ class Opened:
 
     @property
     def set_name(self) -> str:
-        """The split set that the run was scored on: test, or in `split=tune` the validation set."""
+        """Return the split set that the run was scored on: test, or in `split=tune` the validation set."""
         return "test" if self.result.split == "final" else self.datamodule.val_set
 
     @property
     def dataset(self) -> TicketDataset:
-        """The images of that set."""
+        """Return the images of that set."""
         return self.datamodule.test_dataset if self.result.split == "final" else self.datamodule.val_dataset
 
     def batches(self, dataset: TicketDataset) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images [B, 3, H, W] on the device and labels [B], in order and in batches as in scoring."""
+        """Yield normalised images [B, 3, H, W] on the device and labels [B], in the batches of scoring."""
         like = next(self.classifier.parameters())
         for batch in self.datamodule.feature_dataloader(dataset):
             moved = self.datamodule.on_after_batch_transfer(batch._replace(images=batch.images.to(self.device)), 0)
             yield moved.images.to(like.dtype), batch.labels
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function makes of its arguments in the run's precision, without gradients."""
+        """Return what a function makes of its arguments in the run's precision, without gradients."""
         with torch.no_grad(), self.precision.forward_context():
             return function(*arguments)
 
 
 def open_run(folder: Path, device: str = "cpu", *, data_dir: str | None = None, weights: str | None = None) -> Opened:
-    """Restores a finished run with its data.
+    """Restore a finished run with its data.
 
     Args:
         folder: The run's, logs/<task>/<method>/<hash>; nothing is written into it.
@@ -123,7 +125,7 @@ class Confusion:
 
 
 def confusion(opened: Opened) -> Confusion:
-    """Counts of a run's scored set.
+    """Count which classes a run's scored set is taken for.
 
     Raises:
         UserError: They do not give the score that the run recorded.
@@ -137,9 +139,9 @@ def confusion(opened: Opened) -> Confusion:
     hits, total = int(found.trace()), int(found.sum())
     if hits != round(opened.result.score * total):
         raise UserError(
-            f"{opened.folder} recorded {100 * opened.result.score:.2f} % on {opened.set_name}, and this machine finds "
-            f"{100 * hits / total:.2f} %: use the kind of device it ran on ({opened.result.machine['device']}), and "
-            "the versions it names"
+            f"{opened.folder} recorded {100 * opened.result.score:.2f} % on {opened.set_name}, and this "
+            f"machine finds {100 * hits / total:.2f} %: use the kind of device it ran on "
+            f"({opened.result.machine['device']}), and the versions it names"
         )
     return Confusion(found.numpy(), names, opened.set_name)
 
@@ -162,7 +164,7 @@ class Features:
 
 
 def features(opened: Opened, limit: int = 1000, seed: int = 0) -> Features:
-    """Features of a run's scored set before and after tuning.
+    """Compute the features of a run's scored set before and after tuning.
 
     Args:
         opened: The run.
@@ -182,7 +184,7 @@ def features(opened: Opened, limit: int = 1000, seed: int = 0) -> Features:
 
 
 def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Places images in the plane by t-SNE; the same for the same features and seed.
+    """Place images in the plane by t-SNE; the same for the same features and seed.
 
     Args:
         features: float32 [N, width].
@@ -206,7 +208,7 @@ def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """What the last block's pooled tokens attend to; over all tokens the weights of an image and a head sum to 1.
+    """What the last block's pooled tokens attend to; an image's and a head's weights sum to 1.
 
     Attributes:
         asking: The token whose weights they are, in words, or the tokens whose weights were averaged.
@@ -217,8 +219,8 @@ class Attention:
         prefix: To class and register tokens, float32 [N, heads, prefix].
         patches: To patches, float32 [N, heads, h, w] of their grid.
         prompts: To prompt tokens of the sequence, float32 [N, heads, p]; p is 0 where the block has none.
-        keys_values: To rows that the method put beside keys and values, float32 [N, heads, t]; t is 0 where there are
-            none.
+        keys_values: To rows that the method put beside keys and values, float32 [N, heads, t]; t is 0 where
+            there are none.
     """
 
     asking: str
@@ -233,7 +235,7 @@ class Attention:
 
 
 def attention(opened: Opened, rows: Sequence[int]) -> Attention:
-    """Attention of some images, one at a time, in the last block.
+    """Compute the attention of some images, one at a time, in the last block.
 
     Args:
         opened: A run on a plain ViT or an EVA.
@@ -293,7 +295,7 @@ class Latency:
 def latency(
     opened: Opened, batch_sizes: Sequence[int] = (1, 64), repeats: int = 20, seconds: float = 0.2
 ) -> list[Latency]:
-    """Measures a run's classifier, not compiled, after one unmeasured batch of each size.
+    """Measure a run's classifier, not compiled, after one unmeasured batch of each size.
 
     Args:
         opened: The run.
@@ -313,7 +315,7 @@ def latency(
 
 
 def _times(opened: Opened, batch_size: int, repeats: int, seconds: float) -> list[float]:
-    """Seconds of each repetition."""
+    """Return the seconds of each repetition."""
     side, like = opened.datamodule.image_size, next(opened.classifier.parameters())
     images = torch.zeros(batch_size, 3, side, side, device=opened.device, dtype=like.dtype)
     times: list[float] = []
@@ -328,6 +330,6 @@ def _times(opened: Opened, batch_size: int, repeats: int, seconds: float) -> lis
 
 
 def _wait(device: torch.device) -> None:
-    """Waits until the device has done all that it was given."""
+    """Wait until the device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,6 +1,7 @@
-"""Loads runs: from folders to one DataFrame, a row for each finished run and a column for each setting and figure.
+"""Loads runs: from folders to one DataFrame, a row for each run and a column for each setting and figure.
 
-Every column is of dtype object: pandas would infer Arrow strings, which refuse the name of a folder that is not UTF-8.
+Every column is of dtype object: pandas would infer Arrow strings, which refuse the name of a folder that is
+not UTF-8.
 """
 
 import csv
@@ -41,8 +42,8 @@ _FACTS = (
 _HASH = re.compile(r"[0-9a-f]{12}")  # what a run's folder is called
 _CHAIN = frozenset({"initial.json", "importance.json", "masks.json"})  # in the folder of a pruning chain, not a run's
 _DAMAGED = (
-    "damaged, or of another version of visprompt: result.json or the tuned state beside it is not whole; run the same "
-    "command again"
+    "damaged, or of another version of visprompt: result.json or the tuned state beside it is not whole; run "
+    "the same command again"
 )
 _NUMBER = (int, float)
 # what the report reads of a record's parts, which its schema leaves open
@@ -83,7 +84,7 @@ class Survey:
 
 
 def survey(folders: Sequence[Path]) -> Survey:
-    """Load all runs below some folders, at any depth and through links; where two copies lie, the first is taken.
+    """Load all runs below some folders, at any depth and through links; of two copies the first is taken.
 
     Raises:
         UserError: One of them is not a folder.
@@ -108,14 +109,14 @@ def read_runs(folders: Sequence[Path]) -> pd.DataFrame:
 def frame(results: Iterable[tuple[Path, Result]]) -> pd.DataFrame:
     """Build the table of runs.
 
-    Columns, besides one for each setting ("recipe.lr", see `settings`) and each of `FIGURES`:
-        folder, result, task, method, family, split, status, seed, attempt, options: As recorded.
-        pruning: "of seed 42" for a link of a pruning chain, else "none".
-        shared, base: What a final run shares with the points of its grid, all that was not chosen for the task: a
-            dict of settings, and a text that is the same for the same method, task and settings.
-        choice: What a recipe's row or a grid chose for the task, without pruning.
-        grid: The grid that a run of `split=tune` is a point of.
-        point: The point of that grid; seeds share it.
+    Besides one for each setting ("recipe.lr", see `settings`) and each of `FIGURES`, the columns are:
+
+    - folder, result, task, method, family, split, status, seed, attempt, options: As recorded.
+    - pruning: "of seed 42" for a link of a pruning chain, else "none".
+    - shared, base: What a final run shares with the points of its grid, all that was not chosen for the task:
+      a dict of settings, and a text that is the same for the same method, task and settings.
+    - choice: What a recipe's row or a grid chose for the task, without pruning.
+    - grid, point: The grid that a run of `split=tune` is a point of, and the point, which seeds share.
     """
     return _frame([_record(folder, result) for folder, result in results])
 
@@ -156,9 +157,9 @@ def at(runs: pd.DataFrame, keys: Sequence[str]) -> tuple[str, ...]:
 def held(parts: Sequence[pd.DataFrame]) -> list[dict[str, str]]:
     """Return the settings that hold for all runs of each part, and what these do not record while others do.
 
-    Others are runs of any part for settings of the protocol, of the same method for its settings, of the same family of
-    tasks for the family's, which stand under "key (family)". A part's runs are of one method and share all settings of
-    the scopes "row" and "family".
+    Others are runs of any part for settings of the protocol, of the same method for its settings, of the same
+    family of tasks for the family's, which stand under "key (family)". A part's runs are of one method and
+    share all settings of the scopes "row" and "family".
     """
     if not parts:
         return []
@@ -173,7 +174,7 @@ def held(parts: Sequence[pd.DataFrame]) -> list[dict[str, str]]:
         for tasks in groups(part, ["family"]):
             name = tasks["family"].iat[0]
             of_family = recorded(everything[everything["family"] == name], columns(part, "family"))
-            told |= {f"{key} ({name})": tasks[key].iat[0] for key in of_family}
+            told |= {f"{key} ({name})": tasks[key].iat[-1] for key in of_family}
         found.append(told)
     return found
 
@@ -182,8 +183,8 @@ def history(folder: Path, result: Result, metric: str) -> dict[int, float]:
     """Return a figure that a run logged after each epoch.
 
     Returns:
-        Finite values by epoch, the first epoch being 1; empty where the folder has no metrics.csv, or not the one
-        whose sha256 the result recorded (older results recorded none).
+        Finite values by epoch, the first epoch being 1; empty where the folder has no metrics.csv, or not the
+        one whose sha256 the result recorded (older results recorded none).
     """
     values: dict[int, float] = {}
     try:
@@ -289,7 +290,8 @@ def _is_of(value: Any, kind: type | tuple[type, ...]) -> bool:
 def _each_once(runs: pd.DataFrame, left_out: list[LeftOut]) -> pd.DataFrame:
     """Return each run once; where it is not clear which of several is meant, none of them.
 
-    Many prunings of a seed are tried, so a run of `split=tune` is told by its options too; one is the final run.
+    Many prunings of a seed are tried, so a run of `split=tune` is told by its options too; one is the final
+    run.
     """
     told = runs.assign(options=runs["options"].where(runs["split"] == "tune", ""))
     keys = ["task", "method", "split", "seed", "options", *filter(_is_setting, runs.columns)]

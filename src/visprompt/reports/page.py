@@ -1,4 +1,4 @@
-"""What a report says, and its form as one HTML page that loads nothing: style and figures are in it, no script."""
+"""What a report says, and its form as one HTML page that loads nothing and runs no script."""
 
 import re
 from base64 import b64encode
@@ -32,10 +32,10 @@ Facts = tuple[tuple[str, tuple[str, ...]], ...]
 _MOST_OPEN = 12  # figures of one kind; more are folded
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 _MEASURED = (
-    "Test accuracies are of runs of split=final, after their last epoch; choices are made by the accuracy of runs of "
-    "split=tune on the validation images, after their last epoch."
+    "Test accuracies are of runs of split=final, after their last epoch; choices are made by the accuracy of "
+    "runs of split=tune on the validation images, after their last epoch."
 )
-_ALL_TRIED = "All settings of a method on a task with final runs have a grid on the validation images among these runs."
+_WITH_A_GRID = "a grid on the validation images among these runs"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Section:
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """A whole report: its heading, the summary that comes first, and sections in order, none of them empty."""
+    """A whole report: its heading, the summary that comes first, and its sections, none of them empty."""
 
     title: str
     facts: Facts
@@ -213,11 +213,11 @@ def _protocol(runs: pd.DataFrame, under: Sequence[Protocol], made_grids: Sequenc
     tried = {grid.runs["base"].iat[0] for grid in made_grids if not grid.pruning and len(grid.points) > 1}
     yield _MEASURED
     if ran and ran <= tried:
-        yield _ALL_TRIED
+        yield f"All settings of a method on a task with final runs have {_WITH_A_GRID}."
     elif ran:
         yield (
-            f"Settings of a method on a task with final runs: {len(ran)}; with a grid on the validation images among "
-            f"these runs: {len(ran & tried)}; for the others no choice is recorded."
+            f"Settings of a method on a task with final runs: {len(ran)}; with {_WITH_A_GRID}: "
+            f"{len(ran & tried)}; for the others no choice is recorded."
         )
     if len(under) > 1:
         names = "; ".join(f"{one.words or 'the others'} ({len(one.rows)} rows)" for one in under)

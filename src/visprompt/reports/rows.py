@@ -1,10 +1,11 @@
 """Puts final runs into the rows of a table: which runs are averaged, which are not, and which rows compare.
 
-A row is a method with its options on a backbone, with one preprocessing, source and form of the data, precision and
-fraction. From task to task it may differ in what a recipe's row or a grid chose for the task: learning rate, weight
-decay, epochs, number of prompts and the like. Within a task nothing differs but the seed (`result.cell` refuses it).
-Where the runs of a task differ in more, they stand in several rows; if the recorded grid of `split=tune` says which of
-them validation chose, that one stands in the row of the other tasks as well.
+A row is a method with its options on a backbone, with one preprocessing, source and form of the data,
+precision and fraction. From task to task it may differ in what a recipe's row or a grid chose for the task:
+learning rate, weight decay, epochs, number of prompts and the like. Within a task nothing differs but the
+seed (`result.cell` refuses it). Where the runs of a task differ in more, they stand in several rows; if the
+recorded grid of `split=tune` says which of them validation chose, that one stands in the row of the other
+tasks as well.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -33,9 +34,10 @@ from visprompt.reports.settings import (
 from visprompt.runs.result import Cell, cell
 
 _REFERENCES = ("full", "linear")  # what other methods are compared with, unless another is named
+_IN_NO_MEAN = "it has no test score, and its seed is in no mean"
 _NO_SCORE = {
-    "diverged": "diverged at step {}: it has no test score, and its seed is in no mean",
-    "unscored": "trained without test images (data.test=none): it has no test score, and its seed is in no mean",
+    "diverged": f"diverged at step {{}}: {_IN_NO_MEAN}",
+    "unscored": f"trained without test images (data.test=none): {_IN_NO_MEAN}",
 }
 
 
@@ -48,8 +50,8 @@ class Row:
         method: Its name.
         backbone: Name of the backbone.
         cells: Test accuracies by task.
-        why: What makes it a row apart, and how its tasks are trained differently; "" for the only row of a method
-            where they are trained alike.
+        why: What makes it a row apart, and how its tasks are trained differently; "" for the only row of a
+            method where they are trained alike.
         runs: Its runs, all of `split=final` and with a test score.
         told: Settings of all its runs by key, those of a family under "key (family)".
     """
@@ -73,7 +75,7 @@ class _Part:
 
 
 def rows(runs: pd.DataFrame) -> list[Row]:
-    """Return rows in the order of `METHODS`; runs of `split=tune` settle which of a task's runs is the chosen one.
+    """Return rows in the order of `METHODS`; runs of `split=tune` settle which runs are the chosen ones.
 
     A run may stand in two rows: in that of its setting, and in that of what was chosen.
     """
@@ -120,8 +122,8 @@ def _divide(
         settle: Returns those of a unit's runs that were chosen, none where that is not known.
 
     Returns:
-        A part with the units that have one setting and with the chosen runs of the others; and for each value of the
-        settings that differ a part with all runs of those other units that have it.
+        A part with the units that have one setting and with the chosen runs of the others; and for each value
+        of the settings that differ a part with all runs of those other units that have it.
     """
     units = {own[unit].iat[0]: own for own in groups(part.runs, [unit])}
     by_unit = {name: differing(own, columns(own, reach)) for name, own in units.items()}
@@ -155,11 +157,12 @@ def _remarks(settled: Mapping[str, pd.DataFrame], keys: Sequence[str]) -> Iterab
     if known := [unit for unit, runs in settled.items() if len(runs)]:
         yield f"runs of {', '.join(known)} differ in {named}: here stand those that validation chose"
     if unsettled := [unit for unit, runs in settled.items() if not len(runs)]:
-        yield f"runs of {', '.join(unsettled)} differ in {named}, and nothing chose: they have rows of their own"
+        names = ", ".join(unsettled)
+        yield f"runs of {names} differ in {named}, and nothing chose: they have rows of their own"
 
 
 def _labelled(parts: Sequence[_Part]) -> list[Row]:
-    """Return rows whose labels say what tells all rows' protocols apart, and then what tells a method's rows apart."""
+    """Return rows whose labels tell all rows' protocols apart, and then the rows of a method."""
     told = [known | part.told for part, known in zip(parts, held([part.runs for part in parts]), strict=True)]
     methods = [part.runs["method"].iat[0] for part in parts]
     names = [[method, *said] for method, said in zip(methods, telling([_only(one, True) for one in told]), strict=True)]
@@ -200,7 +203,8 @@ class Protocol:
     """Rows with the same backbone, data, preprocessing and precision.
 
     Attributes:
-        words: What the labels of all of them say, so that it need not be said of each; "" where that is nothing.
+        words: What the labels of all of them say, so that it need not be said of each; "" where that is
+            nothing.
         rows: In their order.
     """
 
@@ -240,7 +244,7 @@ def _phrases(label: str) -> list[str]:
 
 
 def same_protocol(one: Row, other: Row) -> bool:
-    """Return whether two rows have the same backbone, data, preprocessing and precision, so that methods compare."""
+    """Return whether two rows have the same backbone, data, preprocessing and precision, so compare."""
     shared = {f"({family(task)})" for task in one.cells} & {f"({family(task)})" for task in other.cells}
     keys = {key for key in one.told.keys() | other.told.keys() if _is_shared(key, shared)}
     alike = all(one.told.get(key, UNRECORDED) == other.told.get(key, UNRECORDED) for key in keys)
@@ -249,7 +253,7 @@ def same_protocol(one: Row, other: Row) -> bool:
 
 
 def _is_shared(key: str, families: Collection[str]) -> bool:
-    """Return whether a setting is of the protocol of all tasks, or of those of some families, not of one task only."""
+    """Return whether a setting is of the protocol of all tasks, or of those of some families."""
     name, _, bracket = key.partition(" ")
     return is_protocol(name) and scope(name, "") != "task" and (not bracket or bracket in families)
 
@@ -261,7 +265,7 @@ def full_of(row: Row, rows: Iterable[Row]) -> Row | None:
 
 
 def references(found: Sequence[Protocol], against: str | None) -> list[tuple[Protocol, Row]]:
-    """Return the row of each protocol that its others are compared with, the one with most tasks of its method.
+    """Return the row of each protocol that its others are compared with: of its method that of most tasks.
 
     Args:
         found: Protocols; those without a row of the method, or with no other, have no reference.

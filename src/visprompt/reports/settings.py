@@ -19,7 +19,7 @@ FIXED_COLUMNS = frozenset(
     {"method.num_tokens", "method.depth", *TRAINING}
     | {f"data.{name}" for name in ("source", "form", "fraction", "fingerprint", "preprocessing.size")}
 )
-# what a recipe's row may choose for a task (`${row:...}` in configs/method), or a grid beside the recipe itself
+# what a recipe's row may choose for a task (`${row:...}` in configs/method), or a grid besides the recipe
 _CHOSEN = frozenset(
     {
         *("num_tokens", "num_kv_tokens", "prune_tokens", "prune_segments", "fourier_share", "gate_init"),
@@ -53,8 +53,9 @@ _FIRST = ("backbone.name", "method.", "data.source", "data.form", "data.fraction
 def settings(result: Result) -> dict[str, str]:
     """Return all that a run was run with except task, method, split and seed, as text by dotted key.
 
-    Example: {"recipe.lr": "1.0", "data.preprocessing.size": "224", ...}. What follows from the seed is left out, as in
-    `result.cell`: what pruning found, and the hash of random weights. A depth is the number of blocks that were built.
+    Example: {"recipe.lr": "1.0", "data.preprocessing.size": "224", ...}. What follows from the seed is left
+    out, as in `result.cell`: what pruning found, and the hash of random weights. A depth is the number of
+    blocks that were built.
     """
     trainer = "; ".join(f"{name}={text(value)}" for name, value in sorted(result.trainer.items())) or NEUTRAL
     found = {"precision": text(result.precision), "trainer": trainer}
@@ -71,14 +72,14 @@ def settings(result: Result) -> dict[str, str]:
 
 
 def built(result: Result) -> Result:
-    """Return a result with the number of blocks that its method's depth stands for, where it is null for all."""
+    """Return a result with its method's depth as the number of blocks, where it is null for all."""
     if result.method.get("depth", 0) is not None or "depth" not in result.tuned:
         return result
     return type(result)(**vars(result) | {"method": dict(result.method) | {"depth": result.tuned["depth"]}})
 
 
 def before_the_choice(found: Mapping[str, str]) -> dict[str, str]:
-    """Return settings as the runs of a grid have them, given a final run's: without pruning, not trained on val."""
+    """Return a final run's settings as the runs of its grid have them: unpruned, not trained on val."""
     left = {key: value for key, value in found.items() if key not in _PRUNING}
     if "data.source" in left:
         left["data.source"] = left["data.source"].removesuffix(":train+val")
@@ -90,8 +91,8 @@ def scope(key: str, method: str) -> str:
     """Return how far a setting reaches within a row of a table.
 
     Returns:
-        "row": the same in all of it. "family": in all tasks of a family. "task": in a task, of which it is a fact.
-        "chosen": in a task, for which a grid or a recipe's row chose it.
+        "row": the same in all of it. "family": in all tasks of a family. "task": in a task, of which it is a
+        fact. "chosen": in a task, for which a grid or a recipe's row chose it.
     """
     part, _, option = key.partition(".")
     if part == "recipe" or (part == "method" and (option in _CHOSEN or (option == "init" and method in _CHOSEN_INIT))):
@@ -102,7 +103,7 @@ def scope(key: str, method: str) -> str:
 
 
 def is_protocol(key: str) -> bool:
-    """Return whether a setting is of backbone, data or precision: methods under different ones do not compare."""
+    """Return whether a setting is of backbone, data or precision, so that methods must share it."""
     return not key.startswith(("method.", "recipe."))
 
 
@@ -132,7 +133,7 @@ def text(value: Any) -> str:
 
 
 def words(key: str, value: str = "") -> str:
-    """Return a setting in words, "weights e08e28ad" for example; a family in brackets after its key is kept."""
+    """Return a setting in words, "weights e08e28ad" for example; a family in brackets is kept."""
     name, _, bracket = key.partition(" ")
     plain = _NAMES.get(name) or name.removeprefix("method.").removeprefix("recipe.").replace(".", " ")
     return " ".join(part for part in (plain, bracket, _shown(name, value)) if part)
@@ -170,7 +171,7 @@ def _told(thing: Mapping[str, str], needed: Iterable[str], values: Mapping[str, 
 
 
 def differences(things: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return all settings in which things differ, each thing's in words with those of the others; "" for none."""
+    """Return all settings in which things differ, in words with those of the others; "" for none."""
     values = {key: found for key, found in _values(things).items() if len(found) > 1}
 
     def said(key: str, value: str) -> str:

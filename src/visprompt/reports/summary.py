@@ -55,7 +55,7 @@ def _total(values: Sequence[float], of: int) -> Total:
 
 
 def wins(row: Row, full: Row) -> dict[str, Total]:
-    """Return the number of tasks of each group, and under `FLAT` of VTAB-1k's 19, on which a row beats `full`.
+    """Return on how many tasks of each group, and under `FLAT` of VTAB-1k's 19, a row beats `full`.
 
     Args:
         row: A row.
@@ -80,8 +80,9 @@ class Cost:
         most: Of the task with the most.
         share: Tuned parameters over the backbone's.
         head: Parameters of a head.
-        total: What all tasks need, the backbone counted once, as a multiple of the backbone; None where the backbone's
-            size is not known. Full fine-tuning keeps a whole backbone for every task and shares none.
+        total: What all tasks need, the backbone counted once, as a multiple of the backbone; None where the
+            backbone's size is not known. Full fine-tuning keeps a whole backbone for every task and shares
+            none.
         bytes: Size of a task's file.
         seconds: Of training a task.
         devices: What was trained on.
@@ -106,7 +107,7 @@ class Cost:
 
 
 def cost(row: Row, sizes: Mapping[str, int]) -> Cost:
-    """Return what a row costs, given `backbone_sizes`: linear probing alone does not tell its backbone's size."""
+    """Return what a row costs, given `backbone_sizes`, which linear probing alone does not tell."""
     results: list[Result] = list(row.runs["result"])
     known = [name for name in FIGURES if row.runs[name].notna().all()]
     by_task = pd.DataFrame([own[known].apply(fmean) for own in groups(row.runs, ["task"])])
@@ -130,7 +131,7 @@ def cost(row: Row, sizes: Mapping[str, int]) -> Cost:
 
 
 def backbone_sizes(rows: Iterable[Row]) -> dict[str, int]:
-    """Return backbones' parameters without heads, by the hash of their weights, from the shares that runs recorded."""
+    """Return backbones' parameters by the hash of their weights, from the shares that runs recorded."""
     results = [result for row in rows for result in row.runs["result"] if result.tuned["share"] > 0]
     return {result.backbone["sha256"]: round(result.tuned["parameters"] / result.tuned["share"]) for result in results}
 

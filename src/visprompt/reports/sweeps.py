@@ -1,8 +1,8 @@
 """Charts of accuracy along one setting: prompt length, prompt depth, share of the training data.
 
-A line holds runs that differ in this setting alone, apart from what is chosen on validation at each of its values:
-learning rate, weight decay and the like. It is of test accuracies of `split=final` or, where a sweep of `split=tune`
-has more points, of validation accuracies; the two never stand in one chart.
+A line holds runs that differ in this setting alone, apart from what is chosen on validation at each of its
+values: learning rate, weight decay and the like. It is of test accuracies of `split=final` or, where a sweep
+of `split=tune` has more points, of validation accuracies; the two never stand in one chart.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,8 @@ from visprompt.reports.load import UNPRUNED, groups
 from visprompt.reports.settings import UNRECORDED, built, labels, scope, task_place, telling, text
 from visprompt.runs.result import Cell, Result, cell
 
-_FOLLOWING = frozenset({"data.sizes", "backbone.carried_blocks"})  # from the share of the data, and from the depth
+# follow from the share of the data, and from the depth
+_FOLLOWING = frozenset({"data.sizes", "backbone.carried_blocks"})
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Axis:
         key: The setting.
         label: What the axis says.
         value: Its value for a run; None where a run has none.
-        beside: Settings that tell lines apart although a grid may choose them: what is varied together with this one.
+        beside: Settings that tell lines apart although a grid may choose them: what is varied together with
+            this one.
     """
 
     name: str
@@ -45,7 +47,7 @@ def _length(result: Result) -> float | None:
 
 
 def _depth(result: Result) -> float | None:
-    """Return the number of blocks with prompts: what was built, since the option says null for all of them."""
+    """Return the number of blocks with prompts: what was built, since null means all of them."""
     return _number(result.tuned.get("depth", result.method["depth"])) if "depth" in result.method else None
 
 
@@ -84,7 +86,8 @@ def along(runs: pd.DataFrame, axis: Axis) -> list[Chart]:
     """Return charts of accuracy against a setting, for each task that has a line of two points or more.
 
     Returns:
-        Charts in the order of the catalog; of a task with lines of test and of validation accuracies one of each.
+        Charts in the order of the catalog; of a task with lines of test and of validation accuracies one of
+        each.
     """
     runs = runs.assign(x=[axis.value(result) for result in runs["result"]])
     runs = _with_lines(runs[runs["x"].notna()], axis)
@@ -108,7 +111,8 @@ def _with_lines(runs: pd.DataFrame, axis: Axis) -> pd.DataFrame:
 
     Columns:
         before, before_line: What a final run shares with its grid, for lines of validation accuracies.
-        recorded, recorded_line: All that was not chosen and does not follow from the axis, for test accuracies.
+        recorded, recorded_line: All that was not chosen and does not follow from the axis, for test
+        accuracies.
     """
     before, recorded = [], []
     for run in runs.to_dict("records"):
@@ -143,7 +147,7 @@ def _sweeps(runs: pd.DataFrame, by: str, settle: Callable[[pd.DataFrame], Cell |
 
 
 def _tested(runs: pd.DataFrame, tried: pd.DataFrame, axis: Axis) -> Cell | None:
-    """Return test accuracies at one value: of several recipes that which validation chose, None where nothing chose."""
+    """Return test accuracies at one value, of the recipe that validation chose; None where nothing chose."""
     keys = [key for key in runs.columns if "." in key and scope(key, runs["method"].iat[0]) in ("chosen", "task")]
     variants = groups(runs, [*keys, axis.key])
     if len(variants) > 1:
@@ -164,14 +168,12 @@ def _validated(runs: pd.DataFrame) -> Cell | None:
 
 
 def _val_set(runs: pd.DataFrame) -> str:
-    sizes = [result.data.get("sizes", {}) for result in runs["result"]]
-    return (
-        " and ".join(sorted({name for own in sizes for name in own if name.startswith("val")})) or "validation images"
-    )
+    sizes = {name for result in runs["result"] for name in result.data.get("sizes", {})}
+    return " and ".join(sorted(name for name in sizes if name.startswith("val"))) or "validation images"
 
 
 def _chart(task: str, axis: Axis, sweeps: Sequence[_Sweep], val_set: str) -> list[Chart]:
-    """Return a chart, or several where lines are many; `val_set` is "" where the accuracies are of the test set."""
+    """Return a chart, or several where lines are many; `val_set` is "" for test accuracies."""
     if not sweeps:
         return []
     told = telling([sweep.settings for sweep in sweeps])
@@ -185,8 +187,8 @@ def _chart(task: str, axis: Axis, sweeps: Sequence[_Sweep], val_set: str) -> lis
         title=f"Accuracy by {axis.name}, {task}" + (f", on {val_set}" if val_set else ""),
         x_label=axis.label,
         y_label=f"validation accuracy, {val_set} (%)" if val_set else "test accuracy (%)",
-        caption=f"{measured}; of several recipes at one value that which validation chose. Bars, where there are "
-        "several seeds: sample standard deviation.",
+        caption=f"{measured}; of several recipes at one value that which validation chose. Bars, where there "
+        "are several seeds: sample standard deviation.",
         lines=tuple(sorted(lines, key=lambda line: line.label)),
         x_scale=spread_scale([point.x for line in lines for point in line.points]),
     )
