@@ -53,9 +53,13 @@ def make_job(method: str, words: Sequence[str]) -> Job:
         return compose.job("tune", ["experiment=demo_methods", "tasks=null", f"method={method}", *words])
 
 
-def make_step(method: str, options: Mapping[str, Any], words: Sequence[str], device: str) -> Callable[[], None]:
+def make_step(
+    method: str, options: Mapping[str, Any], words: Sequence[str], device: str
+) -> Callable[[], None]:
     """A training step of a method with options of a run."""
-    changes = {f"method.{name}": value for name, value in options.items() if name != "weights"}  # a hash, not a place
+    changes = {
+        f"method.{name}": value for name, value in options.items() if name != "weights"
+    }  # a hash, not a place
     job = make_job(method, words).vary(changes)
     run = prepare(job)
     classifier = build_classifier(job, run.backbone, run.datamodule.num_classes).to(device)
@@ -110,10 +114,14 @@ def measured(
     methods: Mapping[str, Mapping[str, Any]], words: Sequence[str], options: argparse.Namespace
 ) -> dict[str, list[str]]:
     """The last cells of each method's row, with the options that are given for it."""
-    steps = {m: make_step(m, given, words, options.device) for m, given in ({BESIDE: {}} | dict(methods)).items()}
+    steps = {
+        m: make_step(m, given, words, options.device) for m, given in ({BESIDE: {}} | dict(methods)).items()
+    }
     for step in steps.values():
         step()  # warms up
-    rounds = [{m: milliseconds(step, options.device) for m, step in steps.items()} for _ in range(options.rounds)]
+    rounds = [
+        {m: milliseconds(step, options.device) for m, step in steps.items()} for _ in range(options.rounds)
+    ]
     found = {}
     for method, given in methods.items():
         ratios = [times[method] / times[BESIDE] for times in rounds]
@@ -125,10 +133,14 @@ def measured(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*", help="more of src/tune.py's command line, such as trainer=cpu")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where steps are measured, in float32")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where steps are measured, in float32"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     try:

@@ -139,17 +139,23 @@ def read_photos(paths: Sequence[str], size: int, setting: str) -> Photos:
     if not parts:
         raise UserError(f"{setting} is empty: name at least one .npz archive of photographs")
     if len({part.class_names for part in parts}) > 1:
-        raise UserError(f"{setting}: the archives {', '.join(paths)} differ in their classes; join only like ones")
+        raise UserError(
+            f"{setting}: the archives {', '.join(paths)} differ in their classes; join only like ones"
+        )
     images, labels = torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
     return Photos(images, labels, parts[0].class_names)
 
 
 def _read_archive(path: Path, size: int, setting: str) -> Photos:
     if not path.is_file():
-        raise UserError(f"{setting}: there is no archive {path}; set {setting} to your .npz archive of photographs")
+        raise UserError(
+            f"{setting}: there is no archive {path}; set {setting} to your .npz archive of photographs"
+        )
     try:
         with np.load(path, allow_pickle=False) as archive:
-            data, offsets, labels, names = (archive[key] for key in ("jpeg", "offsets", "labels", "class_names"))
+            data, offsets, labels, names = (
+                archive[key] for key in ("jpeg", "offsets", "labels", "class_names")
+            )
         images = np.stack([_decode(data[start:end].tobytes(), size) for start, end in pairwise(offsets)])
     except (KeyError, ValueError, OSError, BadZipFile) as error:
         reason = f"{path} is no archive of photographs of {size} x {size} pixels ({error})"
@@ -179,7 +185,9 @@ def augment(images: Tensor, recipe: PretrainRecipe) -> Tensor:
     area = torch.empty(n).uniform_(*recipe.crop_area)
     log_aspect = torch.empty(n).uniform_(-1, 1).mul_(math.log1p(recipe.crop_aspect))
     # A crop is a scaling and a shift of the sampling grid; a side longer than the image is cut to it.
-    scale = torch.stack([(area * log_aspect.exp()).sqrt(), (area / log_aspect.exp()).sqrt()], 1).clamp_(max=1.0)
+    scale = torch.stack([(area * log_aspect.exp()).sqrt(), (area / log_aspect.exp()).sqrt()], 1).clamp_(
+        max=1.0
+    )
     theta = torch.zeros(n, 2, 3)
     theta[:, :, 2] = torch.empty(n, 2).uniform_(-1, 1) * (1 - scale)
     theta[:, 0, 0] = torch.where(torch.rand(n) < recipe.flip, -scale[:, 0], scale[:, 0])
@@ -203,12 +211,16 @@ class PhotoDataModule(L.LightningDataModule):
         self.val = read_photos([recipe.val], recipe.image_size, "val")
         self.train = read_photos(recipe.train, recipe.image_size, "train") if recipe.epochs else self.val
         if self.train.class_names != self.val.class_names:
-            raise UserError(f"val: {recipe.val} has other classes than the archives of train; give the same classes")
+            raise UserError(
+                f"val: {recipe.val} has other classes than the archives of train; give the same classes"
+            )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches; a short last one is left out, unless it is the only one."""
         size = self.recipe.batch_size
-        return DataLoader(self.train, size, shuffle=True, drop_last=len(self.train) >= size, collate_fn=_as_it_is)
+        return DataLoader(
+            self.train, size, shuffle=True, drop_last=len(self.train) >= size, collate_fn=_as_it_is
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """All validation images in order."""
@@ -222,21 +234,31 @@ class PhotoDataModule(L.LightningDataModule):
 
 def build_network(recipe: PretrainRecipe, classes: int) -> VisionTransformer:
     """The plain timm ViT of a recipe, from noise or from `recipe.init`; a `UserError` where that does not fit."""
-    shape: dict[str, Any] = {"img_size": recipe.image_size, "patch_size": recipe.patch_size, "embed_dim": recipe.width}
+    shape: dict[str, Any] = {
+        "img_size": recipe.image_size,
+        "patch_size": recipe.patch_size,
+        "embed_dim": recipe.width,
+    }
     shape |= {"depth": recipe.depth, "num_heads": recipe.heads, "num_classes": classes}
     net = VisionTransformer(**shape, patch_drop_rate=recipe.patch_dropout, drop_path_rate=recipe.drop_path)
     if recipe.init is None:
         return net
     if not Path(recipe.init).is_file():
-        raise UserError(f"init: there is no file {recipe.init}; name a safetensors file, or null to start from noise")
+        raise UserError(
+            f"init: there is no file {recipe.init}; name a safetensors file, or null to start from noise"
+        )
     try:
         net.load_state_dict({name: tensor.float() for name, tensor in load_file(recipe.init).items()})
     except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"init: {recipe.init} does not fit this network: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"init: {recipe.init} does not fit this network: {' '.join(str(error).split())}"
+        ) from error
     return net
 
 
-def decay_groups(named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """Optimiser groups: matrices decay; biases, norms, class token and positions do not."""
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
     for name, parameter in named:
@@ -262,7 +284,10 @@ class PretrainModule(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Lets all patches in for the last `full_epochs` epochs."""
         drop = self.net.patch_drop
-        if isinstance(drop, PatchDropout) and self.current_epoch >= self.recipe.epochs - self.recipe.full_epochs:
+        if (
+            isinstance(drop, PatchDropout)
+            and self.current_epoch >= self.recipe.epochs - self.recipe.full_epochs
+        ):
             drop.prob = 0.0
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -289,7 +314,9 @@ class PretrainModule(L.LightningModule):
         shown = {key: round(float(value), 4) for key, value in self.trainer.callback_metrics.items()}
         epoch, minutes = self.current_epoch + 1, (time.monotonic() - self._started) / 60
         if not math.isfinite(shown["train/loss"]):
-            raise UserError(f"the loss is not finite in epoch {epoch}: lower lr={self.recipe.lr:g}, or warm up longer")
+            raise UserError(
+                f"the loss is not finite in epoch {epoch}: lower lr={self.recipe.lr:g}, or warm up longer"
+            )
         self.print(f"epoch {epoch}/{self.recipe.epochs} after {minutes:.1f} min: {shown}", flush=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -342,7 +369,9 @@ def pretrain(recipe: PretrainRecipe, progress: bool = True) -> float:
     if recipe.epochs:
         _trainer(recipe, recipe.precision, progress).fit(module, data)
     module.net.half().float()  # what is stored is what is measured
-    accuracy = float(_trainer(recipe, "32-true", progress).validate(module, data, verbose=False)[0]["val/acc"])
+    accuracy = float(
+        _trainer(recipe, "32-true", progress).validate(module, data, verbose=False)[0]["val/acc"]
+    )
     print(f"validation accuracy {accuracy:.4f} on {len(data.val)} images", flush=True)
     if recipe.output is not None:
         record = {"recipe": recipe.record(), "val_accuracy": accuracy, "val_images": len(data.val)}

@@ -53,7 +53,9 @@ class Variant:
         return f"{self.length}, dropout {self.dropout}" if self.dropout else str(self.length)
 
 
-DROPOUT_ROW = Variant(50, dropout=0.1)  # under dropout keys and values are made for every image, not once per step
+DROPOUT_ROW = Variant(
+    50, dropout=0.1
+)  # under dropout keys and values are made for every image, not once per step
 
 
 class Promptless(Linear):
@@ -104,19 +106,29 @@ def memory_rows(variants: Sequence[Variant], options: argparse.Namespace) -> lis
     def alone(variant: Variant) -> float:
         if options.device == "cuda":
             return step_mib(variant, options)
-        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as fresh:  # this process has built nothing so far
+        with ProcessPoolExecutor(
+            1, mp_context=get_context("fork")
+        ) as fresh:  # this process has built nothing so far
             return fresh.submit(step_mib, variant, options).result()
 
     none, rows = alone(Variant()), []
     for variant in variants:
         ways = [alone(variant), alone(replace(variant, exact=False)), none]
-        rows.append([str(variant), *(f"{mib:.1f}" for mib in ways), *(f"{ways[a] / ways[b]:.2f}" for a, b in COMPARED)])
+        rows.append(
+            [
+                str(variant),
+                *(f"{mib:.1f}" for mib in ways),
+                *(f"{ways[a] / ways[b]:.2f}" for a, b in COMPARED),
+            ]
+        )
     return rows
 
 
 def time_rows(variants: Sequence[Variant], options: argparse.Namespace) -> list[list[str]]:
     shared, rows = make_vit(options), []
-    none = make_step(Variant(), *make_vit(options), options)  # on its own ViT: there a bias asks for a gradient
+    none = make_step(
+        Variant(), *make_vit(options), options
+    )  # on its own ViT: there a bias asks for a gradient
     for variant in variants:
         torch.compiler.reset()  # a cache holds only a few graphs of one forward
         ways = [*(make_step(replace(variant, exact=on), *shared, options) for on in (True, False)), none]
@@ -126,7 +138,9 @@ def time_rows(variants: Sequence[Variant], options: argparse.Namespace) -> list[
         rounds = [[milliseconds(way, options.device) for way in ways] for _ in range(options.pairs)]
         ratios = [[times[a] / times[b] for times in rounds] for a, b in COMPARED]
         medians = [f"{median(way):.1f}" for way in zip(*rounds, strict=True)]
-        rows.append([str(variant), *medians, *(f"{median(r):.2f} [{min(r):.2f}, {max(r):.2f}]" for r in ratios)])
+        rows.append(
+            [str(variant), *medians, *(f"{median(r):.2f} [{min(r):.2f}, {max(r):.2f}]" for r in ratios)]
+        )
         print(" | ".join(rows[-1]), file=sys.stderr)
     return rows
 
@@ -137,17 +151,25 @@ def table(unit: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default=DEMO, help="the embedded one, or a timm ViT with random weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--backbone", default=DEMO, help="the embedded one, or a timm ViT with random weights"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
     parser.add_argument("--batch", type=int, help="64, or 4 for a timm ViT on the CPU")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 10, 50, 100, 200], help="prompts of a block")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1, 10, 50, 100, 200], help="prompts of a block"
+    )
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args(arguments)
     options.batch = options.batch or (4 if options.device == "cpu" and options.backbone != DEMO else 64)
-    variants = [Variant(length) for length in options.lengths] + [DROPOUT_ROW] * (DROPOUT_ROW.length in options.lengths)
+    variants = [Variant(length) for length in options.lengths] + [DROPOUT_ROW] * (
+        DROPOUT_ROW.length in options.lengths
+    )
     memory, times = memory_rows(variants, options), time_rows(variants, options)
     how = f"batch {options.batch}, {options.precision}{', compiled' if options.compile else ''}, {options.pairs} pairs"
     head = f"{options.backbone} on {options.device}, {how}; {machine()}"

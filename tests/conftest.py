@@ -15,7 +15,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Copies of mirrors go where other files of the tests go, not into the user's own cache.
-os.environ["HF_DATASETS_CACHE"] = str(Path(tempfile.gettempdir()) / f"visprompt-tests-{os.getuid()}" / "datasets")
+os.environ["HF_DATASETS_CACHE"] = str(
+    Path(tempfile.gettempdir()) / f"visprompt-tests-{os.getuid()}" / "datasets"
+)
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 # Several workers with all cores each are slower than one thread each, and bit-equality holds for one number of threads.

@@ -17,7 +17,14 @@ from visprompt.runs import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--backbone", "test_vit", "--batch", "4", "--pairs", "1", "--lengths", "1", "50"]
-HEAD = ["exact, {}", "carried, {}", "promptless, {}", "carried / exact", "exact / promptless", "carried / promptless"]
+HEAD = [
+    "exact, {}",
+    "carried, {}",
+    "promptless, {}",
+    "carried / exact",
+    "exact / promptless",
+    "carried / promptless",
+]
 
 
 @pytest.fixture
@@ -30,7 +37,9 @@ def tables(text):
     """Tables of a Markdown text: cells by row and column name."""
     found = []
     for block in re.findall(r"(?:^\|.*\|\n?)+", text, re.M):
-        head, _, *rows = ([cell.strip() for cell in line.strip("| \n").split(" | ")] for line in block.splitlines())
+        head, _, *rows = (
+            [cell.strip() for cell in line.strip("| \n").split(" | ")] for line in block.splitlines()
+        )
         found.append({row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows})
     return found
 
@@ -71,14 +80,19 @@ def test_the_promptless_pass_reaches_the_first_block_and_no_weight(step_time, mo
     monkeypatch.setattr(step_time.Classifier, "zero_grad", lambda self: reached.append(self))
     vit, side = step_time.make_vit(options())
     step_time.make_step(step_time.Variant(), vit, side, options())()
-    grads = {name for name, p in reached[0].named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    grads = {
+        name for name, p in reached[0].named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert grads == {"head.weight", "head.bias", "backbone.model.blocks.0.attn.qkv.bias"}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_exact_and_carried_steps_compute_the_same_loss(step_time, dropout):
     given, (vit, side) = options(), step_time.make_vit(options())
-    ways = [step_time.make_step(step_time.Variant(50, dropout, exact), vit, side, given) for exact in (True, False)]
+    ways = [
+        step_time.make_step(step_time.Variant(50, dropout, exact), vit, side, given)
+        for exact in (True, False)
+    ]
     exact, carried = (way().item() for way in ways)
     assert exact == pytest.approx(carried, rel=1e-5)
 
@@ -154,18 +168,24 @@ def test_methods_are_scored_and_measured_side_by_side(methods, tmp_path, monkeyp
     assert table["full"]["of full"] == r"1.00 \[1.00, 1.00\]"  # of a Markdown table
     assert table["vpt_deep"]["tuned parameters + head"] == f"{6 * 50 * 192:,} + 3,088"
     assert table["vpt_deep"]["chosen on val200"] == "-"
-    assert all(row["epochs"] == "1" and 0 <= float(row["training accuracy, %"]) <= 100 for row in table.values())
+    assert all(
+        row["epochs"] == "1" and 0 <= float(row["training accuracy, %"]) <= 100 for row in table.values()
+    )
     assert all(float(row["step, ms"]) > 0 and float(row["added, MiB"]) > 0 for row in table.values())
     methods.main(["--methods", "full", "vpt_deep", "--rounds", "1", *words])  # what is finished is read
     (again,) = tables(capsys.readouterr().out)
-    assert [row["test accuracy, %"] for row in again.values()] == [row["test accuracy, %"] for row in table.values()]
+    assert [row["test accuracy, %"] for row in again.values()] == [
+        row["test accuracy, %"] for row in table.values()
+    ]
 
 
 @pytest.mark.slow
 def test_the_committed_table_of_methods_is_whole_and_its_counts_are_the_codes(methods):
     page = (ROOT / "docs" / "methods-on-the-demo.md").read_text()
     (table,) = tables(page)
-    assert list(table) == [method for method in METHODS if method in table], "in their order; a new one has no row yet"
+    assert list(table) == [method for method in METHODS if method in table], (
+        "in their order; a new one has no row yet"
+    )
     assert len(table) > 20
     for method, row in table.items():
         assert list(row) == list(methods.HEADER)

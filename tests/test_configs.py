@@ -16,13 +16,24 @@ from visprompt.tuning import protocol
 from visprompt.tuning.protocol import grid_points
 
 CONFIGS = ROOT / "configs"
-GROUPS = ("backbone", "callbacks", "data", "debug", "logger", "method", "trainer")  # a method takes its recipe
+GROUPS = (
+    "backbone",
+    "callbacks",
+    "data",
+    "debug",
+    "logger",
+    "method",
+    "trainer",
+)  # a method takes its recipe
 NEEDS = {"data/folder": ["data.root=x"], "backbone/timm": ["backbone.name=vit_tiny_patch16_224"]}
 PARTS = {"debug/base"}  # other files are built on them
 
 
 def options(group):
-    found = (path.relative_to(CONFIGS / group).with_suffix("").as_posix() for path in (CONFIGS / group).rglob("*.yaml"))
+    found = (
+        path.relative_to(CONFIGS / group).with_suffix("").as_posix()
+        for path in (CONFIGS / group).rglob("*.yaml")
+    )
     return [(group, option) for option in sorted(found) if f"{group}/{option}" not in PARTS]
 
 
@@ -34,7 +45,9 @@ def test_every_option_composes_into_a_job(group, option):
     assert "rows" not in job.recipe
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
+)
 def test_lines_are_short(path):
     assert [line for line in path.read_text().splitlines() if len(line) > 110] == []
 
@@ -78,7 +91,8 @@ def test_methods_configs_and_recipes_have_the_same_names():
 
 def test_every_task_of_the_catalog_has_a_config_and_no_config_is_without_a_task():
     found = {
-        path.relative_to(CONFIGS / "data").with_suffix("").as_posix() for path in (CONFIGS / "data").rglob("*.yaml")
+        path.relative_to(CONFIGS / "data").with_suffix("").as_posix()
+        for path in (CONFIGS / "data").rglob("*.yaml")
     }
     assert found == {spec.config for spec in TASKS.values()} | {"folder"}
 
@@ -102,7 +116,9 @@ def test_every_value_of_a_recipe_s_rows_is_read(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_no_task_of_the_benchmarks_falls_back_to_the_demo_s_row(method):
-    with composed("train", f"method={method}", "tasks=[cifar,smallnorb_ele,cub200]", "data='vtab/cifar'") as cfg:
+    with composed(
+        "train", f"method={method}", "tasks=[cifar,smallnorb_ele,cub200]", "data='vtab/cifar'"
+    ) as cfg:
         for job in compose.jobs(cfg):
             assert job.recipe.epochs == 100, job.task
             assert len(grid_points(job.grid)) <= 4
@@ -111,7 +127,32 @@ def test_no_task_of_the_benchmarks_falls_back_to_the_demo_s_row(method):
 def test_published_lengths_and_settings_are_in_the_recipes():
     """Those of shared tables of the papers, VPT (Jia et al., ECCV 2022)."""
     lengths = {
-        "vpt_deep": [10, 10, 10, 1, 1, 50, 5, 100, 100, 10, 1, 50, 200, 100, 50, 10, 50, 200, 200, 10, 50, 5, 100, 200],
+        "vpt_deep": [
+            10,
+            10,
+            10,
+            1,
+            1,
+            50,
+            5,
+            100,
+            100,
+            10,
+            1,
+            50,
+            200,
+            100,
+            50,
+            10,
+            50,
+            200,
+            200,
+            10,
+            50,
+            5,
+            100,
+            200,
+        ],
         "vpt_shallow": [100, 5, 1, 200, 50, 200, 1, 5, 50, 50, 10, 100, 200, 100, 100, 100, 100, 200, 200],
     }
     tasks = [*SUITES["vtab_all"], *SUITES["fgvc"]]
@@ -120,7 +161,8 @@ def test_published_lengths_and_settings_are_in_the_recipes():
         assert [rows[task].num_tokens for task in tasks[: len(expected)]] == expected
     rows = OmegaConf.load(CONFIGS / "recipe" / "vpt_deep.yaml").rows
     given = {
-        task: (rows[task].lr, rows[task].weight_decay, rows[task].batch_size) for task in ("dmlab", "eurosat", "sun397")
+        task: (rows[task].lr, rows[task].weight_decay, rows[task].batch_size)
+        for task in ("dmlab", "eurosat", "sun397")
     }
     assert given == {"dmlab": (1.0, 0.001, 64), "eurosat": (1.0, 0.001, 64), "sun397": (25.0, 0.0001, 128)}
 
@@ -128,7 +170,9 @@ def test_published_lengths_and_settings_are_in_the_recipes():
 def value(method, task, name):
     """A value of a recipe's rows: of the task's, else its family's."""
     rows = OmegaConf.load(CONFIGS / "recipe" / f"{method}.yaml").rows
-    return next(rows[row][name] for row in (task, TASKS[task].family, "default") if row in rows and name in rows[row])
+    return next(
+        rows[row][name] for row in (task, TASKS[task].family, "default") if row in rows and name in rows[row]
+    )
 
 
 def values(method, *names):
@@ -161,7 +205,11 @@ def test_methods_of_vpt_s_code_change_the_rate_per_epoch(method):
 
 @pytest.mark.parametrize(
     ("method", "batch", "warmup"),
-    [*((method, 1024, 10) for method in ("linear", "mlp", "sidetune")), ("full", 384, 5), ("partial", 384, 5)],
+    [
+        *((method, 1024, 10) for method in ("linear", "mlp", "sidetune")),
+        ("full", 384, 5),
+        ("partial", 384, 5),
+    ],
 )
 def test_rows_have_the_batch_and_warm_up_of_the_released_code(method, batch, warmup):
     assert values(method, "batch_size", "warmup_epochs").keys() == {(batch, warmup)}
@@ -182,7 +230,27 @@ def test_e2vpt_has_the_lengths_of_the_released_commands():
 
 def test_convpass_has_the_scale_and_initialisation_of_the_released_configs():
     identity = [0.1, 1, None, None, None, None, 0.1, 10, 10, 10, 1, 1, None, 10, None, None, None, None, None]
-    xavier = [None, None, 0.01, 0.1, 1, 100, None, None, None, None, None, None, 0.1, None, 10, 100, 0.1, 100, 1]
+    xavier = [
+        None,
+        None,
+        0.01,
+        0.1,
+        1,
+        100,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        0.1,
+        None,
+        10,
+        100,
+        0.1,
+        100,
+        1,
+    ]
     expected = {
         task: (a, "identity") if b is None else (b, "xavier")
         for task, a, b in zip(SUITES["vtab_all"], identity, xavier, strict=True)

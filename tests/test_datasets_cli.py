@@ -13,21 +13,34 @@ from visprompt.data.catalog import SUITES, TASKS
 
 MAIN = Path(__file__).parent / "helpers" / "miniature_main.py"
 # tar with a zip around it, tar, .mat, PNG and JPEG in tar, gzipped HDF5, zip, TFRecords, HDF5, smallNORB's binary
-CONTAINERS = (
-    "caltech101,dtd,oxford_flowers102,svhn,sun397,patch_camelyon,eurosat,kitti,dmlab,dsprites_ori,smallnorb_ele"
-)
+CONTAINERS = "caltech101,dtd,oxford_flowers102,svhn,sun397,patch_camelyon,eurosat,kitti,dmlab,dsprites_ori,smallnorb_ele"
 
 
 def on_miniatures(folder, source, tasks, script, *arguments):
-    command = [sys.executable, str(MAIN), str(folder), source, tasks, script, *arguments, f"paths.data_dir={folder}"]
+    command = [
+        sys.executable,
+        str(MAIN),
+        str(folder),
+        source,
+        tasks,
+        script,
+        *arguments,
+        f"paths.data_dir={folder}",
+    ]
     return subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=250, check=False)
 
 
 def train(folder, source, tasks, *arguments):
-    options = tiny(folder / "logs", f"tasks=[{tasks}]", "recipe.epochs=1", "recipe.warmup_epochs=0", *arguments)
-    done = on_miniatures(folder, source, tasks, "train.py", f"data.source={source}", "callbacks=none", *options)
+    options = tiny(
+        folder / "logs", f"tasks=[{tasks}]", "recipe.epochs=1", "recipe.warmup_epochs=0", *arguments
+    )
+    done = on_miniatures(
+        folder, source, tasks, "train.py", f"data.source={source}", "callbacks=none", *options
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    results = {path.parts[-4]: json.loads(path.read_text()) for path in (folder / "logs").glob("*/*/*/result.json")}
+    results = {
+        path.parts[-4]: json.loads(path.read_text()) for path in (folder / "logs").glob("*/*/*/result.json")
+    }
     assert set(results) == set(tasks.split(","))
     return results, done
 
@@ -39,7 +52,9 @@ def test_an_epoch_on_each_kind_of_container(tmp_path):
         assert result["status"] == "finished"
         assert (result["data"]["source"], result["data"]["form"]) == ("raw", "lossless")
         assert result["data"]["sizes"]["train800"] == 24
-        kept = TASKS[task].native if (TASKS[task].native or 0) <= 64 else None  # the side that the tiny network reads
+        kept = (
+            TASKS[task].native if (TASKS[task].native or 0) <= 64 else None
+        )  # the side that the tiny network reads
         assert result["data"]["preprocessing"]["native"] == kept
         assert 0 <= result["metrics"]["test/acc"] <= 1
 
@@ -51,7 +66,9 @@ def test_an_epoch_on_copies_of_cifar(tmp_path, source):
     results, done = train(tmp_path, source, "cifar", *root)
     lossy = source == "prepared"
     assert results["cifar"]["data"]["form"] == ("lossy" if lossy else "lossless")
-    assert done.stderr.count("is read from JPEG files") + done.stdout.count("is read from JPEG files") == int(lossy)
+    assert done.stderr.count("is read from JPEG files") + done.stdout.count("is read from JPEG files") == int(
+        lossy
+    )
 
 
 @pytest.mark.slow
@@ -96,8 +113,14 @@ def test_verify_lists_what_is_missing_without_a_download(tmp_path):
         ((), "error: tasks has no default: give tasks=..."),
         (("tasks=cifar101",), "error: unknown task 'cifar101': did you mean cifar"),
         (("tasks=dtd", "source=tfds"), "error: unknown source 'tfds': choose one of hf, prepared, raw"),
-        (("tasks=dtd", "image_size=big"), "error: image_size=big does not fit: give a whole number from 1 to 16384"),
-        (("tasks=cub200", "source=prepared"), "error: cub200 has no source 'prepared': FGVC datasets are read with"),
+        (
+            ("tasks=dtd", "image_size=big"),
+            "error: image_size=big does not fit: give a whole number from 1 to 16384",
+        ),
+        (
+            ("tasks=cub200", "source=prepared"),
+            "error: cub200 has no source 'prepared': FGVC datasets are read with",
+        ),
         (("tasks=demo",), "error: digits needs no preparation: nothing to do"),
         (("tasks=dtd", "imagesize=224"), "error: unknown key 'imagesize': did you mean image_size"),
     ],

@@ -50,7 +50,9 @@ def test_the_page_of_methods_is_made_of_their_configs():
 def test_help_says_where_the_keys_are_explained(script):
     with composing():
         shown = OmegaConf.to_container(compose(script, return_hydra_config=True).hydra.help, resolve=False)
-    assert shown["header"].startswith("What each key means: the comments of configs/${hydra.help.app_name}.yaml")
+    assert shown["header"].startswith(
+        "What each key means: the comments of configs/${hydra.help.app_name}.yaml"
+    )
     assert "${hydra.help.header}" in shown["template"]
     assert ("$APP_CONFIG_GROUPS" in shown["template"]) == (script in ("train", "tune"))
     assert "$CONFIG" in shown["template"]

@@ -53,7 +53,9 @@ def read(name):
     text = (EXPERIMENTS / f"{name}.yaml").read_text()
     header = "\n".join(line for line in text.splitlines() if re.match(r"# [\w ]", line))
     header = re.sub(r"\n#  +", " ", header)  # lines that go on
-    return dict(re.match(r"# (\w+): +(.*)", line).groups() for line in header.splitlines()), yaml.safe_load(text)
+    return dict(re.match(r"# (\w+): +(.*)", line).groups() for line in header.splitlines()), yaml.safe_load(
+        text
+    )
 
 
 def expected(benchmark, method):
@@ -124,7 +126,13 @@ def test_an_experiment_gives_each_of_its_tasks_the_recipe_s_row():
 
 
 def test_other_tasks_methods_and_numbers_can_be_had_of_an_experiment(monkeypatch):
-    given = ("experiment=fgvc_shallow", "tasks=[cub200,dtd]", "method=vpt_deep", "backbone=demo", "recipe.lr=0.5")
+    given = (
+        "experiment=fgvc_shallow",
+        "tasks=[cub200,dtd]",
+        "method=vpt_deep",
+        "backbone=demo",
+        "recipe.lr=0.5",
+    )
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
     cli.check_words("train")
     with composed("train", *sys.argv[1:]) as cfg:
@@ -138,7 +146,9 @@ def test_other_tasks_methods_and_numbers_can_be_had_of_an_experiment(monkeypatch
 
 @pytest.mark.parametrize("script", ["train", "tune"])
 def test_the_command_of_an_experiment_is_accepted(monkeypatch, capsys, script):
-    monkeypatch.setattr(sys, "argv", ["x.py", "experiment=vtab_natural_deep", "trainer=ddp", "data.source=prepared"])
+    monkeypatch.setattr(
+        sys, "argv", ["x.py", "experiment=vtab_natural_deep", "trainer=ddp", "data.source=prepared"]
+    )
     cli.check_words(script)
     assert capsys.readouterr() == ("", "")
 
@@ -250,10 +260,19 @@ def natural(tmp_path_factory):
     tasks = ",".join(SUITES["vtab_natural"])
     prepare = ("prepare.py", "tasks=vtab_natural", "image_size=64", f"paths.data_dir={folder}")
     done = subprocess.run(
-        [sys.executable, str(MAIN), str(folder), "raw", tasks, *prepare], capture_output=True, text=True, check=False
+        [sys.executable, str(MAIN), str(folder), "raw", tasks, *prepare],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    given = ("experiment=vtab_natural_deep", "trainer=ddp_sim", "backbone=demo", "callbacks=none", "recipe.epochs=1")
+    given = (
+        "experiment=vtab_natural_deep",
+        "trainer=ddp_sim",
+        "backbone=demo",
+        "callbacks=none",
+        "recipe.epochs=1",
+    )
     where = (f"paths.data_dir={folder}", "recipe.warmup_epochs=0")
     return folder, tiny(folder / "logs", *given, *where)
 
@@ -300,14 +319,18 @@ def test_a_suite_goes_on_where_it_was_killed_and_a_broken_task_stops_no_other(na
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: svhn/vpt_deep: ")
     assert error.endswith(" (1 of 7 runs failed)")
-    assert "train_32x32.mat" in error  # the reason: what the store could be made of anew is not SVHN's own file
+    assert (
+        "train_32x32.mat" in error
+    )  # the reason: what the store could be made of anew is not SVHN's own file
     assert set(finished(folder)) == set(SUITES["vtab_natural"]) - {"svhn"}
     accuracy, means, page = reported(folder)
     assert [task for task in SUITES["vtab_natural"] if not accuracy[task]] == ["svhn"]
     assert (accuracy["mean"], means["vtab_natural"]) == ("", "")
     assert page.count('<td style="text-align: right">missing (6 of 7)</td>') == 2
     shutil.copy(folder / "whole", pixels)
-    done = call("train", *arguments, "trainer=cpu", timeout=300)  # what is finished is so for any number of devices
+    done = call(
+        "train", *arguments, "trainer=cpu", timeout=300
+    )  # what is finished is so for any number of devices
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished before") == 6
     found = finished(folder)
@@ -320,6 +343,8 @@ def test_a_suite_goes_on_where_it_was_killed_and_a_broken_task_stops_no_other(na
     assert {task: float(accuracy[task]) for task in scores} == pytest.approx(scores)
     assert float(accuracy["mean"]) == pytest.approx(fmean(scores.values())) == float(means["vtab_natural"])
     assert means["vtab, mean of 19 tasks"] == ""
-    shown = "".join(f'<td style="text-align: right">{scores[task]:.1f}</td>' for task in SUITES["vtab_natural"])
+    shown = "".join(
+        f'<td style="text-align: right">{scores[task]:.1f}</td>' for task in SUITES["vtab_natural"]
+    )
     assert f'<th scope="row">vpt_deep</th>{shown}' in page
     assert "missing (7 of 19)" in page

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LOWEST = re.search(r">=([\d.]+)", tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"][0])[
-    1
-]
+LOWEST = re.search(
+    r">=([\d.]+)", tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"][0]
+)[1]
 PROGRAM = """
 import pathlib, sys, torch, visprompt
 from visprompt.data.catalog import TASKS
@@ -25,7 +25,9 @@ print(pathlib.Path(visprompt.__file__).parent)
 
 
 def run(*command, **options):
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=200, **options)
+    return subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, check=False, timeout=200, **options
+    )
 
 
 @pytest.mark.slow
@@ -43,13 +45,17 @@ def test_pip_installs_all_of_the_package(tmp_path, build):
     for step in steps:
         done = run(*step, env=environment, cwd=tmp_path)
         assert done.returncode == 0, f"pip could not install: it needs a package index. {done.stderr}"
-    environment["PYTHONPATH"] = sysconfig.get_path("purelib")  # the dependencies alone: no .pth file is read there
+    environment["PYTHONPATH"] = sysconfig.get_path(
+        "purelib"
+    )  # the dependencies alone: no .pth file is read there
     done = run(tmp_path / "env/bin/python", "-c", PROGRAM, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     shape, folder = done.stdout.splitlines()
     assert shape == "(1, 7)"
     assert Path(folder).is_relative_to(tmp_path)
     installed = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
-    tracked = run("git", "ls-files", "-co", "--exclude-standard", "src/visprompt", cwd=ROOT).stdout.splitlines()
+    tracked = run(
+        "git", "ls-files", "-co", "--exclude-standard", "src/visprompt", cwd=ROOT
+    ).stdout.splitlines()
     expected = {name.removeprefix("src/visprompt/") for name in tracked}
     assert {name for name in installed if "__pycache__" not in name} == expected

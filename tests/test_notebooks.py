@@ -51,7 +51,9 @@ class Executed:
 
     def figures(self, cell):
         """The figures of a cell; each has something on it."""
-        found = [np.array(Image.open(io.BytesIO(base64.b64decode(png)))) for png in self.shown(cell, "image/png")]
+        found = [
+            np.array(Image.open(io.BytesIO(base64.b64decode(png)))) for png in self.shown(cell, "image/png")
+        ]
         assert all(min(figure.shape[:2]) > 200 and np.ptp(figure[..., :3]) > 100 for figure in found)
         return found
 
@@ -71,7 +73,9 @@ def test_nothing_of_a_run_is_stored(name):
     assert stored["metadata"] == METADATA
     ids = [cell["id"] for cell in stored["cells"]]
     assert len(set(ids)) == len(ids)
-    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", id_) for id_ in ids)  # words: an editor's own ids would change
+    assert all(
+        re.fullmatch(r"[a-z]+(-[a-z]+)*", id_) for id_ in ids
+    )  # words: an editor's own ids would change
     for cell in stored["cells"]:
         assert cell["metadata"] == {}
         if cell["cell_type"] == "code":
@@ -88,8 +92,12 @@ def test_each_says_what_it_shows_how_long_it_takes_and_what_can_be_set(name):
     assert re.search(r"It takes (some )?\w+", about)
     assert "environment variable" in "".join(title["source"])
     for variable in ("EPOCHS", "FRACTION", "LOGS"):
-        assert re.search(rf'^{variable} = .*os\.environ\.get\("{variable}"', "".join(settings["source"]), re.MULTILINE)
-    assert all("".join(cell["source"]).startswith("## ") for cell in others if cell["cell_type"] == "markdown")
+        assert re.search(
+            rf'^{variable} = .*os\.environ\.get\("{variable}"', "".join(settings["source"]), re.MULTILINE
+        )
+    assert all(
+        "".join(cell["source"]).startswith("## ") for cell in others if cell["cell_type"] == "markdown"
+    )
     assert not any("os.environ" in "".join(cell["source"]) for cell in others)
 
 
@@ -101,7 +109,9 @@ def test_the_tour(tmp_path):
     assert losses[0] == ("1", "2.303")  # log 10: a head of zeros tells nothing yet
     assert losses[-1][0] == "2"
     assert re.search(r"accuracy on the images held out: \d+\.\d %", tour.printed("loop-result"))
-    assert "tuned: 11,520 parameters (0.42 % of the backbone) and 1,930 of the head" in tour.printed("loop-result")
+    assert "tuned: 11,520 parameters (0.42 % of the backbone) and 1,930 of the head" in tour.printed(
+        "loop-result"
+    )
     rows = tour.table("table")
     tuned = {row["method"]: number(row["tuned parameters"]) for row in rows}
     assert tuned == {"linear": 0, "bias": 13_056, "vpt_shallow": 10 * 192, "vpt_deep": 6 * 10 * 192}
@@ -125,7 +135,10 @@ def test_the_ablation(tmp_path):
 
 @pytest.mark.slow
 def test_the_results(tmp_path):
-    none, made = tmp_path / "logs", tmp_path / "made"  # no runs are there yet: some are made first, in their own place
+    none, made = (
+        tmp_path / "logs",
+        tmp_path / "made",
+    )  # no runs are there yet: some are made first, in their own place
     results = Executed("results", made, LOGS=str(none), EXAMPLES=str(made))
     assert not none.exists()
     assert "6 runs; those of split=final make 2 rows" in results.printed("runs")

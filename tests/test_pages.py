@@ -14,7 +14,10 @@ from visprompt.tuning.dry_run.pace import Pace
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks" / "README.md"]
 SHOWN = [
-    (page.name, line.partition("  #")[0].strip().removeprefix("srun "))  # which starts a process for each device
+    (
+        page.name,
+        line.partition("  #")[0].strip().removeprefix("srun "),
+    )  # which starts a process for each device
     for page in PAGES
     for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
@@ -56,7 +59,9 @@ def trains():
 
 @pytest.mark.parametrize("line", list(trains()))
 def test_what_trains_composes_and_is_counted(line, folder, monkeypatch, capsys):
-    monkeypatch.setattr(dry_run, "measure_pace", lambda *_: Pace(device="a machine", step=1.0, image=0.01, kept=0.01))
+    monkeypatch.setattr(
+        dry_run, "measure_pace", lambda *_: Pace(device="a machine", step=1.0, image=0.01, kept=0.01)
+    )
     script = "train" if "src/train.py" in line else "tune"
     paths = [f"paths.{name}={folder / 'new'}" for name in ("log_dir", "data_dir")]
     with composed(script, *arguments(line, folder), *paths, "dry_run=true") as cfg:
@@ -107,6 +112,8 @@ def test_every_other_command_is_known():
         ".uv/bin/uv run --no-sync --with jupyterlab jupyter lab",  # fetches a program, and opens it
     }
     commands = {
-        line for _, line in SHOWN if re.match(r"(\S*/)?(python|make|wandb|pip|conda|pytest|uv|source|srun) ", line)
+        line
+        for _, line in SHOWN
+        if re.match(r"(\S*/)?(python|make|wandb|pip|conda|pytest|uv|source|srun) ", line)
     }
     assert {line for line in commands if not line.startswith(("python src/", "make "))} == others

@@ -52,7 +52,9 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     train = [write_archive(folder / "train_a.npz", 5), write_archive(folder / "train_b.npz", 3)]
     val = write_archive(folder / "val.npz", 2)
-    return PretrainRecipe(train=train, val=val, epochs=1, full_epochs=1, batch_size=16, warmup_steps=2, **TINY)
+    return PretrainRecipe(
+        train=train, val=val, epochs=1, full_epochs=1, batch_size=16, warmup_steps=2, **TINY
+    )
 
 
 def test_training_learns_and_stores_half_precision_weights_with_their_accuracy(recipe, tmp_path):
@@ -96,13 +98,17 @@ def test_patches_are_dropped_until_the_last_full_epochs(recipe, monkeypatch):
     pretrain(replace(recipe, epochs=3, full_epochs=1), progress=False)
 
     steps = [tokens for training, tokens in seen if training]
-    assert steps == [9] * 8 + [17] * 4  # 64 images in batches of 16; 16 patches, 8 of them kept, and the class token
+    assert (
+        steps == [9] * 8 + [17] * 4
+    )  # 64 images in batches of 16; 16 patches, 8 of them kept, and the class token
     assert {tokens for training, tokens in seen if not training} == {17}
 
 
 def test_a_loss_that_is_not_finite_stores_nothing(recipe, tmp_path):
     output = tmp_path / "never.safetensors"
-    with pytest.raises(UserError, match=r"^the loss is not finite in epoch 1: lower lr=1e\+30, or warm up longer$"):
+    with pytest.raises(
+        UserError, match=r"^the loss is not finite in epoch 1: lower lr=1e\+30, or warm up longer$"
+    ):
         pretrain(replace(recipe, lr=1e30, warmup_steps=0, output=str(output)), progress=False)
     assert not output.exists()
 
@@ -153,7 +159,9 @@ def test_only_matrices_decay(recipe):
     net = build_network(recipe, CLASSES)
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     groups = {group["weight_decay"]: group for group in decay_groups(net.named_parameters(), 1e-3, 0.05)}
-    matrices = {name for name in names.values() if name.endswith(("qkv.weight", "proj.weight", "head.weight"))}
+    matrices = {
+        name for name in names.values() if name.endswith(("qkv.weight", "proj.weight", "head.weight"))
+    }
     matrices |= {name for name in names.values() if "mlp" in name and name.endswith("weight")}
     assert {names[id(p)] for p in groups[0.05]["params"]} == matrices
     assert {names[id(p)] for p in groups[0.0]["params"]} == set(names.values()) - matrices
@@ -185,7 +193,9 @@ def test_archives_that_do_not_fit_are_named(recipe, tmp_path):
     with pytest.raises(UserError, match=r"^train is empty: name at least one .npz archive"):
         read_photos([], 16, "train")
     large = write_archive(tmp_path / "large.npz", 1, size=20)
-    with pytest.raises(UserError, match=r"^val: .*large.npz is no archive of photographs of 16 x 16 .*one has 20 x 20"):
+    with pytest.raises(
+        UserError, match=r"^val: .*large.npz is no archive of photographs of 16 x 16 .*one has 20 x 20"
+    ):
         read_photos([large], 16, "val")
     text = tmp_path / "text.npz"
     text.write_text("not an archive")

@@ -18,14 +18,33 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = tomllib.loads((ROOT / "uv.lock").read_text())
 
 TOP_LEVEL = {
-    *(".ci", ".gitattributes", ".gitignore", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"),
+    *(
+        ".ci",
+        ".gitattributes",
+        ".gitignore",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+        "README.md",
+    ),
     *("benchmarks", "configs", "data", "docs", "environment.yaml", "logs", "notebooks", "pyproject.toml"),
     *("SECURITY.md", "requirements-uv.txt", "setup.cfg", "src", "tests", "uv.lock"),
 }
 # The only modules that may import Lightning, Hydra, OmegaConf or W&B.
 SHELL = {
-    *("models/tuning_module.py", "data/datamodule.py", "data/ragged_datamodule.py", "data/vtab_datamodule.py"),
-    *("data/other_datamodule.py", "data/fgvc_datamodule.py", "data/folder_datamodule.py", "data/digits_datamodule.py"),
+    *(
+        "models/tuning_module.py",
+        "data/datamodule.py",
+        "data/ragged_datamodule.py",
+        "data/vtab_datamodule.py",
+    ),
+    *(
+        "data/other_datamodule.py",
+        "data/fgvc_datamodule.py",
+        "data/folder_datamodule.py",
+        "data/digits_datamodule.py",
+    ),
     *("runs", "tuning", "reports"),
 }
 BLOCKED = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb")
@@ -55,7 +74,9 @@ def version_tuple(text):
 @pytest.mark.parametrize("requirement", requirements())
 def test_every_dependency_is_bounded_once_with_its_reason_beside_it(requirement):
     assert re.fullmatch(r"[a-z0-9_-]+>=[\d.]+,<[\d.]+", requirement)
-    lines = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if f'"{requirement}"' in line]
+    lines = [
+        line for line in (ROOT / "pyproject.toml").read_text().splitlines() if f'"{requirement}"' in line
+    ]
     assert len(lines) == 1
     assert re.search(r"\]?,? +# \S+ \S+", lines[0]), "say on the same line why the bound is what it is"
 
@@ -70,7 +91,11 @@ def test_every_package_that_is_imported_is_declared():
         "hydra-core": "hydra",
     }
     declared = {re.split(r"[><]", entry)[0] for entry in PYPROJECT["project"]["dependencies"]}
-    known = {module.get(name, name.replace("-", "_")) for name in declared} | {"visprompt"} | sys.stdlib_module_names
+    known = (
+        {module.get(name, name.replace("-", "_")) for name in declared}
+        | {"visprompt"}
+        | sys.stdlib_module_names
+    )
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -86,14 +111,21 @@ def test_the_lock_is_of_these_dependencies_and_hashed():
     for group in PYPROJECT["dependency-groups"]:
         held = {entry["name"] + entry["specifier"] for entry in ours["metadata"]["requires-dev"][group]}
         assert {entry for entry in PYPROJECT["dependency-groups"][group] if isinstance(entry, str)} <= held
-    files = [file for package in LOCK["package"] for file in [*package.get("wheels", []), package.get("sdist")] if file]
+    files = [
+        file
+        for package in LOCK["package"]
+        for file in [*package.get("wheels", []), package.get("sdist")]
+        if file
+    ]
     assert len(files) > 1000
     assert all(file["hash"].startswith("sha256:") for file in files)
 
 
 def test_nothing_unhashed_is_fetched_to_build_packages():
     """What has no wheel is built with the locked setuptools, this project by the backend inside the pinned uv."""
-    source_only = {package["name"] for package in LOCK["package"] if "sdist" in package and not package.get("wheels")}
+    source_only = {
+        package["name"] for package in LOCK["package"] if "sdist" in package and not package.get("wheels")
+    }
     assert source_only == set(PYPROJECT["tool"]["uv"]["no-build-isolation-package"])
     assert "setuptools" in {package["name"] for package in LOCK["package"]}
     (backend,) = PYPROJECT["build-system"]["requires"]
@@ -102,7 +134,9 @@ def test_nothing_unhashed_is_fetched_to_build_packages():
 
 
 def test_uv_itself_is_one_version_with_hashes_only():
-    lines = [line for line in (ROOT / "requirements-uv.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line for line in (ROOT / "requirements-uv.txt").read_text().splitlines() if not line.startswith("#")
+    ]
     assert lines[0] == f"uv=={pinned_uv()} \\"
     hashes = [re.fullmatch(r"    --hash=sha256:([0-9a-f]{64})(?: \\)?", line)[1] for line in lines[1:]]
     assert len(set(hashes)) == len(hashes) > 10
@@ -129,7 +163,9 @@ def test_conda_gives_the_same_python_and_installs_nothing_of_its_own():
     assert packages == [f"python {PYPROJECT['project']['requires-python']}", "pip", "git", "make"]
     assert pip == {"pip": ["--require-hashes", "-r requirements-uv.txt"]}
     text = (ROOT / "environment.yaml").read_text()
-    assert all(re.search(rf"^  - {re.escape(package)}  # \S+ \S+", text, re.M) for package in packages), "say why"
+    assert all(re.search(rf"^  - {re.escape(package)}  # \S+ \S+", text, re.M) for package in packages), (
+        "say why"
+    )
 
 
 def test_the_makefile_has_the_documented_targets_and_ci_calls_them():
@@ -196,7 +232,9 @@ def test_the_core_imports_without_lightning_hydra_and_wandb():
         f"for name in {names}:\n    try: importlib.import_module(name)\n"
         "    except ImportError as error: print(name, error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=SRC, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=SRC, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
@@ -206,7 +244,8 @@ def test_lightning_has_one_namespace():
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in ROOT.glob("[stb]*/**/*.py")
         for line in path.read_text().splitlines()
-        if re.match(r"\s*(import|from) pytorch_lightning\b", line) or re.match(r"\s*import lightning( as|$)", line)
+        if re.match(r"\s*(import|from) pytorch_lightning\b", line)
+        or re.match(r"\s*import lightning( as|$)", line)
     ]
     assert found == []
 

@@ -56,7 +56,13 @@ def test_control_characters_are_shown_as_escapes(text, shown):
     ("text", "cell"),
     [
         *(("=1+1", "'=1+1"), ("+cmd", "'+cmd"), ("-1+1", "'-1+1"), ("@SUM(A1)", "'@SUM(A1)"), ("-", "'-")),
-        *(("\t=1", r"'\t=1"), ("\rx", r"'\rx"), ("\uff1d1", "'\uff1d1"), ("-5 birds", "'-5 birds"), ("-inf", "'-inf")),
+        *(
+            ("\t=1", r"'\t=1"),
+            ("\rx", r"'\rx"),
+            ("\uff1d1", "'\uff1d1"),
+            ("-5 birds", "'-5 birds"),
+            ("-inf", "'-inf"),
+        ),
         *((text, text) for text in ("-5", "+1", "-1.5e-07", "0.25", "", "a=b", "'=1", "x-y", "\u540d\u524d")),
     ],
 )
@@ -123,7 +129,9 @@ def test_one_console_prints_everything():
     """A console of rich's own would read a user's brackets as markup."""
     sources = {path: path.read_text() for path in (ROOT / "src").rglob("*.py") if path.name != "text.py"}
     assert [
-        path for path, text in sources.items() if re.search(r"rich\.console|rich import|from_markup|Console\(", text)
+        path
+        for path, text in sources.items()
+        if re.search(r"rich\.console|rich import|from_markup|Console\(", text)
     ] == []
     columns = [column for text in sources.values() for column in re.findall(r"TextColumn\(.*?\)", text)]
     assert columns

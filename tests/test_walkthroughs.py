@@ -92,12 +92,24 @@ def check(folder):
 
 OF_ALL_METHODS = ("tests/test_docs.py", "tests/test_benchmarks.py")
 OF_EACH_METHOD = (
-    *("tests/models/methods/test_battery.py", "tests/models/methods/test_families.py", "tests/models/test_ensemble.py"),
-    *("tests/models/backbones/test_eva.py", "tests/models/backbones/test_swin.py", "tests/runs/test_identity.py"),
+    *(
+        "tests/models/methods/test_battery.py",
+        "tests/models/methods/test_families.py",
+        "tests/models/test_ensemble.py",
+    ),
+    *(
+        "tests/models/backbones/test_eva.py",
+        "tests/models/backbones/test_swin.py",
+        "tests/runs/test_identity.py",
+    ),
     *("tests/models/backbones/test_convnets.py", "tests/runs/test_values.py", "tests/test_configs.py"),
     *("tests/test_experiments.py", "tests/tuning/test_dry_run.py"),
 )
-OF_ALL_TASKS = ("tests/test_docs.py", "tests/data/catalog/test_catalog.py", "tests/data/catalog/test_records.py")
+OF_ALL_TASKS = (
+    "tests/test_docs.py",
+    "tests/data/catalog/test_catalog.py",
+    "tests/data/catalog/test_records.py",
+)
 OF_EACH_TASK = ("tests/data/test_miniature.py", "tests/data/test_datamodules.py", "tests/test_configs.py")
 
 
@@ -109,7 +121,17 @@ def test_a_method_is_added_as_its_page_says(tmp_path):
     assert commands[:3] == ["make docs", "make check", "make test"]
     make_docs(folder)
     check(folder)
-    run(folder, "-m", "pytest", "-q", "-x", "-m", "not slow", "tests/models/methods/test_residual.py", *OF_ALL_METHODS)
+    run(
+        folder,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "not slow",
+        "tests/models/methods/test_residual.py",
+        *OF_ALL_METHODS,
+    )
     run(folder, "-m", "pytest", "-q", "-x", "-k", "vpt_residual", *OF_EACH_METHOD)
     shown = run(folder, *commands[3].split()[1:], "dry_run=true", f"paths.log_dir={tmp_path}", "trainer=cpu")
     assert "vpt_residual" in shown

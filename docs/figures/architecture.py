@@ -33,7 +33,10 @@ ROWS = (
     ("data.sources", "data.catalog"),
 )
 WIDTH, HEIGHT, GAP, DOWN = 250, 52, 36, 104
-COLOURS = {"": ("#24292f", "#57606a", "#f6f8fa", "#8c959f"), "_dark": ("#e6edf3", "#9198a1", "#161b22", "#6e7681")}
+COLOURS = {
+    "": ("#24292f", "#57606a", "#f6f8fa", "#8c959f"),
+    "_dark": ("#e6edf3", "#9198a1", "#161b22", "#6e7681"),
+}
 
 
 def package_of(module: str) -> str:
@@ -52,10 +55,17 @@ def arrows() -> dict[str, set[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     for path in sorted((ROOT / "src").rglob("*.py")):
         inside = path.is_relative_to(PACKAGE)
-        own = package_of(".".join(path.relative_to(ROOT / "src").with_suffix("").parts)) if inside else "entry points"
+        own = (
+            package_of(".".join(path.relative_to(ROOT / "src").with_suffix("").parts))
+            if inside
+            else "entry points"
+        )
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module:
-                for target in {package_of(node.module), *(package_of(f"{node.module}.{a.name}") for a in node.names)}:
+                for target in {
+                    package_of(node.module),
+                    *(package_of(f"{node.module}.{a.name}") for a in node.names),
+                }:
                     if own and target and target != own:
                         found[own].add(target)
     return found

@@ -9,7 +9,14 @@ from visprompt.data.sampler import GlobalBatches
 from visprompt.data.sources.digits import compose
 from visprompt.errors import UserError
 
-GIVEN = {"batch_size": 64, "split": "final", "seed": 42, "image_size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}
+GIVEN = {
+    "batch_size": 64,
+    "split": "final",
+    "seed": 42,
+    "image_size": 64,
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+}
 
 
 def loc(**options):
@@ -57,7 +64,12 @@ def test_features_are_read_in_order_and_without_augmentation():
 
 def test_what_a_result_records():
     data = loc(image_size=32)
-    assert (data.task, data.source, data.num_classes, data.augments) == ("digits_loc", "scikit-learn", 16, False)
+    assert (data.task, data.source, data.num_classes, data.augments) == (
+        "digits_loc",
+        "scikit-learn",
+        16,
+        False,
+    )
     assert data.sizes == {"train800": 800, "val200": 200, "test": 797}
     assert data.class_names[:5] == ("row0_col0", "row0_col1", "row0_col2", "row0_col3", "row1_col0")
     assert data.fingerprint == "c3e7a2103fa9a5413b3ad57edda5803f1126a6564175ee8952d932c88176e5c8"
@@ -135,7 +147,12 @@ def test_a_trainer_sees_each_epochs_own_permutation_and_the_test_set_once(tmp_pa
     assert trainer.global_step == 2 * 8
     for epoch in (0, 1):
         batches = GlobalBatches(
-            num_rows=1000, batch_size=128, accumulate=2, seed=42, epoch=lambda epoch=epoch: epoch, training=True
+            num_rows=1000,
+            batch_size=128,
+            accumulate=2,
+            seed=42,
+            epoch=lambda epoch=epoch: epoch,
+            training=True,
         )
         expected = [(epoch, [ticket.row for ticket in tickets]) for tickets in batches]
         assert [seen for seen in model.train_rows if seen[0] == epoch] == expected

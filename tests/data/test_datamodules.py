@@ -208,7 +208,9 @@ def test_a_class_of_which_nothing_can_be_read(tmp_path, pets):
 
 def test_own_images_are_learnt_from_their_own_pixels(tmp_path, pets):
     dataset = own(tmp_path, pets).train_dataset
-    means = np.stack([batch.images.float().mean((0, 2, 3)).numpy() for batch in map(dataset.__getitem__, tickets())])
+    means = np.stack(
+        [batch.images.float().mean((0, 2, 3)).numpy() for batch in map(dataset.__getitem__, tickets())]
+    )
     cats = dataset.labels.numpy()[:16] == 0
     assert np.ptp(means[cats], axis=0).max() < np.abs(means[cats].mean(0) - means[~cats].mean(0)).max()
 

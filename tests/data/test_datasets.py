@@ -49,7 +49,9 @@ def test_an_array_answers_tickets_in_their_order():
 def test_a_memory_map_answers_too(tmp_path):
     images = np.memmap(tmp_path / "pixels", np.uint8, mode="w+", shape=(2, 3, 4, 4))
     images[1] = 9
-    assert ArrayDataset(images, np.array([0, 1]), ["0", "1"])[Ticket(1, None, 1.0)].images.unique().tolist() == [9]
+    assert ArrayDataset(images, np.array([0, 1]), ["0", "1"])[
+        Ticket(1, None, 1.0)
+    ].images.unique().tolist() == [9]
 
 
 def test_evaluation_takes_the_middle():
@@ -106,7 +108,9 @@ def test_subsets_keep_labels_keys_and_views():
     part = dataset.subset(np.array([2, 0]))
     assert part.labels.tolist() == [4, 1]
     assert part.keys == ["k2", "k3"]
-    assert torch.equal(part[Ticket(0, 3, 1.0)].images, dataset[Ticket(2, 3, 1.0)].images), "crops go with the image"
+    assert torch.equal(part[Ticket(0, 3, 1.0)].images, dataset[Ticket(2, 3, 1.0)].images), (
+        "crops go with the image"
+    )
     images = np.arange(3 * 3 * 2 * 2, dtype=np.uint8).reshape(3, 3, 2, 2)
     array = ArrayDataset(images, np.array([5, 6, 7]), ["a", "b", "c"]).subset(np.array([2]))
     assert (array.labels.tolist(), array.keys, array.images.tolist()) == ([7], ["c"], [images[2].tolist()])

@@ -28,7 +28,9 @@ MODULES = {
     for m in vars(file).values()
     if isinstance(getattr(m, "task", None), str)
 }
-SOURCES = {spec.id: ["raw", *["prepared"][: spec.family == "vtab"], *["hf"][: bool(spec.mirror)]] for spec in SQUARE}
+SOURCES = {
+    spec.id: ["raw", *["prepared"][: spec.family == "vtab"], *["hf"][: bool(spec.mirror)]] for spec in SQUARE
+}
 CASES = [(task, source) for task, sources in SOURCES.items() for source in sources]
 
 
@@ -46,7 +48,12 @@ def written(tmp_path, monkeypatch):
 
 def options(folder, source="raw"):
     root = folder / "mirror" if source == "hf" else None
-    return {"data_dir": str(folder), "store_dir": str(folder / "stores"), "root": root and str(root), "source": source}
+    return {
+        "data_dir": str(folder),
+        "store_dir": str(folder / "stores"),
+        "root": root and str(root),
+        "source": source,
+    }
 
 
 def module(task, folder, source="raw", **given):
@@ -165,13 +172,18 @@ def test_stores_differ_by_interpolation_and_native_ones_do_not(written):
     folder = written("dtd")
     folders = {
         plan("dtd", folder, interpolation=word, resampling=way).folder.name
-        for word, way in (("bilinear", "tf1"), *((w, r) for w in ("bilinear", "bicubic") for r in ("pillow", "tf2")))
+        for word, way in (
+            ("bilinear", "tf1"),
+            *((w, r) for w in ("bilinear", "bicubic") for r in ("pillow", "tf2")),
+        )
     }
-    assert folders == {f"raw-64-{word}{end}" for word in ("bilinear", "bicubic") for end in ("", "-antialias")} | {
-        "raw-64-bilinear-tf1"
-    }
+    assert folders == {
+        f"raw-64-{word}{end}" for word in ("bilinear", "bicubic") for end in ("", "-antialias")
+    } | {"raw-64-bilinear-tf1"}
     assert plan("cifar", folder, interpolation="bicubic", resampling="pillow").folder.name == "raw-native"
-    assert plan("cifar", folder, size=16).folder.name == "raw-16-bilinear-tf1", "a smaller target is squashed to once"
+    assert plan("cifar", folder, size=16).folder.name == "raw-16-bilinear-tf1", (
+        "a smaller target is squashed to once"
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +205,9 @@ def test_nothing_is_downloaded_where_that_is_forbidden(tmp_path):
         prepare_square(plan("svhn", tmp_path, download=False))
     with pytest.raises(UserError, match=r"cub200 is not prepared .*`python src/prepare.py tasks=cub200`"):
         prepare_ragged(plan("cub200", tmp_path, download=False))
-    with pytest.raises(UserError, match=r"dtd is not prepared .*prepare.py tasks=dtd source=prepared image_size=64`"):
+    with pytest.raises(
+        UserError, match=r"dtd is not prepared .*prepare.py tasks=dtd source=prepared image_size=64`"
+    ):
         prepare_square(plan("dtd", tmp_path, source="prepared", download=False))
 
 
@@ -207,7 +221,9 @@ def test_a_test_split_of_the_wrong_size_is_refused(written, monkeypatch):
     folder = written("caltech101", "prepared")
     sizes = dict(TASKS["caltech101"].split_sizes) | {"test": 6084}
     monkeypatch.setitem(catalog.TASKS, "caltech101", replace(TASKS["caltech101"], split_sizes=sizes))
-    message = r"caltech101 in .*vtab-1k is not the right data: number of images in test is 24, expected 6,084; get"
+    message = (
+        r"caltech101 in .*vtab-1k is not the right data: number of images in test is 24, expected 6,084; get"
+    )
     with pytest.raises(UserError, match=message):
         prepare_square(plan("caltech101", folder, source="prepared"))
     assert not list((folder / "stores").rglob("pixels.bin"))
@@ -219,9 +235,7 @@ def test_an_image_that_a_list_names_and_the_archive_lacks(written):
     files = {member.name: member.read() for member in members(path)}
     lost = "dtd/images/" + files["dtd/labels/test1.txt"].decode().split()[0]
     path.write_bytes(tar_bytes([(name, data) for name, data in files.items() if name != lost]))
-    message = (
-        rf"1 of 56 images that the lists name are not in the files, the first is {lost[11:]} \(test\): the files are"
-    )
+    message = rf"1 of 56 images that the lists name are not in the files, the first is {lost[11:]} \(test\): the files are"
     with pytest.raises(UserError, match=message):
         prepare_square(plan("dtd", folder))
     assert not list((folder / "stores").rglob("pixels.bin"))

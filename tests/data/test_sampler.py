@@ -24,10 +24,18 @@ def ranks(world, **given):
 
 @dealings
 @settings(max_examples=60, deadline=None)
-def test_training_shows_every_row_once_and_weighs_by_true_numbers(num_rows, world, accumulate, multiple, seed):
+def test_training_shows_every_row_once_and_weighs_by_true_numbers(
+    num_rows, world, accumulate, multiple, seed
+):
     size = world * accumulate * multiple
     dealt = ranks(
-        world, num_rows=num_rows, batch_size=size, accumulate=accumulate, seed=seed, epoch=lambda: 2, training=True
+        world,
+        num_rows=num_rows,
+        batch_size=size,
+        accumulate=accumulate,
+        seed=seed,
+        epoch=lambda: 2,
+        training=True,
     )
     steps = [list(batches) for batches in dealt]
     assert {len(own) for own in steps} == {len(dealt[0])} == {-(-num_rows // size) * accumulate}
@@ -49,7 +57,9 @@ def test_training_shows_every_row_once_and_weighs_by_true_numbers(num_rows, worl
 @dealings
 @settings(max_examples=60, deadline=None)
 def test_evaluation_shows_every_row_once_without_padding(num_rows, world, accumulate, multiple, seed):
-    dealt = ranks(world, num_rows=num_rows, batch_size=multiple, accumulate=accumulate, seed=seed, training=False)
+    dealt = ranks(
+        world, num_rows=num_rows, batch_size=multiple, accumulate=accumulate, seed=seed, training=False
+    )
     steps = [list(batches) for batches in dealt]
     assert [len(own) for own in steps] == [len(batches) for batches in dealt]
     assert all(own and all(own) for own in steps), "a rank without batches would be skipped"

@@ -69,7 +69,9 @@ def test_antialiased_resizing_is_pillow_s_bit_for_bit(interpolation, shape):
     expected = [np.asarray(Image.fromarray(i.transpose(1, 2, 0)).resize((224, 224), method)) for i in images]
     found = resize(torch.from_numpy(images), 224, interpolation, resampling="pillow")
     assert np.array_equal(found.numpy(), np.stack(expected).transpose(0, 3, 1, 2))
-    assert np.array_equal(squash(images[0].transpose(1, 2, 0), 224, interpolation, "pillow"), found[0].numpy())
+    assert np.array_equal(
+        squash(images[0].transpose(1, 2, 0), 224, interpolation, "pillow"), found[0].numpy()
+    )
 
 
 @pytest.mark.parametrize("resampling", ["tf1", "tf2"])
@@ -93,7 +95,9 @@ def test_an_image_of_one_pixel_and_a_result_of_one():
 
 def test_tensorflow_1_shifts_an_enlarged_image():
     """From 32 to 224 pixels by (224 / 32 - 1) / 2 = 3 output pixels, where nothing runs over the edge."""
-    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     one, two = (resize(image, 224, "bilinear", way) for way in ("tf1", "tf2"))
     assert torch.allclose(one[..., :-6, :-6], two[..., 3:-3, 3:-3], atol=1e-3)
     assert 25 < (one - two).abs().mean() < 45, "measured against TensorFlow: 36 of 255 on noise"
@@ -116,7 +120,10 @@ def test_the_short_side_without_antialias_is_tensorflow_s_too(interpolation, res
     [
         (("bilnear", "tf1"), "unknown interpolation 'bilnear': did you mean bilinear"),
         (("bilinear", "tf"), "unknown resampling 'tf': did you mean tf2 or tf1"),
-        (("bicubic", "tf1"), "^resampling=tf1 is bilinear only: give interpolation=bilinear, or resampling=pillow"),
+        (
+            ("bicubic", "tf1"),
+            "^resampling=tf1 is bilinear only: give interpolation=bilinear, or resampling=pillow",
+        ),
     ],
 )
 def test_a_way_of_resizing_that_is_not_there_is_refused(given, message):

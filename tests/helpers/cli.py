@@ -36,7 +36,12 @@ def command(script: str, *arguments: str) -> list[str]:
 def call(script: str, *arguments: str, timeout: float = 200, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs `python src/<script>.py ...` and returns what it printed."""
     return subprocess.run(
-        command(script, *arguments), env=os.environ | env, capture_output=True, text=True, timeout=timeout, check=False
+        command(script, *arguments),
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
@@ -60,7 +65,9 @@ def weights(folder: Path) -> Path:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         noise = torch.Generator().manual_seed(0)
-        save_file({name: start + 0.2 * torch.randn(start.shape, generator=noise) for name, start in _start()}, path)
+        save_file(
+            {name: start + 0.2 * torch.randn(start.shape, generator=noise) for name, start in _start()}, path
+        )
     return path
 
 
@@ -73,7 +80,9 @@ def _start() -> list[tuple[str, Any]]:
 
     model = build_backbone(BackboneSpec(pretrained=False, kwargs=NET)).module.model
     ones = [name for name, _ in model.named_parameters() if "norm" in name and name.endswith("weight")]
-    return [(n, torch.ones(p.shape) if n in ones else torch.zeros(p.shape)) for n, p in model.named_parameters()]
+    return [
+        (n, torch.ones(p.shape) if n in ones else torch.zeros(p.shape)) for n, p in model.named_parameters()
+    ]
 
 
 @contextmanager
@@ -124,7 +133,9 @@ def leaves(cfg: Any, prefix: str = "") -> Iterator[str]:
 
 def content(folder: Path) -> dict[str, str]:
     """Hashes of all files below a folder, by path, but for the lock."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ("lock", "holder")]
+    files = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ("lock", "holder")
+    ]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

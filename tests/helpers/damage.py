@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from visprompt.errors import UserError
 from visprompt.files import read_record, write_record
 
-bounded = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+bounded = settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @st.composite

@@ -40,7 +40,9 @@ def identity(words):
     assert Job.from_yaml(cfg.as_yaml()) == cfg, "what a rank reads is the same job"
     spec = {"name": cfg.backbone.name, "sha256": "0" * 64}
     blocks = SimpleNamespace(num_blocks=12)
-    backbone = SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3, record=lambda: spec, module=blocks)
+    backbone = SimpleNamespace(
+        image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3, record=lambda: spec, module=blocks
+    )
     return digest(identity_of(cfg, backbone, run.build_data(cfg, backbone)))
 
 

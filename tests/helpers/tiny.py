@@ -19,7 +19,12 @@ NUM_IMAGE = 17  # class token and 16 patches
 
 
 def geometry(
-    width: int = 32, num_blocks: int = 4, heads: int = 2, patch_size: int = 8, image_size: int = 32, **others: Any
+    width: int = 32,
+    num_blocks: int = 4,
+    heads: int = 2,
+    patch_size: int = 8,
+    image_size: int = 32,
+    **others: Any,
 ) -> Any:
     """What a method may ask of a plain ViT with a class token; no model is built."""
     side = image_size // patch_size
@@ -33,7 +38,9 @@ def geometry(
         "between_names": (None,) * num_blocks,
         "final_names": ("norm", "fc_norm"),
         "stem": "patch_embed.proj",
-        "model": nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})}),
+        "model": nn.ModuleDict(
+            {"patch_embed": nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})}
+        ),
         "patch_size": patch_size,
         "image_size": image_size,
         "any_size": False,
@@ -76,7 +83,9 @@ def tiny_model(seed: int = 0, **options: Any) -> VisionTransformer:
     return model
 
 
-def tiny_classifier(method: str = "vpt_deep", exact: bool = True, model: Any = None, **options: Any) -> Classifier:
+def tiny_classifier(
+    method: str = "vpt_deep", exact: bool = True, model: Any = None, **options: Any
+) -> Classifier:
     """A classifier on a tiny ViT, with prompts large enough to be seen, and branches that no longer start at zero."""
     backbone = ViT(tiny_model() if model is None else model, exact=exact)
     torch.manual_seed(1)
@@ -111,7 +120,9 @@ def images(batch: int = 2, size: int = 32) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
-def naive_features(model: Any, x: Tensor, prompts: Tensor, first: int, carry_over: bool, masks: Any = None) -> Tensor:
+def naive_features(
+    model: Any, x: Tensor, prompts: Tensor, first: int, carry_over: bool, masks: Any = None
+) -> Tensor:
     """Features as the equations of VPT read: prompts behind the class token, through timm's whole block, cut off."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     place, count = int(model.has_class_token), 0
@@ -141,7 +152,9 @@ def naive_logits(classifier: Classifier, x: Tensor, masks: Any = None) -> Tensor
 def measured(classifier: nn.Module, logits: Tensor) -> dict[str, Tensor]:
     """The logits, and the gradient of every tuned parameter under cross-entropy and what the method adds to it."""
     labels = torch.arange(len(logits)) % NUM_CLASSES
-    names, parameters = zip(*((n, p) for n, p in classifier.named_parameters() if p.requires_grad), strict=True)
+    names, parameters = zip(
+        *((n, p) for n, p in classifier.named_parameters() if p.requires_grad), strict=True
+    )
     gradients = torch.autograd.grad(mean_loss(classifier, logits, labels), parameters)
     return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True))}
 

@@ -98,7 +98,9 @@ class WandbServer:
         with self._lock:
             held = self.runs[run]
             files = sent.get("files") or {}
-            held.history += [json.loads(line) for line in files.get("wandb-history.jsonl", {}).get("content", [])]
+            held.history += [
+                json.loads(line) for line in files.get("wandb-history.jsonl", {}).get("content", [])
+            ]
             for line in files.get("wandb-summary.json", {}).get("content", []):
                 held.summary = json.loads(line)
             if sent.get("complete"):
@@ -115,7 +117,14 @@ class WandbServer:
             self.artifacts[rest].manifest = json.loads(body)
 
     def _on_viewer(self, _: Any) -> Any:
-        who = {"id": "u", "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}", "teams": {"edges": []}}
+        who = {
+            "id": "u",
+            "entity": ENTITY,
+            "username": ENTITY,
+            "email": "",
+            "flags": "{}",
+            "teams": {"edges": []},
+        }
         return {"viewer": who}
 
     def _on_serverfeaturesquery(self, _: Any) -> Any:
@@ -125,7 +134,9 @@ class WandbServer:
         name = f"sweep{len(self.sweeps)}"
         config = yaml.safe_load(given["config"])
         self.sweeps[name] = ServedSweep(config, grid(config))
-        return {"upsertSweep": {"sweep": {"name": name, "project": _PROJECT_NODE}, "configValidationWarnings": []}}
+        return {
+            "upsertSweep": {"sweep": {"name": name, "project": _PROJECT_NODE}, "configValidationWarnings": []}
+        }
 
     def _on_sweepwithruns(self, given: Any) -> Any:
         sweep = self.sweeps[given["sweep"]]
@@ -172,7 +183,10 @@ class WandbServer:
         run = self.runs[given["name"]]
         if given.get("config"):
             run.config |= {key: one["value"] for key, one in json.loads(given["config"]).items()}
-        run.sweep, run.display_name = given.get("sweep") or run.sweep, given.get("displayName") or run.display_name
+        run.sweep, run.display_name = (
+            given.get("sweep") or run.sweep,
+            given.get("displayName") or run.display_name,
+        )
         node = {"id": given["name"], "name": given["name"], "displayName": run.display_name, "config": "{}"}
         node |= {"sweepName": run.sweep, "project": _PROJECT_NODE, "historyLineCount": len(run.history)}
         return {"upsertBucket": {"bucket": node, "inserted": inserted}}

@@ -5,6 +5,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from visprompt.reports.load import frame
 from visprompt.runs.result import Result, write_result
 
 VIT_B = "vit_base_patch16_224.orig_in21k"
@@ -45,7 +48,13 @@ def result(task: str = "cifar", method: str = "linear", score: float = 0.5, **ch
         "precision": "32-true",
         "data": {"source": "raw", "fingerprint": sha256(task.encode()).hexdigest(), "fraction": 1.0}
         | {"preprocessing": PREPROCESSING, "form": "lossless", "sizes": {"test": 1000}},
-        "backbone": {"name": VIT_B, "pretrained": True, "image_size": None, "sha256": "a" * 64, "carried_blocks": []},
+        "backbone": {
+            "name": VIT_B,
+            "pretrained": True,
+            "image_size": None,
+            "sha256": "a" * 64,
+            "carried_blocks": [],
+        },
         "metrics": {"train/loss": 0.5},
         "per_class": {},
         "tuned": {"parameters": 9216, "head_parameters": 7690, "share": 9216 / VIT_B_SIZE, "macs": 17_000_000}
@@ -64,7 +73,9 @@ def result(task: str = "cifar", method: str = "linear", score: float = 0.5, **ch
 
 def write(root: Path, record: Result, name: str | None = None) -> Path:
     """Writes a run's folder below a folder of logs, as `run.py` lays them out, and returns it."""
-    content = json.dumps([record.method, record.recipe, record.data, record.backbone, record.precision, record.split])
+    content = json.dumps(
+        [record.method, record.recipe, record.data, record.backbone, record.precision, record.split]
+    )
     digest = sha256(f"{content}{record.seed}".encode()).hexdigest()[:12]
     folder = root / record.task / str(record.method["name"]) / (name or digest)
     folder.mkdir(parents=True)
@@ -72,3 +83,13 @@ def write(root: Path, record: Result, name: str | None = None) -> Path:
         (folder / "tuned.safetensors").write_bytes(b"\0" * record.tuned["bytes"])
     write_result(folder, record)
     return folder
+
+
+def changed(record: Result, **values: Any) -> Result:
+    """A record with other values in place of its own."""
+    return type(record)(**vars(record) | values)
+
+
+def table(*records: Result) -> pd.DataFrame:
+    """The table of runs that lie in folders run0, run1 and so on."""
+    return frame((Path(f"run{i}"), record) for i, record in enumerate(records))

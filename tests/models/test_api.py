@@ -16,7 +16,9 @@ SMALL = "vit_tiny_patch16_224"
 
 def plain(seed=0):
     torch.manual_seed(seed)
-    return timm.create_model(SMALL, img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7).eval()
+    return timm.create_model(
+        SMALL, img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7
+    ).eval()
 
 
 @pytest.mark.parametrize(
@@ -46,8 +48,12 @@ def test_a_state_goes_onto_the_model_that_it_was_tuned_on_and_no_other(tmp_path)
     for model in (plain(), other_head):
         loaded = visprompt.load(path, model)
         assert relative_error(loaded(images(2)), classifier(images(2))) == 0
-        assert not any("prompts" in name for name, _ in model.named_parameters()), "the user's model stays as it is"
-    with pytest.raises(UserError, match=r"was tuned on backbone vit_tiny_patch16_224.* not on vit_tiny_patch16_224"):
+        assert not any("prompts" in name for name, _ in model.named_parameters()), (
+            "the user's model stays as it is"
+        )
+    with pytest.raises(
+        UserError, match=r"was tuned on backbone vit_tiny_patch16_224.* not on vit_tiny_patch16_224"
+    ):
         visprompt.load(path, plain(seed=1))
 
 

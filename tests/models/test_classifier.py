@@ -92,7 +92,10 @@ def altered(state, **changes):
             r"it lacks \['prompts'\] and holds nothing beyond it; build it with the state's own method",
         ),
         ({"vectors": torch.zeros(1)}, r"it lacks nothing and holds \['vectors'\] beyond it"),
-        ({"head.bias": None, "bias": torch.zeros(5)}, r"it lacks \['head.bias'\] and holds \['bias'\] beyond it"),
+        (
+            {"head.bias": None, "bias": torch.zeros(5)},
+            r"it lacks \['head.bias'\] and holds \['bias'\] beyond it",
+        ),
         (
             {"prompts": torch.zeros(4, 9, 32)},
             r"prompts is \(4, 9, 32\) in the state and \(4, 10, 32\) here; build it with the state's own options",

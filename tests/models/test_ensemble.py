@@ -14,7 +14,11 @@ def states(classifier, count=3):
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
         own = classifier.tuned_state()
-        noise = {n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in own.items() if t.is_floating_point()}
+        noise = {
+            n: 0.2 * torch.randn(t.shape, generator=generator)
+            for n, t in own.items()
+            if t.is_floating_point()
+        }
         found.append(own | {n: own[n] + values for n, values in noise.items()})
     return found
 

@@ -66,7 +66,8 @@ def test_only_the_last_two_sets_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("linear", ()), ("partial", ()), ("vpt_deep", ("method.depth=1", "method.depth_from=last"))]
+    ("method", "options"),
+    [("linear", ()), ("partial", ()), ("vpt_deep", ("method.depth=1", "method.depth_from=last"))],
 )
 def test_a_grid_computes_what_is_frozen_once(tmp_path, monkeypatch, method, options):
     seen, original = [], Classifier.frozen
@@ -112,7 +113,9 @@ def test_pixels_that_lie_on_a_device_change_nothing(tmp_path, monkeypatch):
 
 
 def test_pixels_without_room_on_the_device_stay_where_they_are(monkeypatch):
-    dataset = ArrayDataset(np.arange(24, dtype=np.uint8).reshape(4, 3, 1, 2), np.array([0, 1, 1, 0]), list("abcd"))
+    dataset = ArrayDataset(
+        np.arange(24, dtype=np.uint8).reshape(4, 3, 1, 2), np.array([0, 1, 1, 0]), list("abcd")
+    )
     cpu = torch.device("cpu")
     monkeypatch.setattr(feature_cache, "_free_on", lambda device: 95)
     assert feature_cache.on_device(dataset, cpu, ("a task", 1)) is dataset
@@ -134,14 +137,18 @@ def test_pixels_without_room_on_the_device_stay_where_they_are(monkeypatch):
 @pytest.mark.parametrize("method", ["partial", "vpt_deep"])
 def test_frozen_first_blocks_run_once_and_change_nothing(tmp_path, monkeypatch, method):
     """partial-1 on two blocks, and prompts in the last one: the first block sees each training image once."""
-    options = [f"method={method}"] + ([] if method == "partial" else ["method.depth=1", "method.depth_from=last"])
+    options = [f"method={method}"] + (
+        [] if method == "partial" else ["method.depth=1", "method.depth_from=last"]
+    )
     results = {}
     for way in ("kept", "not"):
         if way == "not":
             monkeypatch.setattr("visprompt.models.tuning_module.keep", lambda *_: None)
         one = tiny_run(tmp_path / way, *options, "recipe.lr=0.01")
         results[way] = run.run_job(one)
-    assert results["kept"].metrics["train/loss"] == pytest.approx(results["not"].metrics["train/loss"], rel=1e-4)
+    assert results["kept"].metrics["train/loss"] == pytest.approx(
+        results["not"].metrics["train/loss"], rel=1e-4
+    )
     assert results["kept"].score == pytest.approx(results["not"].score, abs=0.01)
 
 
@@ -162,7 +169,9 @@ def test_prompts_start_as_features_once(tmp_path, monkeypatch):
 
 def test_trained_batch_norm_is_refused_under_accumulation(tmp_path):
     options = ("method=mlp", "trainer.accumulate_grad_batches=2", "recipe.epochs=1", "recipe.warmup_epochs=0")
-    with pytest.raises(UserError, match=r"batch norm is trained here, .*: set trainer.accumulate_grad_batches=1"):
+    with pytest.raises(
+        UserError, match=r"batch norm is trained here, .*: set trainer.accumulate_grad_batches=1"
+    ):
         run.run_job(tiny_run(tmp_path, *options))
 
 

@@ -21,7 +21,9 @@ MERGED = [(Linear, {}), (Full, {}), (Partial, {"num_blocks": 2}), (Bias, {}), (L
 
 
 @pytest.mark.parametrize(("method", "options"), MERGED)
-@pytest.mark.parametrize("model", [{}, AVERAGE | {"reg_tokens": 2, "class_token": False}, {"global_pool": "map"}])
+@pytest.mark.parametrize(
+    "model", [{}, AVERAGE | {"reg_tokens": 2, "class_token": False}, {"global_pool": "map"}]
+)
 def test_merged_equals_unmerged(method, options, model):
     classifier = built(method, tiny_model(**model), **options).eval()
     before = {n: t.clone() for n, t in classifier.state_dict().items()}
@@ -49,7 +51,9 @@ class Doubled(Wrapped):
 
     def merged(self):
         plain = nn.Linear(self.base.in_features, self.base.out_features)
-        plain.weight.data, plain.bias.data = (p.data * self.method[0].factor.data for p in self.base.parameters())
+        plain.weight.data, plain.bias.data = (
+            p.data * self.method[0].factor.data for p in self.base.parameters()
+        )
         return plain
 
 
@@ -97,11 +101,17 @@ class TwoLayers(Linear):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (VPTBias, "what VPTBias tunes is more than weights of the backbone, so it cannot be merged: keep the tuned"),
+        (
+            VPTBias,
+            "what VPTBias tunes is more than weights of the backbone, so it cannot be merged: keep the tuned",
+        ),
         (SideTune, "what SideTune tunes is more than weights"),
         (MLP, "what MLP tunes is more than weights"),
         (TwoLayers, "a head of class Sequential cannot be merged: a timm model has one layer"),
-        (Hiding, r"blocks\.3\.mlp\.fc1\.base is wrapped in a Opaque, which cannot be merged into plain weights"),
+        (
+            Hiding,
+            r"blocks\.3\.mlp\.fc1\.base is wrapped in a Opaque, which cannot be merged into plain weights",
+        ),
     ],
 )
 def test_what_is_no_plain_model_is_not_merged(method, message):

@@ -10,7 +10,14 @@ from visprompt.errors import UserError
 from visprompt.models.optim import VPTAdamW, build_optimizer, param_groups, scaled_lr, warmup_cosine
 from visprompt.models.recipe import Recipe
 
-BASE = {"optimizer": "sgd", "lr": 0.5, "weight_decay": 0.01, "batch_size": 64, "epochs": 10, "warmup_epochs": 2}
+BASE = {
+    "optimizer": "sgd",
+    "lr": 0.5,
+    "weight_decay": 0.01,
+    "batch_size": 64,
+    "epochs": 10,
+    "warmup_epochs": 2,
+}
 
 
 def recipe(**changes):
@@ -60,7 +67,10 @@ def test_the_last_bias_is_not_decayed_and_the_head_may_have_a_rate_of_its_own():
         ({"head.bias"}, 0.01, 0.0),
     ]
     same = param_groups(classifier.tuned_parameters(), lr=0.1, head_lr=None, weight_decay=0.5)
-    assert named(same, classifier) == [({"method.prompts", "head.weight"}, 0.1, 0.5), ({"head.bias"}, 0.1, 0.0)]
+    assert named(same, classifier) == [
+        ({"method.prompts", "head.weight"}, 0.1, 0.5),
+        ({"head.bias"}, 0.1, 0.0),
+    ]
     (alone,) = param_groups(classifier.tuned_parameters(), lr=0.1, head_lr=0.1, weight_decay=0.0)
     assert len(alone["params"]) == 3
 
@@ -86,7 +96,9 @@ def test_every_tuned_parameter_is_in_one_group(name):
 def test_the_optimiser_is_scaled_and_its_schedule_runs_by_steps(optimizer, cls):
     classifier = tiny_classifier("vpt_deep")
     parameters = list(classifier.tuned_parameters())
-    built, schedule = build_optimizer(parameters, recipe(optimizer=optimizer, head_lr=0.25), steps_per_epoch=5)
+    built, schedule = build_optimizer(
+        parameters, recipe(optimizer=optimizer, head_lr=0.25), steps_per_epoch=5
+    )
     assert type(built) is cls
     assert built.defaults.get("momentum", 0.9) == 0.9
     assert [group["initial_lr"] for group in built.param_groups] == [0.125, 0.0625, 0.0625]
@@ -141,12 +153,16 @@ def test_the_sum_of_the_rates_of_100_epochs_is_that_of_the_released_code():
 
 
 def test_per_epoch_without_warm_up_begins_at_the_whole_rate():
-    assert rates(recipe(lr=4.0, epochs=2, warmup_epochs=0, schedule="per_epoch"), 2) == pytest.approx([1, 1, 0.5, 0.5])
+    assert rates(recipe(lr=4.0, epochs=2, warmup_epochs=0, schedule="per_epoch"), 2) == pytest.approx(
+        [1, 1, 0.5, 0.5]
+    )
 
 
 def test_vpt_s_adamw_takes_the_steps_of_its_definition():
     """Number by number; two groups, of which one is decayed by 0.01 whatever the recipe says, and eps is 1e-6."""
-    parameters = {name: torch.nn.Parameter(torch.tensor([2.0, -1e-3])) for name in ("method.prompts", "a.bias")}
+    parameters = {
+        name: torch.nn.Parameter(torch.tensor([2.0, -1e-3])) for name in ("method.prompts", "a.bias")
+    }
     own = recipe(optimizer="vpt_adamw", lr=0.4, batch_size=128, weight_decay=0.0001, warmup_epochs=0)
     optimizer, _ = build_optimizer(parameters.items(), own, steps_per_epoch=1)
     expected = {name: [2.0, -1e-3] for name in parameters}
@@ -168,7 +184,9 @@ def test_vpt_s_adamw_takes_the_steps_of_its_definition():
 
 def test_vpt_s_adamw_spares_every_name_with_bias_and_is_sgd_without_a_decay():
     classifier = tiny_classifier("full")
-    optimizer, _ = build_optimizer(classifier.tuned_parameters(), recipe(optimizer="vpt_adamw"), steps_per_epoch=1)
+    optimizer, _ = build_optimizer(
+        classifier.tuned_parameters(), recipe(optimizer="vpt_adamw"), steps_per_epoch=1
+    )
     assert type(optimizer) is VPTAdamW
     for names, _, decay in named(optimizer.param_groups, classifier):
         assert {("bias" in name) for name in names} == {decay == 0.0}
@@ -182,7 +200,9 @@ def test_vpt_s_adamw_spares_every_name_with_bias_and_is_sgd_without_a_decay():
 
 
 def test_a_recipe_records_the_decay_that_vpt_s_adamw_takes():
-    decays = [recipe(optimizer="vpt_adamw", weight_decay=given).weight_decay for given in (0.0, 0.0001, 0.01, 0.5)]
+    decays = [
+        recipe(optimizer="vpt_adamw", weight_decay=given).weight_decay for given in (0.0, 0.0001, 0.01, 0.5)
+    ]
     assert decays == [0.0, 0.01, 0.01, 0.01]
 
 

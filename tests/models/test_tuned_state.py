@@ -58,7 +58,11 @@ def file(tmp_path):
 def test_what_is_saved_is_what_is_loaded(file):
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
     tensors = {f"t.{dtype}": torch.tensor([[0, 1, 1]]).to(dtype) for dtype in dtypes}
-    tensors |= {"scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "turned": torch.arange(6.0).reshape(2, 3).T}
+    tensors |= {
+        "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 4),
+        "turned": torch.arange(6.0).reshape(2, 3).T,
+    }
     state = tuned(tensors)
     checksum = save_state(file, state)
     for path in (file, file.parent):
@@ -146,12 +150,13 @@ def flips(content):
     """Three bits of every byte: the lowest, the one that makes small letters capital ones, and another in turn."""
     for position in range(len(content)):
         for bit in {0, 5, position % 8}:
-            yield position, content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
+            yield (
+                position,
+                content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :],
+            )
 
 
-REFUSED = (
-    "is damaged: its checksum differs; copy it again or rerun its task|is not a readable tuned state .*: copy it again"
-)
+REFUSED = "is damaged: its checksum differs; copy it again or rerun its task|is not a readable tuned state .*: copy it again"
 
 
 def minimal():
@@ -173,7 +178,11 @@ def test_a_flipped_bit_is_refused_wherever_it_is(file):
 def test_every_cut_and_every_longer_file_is_refused(file):
     save_state(file, minimal())
     content = file.read_bytes()
-    for damaged in (*(content[:length] for length in range(len(content))), content + b"\0", content + content):
+    for damaged in (
+        *(content[:length] for length in range(len(content))),
+        content + b"\0",
+        content + content,
+    ):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=REFUSED):
             load_state(file)
@@ -250,9 +259,18 @@ def test_a_newer_schema_is_refused(file, monkeypatch):
             r"was tuned with backbone\.global_pool=None, not avg: set it",
         ),
         ({"backbone": BACKBONE | {"image_size": 96}}, r"was tuned with backbone\.image_size=None, not 96"),
-        ({"backbone": BACKBONE | {"kwargs": {}}}, r"was tuned with backbone\.kwargs={'img_size': 32, .*}, not {}"),
-        ({"method": METHOD | {"num_tokens": 50}}, r"holds method {.*'num_tokens': 10.*}, not {.*'num_tokens': 50.*}"),
-        ({"method": {"name": "linear"}}, r"holds method {'name': 'vpt_deep'.*}, not {'name': 'linear'}: build that"),
+        (
+            {"backbone": BACKBONE | {"kwargs": {}}},
+            r"was tuned with backbone\.kwargs={'img_size': 32, .*}, not {}",
+        ),
+        (
+            {"method": METHOD | {"num_tokens": 50}},
+            r"holds method {.*'num_tokens': 10.*}, not {.*'num_tokens': 50.*}",
+        ),
+        (
+            {"method": {"name": "linear"}},
+            r"holds method {'name': 'vpt_deep'.*}, not {'name': 'linear'}: build that",
+        ),
         ({"class_names": ("cat", "dog", "owl")}, "has 2 classes, not 3: use data of the same classes"),
         (
             {"class_names": ("cat", "owl")},
@@ -267,7 +285,10 @@ def test_a_state_for_something_else_is_refused(expected, message):
 
 
 def test_a_state_for_the_same_is_taken():
-    elsewhere = BACKBONE | {"name": "vit_base_patch16_224", "exact": False}  # the same weights, the same features
+    elsewhere = BACKBONE | {
+        "name": "vit_base_patch16_224",
+        "exact": False,
+    }  # the same weights, the same features
     check_fits(tuned(), Path("a"), backbone=elsewhere, method=dict(METHOD), class_names=["cat", "dog"])
     check_fits(tuned(), Path("a"))
 
@@ -321,7 +342,9 @@ def test_a_full_disk_leaves_the_old_state(file, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*file/a/b: .*; free some space or choose another folder"):
+    with pytest.raises(
+        UserError, match=r"cannot write .*file/a/b: .*; free some space or choose another folder"
+    ):
         write_atomically(tmp_path / "file" / "a" / "b", lambda path: path.write_text("x"))
 
 

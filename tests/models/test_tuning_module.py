@@ -67,7 +67,9 @@ def test_the_loss_is_the_weighted_sum_and_rows_of_no_weight_do_not_count(monkeyp
     given = batch(weights=[0.5, 0.25, 0.25, 0.0])
     logits = one.classifier(given.images)
     losses = F.cross_entropy(logits, given.labels, reduction="none")
-    assert float(one.training_step(given, 0).detach()) == pytest.approx(float((losses * given.weights).sum().detach()))
+    assert float(one.training_step(given, 0).detach()) == pytest.approx(
+        float((losses * given.weights).sum().detach())
+    )
     assert float(one.train_loss.compute()) == pytest.approx(float(losses[:3].mean().detach()))
     assert float(one.train_score.compute()) == pytest.approx(
         float((logits.argmax(1) == given.labels)[:3].float().mean())
@@ -156,7 +158,9 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize(("split", "trained_on", "scored"), [("final", 1000, 797), ("tune", 800, 200)])
-def test_frozen_features_are_computed_once_and_change_nothing(tmp_path, monkeypatch, seen, split, trained_on, scored):
+def test_frozen_features_are_computed_once_and_change_nothing(
+    tmp_path, monkeypatch, seen, split, trained_on, scored
+):
     options = ("method=linear", f"split={split}", "recipe.lr=0.4")
     one, cached = trained(tmp_path / "cached", *options)
     assert sum(seen) == trained_on + scored
@@ -196,7 +200,11 @@ def test_the_learning_rate_follows_optimiser_steps_whatever_the_accumulation(tmp
             return original(self, given, index)
 
         monkeypatch.setattr(TuningModule, "training_step", note)
-        options = ("recipe.batch_size=200", f"trainer.accumulate_grad_batches={accumulate}", f"tags=[by{accumulate}]")
+        options = (
+            "recipe.batch_size=200",
+            f"trainer.accumulate_grad_batches={accumulate}",
+            f"tags=[by{accumulate}]",
+        )
         trained(tmp_path / str(accumulate), *options)
     peak = 0.4 * 200 / 256
     warm_up = [peak * (step + 1) / 5 for step in range(5)]

@@ -25,10 +25,22 @@ CASES = {
     "dropped before": ("vpt_deep", PROMPTS | {"depth": 2}, {}, slice(0, 1), CLASS),
     "linear": ("linear", {}, {}, slice(0, 1), CLASS),
     "rows": ("e2vpt", PROMPTS | {"num_kv_tokens": 2, "kv_blocks": [3]}, {}, slice(0, 1), CLASS),
-    "rows alone": ("e2vpt", PROMPTS | {"num_tokens": 0, "num_kv_tokens": 4, "kv_blocks": [3]}, {}, slice(0, 1), CLASS),
+    "rows alone": (
+        "e2vpt",
+        PROMPTS | {"num_tokens": 0, "num_kv_tokens": 4, "kv_blocks": [3]},
+        {},
+        slice(0, 1),
+        CLASS,
+    ),
     "mean": ("vpt_deep", PROMPTS, {"global_pool": "avg"}, slice(1, 17), MEAN.format(16)),
     "mean, linear": ("linear", {}, {"global_pool": "avg"}, slice(1, 17), MEAN.format(16)),
-    "no class": ("vpt_deep", PROMPTS, {"global_pool": "avg", "class_token": False}, slice(0, 16), MEAN.format(16)),
+    "no class": (
+        "vpt_deep",
+        PROMPTS,
+        {"global_pool": "avg", "class_token": False},
+        slice(0, 16),
+        MEAN.format(16),
+    ),
     "patches": ("vpt_deep", PROMPTS | {"pool": "image"}, {}, slice(1, 17), MEAN.format(16)),
     "prompts": ("vpt_deep", PROMPTS | {"pool": "prompt"}, {}, slice(17, 20), MEAN.format(3)),
     "both": ("vpt_shallow", PROMPTS | {"pool": "image_prompt"}, {}, slice(1, 20), MEAN.format(19)),
@@ -92,7 +104,9 @@ def test_weights_are_those_of_the_equation_over_all_tokens(name, exact):
     assert (joined(found).sum(-1) - 1).abs().max() < 1e-6
     assert found.patches.shape == (2, 2, *model.patch_embed.grid_size)
     assert found.prefix.shape[-1] == model.num_prefix_tokens
-    assert found.prompts.shape[-1] == (0 if name in ("linear", "mean, linear", "dropped before", "rows alone") else 3)
+    assert found.prompts.shape[-1] == (
+        0 if name in ("linear", "mean, linear", "dropped before", "rows alone") else 3
+    )
     assert found.keys_values.shape[-1] == {"rows": 2, "rows alone": 4}.get(name, 0)
     # flat maps, or such of one image, would hide mistakes
     assert found.patches.std() > 0.01
@@ -125,7 +139,9 @@ def timms(classifier, x, rows):
     return seen[0][:, :, rows].mean(2)
 
 
-@pytest.mark.parametrize("method", ["lora", "ssf", "fact", "vpt_gated", "vpt_low_rank", "vfpt", "vapt", "bias"])
+@pytest.mark.parametrize(
+    "method", ["lora", "ssf", "fact", "vpt_gated", "vpt_low_rank", "vfpt", "vapt", "bias"]
+)
 def test_what_is_wrapped_or_tempered_is_seen(method):
     classifier, x = tiny_classifier(method).eval(), images()
     assert relative_error(joined(last_attention(classifier, x)), timms(classifier, x, slice(0, 1))) < FLOAT32
@@ -138,7 +154,10 @@ EVA = {
     "three projections": {"qkv_fused": False},
     "norms behind": {"use_post_norm": True},
 }
-NAMED = {"vit_base_patch16_sapiens2": {"num_kv_heads": (2, 1, 1, 1)}, "vit_small_patch16_rope_mixed_ape_224": {}}
+NAMED = {
+    "vit_base_patch16_sapiens2": {"num_kv_heads": (2, 1, 1, 1)},
+    "vit_small_patch16_rope_mixed_ape_224": {},
+}
 
 
 @pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "linear"])
@@ -155,7 +174,10 @@ def test_rotations_are_in_the_weights_of_an_eva(name, method):
             parameter.copy_(start + 0.2 * torch.randn_like(parameter))
         backbone = family(model.eval())
         options = {} if method == "linear" else PROMPTS
-        classifier, x = Classifier(backbone, build_method(method, backbone, **options), NUM_CLASSES).eval(), images()
+        classifier, x = (
+            Classifier(backbone, build_method(method, backbone, **options), NUM_CLASSES).eval(),
+            images(),
+        )
         for prompts in classifier.method.parameters():
             prompts.normal_()
         found = last_attention(classifier, x)
@@ -186,7 +208,9 @@ def plain(model):
 
 
 def test_other_backbones_are_refused_in_one_sentence():
-    swin = SwinTransformer(img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2))
+    swin = SwinTransformer(
+        img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2)
+    )
     conv = ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8))
     for model in (swin, conv):
         message = (

@@ -48,11 +48,16 @@ def write_all(folder):
                 write(folder, result(task, "vpt_deep", score, split="tune", options=options, tuned=tuned))
         for fraction in (0.1, 0.5):
             score = round(draw.uniform(0.3, 0.5), 3)
-            write(folder, result(task, "vpt_deep", score, data={"fraction": fraction}, options={"num_tokens": 10}))
+            write(
+                folder,
+                result(task, "vpt_deep", score, data={"fraction": fraction}, options={"num_tokens": 10}),
+            )
     swin = {"name": "swin_base_patch4_window7_224.ms_in22k", "sha256": "b" * 64}
     write(folder, result("cifar", "vpt_deep", 0.6, backbone=swin, options={"num_tokens": 10}))
     write(folder, result("cifar", "vpt_deep", 0.61, precision="bf16-mixed", options={"num_tokens": 10}))
-    diverged = result("cifar", "vpt_deep", 0.1, split="tune", status="diverged", diverged_step=3, recipe={"lr": 1e3})
+    diverged = result(
+        "cifar", "vpt_deep", 0.1, split="tune", status="diverged", diverged_step=3, recipe={"lr": 1e3}
+    )
     write(folder, diverged)
     write(folder, result("digits", "ssf", 0.9, per_class={str(n): 0.9 for n in range(10)}))
 

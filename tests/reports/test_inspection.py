@@ -77,7 +77,9 @@ def test_counts_are_those_that_the_run_scored(opened, name):
     assert found.counts.sum(1).tolist() == np.bincount(pixels(one)[1]).tolist()
     shares = found.counts.diagonal() / found.counts.sum(1)
     assert shares.tolist() == pytest.approx(list(one.result.per_class.values()), abs=1e-6)
-    assert found.counts.sum(0).tolist() != found.counts.sum(1).tolist(), "else rows and columns could be confused"
+    assert found.counts.sum(0).tolist() != found.counts.sum(1).tolist(), (
+        "else rows and columns could be confused"
+    )
 
 
 def test_columns_are_predicted_classes(opened):
@@ -85,7 +87,10 @@ def test_columns_are_predicted_classes(opened):
     images, labels = pixels(one)
     with torch.no_grad():
         predicted = one.classifier((images - 0.5) / 0.5).argmax(1)
-    assert inspection.confusion(one).counts[3].tolist() == np.bincount(predicted[labels == 3], minlength=10).tolist()
+    assert (
+        inspection.confusion(one).counts[3].tolist()
+        == np.bincount(predicted[labels == 3], minlength=10).tolist()
+    )
 
 
 def test_counts_that_give_another_score_than_the_record_are_refused(opened):
@@ -108,7 +113,9 @@ def test_features_are_those_the_head_reads_and_those_of_timms_own_model(opened, 
     with torch.no_grad():
         logits = one.classifier.head(torch.from_numpy(found.after))
         assert float((logits.argmax(1) == labels).double().mean()) == one.result.score
-        model = create_model("vit_tiny_patch16_224", num_classes=0, **NET | {"img_size": images.shape[-1]}).eval()
+        model = create_model(
+            "vit_tiny_patch16_224", num_classes=0, **NET | {"img_size": images.shape[-1]}
+        ).eval()
         model.load_state_dict(load_file(logs / "weights.safetensors"))
         expected = model((images - 0.5) / 0.5).numpy()
     assert np.abs(found.before - expected).max() < 1e-5 * np.abs(expected).max()
@@ -158,7 +165,9 @@ def test_few_images_have_a_place_too(count):
 
 def test_equal_images_have_one_place_and_three_have_none():
     assert not inspection.embed(np.ones((9, 6), np.float32)).any()
-    with pytest.raises(UserError, match=r"^t-SNE places no less than 4 images, and there are 3: take a larger set$"):
+    with pytest.raises(
+        UserError, match=r"^t-SNE places no less than 4 images, and there are 3: take a larger set$"
+    ):
         inspection.embed(np.zeros((3, 6), np.float32))
 
 
@@ -175,7 +184,9 @@ def test_attention_comes_with_its_images(opened, name):
     tolerance = 0.01 if name == "half" else 1e-6
     assert np.abs(found.images - images[rows].permute(0, 2, 3, 1).numpy()).max() < tolerance
     assert found.labels.tolist() == labels[rows].tolist()
-    total = found.prefix.sum(-1) + found.patches.sum((-1, -2)) + found.prompts.sum(-1) + found.keys_values.sum(-1)
+    total = (
+        found.prefix.sum(-1) + found.patches.sum((-1, -2)) + found.prompts.sum(-1) + found.keys_values.sum(-1)
+    )
     assert np.abs(total - 1).max() < 1e-6
     assert found.patches.shape == (3, 2, side, side)
     assert found.prompts.shape == (3, 2, {"linear": 0, "e2vpt": 3}.get(name, 4))
@@ -228,41 +239,62 @@ def test_own_images_scored_in_tune(tmp_path):
 
 def test_what_cannot_be_opened_is_said_in_one_sentence(opened, logs, tmp_path):
     folder = opened("linear").folder
-    with pytest.raises(UserError, match=r"holds no finished run: give the folder that was printed below its table$"):
+    with pytest.raises(
+        UserError, match=r"holds no finished run: give the folder that was printed below its table$"
+    ):
         inspection.open_run(tmp_path)
-    with pytest.raises(UserError, match=r"^device=gpu is not a device of this machine: choose auto, cpu or cuda$"):
+    with pytest.raises(
+        UserError, match=r"^device=gpu is not a device of this machine: choose auto, cpu or cuda$"
+    ):
         inspection.open_run(folder, "gpu")
-    with pytest.raises(UserError, match=r"^there is no file of backbone weights at /nowhere: give weights=FILE$"):
+    with pytest.raises(
+        UserError, match=r"^there is no file of backbone weights at /nowhere: give weights=FILE$"
+    ):
         inspection.open_run(folder, weights="/nowhere")
     half = shutil.copytree(folder, tmp_path / "half")
     stored = json.loads((half / "result.json").read_text())
     rewrite(half / "result.json", data=stored["data"] | {"fingerprint": "0" * 64})
-    with pytest.raises(UserError, match=r"half have changed since it was trained: restore them, or train again$"):
+    with pytest.raises(
+        UserError, match=r"half have changed since it was trained: restore them, or train again$"
+    ):
         inspection.open_run(half)
     (half / "config.yaml").write_text("data: [")
     with pytest.raises(
-        UserError, match=r"half/config\.yaml cannot be read \(it is cut off or not YAML\): copy the whole folder of the run$"
+        UserError,
+        match=r"half/config\.yaml cannot be read \(it is cut off or not YAML\): copy the whole folder of the run$",
     ):
         inspection.open_run(half)
     (half / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"cannot be read \(.*No such file.*\): copy the whole folder of the run$"):
+    with pytest.raises(
+        UserError, match=r"cannot be read \(.*No such file.*\): copy the whole folder of the run$"
+    ):
         inspection.open_run(half)
     (half / "result.json").unlink()
-    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that was printed below its table$"):
+    with pytest.raises(
+        UserError, match=r"half holds no finished run: give the folder that was printed below its table$"
+    ):
         inspection.open_run(half)
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"decode": None}, "old is of an older version, which did not record its decode: run its command again$"),
-        ({"flip": 0.5}, "old was tuned with other preprocessing than .*config.yaml: give runs with the same one$"),
+        (
+            {"decode": None},
+            "old is of an older version, which did not record its decode: run its command again$",
+        ),
+        (
+            {"flip": 0.5},
+            "old was tuned with other preprocessing than .*config.yaml: give runs with the same one$",
+        ),
     ],
 )
 def test_other_preprocessing_than_the_record_is_named(opened, tmp_path, changes, sentence):
     old = shutil.copytree(opened("linear").folder, tmp_path / "old")
     state = load_state(old)
-    preprocessing = {key: value for key, value in (state.preprocessing | changes).items() if key != "decode" or value}
+    preprocessing = {
+        key: value for key, value in (state.preprocessing | changes).items() if key != "decode" or value
+    }
     checksum = save_state(old / "tuned.safetensors", replace(state, preprocessing=preprocessing))
     tuned = json.loads((old / "result.json").read_text())["tuned"]
     size = (old / "tuned.safetensors").stat().st_size

@@ -15,12 +15,13 @@ import pytest
 from PIL import Image
 
 from helpers.written_runs import result, write
+from visprompt.data.catalog import SUITES
 from visprompt.reports import figures
-from visprompt.reports.collect import survey
-from visprompt.reports.contents import contents
-from visprompt.reports.page import Picture, page
+from visprompt.reports.load import survey
+from visprompt.reports.page import Picture, contents, page
 
 MADE = datetime(2026, 11, 21, 20, 30, tzinfo=UTC)
+ALL_TRIED = "All settings of a method on a task with final runs have a grid on the validation images among these runs."
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
 HOSTILE = "<script>alert(1)</script> & \"cats\" 'n' dogs"
 
@@ -119,7 +120,9 @@ def test_the_page_loads_nothing_and_runs_nothing(report):
     assert not {name for name, _, _ in read.elements} & {"script", "link", "iframe", "object", "base"}
     policy = next(a["content"] for a in read.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    found = [a[key] for _, a, _ in read.elements for key in ("src", "srcset", "href", "data", "action") if key in a]
+    found = [
+        a[key] for _, a, _ in read.elements for key in ("src", "srcset", "href", "data", "action") if key in a
+    ]
     assert all(link.startswith(("#", "data:image/svg+xml;base64,")) for link in found)
     assert "url(" not in report[1]
     assert not [key for _, attributes, _ in read.elements for key in attributes if key.startswith("on")]
@@ -140,7 +143,8 @@ def test_the_summary_says_what_was_run_and_on_what(report):
     assert "1 folder is left out" in told["Runs"]
     assert "demo: source raw, form lossless, 224 pixels" in told["Data"]
     assert (
-        "Settings of a method on a task with final runs: 13; with a grid on the validation images" in told["Protocol"]
+        "Settings of a method on a task with final runs: 13; with a grid on the validation images"
+        in told["Protocol"]
     )
     assert "among these runs: 1;" in told["Protocol"]
     assert not any("ighest" in term for term in told), "no rule chooses by the test accuracy"
@@ -156,7 +160,9 @@ def test_sections_hold_the_tables_and_figures_that_the_runs_have(report):
     assert list(found["tests"].tables) == ["tests", "ranks"]
     assert found["tests"].tables["tests"].title == "Against full"
     assert list(found["choices"].tables) == ["choices", "left_out"]
-    assert [plot.name for plot in found["parameters"].plots] == ["accuracy_by_parameters_mean_of_3_tasks_demo"]
+    assert [plot.name for plot in found["parameters"].plots] == [
+        "accuracy_by_parameters_mean_of_3_tasks_demo"
+    ]
     assert [plot.name for plot in found["settings"].plots] == ["accuracy_by_prompt_length_digits_validation"]
     assert len(found["training"].plots) == 6
     assert "0.25" in "".join(Reader(report[1]).within("li")), "three tasks cannot go below 0.25"
@@ -206,7 +212,11 @@ def look(folder, width, scheme, *options):
             [
                 *(browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
                 *("--disable-background-networking", "--no-first-run", f"--user-data-dir={profile}"),
-                *("--disable-dev-shm-usage", "--enable-logging=stderr", f"--window-size={max(width, 500)},3000"),
+                *(
+                    "--disable-dev-shm-usage",
+                    "--enable-logging=stderr",
+                    f"--window-size={max(width, 500)},3000",
+                ),
                 f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
                 *options,
                 (folder / f"frame{width}.html").as_uri(),
@@ -264,3 +274,61 @@ def test_without_a_browser_the_test_says_how_to_get_one(monkeypatch):
     monkeypatch.delenv("VISPROMPT_NO_BROWSER", raising=False)
     with pytest.raises(AssertionError, match="apt-get install chromium"):
         browser()
+
+
+# beyond its tables: what was tried, which rows are missing, what figures are called
+
+
+def told(logs):
+    return contents(survey([logs]), [logs], MADE)
+
+
+def protocol(logs):
+    return dict(told(logs).facts)["Protocol"][1]
+
+
+def tried(logs, *rates, **changes):
+    for lr in rates:
+        write(logs, result(split="tune", recipe={"lr": lr}, **changes))
+
+
+def test_a_grid_is_one_of_the_same_protocol_with_two_points(tmp_path):
+    few = "Settings of a method on a task with final runs: {}; with a grid on the validation images among these runs: {};"
+    write(tmp_path, result())
+    tried(tmp_path, 1.0, 5.0, precision="bf16-mixed")
+    tried(tmp_path, 1.0)
+    tried(tmp_path, 1.0, seed=44)  # another seed is no other point
+    assert protocol(tmp_path).startswith(few.format(1, 0))
+    tried(tmp_path, 5.0)
+    assert protocol(tmp_path) == ALL_TRIED
+    write(tmp_path, result(data={"fraction": 0.1}))
+    assert protocol(tmp_path).startswith(few.format(2, 1))
+
+
+def test_a_prune_grid_is_no_grid_of_settings(tmp_path):
+    for number, split in enumerate(("tune", "tune", "final")):
+        options = {"prune": True, "initial": "a", "token_mask": [number]}
+        write(tmp_path, result(method="e2vpt", split=split, options=options, tuned={"kept_tokens": number}))
+    assert "runs: 1; with a grid on the validation images among these runs: 0;" in protocol(tmp_path)
+
+
+def test_a_row_that_no_full_row_is_under_one_protocol_with_is_shown_to_lack_it(tmp_path):
+    for task in SUITES["demo"]:
+        for method in ("linear", "full"):
+            write(tmp_path, result(task, method))
+    write(tmp_path, result("digits", "bias", precision="bf16-mixed"))
+    (accuracy, *_) = told(tmp_path).sections
+    assert [(row[0], str(row[1])) for row in accuracy.tables["wins"].rows] == [
+        ("linear, precision 32-true", "0 of 3"),
+        ("bias, precision bf16-mixed", "no full row of the same protocol"),
+    ]
+
+
+def test_no_two_figures_share_a_file(tmp_path):
+    for task in ("2", "\u72ac", "\u732b", "dark"):
+        folder = write(tmp_path, result(task))
+        (folder / "metrics.csv").write_text("epoch,train/loss,train/acc\n0,2,0.2\n1,1,0.4\n")
+    names = [plot.name for section in told(tmp_path).sections for plot in section.plots]
+    files = [f"{name}{ending}" for name in names for ending in (".svg", "_dark.svg")]
+    assert len(names) == 8
+    assert len(set(files)) == 16

@@ -18,7 +18,11 @@ def test_a_pair_is_found_by_config_or_by_weights_with_its_source():
     assert found is published("vpt_deep", "vit_base_patch16_224.orig_in21k")
     assert found.source == "Jia et al., Visual Prompt Tuning, ECCV 2022"
     assert (found.params, found.means["vtab_structured"], found.means["fgvc"]) == (1.18, 54.98, 89.11)
-    assert (found.tasks["cifar"], found.tasks["smallnorb_ele"], found.tasks["stanford_cars"]) == (78.8, 37.8, 83.6)
+    assert (found.tasks["cifar"], found.tasks["smallnorb_ele"], found.tasks["stanford_cars"]) == (
+        78.8,
+        37.8,
+        83.6,
+    )
     assert found.mean_of_groups == pytest.approx((78.48 + 82.43 + 54.98) / 3)
     assert found.caution == ""
 
@@ -52,7 +56,9 @@ def test_a_paper_can_be_named():
 def test_a_run_that_contradicts_the_papers_options_is_another_method():
     assert published("partial", "vit_b16_in21k", options={"num_blocks": 2}) is None
     assert published("vpt_deep", "vit_b16_in21k", options={"depth": 3, "location": "prepend"}) is None
-    assert published("vpt_deep", "vit_b16_in21k", options={"num_tokens": 5}) is not None  # unrecorded ones fit
+    assert (
+        published("vpt_deep", "vit_b16_in21k", options={"num_tokens": 5}) is not None
+    )  # unrecorded ones fit
     assert published("vpt_shallow", "resnet50", options={"location": "pad"}).name == "vpt_pad"
     assert published("vpt_shallow", "swin_b", options={"location": "pad"}) is None
 
@@ -181,7 +187,9 @@ def test_lists_of_accuracies_agree_with_the_papers_means_but_where_it_is_said():
         for group in (*GROUPS, "fgvc"):
             mean = group_mean(found, group)
             if mean is not None and group in found.means:
-                known = rounded(*(found.tasks[task] for task in SUITES[group])) + rounded(*found.means.values())
+                known = rounded(*(found.tasks[task] for task in SUITES[group])) + rounded(
+                    *found.means.values()
+                )
                 checked += 1
                 assert (abs(mean - found.means[group]) < known + 1e-3) == (group not in found.unreliable), (
                     found,
@@ -194,14 +202,22 @@ def test_every_list_is_checked_by_a_mean_that_its_source_prints():
     """Where group means are not printed, by the mean over the groups or over all tasks."""
     unprinted = []
     for found in all_published():
-        missing = [group for group in GROUPS if group_mean(found, group) is not None and group not in found.means]
+        missing = [
+            group for group in GROUPS if group_mean(found, group) is not None and group not in found.means
+        ]
         if missing:
             unprinted.append((found.paper, found.name))
             if found.paper == "ship":  # its file of results has figures by task alone
                 continue
             assert found.printed_mean is not None or found.printed_flat_mean is not None, found
         assert group_mean(found, "fgvc") is None or "fgvc" in found.means, found
-    assert unprinted == [("noah", "lora"), ("fact", "fact_tt"), ("fact", "fact_tk"), ("ssf", "ssf"), ("ship", "ship")]
+    assert unprinted == [
+        ("noah", "lora"),
+        ("fact", "fact_tt"),
+        ("fact", "fact_tk"),
+        ("ssf", "ssf"),
+        ("ship", "ship"),
+    ]
 
 
 def test_printed_means_over_groups_and_tasks_follow_from_the_lists_or_the_group_means():
@@ -226,7 +242,9 @@ def test_prompt_lengths_give_the_shares_that_are_printed():
     several = []
     for method, groups in settings["tuned_shares"].items():
         for group, shares in groups.items():
-            for task, share, length in zip(order[group], shares, settings["lengths"][method][group], strict=True):
+            for task, share, length in zip(
+                order[group], shares, settings["lengths"][method][group], strict=True
+            ):
                 head = TASKS[task].num_classes * 769
                 fit = []
                 for searched in (1, 5, 10, 50, 100, 200):
@@ -241,7 +259,9 @@ def test_prompt_lengths_give_the_shares_that_are_printed():
 
 def test_tasks_methods_and_backbones_are_ours():
     order = contents()["order"]
-    assert {group: tuple(tasks) for group, tasks in order.items()} == {group: SUITES[group] for group in order}
+    assert {group: tuple(tasks) for group, tasks in order.items()} == {
+        group: SUITES[group] for group in order
+    }
     assert {found.method for found in all_published()} <= {*METHODS, None}
     assert [found.name for found in all_published() if found.method is None] == ["ship", "houlsby"]
     for backbone, weights in contents()["backbones"].items():

@@ -16,10 +16,10 @@ from visprompt.errors import UserError
 from visprompt.reports import closeups
 from visprompt.reports import report as module
 from visprompt.reports.closeups import typical
-from visprompt.reports.collect import read_runs, rows
 from visprompt.reports.inspection import Features
-from visprompt.reports.render import Table, decimal, latex
+from visprompt.reports.load import read_runs
 from visprompt.reports.report import FORMATS, report
+from visprompt.reports.rows import rows
 from visprompt.runs import run
 from visprompt.runs.compose import composing
 
@@ -77,7 +77,8 @@ def test_the_files_say_the_same_as_the_page(output):
     )
     assert "\n- **Runs**: 11: 9 of split=final, 2 of split=tune\n" in text
     assert re.search(
-        r"\n- \*\*Protocol\*\*:\n  - Test accuracies are [^\n]+\.\n  - Settings of a method [^\n]+\.\n- \*\*", text
+        r"\n- \*\*Protocol\*\*:\n  - Test accuracies are [^\n]+\.\n  - Settings of a method [^\n]+\.\n- \*\*",
+        text,
     )
     assert "| ssf | 70.0 | 70.0 | 70.0 | 70.00 |" in text
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
@@ -131,7 +132,9 @@ def test_what_cannot_be_written_leaves_the_older_report(logs, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "csv_text", full)
-    with pytest.raises(UserError, match=r"cannot write .*report: .*No space left on device; name another folder"):
+    with pytest.raises(
+        UserError, match=r"cannot write .*report: .*No space left on device; name another folder"
+    ):
         made(logs, folder, "formats=[csv]")
     assert files(folder) == before
     assert list(tmp_path.iterdir()) == [folder]
@@ -202,22 +205,6 @@ def test_what_nothing_can_be_tested_against_is_said_before_any_run_is_opened(log
         made(tmp_path / "tried", tmp_path / "report", "against=linear")
 
 
-# text in Markdown and LaTeX
-
-
-def test_a_table_is_as_wide_as_a_page_of_latex_at_most():
-    long = "runs of digits differ in recipe.lr: " * 20
-    made = latex(Table("Why", ("row", "value", "why"), (("[1, 2]", decimal(1.0), long), ("* b", decimal(2.0), "a/b"))))
-    lines = made.splitlines()
-    assert lines[3] == r"\begin{tabular}{lr>{\raggedright\arraybackslash}p{16em}}"
-    assert lines[7].startswith("{[}1, 2] & 1.0 & runs of digits")
-    assert lines[8] == r"{*} b & 2.0 & a/\allowbreak{}b \\"
-    many = Table("Cost", ("row", *(f"column {i}" for i in range(9))), (("a", *(decimal(i) for i in range(9))),))
-    lines = latex(many).splitlines()
-    assert lines[3:5] == [r"\resizebox{\linewidth}{!}{%", r"\begin{tabular}{lrrrrrrrrr}"]
-    assert lines[-2] == r"\end{tabular}}"
-
-
 def test_a_wrong_word_is_said_before_anything_is_loaded():
     done = call("report", "outptu=x")
     assert done.returncode == 2
@@ -252,11 +239,14 @@ def test_a_run_that_stands_in_two_rows_is_opened_once(tmp_path):
     for task, best in (("digits", 1.0), ("digits_loc", 0.5)):
         for rate in (1.0, 0.5):
             for split in ("tune", "final"):
-                write(tmp_path, result(task, "bias", 0.6 if rate == best else 0.4, split=split, recipe={"lr": rate}))
+                write(
+                    tmp_path,
+                    result(task, "bias", 0.6 if rate == best else 0.4, split=split, recipe={"lr": rate}),
+                )
     runs = read_runs([tmp_path])
     made_rows = rows(runs)
     assert [sorted(row.cells) for row in made_rows] == [["digits", "digits_loc"]] * 3
-    rates = {run.folder: run.result.recipe["lr"] for run in runs}
+    rates = {folder: result.recipe["lr"] for folder, result in zip(runs.folder, runs.result, strict=True)}
     assert sorted(rates[folder] for folder in typical(made_rows)) == [0.5, 1.0]
 
 
@@ -309,7 +299,9 @@ def test_words_for_a_map_say_whether_its_classes_can_be_told_apart(monkeypatch, 
     before, after = closeups.look([Path("a")], {}, "cpu", data_dir=None, weights=None).plots
     about = "5 images of test; distances between groups mean little in t-SNE."
     assert before.alt == after.alt == f"Points in the plane for {about} {words}"
-    assert before.caption == f"Features of the frozen backbone: {about}" + (f" {words}" if number > 24 else "")
+    assert before.caption == f"Features of the frozen backbone: {about}" + (
+        f" {words}" if number > 24 else ""
+    )
 
 
 @pytest.mark.slow
@@ -320,7 +312,9 @@ def test_runs_are_opened_and_shown_where_that_is_asked_for(tmp_path, monkeypatch
     for options in ((), ("method=linear",)):
         one = tiny_run(tmp_path / "logs", "recipe.epochs=2", *options)
         run.run_job(one)
-    output = made(tmp_path / "logs", tmp_path / "report", "inspect=auto", "device=cpu", "formats=[html,csv,markdown]")
+    output = made(
+        tmp_path / "logs", tmp_path / "report", "inspect=auto", "device=cpu", "formats=[html,csv,markdown]"
+    )
     with (output / "tables" / "latency.csv").open(newline="") as file:
         latency = list(csv.DictReader(file))
     assert [(row["run"], row["images at a time"]) for row in latency] == [
@@ -329,7 +323,12 @@ def test_runs_are_opened_and_shown_where_that_is_asked_for(tmp_path, monkeypatch
     for row in latency:
         assert float(row["images per second"]) == pytest.approx(1000 / float(row["ms per image"]), rel=1e-6)
     page = (output / "index.html").read_text()
-    for kind in ("Confusion matrix", "t-SNE before tuning", "t-SNE after tuning", "Attention in the last block"):
+    for kind in (
+        "Confusion matrix",
+        "t-SNE before tuning",
+        "t-SNE after tuning",
+        "Attention in the last block",
+    ):
         assert f"<h3>{kind}, vpt_deep, digits, seed 0</h3>" in page
     assert re.search(r"Confusion matrix of 10 classes: \d+ of 797 images are right", page)
     assert re.search(r"alt=\"Attention of the class token to 4 images\. [^\"]*prompts \d+ %", page)

@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -13,16 +12,25 @@ import pytest
 from hydra import compose
 
 from helpers.names import NASTY
-from helpers.written_runs import result, write
-from visprompt.reports import pictures
+from helpers.written_runs import changed, result, write
+from visprompt.reports import closeups
 from visprompt.reports.figures import LIGHT, Plot, png, svg
-from visprompt.reports.render import Number, Table, csv_text, html, latex, markdown
 from visprompt.reports.report import report
+from visprompt.reports.writers import Number, Table, csv_text, html, latex, markdown
 from visprompt.runs.compose import composing
 from visprompt.runs.result import write_result
 from visprompt.text import csv_cell, in_markdown, visible
 
-CHARTED = ("birds [v2]", "$\\alpha$", "_private", "\u540d\u524d", "\x1b[31mred", "new\nline", "x" * 230, "caf\udce9")
+CHARTED = (
+    "birds [v2]",
+    "$\\alpha$",
+    "_private",
+    "\u540d\u524d",
+    "\x1b[31mred",
+    "new\nline",
+    "x" * 230,
+    "caf\udce9",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,7 @@ def output(tmp_path_factory):
             records += [result("own", "vpt_deep", 0.5, split="tune", options=option) for option in options]
         for record in records:
             folder = write(logs / f"{number}", record)
-            write_result(folder, replace(record, task=name))
+            write_result(folder, changed(record, task=name))
     folder = tmp_path_factory.mktemp("out") / "report [v2] 50% #1"
     with composing():
         cfg = compose("report", [f"runs={logs}", f"output='{folder}'"])
@@ -144,14 +152,16 @@ def test_a_table_keeps_a_name_in_every_form(name):
 def test_a_figure_draws_a_class_s_name(name):
     counts, names = np.eye(2, dtype=int), (name, "other")
     for draw in (
-        lambda theme: pictures.draw_confusion(counts, names, theme),
-        lambda theme: pictures.draw_map(np.eye(2), np.arange(2), names, theme),
+        lambda theme: closeups.draw_confusion(counts, names, theme),
+        lambda theme: closeups.draw_map(np.eye(2), np.arange(2), names, theme),
     ):
         text = svg(Plot("c", name, name, name, draw), LIGHT)
         ElementTree.fromstring(text)
         comments = re.findall(r"<!-- (.*?) -->", text, re.DOTALL)
         shown = visible(name)
-        expected = ("\u200b" if shown.startswith("_") else "") + (shown if len(shown) <= 22 else f"{shown[:21]}\u2026")
+        expected = ("\u200b" if shown.startswith("_") else "") + (
+            shown if len(shown) <= 22 else f"{shown[:21]}\u2026"
+        )
         assert expected.replace("--", "- -") in list(map(plain_xml, comments))
     assert png(Plot("c", name, name, name, draw)).startswith(b"\x89PNG")
 

@@ -46,7 +46,8 @@ def test_the_signed_rank_test_by_hand():
 def test_the_signed_rank_test_is_scipys_exact_one_without_ties(count):
     differences = np.random.default_rng(count).normal(0.3, size=count)
     expected = [
-        stats.wilcoxon(differences, alternative=side, method="exact").pvalue for side in ("two-sided", "greater")
+        stats.wilcoxon(differences, alternative=side, method="exact").pvalue
+        for side in ("two-sided", "greater")
     ]
     assert signed_rank(differences.tolist()) == pytest.approx(expected, rel=1e-12)
 
@@ -58,7 +59,9 @@ def test_the_signed_rank_test_is_exact_with_ties_too(seed):
     assert signed_rank(differences.tolist()) == pytest.approx(enumerated(differences), rel=1e-12)
 
 
-@pytest.mark.parametrize(("pairs", "smallest"), [(1, 1.0), (4, 0.125), (5, 0.0625), (6, 0.03125), (19, 2 / 2**19)])
+@pytest.mark.parametrize(
+    ("pairs", "smallest"), [(1, 1.0), (4, 0.125), (5, 0.0625), (6, 0.03125), (19, 2 / 2**19)]
+)
 def test_few_tasks_bound_the_p_value_from_below(pairs, smallest):
     assert smallest_p(pairs) == smallest
     best = [i + 1.0 for i in range(pairs)]
@@ -150,7 +153,9 @@ def test_a_bootstrap_interval_agrees_with_scipys():
         (values,), np.mean, n_resamples=10_000, method="percentile", random_state=np.random.default_rng(1)
     ).confidence_interval
     assert bootstrap(values.tolist()) == pytest.approx((theirs.low, theirs.high), abs=3e-4)
-    assert compare(*pair((100 * values).tolist())).interval == pytest.approx((theirs.low, theirs.high), abs=3e-4)
+    assert compare(*pair((100 * values).tolist())).interval == pytest.approx(
+        (theirs.low, theirs.high), abs=3e-4
+    )
 
 
 def test_a_single_value_has_no_interval():

@@ -1,39 +1,26 @@
-"""Aggregates, costs and the paper's figures beside them, and the four forms in which tables are written."""
+"""Aggregates, costs, tests and the paper's figures beside them, as tables."""
 
-import csv
-import io
-from html.parser import HTMLParser
-from pathlib import Path
 from statistics import fmean
 
 import pytest
 
-from helpers.written_runs import CROPPED, VIT_B, VIT_B_SIZE, result, write
+from helpers.written_runs import CROPPED, VIT_B, VIT_B_SIZE, changed, result, write
+from helpers.written_runs import table as runs_table
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.reports import tables
-from visprompt.reports.collect import grids, rows, survey
-from visprompt.reports.published import contents, published
-from visprompt.reports.render import Missing, Number, Table, csv_text, decimal, html, latex, markdown, p_value
-from visprompt.reports.runs import Run
-from visprompt.reports.summary import (
-    FLAT,
-    GROUPED,
-    backbone_sizes,
-    cost,
-    full_of,
-    means,
-    published_means,
-    published_of,
-    same_protocol,
-    wins,
-)
+from visprompt.reports.choices import grids
+from visprompt.reports.load import survey
+from visprompt.reports.published import FLAT, GROUPED, contents, published, published_of
+from visprompt.reports.rows import full_of, rows, same_protocol
+from visprompt.reports.summary import backbone_sizes, cost, means, wins
+from visprompt.reports.writers import csv_text
 
 VTAB, FGVC = SUITES["vtab_all"], SUITES["fgvc"]
 FGVC_DATA = {"source": "raw:json", "preprocessing": CROPPED}
 
 
 def made(*records):
-    return rows([Run(Path(f"run{i}"), record) for i, record in enumerate(records)])
+    return rows(runs_table(*records))
 
 
 def over(tasks, method="linear", scores=None, **changes):
@@ -53,7 +40,9 @@ def entries(table, name):
 
 
 def test_the_two_means_over_vtab_are_not_the_same():
-    scores = {task: {"natural": 0.9, "specialized": 0.8, "structured": 0.4}[TASKS[task].group] for task in VTAB}
+    scores = {
+        task: {"natural": 0.9, "specialized": 0.8, "structured": 0.4}[TASKS[task].group] for task in VTAB
+    }
     (row,) = made(*over(VTAB, scores=scores))
     found = means(row)
     assert found["vtab_natural"].value == pytest.approx(0.9)
@@ -92,7 +81,7 @@ def test_published_figures_and_differences_stand_below_a_row():
     assert entries(table, "linear: difference")["eurosat"] == "+1.0"
     sums = tables.aggregates([row])
     assert entries(sums, source)["fgvc"] == "79.32"
-    assert entries(sums, source)[FLAT] == f"{published_means(paper)[FLAT]:.2f}"
+    assert entries(sums, source)[FLAT] == f"{paper.all_means[FLAT]:.2f}"
     assert entries(sums, "linear: difference") == {
         "vtab_natural": "+1.00",
         "vtab_specialized": "+0.99",
@@ -112,7 +101,9 @@ def test_missing_cells_stay_missing_beside_published_ones():
 
 def test_a_caution_goes_with_the_figures():
     table = tables.accuracy(made(*over(["cifar"], "adapter")), "vtab_natural")
-    assert table.notes[1].startswith("Jia et al., Visual Prompt Tuning, ECCV 2022, adapter: its accuracies by task do")
+    assert table.notes[1].startswith(
+        "Jia et al., Visual Prompt Tuning, ECCV 2022, adapter: its accuracies by task do"
+    )
     named = tables.aggregates(made(*over(VTAB, "vpt_deep")), paper="one_protocol")
     (study,) = {published("vpt_deep", "vit_b16_in21k", paper="one_protocol").source}
     assert study.endswith("Parameter-Efficient Fine-Tuning (PEFT) in Visual Recognition, CVPR 2025")
@@ -162,7 +153,9 @@ def test_what_is_the_same_in_name_only_has_no_published_figures(changes):
     ],
 )
 def test_the_papers_pooling_has_its_figures_however_it_is_written(name, options, pooled, found):
-    (row,) = made(result("cifar", "vpt_deep", options=options, backbone={"name": name, "global_pool": pooled}))
+    (row,) = made(
+        result("cifar", "vpt_deep", options=options, backbone={"name": name, "global_pool": pooled})
+    )
     paper = published_of(row)
     assert (paper and paper.name) == found
 
@@ -176,7 +169,9 @@ def test_a_depth_of_all_blocks_has_the_papers_figures_however_it_is_written():
 
 
 def test_accuracies_are_means_and_deviations_over_seeds_and_say_how_many():
-    records = [result("cifar", score=s, seed=i) for i, s in enumerate((0.6, 0.7, 0.8))] + [result("dtd", score=0.5)]
+    records = [result("cifar", score=s, seed=i) for i, s in enumerate((0.6, 0.7, 0.8))] + [
+        result("dtd", score=0.5)
+    ]
     table = tables.accuracy(
         made(*records, result("svhn", score=0.4), result("svhn", score=0.5, seed=1)), "vtab_natural"
     )
@@ -189,7 +184,7 @@ def test_accuracies_are_means_and_deviations_over_seeds_and_say_how_many():
 
 def test_groups_are_those_that_have_tasks_and_own_images_stand_alone():
     found = made(result("cifar"), result("digits"), result("my birds"))
-    assert list(tables.groups(found)) == ["vtab_natural", "demo", "own images"]
+    assert list(tables.task_groups(found)) == ["vtab_natural", "demo", "own images"]
     assert list(tables.suites(found)) == ["vtab_all", "demo", "own images"]
     assert tables.accuracy(found, "own images").header == ("method", "my birds")
     assert tables.aggregates(made(result("my birds"))).rows == ()
@@ -205,7 +200,11 @@ def test_wins_are_tasks_above_full_and_a_tie_is_none():
     mine, base = made(*over(tasks, scores=better), *over(tasks, "full", scores=full))
     assert wins(mine, base)["vtab_specialized"].value == 2
     shown = entries(tables.wins_over_full([mine, base]), "linear")
-    assert (shown["vtab_specialized"], shown[FLAT], shown["held against"]) == ("2 of 4", "missing (4 of 19)", "full")
+    assert (shown["vtab_specialized"], shown[FLAT], shown["held against"]) == (
+        "2 of 4",
+        "missing (4 of 19)",
+        "full",
+    )
 
 
 def test_a_win_is_more_than_the_rounding_of_a_mean():
@@ -291,7 +290,9 @@ def test_a_cost_is_of_a_task_over_its_seeds():
     slow = {"time": {"train_s": 300.0}, "peak_memory": {"bytes": 2**31}}
     pruned = first | {"parameters": 500, "share": 0.05}
     (row,) = made(
-        result("cifar", tuned=first), result("cifar", tuned=pruned, seed=1), result("dtd", tuned=second, **slow)
+        result("cifar", tuned=first),
+        result("cifar", tuned=pruned, seed=1),
+        result("dtd", tuned=second, **slow),
     )
     found = cost(row, backbone_sizes([row]))
     assert (found.tasks, found.tuned, found.least, found.most) == (2, (750 + 3000) / 2, 750, 3000)
@@ -307,10 +308,12 @@ def test_a_cost_is_of_a_task_over_its_seeds():
 
 
 def test_what_was_not_recorded_or_measured_alike_is_missing():
-    record = result(tuned={"parameters": 0, "share": 0.0}, machine={"device": "cpu", "devices": 2, "threads": 1})
+    record = result(
+        tuned={"parameters": 0, "share": 0.0}, machine={"device": "cpu", "devices": 2, "threads": 1}
+    )
     older = {key: value for key, value in record.tuned.items() if key != "macs"}
     other = result(seed=1, peak_memory={"of": "process, this run"}, tuned={"parameters": 0, "share": 0.0})
-    line = entries(tables.costs(made(type(record)(**vars(record) | {"tuned": older}), other)), "linear")
+    line = entries(tables.costs(made(changed(record, tuned=older), other)), "linear")
     assert line["operations (M)"] == "not recorded"
     assert line["all tasks (backbones)"] == "backbone's size not known"
     assert line["peak memory (MiB)"] == "measured in several ways"
@@ -369,7 +372,11 @@ def test_ranks_are_taken_among_complete_rows():
         *over(demo[:1], "bias", dict.fromkeys(demo, 0.99)),
     ]
     table = tables.ranks(made(*records))
-    assert [entries(table, name)["demo"] for name in ("linear", "full", "bias")] == ["1.50", "1.50", "not ranked"]
+    assert [entries(table, name)["demo"] for name in ("linear", "full", "bias")] == [
+        "1.50",
+        "1.50",
+        "not ranked",
+    ]
     assert table.notes == ("1 is the best; ties share their mean rank.", "demo: 2 rows over 3 of 3 tasks.")
     partly = tables.ranks(made(*records[3:]))  # only one is complete: over what both have in common
     assert [entries(partly, name)["demo"] for name in ("full", "bias")] == ["2.00", "1.00"]
@@ -378,7 +385,11 @@ def test_ranks_are_taken_among_complete_rows():
 
 def test_seed_intervals_are_of_three_seeds_or_more():
     table = tables.seed_intervals(
-        made(*(result(score=s, seed=i) for i, s in enumerate((0.5, 0.6, 0.7))), result("dtd"), result("dtd", seed=1))
+        made(
+            *(result(score=s, seed=i) for i, s in enumerate((0.5, 0.6, 0.7))),
+            result("dtd"),
+            result("dtd", seed=1),
+        )
     )
     assert [tuple(map(str, row)) for row in table.rows] == [("linear", "cifar", "3", "60.0", "50.0 to 70.0")]
 
@@ -405,139 +416,9 @@ def test_rows_of_their_own_and_choices_and_what_was_left_out(tmp_path):
     assert tables.left_out(survey([])).rows == ()
 
 
-# the four forms
-
-
-TABLE = Table(
-    title="A & B_1 <50 %>",
-    header=("method", "acc", "why"),
-    rows=(
-        ("vpt_deep", decimal(87.0347, 1, 2.66), 'he said "x | y", so'),
-        ("-1 {x}", decimal(-1234.5, 1), "50 % & more"),
-        ("none", Missing("missing (5 of 7)"), "~ ^ \\ # $"),
-    ),
-    notes=("± is the <deviation>.",),
-)
-
-
-def test_markdown():
-    assert markdown(TABLE, bold=(1,)) == (
-        "**A \\& B_1 \\<50 %>**\n"
-        "\n"
-        "| method | acc | why |\n"
-        "| :-- | --: | :-- |\n"
-        '| vpt_deep | **87.0 ± 2.7** | he said "x \\| y", so |\n'
-        "| -1 {x} | -1,234.5 | 50 % \\& more |\n"
-        "| none | missing (5 of 7) | \\~ ^ \\\\ # \\$ |\n"
-        "\n"
-        "- ± is the \\<deviation>.\n"
-    )
-
-
-def test_csv_is_rfc_4180_with_numbers_in_full_and_nothing_where_they_are_missing():
-    text = csv_text(TABLE)
-    assert text.splitlines()[1] == 'vpt_deep,87.0347,2.66,"he said ""x | y"", so"'
-    assert text.count("\r\n") == 4
-    assert list(csv.reader(io.StringIO(text))) == [
-        ["method", "acc", "acc std", "why"],
-        ["vpt_deep", "87.0347", "2.66", 'he said "x | y", so'],
-        ["'-1 {x}", "-1234.5", "", "50 % & more"],
-        ["none", "", "", "~ ^ \\ # $"],
-    ]
-
-
-def test_latex():
-    assert latex(TABLE, bold=(1,)) == (
-        "\\begin{table}[ht]\n"
-        "\\centering\n"
-        "\\caption{A \\& B\\_1 $<$50 \\%$>$}\n"
-        "\\begin{tabular}{lrl}\n"
-        "\\toprule\n"
-        "method & acc & why \\\\\n"
-        "\\midrule\n"
-        'vpt\\_deep & \\textbf{87.0 $\\pm$ 2.7} & he said "x $|$ y", so \\\\\n'
-        "$-$1 \\{x\\} & $-$1,234.5 & 50 \\% \\& more \\\\\n"
-        "none & missing (5 of 7) & \\textasciitilde{} \\textasciicircum{} \\textbackslash{} \\# \\$ \\\\\n"
-        "\\bottomrule\n"
-        "\\end{tabular}\n"
-        "\\par{\\footnotesize $\\pm$ is the $<$deviation$>$.}\n"
-        "\\end{table}\n"
-    )
-
-
-class Reader(HTMLParser):
-    """Collects tags with their attributes, and text."""
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.text = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text.append(data.strip())
-
-
-def test_html():
-    reader = Reader()
-    text = html(TABLE, bold=(1,))
-    reader.feed(text)
-    right = {"style": "text-align: right"}
-    assert [tag for tag in reader.tags if tag[0] in ("th", "td")][:6] == [
-        ("th", {"scope": "col"}),
-        ("th", {"scope": "col"} | right),
-        ("th", {"scope": "col"}),
-        ("th", {"scope": "row"}),
-        ("td", right),
-        ("td", {}),
-    ]
-    assert "<strong>87.0 ± 2.7</strong>" in text
-    assert "<caption>A &amp; B_1 &lt;50 %&gt;</caption>" in text
-    assert 'he said "x | y", so' in reader.text
-    assert "± is the <deviation>." in reader.text
-
-
-def test_bold_is_an_option_and_ties_share_it():
-    table = Table(
-        "t", ("m", "a"), (("x", decimal(50.04)), ("y", decimal(50.01)), ("z", decimal(49.0)), ("w", Missing()))
-    )
-    assert markdown(table).count("**") == 2  # the title's
-    assert markdown(table, bold=(1,)).count("**50.0**") == 2
-
-
-def test_a_table_without_rows_is_a_table_all_the_same():
-    table = Table("t", ("m", "a"), ())
-    assert markdown(table).endswith("| m | a |\n| :-- | :-- |\n")
-    assert "<tbody>\n</tbody>" in html(table)
-    assert r"\midrule" not in latex(table)
-    assert csv_text(table) == "m,a\r\n"
-
-
-def test_a_row_that_does_not_fit_its_header_is_a_mistake():
-    with pytest.raises(ValueError, match="table 't': a row has not the 2 entries of its header"):
-        Table("t", ("m", "a"), (("x",),))
-
-
-@pytest.mark.parametrize(
-    ("number", "shown"),
-    [
-        (decimal(1234567, 0), "1,234,567"),
-        (decimal(0.5, 2, sign=True), "+0.50"),
-        (decimal(-0.5, 2, sign=True), "-0.50"),
-        (decimal(0.5, 1, 0.26), "0.5 ± 0.3"),
-        (p_value(3.8147e-06), "3.81e-06"),
-        (p_value(0.125), "0.125"),
-        (p_value(1.0), "1"),
-        (Number(2, "2 of 4"), "2 of 4"),
-        (Missing(), "missing"),
-    ],
-)
-def test_numbers_as_they_are_read(number, shown):
-    assert str(number) == shown
-
-
 def test_the_mean_of_a_group_is_not_rounded_before_it_is_taken():
-    (row,) = made(*over(SUITES["demo"], scores=dict(zip(SUITES["demo"], (0.1234, 0.2345, 0.3456), strict=True))))
+    (row,) = made(
+        *over(SUITES["demo"], scores=dict(zip(SUITES["demo"], (0.1234, 0.2345, 0.3456), strict=True)))
+    )
     expected = fmean((0.1234, 0.2345, 0.3456))
     assert csv_text(tables.aggregates([row])).splitlines()[1] == f"linear,{100 * expected:.10g}"

@@ -81,7 +81,9 @@ def test_a_free_text_that_hydra_reads_as_something_else_is_answered_too(capsys, 
 
 
 def test_a_text_that_the_shell_took_apart_is_put_together(capsys, monkeypatch):
-    assert said(capsys, monkeypatch, "train", "data=folder", "data.root=/data/my", "birds", "[v2]", "seed=1") == (
+    assert said(
+        capsys, monkeypatch, "train", "data=folder", "data.root=/data/my", "birds", "[v2]", "seed=1"
+    ) == (
         "error: 'birds' is not key=value: a value with spaces is quoted: type \"data.root='/data/my birds [v2]'\"\n"
     )
     assert said(capsys, monkeypatch, "train", "seed=1", "birds") == (

@@ -66,7 +66,9 @@ def test_a_tree_without_a_tensor_and_tensors_that_share_memory(tmp_path):
 
 def test_what_is_neither_tensor_nor_plain_data_is_refused_and_the_old_file_stands(tmp_path):
     SafetensorsIO().save_checkpoint({"epoch": 1}, tmp_path / "state")
-    with pytest.raises(TypeError, match="resume state holds a PosixPath, which is neither a tensor nor plain data"):
+    with pytest.raises(
+        TypeError, match="resume state holds a PosixPath, which is neither a tensor nor plain data"
+    ):
         SafetensorsIO().save_checkpoint({"epoch": 2, "where": [Path("/")]}, tmp_path / "state")
     assert load(tmp_path / "state") == {"epoch": 1}
 
@@ -190,7 +192,10 @@ def stored(folder, owner=OWNER, weight=0.0):
     """A resume state as Lightning lays it out."""
     resume = ResumeCheckpoint(folder)
     resume.owner = owner
-    tree = {"state_dict": {"w": torch.tensor([1.0, weight])}, "callbacks": {resume.state_key: resume.state_dict()}}
+    tree = {
+        "state_dict": {"w": torch.tensor([1.0, weight])},
+        "callbacks": {resume.state_key: resume.state_dict()},
+    }
     SafetensorsIO().save_checkpoint(tree, resume.path)
     return resume.path
 
@@ -230,7 +235,10 @@ def test_what_is_not_this_attempt_s_resume_state_is_refused(tmp_path, owner, wei
 def test_a_resume_state_of_another_layout_is_of_an_older_version(tmp_path):
     path = tmp_path / "state.safetensors"
     SafetensorsIO().save_checkpoint({"callbacks": {}, "state_dict": {}}, path)
-    with pytest.raises(UserError, match=r"was written by an older version, which did not record the run it belongs to: delete"):
+    with pytest.raises(
+        UserError,
+        match=r"was written by an older version, which did not record the run it belongs to: delete",
+    ):
         ResumeCheckpoint(tmp_path).find(OWNER)
 
 
@@ -242,4 +250,6 @@ def test_a_flipped_bit_or_a_cut_is_never_another_resume_state(tmp_path, damage):
     expected, whole = load(path), path.read_bytes()
     spoil(path, damage, whole)
     found, sentence = outcome(ResumeCheckpoint(tmp_path).find, OWNER)
-    assert re.fullmatch(rf"{re.escape(str(path))} .*: delete it to start over", sentence) or same(load(found), expected)
+    assert re.fullmatch(rf"{re.escape(str(path))} .*: delete it to start over", sentence) or same(
+        load(found), expected
+    )

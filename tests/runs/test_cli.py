@@ -56,7 +56,9 @@ def test_eval_repeats_the_score(trained):
     done = call("eval", f"run={folder}", "trainer=cpu", "callbacks=none")
     assert done.returncode == 0, done.stderr
     score = 100 * json.loads((folder / "result.json").read_text())["metrics"]["test/acc"]
-    assert f"test/acc {score:.2f} % on 797 images (the run itself: {score:.2f} %)" in done.stdout.replace("\n", " ")
+    assert f"test/acc {score:.2f} % on 797 images (the run itself: {score:.2f} %)" in done.stdout.replace(
+        "\n", " "
+    )
 
 
 @pytest.mark.slow
@@ -66,7 +68,13 @@ def test_predict_labels_what_can_be_read(trained, tmp_path):
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     weights = folder.parents[2] / "weights.safetensors"
     output = tmp_path / "out.csv"
-    done = call("predict", f"state={folder}", f"images={tmp_path / 'images'}", f"output={output}", f"weights={weights}")
+    done = call(
+        "predict",
+        f"state={folder}",
+        f"images={tmp_path / 'images'}",
+        f"output={output}",
+        f"weights={weights}",
+    )
     assert done.returncode == 0, done.stderr
     assert "broken.png" in done.stdout.replace("\n", "")
     with output.open(newline="") as file:
@@ -103,9 +111,27 @@ def test_a_wrong_word_is_one_sentence_within_seconds(script, arguments, message)
 @pytest.mark.parametrize(
     ("script", "arguments", "status", "out", "lines"),
     [
-        ("train", ["-m", "method=linear,vpt_depe"], 2, "error: unknown method 'vpt_depe': did you mean vpt_deep", 1),
-        ("train", ["paths.log_dir=/etc/passwd/x"], 2, "error: paths.log_dir=/etc/passwd/x cannot hold what is", 1),
-        ("eval", ["seed=1", "--info", "config"], 2, "error: seed belongs to src/train.py, not to src/eval.py", 1),
+        (
+            "train",
+            ["-m", "method=linear,vpt_depe"],
+            2,
+            "error: unknown method 'vpt_depe': did you mean vpt_deep",
+            1,
+        ),
+        (
+            "train",
+            ["paths.log_dir=/etc/passwd/x"],
+            2,
+            "error: paths.log_dir=/etc/passwd/x cannot hold what is",
+            1,
+        ),
+        (
+            "eval",
+            ["seed=1", "--info", "config"],
+            2,
+            "error: seed belongs to src/train.py, not to src/eval.py",
+            1,
+        ),
         (
             "train",
             ["experiment=vtab_natural_deep", "trainer=ddp", "--cfg", "job"],
@@ -114,7 +140,13 @@ def test_a_wrong_word_is_one_sentence_within_seconds(script, arguments, message)
             0,
         ),
         ("train", ["seed=1", "-c", "hydra", "-p", "hydra.run"], 0, "# @package hydra.run\ndir: ", 2),
-        ("predict", ["batch_size=8", "--help"], 0, "What each key means: the comments of configs/predict.yaml", 0),
+        (
+            "predict",
+            ["batch_size=8", "--help"],
+            0,
+            "What each key means: the comments of configs/predict.yaml",
+            0,
+        ),
         ("tune", ["tasks=demo", "-sc", "bash"], 0, "export _HYDRA_OLD_COMP", 0),
         ("report", ["runs=x", "--info", "searchpath"], 0, "", 0),
     ],
@@ -131,7 +163,12 @@ def test_flags_of_hydra_behind_settings(script, arguments, status, out, lines):
 def test_relative_paths_are_those_of_the_place_where_the_command_was_typed(tmp_path):
     miniatures.write_folder(tmp_path / "birds", ("a", "b"), 10)
     own = ("data=folder", "data.root=birds", "data.store_dir=stores", "method=linear")
-    given = (*tiny(tmp_path, *own, "callbacks=none"), "paths.log_dir=logs", "hydra.job.chdir=true", "recipe.epochs=1")
+    given = (
+        *tiny(tmp_path, *own, "callbacks=none"),
+        "paths.log_dir=logs",
+        "hydra.job.chdir=true",
+        "recipe.epochs=1",
+    )
     given = [one for one in given if not one.startswith("recipe.warmup")]
     done = subprocess.run(
         command("train", *given, "recipe.warmup_epochs=0"),
@@ -150,7 +187,11 @@ def test_relative_paths_are_those_of_the_place_where_the_command_was_typed(tmp_p
 def test_an_unknown_task_and_missing_weights_are_one_sentence_each(tmp_path):
     done = call("train", "tasks=[digits,digit_loc]", f"paths.log_dir={tmp_path}")
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown task 'digit_loc': did you mean digits_loc")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: unknown task 'digit_loc': did you mean digits_loc")
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -180,7 +221,9 @@ def test_three_tasks_in_one_run_and_a_multirun(tmp_path):
 @pytest.mark.slow
 def test_tensorboard_and_wandb_write_offline(tmp_path):
     for logger in ("tensorboard", "wandb"):
-        done = call("train", *tiny(tmp_path / logger, "callbacks=none", f"logger={logger}"), WANDB_MODE="offline")
+        done = call(
+            "train", *tiny(tmp_path / logger, "callbacks=none", f"logger={logger}"), WANDB_MODE="offline"
+        )
         assert done.returncode == 0, done.stderr
     assert list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))
     assert list((tmp_path / "wandb").rglob("*.wandb"))

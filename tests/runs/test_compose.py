@@ -51,7 +51,10 @@ def said(capsys, monkeypatch, script, *arguments):
         ("recipe.lrr=1", "unknown key 'recipe.lrr': did you mean recipe.lr"),
         ("method.dropot=0.1", "unknown key 'method.dropot': did you mean method.dropout"),
         ("trainer.device=2", "unknown key 'trainer.device': did you mean trainer.devices"),
-        ("data.root=x", "root is an option of fgvc/cub200, fgvc/nabirds, fgvc/oxford_flowers, fgvc/stanford_cars, "),
+        (
+            "data.root=x",
+            "root is an option of fgvc/cub200, fgvc/nabirds, fgvc/oxford_flowers, fgvc/stanford_cars, ",
+        ),
         ("lr=0.1", "unknown key 'lr': did you mean recipe.lr?\n"),
         ("+methd.num_tokens=3", "unknown key 'methd': did you mean method?"),
         ("++sed=3", "unknown key 'sed': did you mean seed?"),
@@ -151,8 +154,12 @@ def test_a_machine_s_file_that_chooses_a_group_is_one_sentence(tmp_path, capsys,
     file = tmp_path / "configs" / "local" / "default.yaml"
     file.write_text("# @package _global_\ndefaults: [override /trainer: gpu]\n")
     sentence = said(capsys, monkeypatch, script, "device=cpu")
-    assert sentence.startswith("error: the files in configs cannot be composed: In 'local/default': Could not override")
-    assert sentence.endswith("; configs/local/default.yaml may set values, but cannot choose options of config groups\n")
+    assert sentence.startswith(
+        "error: the files in configs cannot be composed: In 'local/default': Could not override"
+    )
+    assert sentence.endswith(
+        "; configs/local/default.yaml may set values, but cannot choose options of config groups\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +214,10 @@ def test_in_a_multirun_the_error_goes_on_to_hydra(error):
 def test_the_default_job():
     (job,) = jobs()
     assert (job.task, job.split, job.seed, job.precision) == ("digits_loc", "final", 42, "32-true")
-    assert (job.method.name, job.data._target_) == ("vpt_deep", "visprompt.data.digits_datamodule.DigitsLocDataModule")
+    assert (job.method.name, job.data._target_) == (
+        "vpt_deep",
+        "visprompt.data.digits_datamodule.DigitsLocDataModule",
+    )
     assert not {"hydra", "tasks"} & job.content().keys()
     assert "rows" not in job.content()["recipe"]
     assert "${" not in job.as_yaml()
@@ -242,9 +252,15 @@ def test_tasks_are_ids_suites_and_aliases_each_once(tasks, expected, monkeypatch
         (("tasks=''",), "tasks= is empty: name a task or a suite"),
         (("tasks=digit_loc",), "unknown task 'digit_loc': did you mean digits_loc"),
         (("tasks=[digits,dmo]",), "unknown task 'dmo': did you mean demo"),
-        (("tasks=demo", "data=demo/digits"), "data=demo/digits and tasks=demo both name the data: give one of them"),
+        (
+            ("tasks=demo", "data=demo/digits"),
+            "data=demo/digits and tasks=demo both name the data: give one of them",
+        ),
         (("data=folder", "data.root=x", "tasks=demo"), "data=folder and tasks=demo both name the data"),
-        (("tasks=demo", "method.num_tokens=${row:tokens}"), "the chosen recipe has no tokens: take the method's own"),
+        (
+            ("tasks=demo", "method.num_tokens=${row:tokens}"),
+            "the chosen recipe has no tokens: take the method's own",
+        ),
     ],
 )
 def test_tasks_that_cannot_be_composed(arguments, sentence):
@@ -272,7 +288,11 @@ ROWS = (
 
 def test_a_value_comes_from_the_row_of_the_task_then_the_default_and_the_command_line_wins():
     found = {job.task: job.recipe for job in jobs("tasks=demo", *ROWS)}
-    assert {task: recipe.lr for task, recipe in found.items()} == {"digits": 3, "digits_crowded": 1, "digits_loc": 1}
+    assert {task: recipe.lr for task, recipe in found.items()} == {
+        "digits": 3,
+        "digits_crowded": 1,
+        "digits_loc": 1,
+    }
     assert {recipe.epochs for recipe in found.values()} == {9}
     assert {job.recipe.lr for job in jobs("tasks=demo", *ROWS, "recipe.lr=0.5")} == {0.5}
 

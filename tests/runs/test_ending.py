@@ -69,14 +69,20 @@ def end(process, number, logs, temporary):
         f"{WORDS[number]}: run the same command again to go on where it stopped\n",
     )
     assert wait_for(lambda: not alive(children), 10)
-    left = [path for path in logs.rglob("*") if path.name == "holder" or path.name.startswith((".result", ".state"))]
+    left = [
+        path
+        for path in logs.rglob("*")
+        if path.name == "holder" or path.name.startswith((".result", ".state"))
+    ]
     assert [*left, *logs.rglob(".*.????????"), *temporary.iterdir()] == []
 
 
 def check_moment(tmp_path, moment, number, script="train", *more):
     condition, options = moment
     arguments = tiny(tmp_path / "logs", "callbacks=none", *options, *more)
-    arguments = [a for a in arguments if script == "train" or not a.startswith("seed=")]  # tune.py sets seeds itself
+    arguments = [
+        a for a in arguments if script == "train" or not a.startswith("seed=")
+    ]  # tune.py sets seeds itself
     process = started(script, arguments, tmp_path / "tmp")
     try:
         assert wait_for(lambda: process.poll() is not None or condition(tmp_path / "logs", process), 400)
@@ -110,7 +116,9 @@ def test_a_terminated_run_goes_on_to_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("moment", "number"), [("preparing", signal.SIGTERM), ("after an epoch", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("moment", "number"), [("preparing", signal.SIGTERM), ("after an epoch", signal.SIGINT)]
+)
 def test_the_ranks_of_a_run_end_with_their_parent_and_one_sentence(tmp_path, moment, number):
     check_moment(tmp_path, MOMENTS[moment], number, "train", "trainer=ddp_sim")
 
@@ -118,7 +126,10 @@ def test_the_ranks_of_a_run_end_with_their_parent_and_one_sentence(tmp_path, mom
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_grid_ends_in_order(tmp_path):
-    moment = (exists("digits/linear/*/result.json"), ("recipe.epochs=30", "methods=[linear]", "tasks=[digits]"))
+    moment = (
+        exists("digits/linear/*/result.json"),
+        ("recipe.epochs=30", "methods=[linear]", "tasks=[digits]"),
+    )
     check_moment(tmp_path, moment, signal.SIGTERM, "tune", f"table={tmp_path}/table.md")
 
 
@@ -126,7 +137,9 @@ def test_a_grid_ends_in_order(tmp_path):
 @pytest.mark.timeout(900)
 def test_two_processes_on_one_grid_share_its_runs_and_write_one_table(tmp_path):
     grid = "++recipe.grid={recipe.lr:[0.1,0.2,0.4]}"
-    options = tiny(tmp_path / "logs", "callbacks=none", "recipe.epochs=20", "methods=[linear]", "tasks=[digits]", grid)
+    options = tiny(
+        tmp_path / "logs", "callbacks=none", "recipe.epochs=20", "methods=[linear]", "tasks=[digits]", grid
+    )
     seeded = [option for option in options if not option.startswith("seed=")]
     both = [
         subprocess.Popen(

@@ -46,7 +46,9 @@ def noted(folder, count=2):
 def gone(pids, seconds=5.0):
     """Whether processes end within some seconds."""
     limit = time.monotonic() + seconds
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+    while any(
+        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids
+    ):
         if time.monotonic() > limit:
             return False
         time.sleep(0.02)
@@ -80,7 +82,9 @@ def test_a_failed_rank_ends_the_others_and_its_reason_is_told(tmp_path):
     assert gone([rank["pid"] for rank in noted(tmp_path)], 0)
 
 
-@pytest.mark.parametrize(("rank", "end", "status"), [(1, "sys.exit(3)", 3), (0, "os.kill(os.getpid(), 9)", -9)])
+@pytest.mark.parametrize(
+    ("rank", "end", "status"), [(1, "sys.exit(3)", 3), (0, "os.kill(os.getpid(), 9)", -9)]
+)
 def test_a_rank_that_cannot_say_why_is_told_by_its_status(tmp_path, rank, end, status):
     with pytest.raises(engine.RanksFailed, match=f"^a rank ended with status {status}$"):
         engine.run_ranks(script(note(tmp_path), f"if rank == {rank}: {end}", SLEEP), 2)
@@ -143,7 +147,9 @@ def test_ranks_that_somebody_else_started_are_told_as_lightning_tells_them(monke
             patch.setenv("SLURM_NTASKS", "2")
             patch.setenv("SLURM_JOB_NAME", name)
             assert not engine.started_elsewhere()
-    monkeypatch.setenv("SLURM_PROCID", "0")  # as a batch script of SLURM has without srun, which starts no other rank
+    monkeypatch.setenv(
+        "SLURM_PROCID", "0"
+    )  # as a batch script of SLURM has without srun, which starts no other rank
     assert not engine.started_elsewhere()
     monkeypatch.setenv("SLURM_NTASKS", "1")  # a job of one task starts its ranks itself
     assert not engine.started_elsewhere()

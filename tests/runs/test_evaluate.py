@@ -79,7 +79,9 @@ def test_eval_repeats_the_score_exactly_and_leaves_run_and_backbone_alone(logs, 
     percent = f"{100 * result.metrics['test/acc']:.2f} %"
     balanced = f"test/balanced_acc {100 * result.metrics['test/balanced_acc']:.2f} %"
     said = " ".join(capsys.readouterr().out.split())
-    recorded = f"weights is {logs / 'weights.safetensors'}, as the run recorded it: weights=... names another place"
+    recorded = (
+        f"weights is {logs / 'weights.safetensors'}, as the run recorded it: weights=... names another place"
+    )
     assert said == f"{recorded} test/acc {percent} on 797 images (the run itself: {percent}), {balanced}"
     assert content(folder) == before
     assert hash_tensors(backbone.module.model.state_dict()) == backbone.sha256
@@ -92,7 +94,9 @@ def test_eval_takes_weights_that_lie_elsewhere(logs, trained, tmp_path):
     config = OmegaConf.load(moved / "config.yaml")
     config.backbone.weights = "/on/another/machine.safetensors"
     OmegaConf.save(config, moved / "config.yaml")
-    with pytest.raises(UserError, match=r"no file of backbone weights at /on/another/machine.* give weights=FILE"):
+    with pytest.raises(
+        UserError, match=r"no file of backbone weights at /on/another/machine.* give weights=FILE"
+    ):
         evaluate(moved)
     assert evaluate(moved, f"weights={logs / 'weights.safetensors'}") == result.score
 
@@ -118,14 +122,20 @@ def test_eval_on_own_images_wherever_they_lie_and_refuses_when_they_have_changed
 
 
 def test_eval_refuses_what_has_no_test_score(trained, tmp_path):
-    with pytest.raises(UserError, match=r"holds no finished run: give the folder that was printed below its table$"):
+    with pytest.raises(
+        UserError, match=r"holds no finished run: give the folder that was printed below its table$"
+    ):
         evaluate(tmp_path)
     folder, _ = trained("split=tune")
-    with pytest.raises(UserError, match=r"is a run of split=tune, which has no test set: give a run of split=final"):
+    with pytest.raises(
+        UserError, match=r"is a run of split=tune, which has no test set: give a run of split=final"
+    ):
         evaluate(folder)
     half = shutil.copytree(trained()[0], tmp_path / "half")
     (half / "result.json").unlink()
-    with pytest.raises(UserError, match=r"half holds no finished run: give the folder that was printed below its table"):
+    with pytest.raises(
+        UserError, match=r"half holds no finished run: give the folder that was printed below its table"
+    ):
         evaluate(half)
 
 
@@ -186,7 +196,9 @@ def test_several_states_are_scored_as_one_ensemble(logs, trained, capsys):
     prepared = run.prepare(job)
     states = [load_state(folder) for folder in folders]
     models = [
-        prediction.restore(state, folder, replace(prepared.backbone, module=deepcopy(prepared.backbone.module)))
+        prediction.restore(
+            state, folder, replace(prepared.backbone, module=deepcopy(prepared.backbone.module))
+        )
         for state, folder in zip(states, folders, strict=True)
     ]
     hits = 0
@@ -211,7 +223,9 @@ def test_runs_of_other_preprocessing_are_no_ensemble(trained):
     folders = [trained()[0], trained("preprocessing.normalisation=imagenet")[0]]
     with (
         composed("eval", f"run=[{','.join(map(str, folders))}]", "trainer=cpu", "callbacks=none") as cfg,
-        pytest.raises(UserError, match=r"was tuned with other preprocessing than .*: give runs with the same one"),
+        pytest.raises(
+            UserError, match=r"was tuned with other preprocessing than .*: give runs with the same one"
+        ),
     ):
         inference.evaluate(cfg)
 
@@ -226,10 +240,18 @@ def other_weights(logs, folder):
 def test_a_state_of_another_backbone_is_refused(logs, trained, tmp_path):
     folder, result = trained()
     other, hashed = other_weights(logs, tmp_path), result.backbone["sha256"][:12]
-    with pytest.raises(UserError, match=rf"was tuned on backbone \S+ \(weights {hashed}\), not on \S+ \(weights \w+\)"):
+    with pytest.raises(
+        UserError, match=rf"was tuned on backbone \S+ \(weights {hashed}\), not on \S+ \(weights \w+\)"
+    ):
         evaluate(folder, f"weights={other}")
     with pytest.raises(UserError, match=rf"was tuned on backbone \S+ \(weights {hashed}\), not on"):
-        predict(logs, folder, miniatures.write_folder(tmp_path / "images"), tmp_path / "out.csv", f"weights={other}")
+        predict(
+            logs,
+            folder,
+            miniatures.write_folder(tmp_path / "images"),
+            tmp_path / "out.csv",
+            f"weights={other}",
+        )
     assert not (tmp_path / "out.csv").exists()
 
 
@@ -257,7 +279,9 @@ def test_predict_says_of_each_scan_what_the_classifier_says(logs, trained, scans
     folder, _ = trained(*METHODS["full"])
     rows = predict(logs, folder, scans, tmp_path / "new" / "out.csv", "batch_size=64")
     assert list(rows[0]) == ["path", "class", "probability", *map(str, range(10))]
-    assert [row["path"] for row in rows] == sorted(path.relative_to(scans).as_posix() for path in scans.rglob("*.png"))
+    assert [row["path"] for row in rows] == sorted(
+        path.relative_to(scans).as_posix() for path in scans.rglob("*.png")
+    )
     state = load_state(folder)
     backbone = prediction.backbone_of(state, str(logs / "weights.safetensors"))
     classifier = prediction.restore(state, folder, backbone)
@@ -284,7 +308,9 @@ def test_predict_names_what_it_leaves_out(logs, trained, tmp_path, capsys):
         (images / name).write_bytes((images / "a" / "0000.png").read_bytes())
     Image.new("L", (4, 4)).save(images / "b" / "dot.png")
     rows = predict(logs, folder / "tuned.safetensors", images, tmp_path / "out.csv", "batch_size=2")
-    assert [row["path"] for row in rows] == [f"{name}/000{number}.png" for name in "ab" for number in range(3)]
+    assert [row["path"] for row in rows] == [
+        f"{name}/000{number}.png" for name in "ab" for number in range(3)
+    ]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[:2] for line in lines[:-2]] == [
         *(["left out", str(images / name)] for name in ("b/dot.png", "broken.png")),
@@ -292,10 +318,15 @@ def test_predict_names_what_it_leaves_out(logs, trained, tmp_path, capsys):
     assert "less than 16 on the short side" in lines[0]
     assert "cannot be decoded" in lines[1]
     assert lines[-2] == f"6 of 8 files labelled: {tmp_path / 'out.csv'}"
-    assert lines[-1] == "left out: files of other formats (1), hidden files (1), hidden folders (1), system files (1)"
+    assert (
+        lines[-1]
+        == "left out: files of other formats (1), hidden files (1), hidden folders (1), system files (1)"
+    )
 
 
-@pytest.mark.parametrize("spoil", [lambda images: None, lambda images: (images / "a.png").write_bytes(b"broken")])
+@pytest.mark.parametrize(
+    "spoil", [lambda images: None, lambda images: (images / "a.png").write_bytes(b"broken")]
+)
 def test_predict_on_a_folder_without_images_is_one_sentence(logs, trained, tmp_path, spoil):
     (tmp_path / "images").mkdir()
     spoil(tmp_path / "images")
@@ -344,8 +375,12 @@ def test_predict_replaces_a_csv_only_where_it_is_told_to(logs, trained, tmp_path
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True, "4"])
 def test_predict_refuses_a_batch_size_that_is_not_a_number_of_images(tmp_path, size):
-    with pytest.raises(UserError, match=rf"^batch_size={size} is not a number of images: give a whole number of 1 or"):
-        prediction.predict("x", "y", output=str(tmp_path / "z.csv"), batch_size=size, device="cpu", weights=None)
+    with pytest.raises(
+        UserError, match=rf"^batch_size={size} is not a number of images: give a whole number of 1 or"
+    ):
+        prediction.predict(
+            "x", "y", output=str(tmp_path / "z.csv"), batch_size=size, device="cpu", weights=None
+        )
 
 
 def test_names_that_are_no_utf8_are_trained_on_and_predicted(tmp_path):
@@ -360,7 +395,11 @@ def test_names_that_are_no_utf8_are_trained_on_and_predicted(tmp_path):
     paths = [row["path"] for row in rows]
     assert r"dark/caf\xe9.png" in paths
     assert r"li\xe9ght/0000.png" in paths
-    given = (f"paths.log_dir={tmp_path}/logs", f"output={tmp_path}/report", "formats=[html,markdown,csv,latex]")
+    given = (
+        f"paths.log_dir={tmp_path}/logs",
+        f"output={tmp_path}/report",
+        "formats=[html,markdown,csv,latex]",
+    )
     with composed("report", *given) as cfg:
         report.report(cfg)
     assert "shades" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
@@ -373,16 +412,21 @@ def test_white_is_what_it_was_in_training(tmp_path):
         for number in range(10):
             Image.fromarray(np.full((40, 40), value + number, np.uint16)).save(root / name / f"{number}.png")
     options = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=4")
-    one = tiny_run(tmp_path / "logs", *options, "data.white_level=255", "recipe.epochs=1", "recipe.warmup_epochs=0")
+    one = tiny_run(
+        tmp_path / "logs", *options, "data.white_level=255", "recipe.epochs=1", "recipe.warmup_epochs=0"
+    )
     run.run_job(one)
     state = load_state(one.folder)
     assert state.preprocessing["white_level"] == 255
     rows = {
-        row["path"]: float(row["dark"]) for row in predict(tmp_path / "logs", one.folder, root, tmp_path / "out.csv")
+        row["path"]: float(row["dark"])
+        for row in predict(tmp_path / "logs", one.folder, root, tmp_path / "out.csv")
     }
     data = one.datamodule
     batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
-    classifier = prediction.restore(state, one.folder, replace(one.backbone, module=deepcopy(one.backbone.module)))
+    classifier = prediction.restore(
+        state, one.folder, replace(one.backbone, module=deepcopy(one.backbone.module))
+    )
     with torch.no_grad():
         shares = classifier(batch.images).softmax(1)[:, 0].tolist()
     keys = [data.store.keys[int(data.test_dataset.rows[row])] for row in batch.rows]

@@ -20,7 +20,12 @@ def test_a_real_checkpoint_of_lightning_is_loaded(tmp_path):
             return torch.optim.Adam(self.parameters(), lr=self.hparams["rate"])
 
     training = Training(rate=0.001, name="tiny")
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    options = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
     trainer = L.Trainer(max_epochs=1, default_root_dir=tmp_path, **options)
     trainer.strategy.connect(training)
     trainer.save_checkpoint(tmp_path / "last.ckpt")

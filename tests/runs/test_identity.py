@@ -10,15 +10,26 @@ from visprompt.data.vtab_datamodule import VTABDataModule
 from visprompt.models.methods import METHODS
 
 DEMO = [demo_run(method) for method in METHODS]
-VTAB = [(f"data=vtab/{task}", "backbone=vit_b16_in21k") for task in ("cifar", "dsprites_loc", "patch_camelyon")]
-FGVC = [("data=fgvc/cub200", "backbone=swin_b"), ("data=fgvc/nabirds", "backbone=vit_b16_in21k", "method=e2vpt")]
+VTAB = [
+    (f"data=vtab/{task}", "backbone=vit_b16_in21k") for task in ("cifar", "dsprites_loc", "patch_camelyon")
+]
+FGVC = [
+    ("data=fgvc/cub200", "backbone=swin_b"),
+    ("data=fgvc/nabirds", "backbone=vit_b16_in21k", "method=e2vpt"),
+]
 OTHERS = [
     (),
     ("split=tune", "seed=7"),
     ("data=demo/digits_crowded", "precision=bf16-mixed"),
     ("data=vtab/dtd", "backbone=vit_b16_in21k", "method=full", "preprocessing=petl", "seed=44"),
     ("data=vtab/svhn", "backbone=vit_b16_in21k", "method=lora", "data.source=prepared"),
-    ("data=fgvc/stanford_dogs", "backbone=vit_b16_in21k", "method=linear", "data.final=train+val", "data.flip=0"),
+    (
+        "data=fgvc/stanford_dogs",
+        "backbone=vit_b16_in21k",
+        "method=linear",
+        "data.final=train+val",
+        "data.flip=0",
+    ),
     ("method=vpt_deep", "method.depth=3", "method.depth_from=last", "method.num_tokens=5"),
     ("method=vpt_shallow", "recipe.lr=1", "recipe.epochs=20", "recipe.warmup_epochs=2"),
     ("method=linear", "recipe.optimizer=sgd", "recipe.momentum=0.8", "recipe.weight_decay=0"),

@@ -83,7 +83,9 @@ def test_a_nested_target_is_refused_too_at_any_depth():
     ]:
         with pytest.raises(UserError) as caught:
             instantiate("c", config, L.Callback)
-        assert str(caught.value).startswith(f"{where}._target_=os.system is not a class that belongs there: give a ")
+        assert str(caught.value).startswith(
+            f"{where}._target_=os.system is not a class that belongs there: give a "
+        )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,10 @@ def test_a_nested_target_is_refused_too_at_any_depth():
             "no_such_module.X",
             "c._target_=no_such_module.X does not exist: there is no module no_such_module, correct it",
         ),
-        ("mine_parts.X", "c._target_=mine_parts.X does not exist: there is no module mine_parts.X, correct it"),
+        (
+            "mine_parts.X",
+            "c._target_=mine_parts.X does not exist: there is no module mine_parts.X, correct it",
+        ),
         ("mine_parts.MyCallback.x", "c._target_=mine_parts.MyCallback.x does not exist: correct it"),
         ("mine_parts.MADE.append", "c._target_=mine_parts.MADE.append does not exist: correct it"),
         ("mine_broken.X", "c._target_=mine_broken.X cannot be imported: no way; correct that module"),
@@ -123,9 +128,13 @@ def test_what_is_not_a_class_is_named(mine, target, sentence):
 
 
 def test_a_config_without_a_class_and_one_that_makes_none_are_named():
-    with pytest.raises(UserError, match=r"^c names no class: give c\._target_=\.\.\., a subclass of Callback$"):
+    with pytest.raises(
+        UserError, match=r"^c names no class: give c\._target_=\.\.\., a subclass of Callback$"
+    ):
         instantiate("c", {"monitor": "x"}, L.Callback)
-    with pytest.raises(UserError, match=r"^c builds no object of Callback: leave _partial_ and the like out of it$"):
+    with pytest.raises(
+        UserError, match=r"^c builds no object of Callback: leave _partial_ and the like out of it$"
+    ):
         instantiate("c", {"_target_": "lightning.pytorch.callbacks.Timer", "_partial_": True}, L.Callback)
     known = r"\(all: c\.duration, c\.interval, c\.verbose\)"
     with pytest.raises(UserError, match=rf"^unknown key 'c\.nothing': did you mean c\.duration\? {known}$"):
@@ -133,10 +142,17 @@ def test_a_config_without_a_class_and_one_that_makes_none_are_named():
 
 
 def test_lightnings_own_classes_are_made_with_their_arguments():
-    made = instantiate("c", {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "a"}, L.Callback)
+    made = instantiate(
+        "c", {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "a"}, L.Callback
+    )
     assert isinstance(made, EarlyStopping)
-    theme = {"_target_": "lightning.pytorch.callbacks.progress.rich_progress.RichProgressBarTheme", "time": "red"}
-    made = instantiate("c", {"_target_": "lightning.pytorch.callbacks.RichProgressBar", "theme": theme}, L.Callback)
+    theme = {
+        "_target_": "lightning.pytorch.callbacks.progress.rich_progress.RichProgressBarTheme",
+        "time": "red",
+    }
+    made = instantiate(
+        "c", {"_target_": "lightning.pytorch.callbacks.RichProgressBar", "theme": theme}, L.Callback
+    )
     assert isinstance(made, RichProgressBar)
     assert made.theme.time == "red"
     environment = {"_target_": "lightning.pytorch.plugins.environments.LightningEnvironment"}

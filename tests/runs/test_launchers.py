@@ -87,7 +87,10 @@ def test_a_job_that_fails_under_a_launcher_is_said_and_stops_no_other(tmp_path):
     given = arguments(tmp_path, "method.depth=3,1", "hydra/launcher=joblib")
     done = call("train", *given, "-m")
     assert done.returncode != 0
-    assert "error: digits/vpt_deep: method.depth=3 does not fit: give 1 to 2, the backbone's blocks" in done.stderr
+    assert (
+        "error: digits/vpt_deep: method.depth=3 does not fit: give 1 to 2, the backbone's blocks"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert len(results(tmp_path)) == 1
 
@@ -96,7 +99,9 @@ def test_a_job_that_fails_under_a_launcher_is_said_and_stops_no_other(tmp_path):
 def test_launchers_compose(launcher):
     with compose.composing():
         cfg = hydra_compose("train", [f"hydra/launcher={launcher}"], return_hydra_config=True)
-    assert cfg.hydra.launcher._target_.rpartition(".")[2].removesuffix("Launcher").lower() in launcher.replace("_", "")
+    assert cfg.hydra.launcher._target_.rpartition(".")[2].removesuffix(
+        "Launcher"
+    ).lower() in launcher.replace("_", "")
 
 
 @pytest.fixture
@@ -141,15 +146,27 @@ def test_a_point_that_another_process_works_on_comes_last_and_the_table_is_whole
     folder.mkdir(parents=True)
     (folder / "holder").write_text("process 7 on another-machine")
     with FileLock(folder / "lock") as other:
-        monkeypatch.setattr(run_all, "time", SimpleNamespace(sleep=lambda seconds: other.release()))  # it was killed
+        monkeypatch.setattr(
+            run_all, "time", SimpleNamespace(sleep=lambda seconds: other.release())
+        )  # it was killed
         tune(tmp_path)
-    assert trained == [(42, 0.4), (42, 0.2), (1, trained[-1][1])], "no final run before the choice from the whole grid"
-    assert "digits/vpt_deep: process 7 on another-machine is working on it: waiting until later\n" in capsys.readouterr().out
+    assert trained == [(42, 0.4), (42, 0.2), (1, trained[-1][1])], (
+        "no final run before the choice from the whole grid"
+    )
+    assert (
+        "digits/vpt_deep: process 7 on another-machine is working on it: waiting until later\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_point_that_diverges_is_a_result_and_never_chosen(tmp_path, trained):
     """The paper's grid begins at 50, at which full fine-tuning by SGD does not live long."""
-    wild = ("method=full", "recipe.optimizer=sgd", "recipe.head_lr=null", "++recipe.grid={recipe.lr:[50.0,0.01]}")
+    wild = (
+        "method=full",
+        "recipe.optimizer=sgd",
+        "recipe.head_lr=null",
+        "++recipe.grid={recipe.lr:[50.0,0.01]}",
+    )
     score = tune(tmp_path, *wild)
     assert trained == [(42, 50), (42, 0.01), (1, 0.01)]
     found = results(tmp_path)
@@ -162,7 +179,12 @@ def test_a_point_that_diverges_is_a_result_and_never_chosen(tmp_path, trained):
 
 
 def test_a_grid_of_diverged_points_has_no_final_run(tmp_path, trained):
-    wild = ("method=full", "recipe.optimizer=sgd", "recipe.head_lr=null", "++recipe.grid={recipe.lr:[50.0,60.0]}")
+    wild = (
+        "method=full",
+        "recipe.optimizer=sgd",
+        "recipe.head_lr=null",
+        "++recipe.grid={recipe.lr:[50.0,60.0]}",
+    )
     run = r"digits/full recipe\.lr=50\.0 split=tune seed=42"
     with pytest.raises(UserError, match=rf"^{run}: the loss was not finite at step \d+: lower"):
         tune(tmp_path, *wild)

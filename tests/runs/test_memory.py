@@ -14,7 +14,10 @@ from visprompt.errors import UserError
 from visprompt.runs import memory, run_all
 
 pytestmark = frozen
-HERE, GPU = "there is not enough memory on this machine: take less", "there is not enough memory on the GPU: take less"
+HERE, GPU = (
+    "there is not enough memory on this machine: take less",
+    "there is not enough memory on the GPU: take less",
+)
 SHORT = (
     *("+trainer.limit_train_batches=1", "+trainer.limit_test_batches=1", "+trainer.limit_val_batches=1"),
     *("recipe.epochs=1", "recipe.warmup_epochs=0", "logger=csv"),
@@ -45,7 +48,10 @@ def fails(error):
         (fails(OSError(errno.ENOMEM, "Cannot allocate memory")), HERE),
         (fails(torch.OutOfMemoryError("Tried to allocate 20.00 MiB.")), GPU),
         (fails(RuntimeError("CUDA error: out of memory")), GPU),
-        (fails(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")), GPU),
+        (
+            fails(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+            GPU,
+        ),
         (
             fails(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")),
             "there is not enough memory for the loader's workers (data.num_workers=0 starts none): take less",
@@ -58,7 +64,9 @@ def test_memory_that_cannot_be_had_is_one_sentence(action, sentence):
     assert str(caught.value) == sentence
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "full"), ValueError("odd")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "full"), ValueError("odd")]
+)
 def test_other_errors_pass(error):
     with pytest.raises(type(error)) as caught, memory.explained(lambda: "take less"):
         raise error

@@ -75,7 +75,9 @@ def test_hydras_folder_lies_below_the_log_dir_that_a_tilde_names(home, monkeypat
 
 @pytest.mark.parametrize("script", ["train", "tune", "report"])
 @pytest.mark.parametrize("more", [(), ("-m",)])
-def test_a_log_dir_that_is_a_file_or_below_one_is_said_before_anything_is_made(capsys, monkeypatch, home, script, more):
+def test_a_log_dir_that_is_a_file_or_below_one_is_said_before_anything_is_made(
+    capsys, monkeypatch, home, script, more
+):
     (home / "file").write_text("x")
     for name in ("file", "file/below"):
         assert said(capsys, monkeypatch, script, f"paths.log_dir={home}/{name}", *more) == (

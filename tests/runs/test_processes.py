@@ -53,7 +53,10 @@ def test_two_ranks_reach_the_result_of_one_process(tmp_path):
     assert (two.machine["devices"], one.machine["devices"]) == (2, 1)
     assert (two.metrics["test/count"], one.metrics["test/count"]) == (797, 797)
     ours, reference = (tensors(folder_of(tmp_path / name)) for name in ("two", "one"))
-    for name, tensor in reference.items():  # sums in another order, which AdamW's division by small numbers enlarges
+    for (
+        name,
+        tensor,
+    ) in reference.items():  # sums in another order, which AdamW's division by small numbers enlarges
         assert (ours[name] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), name
     assert two.metrics["test/acc"] == pytest.approx(one.metrics["test/acc"], abs=2.5 / 797)
 
@@ -75,7 +78,9 @@ def test_fewer_images_than_devices_are_scored_each_once(tmp_path, split):
 
 
 def test_a_killed_rank_takes_all_with_it_and_the_same_command_ends_with_the_same_bits(tmp_path):
-    killed, whole = (ddp(tmp_path / name, "recipe.epochs=40", "method.dropout=0.1") for name in ("killed", "whole"))
+    killed, whole = (
+        ddp(tmp_path / name, "recipe.epochs=40", "method.dropout=0.1") for name in ("killed", "whole")
+    )
     process = started(tmp_path / "killed", *killed)
     ranks = {p.environ()["LOCAL_RANK"]: p for p in psutil.Process(process.pid).children()}
     assert sorted(ranks) == ["0", "1"]
@@ -101,7 +106,9 @@ def test_a_killed_command_leaves_no_rank_behind(tmp_path):
 
 
 def test_a_killed_process_goes_on_to_the_same_bits(tmp_path):
-    killed, whole = (tiny(tmp_path / name, "callbacks=none", "recipe.epochs=60") for name in ("killed", "whole"))
+    killed, whole = (
+        tiny(tmp_path / name, "callbacks=none", "recipe.epochs=60") for name in ("killed", "whole")
+    )
     process = started(tmp_path / "killed", *killed)
     process.kill()
     process.communicate()

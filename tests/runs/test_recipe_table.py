@@ -41,14 +41,22 @@ def test_a_table_gives_each_task_its_settings_and_leaves_the_rest_to_the_recipe(
     assert settings(dtd) == {"num_tokens": 5, "lr": 2.5, "weight_decay": 0.01, "batch_size": 128}
     assert settings(svhn) == {"num_tokens": 50, "lr": 2.5, "weight_decay": 0, "batch_size": 128}
     assert (dtd.recipe.epochs, dtd.recipe.schedule, dtd.method.dropout) == (100, "per_epoch", 0.1)
-    assert "table" not in dtd.content()["recipe"], "the run is told by its values, not by where they came from"
+    assert "table" not in dtd.content()["recipe"], (
+        "the run is told by its values, not by where they came from"
+    )
     (linear,) = jobs(table, "tasks=dtd", "method=linear")
     assert settings(linear) == {"num_tokens": None, "lr": 0.25, "weight_decay": 0.0001, "batch_size": 1024}
 
 
 def test_the_command_line_wins_over_a_table_and_a_grid_stays(table):
     (job,) = jobs(
-        table, "tasks=dtd", "method=vpt_deep", "recipe.lr=1.0", "method.num_tokens=3", "grid=paper", script="tune"
+        table,
+        "tasks=dtd",
+        "method=vpt_deep",
+        "recipe.lr=1.0",
+        "method.num_tokens=3",
+        "grid=paper",
+        script="tune",
     )
     assert settings(job) == {"num_tokens": 3, "lr": 1.0, "weight_decay": 0.01, "batch_size": 128}
     assert len(grid_points(job.grid)) > 1
@@ -57,8 +65,14 @@ def test_the_command_line_wins_over_a_table_and_a_grid_stays(table):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("task,lr\nsvhn,1\n", r"t\.csv has no row for task dtd and method vpt_deep: recipe\.table needs one$"),
-        ("task,lr\ndtd,1\ndtd,2\n", r"t\.csv has 2 rows for task dtd and method vpt_deep: recipe\.table needs one$"),
+        (
+            "task,lr\nsvhn,1\n",
+            r"t\.csv has no row for task dtd and method vpt_deep: recipe\.table needs one$",
+        ),
+        (
+            "task,lr\ndtd,1\ndtd,2\n",
+            r"t\.csv has 2 rows for task dtd and method vpt_deep: recipe\.table needs one$",
+        ),
         (
             "dataset,lr\ndtd,1\n",
             r"t\.csv has no column task: its first line names the columns, as in task,lr,weight_dec",

@@ -99,7 +99,10 @@ def test_a_record_of_an_older_version_has_no_trainer_files_or_digest(tmp_path):
 
 
 WHY = {
-    "cut": (lambda folder: os.truncate(folder / "result.json", 100), "result.json is damaged: it is cut off or not JSON"),
+    "cut": (
+        lambda folder: os.truncate(folder / "result.json", 100),
+        "result.json is damaged: it is cut off or not JSON",
+    ),
     "no object": (
         lambda folder: (folder / "result.json").write_text("[]"),
         "result.json is damaged: it is not a JSON object",
@@ -120,7 +123,10 @@ WHY = {
         lambda folder: rewrite(folder / "result.json", schema=2),
         "result.json is damaged or of another version of visprompt",
     ),
-    "kind": (lambda folder: rewrite(folder / "result.json", seed=1.5), "result.json is damaged: its seed is 1.5"),
+    "kind": (
+        lambda folder: rewrite(folder / "result.json", seed=1.5),
+        "result.json is damaged: its seed is 1.5",
+    ),
     "no state": (
         lambda folder: (folder / "tuned.safetensors").unlink(),
         "tuned.safetensors is missing, but result.json names it",
@@ -171,7 +177,9 @@ def test_damage_is_named_and_never_a_result(tmp_path, case):
     assert read_result(tmp_path) is None
     if case == "flipped state":  # a report reads the header of the state alone
         assert read_result(tmp_path, hashed=False) == result
-        with pytest.raises(UserError, match=r"tuned.safetensors is damaged: its checksum differs; copy it again"):
+        with pytest.raises(
+            UserError, match=r"tuned.safetensors is damaged: its checksum differs; copy it again"
+        ):
             open_state(tmp_path)
         return
     assert read_result(tmp_path, hashed=False) is None
@@ -187,7 +195,9 @@ def test_a_state_by_itself_needs_no_result(tmp_path):
     finished(tmp_path)
     (tmp_path / "result.json").unlink()
     assert open_state(tmp_path).class_names == RECORD["class_names"]
-    with pytest.raises(UserError, match=r"holds no finished run: give the folder that was printed below its table$"):
+    with pytest.raises(
+        UserError, match=r"holds no finished run: give the folder that was printed below its table$"
+    ):
         open_result(tmp_path)
 
 
@@ -212,7 +222,9 @@ def test_a_flipped_bit_or_a_cut_is_never_another_tuned_state(tmp_path, damage):
     assert sentence.startswith(str(path)) or found == result
     found, sentence = outcome(open_state, tmp_path)
     same = found is not None and torch.equal(found.tensors["head"], expected.tensors["head"])
-    assert sentence.startswith(str(path)) or (same and replace(found, tensors={}) == replace(expected, tensors={}))
+    assert sentence.startswith(str(path)) or (
+        same and replace(found, tensors={}) == replace(expected, tensors={})
+    )
 
 
 def test_what_json_has_no_word_for_is_never_written(tmp_path):
@@ -293,7 +305,9 @@ def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(other):
 
 
 def test_a_seed_counts_once():
-    with pytest.raises(UserError, match="two runs with the same seed cannot be averaged: leave one of them out"):
+    with pytest.raises(
+        UserError, match="two runs with the same seed cannot be averaged: leave one of them out"
+    ):
         cell([make(), make(metrics={"test/acc": 0.5})])
 
 

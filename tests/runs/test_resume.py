@@ -250,7 +250,9 @@ def test_a_damaged_resume_state_is_one_sentence(tmp_path):
     with dying(epoch=1, batch=0), pytest.raises(ZeroDivisionError):
         run.run_job(half)
     os.truncate(half.folder / "resume" / "state.safetensors", 1000)
-    with pytest.raises(UserError, match=r"state\.safetensors is not a readable resume .* delete it to start over"):
+    with pytest.raises(
+        UserError, match=r"state\.safetensors is not a readable resume .* delete it to start over"
+    ):
         run.run_job(short_run(tmp_path))
 
 
@@ -275,7 +277,9 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path):
     (one.folder / "holder").write_text("process 4711 on thor")
     with (
         FileLock(one.folder / "lock"),
-        pytest.raises(UserError, match=r"^process 4711 on thor is working on this run in .*: wait for it, or end it$"),
+        pytest.raises(
+            UserError, match=r"^process 4711 on thor is working on this run in .*: wait for it, or end it$"
+        ),
     ):
         run.run_job(one)
     assert run.run_job(one).status == "finished"
@@ -310,10 +314,14 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path, whole, name, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(UserError, match=rf"cannot write .*{name}: .*No space left on device; free some space"):
+        with pytest.raises(
+            UserError, match=rf"cannot write .*{name}: .*No space left on device; free some space"
+        ):
             run.run_job(again)
     stored = read_result(again.folder)
     assert stored == result
     assert equal(tensors(again.folder), tensors(one.folder))
-    assert not [file for file in again.folder.rglob("*") if file.name.startswith(".")], "half-written files are removed"
+    assert not [file for file in again.folder.rglob("*") if file.name.startswith(".")], (
+        "half-written files are removed"
+    )
     assert run.run_job(again).attempt == 1

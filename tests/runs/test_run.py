@@ -52,7 +52,9 @@ def test_a_final_run_leaves_exactly_these_files_and_no_pickle(whole):
     assert set(content(one.folder)) == {"config.yaml", "metrics.csv", "result.json", "tuned.safetensors"}
     for file in one.folder.rglob("*"):
         data = file.read_bytes()
-        assert not re.match(rb"\x80[\x02-\x05]|PK\x03\x04", data), f"{file} begins like a pickle or an archive of them"
+        assert not re.match(rb"\x80[\x02-\x05]|PK\x03\x04", data), (
+            f"{file} begins like a pickle or an archive of them"
+        )
     with safe_open(one.folder / "tuned.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == ["head.bias", "head.weight", "prompts"]
 
@@ -74,12 +76,25 @@ def test_what_the_result_says(whole):
     one, result = whole()
     assert read_result(one.folder) == result
     stored = json.loads((one.folder / "result.json").read_text())
-    assert (stored["status"], stored["task"], stored["split"], stored["seed"]) == ("finished", "digits", "final", 0)
+    assert (stored["status"], stored["task"], stored["split"], stored["seed"]) == (
+        "finished",
+        "digits",
+        "final",
+        0,
+    )
     assert (stored["attempt"], stored["precision"], stored["diverged_step"]) == (0, "32-true", None)
-    assert set(stored["metrics"]) == {"train/acc", "train/loss", "test/acc", "test/balanced_acc", "test/count"}
+    assert set(stored["metrics"]) == {
+        "train/acc",
+        "train/loss",
+        "test/acc",
+        "test/balanced_acc",
+        "test/count",
+    }
     assert stored["metrics"]["test/count"] == 797
     assert 0.2 < stored["metrics"]["test/acc"] < 0.6
-    assert stored["metrics"]["test/acc"] * 797 == pytest.approx(round(stored["metrics"]["test/acc"] * 797), abs=1e-9)
+    assert stored["metrics"]["test/acc"] * 797 == pytest.approx(
+        round(stored["metrics"]["test/acc"] * 797), abs=1e-9
+    )
     assert list(stored["per_class"]) == [str(digit) for digit in range(10)]
     present = list(stored["per_class"].values())
     assert sum(present) / 10 == pytest.approx(stored["metrics"]["test/balanced_acc"], abs=1e-6)
@@ -146,8 +161,12 @@ OTHER = [
     ("backbone.exact=false",),
     ("+trainer.limit_train_batches=0.5",),
     ("+trainer.gradient_clip_val=1.0",),
-    ("+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss, patience: 1}",),
-    ("+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss, patience: 2}",),
+    (
+        "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss, patience: 1}",
+    ),
+    (
+        "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss, patience: 2}",
+    ),
 ]
 
 
@@ -164,9 +183,13 @@ def test_a_whole_number_is_the_rate_that_it_means(logs):
 
 def test_a_run_that_scored_nothing_is_no_result(tmp_path):
     for split in ("tune", "final"):
-        one = tiny_run(tmp_path, f"split={split}", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1")
+        one = tiny_run(
+            tmp_path, f"split={split}", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1"
+        )
         limits = {"limit_val_batches": 0, "limit_test_batches": 0}  # as no command line may say
-        one = replace(one, job=one.job.model_copy(update={"trainer": one.job.trainer.model_copy(update=limits)}))
+        one = replace(
+            one, job=one.job.model_copy(update={"trainer": one.job.trainer.model_copy(update=limits)})
+        )
         with pytest.raises(UserError, match=r"^nothing was scored: trainer\.limit_val_batches and"):
             run.run_job(one)
         assert not (one.folder / "result.json").exists()
@@ -244,7 +267,9 @@ def test_a_diverged_run_says_its_step_and_is_not_run_again(tmp_path, monkeypatch
 
 def test_a_last_step_that_spoils_the_state_is_a_divergence_too(tmp_path):
     options = ("recipe.optimizer=sgd", "recipe.lr=5e37", "recipe.head_lr=null", "recipe.batch_size=1000")
-    one = tiny_run(tmp_path, *options, "recipe.epochs=1", "recipe.warmup_epochs=0", "recipe.weight_decay=1e38")
+    one = tiny_run(
+        tmp_path, *options, "recipe.epochs=1", "recipe.warmup_epochs=0", "recipe.weight_decay=1e38"
+    )
     result = run.run_job(one)
     assert (result.status, result.diverged_step) == ("diverged", 1)
 
@@ -278,7 +303,9 @@ def test_peak_memory_is_that_of_where_the_run_was(monkeypatch):
 
 
 def test_own_images_with_given_splits(tmp_path, capsys):
-    root = miniatures.write_folder(tmp_path / "pets", ("cat", "dog", "eel"), 6, splits=("train", "val", "test"))
+    root = miniatures.write_folder(
+        tmp_path / "pets", ("cat", "dog", "eel"), 6, splits=("train", "val", "test")
+    )
     for number in range(3):
         (root / "test" / "eel" / f"000{number}.png").unlink()
     options = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=8")
@@ -305,7 +332,9 @@ def test_own_images_with_given_splits(tmp_path, capsys):
 def test_without_test_images_a_run_is_refused_or_marked_as_not_scored(tmp_path, capsys):
     root = miniatures.write_folder(tmp_path / "pets", ("cat", "dog"), 6, splits=("train", "val"))
     options = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=4")
-    with pytest.raises(UserError, match=r"^pets has no test images: .* split=tune, .* or give data.test=none"):
+    with pytest.raises(
+        UserError, match=r"^pets has no test images: .* split=tune, .* or give data.test=none"
+    ):
         tiny_run(tmp_path / "logs", *options)
     assert not (tmp_path / "data").exists()
     assert not (tmp_path / "logs" / "pets").exists()
@@ -337,7 +366,9 @@ def hand_counted(one):
     for label, name in enumerate(state.class_names):
         files = sorted((one.datamodule.root / "test" / name).iterdir())
         with torch.no_grad():
-            said = [int(classifier(to_input(decode(file), state.preprocessing)[None]).argmax()) for file in files]
+            said = [
+                int(classifier(to_input(decode(file), state.preprocessing)[None]).argmax()) for file in files
+            ]
         found.append((said.count(label), len(files)))
     return found
 
@@ -352,7 +383,10 @@ def test_words_that_only_a_run_can_judge(tmp_path):
         ("+data.foo=3",): "unknown key 'data.foo': did you mean data.fraction",
         ("data=folder", "data.root=/nowhere"): "data.root=/nowhere is not a folder",
         ("data=folder", "data.root=/", "data.final=all"): "unknown data.final 'all'",
-        ("recipe.batch_size=30", "trainer.accumulate_grad_batches=4"): "recipe.batch_size=30 cannot be dealt to 1 dev",
+        (
+            "recipe.batch_size=30",
+            "trainer.accumulate_grad_batches=4",
+        ): "recipe.batch_size=30 cannot be dealt to 1 dev",
         ("+method.tokens=3",): "unknown option of method vpt_deep 'tokens': did you mean num_tokens",
     }.items():
         with pytest.raises(UserError, match=sentence):

@@ -16,7 +16,12 @@ from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import read_result
 
 pytestmark = frozen
-SHORT = ("+trainer.limit_train_batches=2", "+trainer.limit_test_batches=1", "recipe.epochs=2", "callbacks=none")
+SHORT = (
+    "+trainer.limit_train_batches=2",
+    "+trainer.limit_test_batches=1",
+    "recipe.epochs=2",
+    "callbacks=none",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,9 @@ def wide(monkeypatch):
 
 
 def train(logs, *arguments, **hydra):
-    with composed("train", *tiny(logs, *SHORT, *arguments, *(f"hydra.{k}={v}" for k, v in hydra.items()))) as cfg:
+    with composed(
+        "train", *tiny(logs, *SHORT, *arguments, *(f"hydra.{k}={v}" for k, v in hydra.items()))
+    ) as cfg:
         return run_all.train(cfg)
 
 
@@ -90,7 +97,10 @@ def test_a_skip_names_the_commit_where_it_differs(logs, demo, monkeypatch, capsy
     monkeypatch.setattr(run_all.environment, "git_commit", lambda: "0123456789ab")
     train(logs, "tasks=digits")
     commit = read_result(next(logs.glob("digits/*/*"))).versions["git_commit"]
-    assert f"finished before (by commit {commit}; this is 0123456789ab), not run again" in capsys.readouterr().out
+    assert (
+        f"finished before (by commit {commit}; this is 0123456789ab), not run again"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_skip_says_that_it_adds_no_diagnostic(logs, demo, capsys):
@@ -168,7 +178,9 @@ def test_missing_weights_without_a_network_are_said_at_once(tmp_path):
     assert time.monotonic() - started < 10
     assert outcome.result is None
     assert "are not on this machine and the hub cannot be reached: download https://" in outcome.reason
-    assert outcome.reason.endswith("set backbone.weights=data/backbones/vit_base_patch16_224.orig_in21k.safetensors")
+    assert outcome.reason.endswith(
+        "set backbone.weights=data/backbones/vit_base_patch16_224.orig_in21k.safetensors"
+    )
 
 
 def test_several_devices_run_as_ranks_of_the_same_run(tmp_path, monkeypatch):
@@ -248,7 +260,9 @@ def test_a_run_that_another_process_is_at_work_on_is_come_back_to(tmp_path, monk
     first.folder.mkdir(parents=True)
     (first.folder / "holder").write_text("process 4711 on thor")
     other, trained, original = FileLock(first.folder / "lock"), [], run._train
-    monkeypatch.setattr(run, "_train", lambda one, *given: trained.append(one.job.task) or original(one, *given))
+    monkeypatch.setattr(
+        run, "_train", lambda one, *given: trained.append(one.job.task) or original(one, *given)
+    )
 
     def pause(_):
         trained.append("pause")

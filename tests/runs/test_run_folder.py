@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from helpers.cli import content, equal, frozen, tensors, tiny_run
 from visprompt.models.tuning_module import TuningModule
-from visprompt.reports.folders import survey
+from visprompt.reports.load import survey
 from visprompt.runs import run
 from visprompt.runs.result import read_result
 from visprompt.runs.run_folder import AtWork, tidy
@@ -77,7 +77,11 @@ def check(folder, whole, attempt):
     """A folder holds exactly what an uninterrupted run leaves: files, bits and figures."""
     assert names(folder) == ["config.yaml", "lock", "metrics.csv", "result.json", "tuned.safetensors"]
     result, reference = read_result(folder), read_result(whole.folder)
-    assert (result.attempt, result.metrics, result.per_class) == (attempt, reference.metrics, reference.per_class)
+    assert (result.attempt, result.metrics, result.per_class) == (
+        attempt,
+        reference.metrics,
+        reference.per_class,
+    )
     assert equal(tensors(folder), tensors(whole.folder))
     assert (folder / "metrics.csv").read_bytes() == (whole.folder / "metrics.csv").read_bytes()
 
@@ -94,7 +98,9 @@ def test_killed_at_any_step_the_same_command_ends_as_an_uninterrupted_run(tmp_pa
         before = content(one.folder)
         dead = is_killed(one, step)
         if dead and not (one.folder / "resume" / "result.json").exists() and attempt_of(one.folder) == 0:
-            assert before.items() <= content(one.folder).items(), "the old result stands until the new one is complete"
+            assert before.items() <= content(one.folder).items(), (
+                "the old result stands until the new one is complete"
+            )
         again = run.run_job(tiny_run(tmp_path / str(step), *options)) if dead else None
         done = read_result(one.folder).attempt
         assert again is None or again.attempt == done
@@ -203,5 +209,5 @@ def test_a_complete_attempt_that_is_not_yet_in_place_is_read(tmp_path, whole):
     (folder / "resume").mkdir()
     for name in ("metrics.csv", "result.json"):  # the state and the config were already moved
         (folder / name).rename(folder / "resume" / name)
-    assert [found.result.attempt for found in survey([tmp_path]).runs] == [0]
+    assert list(survey([tmp_path]).runs.attempt) == [0]
     check(folder, whole, 0)

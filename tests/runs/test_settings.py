@@ -76,8 +76,14 @@ def test_what_the_project_sets_is_no_key_of_the_trainer(word, instead):
         ("data.flip=nan", "data.flip=nan does not fit: give a number from 0 to 1"),
         ("data.flip=yes", "data.flip=yes does not fit: give a number from 0 to 1"),
         ("data.flip=1.5", "data.flip=1.5 does not fit: give a number from 0 to 1"),
-        ("data.short_side=-3", "data.short_side=-3 does not fit: give a whole number from 1 to 16384 or null"),
-        ("data.short_side=300.5", "data.short_side=300.5 does not fit: give a whole number from 1 to 16384 or null"),
+        (
+            "data.short_side=-3",
+            "data.short_side=-3 does not fit: give a whole number from 1 to 16384 or null",
+        ),
+        (
+            "data.short_side=300.5",
+            "data.short_side=300.5 does not fit: give a whole number from 1 to 16384 or null",
+        ),
         ("data.crop=maybe", "data.crop=maybe does not fit: give true or false"),
     ],
 )
@@ -96,9 +102,9 @@ def test_every_parameter_of_the_trainer_is_known():
 
     from lightning.pytorch import Trainer
 
-    assert settings._TRAINER.keys() | settings._SET_BY_PROJECT.keys() == inspect.signature(Trainer).parameters.keys() | {
-        "_target_"
-    }
+    assert settings._TRAINER.keys() | settings._SET_BY_PROJECT.keys() == inspect.signature(
+        Trainer
+    ).parameters.keys() | {"_target_"}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,16 @@ def test_a_table_of_settings_needs_every_key_that_is_documented():
     """A new key of a config has a line in `settings._ALLOWED`."""
     from hydra import compose
 
-    elsewhere = ("task", "method.", "recipe.", "trainer.", "callbacks", "logger", "lightning_module._", "hydra.")
+    elsewhere = (
+        "task",
+        "method.",
+        "recipe.",
+        "trainer.",
+        "callbacks",
+        "logger",
+        "lightning_module._",
+        "hydra.",
+    )
     with composing():
         for program in ("train", "tune", "eval", "predict", "report", "prepare"):
             trains = program in ("train", "tune")
@@ -152,7 +167,9 @@ def test_no_more_epochs_than_the_warm_up_shorten_it_in_proportion(caplog):
     ]
     assert composed_job("method=linear", "recipe.epochs=6").recipe.warmup_epochs == 5, "it fits, and stays"
     sentence = "recipe.warmup_epochs=1 does not fit: give 0 to below recipe.epochs=1"
-    assert said("method=linear", "recipe.epochs=1", "recipe.warmup_epochs=1") == sentence, "what is said stands"
+    assert said("method=linear", "recipe.epochs=1", "recipe.warmup_epochs=1") == sentence, (
+        "what is said stands"
+    )
     assert len(caplog.messages) == 1
 
 

@@ -69,8 +69,12 @@ def test_temporary_folders_of_the_first_imports_are_removed(tmp_path):
 
 
 def test_an_import_in_the_middle_of_work_is_unwound(tmp_path):
-    (tmp_path / "late.py").write_text("import sys, time\nsys.modules['__main__'].tell('ready')\ntime.sleep(60)\n")
-    code = f"signals.started()\nsys.path.insert(0, {str(tmp_path)!r})\ntry: import late\nfinally: tell('tidied')"
+    (tmp_path / "late.py").write_text(
+        "import sys, time\nsys.modules['__main__'].tell('ready')\ntime.sleep(60)\n"
+    )
+    code = (
+        f"signals.started()\nsys.path.insert(0, {str(tmp_path)!r})\ntry: import late\nfinally: tell('tidied')"
+    )
     assert ended(started(code), signal.SIGTERM) == (143, "tidied\n", SENTENCES[signal.SIGTERM])
 
 
@@ -84,11 +88,17 @@ def test_a_second_signal_ends_at_once(number):
 
 def test_the_same_signal_twice_within_a_moment_is_one():
     process = started("try:\n  tell('ready'); time.sleep(60)\nfinally: time.sleep(0.5); tell('tidied')")
-    assert ended(process, signal.SIGTERM, signal.SIGTERM, pause=0.1) == (143, "tidied\n", SENTENCES[signal.SIGTERM])
+    assert ended(process, signal.SIGTERM, signal.SIGTERM, pause=0.1) == (
+        143,
+        "tidied\n",
+        SENTENCES[signal.SIGTERM],
+    )
 
 
 def test_a_cleanup_that_hangs_ends_after_some_patience():
-    process = started("signals._PATIENCE = 0.5\ntry:\n  tell('ready'); time.sleep(60)\nfinally: time.sleep(60)")
+    process = started(
+        "signals._PATIENCE = 0.5\ntry:\n  tell('ready'); time.sleep(60)\nfinally: time.sleep(60)"
+    )
     assert ended(process, signal.SIGTERM) == (143, "", SENTENCES[signal.SIGTERM])
 
 
@@ -131,7 +141,9 @@ def test_one_process_of_a_run_speaks(env):
 
 
 def test_handlers_of_somebody_else_stay():
-    code = f"import signal, sys; sys.path.insert(0, {str(ROOT / 'src')!r}); from visprompt.runs import signals\n"
+    code = (
+        f"import signal, sys; sys.path.insert(0, {str(ROOT / 'src')!r}); from visprompt.runs import signals\n"
+    )
     code += "signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, print); signals.install()\n"
     code += "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN; assert signal.getsignal(signal.SIGTERM) is print"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
@@ -139,7 +151,9 @@ def test_handlers_of_somebody_else_stay():
 
 def test_every_entry_point_handles_signals_before_it_imports_anything_else():
     for script in (ROOT / "src").glob("*.py"):
-        lines = [line for line in script.read_text().splitlines() if line and not line.startswith(('"""', "#"))]
+        lines = [
+            line for line in script.read_text().splitlines() if line and not line.startswith(('"""', "#"))
+        ]
         assert lines[0] == "from visprompt.runs import signals"
         assert lines[2].startswith("    signals.install()")
 
@@ -148,6 +162,8 @@ def test_the_module_loads_nothing_that_takes_time():
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); before = set(sys.modules)\n"
     code += "import visprompt.runs.signals\n"
     code += "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, timeout=20
+    )
     assert set(done.stdout.split()) <= set(sys.stdlib_module_names) | {"visprompt"}
     assert not {"asyncio", "logging", "subprocess", "inspect"} & set(done.stdout.split())

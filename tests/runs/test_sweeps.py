@@ -92,7 +92,12 @@ def test_every_point_is_a_job_whose_method_builds(file, monkeypatch):
     assert len(seen) == len(grid(config))
 
 
-SHORT = ("+trainer.limit_train_batches=2", "+trainer.limit_val_batches=2", "recipe.epochs=2", "callbacks=none")
+SHORT = (
+    "+trainer.limit_train_batches=2",
+    "+trainer.limit_val_batches=2",
+    "recipe.epochs=2",
+    "callbacks=none",
+)
 OFFLINE = ("split=tune", "logger=wandb", "logger.wandb.offline=true")
 
 
@@ -123,7 +128,9 @@ def test_several_tasks_under_an_agent_are_one_wandb_run(tmp_path, begun):
     for task, result in found.items():
         for name, value in result.metrics.items():
             assert one["logged"][f"{task}/{name}"] == value
-    assert one["logged"]["val/acc"] == score == sum(result.metrics["val/acc"] for result in found.values()) / 2
+    assert (
+        one["logged"]["val/acc"] == score == sum(result.metrics["val/acc"] for result in found.values()) / 2
+    )
     assert "val/count" not in one["logged"]
     config = one["config"]
     assert config["tasks"] == ["digits", "digits_loc"]
@@ -171,7 +178,10 @@ def test_under_an_agent_a_diverged_run_is_a_point_of_the_grid(tmp_path, begun):
 
 def test_tune_is_no_point_of_a_sweep(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "agent-7")
-    with composed("tune", *tiny(tmp_path)) as cfg, pytest.raises(UserError, match=r"^src/tune\.py tries a grid and"):
+    with (
+        composed("tune", *tiny(tmp_path)) as cfg,
+        pytest.raises(UserError, match=r"^src/tune\.py tries a grid and"),
+    ):
         protocol.tune(cfg)
 
 
@@ -189,7 +199,9 @@ def test_chains_of_several_tasks_under_an_agent_are_one_wandb_run(tmp_path, begu
 def wandb_cli(server, folder, *arguments):
     """The installed command line of W&B, with `python` that of these tests, as an agent finds it on PATH."""
     scripts = Path(sys.executable).parent
-    env = os.environ | server.env(folder) | {"WANDB_SILENT": "false", "PATH": f"{scripts}:{os.environ['PATH']}"}
+    env = (
+        os.environ | server.env(folder) | {"WANDB_SILENT": "false", "PATH": f"{scripts}:{os.environ['PATH']}"}
+    )
     done = subprocess.run(
         [str(scripts / "wandb"), *arguments],
         cwd=ROOT,
@@ -214,7 +226,11 @@ def two_points(folder):
     """prompt_depth.yaml with two points and a tiny network, written to a folder."""
     config = read(ROOT / "configs" / "sweep" / "prompt_depth.yaml")
     config["parameters"] = {"method.depth_from": {"value": "last"}, "method.depth": {"values": [1, 2]}}
-    given = [*config["command"][:-1], *tiny(folder / "logs", *SHORT, "data=demo/digits"), config["command"][-1]]
+    given = [
+        *config["command"][:-1],
+        *tiny(folder / "logs", *SHORT, "data=demo/digits"),
+        config["command"][-1],
+    ]
     config["command"] = [argument for argument in given if argument != "tasks=digits_loc"]
     (folder / "sweep.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return config
@@ -241,10 +257,19 @@ def test_the_real_command_line_runs_a_sweep_and_shows_a_finished_point_to_anothe
         assert run.summary["val/acc"] == result.metrics["val/acc"]
         assert [row["val/acc"] for row in run.history if "val/acc" in row][1:] == [result.metrics["val/acc"]]
         assert not any(name.startswith("test/") for name in run.summary)
-        fields = ("method.depth", "method.depth_from", "method.num_tokens", "method.name", "depth", "num_tokens")
+        fields = (
+            "method.depth",
+            "method.depth_from",
+            "method.num_tokens",
+            "method.name",
+            "depth",
+            "num_tokens",
+        )
         assert [run.config[name] for name in fields] == [depth, "last", 4, "vpt_deep", depth, 4]
         assert run.config["tuned.share"] == result.tuned["share"]
-    states = {artifact.name: artifact for artifact in server.artifacts.values() if artifact.type == "tuned-state"}
+    states = {
+        artifact.name: artifact for artifact in server.artifacts.values() if artifact.type == "tuned-state"
+    }
     assert all(artifact.committed for artifact in states.values())
     for folder in folders.values():
         files = states[f"digits-vpt_deep-{folder.name}"].files

@@ -8,8 +8,16 @@ from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import run
 from visprompt.runs.trainer import build_trainer
 
-pytestmark = [frozen, pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging")]
-SHORT = ("+trainer.limit_train_batches=2", "+trainer.limit_test_batches=1", "recipe.epochs=2", "method.num_tokens=4")
+pytestmark = [
+    frozen,
+    pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging"),
+]
+SHORT = (
+    "+trainer.limit_train_batches=2",
+    "+trainer.limit_test_batches=1",
+    "recipe.epochs=2",
+    "method.num_tokens=4",
+)
 
 
 def logged(folder, *options):
@@ -28,7 +36,11 @@ def test_wandb_gets_the_runs_identity_and_searchable_fields(tmp_path, begun):
     assert started["logged"]["test/acc"] == result.metrics["test/acc"]
     config = started["config"]
     assert (config["task"], config["seed"], config["split"]) == ("digits", 0, "final")
-    assert (config["method.name"], config["method.num_tokens"], config["method.depth"]) == ("vpt_deep", 4, None)
+    assert (config["method.name"], config["method.num_tokens"], config["method.depth"]) == (
+        "vpt_deep",
+        4,
+        None,
+    )
     assert (config["num_tokens"], config["depth"]) == (4, 2), "what accuracy is plotted against, as numbers"
     assert (config["tuned.parameters"], config["tuned.share"]) == (192, result.tuned["share"])
     assert not any(isinstance(value, dict) for name, value in config.items() if name != "_wandb")
@@ -62,7 +74,9 @@ def test_a_run_that_failed_ends_its_wandb_run_and_the_next_gets_its_own(tmp_path
 def test_tensorboard_writes_its_events_into_the_runs_folder(tmp_path):
     one = tiny_run(tmp_path, *SHORT, "logger=tensorboard")
     run.run_job(one)
-    data = b"".join(events.read_bytes() for events in (one.folder / "tensorboard").glob("events.out.tfevents.*"))
+    data = b"".join(
+        events.read_bytes() for events in (one.folder / "tensorboard").glob("events.out.tfevents.*")
+    )
     assert b"train/loss" in data
     assert b"test/acc" in data
 

@@ -70,7 +70,9 @@ MINE = "+callbacks.mine={_target_: lightning.pytorch.callbacks.Timer}"
 def test_a_callback_that_is_null_or_a_bar_that_is_switched_off_is_not_there(tmp_path, words, names):
     trainer = build_trainer(tiny_job(tmp_path, "trainer.enable_progress_bar=true", *words))
     kinds = [type(callback) for callback in trainer.callbacks]
-    assert [kind.__name__ for kind in kinds if issubclass(kind, ProgressBar) or kind.__name__ == "Timer"] == names
+    assert [
+        kind.__name__ for kind in kinds if issubclass(kind, ProgressBar) or kind.__name__ == "Timer"
+    ] == names
 
 
 @pytest.fixture
@@ -113,7 +115,9 @@ def test_a_logger_that_needs_no_key_is_asked_for_none(tmp_path, logins, words):
 
 def test_a_key_of_wandb_that_is_none_is_one_sentence(tmp_path, logins, monkeypatch):
     def login(**how):
-        raise wandb.errors.AuthenticationError("WANDB_API_KEY invalid: API key must have 40+ characters, has 3.")
+        raise wandb.errors.AuthenticationError(
+            "WANDB_API_KEY invalid: API key must have 40+ characters, has 3."
+        )
 
     monkeypatch.setattr(wandb, "login", login)
     sentence = r"^W&B's key cannot be used \(WANDB_API_KEY invalid: .*, has 3\.\): run `wandb login` again$"
@@ -124,8 +128,14 @@ def test_a_key_of_wandb_that_is_none_is_one_sentence(tmp_path, logins, monkeypat
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("callbacks=[none,early_stopping]",), "callbacks.early_stopping watches val/acc, and split=final scores no "),
-        (("callbacks=[none,lr_monitor]",), "callbacks.lr_monitor needs a logger: give logger=tensorboard or "),
+        (
+            ("callbacks=[none,early_stopping]",),
+            "callbacks.early_stopping watches val/acc, and split=final scores no ",
+        ),
+        (
+            ("callbacks=[none,lr_monitor]",),
+            "callbacks.lr_monitor needs a logger: give logger=tensorboard or ",
+        ),
     ],
 )
 def test_a_callback_that_would_read_nothing_is_refused(tmp_path, words, sentence):
@@ -151,7 +161,9 @@ def test_early_stopping_ends_a_run_before_its_last_epoch(tmp_path):
     words = ("split=tune", "callbacks=[none,early_stopping]", "callbacks.early_stopping.patience=1")
     one = tiny_run(tmp_path, *words, "recipe.epochs=9", "recipe.lr=0.0", "recipe.warmup_epochs=0")
     assert run_job(one).status == "finished"
-    assert len((one.folder / "metrics.csv").read_text().splitlines()) == 1 + 2, "the first, and one that is no better"
+    assert len((one.folder / "metrics.csv").read_text().splitlines()) == 1 + 2, (
+        "the first, and one that is no better"
+    )
 
 
 class Mine(TuningModule):
@@ -164,5 +176,7 @@ def test_a_lightning_module_of_ones_own_stands_in_the_config_and_is_part_of_the_
     plain, mine = tiny_run(tmp_path), tiny_run(tmp_path, target)
     assert plain.job.lightning_module._target_ == "visprompt.models.tuning_module.TuningModule"
     assert mine.folder != plain.folder
-    with pytest.raises(UserError, match=r"^lightning_module\._target_=torch\.nn\.Linear is not a class that belongs"):
+    with pytest.raises(
+        UserError, match=r"^lightning_module\._target_=torch\.nn\.Linear is not a class that belongs"
+    ):
         run_job(tiny_run(tmp_path, "lightning_module._target_=torch.nn.Linear"))

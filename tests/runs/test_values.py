@@ -131,11 +131,18 @@ def test_every_key_of_training(places):
 
 def test_every_key_of_the_trainer_and_of_loggers(places):
     cfg = composed("train", "data=demo/digits", "method=linear", *places)
-    assert faults(cfg, [f"trainer.{name}" for name in [*settings._TRAINER, *settings._SET_BY_PROJECT, "other"]], job)[0] == []
+    assert (
+        faults(
+            cfg, [f"trainer.{name}" for name in [*settings._TRAINER, *settings._SET_BY_PROJECT, "other"]], job
+        )[0]
+        == []
+    )
     for logger in ("wandb", "tensorboard"):
         cfg = composed("train", "data=demo/digits", "method=linear", "callbacks=default", f"logger={logger}")
         keys = [key for key in leaves(cfg) if key.startswith(("logger", "callbacks"))]
-        assert faults(cfg, keys, lambda cfg, key: compose.complete(cfg, {key}, {"data": str(cfg.task)}))[0] == []
+        assert (
+            faults(cfg, keys, lambda cfg, key: compose.complete(cfg, {key}, {"data": str(cfg.task)}))[0] == []
+        )
 
 
 @pytest.mark.parametrize("data", ["folder", "vtab/cifar", "fgvc/cub200"])
@@ -228,7 +235,9 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("program", "word"), COMMANDS, ids=lambda word: word)
 def test_twenty_through_the_real_command(program, word, tmp_path):
-    needed = {"predict": ("state=none", "images=none"), "prepare": ("tasks=cifar",)}.get(program, ("data=demo/digits",))
+    needed = {"predict": ("state=none", "images=none"), "prepare": ("tasks=cifar",)}.get(
+        program, ("data=demo/digits",)
+    )
     done = call(program, *needed, word, f"paths.log_dir={tmp_path}")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -75,7 +75,10 @@ def test_flags_may_stand_between_settings_and_the_data_of_an_experiment_are_a_se
         (("-sc", "bash"), ["--shell-completion", "install=bash"]),
         (("tasks=dtd", "-sc", "zsh"), ["--shell-completion", "install=zsh"]),
         (("tasks=dtd", "--hydra-help"), ["--hydra-help"]),
-        (("-cp", "/x", "-cn", "config", "method=nix"), ["--config-path=/x", "--config-name=config", "method=nix"]),
+        (
+            ("-cp", "/x", "-cn", "config", "method=nix"),
+            ["--config-path=/x", "--config-name=config", "method=nix"],
+        ),
         (("--experimental-rerun", "x.pickle"), ["--experimental-rerun=x.pickle"]),
     ],
 )
@@ -126,7 +129,10 @@ def test_the_version_is_hydras(capsys, monkeypatch):
     ("arguments", "sentence"),
     [
         (("-m", "method=linear,vpt_depe"), "unknown method 'vpt_depe': did you mean vpt_deep or "),
-        (("-m", "method=linear,vpt_deep", "backbone=demo,dmeo"), "unknown backbone 'dmeo': did you mean demo?"),
+        (
+            ("-m", "method=linear,vpt_deep", "backbone=demo,dmeo"),
+            "unknown backbone 'dmeo': did you mean demo?",
+        ),
         (("-m", "experiment=vtab_deep"), "unknown experiment 'vtab_deep': did you mean vtab_all_deep or "),
         (
             ("-m", "recipe.learning_rate=0.1,0.2"),
@@ -135,7 +141,10 @@ def test_the_version_is_hydras(capsys, monkeypatch):
         (("-m", "seed=a,b"), "seed=a does not fit: give a whole number from 0 to 4294967295\n"),
         (("-m", "seed=choice(1,b)"), "seed=b does not fit: give a whole number from 0 to 4294967295\n"),
         (("-m", "seed=range(-1,2)"), "seed=-1 does not fit: give a whole number from 0 to 4294967295\n"),
-        (("hydra.mode=MULTIRUN", "seed=1,b"), "seed=b does not fit: give a whole number from 0 to 4294967295\n"),
+        (
+            ("hydra.mode=MULTIRUN", "seed=1,b"),
+            "seed=b does not fit: give a whole number from 0 to 4294967295\n",
+        ),
         (("-m", "recipe.lr=0.3,-1"), "recipe.lr=-1.0 does not fit: give a finite number, 0 or above\n"),
         (("-m", "seed=range(1,2,0)"), "seed=range(1,2,0) gives no value: a sweep needs at least one\n"),
         (("-m", "method=glob(nix*)"), "method=glob(nix*) gives no value: a sweep needs at least one\n"),
@@ -143,21 +152,42 @@ def test_the_version_is_hydras(capsys, monkeypatch):
         (("backbone={a:b}",), "Could not override 'backbone'."),
         (("~callbacks=/",), "Could not delete 'callbacks=/'."),
         (("-m", "tasks=digits,digits_lok"), "unknown task 'digits_lok': did you mean digits_loc or "),
-        (("-m", "method=linear,vpt_deep", "method.num_tokens=5"), "num_tokens is an option of cvpt, da_vpt, e2vpt, "),
+        (
+            ("-m", "method=linear,vpt_deep", "method.num_tokens=5"),
+            "num_tokens is an option of cvpt, da_vpt, e2vpt, ",
+        ),
         (("-m", "hydra/launcher=slurm"), "unknown hydra/launcher 'slurm': did you mean submitit_slurm"),
         (("--cfg", "job", "method=vpt_depe"), "unknown method 'vpt_depe': did you mean vpt_deep or "),
         (("--help", "splt=tune"), "unknown key 'splt': did you mean split?"),
         (("--info", "splt=tune"), "unknown key 'splt': did you mean split?"),
-        (("--cfg", "jub"), "Hydra's flags cannot be read: --cfg/-c: invalid choice: 'jub' (choose from 'job', "),
-        (("--cfg",), "Hydra's flags cannot be read: --cfg/-c: expected one argument; --hydra-help lists them\n"),
+        (
+            ("--cfg", "jub"),
+            "Hydra's flags cannot be read: --cfg/-c: invalid choice: 'jub' (choose from 'job', ",
+        ),
+        (
+            ("--cfg",),
+            "Hydra's flags cannot be read: --cfg/-c: expected one argument; --hydra-help lists them\n",
+        ),
         (("-m", "-c", "job"), "--multirun and --cfg ask for different things: give one of them\n"),
         (("--resolve",), "--resolve belongs to --cfg or --help: leave it out, or add --cfg job\n"),
-        (("--seed=3",), "--seed=3 is not a flag: settings have no dashes: type seed=3; --hydra-help lists the flags\n"),
-        (("--fast",), "--fast is not a flag: settings have no dashes: type key=value, such as seed=1; --hydra-help "),
-        (("-sc", "seed=1"), "-sc takes one of install=bash, uninstall=bash and query=bash, or another shell's name\n"),
+        (
+            ("--seed=3",),
+            "--seed=3 is not a flag: settings have no dashes: type seed=3; --hydra-help lists the flags\n",
+        ),
+        (
+            ("--fast",),
+            "--fast is not a flag: settings have no dashes: type key=value, such as seed=1; --hydra-help ",
+        ),
+        (
+            ("-sc", "seed=1"),
+            "-sc takes one of install=bash, uninstall=bash and query=bash, or another shell's name\n",
+        ),
         (("-cn", "trian"), "unknown config 'trian': did you mean train? (all: eval, predict, prepare, "),
         (("-cd", "/nix"), "--config-dir=/nix is not a folder: give one with configs in it\n"),
-        (("--cfg", "job", "-p", "recip"), "unknown package 'recip': did you mean recipe or precision? (all: "),
+        (
+            ("--cfg", "job", "-p", "recip"),
+            "unknown package 'recip': did you mean recipe or precision? (all: ",
+        ),
         (
             ("method=linear,vpt_deep",),
             "method=linear,vpt_deep gives several values: type python src/train.py -m method=linear,vpt_deep for a run "
@@ -234,4 +264,6 @@ def test_configs_of_a_folder_of_ones_own_are_composed_too(capsys, monkeypatch, t
     (tmp_path / "method" / "mine.yaml").write_text("name: linear\n")
     given = ("-cd", str(tmp_path), "method=mine", "recipe=linear")
     assert became(monkeypatch, "train", *given) == [f"--config-dir={tmp_path}", *given[2:]]
-    assert "unknown method 'min': did you mean mine?" in said(capsys, monkeypatch, "train", *given[:2], "method=min")
+    assert "unknown method 'min': did you mean mine?" in said(
+        capsys, monkeypatch, "train", *given[:2], "method=min"
+    )

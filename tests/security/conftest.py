@@ -6,8 +6,22 @@ from pathlib import Path
 
 import pytest
 
-_ACTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn", "webbrowser.open")
-_CALLS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request", "http.client.connect")
+_ACTS = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "pty.spawn",
+    "webbrowser.open",
+)
+_CALLS = (
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+    "urllib.Request",
+    "http.client.connect",
+)
 _CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "shutil.rmtree")
 _watch = None  # (the folder that may be written to, what was seen beyond that); an audit hook stays for good
 
@@ -20,7 +34,9 @@ def _hook(event, arguments):
         seen.append((event, str(arguments)[:200]))
     elif event == "open":
         path, mode, flags = arguments
-        writes = any(c in mode for c in "wax+") if isinstance(mode, str) else flags & (os.O_WRONLY | os.O_RDWR)
+        writes = (
+            any(c in mode for c in "wax+") if isinstance(mode, str) else flags & (os.O_WRONLY | os.O_RDWR)
+        )
         if writes and isinstance(path, str | bytes | os.PathLike):
             _check(event, path, inside, seen)
     elif event in _CHANGES:

@@ -10,7 +10,18 @@ import pytest
 from visprompt.data.sources import archive
 from visprompt.errors import UserError
 
-NAMES = ["/etc/x", "../x", "a/../../x", "..\\x", "C:\\x", "a/b/../../../x", "\\\\host\\x", "a\x1b[2J", "a\x00b", "a\nb"]
+NAMES = [
+    "/etc/x",
+    "../x",
+    "a/../../x",
+    "..\\x",
+    "C:\\x",
+    "a/b/../../../x",
+    "\\\\host\\x",
+    "a\x1b[2J",
+    "a\x00b",
+    "a\nb",
+]
 
 
 def tar_of(path, *members):
@@ -41,13 +52,17 @@ def test_names_that_climb_or_cannot_be_shown_are_refused(tmp_path, name, kind):
         archive.unpack(path, tmp_path / "out")
         assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
     else:
-        with pytest.raises(UserError, match=r"points outside its folder or cannot be shown: do not use this") as caught:
+        with pytest.raises(
+            UserError, match=r"points outside its folder or cannot be shown: do not use this"
+        ) as caught:
             archive.unpack(path, tmp_path / "out")
         assert not {"\x1b", "\n"} & set(str(caught.value))
     assert {p for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "out")} == before
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
 def test_links_and_devices_are_left_out_and_nothing_is_written_through_them(tmp_path, kind):
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -78,7 +93,9 @@ def test_a_bomb_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch, kind)
     else:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr("x", zeros)
-    sentence = "unpacks to far more than such a file holds: do not use it, get it again from its official source$"
+    sentence = (
+        "unpacks to far more than such a file holds: do not use it, get it again from its official source$"
+    )
     with pytest.raises(UserError, match=sentence):
         archive.unpack(path, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

@@ -35,7 +35,11 @@ PAYLOADS = {
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 def test_a_pickle_with_a_payload_is_refused(tmp_path, name, suffix, new):
     path = tmp_path / f"evil.{suffix}"
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "args": PAYLOADS[name]}, path, _use_new_zipfile_serialization=new)
+    torch.save(
+        {"state_dict": {"a": torch.zeros(1)}, "args": PAYLOADS[name]},
+        path,
+        _use_new_zipfile_serialization=new,
+    )
     with pytest.raises(UserError) as caught:
         load_file(tiny_model(), path)
     assert "\n" not in str(caught.value)

@@ -19,16 +19,22 @@ from visprompt.runs.recorded import job_of
 from visprompt.runs.result import load_result
 
 pytestmark = frozen
-bounded = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+bounded = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 # where, how many bytes go, and what comes in their place
 changes = st.lists(
-    st.tuples(st.floats(0, 1), st.sampled_from([0, 1, 1, 1, 2, 8, 1000]), st.binary(max_size=8)), min_size=1, max_size=3
+    st.tuples(st.floats(0, 1), st.sampled_from([0, 1, 1, 1, 2, 8, 1000]), st.binary(max_size=8)),
+    min_size=1,
+    max_size=3,
 )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    one = tiny_run(tmp_path_factory.mktemp("logs"), "recipe.epochs=1", "recipe.warmup_epochs=0", "method=linear")
+    one = tiny_run(
+        tmp_path_factory.mktemp("logs"), "recipe.epochs=1", "recipe.warmup_epochs=0", "method=linear"
+    )
     run.run_job(one)
     return one.folder
 
@@ -69,7 +75,9 @@ words = st.sampled_from(
 )
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words | st.just("_target_"), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(words | st.just("_target_"), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -104,7 +112,12 @@ def test_a_changed_result_is_the_same_or_refused(finished, tmp_path, edits):
 
 @pytest.mark.slow
 @bounded
-@given(key=st.sampled_from(["data", "backbone", "task", "more"]), inner=st.none() | words, value=values, edits=changes)
+@given(
+    key=st.sampled_from(["data", "backbone", "task", "more"]),
+    inner=st.none() | words,
+    value=values,
+    edits=changes,
+)
 def test_a_config_with_anything_in_it_is_data_or_refused(finished, tmp_path, key, inner, value, edits):
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)

@@ -31,10 +31,15 @@ SIZES = {
 
 def png(width, height):
     """A few bytes that say they are a picture of any size."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -88,7 +93,11 @@ def test_a_picture_that_says_it_is_huge_is_refused_before_it_is_decoded(tmp_path
         decoder_of({"decode": decoder}, max_pixels=1024)(saved(tmp_path / "b.png", 33))
     assert str(caught.value) == LARGE.format(33, 1024)
     if decoder != "retina":  # which wants an eye in it
-        assert decoder_of({"decode": decoder}, max_pixels=33**2)(saved(tmp_path / "b.png", 33)).shape == (33, 33, 3)
+        assert decoder_of({"decode": decoder}, max_pixels=33**2)(saved(tmp_path / "b.png", 33)).shape == (
+            33,
+            33,
+            3,
+        )
 
 
 def saved(path, side):
@@ -98,7 +107,9 @@ def saved(path, side):
 
 def test_the_originals_of_a_dataset_are_bounded_too():
     for reader in (decode_rgb, decode_retina):
-        with pytest.raises(BadImage, match=rf"^is 60000 x 60000 pixels, more than the {MAX_PIXELS} that are decoded"):
+        with pytest.raises(
+            BadImage, match=rf"^is 60000 x 60000 pixels, more than the {MAX_PIXELS} that are decoded"
+        ):
             reader(png(60000, 60000))
 
 

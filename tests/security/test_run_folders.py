@@ -63,7 +63,12 @@ def stranger(trained, tmp_path):
 
 
 def evaluate(folder, tmp_path, *arguments):
-    where = ("trainer=cpu", "callbacks=none", f"paths.data_dir={tmp_path}/data", f"paths.log_dir={tmp_path}/logs")
+    where = (
+        "trainer=cpu",
+        "callbacks=none",
+        f"paths.data_dir={tmp_path}/data",
+        f"paths.log_dir={tmp_path}/logs",
+    )
     with composed("eval", f"run={folder}", *where, *arguments) as cfg:
         return inference.evaluate(cfg)
 
@@ -93,9 +98,7 @@ def test_targets_out_of_a_folder_are_not_looked_at(stranger, tmp_path, target):
 
 @pytest.mark.parametrize("target", TARGETS, ids=[str(target["_target_"]) for target in TARGETS])
 def test_a_data_module_is_not_named_by_a_folder(stranger, tmp_path, target):
-    sentence = (
-        r"config\.yaml names the data module '.*', and a run's folder does not decide what code runs: give \+data"
-    )
+    sentence = r"config\.yaml names the data module '.*', and a run's folder does not decide what code runs: give \+data"
     folder = stranger(lambda config: config["data"].update(target))
     with pytest.raises(UserError, match=sentence):
         evaluate(folder, tmp_path)
@@ -103,7 +106,9 @@ def test_a_data_module_is_not_named_by_a_folder(stranger, tmp_path, target):
         inspection.open_run(folder)
     shutil.rmtree(folder)
     folder = stranger(lambda config: config["data"].update(fraction=target))
-    with pytest.raises(UserError, match=rf"config\.yaml is refused: data\.fraction is not a plain value; {MEND}"):
+    with pytest.raises(
+        UserError, match=rf"config\.yaml is refused: data\.fraction is not a plain value; {MEND}"
+    ):
         evaluate(folder, tmp_path)
 
 
@@ -116,15 +121,24 @@ def test_a_module_of_this_project_by_another_name_is_not_taken_either(stranger, 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda c: c["data"].update(normalisation="${oc.env:HOME}"), r"data\.normalisation is not a plain value"),
-        (lambda c: c["data"].update(normalisation="${project_root:}"), r"data\.normalisation is not a plain value"),
+        (
+            lambda c: c["data"].update(normalisation="${oc.env:HOME}"),
+            r"data\.normalisation is not a plain value",
+        ),
+        (
+            lambda c: c["data"].update(normalisation="${project_root:}"),
+            r"data\.normalisation is not a plain value",
+        ),
         (lambda c: c["data"].update(fraction="${oc.create:1}"), r"data\.fraction is not a plain value"),
         (lambda c: c["data"].update({"x\x07": 1}), r"data\.x\\x07 is not a setting of its data"),
         (lambda c: c["data"].update(cache_dir="src"), r"data\.cache_dir is not a setting of its data"),
         (lambda c: c["data"].update(fraction=[[[1]]]), r"data\.fraction is not a plain value"),
         (lambda c: c["data"].update(fraction=list(range(300))), r"data\.fraction is not a plain value"),
         (lambda c: c["data"].update(fraction=float("nan")), r"data\.fraction is not a plain value"),
-        (lambda c: c["data"].update(fraction=2), r"data\.fraction=2 does not fit: give a number above 0, 1 at most"),
+        (
+            lambda c: c["data"].update(fraction=2),
+            r"data\.fraction=2 does not fit: give a number above 0, 1 at most",
+        ),
         (lambda c: c["data"].update(fraction=TOUCH), r"data\.fraction is not a plain value"),
         (lambda c: c.update(data=3), r"data should be a valid dictionary, and is 3"),
         (
@@ -132,8 +146,14 @@ def test_a_module_of_this_project_by_another_name_is_not_taken_either(stranger, 
             r"task should be a plain word of letters, digits and _ : \+ \. -, and is ",
         ),
         (lambda c: c.update(task="no_such_data"), r"its task 'no_such_data' has no config in "),
-        (lambda c: c["backbone"].update(weights="${oc.env:HOME}"), r"backbone\.weights should be a plain text"),
-        (lambda c: c["backbone"].update(weights={"url": "http://127.0.0.1:1/"}), r"backbone\.weights should be a text"),
+        (
+            lambda c: c["backbone"].update(weights="${oc.env:HOME}"),
+            r"backbone\.weights should be a plain text",
+        ),
+        (
+            lambda c: c["backbone"].update(weights={"url": "http://127.0.0.1:1/"}),
+            r"backbone\.weights should be a text",
+        ),
         (lambda c: c.pop("data"), r"data is missing"),
     ],
 )
@@ -144,7 +164,8 @@ def test_what_no_run_says_is_refused(stranger, tmp_path, change, sentence):
 
 
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
-    f"{b}: &{b} [{','.join(f'*{a}' for _ in range(9))}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)
+    f"{b}: &{b} [{','.join(f'*{a}' for _ in range(9))}]\n"
+    for a, b in zip("abcdefghi", "bcdefghij", strict=True)
 )
 
 
@@ -160,8 +181,14 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
         ("data: !!python/name:os.system", r"cannot be read \(it is cut off or not YAML\)"),
         ("[" * 3000, r"cannot be read \(it is cut off or not YAML\)"),
         ("x: " + "1" * 5000, r"cannot be read \(it is cut off or not YAML\)"),
-        (BOMB + "task: digits\nbackbone: {}\ndata: {fraction: *j}", r"is refused: data\.fraction is not a plain value"),
-        ("task: digits\nbackbone: {}\ndata: &d\n  fraction: *d", r"is refused: data\.fraction is not a plain value"),
+        (
+            BOMB + "task: digits\nbackbone: {}\ndata: {fraction: *j}",
+            r"is refused: data\.fraction is not a plain value",
+        ),
+        (
+            "task: digits\nbackbone: {}\ndata: &d\n  fraction: *d",
+            r"is refused: data\.fraction is not a plain value",
+        ),
         (" " * 2**23, r"is refused: it is larger than that of any run"),
     ],
     ids=range(12),
@@ -251,7 +278,11 @@ def test_every_setting_of_this_projects_data_is_one_that_a_run_may_record(tmp_pa
 
 @pytest.mark.slow
 def test_the_attack_that_was_seen_through_the_real_commands(stranger, tmp_path, sealed):
-    evil = {"_target_": "visprompt.runs.engine.run_ranks", "command": ["touch", str(tmp_path / "owned")], "world": 1}
+    evil = {
+        "_target_": "visprompt.runs.engine.run_ranks",
+        "command": ["touch", str(tmp_path / "owned")],
+        "world": 1,
+    }
 
     def change(config):
         config["callbacks"] = {"evil": evil}
@@ -262,9 +293,17 @@ def test_the_attack_that_was_seen_through_the_real_commands(stranger, tmp_path, 
     done = call("eval", f"run={folder}", "trainer=cpu", hydra)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "names the data module 'visprompt.runs.engine.run_ranks', and a run's folder does not decide" in done.stderr
+    assert (
+        "names the data module 'visprompt.runs.engine.run_ranks', and a run's folder does not decide"
+        in done.stderr
+    )
     done = call(
-        "report", f"runs={tmp_path}", f"output={tmp_path}/report", f"inspect={folder}", hydra, "formats=[markdown]"
+        "report",
+        f"runs={tmp_path}",
+        f"output={tmp_path}/report",
+        f"inspect={folder}",
+        hydra,
+        "formats=[markdown]",
     )
     assert "names the data module" in done.stdout + done.stderr
     assert not (tmp_path / "owned").exists()

@@ -67,12 +67,21 @@ def test_the_state_that_these_are_made_of_is_good(tmp_path):
             {"pretrained_cfg_overlay": {"mean": [1]}},
             r"backbone\.kwargs\.pretrained_cfg_overlay does not fit: give mean",
         ),
-        ({"pretrained_cfg_overlay": "http://127.0.0.1:1/"}, r"backbone\.kwargs\.pretrained_cfg_overlay does not fit: "),
+        (
+            {"pretrained_cfg_overlay": "http://127.0.0.1:1/"},
+            r"backbone\.kwargs\.pretrained_cfg_overlay does not fit: ",
+        ),
         ({"features_only": True}, r"unknown option in backbone\.kwargs 'features_only'"),
         ({"scriptable": True}, r"unknown option in backbone\.kwargs 'scriptable'"),
         ({"block_fn": "os.system"}, r"unknown option in backbone\.kwargs 'block_fn'"),
-        ({"act_layer": "os.system"}, r"backbone\.kwargs\.act_layer='os\.system' does not fit: give one of gelu, "),
-        ({"depth": 10**9}, r"backbone\.kwargs\.depth=1000000000 does not fit: give a whole number from 0 to 16384"),
+        (
+            {"act_layer": "os.system"},
+            r"backbone\.kwargs\.act_layer='os\.system' does not fit: give one of gelu, ",
+        ),
+        (
+            {"depth": 10**9},
+            r"backbone\.kwargs\.depth=1000000000 does not fit: give a whole number from 0 to 16384",
+        ),
         ({"depth": -1}, r"backbone\.kwargs\.depth=-1 does not fit"),
         ({"depth": True}, r"backbone\.kwargs\.depth=True does not fit"),
         ({"depths": [1] * 1000}, r"backbone\.kwargs\.depths=\[1, 1, .* does not fit"),
@@ -82,7 +91,10 @@ def test_the_state_that_these_are_made_of_is_good(tmp_path):
     ],
 )
 def test_options_of_a_backbone_are_an_allow_list_of_plain_values(tmp_path, kwargs, sentence):
-    refused(write(tmp_path, json.dumps(changed("backbone", "kwargs", to=kwargs))), f"is refused: {sentence}.*; {MEND}")
+    refused(
+        write(tmp_path, json.dumps(changed("backbone", "kwargs", to=kwargs))),
+        f"is refused: {sentence}.*; {MEND}",
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +104,11 @@ def test_options_of_a_backbone_are_an_allow_list_of_plain_values(tmp_path, kwarg
         (("backbone", "name"), "local-dir:/tmp/x", r"backbone\.name"),
         (("backbone", "name"), "timm/vit_tiny_patch16_224", r"backbone\.name"),
         (("backbone", "name"), "../../vit", r"backbone\.name"),
-        (("backbone", "name"), "vit_tiny_patch16_224.evil", r"unknown backbone 'vit_tiny_patch16_224\.evil': did you"),
+        (
+            ("backbone", "name"),
+            "vit_tiny_patch16_224.evil",
+            r"unknown backbone 'vit_tiny_patch16_224\.evil': did you",
+        ),
         (("backbone", "name"), 7, r"backbone\.name should be a valid string, and is 7"),
         (("backbone", "weights"), "/etc/passwd", r"backbone\.weights is not a key of this version"),
         (("backbone", "sha256"), "x", r"backbone\.sha256 "),
@@ -105,8 +121,16 @@ def test_options_of_a_backbone_are_an_allow_list_of_plain_values(tmp_path, kwarg
         (("method", "name"), "os.system", r"unknown method 'os\.system': "),
         (("method", "name"), ["linear"], r"unknown method \"\['linear'\]\": "),
         (("method", "weights"), "/etc/passwd", r"unknown option of method linear 'weights'"),
-        (("method",), {"name": "sidetune", "weights": "/etc/passwd"}, r"method\.weights='/etc/passwd' is not a plain"),
-        (("method",), {"name": "e2vpt", "initial": "../../x"}, r"method\.initial='\.\./\.\./x' is not a plain word"),
+        (
+            ("method",),
+            {"name": "sidetune", "weights": "/etc/passwd"},
+            r"method\.weights='/etc/passwd' is not a plain",
+        ),
+        (
+            ("method",),
+            {"name": "e2vpt", "initial": "../../x"},
+            r"method\.initial='\.\./\.\./x' is not a plain word",
+        ),
         (
             ("method",),
             {"name": "vpt_deep", "num_tokens": "4"},
@@ -123,7 +147,11 @@ def test_options_of_a_backbone_are_an_allow_list_of_plain_values(tmp_path, kwarg
             r"method\.dropout=nan is out of range: give a number up to 65536",
         ),
         (("method",), {}, r"unknown method 'None': choose one of"),
-        (("task",), "a\x1b]0;owned\x07", r"task should hold no control characters, and is 'a\\x1b\]0;owned\\x07'"),
+        (
+            ("task",),
+            "a\x1b]0;owned\x07",
+            r"task should hold no control characters, and is 'a\\x1b\]0;owned\\x07'",
+        ),
         (("task",), "${oc.env:HOME}", r"task should be a plain text: \$\{\.\.\.\} is not looked up"),
         (("task",), 5, r"task should be a text, and is 5"),
         (("class_names",), "|a|b\x1b[2J|c|d|e", r"class_names\.1 should hold no control characters"),
@@ -133,8 +161,16 @@ def test_options_of_a_backbone_are_an_allow_list_of_plain_values(tmp_path, kwarg
         (("class_names",), ["a", "b"], r"class_names\.0 should be a text|its metadata are not"),
         (("preprocessing", "size"), 0, r"preprocessing\.size should be greater than or equal to 1, and is 0"),
         (("preprocessing", "decode"), "../x", r"preprocessing\.decode "),
-        (("preprocessing", "std"), [0.0, 1.0, 1.0], r"preprocessing\.std\.0 should be greater than 0, and is 0\.0"),
-        (("preprocessing", "mean"), [math.nan] * 3, r"preprocessing\.mean\.0 should be a finite number, and is nan"),
+        (
+            ("preprocessing", "std"),
+            [0.0, 1.0, 1.0],
+            r"preprocessing\.std\.0 should be greater than 0, and is 0\.0",
+        ),
+        (
+            ("preprocessing", "mean"),
+            [math.nan] * 3,
+            r"preprocessing\.mean\.0 should be a finite number, and is nan",
+        ),
         (("preprocessing", "mean"), [1.0], r"preprocessing\.mean should have at least 3 items"),
         (("preprocessing", "_target_"), "os.system", r"preprocessing\._target_ is not a key of this version"),
         (("preprocessing", "crop"), "os.system", r"preprocessing\.crop should be 'random' or 'center'"),
@@ -163,9 +199,13 @@ def test_metadata_that_are_no_record_are_refused(tmp_path, text):
 
 def test_another_schema_is_named_without_its_control_characters(tmp_path):
     refused(
-        write(tmp_path, json.dumps(changed("schema", to="2\x1b[2J"))), r"is of schema '2\\x1b\[2J', and this version"
+        write(tmp_path, json.dumps(changed("schema", to="2\x1b[2J"))),
+        r"is of schema '2\\x1b\[2J', and this version",
     )
-    refused(write(tmp_path, json.dumps(changed("schema", to={"a": 1}))), r"is of schema \{'a': 1\}, and this version")
+    refused(
+        write(tmp_path, json.dumps(changed("schema", to={"a": 1}))),
+        r"is of schema \{'a': 1\}, and this version",
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -178,9 +218,15 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, value, dtype):
 
 def test_names_and_kinds_of_tensors_are_refused_too(tmp_path):
     tensors = {"a\x1b[2J": torch.zeros(1)}
-    refused(write(tmp_path, json.dumps(changed("task", to="dtd")), tensors), r"name, a\\x1b\[2J, holds control char")
+    refused(
+        write(tmp_path, json.dumps(changed("task", to="dtd")), tensors),
+        r"name, a\\x1b\[2J, holds control char",
+    )
     tensors = {"a": torch.zeros(4).to(torch.float8_e4m3fn)}
-    refused(write(tmp_path, json.dumps(changed("task", to="dtd")), tensors), r"tensor a is of torch\.float8_e4m3fn; ")
+    refused(
+        write(tmp_path, json.dumps(changed("task", to="dtd")), tensors),
+        r"tensor a is of torch\.float8_e4m3fn; ",
+    )
 
 
 def test_a_lone_surrogate_in_a_class_name_is_a_byte_of_a_folders_name(tmp_path):
@@ -190,11 +236,19 @@ def test_a_lone_surrogate_in_a_class_name_is_a_byte_of_a_folders_name(tmp_path):
 
 @pytest.mark.slow
 def test_the_attack_that_was_seen_through_the_real_command(tmp_path, sealed):
-    kwargs = {"pretrained": True, "cache_dir": "src", "pretrained_cfg_overlay": {"url": "http://127.0.0.1:1/evil.py"}}
+    kwargs = {
+        "pretrained": True,
+        "cache_dir": "src",
+        "pretrained_cfg_overlay": {"url": "http://127.0.0.1:1/evil.py"},
+    }
     path = write(tmp_path, json.dumps(changed("backbone", "kwargs", to=kwargs)))
     images = miniatures.write_folder(tmp_path / "images")
     done = call(
-        "predict", f"state={path}", f"images={images}", f"output={tmp_path}/out.csv", "hydra.run.dir=" + str(tmp_path)
+        "predict",
+        f"state={path}",
+        f"images={images}",
+        f"output={tmp_path}/out.csv",
+        "hydra.run.dir=" + str(tmp_path),
     )
     sealed.clear()  # the command itself was started
     assert done.returncode == 2

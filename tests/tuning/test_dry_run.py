@@ -18,7 +18,10 @@ from visprompt.tuning import dry_run, protocol
 from visprompt.tuning.dry_run import needs, pace
 from visprompt.tuning.dry_run.pace import Pace
 
-pytestmark = [frozen, pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging")]
+pytestmark = [
+    frozen,
+    pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging"),
+]
 SHORT = ("callbacks=none", "+trainer.limit_train_batches=1", "+trainer.limit_test_batches=1")
 PACE = Pace(device="a machine", step=1.0, image=0.01, kept=0.01)
 
@@ -52,8 +55,14 @@ train, tune = partial(go, "train"), partial(go, "tune")
 
 def lines(text):
     """The table's cells by task and method, and the sentences below it."""
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
-    return {tuple(row[:2]): row[2:] for row in rows}, [s for s in text.splitlines() if re.match(r"\w+( left)?: ", s)]
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in text.splitlines()
+        if line.startswith("│")
+    ]
+    return {tuple(row[:2]): row[2:] for row in rows}, [
+        s for s in text.splitlines() if re.match(r"\w+( left)?: ", s)
+    ]
 
 
 @pytest.mark.slow
@@ -67,7 +76,9 @@ def test_a_command_that_is_not_run_says_what_it_would_do(tmp_path):
     assert table.keys() == {("digits_loc", "vpt_deep")}
     assert cells[:4] == ["-", "0", "1, 0 done", "48"]
     assert re.fullmatch(r"\d+ s", cells[4])
-    assert re.match(r"time left: about \d+ s, .*random images measured now on the CPU \(threads: 1\)", sentences[0])
+    assert re.match(
+        r"time left: about \d+ s, .*random images measured now on the CPU \(threads: 1\)", sentences[0]
+    )
     assert sentences[1].startswith("disk: about ")
     assert {name: digest for name, digest in content(tmp_path).items() if "/hydra/" not in name} == before
 
@@ -79,7 +90,9 @@ def test_steps_time_and_disk_are_added_up(tmp_path, measured, capsys):
     # 3 epochs of 16 batches from 1,000 images, one second each, and 797 test images
     assert table["digits", "vpt_deep"] == ["-", "0", "1, 0 done", "48", "56 s"]
     assert left.startswith("time left: about 3 min, one run after the other, ")
-    assert left.endswith(" are not included; trainer.limit_test_batches, trainer.limit_train_batches would make it less")
+    assert left.endswith(
+        " are not included; trainer.limit_test_batches, trainer.limit_train_batches would make it less"
+    )
     assert len(measured) == 1, "tasks that differ in their number of classes alone take as long"
     states = [4 * (2 * 4 * 24 + 25 * TASKS[task].num_classes) for task in SUITES["demo"]]
     size = sum(states) + 3 * 20_000 + 3 * max(states)
@@ -141,7 +154,13 @@ def test_after_a_grid_that_diverged_nothing_follows(tmp_path, measured, capsys):
 
 
 PRUNE = (
-    *("method=e2vpt", "recipe.epochs=1", "recipe.warmup_epochs=0", "method.num_tokens=4", "method.num_segments=8"),
+    *(
+        "method=e2vpt",
+        "recipe.epochs=1",
+        "recipe.warmup_epochs=0",
+        "method.num_tokens=4",
+        "method.num_segments=8",
+    ),
     *("method.num_kv_tokens=2", "method.prune_tokens=[50]", "method.prune_segments=[25,50]"),
 )
 
@@ -177,10 +196,14 @@ def test_a_chain_of_pruning_is_as_many_runs_as_it_makes(tmp_path, measured, monk
 
 
 def test_data_that_is_not_prepared_is_named_with_its_command(tmp_path, measured, capsys):
-    train(tmp_path / "logs", "tasks=vtab_natural", "backbone.image_size=224", f"paths.data_dir={tmp_path}/data")
+    train(
+        tmp_path / "logs", "tasks=vtab_natural", "backbone.image_size=224", f"paths.data_dir={tmp_path}/data"
+    )
     table, (_, disk, missing) = lines(capsys.readouterr().out)
     assert [key[0] for key in table] == list(SUITES["vtab_natural"])
-    assert {tuple(cells[2:4]) for cells in table.values()} == {("1, 0 done", "24")}  # 3 epochs of 8 batches of 128
+    assert {tuple(cells[2:4]) for cells in table.values()} == {
+        ("1, 0 done", "24")
+    }  # 3 epochs of 8 batches of 128
     specs = [TASKS[task] for task in SUITES["vtab_natural"]]
     stores = sum(3 * sum(spec.split_sizes.values()) * (spec.native or 224) ** 2 for spec in specs)
     files = {(spec.dataset, file.name): file for spec in specs for file in spec.files}
@@ -203,7 +226,9 @@ def test_photographs_have_as_many_steps_as_their_catalog_says(tmp_path, measured
     train(tmp_path, "data=vtab/sun397", "data.source=prepared", f"paths.data_dir={tmp_path}/data")
     *_, missing, _ = capsys.readouterr().out.splitlines()
     place = f"image_size=64 paths.data_dir={tmp_path}/data"
-    assert missing == f"missing: the data of sun397: python src/prepare.py tasks=sun397 source=prepared {place}"
+    assert (
+        missing == f"missing: the data of sun397: python src/prepare.py tasks=sun397 source=prepared {place}"
+    )
 
 
 def test_own_images_are_counted_and_stay_undecoded(tmp_path, measured, capsys):
@@ -231,20 +256,31 @@ def test_own_images_are_counted_and_stay_undecoded(tmp_path, measured, capsys):
 
 
 def test_missing_weights_are_named_and_random_ones_measured(tmp_path, measured, capsys):
-    given = [a for a in tiny(tmp_path, "dry_run=true") if not a.startswith(("backbone.weights", "++backbone.kwargs"))]
+    given = [
+        a
+        for a in tiny(tmp_path, "dry_run=true")
+        if not a.startswith(("backbone.weights", "++backbone.kwargs"))
+    ]
     with composed("train", *given, "backbone=timm", "backbone.name=vit_tiny_patch16_224.augreg_in21k") as cfg:
         dry_run.train(cfg)
     _, (_, disk, missing) = lines(capsys.readouterr().out)
     url = r"https://huggingface\.co/timm/vit_tiny_patch16_224\.augreg_in21k/resolve/main/\S+"
-    start = rf"missing: the weights of backbone vit_tiny_patch16_224\.augreg_in21k: the first run fetches {url}; "
-    assert re.match(start + "where it cannot be reached, copy that file here and give backbone.weights=FILE", missing)
+    start = (
+        rf"missing: the weights of backbone vit_tiny_patch16_224\.augreg_in21k: the first run fetches {url}; "
+    )
+    assert re.match(
+        start + "where it cannot be reached, copy that file here and give backbone.weights=FILE", missing
+    )
     assert " MB of weights" in disk
     ((_, backbone, classes, devices, augments),) = measured
     assert (backbone.image_size, classes, devices, augments) == (224, 10, 1, False)
 
 
 def test_weights_without_an_address_are_named_all_the_same():
-    assert needs._how_to_get("no address: the hub cannot be reached", "tiny") == "no address: the hub cannot be reached"
+    assert (
+        needs._how_to_get("no address: the hub cannot be reached", "tiny")
+        == "no address: the hub cannot be reached"
+    )
 
 
 def test_a_file_of_weights_that_is_not_there_is_named(tmp_path, measured, capsys):
@@ -273,7 +309,10 @@ def test_without_the_device_there_is_no_time_and_the_reason(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("trainer=ddp_sim", "recipe.batch_size=63"), "recipe.batch_size=63 cannot be dealt to 2 device(s) x 1 "),
+        (
+            ("trainer=ddp_sim", "recipe.batch_size=63"),
+            "recipe.batch_size=63 cannot be dealt to 2 device(s) x 1 ",
+        ),
         (("method.location=everywhere",), "unknown method.location 'everywhere'"),
         (("backbone.name=vit_tiny_patch16_225",), "unknown backbone 'vit_tiny_patch16_225': did you mean"),
     ],

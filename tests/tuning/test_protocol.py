@@ -53,7 +53,11 @@ def test_a_grid_on_tune_then_seeds_on_final_with_the_chosen_point(logs, tuned):
     [
         (("train", "val"), (), r"pets has no test images: add test/<class>/ folders"),
         (("train", "test"), (), r"pets has no val images: add val/<class>/ folders"),
-        (("train", "val"), ("data.test=none",), r"^src/tune.py makes a table of test accuracies, but data.test=none"),
+        (
+            ("train", "val"),
+            ("data.test=none",),
+            r"^src/tune.py makes a table of test accuracies, but data.test=none",
+        ),
     ],
 )
 @pytest.mark.parametrize("dry", ["false", "true"])
@@ -88,7 +92,10 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
 
     def one_fails(jobs):
         outcomes = real(jobs)
-        return [run_all.Outcome(outcomes[0].name, None, "the disk is gone"), replace(outcomes[1], reason="it diverged")]
+        return [
+            run_all.Outcome(outcomes[0].name, None, "the disk is gone"),
+            replace(outcomes[1], reason="it diverged"),
+        ]
 
     monkeypatch.setattr(protocol, "run_all", one_fails)
     run = r"digits/vpt_deep recipe\.lr=0\.2 split=tune seed=42"
@@ -114,11 +121,23 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
             ("rerun=true",),
             r"^rerun=true, which debug=\.\.\. sets too, would run the whole grid anew at each call: give another",
         ),
-        (("hydra.mode=MULTIRUN",), r"^src/tune\.py is one command with one table: give methods=\[\.\.\.\], tasks="),
+        (
+            ("hydra.mode=MULTIRUN",),
+            r"^src/tune\.py is one command with one table: give methods=\[\.\.\.\], tasks=",
+        ),
         (("++recipe.grid={recipe.lr:[]}",), r"recipe\.grid\.recipe\.lr=\[\] gives nothing to try"),
-        (("++recipe.grid={recipe.lrr:[1]}",), r"unknown key of recipe\.grid 'recipe\.lrr': did you mean recipe\.lr"),
-        (("++recipe.grid={recip.lr:[1]}",), r"unknown key of recipe\.grid 'recip\.lr': did you mean recipe\.lr"),
-        (("++recipe.grid={recipe.lr.x:[1]}",), r"unknown key of recipe\.grid 'recipe\.lr\.x': did you mean recipe\.lr"),
+        (
+            ("++recipe.grid={recipe.lrr:[1]}",),
+            r"unknown key of recipe\.grid 'recipe\.lrr': did you mean recipe\.lr",
+        ),
+        (
+            ("++recipe.grid={recip.lr:[1]}",),
+            r"unknown key of recipe\.grid 'recip\.lr': did you mean recipe\.lr",
+        ),
+        (
+            ("++recipe.grid={recipe.lr.x:[1]}",),
+            r"unknown key of recipe\.grid 'recipe\.lr\.x': did you mean recipe\.lr",
+        ),
         (("recipe.grid=3",), r"recipe\.grid=3 is not a grid: give dotted keys, each with a list of values"),
         (
             ("+recipe.grid={seed:[1,2]}",),
@@ -152,10 +171,14 @@ def test_what_the_command_line_gives_is_tried_in_no_other_value(tmp_path, monkey
 
 
 def test_an_option_that_is_null_by_default_can_be_tried(logs):
-    with composed("tune", *tiny(logs, "callbacks=none", "+recipe.grid={method.depth:[1,2],compile:[true]}")) as cfg:
+    with composed(
+        "tune", *tiny(logs, "callbacks=none", "+recipe.grid={method.depth:[1,2],compile:[true]}")
+    ) as cfg:
         (job,) = compose.jobs(cfg)
     points = protocol.grid_points(job.grid)
-    assert points == [{"recipe.lr": lr, "method.depth": d, "compile": True} for lr in (0.2, 0.4) for d in (1, 2)]
+    assert points == [
+        {"recipe.lr": lr, "method.depth": d, "compile": True} for lr in (0.2, 0.4) for d in (1, 2)
+    ]
     assert [job.vary(one).method.depth for one in points] == [1, 2, 1, 2]
     assert job.method.depth is None
 

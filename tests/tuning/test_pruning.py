@@ -50,7 +50,9 @@ def test_importance_is_the_mean_absolute_gradient_of_single_images(per_layer, op
     tokens, segments = torch.zeros_like(found.tokens), torch.zeros_like(found.segments)
     made.eval()
     for image, label in zip(x, LABELS, strict=True):
-        (gradient,) = torch.autograd.grad(F.cross_entropy(made(image[None]), label[None]), made.method.prompts)
+        (gradient,) = torch.autograd.grad(
+            F.cross_entropy(made(image[None]), label[None]), made.method.prompts
+        )
         gradient = (gradient * made.method.prompts.detach()).double()  # the mask stands before the value
         gradient = gradient if per_layer else gradient.sum(0, keepdim=True)
         tokens += gradient.sum(-1).abs() / 7
@@ -110,7 +112,9 @@ def test_exactly_the_stated_number_of_the_most_important_is_kept(layers, point):
         assert sorted(found.tokens[layer][kept].tolist()) == best
         for token in range(10):
             left = masks.segments[layer, token].nonzero().flatten().tolist()
-            best = sorted(found.segments[layer, token].tolist())[-point.kept_segments :] if token in kept else []
+            best = (
+                sorted(found.segments[layer, token].tolist())[-point.kept_segments :] if token in kept else []
+            )
             assert sorted(found.segments[layer, token][left].tolist()) == best
 
 
@@ -124,7 +128,12 @@ def test_of_equals_the_first_are_kept():
 def test_the_grid_holds_nothing_pruned_last_and_each_point_once():
     nine = list(range(10, 100, 10))
     assert pruning.grid([20, 50, 80], [20, 50, 80], 10, 16)[-1] == Point(10, 16)
-    assert pruning.grid([20, 50, 80], [20, 50, 80], 10, 16)[:4] == [Point(2, 4), Point(2, 8), Point(2, 13), Point(5, 4)]
+    assert pruning.grid([20, 50, 80], [20, 50, 80], 10, 16)[:4] == [
+        Point(2, 4),
+        Point(2, 8),
+        Point(2, 13),
+        Point(5, 4),
+    ]
     assert len(pruning.grid([20, 50, 80], [20, 50, 80], 10, 16)) == 10 <= 12
     # per cent are rounded down: of 16 segments 80 % and 90 % are both held at 4 that stay
     assert len(pruning.grid(nine, nine, 100, 16)) == 9 * 8 + 1
@@ -186,7 +195,9 @@ def test_rewinding_restores_the_stored_values_bit_for_bit(tmp_path, layers):
     assert not pruning.has_initial(tmp_path, "0" * 16)
     options = {}
     if layers:
-        options = pruning.prune(random_importance(layers, 3, 8), Point(2, 5)).options() | {"mask_per_layer": layers > 1}
+        options = pruning.prune(random_importance(layers, 3, 8), Point(2, 5)).options() | {
+            "mask_per_layer": layers > 1
+        }
     again = classifier(seed=8, initial=name, **options)  # another seed: nothing can be right by accident
     pruning.rewind(again, tmp_path)
     found = again.tuned_state()
@@ -211,7 +222,9 @@ def test_initial_values_that_are_gone_or_others_are_named(tmp_path):
     other = stored(classifier(seed=2), tmp_path)
     files = tmp_path / "initial"
     (files / f"{other}.safetensors").replace(files / f"{name}.safetensors")
-    with pytest.raises(UserError, match="holds other initial values than its name says: delete it and run split=tune"):
+    with pytest.raises(
+        UserError, match="holds other initial values than its name says: delete it and run split=tune"
+    ):
         pruning.rewind(classifier(initial=name), tmp_path)
     (files / f"{name}.safetensors").unlink()
     with pytest.raises(UserError, match="is missing, which has the initial values of this run"):

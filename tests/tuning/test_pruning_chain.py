@@ -20,11 +20,20 @@ from visprompt.runs.result import read_result
 from visprompt.runs.trainer import without_wandb
 from visprompt.tuning import pruning, pruning_chain
 
-pytestmark = [frozen, pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging")]
+pytestmark = [
+    frozen,
+    pytest.mark.filterwarnings("ignore:The number of training batches .* smaller than the logging"),
+]
 NAMES = {"prompts", "kv_prompts", "head.weight", "head.bias"}
 SHORT = (
     *("+trainer.limit_train_batches=2", "+trainer.limit_val_batches=2", "+trainer.limit_test_batches=1"),
-    *("method=e2vpt", "recipe.epochs=1", "recipe.warmup_epochs=0", "method.num_tokens=4", "method.num_segments=8"),
+    *(
+        "method=e2vpt",
+        "recipe.epochs=1",
+        "recipe.warmup_epochs=0",
+        "method.num_tokens=4",
+        "method.num_segments=8",
+    ),
     *("method.num_kv_tokens=2", "method.prune_tokens=[50]", "method.prune_segments=[25,50]"),
 )
 
@@ -128,7 +137,9 @@ def test_the_stored_values_and_not_a_new_draw_are_where_a_run_starts(logs, final
         return classifier
 
     monkeypatch.setattr(run, "build_classifier", other)
-    monkeypatch.setattr(TuningModule, "on_fit_start", lambda self: seen.append(self.classifier.method.prompts.clone()))
+    monkeypatch.setattr(
+        TuningModule, "on_fit_start", lambda self: seen.append(self.classifier.method.prompts.clone())
+    )
     once(link)
     assert torch.equal(seen[0].detach(), tensors(path)["prompts"])
 
@@ -165,7 +176,9 @@ def test_masks_are_those_of_the_trained_prompts_importance_over_all_training_ima
     for method in pruned:
         masks = pruning.masks_of(method)
         point = pruning.Point(int(masks.tokens.sum()), int(masks.segments.sum() / masks.tokens.sum()))
-        assert pruning.prune(scores, point).options() == {n: method[n] for n in ("token_mask", "segment_mask")}
+        assert pruning.prune(scores, point).options() == {
+            n: method[n] for n in ("token_mask", "segment_mask")
+        }
 
 
 def test_pruned_is_gone_from_file_and_count(logs, final):
@@ -200,7 +213,12 @@ def test_it_ends_with_a_table_and_a_picture_beside_the_results(logs, final):
 
 
 def evaluate(*folders):
-    given = (f"run=[{','.join(map(str, folders))}]", "trainer=cpu", "callbacks=none", "+trainer.limit_test_batches=1")
+    given = (
+        f"run=[{','.join(map(str, folders))}]",
+        "trainer=cpu",
+        "callbacks=none",
+        "+trainer.limit_test_batches=1",
+    )
     with composed("eval", *given) as cfg:
         return inference.evaluate(cfg)
 
@@ -249,8 +267,12 @@ def test_layers_have_masks_of_their_own_and_eval_repeats_the_score(tmp_path, mon
 
 
 def test_masks_per_layer_of_one_prompted_layer_go_through_the_chain(tmp_path):
-    last = go(tmp_path, "split=final", "method.depth=1", "method.mask_per_layer=true", "method.prune_segments=[50]")
-    assert [(result.status, result.tuned["depth"]) for _, result in links(tmp_path, "tune")] == [("finished", 1)] * 2
+    last = go(
+        tmp_path, "split=final", "method.depth=1", "method.mask_per_layer=true", "method.prune_segments=[50]"
+    )
+    assert [(result.status, result.tuned["depth"]) for _, result in links(tmp_path, "tune")] == [
+        ("finished", 1)
+    ] * 2
     ((folder, _),) = links(tmp_path, "final")
     assert evaluate(folder) == last.score
 
@@ -323,13 +345,22 @@ def test_without_pruning_it_is_one_plain_run(tmp_path):
     other = tiny_job(tmp_path)
     assert not pruning_chain.prunes(other)
     plain = {"method.prune": False, "method.prune_tokens": None, "method.prune_segments": None}
-    assert pruning_chain.unpruned(job(tmp_path)) == plain, "a run that prunes nothing is the same for every grid"
+    assert pruning_chain.unpruned(job(tmp_path)) == plain, (
+        "a run that prunes nothing is the same for every grid"
+    )
 
 
 CONTENTS = {
     "initial.json": {"initial": "0f"},
     "importance.json": {"of": "a" * 64, "tokens": [[0.5]], "segments": [[[0.25, 0.125]]]},
-    "masks.json": {"initial": "0f", "options": {}, "chosen": 0, "points": [], "importance": {}, "unpruned": {}},
+    "masks.json": {
+        "initial": "0f",
+        "options": {},
+        "chosen": 0,
+        "points": [],
+        "importance": {},
+        "unpruned": {},
+    },
 }
 
 
@@ -420,7 +451,9 @@ def test_tokens_or_segments_can_be_pruned_alone(tmp_path, options, points):
 def test_a_varied_job_is_a_copy_with_values_replaced_as_a_whole(tmp_path):
     cfg = job(tmp_path)
     before = cfg.content()
-    varied = cfg.vary({"seed": 5, "backbone.kwargs": {"depth": 3}, "method.prune_tokens": [], "method.depth": 1})
+    varied = cfg.vary(
+        {"seed": 5, "backbone.kwargs": {"depth": 3}, "method.prune_tokens": [], "method.depth": 1}
+    )
     assert (varied.seed, varied.backbone.kwargs, varied.method.prune_tokens) == (5, {"depth": 3}, [])
     assert (varied.method.depth, varied.method.num_tokens) == (1, 4)
     assert cfg.content() == before
@@ -494,7 +527,9 @@ def test_under_an_agent_other_loggers_go_on(tmp_path):
 
 def test_seeds_have_initial_values_and_masks_of_their_own(logs, final, tmp_path):
     _, found = record(logs)
-    other = pruning_chain._initial(job(tmp_path, "split=tune", "seed=1"), tmp_path / "digits" / "e2vpt" / "one")
+    other = pruning_chain._initial(
+        job(tmp_path, "split=tune", "seed=1"), tmp_path / "digits" / "e2vpt" / "one"
+    )
     same = pruning_chain._initial(job(tmp_path, "split=tune"), tmp_path / "digits" / "e2vpt" / "two")
     assert same == found["initial"] != other
 

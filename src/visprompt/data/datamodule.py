@@ -231,10 +231,14 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Normalise uint8 pixels on the device; floating-point inputs (cached features) pass unchanged."""
         if batch.images.is_floating_point():
             return batch
-        images = normalise(batch.images, self.image_size, self.mean, self.std, self.interpolation, self.resampling)
+        images = normalise(
+            batch.images, self.image_size, self.mean, self.std, self.interpolation, self.resampling
+        )
         return batch._replace(images=images)
 
-    def _loader(self, dataset: TicketDataset, training: bool = False, everywhere: bool = False) -> DataLoader[Batch]:
+    def _loader(
+        self, dataset: TicketDataset, training: bool = False, everywhere: bool = False
+    ) -> DataLoader[Batch]:
         trainer = None if everywhere else self.trainer
         batches = GlobalBatches(
             num_rows=len(dataset),

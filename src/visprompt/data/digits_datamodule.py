@@ -42,7 +42,9 @@ class DemoDataModule(TaskDataModule):
     def open_sets(self, sets: tuple[str, ...]) -> ArrayDataset:
         """Return the images of some split sets, composed in memory."""
         images, labels, keys = zip(*(compose(self.task, split_set) for split_set in sets), strict=True)
-        return ArrayDataset(np.concatenate(images), np.concatenate(labels), [key for part in keys for key in part])
+        return ArrayDataset(
+            np.concatenate(images), np.concatenate(labels), [key for part in keys for key in part]
+        )
 
 
 class DigitsDataModule(DemoDataModule):

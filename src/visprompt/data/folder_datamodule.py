@@ -56,13 +56,25 @@ class FolderDataModule(RaggedDataModule):
             UserError: A value is not valid.
         """
         super().__init__(**cropping)
-        self.root, self.csv, self.store_dir, self.skip_bad = Path(root).expanduser(), csv, Path(store_dir), skip_bad
+        self.root, self.csv, self.store_dir, self.skip_bad = (
+            Path(root).expanduser(),
+            csv,
+            Path(store_dir),
+            skip_bad,
+        )
         if test not in ("required", "none"):
             raise unknown("data.test", test, ("required", "none"))
-        self.split_names, self.csv_columns, self.white_level, self.test = split_names, csv_columns, white_level, test
+        self.split_names, self.csv_columns, self.white_level, self.test = (
+            split_names,
+            csv_columns,
+            white_level,
+            test,
+        )
         self.max_pixels, self.task = max_pixels, own_name(root, name)
         if self.task in ("", ".", "..") or "/" in self.task or has_control(self.task):
-            raise UserError(f"data.name={self.task!r} cannot name a folder of results: set data.name to a plain word")
+            raise UserError(
+                f"data.name={self.task!r} cannot name a folder of results: set data.name to a plain word"
+            )
 
     @property
     def origin(self) -> str:
@@ -120,11 +132,16 @@ class FolderDataModule(RaggedDataModule):
             UserError: A split has none, or there are test images in spite of data.test=none.
         """
         splits = {item.split for item in self.images.items}
-        for needed in (*self.train_sets[self.split], *(["val" if self.split == "tune" else "test"] * self.is_scored)):
+        for needed in (
+            *self.train_sets[self.split],
+            *(["val" if self.split == "tune" else "test"] * self.is_scored),
+        ):
             if needed not in splits:
                 raise no_images(self.task, needed)
         if not self.is_scored and "test" in splits:
-            raise UserError(f"data.test=none, but {self.task} has test images: remove that option to score them")
+            raise UserError(
+                f"data.test=none, but {self.task} has test images: remove that option to score them"
+            )
 
     def prepare_data(self) -> None:
         """Write the store, and check that each split has an image that can be read."""

@@ -86,7 +86,12 @@ class RaggedDataModule(TaskDataModule):
     def preprocessing(self) -> dict[str, Any]:
         """Return what `TaskDataModule` says, with the short side and the crop."""
         view = {"resize": "short_side", "short_side": self.short_side}
-        return {**super().preprocessing, **view, "crop": "random" if self.crop else "center", "flip": self.flip}
+        return {
+            **super().preprocessing,
+            **view,
+            "crop": "random" if self.crop else "center",
+            "flip": self.flip,
+        }
 
     def prepare_data(self) -> None:
         """Write the store where it is missing; Lightning calls this on one rank of each machine."""
@@ -101,5 +106,9 @@ class RaggedDataModule(TaskDataModule):
                 raise no_images(self.task, split)
         if "train" in sets and (missing := set(range(self.num_classes)) - set(store.labels[rows].tolist())):
             lost = self.class_names[min(missing)]
-            raise UserError(f"no training image of class {lost!r} can be read: repair its images or remove the class")
-        return RaggedDataset(store, rows, size=self.image_size, seed=self.seed, random_crop=self.crop, flip=self.flip)
+            raise UserError(
+                f"no training image of class {lost!r} can be read: repair its images or remove the class"
+            )
+        return RaggedDataset(
+            store, rows, size=self.image_size, seed=self.seed, random_crop=self.crop, flip=self.flip
+        )

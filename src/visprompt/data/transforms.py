@@ -47,7 +47,9 @@ def check_resizing(interpolation: str, resampling: str) -> None:
     if resampling not in RESAMPLINGS:
         raise unknown("resampling", resampling, RESAMPLINGS)
     if (interpolation, resampling) == ("bicubic", "tf1"):
-        raise UserError("resampling=tf1 is bilinear only: give interpolation=bilinear, or resampling=pillow or tf2")
+        raise UserError(
+            "resampling=tf1 is bilinear only: give interpolation=bilinear, or resampling=pillow or tf2"
+        )
 
 
 def in_present_words(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +226,9 @@ def normalise(
         scaled = resize(images, size, interpolation, resampling) / 255
     else:
         scaled = images.float() / 255
-    shift, scale = (torch.tensor(list(v), dtype=torch.float32, device=images.device).view(3, 1, 1) for v in (mean, std))
+    shift, scale = (
+        torch.tensor(list(v), dtype=torch.float32, device=images.device).view(3, 1, 1) for v in (mean, std)
+    )
     return (scaled - shift) / scale
 
 

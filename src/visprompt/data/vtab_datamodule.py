@@ -89,7 +89,11 @@ class VTABDataModule(TaskDataModule):
     def preprocessing(self) -> dict[str, Any]:
         """Return what `TaskDataModule` says, with the decoder and the side of unresized images."""
         spec = TASKS[self.task]
-        return {**super().preprocessing, "decode": spec.decode, "native": spec.native if self.plan.native else None}
+        return {
+            **super().preprocessing,
+            "decode": spec.decode,
+            "native": spec.native if self.plan.native else None,
+        }
 
     def prepare_data(self) -> None:
         """Write the store where it is missing; Lightning calls this on one rank of each machine."""

@@ -1,7 +1,8 @@
-"""What the pooled tokens attend to in the last block of a ViT, read off the model while it runs as it does in scoring.
+"""What the pooled tokens attend to in the last block of a ViT, read off the model while it scores.
 
-The queries and keys are those that the block hands to its attention, with prompts, rows of keys, query-key norms and
-rotations in them. Given one-hot values in place of its own, the same function returns the weights themselves:
+The queries and keys are those that the block hands to its attention, with prompts, rows of keys, query-key
+norms and rotations in them. Given one-hot values in place of its own, the same function returns the weights
+themselves:
 
     softmax(q k^T * scale) 1 = softmax(q k^T * scale)
 """
@@ -34,7 +35,8 @@ class Weights:
         prefix: To class and register tokens, [B, heads, prefix].
         patches: To patches, [B, heads, height, width] of their grid.
         prompts: To prompt tokens of the sequence, [B, heads, p]; p is 0 where the block has none.
-        keys_values: To rows that a method put beside the keys and values, [B, heads, t]; t is 0 where there are none.
+        keys_values: To rows that a method put beside the keys and values, [B, heads, t]; t is 0 where there
+            are none.
         logits: What the classifier made of the images, [B, C].
     """
 
@@ -49,7 +51,7 @@ class Weights:
 
 @torch.no_grad()
 def last_attention(classifier: Classifier, images: Tensor) -> Weights:
-    """Weights of the class token in the last block or, where others are pooled, the mean of theirs.
+    """Return the class token's weights in the last block or, where others are pooled, the mean of theirs.
 
     Args:
         classifier: On a plain ViT or an EVA, in evaluation mode.
@@ -61,8 +63,8 @@ def last_attention(classifier: Classifier, images: Tensor) -> Weights:
     family, method = classifier.backbone, classifier.method
     if not isinstance(family, ViT):
         raise UserError(
-            "attention maps need a class token or pooled tokens that see the whole image, as in a plain ViT or an EVA, "
-            f"and this backbone is a {type(family.model).__name__}: choose a run on one of those"
+            "attention maps need a class token or pooled tokens that see the whole image, as in a plain ViT "
+            f"or an EVA, and this backbone is a {type(family.model).__name__}: choose a run on one of those"
         )
     with _recording(family.blocks[-1]) as calls:
         logits = classifier(images)
@@ -70,8 +72,15 @@ def last_attention(classifier: Classifier, images: Tensor) -> Weights:
     num_image = family.embed(images, method).shape[1]
     num_tokens = weights.shape[-1] - (0 if added is None else added[0].shape[-2])
     start, stop, _ = family.pooled_rows(num_image, method.pool)[0].indices(num_tokens)
-    if weights.shape[-2] == stop - start:  # only those that are pooled ask: their keys stand first, then the others'
-        order = [*range(start, stop), *range(start), *range(stop, num_tokens), *range(num_tokens, weights.shape[-1])]
+    if (
+        weights.shape[-2] == stop - start
+    ):  # only those that are pooled ask: their keys stand first, then the others'
+        order = [
+            *range(start, stop),
+            *range(start),
+            *range(stop, num_tokens),
+            *range(num_tokens, weights.shape[-1]),
+        ]
         weights = weights[..., torch.tensor(order).argsort()]
     else:
         weights = weights[..., start:stop, :]
@@ -105,7 +114,7 @@ class _Latest(TorchFunctionMode):
 
 @contextmanager
 def _recording(block: nn.Module) -> Iterator[list[Call]]:
-    """Collects the arguments of the attentions whose outcome a block projects; its own is the first.
+    """Collect the arguments of the attentions whose outcome a block projects; its own comes first.
 
     Raises:
         UserError: The block has another kind of attention.
@@ -113,8 +122,8 @@ def _recording(block: nn.Module) -> Iterator[list[Call]]:
     attn: Any = getattr(block, "attn", None)
     if not isinstance(getattr(attn, "proj", None), nn.Module) or not getattr(attn, "fused_attn", False):
         raise UserError(
-            f"attention maps cannot be read off a {type(block).__name__} whose attention is not PyTorch's fused one: "
-            "unset TIMM_FUSED_ATTN, or choose a run on another backbone"
+            f"attention maps cannot be read off a {type(block).__name__} whose attention is not PyTorch's "
+            "fused one: unset TIMM_FUSED_ATTN, or choose a run on another backbone"
         )
     calls: list[Call] = []
     with _Latest() as latest:
@@ -126,7 +135,7 @@ def _recording(block: nn.Module) -> Iterator[list[Call]]:
 
 
 def _weights(call: Call) -> Tensor:
-    """The weights [B, heads, queries, keys] of an attention, in float32 whatever it ran in."""
+    """Return the weights [B, heads, queries, keys] of an attention, in float32 whatever it ran in."""
     (query, key, *_), options = call
     one_hot = torch.eye(key.shape[-2], device=key.device, dtype=torch.float32).expand(*key.shape[:-2], -1, -1)
     with torch.autocast(key.device.type, enabled=False):

@@ -1,13 +1,25 @@
-"""A chart as numbers: lines of points, what its axes are, and the same in words for those who cannot see it."""
+"""Charts as numbers: lines of points, what the axes are, and the same in words for who cannot see it."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from statistics import fmean
 
-from visprompt.reports.render import Number, Table
+import pandas as pd
+
+from visprompt.data.catalog import SUITES
+from visprompt.reports.choices import Grid
+from visprompt.reports.load import history
+from visprompt.reports.published import FLAT
+from visprompt.reports.rows import Protocol, Row, protocols
+from visprompt.reports.settings import task_place
+from visprompt.reports.tables import task_groups
+from visprompt.reports.writers import Number, Table
 
 MOST_LINES = 8  # more in one chart cannot be told apart
+_LEAST = 2  # points or lines: fewer are read off the tables
+_FRONT = "Filled and joined: no other is as good with as few tuned parameters."
 _TOLD = 12  # points of a line that the words for it name; of a longer one its ends
 
 
@@ -52,8 +64,8 @@ class Chart:
         lines: What is drawn.
         x_scale: "linear", "log", or "symlog": logarithmic with a place for 0.
         y_scale: "linear" or "log".
-        front: Whether the lines are single points, of which those are marked that no other point beats: none is higher
-            with as small an `x`.
+        front: Whether the lines are single points, of which those are marked that no other point beats: none
+            is higher with as small an `x`.
     """
 
     name: str
@@ -68,14 +80,14 @@ class Chart:
 
     @property
     def alt(self) -> str:
-        """The chart in words, with its numbers as far as they can be listened to."""
+        """Return the chart in words, with its numbers as far as they can be listened to."""
         said = "; ".join(_told(line) for line in self.lines)
         best = f" On the front: {', '.join(line.label for line in front(self.lines))}." if self.front else ""
         return f"{self.y_label} against {self.x_label}. {said}.{best}"
 
     @property
     def values(self) -> Table:
-        """Its numbers."""
+        """Return its numbers."""
         rows = tuple(
             (line.label, Number(p.x, f"{p.x:g}"), Number(p.y, f"{p.y:g}", p.spread, f"{p.spread or 0:g}"))
             for line in self.lines
@@ -85,7 +97,7 @@ class Chart:
 
 
 def front(lines: Iterable[Line]) -> list[Line]:
-    """The Pareto front: of lines of a single point those that no other beats, from the smallest `x` on."""
+    """Return the Pareto front: of lines of one point those that no other beats, from the smallest `x` on."""
     ordered = sorted(lines, key=lambda line: (line.points[0].x, -line.points[0].y))
     found: list[Line] = []
     for line in ordered:
@@ -100,7 +112,7 @@ def _told(line: Line) -> str:
 
 
 def in_parts(chart: Chart) -> list[Chart]:
-    """A chart of many lines as several with as few in each as can be told apart, about as many in each."""
+    """Divide a chart of many lines into charts with as few as can be told apart, about as many in each."""
     if len(chart.lines) <= MOST_LINES:
         return [chart]
     size = ceil(len(chart.lines) / ceil(len(chart.lines) / MOST_LINES))
@@ -112,10 +124,127 @@ def in_parts(chart: Chart) -> list[Chart]:
 
 
 def file_name(*words: str) -> str:
-    """Words as the name of a file, without an ending; cut where a file system would refuse it."""
+    """Return words as the name of a file, without an ending; cut where a file system would refuse it."""
     return re.sub(r"[^a-z0-9]+", "_", " ".join(words).lower()).strip("_")[:150]
 
 
 def spread_scale(values: Sequence[float]) -> str:
-    """The scale on which positive values are told apart: "log" where they span more than one power of ten."""
+    """Return "log" where positive values span more than one power of ten, else "linear"."""
     return "log" if min(values) > 0 and max(values) > 10 * min(values) else "linear"
+
+
+# of a table's rows, in per cent
+
+
+def by_parameters(rows: Sequence[Row]) -> list[Chart]:
+    """Return charts of accuracy against tuned parameters with the Pareto front, one protocol in each.
+
+    For each protocol there is a chart of the mean over each group of which two rows have all tasks, and one
+    of each task on which other rows stand than in the chart of its group.
+    """
+    charts = []
+    for protocol in protocols(rows):
+        groups = task_groups(protocol.rows)
+        vtab = {FLAT: SUITES["vtab_all"]} if groups.keys() & {"vtab_natural", "vtab_specialized"} else {}
+        for name, tasks in (vtab | groups).items():
+            whole = (
+                [row for row in protocol.rows if all(task in row.cells for task in tasks)]
+                if len(tasks) > 1
+                else []
+            )
+            whole = whole if len(whole) >= _LEAST else []
+            if whole:
+                charts.append(_scatter(protocol, whole, tasks, f"mean of {len(tasks)} tasks, {name}"))
+            for task in () if name == FLAT else tasks:
+                with_task = [row for row in protocol.rows if task in row.cells]
+                if len(with_task) >= _LEAST and len(with_task) > len(whole):
+                    charts.append(_scatter(protocol, with_task, (task,), task))
+    return charts
+
+
+def _scatter(protocol: Protocol, rows: Sequence[Row], tasks: Sequence[str], of: str) -> Chart:
+    lines = tuple(Line(protocol.name(row), (_point(row, tasks),)) for row in rows)
+    least = min(line.points[0].x for line in lines)
+    bars = ", bars: sample standard deviation" if any(line.points[0].spread for line in lines) else ""
+    return Chart(
+        name=file_name("accuracy by parameters", of, protocol.words),
+        title=protocol.titled(f"Accuracy by tuned parameters, {of}"),
+        x_label="tuned parameters, without the head",
+        y_label="test accuracy (%)",
+        caption=f"Mean over seeds{bars}. {_FRONT}",
+        lines=lines,
+        x_scale="log" if least > 0 else "symlog",
+        front=True,
+    )
+
+
+def _point(row: Row, tasks: Sequence[str]) -> Point:
+    """Return a row's mean over tasks; the spread over seeds is that of a single task."""
+    cells = [row.cells[task] for task in tasks]
+    spread = 100 * cells[0].std if len(cells) == 1 and len(cells[0].scores) > 1 else None
+    parameters = [fmean(row.runs["parameters"][row.runs["task"] == task]) for task in tasks]
+    return Point(fmean(parameters), 100 * fmean(cell.mean for cell in cells), spread)
+
+
+def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
+    """Return up to three charts for each task of loss and accuracy by epoch, as far as metrics.csv is there.
+
+    Args:
+        rows: Their runs of `split=final` are drawn, averaged over seeds.
+        grids: The runs that validation chose are drawn with their accuracy on the validation images.
+    """
+    averaged = "Final runs, mean over seeds."
+    of_one = (
+        "For each grid the run that validation chose; the accuracy after the last epoch is what it chose by."
+    )
+    charts = []
+    for task in sorted(
+        {task for row in rows for task in row.cells} | {grid.task for grid in grids}, key=task_place
+    ):
+        final = {row.label: row.runs[row.runs["task"] == task] for row in rows if task in row.cells}
+        chosen = {
+            grid.label: grid.chosen.to_frame().T
+            for grid in grids
+            if grid.task == task and grid.chosen is not None and not grid.pruning
+        }
+        charts += _curves(f"Training loss, {task}", final, "train/loss", "training loss", averaged)
+        charts += _curves(f"Training accuracy, {task}", final, "train/acc", "training accuracy (%)", averaged)
+        title = f"Validation accuracy while training, {task}"
+        charts += _curves(title, chosen, "val/acc", "validation accuracy (%)", of_one)
+    return charts
+
+
+def _curves(
+    title: str, runs: Mapping[str, pd.DataFrame], metric: str, y_label: str, caption: str
+) -> list[Chart]:
+    """Return a chart of one metric, or several where the lines are many; none where no run recorded it."""
+    is_loss = metric.endswith("loss")
+    lines, partial = [], []
+    for label, own in runs.items():
+        curves = [history(*run, metric) for run in zip(own["folder"], own["result"], strict=True)]
+        there = [curve for curve in curves if curve]
+        points = tuple(Point(epoch, (1 if is_loss else 100) * value) for epoch, value in _mean(there).items())
+        if len(points) >= _LEAST:
+            lines.append(Line(label, points))
+            partial += [f"{label} {len(there)} of {len(curves)}"] if len(there) < len(curves) else []
+    if not lines:
+        return []
+    told = (
+        f" Of some runs no such metrics are left, and these are in no mean; there are: {', '.join(partial)}."
+    )
+    chart = Chart(
+        name=file_name(title),
+        title=title,
+        x_label="epoch",
+        y_label=y_label,
+        caption=caption + (told if partial else ""),
+        lines=tuple(lines),
+        y_scale=spread_scale([point.y for line in lines for point in line.points]) if is_loss else "linear",
+    )
+    return in_parts(chart)
+
+
+def _mean(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Return the mean at the epochs that all curves have."""
+    common = sorted(set.intersection(*map(set, curves))) if curves else ()
+    return {epoch: fmean(curve[epoch] for curve in curves) for epoch in common}

@@ -3,23 +3,36 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 
 from visprompt.errors import UserError
 from visprompt.reports import inspection
 from visprompt.reports.charts import file_name
-from visprompt.reports.collect import LeftOut, Row
-from visprompt.reports.comparable import protocols
-from visprompt.reports.figures import Plot
+from visprompt.reports.figures import MARKERS, WIDTH, Plot, Theme, plain
 from visprompt.reports.inspection import Latency, Opened
-from visprompt.reports.pictures import MOST_NAMED, draw_attention, draw_confusion, draw_map
-from visprompt.reports.render import Entry, Table, decimal
+from visprompt.reports.load import LeftOut
+from visprompt.reports.rows import Row, protocols
+from visprompt.reports.writers import Entry, Table, decimal
 from visprompt.text import visible
 
 _IMAGES = 4  # whose attention is drawn
 _TOLD = 3  # pairs of classes that the words for a confusion matrix name
+_LONGEST = 22  # characters of a class name that are shown
+_SHORT = 11  # characters of a class name, of which four stand beside each other
+_MOST_NAMED = 24  # classes beside which there is room for a name
+_MOST_COUNTED = 16  # classes in whose fields there is room for a number
+_YELLOW = (
+    240 / 255,
+    228 / 255,
+    66 / 255,
+)  # Okabe and Ito's, brighter than a dimmed image in a gray print as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,42 +50,33 @@ class Closeups:
     left_out: tuple[LeftOut, ...]
 
 
-@dataclass
-class _Look:
-    """A run that is being looked at, its name, and what was shown of it and of those before it."""
-
-    name: str
-    opened: Opened
-    plots: list[Plot]
-    measured: list[tuple[str, Latency]]
-    left_out: list[LeftOut]
-
-    def attempt(self, what: str, show: Callable[[], None]) -> None:
-        """Shows one thing; where that cannot be done, the reason stands among what was left out."""
-        try:
-            show()
-        except UserError as error:
-            self.left_out.append(LeftOut(self.opened.folder, f"{what} not shown: {error}"))
-
-
 def typical(rows: Sequence[Row]) -> list[Path]:
-    """One run of every row, each once, all on the task and under the protocol where these are most."""
+    """Return one run of every row, each once, all on the task and under the protocol where these are most."""
     shared = [
-        dict.fromkeys(next(run for run in row.runs if run.task == task) for row in protocol.rows if task in row.cells)
+        dict.fromkeys(
+            row.runs["folder"][row.runs["task"] == task].iat[0] for row in protocol.rows if task in row.cells
+        )
         for protocol in protocols(rows)
         for task in dict.fromkeys(task for row in protocol.rows for task in row.cells)
     ]
-    return [run.folder for run in max(shared, key=len, default={})]
+    longest = max(shared, key=len, default={})
+    return list(longest)
 
 
 def look(
-    folders: Sequence[Path], names: Mapping[Path, str], device: str, *, data_dir: str | None, weights: str | None
+    folders: Sequence[Path],
+    names: Mapping[Path, str],
+    device: str,
+    *,
+    data_dir: str | None,
+    weights: str | None,
 ) -> Closeups:
-    """Opens runs one after another and shows what can be shown of each.
+    """Open runs one after another and show what can be shown of each.
 
     Args:
         folders: Of finished runs.
-        names: What to call runs that stand in rows of a table, by their resolved folders; others get those as names.
+        names: What to call runs that stand in rows of a table, by their resolved folders; others get those as
+            names.
         device: See `inspect.open_run`, as for the two others.
         data_dir: This machine's folder of data.
         weights: A file of backbone weights.
@@ -81,6 +85,14 @@ def look(
     measured: list[tuple[str, Latency]] = []
     left_out: list[LeftOut] = []
     placed: dict[bytes, np.ndarray] = {}  # runs on one backbone and task have the same features before
+
+    def attempt(what: str, show: Callable[..., list[Any]], opened: Opened, *arguments: Any) -> list[Any]:
+        try:
+            return show(opened, *arguments)
+        except UserError as error:
+            left_out.append(LeftOut(opened.folder, f"{what} not shown: {error}"))
+            return []
+
     for folder in folders:
         try:
             opened = inspection.open_run(folder, device, data_dir=data_dir, weights=weights)
@@ -88,85 +100,91 @@ def look(
             left_out.append(LeftOut(folder, f"not seen closely: {error}"))
             continue
         name = names.get(folder.resolve(), f"{opened.result.method['name']} {folder.name}")
-        _show(
-            _Look(f"{name}, {opened.result.task}, seed {opened.result.seed}", opened, plots, measured, left_out), placed
-        )
+        name = f"{name}, {opened.result.task}, seed {opened.result.seed}"
+        plots += attempt("confusion matrix", _confusion, opened, name)
+        plots += attempt("t-SNE", _maps, opened, name, placed)
+        plots += attempt("attention", _attention, opened, name)
+        measured += [(name, found) for found in attempt("latency", inspection.latency, opened)]
         del opened  # its classifier, before the next one is built
     return Closeups(tuple(plots), _latency_table(measured) if measured else None, tuple(left_out))
 
 
-def _show(one: _Look, placed: dict[bytes, np.ndarray]) -> None:
-    one.attempt("confusion matrix", partial(_confusion, one))
-    one.attempt("t-SNE", partial(_maps, one, placed))
-    one.attempt("attention", partial(_attention, one))
-    one.attempt("latency", partial(_latency, one))
-
-
-def _confusion(one: _Look) -> None:
-    found = inspection.confusion(one.opened)
+def _confusion(opened: Opened, name: str) -> list[Plot]:
+    found = inspection.confusion(opened)
     wrong = found.counts * (1 - np.eye(len(found.counts), dtype=found.counts.dtype))
     most = np.argsort(-wrong, axis=None, kind="stable")[:_TOLD]
-    pairs = [(*np.unravel_index(place, wrong.shape), wrong.flat[place]) for place in most if wrong.flat[place]]
-    said = [f"{found.class_names[true]} taken for {found.class_names[taken]} ({count})" for true, taken, count in pairs]
+    pairs = [
+        (*np.unravel_index(place, wrong.shape), wrong.flat[place]) for place in most if wrong.flat[place]
+    ]
+    said = [
+        f"{found.class_names[true]} taken for {found.class_names[taken]} ({count})"
+        for true, taken, count in pairs
+    ]
     often = f" Most often: {', '.join(said)}." if said else " No image is taken for one of another class."
     right, total = int(found.counts.trace()), int(found.counts.sum())
     draw = partial(draw_confusion, found.counts, found.class_names)
-    title = f"Confusion matrix, {one.name}"
+    title = f"Confusion matrix, {name}"
     caption = f"Numbers of images of {found.set_name}, a row for each true class; empty fields are 0.{often}"
     alt = f"Confusion matrix of {len(found.class_names)} classes: {right} of {total} images are right.{often}"
-    header = ("true class", *(f"as {name}" for name in found.class_names))
+    header = ("true class", *(f"as {label}" for label in found.class_names))
     counts: tuple[tuple[Entry, ...], ...] = tuple(
-        (name, *(decimal(int(count), 0) for count in row))
-        for name, row in zip(found.class_names, found.counts, strict=True)
+        (label, *(decimal(int(count), 0) for count in row))
+        for label, row in zip(found.class_names, found.counts, strict=True)
     )
-    one.plots.append(Plot(file_name(title), title, caption, alt, draw, Table(title, header, counts)))
+    return [Plot(file_name(title), title, caption, alt, draw, Table(title, header, counts))]
 
 
-def _maps(one: _Look, placed: dict[bytes, np.ndarray]) -> None:
-    found = inspection.features(one.opened)
+def _maps(opened: Opened, name: str, placed: dict[bytes, np.ndarray]) -> list[Plot]:
+    found = inspection.features(opened)
     key = found.before.tobytes()
     if key not in placed:
         placed[key] = inspection.embed(found.before)
-    names, set_name = one.opened.datamodule.class_names, one.opened.set_name
+    names, set_name = opened.datamodule.class_names, opened.set_name
     about = f"{len(found.labels)} images of {set_name}; distances between groups mean little in t-SNE."
-    few = len(names) <= MOST_NAMED
+    few = len(names) <= _MOST_NAMED
     looks = f"The {len(names)} classes " + (
-        "differ in colour and shape." if few else "are too many for a legend, and some of them share colour or shape."
+        "differ in colour and shape."
+        if few
+        else "are too many for a legend, and some of them share colour or shape."
     )
+    plots = []
     for when, places in (("before", placed[key]), ("after", inspection.embed(found.after))):
-        title = f"t-SNE {when} tuning, {one.name}"
+        title = f"t-SNE {when} tuning, {name}"
         of = "the frozen backbone" if when == "before" else "the tuned classifier, which its head reads"
         caption = f"Features of {of}: {about}" + ("" if few else f" {looks}")
         alt = f"Points in the plane for {about} {looks}"
-        one.plots.append(Plot(file_name(title), title, caption, alt, partial(draw_map, places, found.labels, names)))
+        plots.append(
+            Plot(file_name(title), title, caption, alt, partial(draw_map, places, found.labels, names))
+        )
+    return plots
 
 
-def _attention(one: _Look) -> None:
-    rows = np.linspace(0, len(one.opened.dataset) - 1, _IMAGES).round().astype(int)
-    found = inspection.attention(one.opened, sorted(set(rows.tolist())))
-    names = [visible(name) for name in one.opened.datamodule.class_names]
+def _attention(opened: Opened, name: str) -> list[Plot]:
+    rows = np.linspace(0, len(opened.dataset) - 1, _IMAGES).round().astype(int)
+    found = inspection.attention(opened, sorted(set(rows.tolist())))
+    names = [visible(label) for label in opened.datamodule.class_names]
     tokens = {"class": found.prefix, "prompts": found.prompts, "keys, values": found.keys_values}
-    bars = [(name, weights.mean(1)) for name, weights in tokens.items() if weights.size]
+    bars = [(kind, weights.mean(1)) for kind, weights in tokens.items() if weights.size]
     pairs = list(zip(found.labels, found.predicted, strict=True))
-    titles = [names[true] + ("" if true == taken else f",\ntaken for {names[taken]}") for true, taken in pairs]
+    titles = [
+        names[true] + ("" if true == taken else f",\ntaken for {names[taken]}") for true, taken in pairs
+    ]
     patches = found.patches.mean(1)
     shares = [("patches", patches.reshape(len(pairs), -1)), *bars]
     said = "; ".join(
-        f"{title.replace(chr(10), ' ')}: " + ", ".join(f"{name} {100 * w[i].sum():.0f} %" for name, w in shares)
+        f"{title.replace(chr(10), ' ')}: "
+        + ", ".join(f"{kind} {100 * w[i].sum():.0f} %" for kind, w in shares)
         for i, title in enumerate(titles)
     )
-    title = f"Attention in the last block, {one.name}"
+    title = f"Attention in the last block, {name}"
     caption = (
-        f"Weights of {found.asking} in block {found.block + 1}, mean over {found.patches.shape[1]} heads: the image, "
-        "its patches, the yellower the more weight lies there, and the weights of the other tokens."
+        f"Weights of {found.asking} in block {found.block + 1}, mean over {found.patches.shape[1]} heads: "
+        "the image, its patches, the yellower the more weight lies there, and the weights of the other "
+        "tokens."
     )
     alt = f"Attention of {found.asking} to {len(pairs)} images. {said}."
     draw = partial(draw_attention, found.images, patches, bars, titles)
-    one.plots.append(Plot(file_name(title), title, caption, alt, draw))
-
-
-def _latency(one: _Look) -> None:
-    one.measured.extend((one.name, found) for found in inspection.latency(one.opened))
+    return [Plot(file_name(title), title, caption, alt, draw)]
 
 
 def _latency_table(measured: Sequence[tuple[str, Latency]]) -> Table:
@@ -184,6 +202,149 @@ def _latency_table(measured: Sequence[tuple[str, Latency]]) -> Table:
         )
         for name, found in measured
     ]
-    header = ("run", "images at a time", "ms per image", "quartiles", "images per second", "measured on", "precision")
+    header = (
+        "run",
+        "images at a time",
+        "ms per image",
+        "quartiles",
+        "images per second",
+        "measured on",
+        "precision",
+    )
     note = "Logits of images that are on the device already, not compiled; the median of the repetitions."
     return Table("Latency and throughput", header, tuple(rows), (note,))
+
+
+# the pictures
+
+
+def draw_confusion(counts: np.ndarray, names: Sequence[str], theme: Theme) -> Figure:
+    """Draw a confusion matrix: shades are shares of a true class, figures are numbers of images.
+
+    Args:
+        counts: int [C, C], a row for every true class.
+        names: Of the classes.
+        theme: The page.
+    """
+    number = len(names)
+    figure = Figure(figsize=(WIDTH, WIDTH * 0.9), layout="constrained")
+    axes = figure.add_subplot()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    shades = LinearSegmentedColormap.from_list("shades", theme.shades)
+    image = axes.imshow(100 * shares, cmap=shades, vmin=0, vmax=100, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, shrink=0.75, pad=0.02)
+    bar.set_label("share of the true class (%)")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.grid(visible=False)
+    if number <= _MOST_NAMED:
+        size = 8 if number <= _MOST_COUNTED else 6.5
+        shown = [plain(name, _LONGEST) for name in names]
+        axes.set_xticks(range(number), shown, rotation=90, fontsize=size)
+        axes.set_yticks(range(number), shown, fontsize=size)
+    for row, column in zip(*np.nonzero(counts), strict=True) if number <= _MOST_COUNTED else ():
+        ink = theme.paper if shares[row, column] > 0.5 else theme.ink  # a dark shade
+        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=ink, fontsize=7)
+    return figure
+
+
+def draw_map(places: np.ndarray, labels: np.ndarray, names: Sequence[str], theme: Theme) -> Figure:
+    """Draw images as points in the plane, a colour and a shape for each class; many classes share some.
+
+    Args:
+        places: float [N, 2].
+        labels: int [N].
+        names: Of the classes; there is a legend where they are few.
+        theme: The page.
+    """
+    named = len(names) <= _MOST_NAMED
+    columns = 4 if max(map(len, names)) <= _SHORT else 2
+    rows = ceil(len(names) / columns) if named else 0
+    figure = Figure(figsize=(WIDTH, WIDTH * 0.85 + 0.2 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    for place, name in enumerate(names):
+        x, y = places[labels == place].T
+        colour = theme.colours[place % len(theme.colours)]
+        marker = MARKERS[place % len(MARKERS)]
+        axes.scatter(
+            x,
+            y,
+            s=15,
+            c=colour,
+            marker=marker,
+            edgecolors=theme.ink,
+            linewidths=0.25,
+            label=plain(name, _LONGEST),
+        )
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.grid(visible=False)
+    axes.set_axis_off()
+    if named:
+        figure.legend(
+            loc="outside lower center", ncols=columns, handletextpad=0.3, columnspacing=1, markerscale=1.4
+        )
+    return figure
+
+
+def draw_attention(
+    images: np.ndarray,
+    patches: np.ndarray,
+    bars: Sequence[tuple[str, np.ndarray]],
+    titles: Sequence[str],
+    theme: Theme,
+) -> Figure:
+    """Draw images, the attention to their patches over them, and that to other tokens as bars.
+
+    Args:
+        images: float [N, H, W, 3], 0..1.
+        patches: float [N, h, w], weights.
+        bars: Names of other tokens and their weights, float [N, number].
+        titles: Of the images.
+        theme: The page.
+    """
+    figure = Figure(figsize=(WIDTH, 1.75 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), 3, squeeze=False, width_ratios=(1, 1, 1.9))
+    top = max((float(values.max()) for _, values in bars if values.size), default=1.0)
+    for row, (left, middle, right) in enumerate(grid):
+        left.imshow(images[row], interpolation="nearest")
+        middle.imshow(_lit(images[row], patches[row]), interpolation="nearest")
+        left.set_title("\n".join(map(plain, titles[row].split("\n"))), fontsize=8)
+        middle.set_title(f"patches {100 * patches[row].sum():.0f} %", fontsize=8)
+        left.set_axis_off()
+        middle.set_axis_off()
+        _draw_bars(right, [(name, values[row]) for name, values in bars if values.size], top, theme)
+    return figure
+
+
+def _lit(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return a dimmed gray image, yellow where the attention lies; the most attended patch is all yellow.
+
+    Args:
+        image: float [H, W, 3], 0..1.
+        weights: float [h, w].
+    """
+    height, width = image.shape[:2]
+    rows = np.arange(height) * weights.shape[0] // height
+    columns = np.arange(width) * weights.shape[1] // width
+    light = (weights / max(float(weights.max()), 1e-12))[rows][:, columns, None]
+    dimmed = 0.5 * image.mean(-1, keepdims=True)
+    return np.asarray(dimmed * (1 - 0.9 * light) + 0.9 * light * np.array(_YELLOW))
+
+
+def _draw_bars(axes: Axes, bars: Sequence[tuple[str, np.ndarray]], top: float, theme: Theme) -> None:
+    """Draw bars of several kinds of tokens, each kind with its name and sum below it."""
+    start = 0.0
+    middles, names = [], []
+    for place, (name, values) in enumerate(bars):
+        x = start + np.arange(len(values))
+        colour = theme.colours[place % len(theme.colours)]
+        axes.bar(x, 100 * values, width=0.8, color=colour, edgecolor=theme.ink, linewidth=0.3)
+        middles.append(float(x.mean()))
+        names.append(f"{name}\n{100 * values.sum():.0f} %")
+        start += len(values) + max(1.0, 0.06 * sum(len(found) for _, found in bars))
+    axes.set_ylim(0, 105 * top)
+    axes.set_xticks(middles, names, fontsize=7.5)
+    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="y", labelsize=7.5)
+    axes.grid(visible=False, axis="x")
+    axes.set_ylabel("weight (%)", fontsize=8)

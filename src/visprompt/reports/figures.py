@@ -1,8 +1,8 @@
 """Draws charts with matplotlib, for light and for dark pages, the same bytes for the same numbers.
 
-Colours are those of Okabe and Ito, which colour-blind readers tell apart; every line has a marker and a dash of its own
-as well, so that a print in black and white can be read; where lines are so many that these repeat in a chart, they are
-numbered. matplotlib's global state is left as it was.
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; every line has a marker and a dash
+of its own as well, so that a print in black and white can be read; where lines are so many that these repeat
+in a chart, they are numbered. matplotlib's global state is left as it was.
 """
 
 import io
@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from matplotlib.transforms import Bbox
 
 from visprompt.reports.charts import Chart, Line, Point, front
-from visprompt.reports.render import Table
+from visprompt.reports.writers import Table
 from visprompt.text import visible
 
 WIDTH = 5.0  # inches
@@ -42,7 +42,15 @@ _OTHER_SCRIPTS = (
         "Hiragino Sans",
         "PingFang SC",
     ),
-    *("Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Apple SD Gothic Neo", "Noto Sans", "Noto Emoji", "Symbola"),
+    *(
+        "Yu Gothic",
+        "Microsoft YaHei",
+        "Malgun Gothic",
+        "Apple SD Gothic Neo",
+        "Noto Sans",
+        "Noto Emoji",
+        "Symbola",
+    ),
 )
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _STYLE: dict[str, Any] = {
@@ -85,10 +93,20 @@ class Theme:
 
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LIGHT = Theme(
-    "light", "#1b1f24", "#dde1e6", "#ffffff", (*_OKABE_ITO, "#000000"), ("#ffffff", "#6cb2d9", "#0072B2", "#00263b")
+    "light",
+    "#1b1f24",
+    "#dde1e6",
+    "#ffffff",
+    (*_OKABE_ITO, "#000000"),
+    ("#ffffff", "#6cb2d9", "#0072B2", "#00263b"),
 )
 DARK = Theme(
-    "dark", "#e4e7eb", "#363c44", "#15181c", (*_OKABE_ITO, "#FFFFFF"), ("#15181c", "#0072B2", "#6cb2d9", "#f2f9fd")
+    "dark",
+    "#e4e7eb",
+    "#363c44",
+    "#15181c",
+    (*_OKABE_ITO, "#FFFFFF"),
+    ("#15181c", "#0072B2", "#6cb2d9", "#f2f9fd"),
 )
 
 
@@ -114,7 +132,7 @@ class Plot:
 
 
 def plots(charts: Sequence[Chart]) -> list[Plot]:
-    """Charts as figures, in which the same label looks the same everywhere."""
+    """Return charts as figures, in which the same label looks the same everywhere."""
     places: dict[str, int] = {}
     for label in (line.label for chart in charts for line in chart.lines):
         places.setdefault(label, len(places))
@@ -125,17 +143,17 @@ def plots(charts: Sequence[Chart]) -> list[Plot]:
 
 
 def svg(plot: Plot, theme: Theme) -> str:
-    """A figure as SVG, transparent, text as outlines."""
+    """Return a figure as SVG, transparent, text as outlines."""
     return _saved(plot, theme, "svg", transparent=True).decode()
 
 
 def png(plot: Plot) -> bytes:
-    """A figure as PNG on white, at 200 pixels to the inch."""
+    """Return a figure as PNG on white, at 200 pixels to the inch."""
     return _saved(plot, LIGHT, "png", dpi=200, facecolor=LIGHT.paper)
 
 
 def plain(text: str, most: int = 60) -> str:
-    """Text as matplotlib is to write it: without mathematics, not left out of legends, and not too long."""
+    """Return text as matplotlib is to write it: no mathematics, never left out of legends, not too long."""
     text = visible(text)
     shown = text if len(text) <= most else text[: most - 1] + "…"
     return ("\u200b" if shown.startswith("_") else "") + shown.replace("$", r"\$")
@@ -151,15 +169,25 @@ def _saved(plot: Plot, theme: Theme, form: str, **options: Any) -> bytes:
 
 @cache
 def _fonts() -> list[str]:
-    """The font that comes with matplotlib, then those for other scripts that are on this machine."""
+    """Return the font that comes with matplotlib, then those for other scripts that are on this machine."""
     return ["DejaVu Sans", *(name for name in _OTHER_SCRIPTS if name in font_manager.get_font_names())]
 
 
 @contextmanager
 def _styled(theme: Theme) -> Iterator[None]:
-    """Matplotlib's own defaults and this file's style, whatever the user's settings say."""
-    named = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
-    colours: dict[str, Any] = dict.fromkeys(named, theme.ink) | {"grid.color": theme.faint, "axes.facecolor": "none"}
+    """Set matplotlib's own defaults and this file's style, whatever the user's settings say."""
+    named = (
+        "text.color",
+        "axes.labelcolor",
+        "axes.edgecolor",
+        "xtick.color",
+        "ytick.color",
+        "axes.titlecolor",
+    )
+    colours: dict[str, Any] = dict.fromkeys(named, theme.ink) | {
+        "grid.color": theme.faint,
+        "axes.facecolor": "none",
+    }
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         for name, value in (_STYLE | colours | {"font.family": _fonts()}).items():
@@ -172,7 +200,7 @@ def _styled(theme: Theme) -> Iterator[None]:
 
 
 def draw(chart: Chart, places: Mapping[str, int], theme: Theme) -> Figure:
-    """Draws a chart.
+    """Draw a chart.
 
     Args:
         chart: What to draw.
@@ -194,7 +222,9 @@ def draw(chart: Chart, places: Mapping[str, int], theme: Theme) -> Figure:
         for line in chart.lines
     ]
     names = [plain(line.label) for line in chart.lines]
-    numbers = [str(i) for i in range(1, len(names) + 1)] if not direct and len(set(looks)) < len(looks) else []
+    numbers = (
+        [str(i) for i in range(1, len(names) + 1)] if not direct and len(set(looks)) < len(looks) else []
+    )
     axes.margins(*((0.1, 0.13) if direct else (0.04, 0.06)))
     _scale(axes, chart)
     axes.set_xlabel(chart.x_label)
@@ -204,12 +234,14 @@ def draw(chart: Chart, places: Mapping[str, int], theme: Theme) -> Figure:
     if not direct:
         for i, number in enumerate(numbers):
             axes.containers[i].set_label(f"{number}  {names[i]}")
-        figure.legend(loc="outside lower center", ncols=columns, handlelength=3.2, columnspacing=1.5, labelspacing=0.35)
+        figure.legend(
+            loc="outside lower center", ncols=columns, handlelength=3.2, columnspacing=1.5, labelspacing=0.35
+        )
     return figure
 
 
 def _draw_line(axes: Axes, line: Line, place: int, theme: Theme, hollow: bool) -> tuple[str, Any, bool]:
-    """Draws a line and returns what can be seen of it without its colour."""
+    """Draw a line and return what can be seen of it without its colour."""
     colour = theme.colours[place % len(theme.colours)]
     marker = MARKERS[place % len(MARKERS)]
     dash = _DASHES[(place + place // len(theme.colours)) % len(_DASHES)] if len(line.points) > 1 else ""
@@ -236,7 +268,7 @@ def _draw_line(axes: Axes, line: Line, place: int, theme: Theme, hollow: bool) -
 def _label_points(
     figure: Figure, axes: Axes, lines: Sequence[Line], texts: Sequence[str], best: Sequence[Line]
 ) -> None:
-    """Writes a text beside each line's first point, where it covers least of points, other texts and the front."""
+    """Write a text next to each line's first point, where it covers least of points, texts and the front."""
     figure.draw_without_rendering()  # only now it is known where the axes are
     unit, frame = figure.dpi / 72, axes.get_window_extent()
     taken = [_around(axes, line.points[0], 5 * unit) for line in lines]
@@ -258,13 +290,13 @@ def _label_points(
 
 
 def _around(axes: Axes, point: Point, reach: float) -> Bbox:
-    """What a point and the bar of its spread cover, in pixels."""
+    """Return what a point and the bar of its spread cover, in pixels."""
     spread = point.spread or 0.0
     return _between(axes, Point(point.x, point.y - spread), Point(point.x, point.y + spread), reach)
 
 
 def _between(axes: Axes, one: Point, other: Point, reach: float) -> Bbox:
-    """What a level or upright line between two points covers, in pixels."""
+    """Return what a level or upright line between two points covers, in pixels."""
     (x0, y0), (x1, y1) = axes.transData.transform([(one.x, one.y), (other.x, other.y)])
     return Bbox.from_extents(x0 - reach, min(y0, y1) - reach, x1 + reach, max(y0, y1) + reach)
 
@@ -283,7 +315,7 @@ def _area(box: Bbox) -> float:
 
 
 def _scale(axes: Axes, chart: Chart) -> None:
-    """Sets scales and ticks: where values are few, those values themselves."""
+    """Set scales and ticks: where values are few, those values themselves."""
     values = sorted({point.x for line in chart.lines for point in line.points})
     axes.set_yscale(chart.y_scale)
     if chart.y_scale == "log":
@@ -306,11 +338,13 @@ def _scale(axes: Axes, chart: Chart) -> None:
 
 
 def _scale_with_zero(axes: Axes, values: Sequence[float]) -> None:
-    """Powers of ten, and beside them a place for 0."""
+    """Set a scale of powers of ten with a place for 0."""
     positive = [value for value in values if value > 0] or [1.0]
     low, high = floor(log10(min(positive))), ceil(log10(max(positive)))
     axes.set_xscale("symlog", linthresh=10.0**low, linscale=0.5)
     powers = range(low, max(high, low + 1) + 1)
-    axes.set_xticks([0, *(10.0**power for power in powers)], ["0", *(f"$10^{{{power}}}$" for power in powers)])
+    axes.set_xticks(
+        [0, *(10.0**power for power in powers)], ["0", *(f"$10^{{{power}}}$" for power in powers)]
+    )
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(-0.3 * 10.0**low, 3 * max(*positive, 10.0 ** (low + 1)))

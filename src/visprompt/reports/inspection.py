@@ -1,6 +1,7 @@
 """What a report needs the model for: a finished run's confusion matrix, features, attention and latency.
 
-Everything runs as scoring does: the run's data, precision and batches, without a tuned or frozen value changed.
+Everything runs as scoring does: the run's data, precision and batches, without a tuned or frozen value
+changed.
 """
 
 import time
@@ -44,7 +45,8 @@ class Opened:
         folder: Where it lies.
         result: What it recorded.
         classifier: Tuned, in evaluation mode, on `device`.
-        backbone: As it was before the run; shared by all runs of this process, copy its module before moving it.
+        backbone: As it was before the run; shared by all runs of this process, copy its module before moving
+            it.
         datamodule: The run's data.
         device: Where the classifier is.
         precision: Lightning's, of the run.
@@ -60,29 +62,33 @@ class Opened:
 
     @property
     def set_name(self) -> str:
-        """The split set that the run was scored on: test, or in `split=tune` the validation set."""
+        """Return the split set that the run was scored on: test, or in `split=tune` the validation set."""
         return "test" if self.result.split == "final" else self.datamodule.val_set
 
     @property
     def dataset(self) -> TicketDataset:
-        """The images of that set."""
+        """Return the images of that set."""
         return self.datamodule.test_dataset if self.result.split == "final" else self.datamodule.val_dataset
 
     def batches(self, dataset: TicketDataset) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images [B, 3, H, W] on the device and labels [B], in order and in batches as in scoring."""
+        """Yield normalised images [B, 3, H, W] on the device and labels [B], in the batches of scoring."""
         like = next(self.classifier.parameters())
         for batch in self.datamodule.feature_dataloader(dataset):
-            moved = self.datamodule.on_after_batch_transfer(batch._replace(images=batch.images.to(self.device)), 0)
+            moved = self.datamodule.on_after_batch_transfer(
+                batch._replace(images=batch.images.to(self.device)), 0
+            )
             yield moved.images.to(like.dtype), batch.labels
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function makes of its arguments in the run's precision, without gradients."""
+        """Return what a function makes of its arguments in the run's precision, without gradients."""
         with torch.no_grad(), self.precision.forward_context():
             return function(*arguments)
 
 
-def open_run(folder: Path, device: str = "cpu", *, data_dir: str | None = None, weights: str | None = None) -> Opened:
-    """Restores a finished run with its data.
+def open_run(
+    folder: Path, device: str = "cpu", *, data_dir: str | None = None, weights: str | None = None
+) -> Opened:
+    """Restore a finished run with its data.
 
     Args:
         folder: The run's, logs/<task>/<method>/<hash>; nothing is written into it.
@@ -123,7 +129,7 @@ class Confusion:
 
 
 def confusion(opened: Opened) -> Confusion:
-    """Counts of a run's scored set.
+    """Count which classes a run's scored set is taken for.
 
     Raises:
         UserError: They do not give the score that the run recorded.
@@ -137,9 +143,9 @@ def confusion(opened: Opened) -> Confusion:
     hits, total = int(found.trace()), int(found.sum())
     if hits != round(opened.result.score * total):
         raise UserError(
-            f"{opened.folder} recorded {100 * opened.result.score:.2f} % on {opened.set_name}, and this machine finds "
-            f"{100 * hits / total:.2f} %: use the kind of device it ran on ({opened.result.machine['device']}), and "
-            "the versions it names"
+            f"{opened.folder} recorded {100 * opened.result.score:.2f} % on {opened.set_name}, and this "
+            f"machine finds {100 * hits / total:.2f} %: use the kind of device it ran on "
+            f"({opened.result.machine['device']}), and the versions it names"
         )
     return Confusion(found.numpy(), names, opened.set_name)
 
@@ -162,7 +168,7 @@ class Features:
 
 
 def features(opened: Opened, limit: int = 1000, seed: int = 0) -> Features:
-    """Features of a run's scored set before and after tuning.
+    """Compute the features of a run's scored set before and after tuning.
 
     Args:
         opened: The run.
@@ -182,7 +188,7 @@ def features(opened: Opened, limit: int = 1000, seed: int = 0) -> Features:
 
 
 def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Places images in the plane by t-SNE; the same for the same features and seed.
+    """Place images in the plane by t-SNE; the same for the same features and seed.
 
     Args:
         features: float32 [N, width].
@@ -195,7 +201,9 @@ def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
         UserError: There are less than four images.
     """
     if len(features) < 4:
-        raise UserError(f"t-SNE places no less than 4 images, and there are {len(features)}: take a larger set")
+        raise UserError(
+            f"t-SNE places no less than 4 images, and there are {len(features)}: take a larger set"
+        )
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2), np.float32)  # principal components of equal rows cannot be scaled
     perplexity = min(30.0, (len(features) - 1) / 3)
@@ -206,7 +214,7 @@ def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """What the last block's pooled tokens attend to; over all tokens the weights of an image and a head sum to 1.
+    """What the last block's pooled tokens attend to; an image's and a head's weights sum to 1.
 
     Attributes:
         asking: The token whose weights they are, in words, or the tokens whose weights were averaged.
@@ -217,8 +225,8 @@ class Attention:
         prefix: To class and register tokens, float32 [N, heads, prefix].
         patches: To patches, float32 [N, heads, h, w] of their grid.
         prompts: To prompt tokens of the sequence, float32 [N, heads, p]; p is 0 where the block has none.
-        keys_values: To rows that the method put beside keys and values, float32 [N, heads, t]; t is 0 where there are
-            none.
+        keys_values: To rows that the method put beside keys and values, float32 [N, heads, t]; t is 0 where
+            there are none.
     """
 
     asking: str
@@ -233,7 +241,7 @@ class Attention:
 
 
 def attention(opened: Opened, rows: Sequence[int]) -> Attention:
-    """Attention of some images, one at a time, in the last block.
+    """Compute the attention of some images, one at a time, in the last block.
 
     Args:
         opened: A run on a plain ViT or an EVA.
@@ -246,7 +254,9 @@ def attention(opened: Opened, rows: Sequence[int]) -> Attention:
     wrong = next((row for row in rows if not 0 <= row < len(dataset)), None)
     if wrong is not None or not len(rows):
         asked = "no image" if wrong is None else f"image {wrong}"
-        raise UserError(f"{asked} was asked for, of {opened.set_name} in {opened.folder}: give 0 to {len(dataset) - 1}")
+        raise UserError(
+            f"{asked} was asked for, of {opened.set_name} in {opened.folder}: give 0 to {len(dataset) - 1}"
+        )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     images, labels, found = [], [], []
     for batch, of_batch in opened.batches(dataset.subset(np.asarray(rows))):
@@ -293,7 +303,7 @@ class Latency:
 def latency(
     opened: Opened, batch_sizes: Sequence[int] = (1, 64), repeats: int = 20, seconds: float = 0.2
 ) -> list[Latency]:
-    """Measures a run's classifier, not compiled, after one unmeasured batch of each size.
+    """Measure a run's classifier, not compiled, after one unmeasured batch of each size.
 
     Args:
         opened: The run.
@@ -313,7 +323,7 @@ def latency(
 
 
 def _times(opened: Opened, batch_size: int, repeats: int, seconds: float) -> list[float]:
-    """Seconds of each repetition."""
+    """Return the seconds of each repetition."""
     side, like = opened.datamodule.image_size, next(opened.classifier.parameters())
     images = torch.zeros(batch_size, 3, side, side, device=opened.device, dtype=like.dtype)
     times: list[float] = []
@@ -328,6 +338,6 @@ def _times(opened: Opened, batch_size: int, repeats: int, seconds: float) -> lis
 
 
 def _wait(device: torch.device) -> None:
-    """Waits until the device has done all that it was given."""
+    """Wait until the device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

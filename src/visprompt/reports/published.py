@@ -1,18 +1,34 @@
 """The papers' own figures, read from published.yaml, which names their sources."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from visprompt.data.catalog import SUITES
+from visprompt.reports.settings import NEUTRAL, UNRECORDED, text
+from visprompt.reports.writers import Entry, Missing, Number, decimal
+
+if TYPE_CHECKING:
+    from visprompt.reports.rows import Row
 
 GROUPS = ("vtab_natural", "vtab_specialized", "vtab_structured")
+FLAT = "vtab, mean of 19 tasks"
+GROUPED = "vtab, mean of 3 groups"
 _FILE = Path(__file__).with_name("published.yaml")
+_THE_PAPERS: Mapping[
+    str, tuple[str, ...]
+] = {  # what a row must not contradict to stand next to a paper's figures
+    "data.fraction": ("1.0",),
+    "backbone.image_size": ("null", "224"),
+    "backbone.pretrained": ("true",),
+    "backbone.kwargs": ("{}",),
+    "trainer": (NEUTRAL,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +40,13 @@ class Published:
         source: The paper and its venue.
         name: The method's name in the paper.
         method: Its name here.
-        options: Options of the method that a run must not contradict to be the same method; a list names alternatives.
+        options: Options of the method that a run must not contradict to be the same method; a list names
+            alternatives.
         unlike: Options that make a run another method.
         backbone: Name of our config of the backbone.
         weights: Name of the backbone's weights in timm; None where timm has none.
-        global_pools: Values of a run's backbone.global_pool that pool as the paper does; None is the model's own.
+        global_pools: Values of a run's backbone.global_pool that pool as the paper does; None is the model's
+            own.
         final_norm: Value of a run's backbone.final_norm that normalises features as the paper does.
         tasks: Accuracy by task, those of `unreliable` groups included; empty where the paper's are not known.
         means: Mean accuracy by group: "vtab_natural", "vtab_specialized", "vtab_structured", "fgvc".
@@ -59,7 +77,7 @@ class Published:
 
     @property
     def flat_mean(self) -> float | None:
-        """Mean over the 19 tasks of VTAB-1k; None where one is unknown or unreliable."""
+        """Return the mean over the 19 tasks of VTAB-1k; None where one is unknown or unreliable."""
         if self.printed_flat_mean is not None:
             return self.printed_flat_mean
         tasks = SUITES["vtab_all"]
@@ -68,21 +86,39 @@ class Published:
 
     @property
     def mean_of_groups(self) -> float | None:
-        """Mean of VTAB-1k's three group means; None where one is unknown."""
+        """Return the mean of VTAB-1k's three group means; None where one is unknown."""
         if self.printed_mean is not None:
             return self.printed_mean
-        return fmean(self.means[group] for group in GROUPS) if all(group in self.means for group in GROUPS) else None
+        return (
+            fmean(self.means[group] for group in GROUPS)
+            if all(group in self.means for group in GROUPS)
+            else None
+        )
+
+    @property
+    def all_means(self) -> dict[str, float]:
+        """Return means by group, under `FLAT` and under `GROUPED`, in per cent, as far as they are known."""
+        overall = {FLAT: self.flat_mean, GROUPED: self.mean_of_groups}
+        return dict(self.means) | {name: value for name, value in overall.items() if value is not None}
+
+    @property
+    def worked_out(self) -> tuple[str, ...]:
+        """Return the names of the means that the paper does not print: they follow from its other figures."""
+        printed = {FLAT: self.printed_flat_mean, GROUPED: self.printed_mean}
+        return tuple(name for name, value in printed.items() if value is None and name in self.all_means)
 
     def fits(self, options: Mapping[str, Any]) -> bool:
-        """Whether a run's method options are those of the paper; an option that the run does not record fits."""
+        """Return whether a run's options are those of the paper; an option that is not recorded fits."""
         same = all(options[name] in _listed(value) for name, value in self.options.items() if name in options)
-        return same and not any(options[name] == value for name, value in self.unlike.items() if name in options)
+        return same and not any(
+            options[name] == value for name, value in self.unlike.items() if name in options
+        )
 
 
 def published(
     method: str, backbone: str, paper: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Published | None:
-    """Looks up a paper's figures.
+    """Return a paper's figures.
 
     Args:
         method: Our name of the method.
@@ -100,15 +136,33 @@ def published(
     return None
 
 
+def published_of(row: "Row", paper: str | None = None) -> Published | None:
+    """Return a paper's figures for a row's method and backbone; None where only the name is the same.
+
+    A row of a fraction of the data, of another image size or pooling, of a backbone that was changed or has
+    random weights, or of a trainer that was not left as it is, has none.
+    """
+    if any(row.told.get(key, UNRECORDED) not in (*values, UNRECORDED) for key, values in _THE_PAPERS.items()):
+        return None
+    first, *others = (
+        published(row.method, row.backbone, paper, result.method) for result in row.runs["result"]
+    )
+    if first is None or any(other != first for other in others):
+        return None
+    pooled, norm = (row.told.get(f"backbone.{name}", UNRECORDED) for name in ("global_pool", "final_norm"))
+    same = pooled in (*map(text, first.global_pools), UNRECORDED) and norm in (first.final_norm, UNRECORDED)
+    return first if same else None
+
+
 @cache
 def all_published() -> tuple[Published, ...]:
-    """All figures, in the order of published.yaml."""
+    """Return all figures, in the order of published.yaml."""
     return tuple(_records(contents()))
 
 
 @cache
 def contents() -> dict[str, Any]:
-    """All of published.yaml, with what `Published` leaves out: prompt lengths, learning rates, time and memory."""
+    """Load all of published.yaml, with what `Published` leaves out: prompt lengths, rates, memory."""
     read: Any = OmegaConf.to_container(OmegaConf.load(_FILE))
     return dict(read)
 
@@ -126,7 +180,9 @@ def _records(read: Mapping[str, Any]) -> Iterator[Published]:
                     paper=paper,
                     source=f"{about['title']}, {about['venue']}" if "venue" in about else about["title"],
                     name=name,
-                    **_on_backbone({**ours, "options": options}, read["blocks"].get(backbone), pooling["pool"]),
+                    **_on_backbone(
+                        {**ours, "options": options}, read["blocks"].get(backbone), pooling["pool"]
+                    ),
                     backbone=backbone,
                     weights=read["backbones"][backbone],
                     global_pools=tuple(pooling["global_pool"]),
@@ -151,7 +207,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _on_backbone(ours: Mapping[str, Any], blocks: int | None, pools: list[str | None]) -> dict[str, Any]:
-    """A method with what its nulls stand for on a backbone: `depth` for all blocks, `pool` for the paper's pooling."""
+    """Return a method with what its nulls mean on a backbone: all blocks, and the paper's pooling."""
     options = dict(ours.get("options", {}))
     for name, meant in {"depth": [None, blocks], "pool": pools}.items():
         if name in options and options[name] is None:
@@ -160,7 +216,7 @@ def _on_backbone(ours: Mapping[str, Any], blocks: int | None, pools: list[str | 
 
 
 def _caution(about: Mapping[str, Any], unreliable: tuple[str, ...], own: str | None) -> str:
-    """The reasons to be careful, as one text."""
+    """Return the reasons to be careful, as one text."""
     parts = ["quoted by another paper, not read in its own"] if about.get("secondary") else []
     if unreliable:
         parts.append(f"its accuracies by task do not agree with its own means of {', '.join(unreliable)}")
@@ -169,3 +225,46 @@ def _caution(about: Mapping[str, Any], unreliable: tuple[str, ...], own: str | N
     if "note" in about:
         parts.append(about["note"])
     return "; ".join(parts)
+
+
+# next to a row's figures
+
+
+def beside(
+    row: "Row",
+    found: Published,
+    ours: Sequence[float | None],
+    theirs: Sequence[float | None],
+    digits: int = 1,
+) -> Iterator[tuple[Entry, ...]]:
+    """Yield two lines below a row: the paper's figures in per cent, and the row's (shares) minus them."""
+    yield (f"{row.label}: {found.source}", *(Missing("") if one is None else _exact(one) for one in theirs))
+    pairs = zip(ours, theirs, strict=True)
+    differences = [None if one is None or other is None else 100 * one - other for one, other in pairs]
+    yield (
+        f"{row.label}: difference",
+        *(Missing("") if d is None else decimal(d, digits, sign=True) for d in differences),
+    )
+
+
+def _exact(figure: float) -> Number:
+    """Return a published figure with the paper's own one or two decimals."""
+    return decimal(figure, 1 if round(figure, 1) == figure else 2)
+
+
+def worked_out_notes(compared: Mapping[tuple[str, str], Published], names: Sequence[str]) -> tuple[str, ...]:
+    """Return which of the means that are shown each paper does not print."""
+    by_source: dict[str, dict[str, None]] = {}
+    for (source, _), found in compared.items():
+        by_source.setdefault(source, {}).update(
+            dict.fromkeys(name for name in found.worked_out if name in names)
+        )
+    said = "not printed there but worked out from its other figures"
+    return tuple(f"{source}: {'; '.join(own)}: {said}." for source, own in by_source.items() if own)
+
+
+def cautions(compared: Mapping[tuple[str, str], Published]) -> tuple[str, ...]:
+    """Return what to know before comparing with each paper, where there is something."""
+    return tuple(
+        f"{source}, {name}: {one.caution}." for (source, name), one in compared.items() if one.caution
+    )

@@ -1,4 +1,4 @@
-"""Writes a report of all runs below some folders: a page, Markdown, CSV, LaTeX and figures, all or nothing."""
+"""Write a report of all runs below some folders: a page, Markdown, CSV, LaTeX and figures, all or nothing."""
 
 import shutil
 import tempfile
@@ -12,12 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError, unknown
 from visprompt.reports import figures
-from visprompt.reports.collect import Row, rows, survey
-from visprompt.reports.comparable import protocols, references
-from visprompt.reports.contents import Contents, contents
-from visprompt.reports.page import Picture, page
+from visprompt.reports.load import survey
+from visprompt.reports.page import Contents, Picture, contents, page
 from visprompt.reports.published import all_published
-from visprompt.reports.render import LATEX_PACKAGES, csv_text, latex, markdown
+from visprompt.reports.rows import Row, protocols, references, rows
+from visprompt.reports.writers import LATEX_PACKAGES, csv_text, latex, markdown
 from visprompt.runs.result import open_result
 from visprompt.text import Terminal, in_markdown
 
@@ -30,16 +29,18 @@ console = Terminal()
 
 
 def report(cfg: DictConfig) -> Path:
-    """Writes the report of a command line.
+    """Write the report of a command line.
 
     Args:
-        cfg: What `@hydra.main` composed: runs, output, against, paper, inspect, device, data_dir, weights, formats.
+        cfg: What `@hydra.main` composed: runs, output, against, paper, inspect, device, data_dir, weights,
+            formats.
 
     Returns:
         The folder it was written to.
 
     Raises:
-        UserError: There is no run, a word is unknown, or the folder holds something else or cannot be written.
+        UserError: There is no run, a word is unknown, or the folder holds something else or cannot be
+            written.
     """
     folders, (output, *_) = _paths(cfg.runs, "runs"), _paths(cfg.output, "output")
     if cfg.paper is not None and cfg.paper not in (papers := {one.paper for one in all_published()}):
@@ -47,11 +48,11 @@ def report(cfg: DictConfig) -> Path:
     formats = _formats(cfg.formats)
     check_place(output)
     found = survey(folders)
-    if not found.runs:
+    if found.runs.empty:
         also = f" ({len(found.left_out)} are unfinished, damaged or of debugging)" if found.left_out else ""
         raise UserError(
-            f"there is no finished run below {' or '.join(map(str, folders))}{also}: name folders that hold some with "
-            "runs=FOLDER, or train one with python src/train.py"
+            f"there is no finished run below {' or '.join(map(str, folders))}{also}: name folders that hold "
+            "some with runs=FOLDER, or train one with python src/train.py"
         )
     made_rows = rows(found.runs)
     if cfg.against is not None:
@@ -69,7 +70,7 @@ def _say(text: str) -> None:
 
 
 def _paths(given: Any, key: str) -> list[Path]:
-    """A folder or a list of them."""
+    """Return a folder, or a list of them, as paths."""
     listed = list(given) if OmegaConf.is_list(given) else [given]
     if not listed or None in listed:
         raise UserError(f"{key}={given} names no folder: give one, or a list of them")
@@ -87,26 +88,28 @@ def _formats(given: Any) -> tuple[str, ...]:
 
 
 def _check_against(against: str, made: Sequence[Row]) -> None:
-    """Refuses a method that no other can be tested against."""
+    """Raise `UserError` for a method that no other can be tested against."""
     if not made:
-        raise UserError(f"against={against} needs runs of split=final, and here is none: leave it out, or train some")
+        raise UserError(
+            f"against={against} needs runs of split=final, and here is none: leave it out, or train some"
+        )
     for protocol, reference in references(protocols(made), against):
         others = [row for row in protocol.rows if row is not reference]
         if any(len(row.cells.keys() & reference.cells.keys()) > 1 for row in others):
             return
     raise UserError(
-        f"there is nothing to test against {against}: no other row under its protocol shares two tasks with it; leave "
-        f"against={against} out, or train it on more of their tasks"
+        f"there is nothing to test against {against}: no other row under its protocol shares two tasks with "
+        f"it; leave against={against} out, or train it on more of their tasks"
     )
 
 
 def _closeups(cfg: DictConfig, made: Sequence[Row]) -> "Closeups | None":
-    """What `inspect` asks for: nothing, runs that stand for their rows, or runs by their folders."""
+    """Return what `inspect` asks for: nothing, runs typical of their rows, or runs by their folders."""
     if cfg.inspect is None:
         return None
     from visprompt.reports.closeups import look, typical
 
-    names = {run.folder.resolve(): row.label for row in made for run in row.runs}
+    names = {folder.resolve(): row.label for row in made for folder in row.runs["folder"]}
     folders = typical(made) if cfg.inspect == "auto" else list(dict.fromkeys(_paths(cfg.inspect, "inspect")))
     for folder in folders:
         open_result(folder)  # what was asked for by name is there, before any of it is opened
@@ -117,7 +120,7 @@ def _closeups(cfg: DictConfig, made: Sequence[Row]) -> "Closeups | None":
 
 
 def write(told: Contents, output: Path, formats: Collection[str] = FORMATS) -> None:
-    """Writes a report into a folder of its own, in the place of an older one.
+    """Write a report into its folder, in the place of an older one.
 
     Args:
         told: What it says.
@@ -132,7 +135,7 @@ def write(told: Contents, output: Path, formats: Collection[str] = FORMATS) -> N
 
 
 def check_place(output: Path) -> None:
-    """Refuses a place where a report would replace something else.
+    """Raise `UserError` for a place where a report would replace something else.
 
     Raises:
         UserError: It is a file, or a folder with anything that is not of a report.
@@ -144,7 +147,7 @@ def check_place(output: Path) -> None:
 
 
 def _replace(output: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a folder beside another and puts it in that one's place once it is complete."""
+    """Fill a folder next to another and put it in that one's place once it is complete."""
     beside: Path | None = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -168,14 +171,15 @@ def _replace(output: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _fill(told: Contents, folder: Path, formats: Collection[str]) -> None:
-    """Writes all files."""
+    """Write all files."""
     plots = [plot for section in told.sections for plot in section.plots]
     listed = [(name, table) for section in told.sections for name, table in section.tables.items()]
     files: dict[str, str | bytes] = {}
     pictures = {}
     if {"html", "svg"} & {*formats}:
         pictures = {
-            plot.name: Picture(figures.svg(plot, figures.LIGHT), figures.svg(plot, figures.DARK)) for plot in plots
+            plot.name: Picture(figures.svg(plot, figures.LIGHT), figures.svg(plot, figures.DARK))
+            for plot in plots
         }
     if "html" in formats:
         files["index.html"] = page(told, pictures)
@@ -200,7 +204,7 @@ def _fill(told: Contents, folder: Path, formats: Collection[str]) -> None:
 
 
 def _markdown(told: Contents, ending: str | None) -> Iterator[str]:
-    """The report as Markdown, paragraph by paragraph, with links to its figures' files if there are any."""
+    """Yield the report as Markdown, paragraph by paragraph, with links to the files of figures."""
     yield f"# {told.title}\n"
     for term, entries in told.facts:
         if len(entries) == 1:

@@ -1,4 +1,4 @@
-"""What a run was run with, setting by setting, and words for what tells runs apart."""
+"""What a run was run with, setting by setting, and the words for what tells runs apart."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from visprompt.data.catalog import TASKS
+from visprompt.models.methods import METHODS
 from visprompt.runs.recipe_rows import row_options
 from visprompt.runs.result import Result
 
@@ -13,6 +14,12 @@ UNRECORDED = "not recorded"
 NEUTRAL = "neutral"  # a trainer without settings that bear on the figures
 OF_EACH_TASK = "of each task"
 OWN_IMAGES = "own images"
+TRAINING = tuple(f"recipe.{name}" for name in ("optimizer", "epochs", "batch_size", "head_init"))
+# read by name, so the table has these columns even where no run recorded one
+FIXED_COLUMNS = frozenset(
+    {"method.num_tokens", "method.depth", *TRAINING}
+    | {f"data.{name}" for name in ("source", "form", "fraction", "fingerprint", "preprocessing.size")}
+)
 # facts of a task's images, and what follows from the method: different from task to task, one within a task
 _OF_TASK = frozenset(
     {"data.fingerprint", "data.sizes", "data.preprocessing.decode", "data.preprocessing.native"}
@@ -23,72 +30,77 @@ _OF_FAMILY = frozenset({"data.source", "data.form"}) | {
     f"data.preprocessing.{name}" for name in ("resize", "short_side", "crop", "flip", "resampling")
 }
 _OF_A_SEED = frozenset({"token_mask", "segment_mask", "initial"})  # what a seed's own chain of pruning found
-_PRUNING = frozenset({"method.prune", "method.prune_tokens", "method.prune_segments"})  # not yet while a grid is tried
+_PRUNING = frozenset(
+    {"method.prune", "method.prune_tokens", "method.prune_segments"}
+)  # not yet while a grid is tried
 _NAMES = {
-    "backbone.name": "backbone",
-    "backbone.sha256": "weights",
-    "data.fraction": "fraction",
-    "precision": "precision",
+    **{"backbone.name": "backbone", "backbone.sha256": "weights"},
+    **{"data.fraction": "fraction", "precision": "precision"},
 }
-_NO_SETTINGS = frozenset({"backbone.pooling", "data.summary"})  # they follow from the method, and from the data
+_NO_SETTINGS = frozenset(
+    {"backbone.pooling", "data.summary"}
+)  # they follow from the method, and from the data
 _HASHES = frozenset({"backbone.sha256", "data.fingerprint"})
 # in the order in which they tell rows apart
-_FIRST = ("backbone.name", "method.", "data.source", "data.form", "data.fraction", "precision", "data.", "recipe.")
+_FIRST = (
+    "backbone.name",
+    "method.",
+    "data.source",
+    "data.form",
+    "data.fraction",
+    "precision",
+    "data.",
+    "recipe.",
+)
 
 
 def settings(result: Result) -> dict[str, str]:
-    """All that a run was run with but task, method, split and seed.
+    """Return all that a run was run with except task, method, split and seed, as text by dotted key.
 
-    Args:
-        result: Its result.
-
-    Returns:
-        Values as text by dotted key, "recipe.lr" or "data.preprocessing.size" for example. What follows from the seed
-        is left out, as in `results.cell`: what pruning found, and the hash of weights that were drawn. A depth is that
-        which was built, as far as it is recorded.
+    Example: {"recipe.lr": "1.0", "data.preprocessing.size": "224", ...}. What follows from the seed is left
+    out, as in `result.cell`: what pruning found, and the hash of random weights. A depth is the number of
+    blocks that were built.
     """
-    found = {"precision": text(result.precision), "trainer": _plainly(result.trainer)}
-    options = {name: value for name, value in built(result).method.items() if name not in {"name", *_OF_A_SEED}}
+    trainer = "; ".join(f"{name}={text(value)}" for name, value in sorted(result.trainer.items())) or NEUTRAL
+    found = {"precision": text(result.precision), "trainer": trainer}
+    options = {
+        name: value for name, value in built(result).method.items() if name not in {"name", *_OF_A_SEED}
+    }
     parts = {"method": options, "recipe": result.recipe, "data": result.data, "backbone": result.backbone}
-    for part, values in parts.items():
-        for name, value in values.items():
-            if f"{part}.{name}" in _NO_SETTINGS:
-                continue
-            if f"{part}.{name}" == "data.preprocessing":
-                found |= {f"data.preprocessing.{key}": text(inner) for key, inner in value.items()}
-            else:
-                found[f"{part}.{name}"] = text(value)
+    for key, value in (
+        (f"{part}.{name}", value) for part, own in parts.items() for name, value in own.items()
+    ):
+        if key == "data.preprocessing":
+            found |= {f"{key}.{name}": text(inner) for name, inner in value.items()}
+        elif key not in _NO_SETTINGS:
+            found[key] = text(value)
     if found.get("backbone.pretrained") == "false":
         found["backbone.sha256"] = "random"
     return found
 
 
 def built(result: Result) -> Result:
-    """A record with the number of blocks that its method's depth stands for, where it is null for all of them."""
+    """Return a result with its method's depth as the number of blocks, where it is null for all."""
     if result.method.get("depth", 0) is not None or "depth" not in result.tuned:
         return result
     return result.model_copy(update={"method": result.method | {"depth": result.tuned["depth"]}})
 
 
-def _plainly(trainer: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name}={text(value)}" for name, value in sorted(trainer.items())) or NEUTRAL
-
-
 def before_the_choice(found: Mapping[str, str]) -> dict[str, str]:
-    """Settings that a final run shares with the runs of its grid: those that nobody chose, without pruning."""
-    kept = {key: value for key, value in found.items() if key not in _PRUNING}
-    if "data.source" in kept:  # the images are the same; only the final run trains on val, too
-        kept["data.source"] = kept["data.source"].removesuffix(":train+val")
-    return kept
+    """Return a final run's settings as the runs of its grid have them: unpruned, not trained on val."""
+    left = {key: value for key, value in found.items() if key not in _PRUNING}
+    if "data.source" in left:
+        left["data.source"] = left["data.source"].removesuffix(":train+val")
+    return left
 
 
 @cache
 def scope(key: str, method: str) -> str:
-    """How far a setting reaches within a row of a table.
+    """Return how far a setting reaches within a row of a table.
 
     Returns:
-        "row": the same in all of it. "family": in all tasks of a family. "task": in a task, of which it is a fact.
-        "chosen": in a task, for which a grid or a recipe's row chose it.
+        "row": the same in all of it. "family": in all tasks of a family. "task": in a task, of which it is a
+        fact. "chosen": in a task, for which a grid or a recipe's row chose it.
     """
     part, _, option = key.partition(".")
     if part == "recipe" or (part == "method" and option in row_options(method)):
@@ -98,18 +110,38 @@ def scope(key: str, method: str) -> str:
     return "family" if key in _OF_FAMILY else "row"
 
 
+def is_protocol(key: str) -> bool:
+    """Return whether a setting is of backbone, data or precision, so that methods must share it."""
+    return not key.startswith(("method.", "recipe."))
+
+
 def family(task: str) -> str:
-    """Returns "vtab", "fgvc" or "demo", or `OWN_IMAGES`."""
+    """Return "vtab", "fgvc" or "demo", or `OWN_IMAGES`."""
     return TASKS[task].family if task in TASKS else OWN_IMAGES
 
 
+def method_place(method: str) -> tuple[int, str]:
+    """Return a key that sorts methods as `METHODS` does, unknown ones after them."""
+    return _place(method, METHODS)
+
+
+def task_place(task: str) -> tuple[int, str]:
+    """Return a key that sorts tasks as the catalog does, the user's own after them."""
+    return _place(task, TASKS)
+
+
+def _place(name: str, known: Iterable[str]) -> tuple[int, str]:
+    names = list(known)
+    return names.index(name) if name in names else len(names), name
+
+
 def text(value: Any) -> str:
-    """A value of JSON as one short text."""
+    """Return a value of JSON as one short text."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def words(key: str, value: str = "") -> str:
-    """A setting in words, "weights e08e28ad" for example; a family in brackets behind its key is shown as it is."""
+    """Return a setting in words, "weights e08e28ad" for example; a family in brackets is kept."""
     name, _, bracket = key.partition(" ")
     plain = _NAMES.get(name) or name.removeprefix("method.").removeprefix("recipe.").replace(".", " ")
     return " ".join(part for part in (plain, bracket, _shown(name, value)) if part)
@@ -121,13 +153,8 @@ def _shown(name: str, value: str) -> str:
     return "all" if (name, value) == ("method.depth", "null") else value
 
 
-def is_protocol(key: str) -> bool:
-    """Whether a setting is of backbone, data or precision: methods under different ones do not compare."""
-    return not key.startswith(("method.", "recipe."))
-
-
 def telling(things: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
-    """What tells things apart, in words: of the settings in which they differ no more than are needed for it.
+    """Return what tells things apart, in words: no more of the settings that differ than are needed for it.
 
     Args:
         things: Settings of each. A key that one of them lacks says nothing about it.
@@ -143,19 +170,27 @@ def telling(things: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
     return [tuple(dict.fromkeys(_told(thing, needed, values))) for thing in things]
 
 
-def differences(things: Sequence[Mapping[str, str]]) -> list[str]:
-    """All settings in which things differ, each thing's own in words with those of the others; "" where there is none.
+def _told(thing: Mapping[str, str], needed: Iterable[str], values: Mapping[str, set[str]]) -> Iterator[str]:
+    for key in needed:
+        if thing.get(key) == UNRECORDED:
+            yield "older record"
+        elif thing.get(key, OF_EACH_TASK) != OF_EACH_TASK and len(values[key] - {UNRECORDED}) > 1:
+            yield words(key, thing[key])
 
-    Args:
-        things: As for `telling`.
-    """
-    values = _values(things)
-    differing = [key for key, found in values.items() if len(found) > 1]
-    return ["; ".join(_against(key, thing[key], values[key]) for key in differing if key in thing) for thing in things]
+
+def differences(things: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return all settings in which things differ, in words with those of the others; "" for none."""
+    values = {key: found for key, found in _values(things).items() if len(found) > 1}
+
+    def said(key: str, value: str) -> str:
+        others = ", ".join(_shown(key.partition(" ")[0], other) for other in sorted(values[key] - {value}))
+        return f"{words(key, value)} (others: {others})"
+
+    return ["; ".join(said(key, thing[key]) for key in values if key in thing) for thing in things]
 
 
 def labels(names: Sequence[Sequence[str]]) -> list[str]:
-    """Puts words together, each word once; labels that are the same nevertheless are numbered."""
+    """Join words, each word once; labels that are the same nevertheless are numbered."""
     joined = [", ".join(dict.fromkeys(name)) for name in names]
     return [
         label if joined.count(label) == 1 else f"{label} ({1 + joined[:i].count(label)})"
@@ -170,19 +205,6 @@ def _values(things: Sequence[Mapping[str, str]]) -> dict[str, set[str]]:
 
 def _kinds(things: Iterable[Mapping[str, str]], keys: Sequence[str]) -> int:
     return len({tuple(thing.get(key) for key in keys) for thing in things})
-
-
-def _told(thing: Mapping[str, str], needed: Iterable[str], values: Mapping[str, set[str]]) -> Iterator[str]:
-    for key in needed:
-        if thing.get(key) == UNRECORDED:
-            yield "older record"
-        elif thing.get(key, OF_EACH_TASK) != OF_EACH_TASK and len(values[key] - {UNRECORDED}) > 1:
-            yield words(key, thing[key])
-
-
-def _against(key: str, value: str, values: set[str]) -> str:
-    name = key.partition(" ")[0]
-    return f"{words(key, value)} (others: {', '.join(_shown(name, other) for other in sorted(values - {value}))})"
 
 
 def _rank(key: str) -> tuple[int, str]:

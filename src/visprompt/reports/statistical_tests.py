@@ -1,8 +1,8 @@
-"""Whether one row is better than another: paired tests over their common tasks, average ranks, bootstrap intervals.
+"""Whether one row is better than another: paired tests over common tasks, ranks, bootstrap intervals.
 
-The pairs are the tasks, each with its mean over seeds; every task counts alike. Wilcoxon's signed-rank test is
-two-sided here; the one-sided one ("greater") beside it is what the VPT paper reports. With few tasks no p-value can be
-small: of n pairs the exact two-sided test reaches 2 / 2^n at best.
+The pairs are the tasks, each with its mean over seeds; every task counts alike. Wilcoxon's signed-rank test
+is two-sided here; the one-sided one ("greater") beside it is what the VPT paper reports. With few tasks no
+p-value can be small: of n pairs the exact two-sided test reaches 2 / 2^n at best.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +15,9 @@ from visprompt.errors import UserError
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-_LEAST = 4  # tasks: of three, the same one is drawn three times in 1 of 27 resamples, and they give their range
+_LEAST = (
+    4  # tasks: of three, the same one is drawn three times in 1 of 27 resamples, and they give their range
+)
 _DIGITS = 9  # differences that are equal but for the rounding of float64 are ties
 
 
@@ -49,17 +51,17 @@ class Paired:
 
 
 def smallest_p(pairs: int) -> float:
-    """The smallest p-value of the exact two-sided signed-rank test: two of the 2^pairs patterns of signs."""
+    """Return the smallest p-value of the exact two-sided test: two of 2^pairs patterns of signs."""
     return min(1.0, 2 / 2**pairs)
 
 
 def gap(one: float, other: float) -> float:
-    """One accuracy minus another, 0 where they are equal but for the rounding of float64."""
+    """Return one accuracy minus another, 0 where they are equal but for the rounding of float64."""
     return round(one - other, _DIGITS)
 
 
 def compare(one: Mapping[str, float], other: Mapping[str, float]) -> Paired:
-    """Tests whether two rows differ.
+    """Test whether two rows differ, over their common tasks.
 
     Args:
         one: Accuracies by task, as shares.
@@ -73,7 +75,9 @@ def compare(one: Mapping[str, float], other: Mapping[str, float]) -> Paired:
     """
     tasks = common_tasks([one, other])
     if not tasks:
-        raise UserError("two rows without a common task were to be compared: give rows that share at least one")
+        raise UserError(
+            "two rows without a common task were to be compared: give rows that share at least one"
+        )
     differences = np.array([gap(one[task], other[task]) for task in tasks])
     unequal = differences[differences != 0]
     wilcoxon, greater = signed_rank(unequal.tolist()) if len(unequal) > 1 else (None, None)
@@ -92,7 +96,7 @@ def compare(one: Mapping[str, float], other: Mapping[str, float]) -> Paired:
 
 
 def signed_rank(differences: Sequence[float]) -> tuple[float, float]:
-    """Exact p-values of Wilcoxon's signed-rank test, with ties too, where scipy gives an approximation above 13 pairs.
+    """Return exact p-values of Wilcoxon's signed-rank test, with ties too, where scipy approximates.
 
     Args:
         differences: None of them 0.
@@ -112,7 +116,7 @@ def signed_rank(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def average_ranks(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Mean rank of each row over the tasks that all of them have; 1 is the best, ties share their mean rank.
+    """Return each row's mean rank over the tasks that all have; 1 is the best, ties share a mean rank.
 
     Args:
         rows: Accuracies by task, by row.
@@ -129,13 +133,13 @@ def average_ranks(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def common_tasks(rows: Collection[Mapping[str, float]]) -> tuple[str, ...]:
-    """Tasks that all rows have, in the order of the first one."""
+    """Return the tasks that all rows have, in the order of the first one."""
     first = next(iter(rows), {})
     return tuple(task for task in first if all(task in row for row in rows))
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap confidence interval of a mean.
+    """Return the percentile bootstrap confidence interval of a mean.
 
     Args:
         values: Differences by task, or the scores of a cell's seeds.
@@ -149,13 +153,11 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """
     if len(values) < 2:
         raise UserError(f"{len(values)} values have no bootstrap interval: give two or more")
-    found = np.asarray(values)
-    drawn = np.random.default_rng(seed).integers(len(found), size=(RESAMPLES, len(found)))
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(found[drawn].mean(axis=1), [tail, 100 - tail])
+    options = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "rng": seed}
+    low, high = stats.bootstrap((values,), np.mean, **options).confidence_interval
     return float(low), float(high)
 
 
 def seed_interval(scores: Sequence[float]) -> tuple[float, float] | None:
-    """Bootstrap interval of a cell's mean over its seeds; None below three seeds, of which it would say nothing."""
+    """Return the bootstrap interval of a mean over seeds; None below three, of which it would say nothing."""
     return bootstrap(scores) if len(scores) >= 3 else None

@@ -1,55 +1,52 @@
 """The report's tables, made of rows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from visprompt.data.catalog import SUITES, TASKS
-from visprompt.reports.collect import Grid, LeftOut, Row, Survey, diverged
-from visprompt.reports.published import GROUPS, Published
-from visprompt.reports.render import Entry, Missing, Number, Table, decimal, p_value
+from visprompt.reports.choices import Grid
+from visprompt.reports.load import Survey
+from visprompt.reports.published import FLAT, GROUPS, beside, cautions, published_of, worked_out_notes
+from visprompt.reports.rows import Row, full_of, without_score
 from visprompt.reports.settings import OWN_IMAGES
-from visprompt.reports.statistical_tests import RESAMPLES, Paired, average_ranks, compare, seed_interval, smallest_p
-from visprompt.reports.summary import (
-    FLAT,
-    SUMMED,
-    Cost,
-    Total,
-    backbone_sizes,
-    cost,
-    full_of,
-    means,
-    published_means,
-    published_of,
-    wins,
-    worked_out,
+from visprompt.reports.statistical_tests import (
+    RESAMPLES,
+    Paired,
+    average_ranks,
+    compare,
+    seed_interval,
+    smallest_p,
 )
+from visprompt.reports.summary import SUMMED, Cost, Total, backbone_sizes, cost, means, wins
+from visprompt.reports.writers import Entry, Missing, Number, Table, decimal, p_value
 
 _PAPERS_TASKS = frozenset({*SUITES["vtab_all"], *SUITES["fgvc"]})
 _LEVELS = (0.05, 0.01)
 
 
-def groups(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-    """The groups of tasks of which rows have any: those of VTAB-1k, "fgvc", "demo", and the user's own images."""
+def task_groups(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
+    """Return the groups of tasks of which rows have any: VTAB-1k's, "fgvc", "demo", own images."""
     own = tuple(dict.fromkeys(task for row in rows for task in row.cells if task not in TASKS))
     named = {name: SUITES[name] for name in (*GROUPS, "fgvc", "demo")} | {OWN_IMAGES: own}
-    return {name: tasks for name, tasks in named.items() if any(task in row.cells for row in rows for task in tasks)}
+    return {
+        name: tasks
+        for name, tasks in named.items()
+        if any(task in row.cells for row in rows for task in tasks)
+    }
 
 
 def suites(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-    """As `groups`, with all of VTAB-1k as one: what tests and ranks are made over."""
-    found = groups(rows)
+    """Return `task_groups` with all of VTAB-1k as one: what tests and ranks are made over."""
+    found = task_groups(rows)
     vtab = {"vtab_all": SUITES["vtab_all"]} if found.keys() & set(GROUPS) else {}
     return vtab | {name: tasks for name, tasks in found.items() if name not in GROUPS}
 
 
 def accuracy(rows: Sequence[Row], group: str, paper: str | None = None) -> Table:
-    """Test accuracy by task of one group; below a row the paper's figures and the difference, where it has them.
+    """Build the test accuracies by task of one group; below a row the paper's figures and the difference.
 
-    Args:
-        rows: Rows; those without a task of the group are left out.
-        group: A name of `groups`.
-        paper: The paper to compare with, see `published`.
+    Rows without a task of the group, a name of `task_groups`, are left out; `paper` is that to compare with.
     """
-    tasks = groups(rows)[group]
+    tasks = task_groups(rows)[group]
     shown = [row for row in rows if any(task in row.cells for task in tasks)]
     lines: list[tuple[Entry, ...]] = []
     compared = {}
@@ -60,18 +57,18 @@ def accuracy(rows: Sequence[Row], group: str, paper: str | None = None) -> Table
         if found is not None and mean is not None and any(task in found.tasks for task in tasks):
             ours = [row.cells[task].mean if task in row.cells else None for task in tasks]
             theirs = [*(found.tasks.get(task) for task in tasks), found.means.get(group)]
-            lines += _beside(row, found, [*ours, mean.value], theirs)
+            lines += beside(row, found, [*ours, mean.value], theirs)
             compared[found.source, found.name] = found
     header = ("method", *tasks, *([] if group == OWN_IMAGES else ["mean"]))
-    return Table(f"Test accuracy (%), {group}", header, tuple(lines), (_seeds(shown, tasks), *_cautions(compared)))
+    return Table(
+        f"Test accuracy (%), {group}", header, tuple(lines), (_seeds(shown, tasks), *cautions(compared))
+    )
 
 
 def aggregates(rows: Sequence[Row], paper: str | None = None) -> Table:
-    """Means over groups of tasks; below a row the paper's and the difference. A mean lacks none of its tasks.
+    """Build the means over groups of tasks; below a row the paper's and the difference.
 
-    Args:
-        rows: Rows; those of the user's own images only are left out.
-        paper: The paper to compare with, see `published`.
+    Rows of the user's own images only are left out, and so is a mean while one of its tasks is missing.
     """
     names = [name for name in SUMMED if any(means(row)[name].found for row in rows)]
     lines: list[tuple[Entry, ...]] = []
@@ -80,16 +77,18 @@ def aggregates(rows: Sequence[Row], paper: str | None = None) -> Table:
         own = means(row)
         lines.append((row.label, *(_percent(own[name]) for name in names)))
         found = published_of(row, paper)
-        if found is not None and any(name in published_means(found) for name in names):
-            theirs = published_means(found)
-            lines += _beside(row, found, [own[name].value for name in names], [theirs.get(name) for name in names], 2)
+        theirs = found.all_means if found else {}
+        if found is not None and any(name in theirs for name in names):
+            lines += beside(
+                row, found, [own[name].value for name in names], [theirs.get(name) for name in names], 2
+            )
             compared[found.source, found.name] = found
-    notes = (*_worked_out(compared, names), *_cautions(compared))
+    notes = (*worked_out_notes(compared, names), *cautions(compared))
     return Table("Mean test accuracy (%)", ("method", *names), tuple(lines), notes)
 
 
 def wins_over_full(rows: Sequence[Row]) -> Table:
-    """Number of tasks on which a row is better than full fine-tuning under the same protocol."""
+    """Count the tasks on which a row is better than full fine-tuning under the same protocol."""
     held = [(row, full_of(row, rows)) for row in _catalogued(rows) if row.method != "full"]
     names = [name for name in (*GROUPS, FLAT, "fgvc", "demo") if any(means(row)[name].found for row in rows)]
     lines: list[tuple[Entry, ...]] = []
@@ -101,19 +100,26 @@ def wins_over_full(rows: Sequence[Row]) -> Table:
 
 
 def costs(rows: Sequence[Row]) -> Table:
-    """What each row tunes, stores and took."""
+    """Build what each row tunes, stores and took."""
     sizes = backbone_sizes(rows)
     header = (
         *("method", "tasks", "tuned parameters", "share (%)", "head parameters", "all tasks (backbones)"),
-        *("published, 24 tasks", "MB per task", "training (s)", "trained on", "peak memory (MiB)", "measured"),
+        *(
+            "published, 24 tasks",
+            "MB per task",
+            "training (s)",
+            "trained on",
+            "peak memory (MiB)",
+            "measured",
+        ),
         "operations (M)",
     )
     notes = (
         "Where tasks or seeds differ: the mean over the tasks; least and most tuned parameters in brackets.",
-        "All tasks: one backbone, and for each task what is tuned and its head, as a multiple of one backbone; full "
-        "fine-tuning shares no backbone.",
-        "Training: mean over the tasks of the time of a run. Peak memory: the highest of all runs. Operations: "
-        "pairs of a multiplication and an addition for one image, in millions.",
+        "All tasks: one backbone, and for each task what is tuned and its head, as a multiple of one "
+        "backbone; full fine-tuning shares no backbone.",
+        "Training: mean over the tasks of the time of a run. Peak memory: the highest of all runs. "
+        "Operations: pairs of a multiplication and an addition for one image, in millions.",
     )
     return Table("Cost", header, tuple(_cost_line(row, cost(row, sizes)) for row in rows), notes)
 
@@ -127,24 +133,21 @@ def _cost_line(row: Row, found: Cost) -> tuple[Entry, ...]:
         Number(found.tuned, f"{found.tuned:,.0f}{spread}"),
         decimal(100 * found.share, 3),
         decimal(found.head, 0),
-        Missing("backbone's size not known") if found.total is None else decimal(found.total, 2),
-        Missing("") if paper is None or paper.params is None else decimal(paper.params, 2),
+        _number(found.total, 2, "backbone's size not known"),
+        _number(paper.params if paper else None, 2, ""),
         decimal(found.bytes / 1e6, 2),
         decimal(found.seconds, 1) if len(found.devices) == 1 else Missing("on several devices"),
         ", ".join(found.devices),
-        decimal(found.memory / 2**20, 0) if len(found.memory_of) == 1 else Missing("measured in several ways"),
+        decimal(found.memory / 2**20, 0)
+        if len(found.memory_of) == 1
+        else Missing("measured in several ways"),
         ", ".join(found.memory_of),
-        Missing("not recorded") if found.macs is None else decimal(found.macs / 1e6, 0),
+        _number(None if found.macs is None else found.macs / 1e6, 0, "not recorded"),
     )
 
 
 def paired_tests(rows: Sequence[Row], reference: Row) -> Table:
-    """Paired tests over tasks of every other row against one.
-
-    Args:
-        rows: Rows under one protocol.
-        reference: The row that the others are held against.
-    """
+    """Test every other row against a reference under the same protocol, paired over tasks."""
     lines: list[tuple[Entry, ...]] = []
     pairs: list[Paired] = []
     for name, tasks in suites([reference]).items():
@@ -154,17 +157,26 @@ def paired_tests(rows: Sequence[Row], reference: Row) -> Table:
                 pairs.append(compare(_scores(row, tasks), base))
                 lines.append((row.label, name, *_test_line(pairs[-1])))
     header = (
-        *("method", "over", "tasks", "difference (points)", "95 % interval", "better, equal, worse", "Wilcoxon p"),
+        *(
+            "method",
+            "over",
+            "tasks",
+            "difference (points)",
+            "95 % interval",
+            "better, equal, worse",
+            "Wilcoxon p",
+        ),
         *("one-sided p", "smallest p", "paired t p"),
     )
     notes = (
-        f"Difference: mean accuracy over the common tasks minus that of {reference.label}. 95 % interval: percentile "
-        f"bootstrap over the tasks, {RESAMPLES:,} resamples; none below four tasks, of which it would be the range.",
-        "Wilcoxon p: the exact signed-rank test, two-sided; equal tasks are left out, differences of one size share "
-        "their mean rank. One-sided p: of the same test, the alternative being that the method is better. "
-        "Smallest p: the two-sided test's with so many unequal tasks. Paired t p: two-sided.",
-        "No test: fewer than two unequal tasks or, for t, differences that are all the same. The p-values are not "
-        "corrected for the number of comparisons.",
+        f"Difference: mean accuracy over the common tasks minus that of {reference.label}. 95 % interval: "
+        f"percentile bootstrap over the tasks, {RESAMPLES:,} resamples; none below four tasks, of which it "
+        "would be the range.",
+        "Wilcoxon p: the exact signed-rank test, two-sided; equal tasks are left out, differences of one "
+        "size share their mean rank. One-sided p: of the same test, the alternative being that the method is "
+        "better. Smallest p: the two-sided test's with so many unequal tasks. Paired t p: two-sided.",
+        "No test: fewer than two unequal tasks or, for t, differences that are all the same. The p-values "
+        "are not corrected for the number of comparisons.",
     )
     return Table(f"Against {reference.label}", header, tuple(lines), (*_out_of_reach(pairs), *notes))
 
@@ -183,23 +195,22 @@ def _test_line(found: Paired) -> tuple[Entry, ...]:
 
 
 def _out_of_reach(pairs: Sequence[Paired]) -> Iterator[str]:
-    """Which levels no result could have reached, since too few tasks differ."""
+    """Yield which levels no result could have reached, since too few tasks differ."""
     for count in sorted({found.better + found.worse for found in pairs}):
         levels = [f"{level}" for level in _LEVELS if smallest_p(count) > level]
         if count > 1 and levels:
             yield (
                 f"With {count} tasks that differ the two-sided signed-rank test cannot go below "
-                f"{smallest_p(count):.3g}: {' and '.join(levels)} {'are' if len(levels) > 1 else 'is'} out of reach."
+                f"{smallest_p(count):.3g}: {' and '.join(levels)} {'are' if len(levels) > 1 else 'is'} out "
+                "of reach."
             )
 
 
 def ranks(rows: Sequence[Row]) -> Table:
-    """Average ranks over tasks, 1 being the best, among the rows that have all tasks.
+    """Build average ranks over tasks, 1 being the best, among the rows that have all tasks.
 
-    Where fewer than two rows have all, they are taken among all rows over the tasks that these have in common.
-
-    Args:
-        rows: Rows under one protocol.
+    Where fewer than two rows have all, they are taken among all rows over the tasks that they have in common.
+    The rows are under one protocol.
     """
     found = suites(rows)
     ranked: dict[str, dict[str, float]] = {}
@@ -209,46 +220,54 @@ def ranks(rows: Sequence[Row]) -> Table:
         whole = {label: known for label, known in scores.items() if len(known) == len(tasks)}
         taken = whole if len(whole) > 1 else scores
         ranked[name] = average_ranks(taken) if len(taken) > 1 else {}
-        count = len(tasks) if taken is whole else sum(all(task in one for one in taken.values()) for task in tasks)
+        count = (
+            len(tasks)
+            if taken is whole
+            else sum(all(task in one for one in taken.values()) for task in tasks)
+        )
         notes.append(f"{name}: {len(ranked[name])} rows over {count} of {len(tasks)} tasks.")
-    lines = [(row.label, *(_rank(one.get(row.label)) for one in ranked.values())) for row in rows]
+    means_of = ranked.values()
+    lines = [
+        (row.label, *(_number(mean.get(row.label), 2, "not ranked") for mean in means_of)) for row in rows
+    ]
     return Table("Average rank", ("method", *found), tuple(lines), tuple(notes))
 
 
-def _rank(found: float | None) -> Entry:
-    return Missing("not ranked") if found is None else decimal(found, 2)
-
-
 def seed_intervals(rows: Sequence[Row]) -> Table:
-    """Bootstrap intervals of accuracies over seeds, of those cells that have three or more."""
+    """Build bootstrap intervals of accuracies over seeds, of those cells that have three or more."""
     lines: list[tuple[Entry, ...]] = []
     for row in rows:
         for task, found in row.cells.items():
             if (ends := seed_interval(found.scores)) is not None:
                 interval = f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
-                lines.append((row.label, task, decimal(len(found.scores), 0), decimal(100 * found.mean), interval))
+                lines.append(
+                    (row.label, task, decimal(len(found.scores), 0), decimal(100 * found.mean), interval)
+                )
     header = ("method", "task", "seeds", "mean", "95 % interval")
-    note = "Percentile bootstrap of the mean, 10,000 resamples; of three seeds it is their range, of few too narrow."
+    few = "of three seeds it is their range, of few too narrow"
+    note = f"Percentile bootstrap of the mean, {RESAMPLES:,} resamples; {few}."
     return Table("95 % intervals over seeds (%)", header, tuple(lines), (note,))
 
 
 def own_rows(rows: Sequence[Row]) -> Table:
-    """Why some methods have several rows, and of which the tasks are trained differently."""
+    """Say why some methods have several rows, and of which the tasks are trained differently."""
     lines = tuple((row.label, ", ".join(row.cells), row.why) for row in rows if row.why)
     return Table(
-        "What tells rows apart, which are never averaged, and what differs within one", ("row", "tasks", "why"), lines
+        "What tells rows apart, which are never averaged, and what differs within one",
+        ("row", "tasks", "why"),
+        lines,
     )
 
 
 def choices(grids: Sequence[Grid]) -> Table:
-    """What was tried on the validation images, what they chose, and what the final runs took."""
+    """Say what was tried on the validation images, what they chose, and what the final runs took."""
     header = (
         *("method", "task", "grid of", "points", "diverged", "validation accuracy (%)"),
         *("chosen on validation", "final runs"),
     )
     note = (
-        "Points of several grids count as one: what their union chooses need not be what one of them chose. A point "
-        "with several seeds is judged by its mean."
+        "Points of several grids count as one: what their union chooses need not be what one of them chose. "
+        "A point with several seeds is judged by its mean."
     )
     return Table("Choices on validation", header, tuple(map(_choice_line, grids)), (note,))
 
@@ -261,51 +280,20 @@ def _choice_line(grid: Grid) -> tuple[Entry, ...]:
         "pruning" if grid.pruning else "settings",
         decimal(len(grid.points), 0),
         decimal(grid.diverged, 0),
-        Missing("all diverged") if grid.score is None else decimal(100 * grid.score),
-        (grid.choice or "the only point") if grid.chosen else "nothing",
+        _number(None if grid.score is None else 100 * grid.score, 1, "all diverged"),
+        "nothing" if grid.chosen is None else grid.choice or "the only point",
         used,
     )
 
 
 def left_out(survey: Survey) -> Table:
-    """Folders that are in no other table, and why."""
-    found: Sequence[LeftOut] = [*survey.left_out, *diverged(survey.runs)]
+    """List folders that are in no other table, and why."""
+    found = [*survey.left_out, *without_score(survey.runs)]
     return Table("Left out", ("folder", "why"), tuple((str(one.folder), one.why) for one in found))
-
-
-def _beside(
-    row: Row, found: Published, ours: Sequence[float | None], theirs: Sequence[float | None], digits: int = 1
-) -> Iterator[tuple[Entry, ...]]:
-    """Two lines below a row: the paper's figures in per cent, and the row's own (shares) minus them."""
-    yield (f"{row.label}: {found.source}", *(Missing("") if one is None else _exact(one) for one in theirs))
-    pairs = zip(ours, theirs, strict=True)
-    differences = [None if one is None or other is None else 100 * one - other for one, other in pairs]
-    yield (
-        f"{row.label}: difference",
-        *(Missing("") if d is None else decimal(d, digits, sign=True) for d in differences),
-    )
 
 
 def _catalogued(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if any(task in TASKS for task in row.cells)]
-
-
-def _exact(figure: float) -> Number:
-    """A published figure with the paper's own one or two decimals."""
-    return decimal(figure, 1 if round(figure, 1) == figure else 2)
-
-
-def _worked_out(compared: Mapping[tuple[str, str], Published], names: Sequence[str]) -> tuple[str, ...]:
-    """Of each paper the means, among those that are shown, that it does not print."""
-    by_source: dict[str, dict[str, None]] = {}
-    for (source, _), found in compared.items():
-        by_source.setdefault(source, {}).update(dict.fromkeys(name for name in worked_out(found) if name in names))
-    said = "not printed there but worked out from its other figures"
-    return tuple(f"{source}: {'; '.join(own)}: {said}." for source, own in by_source.items() if own)
-
-
-def _cautions(compared: Mapping[tuple[str, str], Published]) -> tuple[str, ...]:
-    return tuple(f"{source}, {name}: {one.caution}." for (source, name), one in compared.items() if one.caution)
 
 
 def _cell(row: Row, task: str) -> Entry:
@@ -315,6 +303,10 @@ def _cell(row: Row, task: str) -> Entry:
     return decimal(100 * found.mean, 1, 100 * found.std if len(found.scores) > 1 else None)
 
 
+def _number(value: float | None, digits: int, missing: str) -> Entry:
+    return Missing(missing) if value is None else decimal(value, digits)
+
+
 def _percent(found: Total) -> Entry:
     return Missing(found.missing) if found.value is None else decimal(100 * found.value, 2)
 
@@ -322,16 +314,26 @@ def _percent(found: Total) -> Entry:
 def _count(found: Total | None) -> Entry:
     if found is None:
         return Missing("no full row of the same protocol")
-    return Missing(found.missing) if found.value is None else Number(found.value, f"{found.value:.0f} of {found.of}")
+    return (
+        Missing(found.missing)
+        if found.value is None
+        else Number(found.value, f"{found.value:.0f} of {found.of}")
+    )
 
 
 def _seeds(rows: Sequence[Row], tasks: Sequence[str]) -> str:
-    """Over how many seeds the means are; what most cells have once, the others by name."""
-    counts = {(row.label, task): len(row.cells[task].scores) for row in rows for task in tasks if task in row.cells}
+    """Say over how many seeds the means are: what most cells have once, the others by name."""
+    counts = {
+        (row.label, task): len(row.cells[task].scores) for row in rows for task in tasks if task in row.cells
+    }
     most = max(counts.values(), key=list(counts.values()).count)
     others = [f"{label} on {task}: {count}" for (label, task), count in counts.items() if count != most]
     spread = " ± sample standard deviation (n - 1)" if max(counts.values()) > 1 else ""
-    return f"Mean{spread} over {most} seed{'s' * (most > 1)}" + (f"; {'; '.join(others)}" if others else "") + "."
+    return (
+        f"Mean{spread} over {most} seed{'s' * (most > 1)}"
+        + (f"; {'; '.join(others)}" if others else "")
+        + "."
+    )
 
 
 def _scores(row: Row, tasks: Sequence[str]) -> dict[str, float]:

@@ -50,7 +50,7 @@ _ALLOWED: dict[str, Allowed] = {
     "resume_every_n_epochs": whole(1, _MOST),
     "split": TEXT,
     "tags": WORDS,
-    "methods": WORDS | Kind("the word all", lambda value: value == "all") | NULL,
+    "methods": WORDS | Allowed("the word all", lambda value: value == "all") | NULL,
     "tasks": TEXT | WORDS | NULL,
     **dict.fromkeys(
         ("preprocessing.interpolation", "preprocessing.resampling", "preprocessing.normalisation"), TEXT

@@ -17,7 +17,9 @@ def test_words_become_tasks_in_order_and_once():
 
 @pytest.mark.parametrize("nothing", ["", " , ", []])
 def test_no_task_is_an_error(nothing):
-    with pytest.raises(UserError, match=r"tasks= is empty: name a task or a suite \(vtab_natural, vtab_specialized"):
+    with pytest.raises(
+        UserError, match=r"tasks= is empty: name a task or a suite \(vtab_natural, vtab_specialized"
+    ):
         resolve(nothing)
 
 

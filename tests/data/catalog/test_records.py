@@ -174,7 +174,16 @@ def test_fgvc_holds_val_out_of_the_official_train_split(spec):
 @pytest.mark.parametrize("dataset", ["clevr", "dsprites", "smallnorb"])
 def test_pairs_share_everything_but_the_label(dataset):
     one, other = (spec for spec in RECORDS.values() if spec.dataset == dataset)
-    for field in ("files", "cuts", "official_sizes", "split_sizes", "native", "licence", "citation", "mirror"):
+    for field in (
+        "files",
+        "cuts",
+        "official_sizes",
+        "split_sizes",
+        "native",
+        "licence",
+        "citation",
+        "mirror",
+    ):
         assert getattr(one, field) == getattr(other, field), field
     assert one.label_rule != other.label_rule
 
@@ -189,7 +198,9 @@ def test_all_other_tasks_have_a_dataset_of_their_own():
 
 def test_flowers_are_the_same_files_in_both_families():
     assert RECORDS["oxford_flowers"].files == RECORDS["oxford_flowers102"].files
-    assert RECORDS["oxford_flowers"].dataset == RECORDS["oxford_flowers102"].dataset, "they are downloaded once"
+    assert RECORDS["oxford_flowers"].dataset == RECORDS["oxford_flowers102"].dataset, (
+        "they are downloaded once"
+    )
 
 
 @every_task

@@ -100,14 +100,23 @@ def test_backslashes_of_windows_and_leading_dots(tmp_path):
     assert contents(write(tmp_path, tar({"./a\\b.txt": b"1"}))) == {"a/b.txt": b"1"}
 
 
-PLAIN_CUTS = [1, 600, 512 * 3, 512 * 3 + 100, 512 * 5 + 7, 512 * 14]  # in headers, contents, and between files
+PLAIN_CUTS = [
+    1,
+    600,
+    512 * 3,
+    512 * 3 + 100,
+    512 * 5 + 7,
+    512 * 14,
+]  # in headers, contents, and between files
 
 
 @pytest.mark.parametrize("length", PLAIN_CUTS)
 @pytest.mark.parametrize("read", [True, False])
 def test_a_tar_cut_anywhere_is_damaged(tmp_path, length, read):
     path = write(tmp_path, tar()[:length], "cut.tar")
-    with pytest.raises(UserError, match=r"cut\.tar is truncated or damaged \(.+\): delete it and run the same command"):
+    with pytest.raises(
+        UserError, match=r"cut\.tar is truncated or damaged \(.+\): delete it and run the same command"
+    ):
         [member.read() for member in members(path) if read]
 
 
@@ -152,7 +161,9 @@ def test_a_zip_with_a_garbled_file_is_damaged_when_that_is_read(tmp_path):
         contents(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>404 not found</html>", gzip.compress(b"<html>404</html>", mtime=0)])
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>404 not found</html>", gzip.compress(b"<html>404</html>", mtime=0)]
+)
 def test_what_is_no_archive(tmp_path, data):
     with pytest.raises(UserError, match=r"some\.tar\.gz is truncated or damaged"):
         contents(write(tmp_path, data))
@@ -238,7 +249,9 @@ def test_a_member_that_is_there_twice_is_picked_once(tmp_path):
 def test_texts_of_an_archive(tmp_path):
     path = write(tmp_path, tar())
     assert texts(path, "c.txt", "top/a.txt") == ["grün", "first"]
-    with pytest.raises(UserError, match=r"some\.tar\.gz holds no d\.txt: it is not the official file, get it again"):
+    with pytest.raises(
+        UserError, match=r"some\.tar\.gz holds no d\.txt: it is not the official file, get it again"
+    ):
         texts(path, "c.txt", "d.txt")
     with pytest.raises(UserError, match=r"damaged \(top/deep/b\.bin is not a text file\)"):
         texts(path, "top/deep/b.bin")

@@ -50,7 +50,10 @@ def test_a_csv_without_splits_elsewhere(tmp_path):
         ("path,label\nx/9.png,a\n", "line 2: there is no file x/9.png"),
         ("path,label\nx/0000.png,a\nx/0000.png,b\n", "line 3: x/0000.png is listed twice"),
         ("path,label,split\nx/0000.png,a,trian\n", "line 2: unknown split 'trian': did you mean train"),
-        ("path,label,split\nx/0000.png,a,train\nx/0001.png,b,\n", "line 3: give a split for all images or for none"),
+        (
+            "path,label,split\nx/0000.png,a,train\nx/0001.png,b,\n",
+            "line 3: give a split for all images or for none",
+        ),
         ("path,label\nx/0000.png,a\nx/0001.png,a\n", r"has only one class \('a'\)"),
         ("path,label,split\nx/0000.png,a,train\nx/0001.png,b,test\n", "class 'b' .* has no training image"),
     ],
@@ -76,14 +79,18 @@ def both(tmp_path: Path) -> list[Path]:
     places = [write_folder(tmp_path / where / "birds", ("dark", "light"), 10) for where in ("here", "there")]
     for root in places:
         files = sorted(root.rglob("*.png"))
-        (root / "abs.csv").write_text("path,label\n" + "".join(f"{file},{file.parent.name}\n" for file in files))
+        (root / "abs.csv").write_text(
+            "path,label\n" + "".join(f"{file},{file.parent.name}\n" for file in files)
+        )
     return places
 
 
 def test_absolute_paths_make_the_same_run_wherever_the_data_are(tmp_path):
     here, there = both(tmp_path)
     assert find(here, "abs.csv").fingerprint == find(there, "abs.csv").fingerprint
-    assert [item[1:] for item in find(here, "abs.csv").items] == [item[1:] for item in find(there, "abs.csv").items]
+    assert [item[1:] for item in find(here, "abs.csv").items] == [
+        item[1:] for item in find(there, "abs.csv").items
+    ]
     assert find(here, "abs.csv").items[0].key == "dark/0000.png"
     assert find(here, "abs.csv").fingerprint == find(here).fingerprint, "as by folders"
 
@@ -105,7 +112,9 @@ def test_a_root_under_another_name(tmp_path):
     assert find(tmp_path / "link", "abs.csv").fingerprint == find(here).fingerprint
 
 
-@pytest.mark.parametrize("again", ["dark/../dark/0000.png", "{root}/dark/0000.png", "dark/soft.png", "dark/hard.png"])
+@pytest.mark.parametrize(
+    "again", ["dark/../dark/0000.png", "{root}/dark/0000.png", "dark/soft.png", "dark/hard.png"]
+)
 def test_one_file_under_two_spellings_is_refused(tmp_path, again):
     root = write_folder(tmp_path / "root", ("dark", "light"), 2)
     (root / "dark" / "soft.png").symlink_to(root / "dark" / "0000.png")
@@ -163,7 +172,11 @@ def test_columns_and_splits_of_other_names_are_read(tmp_path):
     (root / "list.csv").write_text("file,class,fold,age\n" + "\n".join(rows))
     columns = {"path": "file", "label": "class", "split": "fold"}
     images = find(root, "list.csv", columns=columns, split_names={"train": [0, 1], "test": "2"})
-    assert [sum(item.split == split for item in images.items) for split in ("train", "val", "test")] == [8, 0, 4]
+    assert [sum(item.split == split for item in images.items) for split in ("train", "val", "test")] == [
+        8,
+        0,
+        4,
+    ]
     assert (images.cut, images.unread) == (False, ("age",))
 
 
@@ -194,7 +207,9 @@ def test_what_to_do_about_other_names(tmp_path, text, options, sentence):
 
 
 def test_columns_without_a_csv_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^data.csv_columns names columns of a CSV, and there is none: give data.csv="):
+    with pytest.raises(
+        UserError, match=r"^data.csv_columns names columns of a CSV, and there is none: give data.csv="
+    ):
         find(write_folder(tmp_path, ("a", "b"), 3), columns={"split": "fold"})
 
 
@@ -227,7 +242,10 @@ _LINES = st.lists(st.lists(_CELLS | st.text(max_size=6), max_size=4).map(",".joi
 
 
 @settings(max_examples=150, deadline=None)
-@given(content=st.binary(max_size=60) | st.builds("{}\n{}".format, st.just("path,label,split"), _LINES).map(str.encode))
+@given(
+    content=st.binary(max_size=60)
+    | st.builds("{}\n{}".format, st.just("path,label,split"), _LINES).map(str.encode)
+)
 @example(content=b"path,label\nx/0000.png,a,b,c,d\n")
 @example(content=b"path,label\n" + b"x" * 5000 + b",a\n")
 @example(content=b"path,label,split\n\n")

@@ -142,7 +142,9 @@ def test_the_next_process_goes_on_with_what_an_interrupted_one_left(site, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         get(site.file(), tmp_path)
     assert names(tmp_path) == ["data.tar.part", "data.tar.part.json"]
-    assert json.loads((tmp_path / "data.tar.part.json").read_text()) == {"version": site.version["Last-Modified"]}
+    assert json.loads((tmp_path / "data.tar.part.json").read_text()) == {
+        "version": site.version["Last-Modified"]
+    }
     assert get(site.file(), tmp_path) == SHA
     assert site.log[1:] == [("/data.tar", f"bytes={sum(calls[:2])}-", 206)]
     assert names(tmp_path) == ["checksums.json", "data.tar"]
@@ -174,7 +176,9 @@ def test_a_server_without_ranges_sends_all_again(site, tmp_path):
 
 def test_a_server_that_always_breaks_off_at_the_same_byte_is_given_up(site, tmp_path):
     site.cuts, site.ranges = [1_000_000] * 9, False
-    with pytest.raises(UserError, match=r"the connection ended after 1,000,000 of 3,072,000 bytes, after 4 tries"):
+    with pytest.raises(
+        UserError, match=r"the connection ended after 1,000,000 of 3,072,000 bytes, after 4 tries"
+    ):
         get(site.file(), tmp_path)
     assert len(site.log) == 5  # the first brought something
 
@@ -236,11 +240,19 @@ def test_all_addresses_failed(site, tmp_path, monkeypatch):
         return resolve(host, *rest, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
-    urls = (f"{site.base}/gone.tar", f"{site.base}/small.tar", "http://host.invalid/data.tar", "http://127.0.0.1:1/x")
+    urls = (
+        f"{site.base}/gone.tar",
+        f"{site.base}/small.tar",
+        "http://host.invalid/data.tar",
+        "http://127.0.0.1:1/x",
+    )
     with pytest.raises(UserError) as caught:
         get(site.file(urls=urls), tmp_path)
     message = str(caught.value)
-    assert f"cannot download data.tar: {urls[0]} (404 Not Found); {urls[1]} (19 bytes instead of 3,072,000)" in message
+    assert (
+        f"cannot download data.tar: {urls[0]} (404 Not Found); {urls[1]} (19 bytes instead of 3,072,000)"
+        in message
+    )
     assert f"{urls[2]} ([Errno -2] Name or service not known, after 4 tries); {urls[3]} (" in message
     assert "refused, after 4 tries)" in message
     assert f"put it into {tmp_path}" in message
@@ -312,7 +324,9 @@ def test_a_damaged_memory_costs_a_check(site, tmp_path, text):
 
 def test_a_file_of_the_user_that_does_not_match_stays(site, tmp_path):
     (tmp_path / "data.tar").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"data.tar is not the file .* \(4 bytes instead of 3,072,000\): move it away"):
+    with pytest.raises(
+        UserError, match=r"data.tar is not the file .* \(4 bytes instead of 3,072,000\): move it away"
+    ):
         get(site.file(), tmp_path)
     (tmp_path / "data.tar").write_bytes(BODY[::-1])
     with pytest.raises(UserError, match=rf"\(sha256 \w+ instead of {SHA}\): move it away"):
@@ -324,7 +338,9 @@ def test_a_file_of_the_user_that_does_not_match_stays(site, tmp_path):
 
 def test_a_missing_file_that_may_not_or_cannot_be_fetched(site, tmp_path):
     url = re.escape(site.file().urls[0])
-    with pytest.raises(UserError, match=rf"data.tar is missing: allow .*data.download=true, .* {url} \(3.1 MB\)$"):
+    with pytest.raises(
+        UserError, match=rf"data.tar is missing: allow .*data.download=true, .* {url} \(3.1 MB\)$"
+    ):
         get(site.file(), tmp_path, download=False)
     with pytest.raises(UserError, match=r"data.tar is missing: get it by hand as docs/datasets.md says"):
         get(site.file(urls=()), tmp_path)
@@ -369,8 +385,14 @@ def test_too_little_space_is_said_before_a_byte_is_written(site, tmp_path, monke
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.ENOSPC, r"cannot write data.tar to .* \(the disk is full\): free space there or use another folder"),
-        (errno.EROFS, r"cannot write data.tar to .* \(Read-only file system\): make the folder writable or use"),
+        (
+            errno.ENOSPC,
+            r"cannot write data.tar to .* \(the disk is full\): free space there or use another folder",
+        ),
+        (
+            errno.EROFS,
+            r"cannot write data.tar to .* \(Read-only file system\): make the folder writable or use",
+        ),
     ],
 )
 def test_a_disk_that_refuses(site, tmp_path, monkeypatch, code, message):
@@ -423,7 +445,9 @@ def test_a_file_that_cannot_be_read(site, tmp_path, monkeypatch):
 def test_a_bar_is_shown_on_a_terminal_only(site, tmp_path, monkeypatch, capsys):
     get(site.file(), tmp_path / "quiet")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(module, "Terminal", lambda **options: Terminal(force_terminal=True, width=120, **options))
+    monkeypatch.setattr(
+        module, "Terminal", lambda **options: Terminal(force_terminal=True, width=120, **options)
+    )
     get(site.file(), tmp_path / "shown")
     assert "downloading data.tar" in (shown := capsys.readouterr().err)
     assert "3.1/3.1 MB" in shown

@@ -62,7 +62,12 @@ def test_keys_labels_and_bytes(tmp_path):
     assert content.parts["test"].labels["cifar"].dtype == np.int64
     assert not content.lossy
     found = list(content.read({"test": ["3", "1"], "train": ["0", "5"]}))
-    assert [(one.split, one.key) for one in found] == [("train", "0"), ("train", "5"), ("test", "1"), ("test", "3")]
+    assert [(one.split, one.key) for one in found] == [
+        ("train", "0"),
+        ("train", "5"),
+        ("test", "1"),
+        ("test", "3"),
+    ]
     assert all(one.image.startswith(b"\x89PNG") for one in found)
     pixels = [content.decode(one.image).mean((0, 1)) for one in found]
     assert pixels[0].shape == (3,)
@@ -81,7 +86,10 @@ def test_a_configuration_and_a_column_of_keys(tmp_path):
 def test_labels_of_both_tasks_of_a_dataset(tmp_path):
     spec = make_spec(change_mirror(labels={"cifar": "fine_label", "other": "coarse"}), class_names=())
     labels = hub(spec, clone(tmp_path, spec), "")[0].parts["test"].labels
-    assert {task: values.tolist() for task, values in labels.items()} == {"cifar": [0, 1, 2, 0], "other": [0, 1, 0, 0]}
+    assert {task: values.tolist() for task, values in labels.items()} == {
+        "cifar": [0, 1, 2, 0],
+        "other": [0, 1, 0, 0],
+    }
 
 
 @pytest.mark.parametrize(("dataset", "lossy"), [("cifar", True), ("svhn", True), ("eurosat", False)])
@@ -99,7 +107,10 @@ def test_the_same_names_in_another_spelling(tmp_path, names):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("apple", "baby", "aquarium fish"), "gives label 1 to the class 'baby', not to 'aquarium fish' as cifar does"),
+        (
+            ("apple", "baby", "aquarium fish"),
+            "gives label 1 to the class 'baby', not to 'aquarium fish' as cifar does",
+        ),
         (("apple", "aquarium fish", "baby", "bear"), "gives label 3 to the class 'bear', not to None"),
         (("apple", "aquarium fish"), "gives label 2 to the class None, not to 'baby'"),
     ],
@@ -134,7 +145,9 @@ def test_a_mirror_of_another_shape(tmp_path, changes, message):
 
 
 def test_a_clone_that_is_missing_empty_or_damaged(tmp_path):
-    with pytest.raises(UserError, match=r"there is no folder .*gone: give the folder of a clone of owner/mirror"):
+    with pytest.raises(
+        UserError, match=r"there is no folder .*gone: give the folder of a clone of owner/mirror"
+    ):
         hub(make_spec(), tmp_path / "gone", "")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"the clone .*empty cannot be read \(.*\): get it again"):
@@ -150,7 +163,9 @@ def test_the_hub_cannot_be_reached():
         UserError, match=r"the Hugging Face dataset owner/mirror cannot be read \(.*\): check the network"
     ):
         hub(make_spec(), None, "")
-    with pytest.raises(UserError, match=r"the Hugging Face dataset owner/mirror at 12ab cannot be read \(.*\): check"):
+    with pytest.raises(
+        UserError, match=r"the Hugging Face dataset owner/mirror at 12ab cannot be read \(.*\): check"
+    ):
         hub(make_spec(), None, "12ab")
 
 
@@ -173,7 +188,9 @@ def test_which_commit_is_read(tmp_path, monkeypatch, recorded, given, read):
 
 
 def test_a_task_without_mirror():
-    with pytest.raises(UserError, match=r"no mirror of cifar on the Hugging Face hub is known: take data.source=raw"):
+    with pytest.raises(
+        UserError, match=r"no mirror of cifar on the Hugging Face hub is known: take data.source=raw"
+    ):
         hub(make_spec(None), None, "")
     with pytest.raises(ValueError, match="cifar has no mirror"):
         circulated.mirror(None, make_spec(None), COUNTS, np.random.default_rng(0))

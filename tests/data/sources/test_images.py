@@ -79,7 +79,9 @@ def test_files_that_are_no_images_say_why(tmp_path):
     with pytest.raises(BadImage, match="floating-point"):
         decode(tmp_path / "float.tif")
     Image.fromarray(gradient()[..., 0].astype(np.int32) * 1000).save(tmp_path / "wide.tif")
-    with pytest.raises(BadImage, match=r"has integer pixels above 65535: set data.white_level to the value of white"):
+    with pytest.raises(
+        BadImage, match=r"has integer pixels above 65535: set data.white_level to the value of white"
+    ):
         decode(tmp_path / "wide.tif")
     with pytest.raises(BadImage, match=r"^cannot be decoded \(No such file or directory\)$"):
         decode(tmp_path / "gone.png")

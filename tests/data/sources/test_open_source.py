@@ -33,13 +33,17 @@ def written(tmp_path, monkeypatch):
 
 
 def plan(task, folder, **given):
-    return Plan(**{"spec": TASKS[task], "data_dir": folder, "store_dir": folder / "stores", "size": 64, **given})
+    return Plan(
+        **{"spec": TASKS[task], "data_dir": folder, "store_dir": folder / "stores", "size": 64, **given}
+    )
 
 
 def test_another_root_is_other_data(written, tmp_path):
     written("svhn", "prepared")
     first = prepare_square(plan("svhn", tmp_path, source="prepared"))
-    with pytest.raises(UserError, match=r"root=/nowhere is not a folder: give the one that holds the folders of"):
+    with pytest.raises(
+        UserError, match=r"root=/nowhere is not a folder: give the one that holds the folders of"
+    ):
         prepare_square(plan("svhn", tmp_path, source="prepared", root=tmp_path.__class__("/nowhere")))
     again = prepare_square(plan("svhn", tmp_path, source="prepared", root=tmp_path / "vtab-1k"))
     assert again.folder != first.folder
@@ -53,13 +57,17 @@ def test_another_revision_is_another_store(tmp_path):
 
 def test_a_mirror_is_not_asked_where_downloads_are_forbidden(tmp_path, monkeypatch):
     monkeypatch.setattr(open_source, "hub", None)
-    message = r"svhn is not prepared and data.download=false: run `python src/prepare.py tasks=svhn source=hf`"
+    message = (
+        r"svhn is not prepared and data.download=false: run `python src/prepare.py tasks=svhn source=hf`"
+    )
     with pytest.raises(UserError, match=message):
         prepare_square(plan("svhn", tmp_path, source="hf", download=False))
 
 
 def test_nothing_is_downloaded_into_the_users_own_place(tmp_path):
-    message = r"/own has no train_32x32.mat \(182.0 MB\): put it there, or leave root out to have it downloaded"
+    message = (
+        r"/own has no train_32x32.mat \(182.0 MB\): put it there, or leave root out to have it downloaded"
+    )
     with pytest.raises(UserError, match=message):
         prepare_square(plan("svhn", tmp_path, root=tmp_path / "own"))
     assert not (tmp_path / "own").exists()
@@ -70,7 +78,9 @@ def test_terms_are_said_before_a_download_in_training(tmp_path, monkeypatch, cap
         open_source, "obtain", lambda file, *_, **__: pytest.fail(f"{file.name} after {caplog.messages}")
     )
     caplog.set_level(logging.INFO)
-    with pytest.raises(pytest.fail.Exception, match=r"downloading train_32x32.mat \(182.0 MB\); licence: for non-comm"):
+    with pytest.raises(
+        pytest.fail.Exception, match=r"downloading train_32x32.mat \(182.0 MB\); licence: for non-comm"
+    ):
         prepare_square(plan("svhn", tmp_path))
 
 
@@ -79,7 +89,10 @@ def test_terms_are_said_before_a_download_in_training(tmp_path, monkeypatch, cap
     [
         ({"size": 224}, ""),
         ({}, " image_size=64"),
-        ({"interpolation": "bicubic", "resampling": "pillow", "size": 224}, " preprocessing.interpolation=bicubic "),
+        (
+            {"interpolation": "bicubic", "resampling": "pillow", "size": 224},
+            " preprocessing.interpolation=bicubic ",
+        ),
         ({"source": "prepared", "size": 224}, " source=prepared"),
     ],
 )

@@ -83,7 +83,9 @@ def test_unsupported_files_are_named_or_left_out(tmp_path, caplog):
     write_folder(tmp_path, ("a", "b"), 3)
     for number in range(6):
         (tmp_path / "a" / f"{number}.heic").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"6 file\(s\) .* \(a/0.heic, .*a/4.heic, \.\.\.; supported: .bmp .gif"):
+    with pytest.raises(
+        UserError, match=r"6 file\(s\) .* \(a/0.heic, .*a/4.heic, \.\.\.; supported: .bmp .gif"
+    ):
         find(tmp_path)
     assert len(find(tmp_path, skip_bad=True).items) == 6
     assert "6 file(s) left out, not supported images: a/0.heic, " in caplog.text
@@ -145,7 +147,9 @@ def test_a_file_that_changes_while_the_images_are_read(tmp_path):
     data = own(tmp_path, root)
     assert len(data.fingerprint) == 64
     swap(root)
-    with pytest.raises(UserError, match=r"\.bmp was changed while the images were read: run the same command again$"):
+    with pytest.raises(
+        UserError, match=r"\.bmp was changed while the images were read: run the same command again$"
+    ):
         data.prepare_data()
 
 
@@ -244,7 +248,9 @@ def test_many_classes_are_counted(tmp_path):
 def test_equal_bytes_in_train_and_test_are_said_with_their_number(tmp_path):
     root = write_folder(tmp_path / "pets", ("cat", "dog"), 3, splits=("train", "val", "test"))
     for number in range(2):
-        (root / "test" / "cat" / f"copy{number}.png").write_bytes((root / f"train/dog/000{number}.png").read_bytes())
+        (root / "test" / "cat" / f"copy{number}.png").write_bytes(
+            (root / f"train/dog/000{number}.png").read_bytes()
+        )
     (root / "val" / "dog" / "copy.png").write_bytes((root / "train" / "dog" / "0002.png").read_bytes())
     data = own(tmp_path, root)
     assert data.summary["repeated"] == {"val": 1, "test": 2}
@@ -305,12 +311,17 @@ def test_a_class_with_control_characters_in_its_name_is_refused_before_anything_
         (tmp_path / name / "0.png").write_bytes(b"no image")
     with pytest.raises(UserError) as error:
         find(tmp_path)
-    assert str(error.value) == rf"the class cat\x1b[31m in {tmp_path} has control characters in its name: rename it"
+    assert (
+        str(error.value)
+        == rf"the class cat\x1b[31m in {tmp_path} has control characters in its name: rename it"
+    )
 
 
 _JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.sampled_from(["schema", "files", "f.png"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=6) | st.dictionaries(st.sampled_from(["schema", "files", "f.png"]), inner)
+    ),
     max_leaves=8,
 )
 

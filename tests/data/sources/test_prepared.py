@@ -38,7 +38,10 @@ def test_keys_labels_and_images(root):
     assert content.parts["test"].labels["cifar"].tolist() == [0, 1, 2, 3, 0]
     assert content.parts["test"].labels["cifar"].dtype == np.int64
     assert content.lossy
-    wanted = {"test": ["images/test/000004.jpg", "images/test/000001.jpg"], "val200": ["images/val200/000002.jpg"]}
+    wanted = {
+        "test": ["images/test/000004.jpg", "images/test/000001.jpg"],
+        "val200": ["images/val200/000002.jpg"],
+    }
     found = list(content.read(wanted))
     assert [(one.split, one.key) for one in found] == [
         ("val200", "images/val200/000002.jpg"),
@@ -59,7 +62,8 @@ def test_the_miniature_is_jpeg_75_in_the_colour_of_the_label(root):
         assert table == reference.quantization[0]
     content = prepared(root, make_spec())
     means = [
-        content.decode(one.image).mean((0, 1)) for one in content.read({"train800": content.parts["train800"].keys})
+        content.decode(one.image).mean((0, 1))
+        for one in content.read({"train800": content.parts["train800"].keys})
     ]
     for label in range(4):
         assert np.abs(means[label] - means[label + 4]).max() < 4
@@ -112,7 +116,10 @@ def test_odd_but_clear_lines(root):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("images/test/000009.jpg 1", r"test.txt, line 6: there is no image images/test/000009.jpg in .*cifar, get"),
+        (
+            "images/test/000009.jpg 1",
+            r"test.txt, line 6: there is no image images/test/000009.jpg in .*cifar, get",
+        ),
         ("images/test/000001.jpg 1", r"test.txt, line 6: images/test/000001.jpg is listed twice"),
         ("images/test/000001.jpg", r"test.txt, line 6: 'images/test/000001.jpg' is not a path and a label"),
         ("images/test/000001.jpg one", r"test.txt, line 6: '.* one' is not a path and a label"),
@@ -138,7 +145,9 @@ def test_a_label_out_of_range(root):
 
 
 def test_missing_folders_and_lists(root):
-    with pytest.raises(UserError, match=r"holds no folder svhn or house with test.txt: give the folder into which"):
+    with pytest.raises(
+        UserError, match=r"holds no folder svhn or house with test.txt: give the folder into which"
+    ):
         prepared(root, make_spec(id="svhn", aliases=("house",)))
     (root / "cifar/val200.txt").unlink()
     with pytest.raises(UserError, match=r"there is no file .*val200.txt: get it"):

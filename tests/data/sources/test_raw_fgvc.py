@@ -29,7 +29,13 @@ CLASSES = {"cub200": 200, "nabirds": 555, "oxford_flowers": 102, "stanford_dogs"
 def record(name, **changes):
     task = name.split()[0]
     words = dict.fromkeys(("source", "licence", "homepage", "citation", "description"), "")
-    given = {"id": task, "group": "fine-grained", "family": "fgvc", "num_classes": CLASSES[task], "split_sizes": {}}
+    given = {
+        "id": task,
+        "group": "fine-grained",
+        "family": "fgvc",
+        "num_classes": CLASSES[task],
+        "split_sizes": {},
+    }
     return TaskSpec(**(words | given | changes))
 
 
@@ -82,7 +88,9 @@ def test_what_a_writer_says_it_wrote(tmp_path, name):
     folder = fgvc(tmp_path, record(name))
     assert sum(written.values()) == len(folder.items)
     assert written["test"] == sizes(folder)["test"] == 7
-    expected = {"train": 12, "validation": 5, "test": 7} if name == "oxford_flowers" else {"train": 12, "test": 7}
+    expected = (
+        {"train": 12, "validation": 5, "test": 7} if name == "oxford_flowers" else {"train": 12, "test": 7}
+    )
     assert written == expected
 
 
@@ -98,7 +106,10 @@ def test_keys_and_names(data):
     key, names = first("nabirds")
     assert key.startswith("0295/")
     assert names == ("Common Eider", "Oak Titmouse (Adult)", "Juniper Titmouse", "Verdin")
-    assert first("oxford_flowers", class_names=("a", "b", "c", "d")) == ("image_00001.jpg", ("a", "b", "c", "d"))
+    assert first("oxford_flowers", class_names=("a", "b", "c", "d")) == (
+        "image_00001.jpg",
+        ("a", "b", "c", "d"),
+    )
     assert first("stanford_dogs") == (
         "n02085620-Chihuahua/n02085620_10001.jpg",
         ("Chihuahua", "Japanese_spaniel", "Maltese_dog", "Pekinese"),
@@ -126,8 +137,12 @@ def test_json_files_are_the_splits_where_they_are(tmp_path, name):
     unpacked(name, tmp_path)
     spec = record(name, class_names=tuple("abcd"))
     official = fgvc(tmp_path, spec)
-    items = [item for item in official.items if item.split != "train" or item.label]  # class 0 has no train image left
-    moved = [item._replace(split="train") if item.label == 0 and item.split == "val" else item for item in items]
+    items = [
+        item for item in official.items if item.split != "train" or item.label
+    ]  # class 0 has no train image left
+    moved = [
+        item._replace(split="train") if item.label == 0 and item.split == "val" else item for item in items
+    ]
     synthetic.json_splits(fgvc_root(tmp_path, spec), moved)
     folder = fgvc(tmp_path, spec)
     assert folder.items == tuple(moved)
@@ -184,14 +199,20 @@ def test_class_ids_with_gaps_are_mapped_once_from_train(tmp_path):
     for name in "abcd":
         (tmp_path / "images" / "0007" / f"{name}.jpg").write_bytes(b"")
     (tmp_path / "classes.txt").write_text("7 A bird\n")
-    lists = {"train": {"0007/a.jpg": 900, "0007/b.jpg": 31}, "val": {"0007/c.jpg": 900}, "test": {"0007/d.jpg": "31"}}
+    lists = {
+        "train": {"0007/a.jpg": 900, "0007/b.jpg": 31},
+        "val": {"0007/c.jpg": 900},
+        "test": {"0007/d.jpg": "31"},
+    }
     for split, images in lists.items():
         (tmp_path / f"{split}.json").write_text(json.dumps(images))
     folder = fgvc(tmp_path, record("nabirds"))
     assert [item.label for item in folder.items] == [1, 0, 1, 0]  # val lacks 31, which shifts nothing
     assert folder.class_names == ("A bird", "A bird")  # the folder tells it, whatever the json numbers it
     (tmp_path / "val.json").write_text(json.dumps({"0007/c.jpg": 30}))
-    with pytest.raises(UserError, match=r"val.json gives image 0007/c.jpg the class 30, of which .*train.json has no"):
+    with pytest.raises(
+        UserError, match=r"val.json gives image 0007/c.jpg the class 30, of which .*train.json has no"
+    ):
         fgvc(tmp_path, record("nabirds"))
 
 
@@ -199,13 +220,25 @@ def test_class_ids_with_gaps_are_mapped_once_from_train(tmp_path):
     ("split", "text", "message"),
     [
         ("train", "{", r"train.json is truncated or damaged \("),
-        ("val", '["a.jpg"]', r"val.json is not of the form \{image path: class id\}: get the split files again"),
+        (
+            "val",
+            '["a.jpg"]',
+            r"val.json is not of the form \{image path: class id\}: get the split files again",
+        ),
         ("test", '{"a.jpg": [1]}', r"test.json is not of the form"),
         ("val", None, r"there is no file .*val.json"),
         ("train", "{}", r"train.json has 0 classes where cub200 has 200"),
-        ("train", json.dumps({f"{i}.jpg": i for i in range(201)}), r"train.json has 201 classes where cub200 has 200"),
+        (
+            "train",
+            json.dumps({f"{i}.jpg": i for i in range(201)}),
+            r"train.json has 201 classes where cub200 has 200",
+        ),
         ("test", '{"a/1.jpg": 1}', r"train.json and .*test.json both list a/1.jpg"),
-        ("test", '{"a/9.jpg": 1, "a/8.jpg": 1}', r"test.json lists 2 image\(s\) .*images \(first: a/8.jpg\): unpack"),
+        (
+            "test",
+            '{"a/9.jpg": 1, "a/8.jpg": 1}',
+            r"test.json lists 2 image\(s\) .*images \(first: a/8.jpg\): unpack",
+        ),
     ],
 )
 def test_faulty_json_files(tmp_path, split, text, message):
@@ -236,7 +269,12 @@ def edit(path, old, new):
             "3 777\n",
             r"class_labels.txt gives image 001.* the class 777, unknown to cl",
         ),
-        ("image_class_labels.txt", "3 1\n", "3 x\n", r"the class x, unknown to classes.txt: the file is not the right"),
+        (
+            "image_class_labels.txt",
+            "3 1\n",
+            "3 x\n",
+            r"the class x, unknown to classes.txt: the file is not the right",
+        ),
         (
             "image_class_labels.txt",
             "3 1\n",
@@ -280,7 +318,11 @@ def test_faulty_lists_of_dogs(tmp_path):
     (tmp_path / "Images" / "n02085620-Chihuahua" / "n02085620_10001.jpg").unlink()
     with pytest.raises(UserError, match=r"train_list.mat lists 1 image\(s\) that are not in .*Images"):
         fgvc(tmp_path, spec)
-    write_mat(tmp_path / "lists" / "test_list.mat", file_list=np.array([["a/b.jpg"]], object), labels=np.ones((2, 1)))
+    write_mat(
+        tmp_path / "lists" / "test_list.mat",
+        file_list=np.array([["a/b.jpg"]], object),
+        labels=np.ones((2, 1)),
+    )
     with pytest.raises(UserError, match=r"test_list.mat is truncated or damaged \(1 images have 2 labels\)"):
         fgvc(tmp_path, spec)
     (tmp_path / "lists" / "test_list.mat").write_bytes(b"no")
@@ -306,7 +348,9 @@ def test_cars_without_the_labels_of_the_test_images(tmp_path):
     unpacked("stanford_cars (devkit)", tmp_path)
     bare = tmp_path / "devkit" / "cars_test_annos.mat"
     bare.replace(tmp_path / "cars_test_annos_withlabels.mat")
-    with pytest.raises(UserError, match=r"withlabels.mat has no field class: it is not the file with all labels"):
+    with pytest.raises(
+        UserError, match=r"withlabels.mat has no field class: it is not the file with all labels"
+    ):
         fgvc(tmp_path, record("stanford_cars"))
 
 

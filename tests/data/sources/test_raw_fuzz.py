@@ -42,7 +42,9 @@ def inside(data, damage, share):
         names = old.namelist()
         for name in names:
             content = old.read(name)
-            new.writestr(name, damage(content) if content and name == names[int(share * len(names))] else content)
+            new.writestr(
+                name, damage(content) if content and name == names[int(share * len(names))] else content
+            )
     return out.getvalue()
 
 
@@ -51,7 +53,11 @@ def miniature(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     writers = vars(natural) | vars(specialized) | vars(structured)
     writers[request.param](root, COUNTS, np.random.default_rng(0))
-    return root, READERS[request.param], Files((path, path.read_bytes()) for path in root.rglob("*") if path.is_file())
+    return (
+        root,
+        READERS[request.param],
+        Files((path, path.read_bytes()) for path in root.rglob("*") if path.is_file()),
+    )
 
 
 def read_all(reader, root):
@@ -110,7 +116,8 @@ def birds(tmp_path_factory):
 
 
 @given(
-    content=VALUES | st.dictionaries(st.sampled_from(["a.jpg", "../b.jpg", "/c", "\0", ""]), VALUES), deep=st.booleans()
+    content=VALUES | st.dictionaries(st.sampled_from(["a.jpg", "../b.jpg", "/c", "\0", ""]), VALUES),
+    deep=st.booleans(),
 )
 @few
 def test_any_json_for_the_lists_of_a_dataset_is_one_sentence(birds, content, deep):

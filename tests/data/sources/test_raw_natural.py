@@ -83,7 +83,8 @@ def test_a_miniature_depends_on_its_seed_alone(tmp_path, dataset):
         (tmp_path / name).mkdir()
         write(dataset, tmp_path / name, seed)
     files = {
-        name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two", "other")
+        name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("one", "two", "other")
     }
     assert files["one"] == files["two"]
     assert files["one"] != files["other"]
@@ -107,7 +108,9 @@ def test_only_the_wanted_images_come(tmp_path, dataset):
 def test_a_missing_file_is_named(tmp_path, dataset):
     write(dataset, tmp_path)
     (tmp_path / IMAGES[dataset]).unlink()
-    with pytest.raises(UserError, match=f"there is no file .*{IMAGES[dataset]}: get it, or run prepare.py again"):
+    with pytest.raises(
+        UserError, match=f"there is no file .*{IMAGES[dataset]}: get it, or run prepare.py again"
+    ):
         list(getattr(raw, dataset)(tmp_path).read({"train": ["0", "gone"]}))
 
 
@@ -133,8 +136,12 @@ def test_an_image_that_only_the_list_has_is_left_out(tmp_path, dataset):
 
 
 def test_cifar_rows(tmp_path):
-    images = np.random.default_rng(5).integers(0, 256, (2500, 32, 32, 3), np.uint8)  # more than are read at once
-    rows = b"".join(bytes([7, row % 100]) + image.transpose(2, 0, 1).tobytes() for row, image in enumerate(images))
+    images = np.random.default_rng(5).integers(
+        0, 256, (2500, 32, 32, 3), np.uint8
+    )  # more than are read at once
+    rows = b"".join(
+        bytes([7, row % 100]) + image.transpose(2, 0, 1).tobytes() for row, image in enumerate(images)
+    )
     files = [("cifar-100-binary/test.bin", rows[: 3074 * 3]), ("cifar-100-binary/train.bin", rows)]
     (tmp_path / "cifar-100-binary.tar.gz").write_bytes(synthetic.tar_bytes(files))
     content = raw.cifar(tmp_path)
@@ -160,7 +167,9 @@ def test_cifar_refuses_half_an_image_a_wrong_label_and_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"damaged \(cifar-100-binary/test\.bin ends within an image\)"):
         raw.cifar(tmp_path)
     write("cifar", tmp_path)
-    repack(path, lambda name, data: data[:3075] + b"\x64" + data[3076:] if name.endswith("train.bin") else data)
+    repack(
+        path, lambda name, data: data[:3075] + b"\x64" + data[3076:] if name.endswith("train.bin") else data
+    )
     with pytest.raises(UserError, match=r"\(train\) gives image 1 the label 100, outside 0\.\.99"):
         raw.cifar(tmp_path)
     repack(path, lambda name, data: None if name.endswith("train.bin") else data)
@@ -238,8 +247,12 @@ def test_dtd_is_a_plain_or_a_packed_tar(tmp_path, mode):
 def test_dtd_refuses_an_unknown_class_and_a_missing_list(tmp_path):
     write("dtd", tmp_path)
     path = tmp_path / "dtd-r1.0.1.tar.gz"
-    repack(path, lambda name, data: data.replace(b"blotchy/", b"shiny/") if name.endswith("val1.txt") else data)
-    with pytest.raises(UserError, match=r"shiny/blotchy_0064\.jpg, whose class 'shiny' is not one of the 47 of dtd"):
+    repack(
+        path, lambda name, data: data.replace(b"blotchy/", b"shiny/") if name.endswith("val1.txt") else data
+    )
+    with pytest.raises(
+        UserError, match=r"shiny/blotchy_0064\.jpg, whose class 'shiny' is not one of the 47 of dtd"
+    ):
         raw.dtd(tmp_path)
     repack(path, lambda name, data: None if name.endswith("val1.txt") else data)
     with pytest.raises(UserError, match=r"holds no dtd/labels/val1\.txt"):
@@ -262,13 +275,17 @@ def test_flowers_refuse_lists_that_do_not_fit(tmp_path):
     ids = {"trnid": np.array([[1]]), "valid": np.array([[2]]), "tstid": np.array([[3]])}
     synthetic.write_mat(tmp_path / "setid.mat", **ids)
     synthetic.write_mat(tmp_path / "imagelabels.mat", labels=np.array([[1, 2]], np.uint8))
-    with pytest.raises(UserError, match=r"setid\.mat names images outside the 1\.\.2 that .*imagelabels\.mat labels"):
+    with pytest.raises(
+        UserError, match=r"setid\.mat names images outside the 1\.\.2 that .*imagelabels\.mat labels"
+    ):
         raw.flowers_lists(tmp_path)
     synthetic.write_mat(tmp_path / "imagelabels.mat", labels=np.array([[1, 103, 2]], np.uint8))
     with pytest.raises(UserError, match=r"gives image image_00002\.jpg the label 102, outside 0\.\.101"):
         raw.flowers_lists(tmp_path)
     synthetic.write_mat(tmp_path / "imagelabels.mat", names=np.array([[1, 2, 3]], np.uint8))
-    with pytest.raises(UserError, match=r"imagelabels\.mat is truncated or damaged \(it holds no variable labels\)"):
+    with pytest.raises(
+        UserError, match=r"imagelabels\.mat is truncated or damaged \(it holds no variable labels\)"
+    ):
         raw.flowers_lists(tmp_path)
     (tmp_path / "imagelabels.mat").write_bytes(b"<html>404</html>" * 20)
     with pytest.raises(UserError, match=r"imagelabels\.mat is truncated or damaged"):
@@ -278,9 +295,17 @@ def test_flowers_refuse_lists_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b" 4 1 1", b" 38 1 1", r"\(annotations/trainval\.txt\) gives image .*_4\.jpg the label 37, outside 0\.\.36"),
+        (
+            b" 4 1 1",
+            b" 38 1 1",
+            r"\(annotations/trainval\.txt\) gives image .*_4\.jpg the label 37, outside 0\.\.36",
+        ),
         (b" 4 1 1", b" 0 1 1", r"gives image .*_4\.jpg the label -1, outside 0\.\.36"),
-        (b" 4 1 1", b" four 1 1", "trainval.txt has the line '.*_4 four 1 1' instead of name, class, species"),
+        (
+            b" 4 1 1",
+            b" four 1 1",
+            "trainval.txt has the line '.*_4 four 1 1' instead of name, class, species",
+        ),
         (b" 4 1 1", b" 4", "trainval.txt has the line '.*_4 4' instead of name, class, species and breed"),
     ],
 )
@@ -303,7 +328,9 @@ def test_pets_keys_and_official_splits(tmp_path):
 def test_svhn_pixels_and_the_digit_ten(tmp_path):
     images = np.random.default_rng(3).integers(0, 256, (32, 32, 3, 4), np.uint8)
     for split in ("train", "test"):
-        synthetic.write_mat(tmp_path / f"{split}_32x32.mat", X=images, y=np.array([[10], [1], [9], [10]], np.uint8))
+        synthetic.write_mat(
+            tmp_path / f"{split}_32x32.mat", X=images, y=np.array([[10], [1], [9], [10]], np.uint8)
+        )
     content = raw.svhn(tmp_path)
     assert content.parts["test"].labels["svhn"].tolist() == [0, 1, 9, 0]
     found = list(content.read({"test": ["3", "1"]}))
@@ -340,7 +367,10 @@ def test_the_shipped_lists_of_sun397_give_the_golden_labels(tmp_path):
         assert part.keys == md5_order(part.keys, split)
     every = {key for part in parts.values() for key in part.keys}
     assert len(every) == 22_750
-    assert not {"/c/church/outdoor/sun_bhenjvsvrtumjuri.jpg", "/t/track/outdoor/sun_aophkoiosslinihb.jpg"} & every
+    assert (
+        not {"/c/church/outdoor/sun_bhenjvsvrtumjuri.jpg", "/t/track/outdoor/sun_aophkoiosslinihb.jpg"}
+        & every
+    )
 
 
 def smooth(height, width):
@@ -358,7 +388,9 @@ def test_sun397_is_shrunk_to_120000_pixels(height, width, expected):
     assert decoded.shape == (*expected, 3)
     assert expected[0] * expected[1] <= 120_000
     reference = np.asarray(Image.fromarray(image).resize(expected[::-1], Image.Resampling.BILINEAR), np.int64)
-    assert np.abs(decoded - reference).max() <= 7  # the JPEG's loss on a smooth picture; red and blue are in place
+    assert (
+        np.abs(decoded - reference).max() <= 7
+    )  # the JPEG's loss on a smooth picture; red and blue are in place
 
 
 def test_sun397_is_encoded_once_more_at_opencvs_default_quality():
@@ -376,7 +408,9 @@ def test_sun397_grey_transparent_and_gif_files():
     clear = raw.decode_sun397(synthetic.encoded(np.full((20, 30, 4), (200, 100, 50, 0), np.uint8), "PNG"))
     assert np.abs(clear.astype(int) - (200, 100, 50)).max() <= 2
     gif = raw.decode_sun397(synthetic.encoded(np.full((20, 30, 3), (200, 100, 50), np.uint8), "GIF"))
-    assert np.abs(gif.astype(int) - (50, 100, 200)).max() <= 2  # as in the official task: red and blue swapped
+    assert (
+        np.abs(gif.astype(int) - (50, 100, 200)).max() <= 2
+    )  # as in the official task: red and blue swapped
     with pytest.raises(BadImage, match="not an image of a known format"):
         raw.decode_sun397(b"no image")
     with pytest.raises(BadImage, match="cannot be decoded"):

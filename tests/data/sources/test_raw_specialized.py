@@ -101,7 +101,9 @@ def test_only_the_wanted_images_come(tmp_path, dataset):
 def test_a_missing_file_is_named(tmp_path, dataset):
     write(dataset, tmp_path)
     (tmp_path / IMAGES[dataset]).unlink()
-    with pytest.raises(UserError, match=f"there is no file .*{IMAGES[dataset]}: get it, or run prepare.py again"):
+    with pytest.raises(
+        UserError, match=f"there is no file .*{IMAGES[dataset]}: get it, or run prepare.py again"
+    ):
         read_all(dataset, tmp_path)
 
 
@@ -190,7 +192,9 @@ def test_pcam_says_when_it_cannot_decompress(tmp_path, monkeypatch, number, word
         raise OSError(number, words)
 
     monkeypatch.setattr(raw.tempfile if number == errno.EROFS else raw.shutil, REFUSED[number], refuse)
-    with pytest.raises(UserError, match=rf"train_x\.h5\.gz cannot be decompressed .* in its folder \({words}\): allow"):
+    with pytest.raises(
+        UserError, match=rf"train_x\.h5\.gz cannot be decompressed .* in its folder \({words}\): allow"
+    ):
         list(content.read({"train": ["train_0"]}))
 
 
@@ -204,7 +208,9 @@ def test_pcam_refuses_wrong_files(tmp_path):
     with pytest.raises(UserError, match=r"test_y\.h5\.gz gives image test_2 the label 2, outside 0\.\.1"):
         raw.patch_camelyon(tmp_path)
     write_hdf5(labels, "y", np.array([0, 1, 1]).reshape(3, 1, 1, 1))
-    with pytest.raises(UserError, match=r"test_x\.h5\.gz .* \(its images are \(9, 96, 96, 3\), its labels 3\)"):
+    with pytest.raises(
+        UserError, match=r"test_x\.h5\.gz .* \(its images are \(9, 96, 96, 3\), its labels 3\)"
+    ):
         list(raw.patch_camelyon(tmp_path).read({"test": ["test_0"]}))
     write_hdf5(labels, "labels", np.array([0, 1, 1]))
     with pytest.raises(UserError, match=r"test_y\.h5\.gz holds no dataset 'y'"):
@@ -228,7 +234,11 @@ def test_pcam_with_garbled_pixels_is_named(tmp_path):
 
 
 def test_keys_of_class_folders(tmp_path):
-    files = [("2750/Forest/Forest_687.jpg", b"1"), ("2750/AnnualCrop/AnnualCrop_2.jpg", b"2"), ("2750/notes.txt", b"")]
+    files = [
+        ("2750/Forest/Forest_687.jpg", b"1"),
+        ("2750/AnnualCrop/AnnualCrop_2.jpg", b"2"),
+        ("2750/notes.txt", b""),
+    ]
     litter = [("__MACOSX/2750/Forest/._Forest_687.jpg", b""), ("2750/Forest/._Forest_687.jpg", b"")]
     write_zip(tmp_path / "EuroSAT.zip", [*litter, *files])
     content = raw.eurosat(tmp_path)
@@ -242,7 +252,9 @@ def test_keys_of_class_folders(tmp_path):
 
 def test_class_folders_refuse_strange_archives(tmp_path):
     write_zip(tmp_path / "EuroSAT.zip", [("2750/Wood/Wood_1.jpg", b"1")])
-    with pytest.raises(UserError, match=r"EuroSAT\.zip holds Wood_Wood_1\.jpg, whose class 'Wood' is not one of the"):
+    with pytest.raises(
+        UserError, match=r"EuroSAT\.zip holds Wood_Wood_1\.jpg, whose class 'Wood' is not one of the"
+    ):
         raw.eurosat(tmp_path)
     write_zip(tmp_path / "EuroSAT.zip", [("readme.txt", b"")])
     with pytest.raises(UserError, match=r"EuroSAT\.zip holds no images in 2750/<class>/"):
@@ -251,9 +263,13 @@ def test_class_folders_refuse_strange_archives(tmp_path):
 
 def test_retinopathy_lists(tmp_path):
     (tmp_path / "trainLabels.csv").write_text("image,level\n10_left,0\n10_right,4\n")
-    (tmp_path / "retinopathy_solution.csv").write_text("image,level,Usage\n1_left,1,Private\n2_left,2,Public\n")
+    (tmp_path / "retinopathy_solution.csv").write_text(
+        "image,level,Usage\n1_left,1,Private\n2_left,2,Public\n"
+    )
     parts = raw.diabetic_retinopathy(tmp_path).parts
-    assert {split: (part.keys, part.labels["diabetic_retinopathy"].tolist()) for split, part in parts.items()} == {
+    assert {
+        split: (part.keys, part.labels["diabetic_retinopathy"].tolist()) for split, part in parts.items()
+    } == {
         "train": (["10_left", "10_right"], [0, 4]),
         "validation": (["2_left"], [2]),
         "test": (["1_left"], [1]),
@@ -265,7 +281,10 @@ def test_retinopathy_lists(tmp_path):
     [
         ("image,level,Usage\n1_left,5,Private\n", r"gives image 1_left the label 5, outside 0\.\.4"),
         ("image,level,Usage\n1_left,-1,Private\n", "image 1_left has a level that is not a number"),
-        ("image,level,Usage\n1_left,1,Secret\n", "line 2 has the Usage 'Secret' instead of Public or Private"),
+        (
+            "image,level,Usage\n1_left,1,Secret\n",
+            "line 2 has the Usage 'Secret' instead of Public or Private",
+        ),
         ("image,level\n1_left,1\n", "line 2 has no Usage"),
         ("image,level,Usage\n1_left,1,Public\n2_left\n", "line 3 has no level and Usage"),
         ("", "it lists no images"),
@@ -290,9 +309,13 @@ def eye(height, width, radius, seed=0):
 
 def test_retina_against_a_plain_implementation():
     image = eye(640, 700, 300)
-    image[320] = np.where((np.abs(np.arange(700) - 349.5) < 300)[:, None], 120, 0)  # 600 bright pixels: scale 1
+    image[320] = np.where(
+        (np.abs(np.arange(700) - 349.5) < 300)[:, None], 120, 0
+    )  # 600 bright pixels: scale 1
     blurred = gaussian_filter(image.astype(float), (10, 10, 0), mode="mirror", truncate=3)
-    expected = (4 * image.astype(float) - 4 * blurred + 128).clip(0, 255)[320 - 270 : 320 + 270, 350 - 270 : 350 + 270]
+    expected = (4 * image.astype(float) - 4 * blurred + 128).clip(0, 255)[
+        320 - 270 : 320 + 270, 350 - 270 : 350 + 270
+    ]
     y, x = np.mgrid[-270:270, -270:270]
     distance = np.hypot(y, x)
     result = raw._enhanced(image).astype(float)

@@ -54,7 +54,9 @@ def test_lists_and_images_of_all_splits(name, written):
     assert not content.lossy
     for part in content.parts.values():
         assert len(set(part.keys)) == len(part.keys)
-        assert all(labels.dtype == np.int64 and len(labels) == len(part.keys) for labels in part.labels.values())
+        assert all(
+            labels.dtype == np.int64 and len(labels) == len(part.keys) for labels in part.labels.values()
+        )
     everything = list(content.read({split: part.keys for split, part in content.parts.items()}))
     assert Counter(found.split for found in everything) == counts
     assert len({(found.split, found.key) for found in everything}) == sum(counts.values())
@@ -107,7 +109,9 @@ def test_the_colour_tells_the_label(name, task, classes, written):
     means = defaultdict(list)
     for found in content.read({"train": part.keys}):
         colour = decode_rgb(found.image).mean(axis=(0, 1))
-        means[label[found.key]].append(colour[1] if task == "clevr_dist" else colour[0] if name == "clevr" else colour)
+        means[label[found.key]].append(
+            colour[1] if task == "clevr_dist" else colour[0] if name == "clevr" else colour
+        )
     assert set(means) == set(range(classes))
     centres = np.array([np.mean(values, axis=0) for values in means.values()]).reshape(classes, -1)
     spread = max(np.ptp(values, axis=0).max() for values in means.values())
@@ -121,14 +125,19 @@ def test_the_colour_tells_the_label(name, task, classes, written):
 def clevr_zip(root, scenes, val=None):
     with zipfile.ZipFile(root / raw.CLEVR, "w") as archive:
         for split, found in (("train", scenes), ("val", scenes if val is None else val)):
-            archive.writestr(f"CLEVR_v1.0/scenes/CLEVR_{split}_scenes.json", json.dumps({"info": {}, "scenes": found}))
+            archive.writestr(
+                f"CLEVR_v1.0/scenes/CLEVR_{split}_scenes.json", json.dumps({"info": {}, "scenes": found})
+            )
             archive.writestr(f"CLEVR_v1.0/images/{split}/CLEVR_{split}_000000.png", split)
         archive.writestr("__MACOSX/CLEVR_v1.0/images/train/._CLEVR_train_000000.png", "litter")
         archive.writestr("CLEVR_v1.0/images/test/CLEVR_train_000000.png", "of another split")
 
 
 def scene(name, *depths):
-    return {"image_filename": name, "objects": [{"pixel_coords": [1, 2, depth], "3d_coords": []} for depth in depths]}
+    return {
+        "image_filename": name,
+        "objects": [{"pixel_coords": [1, 2, depth], "3d_coords": []} for depth in depths],
+    }
 
 
 def test_clevr_labels_by_hand(tmp_path):
@@ -211,9 +220,14 @@ def frame(name, label, image=b"jpeg"):
 
 
 def test_dmlab_fields_by_hand(tmp_path):
-    others = {"./dmlab/dmlab-validation.tfrecord": frame(b"v", 5), "dmlab/dmlab-test.tfrecord-0": frame(b"t", 1)}
+    others = {
+        "./dmlab/dmlab-validation.tfrecord": frame(b"v", 5),
+        "dmlab/dmlab-test.tfrecord-0": frame(b"t", 1),
+    }
     train = frame(b"b.jpg", 3, b"first") + frame(b"a.jpg", 0, b"second")
-    dmlab_tar(tmp_path, {"README": b"no records", "dmlab/dmlab-train.tfrecord-00000-of-00001": train, **others})
+    dmlab_tar(
+        tmp_path, {"README": b"no records", "dmlab/dmlab-train.tfrecord-00000-of-00001": train, **others}
+    )
     content = raw.dmlab(tmp_path)
     assert content.parts["train"].keys == ["b.jpg", "a.jpg"]
     assert content.parts["train"].labels["dmlab"].tolist() == [3, 0]
@@ -228,9 +242,15 @@ def test_dmlab_fields_by_hand(tmp_path):
     ("train", "message"),
     [
         (frame(b"a", 6), "dmlab.tar.gz gives image a the label 6, outside 0..5"),
-        (frame(b"a", 0)[:-9], r"dmlab.tar.gz: dmlab-train.tfrecord is truncated or damaged \(record 1 is cut off\)"),
+        (
+            frame(b"a", 0)[:-9],
+            r"dmlab.tar.gz: dmlab-train.tfrecord is truncated or damaged \(record 1 is cut off\)",
+        ),
         (record(build_example({"label": 1})), r"dmlab.tar.gz is truncated or damaged \(no text 'filename'\)"),
-        (record(build_example({"filename": b"a"})), r"dmlab.tar.gz is truncated or damaged \(no integer 'label'\)"),
+        (
+            record(build_example({"filename": b"a"})),
+            r"dmlab.tar.gz is truncated or damaged \(no integer 'label'\)",
+        ),
         (record(b"\x0a\x7f"), r"dmlab.tar.gz is truncated or damaged \(a record is not a tf.train.Example\)"),
         (b"", r"it holds no records in dmlab-train.tfrecord\*"),
     ],
@@ -348,7 +368,9 @@ def test_dsprites_pixels_labels_and_keys(written):
     part = content.parts["train"]
     assert part.keys == [str(row) for row in range(40)]
     assert part.labels["dsprites_loc"].tolist() == [x // 2 for x in classes[:, 4]]
-    assert part.labels["dsprites_ori"].tolist() == [int(np.floor(np.float32(ori) / 2.5)) for ori in classes[:, 3]]
+    assert part.labels["dsprites_ori"].tolist() == [
+        int(np.floor(np.float32(ori) / 2.5)) for ori in classes[:, 3]
+    ]
     found = list(content.read({"train": ["17", "3"]}))
     assert [one.key for one in found] == ["3", "17"]
     assert found[1].image.shape == (64, 64, 1)
@@ -450,7 +472,9 @@ def test_smallnorb_files_that_are_wrong(tmp_path):
         raw.smallnorb(tmp_path)
     norb(tmp_path, [[0, 0, 0, 0]])
     matrix(tmp_path, "train", "info", np.zeros((2, 4), "<i4"))
-    with pytest.raises(UserError, match=r"shape is \(2, 4\), and there are 1 images in .*training-dat.mat.gz"):
+    with pytest.raises(
+        UserError, match=r"shape is \(2, 4\), and there are 1 images in .*training-dat.mat.gz"
+    ):
         raw.smallnorb(tmp_path)
     matrix(tmp_path, "train", "info", np.zeros((1, 4), "<i4"), magic=507333713)
     with pytest.raises(UserError, match=r"training-info.mat.gz is .*begins with 507333713 and 2"):

@@ -26,7 +26,9 @@ def tree(root: Path, *folders: str) -> Path:
 def answer(root: Path, split_names=None) -> object:
     """The split folders by split, or the refusal without the place."""
     try:
-        return [(split, parent.relative_to(root).as_posix()) for split, parent in class_parents(root, split_names)]
+        return [
+            (split, parent.relative_to(root).as_posix()) for split, parent in class_parents(root, split_names)
+        ]
     except UserError as error:
         return str(error).replace(str(root), "ROOT")
 
@@ -52,9 +54,17 @@ def test_the_words_of_splits(split, names):
         ("Train,Test", "'Test', 'Train'", "{train: Train, test: Test}"),
         ("train,valid", "'train', 'valid'", "{train: train, val: valid}"),
         ("train,Test", "'Test', 'train'", "{train: train, test: Test}"),
-        ("train_images,my-test-set", "'my-test-set', 'train_images'", "{train: train_images, test: my-test-set}"),
+        (
+            "train_images,my-test-set",
+            "'my-test-set', 'train_images'",
+            "{train: train_images, test: my-test-set}",
+        ),
         ("training,dev,eval", "'dev', 'eval', 'training'", "{train: training, val: [dev, eval]}"),
-        ("set1 (train),set2 (test)", "'set1 (train)', 'set2 (test)'", '{train: "set1 (train)", test: "set2 (test)"}'),
+        (
+            "set1 (train),set2 (test)",
+            "'set1 (train)', 'set2 (test)'",
+            '{train: "set1 (train)", test: "set2 (test)"}',
+        ),
         ("Training", "'Training'", "{train: Training}"),
     ],
 )
@@ -68,8 +78,16 @@ def test_split_folders_of_other_names_are_refused_with_what_to_type(tmp_path, fo
     ("folders", "named", "argument"),
     [
         ("A,B/dark,light", "('dark', 'light') in each of its folders ('A', 'B')", "{train: A, test: B}"),
-        ("p,q,r/cat,dog", "('cat', 'dog') in each of its folders ('p', 'q', 'r')", "{train: p, val: q, test: r}"),
-        ("photo,art/cat,dog", "('cat', 'dog') in each of its folders ('art', 'photo')", "{train: art, test: photo}"),
+        (
+            "p,q,r/cat,dog",
+            "('cat', 'dog') in each of its folders ('p', 'q', 'r')",
+            "{train: p, val: q, test: r}",
+        ),
+        (
+            "photo,art/cat,dog",
+            "('cat', 'dog') in each of its folders ('art', 'photo')",
+            "{train: art, test: photo}",
+        ),
         (
             "f1,f2,f3,f4,f5/cat,dog",
             "('cat', 'dog') in each of its folders ('f1', 'f2', 'f3', ...)",
@@ -164,10 +182,15 @@ def test_names_that_are_given(tmp_path):
     wrong = {
         "unknown folder of data.split_names in ROOT: 'Trainin': did you mean Training or extra?"
         " (all: Testing, Training, extra, more)": {"train": "Trainin"},
-        "unknown split in data.split_names 'tset': did you mean test? (all: test, train, val)": {"tset": "Testing"},
+        "unknown split in data.split_names 'tset': did you mean test? (all: test, train, val)": {
+            "tset": "Testing"
+        },
         "data.split_names lacks train: add 'train: NAME' to it": {"test": "Testing"},
         "data.split_names.train=True is not a name: give one, or a list of names": {"train": True},
-        "data.split_names gives 'more' twice: each name belongs to one split": {"train": "more", "test": "more"},
+        "data.split_names gives 'more' twice: each name belongs to one split": {
+            "train": "more",
+            "test": "more",
+        },
         "data.split_names=yes names no splits: give 'data.split_names={train: NAME, test: NAME}', or "
         "data.split_names=none where all folders are classes": "yes",
     }
@@ -184,7 +207,14 @@ def test_the_argument_can_be_typed(tmp_path):
 
 def test_splits_are_refused_before_anything_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "decode", None)
-    given = {"batch_size": 4, "split": "final", "seed": 0, "image_size": 28, "mean": [0.5] * 3, "std": [0.5] * 3}
+    given = {
+        "batch_size": 4,
+        "split": "final",
+        "seed": 0,
+        "image_size": 28,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
     root = write_folder(tmp_path / "pets", ("dark", "light"), 10, splits=("Training", "Testing"))
     data = FolderDataModule(root=str(root), store_dir=str(tmp_path / "stores"), **given)
     with pytest.raises(UserError, match=r"has split folders \('Testing', 'Training'\)"):

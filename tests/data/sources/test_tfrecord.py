@@ -62,12 +62,19 @@ def test_several_texts_and_a_list_of_floats():
     floats = b"\x12\x06\x0a\x04\x00\x00\x80\x3f"
     entries = b"".join(
         b"\x0a" + bytes([len(entry)]) + entry
-        for entry in (b"\x0a\x01t\x12" + bytes([len(texts)]) + texts, b"\x0a\x01f\x12" + bytes([len(floats)]) + floats)
+        for entry in (
+            b"\x0a\x01t\x12" + bytes([len(texts)]) + texts,
+            b"\x0a\x01f\x12" + bytes([len(floats)]) + floats,
+        )
     )
     assert parse_example(b"\x0a" + bytes([len(entries)]) + entries) == {"t": [b"", b""]}
 
 
-@given(st.dictionaries(st.text(max_size=9), st.binary(max_size=300) | st.integers(-(2**63), 2**63 - 1), max_size=4))
+@given(
+    st.dictionaries(
+        st.text(max_size=9), st.binary(max_size=300) | st.integers(-(2**63), 2**63 - 1), max_size=4
+    )
+)
 def test_examples_come_back(features):
     assert parse_example(build_example(features)) == {name: [value] for name, value in features.items()}
 

@@ -102,7 +102,9 @@ def test_the_same_key_of_two_official_splits_is_two_images():
 
 
 def test_an_image_twice_in_a_set():
-    assert failed(spec(), {"test": ["test/a", "test/a", "test/a"]}) == {"no image twice in a set": "2 repeated"}
+    assert failed(spec(), {"test": ["test/a", "test/a", "test/a"]}) == {
+        "no image twice in a set": "2 repeated"
+    }
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,9 @@ def test_without_an_order_first_keys_and_labels_say_nothing():
         "images per class in train800": "1 1 0, expected 0 0 2",
         "classes in train800": "2, expected 1",
     }
-    assert not [name for name in found(spec(train800=golden), UNORDERED, ordered=False) if name.startswith("first")]
+    assert not [
+        name for name in found(spec(train800=golden), UNORDERED, ordered=False) if name.startswith("first")
+    ]
 
 
 def test_without_official_splits_lists_are_compared_by_the_names_in_them():
@@ -201,7 +205,11 @@ def bird(split, number, label=0):
     return Item(Path(key), key, label, split)
 
 
-BIRDS = [*(bird("train", n, n % 3) for n in range(5)), bird("val", 0), *(bird("test", n, n % 3) for n in range(2))]
+BIRDS = [
+    *(bird("train", n, n % 3) for n in range(5)),
+    bird("val", 0),
+    *(bird("test", n, n % 3) for n in range(2)),
+]
 SIZES = {"train": 5, "val": 1, "test": 2}
 
 

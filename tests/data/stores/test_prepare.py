@@ -37,7 +37,14 @@ from visprompt.data.stores.prepare import prepare_ragged, prepare_square
 from visprompt.data.stores.prepare_all import prepare_all, verify_all
 from visprompt.errors import UserError
 
-FEEDING = {"batch_size": 8, "split": "final", "seed": 0, "image_size": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+FEEDING = {
+    "batch_size": 8,
+    "split": "final",
+    "seed": 0,
+    "image_size": 64,
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+}
 
 
 @pytest.fixture
@@ -103,7 +110,9 @@ def test_a_file_of_another_checksum_is_refused(written, patched):
     path = raw(folder, "eurosat") / "EuroSAT.zip"
     found = sha256(path.read_bytes()).hexdigest()
     patched("eurosat", files=(replace(TASKS["eurosat"].files[0], sha256="0" * 64),))
-    with refused(folder, rf"EuroSAT.zip is not the file that the catalog knows \(sha256 {found} instead of 0{{64}}\)"):
+    with refused(
+        folder, rf"EuroSAT.zip is not the file that the catalog knows \(sha256 {found} instead of 0{{64}}\)"
+    ):
         prepare_square(plan("eurosat", folder))
     assert sha256(path.read_bytes()).hexdigest() == found, "it stays where it is"
 
@@ -176,7 +185,9 @@ def test_a_clone_is_read_and_not_what_was_cached_of_another_one(tmp_path):
 def test_a_mirror_is_not_asked_for_where_downloads_are_forbidden(written, monkeypatch):
     folder = written("svhn", "hf")
     monkeypatch.setattr(open_source, "hub", lambda *_: pytest.fail("the hub was asked"))
-    with refused(folder, r"svhn is not prepared and data.download=false: run `python src/prepare.py tasks=svhn sourc"):
+    with refused(
+        folder, r"svhn is not prepared and data.download=false: run `python src/prepare.py tasks=svhn sourc"
+    ):
         prepare_square(plan("svhn", folder, source="hf", download=False))
 
 
@@ -187,7 +198,9 @@ def test_an_image_of_an_archive_that_does_not_decode(written):
     key = files["dtd/labels/test1.txt"].decode().split()[3]
     files[f"dtd/images/{key}"] = b"no image"
     path.write_bytes(tar_bytes(files.items(), packed=False))
-    with refused(folder, rf"image {key} \(test\) cannot be decoded \(not an image of a known format\): the file that"):
+    with refused(
+        folder, rf"image {key} \(test\) cannot be decoded \(not an image of a known format\): the file that"
+    ):
         prepare_square(plan("dtd", folder))
 
 
@@ -202,7 +215,9 @@ def test_raw_images_that_are_stored_as_they_are_have_one_size(written):
     name = files[5][0]
     write_zip(path, [(other, small_image() if other == name else data) for other, data in files])
     key = "_".join(name.split("/")[1:])
-    with refused(folder, rf"image {key} \(train\) is 48 x 32 pixels, not 64 x 64: the file that holds it is damaged"):
+    with refused(
+        folder, rf"image {key} \(train\) is 48 x 32 pixels, not 64 x 64: the file that holds it is damaged"
+    ):
         prepare_square(plan("eurosat", folder))
 
 
@@ -221,15 +236,21 @@ def test_a_label_out_of_range(written):
     images, labels = mat(path, "X", "y")
     labels[7] = 11
     write_mat(path, X=images, y=labels)
-    with refused(folder, r"test_32x32.mat gives image 7 the label 11, outside 0..9: the file is not the right one"):
+    with refused(
+        folder, r"test_32x32.mat gives image 7 the label 11, outside 0..9: the file is not the right one"
+    ):
         prepare_square(plan("svhn", folder))
 
 
-@pytest.mark.parametrize(("size", "message"), [(73_257, "48 images, expected 73,257"), (40, "48 images, expected 40")])
+@pytest.mark.parametrize(
+    ("size", "message"), [(73_257, "48 images, expected 73,257"), (40, "48 images, expected 40")]
+)
 def test_an_official_split_of_another_size(written, patched, size, message):
     folder = written("svhn")
     patched("svhn", official_sizes={"train": size, "test": 24})
-    with refused(folder, rf"the train split of svhn has {message}: the files in .*svhn are not the right ones, get"):
+    with refused(
+        folder, rf"the train split of svhn has {message}: the files in .*svhn are not the right ones, get"
+    ):
         prepare_square(plan("svhn", folder))
 
 
@@ -257,7 +278,9 @@ def test_an_image_that_two_lists_in_circulation_name(written):
     both = (lists / "train800.txt").read_text().splitlines()[3]
     rows = (lists / "val200.txt").read_text().splitlines()
     (lists / "val200.txt").write_text("\n".join([both, *rows[1:]]))
-    with refused(folder, r"dtd in .*vtab-1k is not the right data: train800 and val200 disjoint, by name is 1 in"):
+    with refused(
+        folder, r"dtd in .*vtab-1k is not the right data: train800 and val200 disjoint, by name is 1 in"
+    ):
         prepare_square(plan("dtd", folder, source="prepared"))
 
 
@@ -268,7 +291,9 @@ def zipped(folder, top="vtab-1k/"):
     """Makes `vtab-1k.zip` of the folder and moves the folder away."""
     inner = folder / "vtab-1k"
     files = [path for path in sorted(inner.rglob("*")) if path.is_file()]
-    write_zip(folder / "vtab-1k.zip", [(f"{top}{p.relative_to(inner).as_posix()}", p.read_bytes()) for p in files])
+    write_zip(
+        folder / "vtab-1k.zip", [(f"{top}{p.relative_to(inner).as_posix()}", p.read_bytes()) for p in files]
+    )
     inner.rename(folder / "aside")
 
 
@@ -311,12 +336,16 @@ def test_an_archive_of_one_task_moves_nothing_else(written):
 
 
 def test_a_root_that_lacks_a_file(tmp_path):
-    with refused(tmp_path, r"own has no train_32x32.mat \(.+\): put it there, or leave root out to have it downloaded"):
+    with refused(
+        tmp_path, r"own has no train_32x32.mat \(.+\): put it there, or leave root out to have it downloaded"
+    ):
         prepare_square(plan("svhn", tmp_path, root=tmp_path / "own"))
 
 
 def test_a_root_in_circulation_that_is_no_folder(tmp_path):
-    with refused(tmp_path, r"root=.*nowhere is not a folder: give the one that holds the folders of the vtab-1k tasks"):
+    with refused(
+        tmp_path, r"root=.*nowhere is not a folder: give the one that holds the folders of the vtab-1k tasks"
+    ):
         prepare_square(plan("svhn", tmp_path, source="prepared", root=tmp_path / "nowhere"))
 
 
@@ -414,9 +443,7 @@ def test_a_place_that_cannot_be_written(written, monkeypatch, task, prepare):
     folder = written(task)
     with monkeypatch.context() as patch:
         patch.setattr(FileLock, "acquire", read_only)
-        message = (
-            rf"cannot write to .*stores/{task} \(Read-only file system\): set store_dir \(data.store_dir in training"
-        )
+        message = rf"cannot write to .*stores/{task} \(Read-only file system\): set store_dir \(data.store_dir in training"
         with refused(folder, message):
             prepare(plan(task, folder))
     made = prepare(plan(task, folder))
@@ -562,7 +589,9 @@ def test_json_split_files_are_the_splits(written):
     items = listed_fgvc(root, TASKS["cub200"]).items
     other = {"train": "val", "val": "train", "test": "test"}
     given = {item.key: item.split for item in items}
-    swap = {key for split in ("train", "val") for key in sorted(k for k, s in given.items() if s == split)[:4]}
+    swap = {
+        key for split in ("train", "val") for key in sorted(k for k, s in given.items() if s == split)[:4]
+    }
     expected = {key: other[split] if key in swap else split for key, split in given.items()}
     assert expected != given
     json_splits(root, [item._replace(split=expected[item.key]) for item in items])
@@ -615,10 +644,14 @@ def test_a_truncated_fgvc_archive_is_named(written):
     path = raw(folder, "cub200") / "CUB_200_2011.tgz"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with refused(folder, r"CUB_200_2011.tgz is truncated or damaged .*: delete it and run the same command again"):
+    with refused(
+        folder, r"CUB_200_2011.tgz is truncated or damaged .*: delete it and run the same command again"
+    ):
         prepare_ragged(plan("cub200", folder))
     path.write_bytes(whole)
-    assert len(prepare_ragged(plan("cub200", folder)).keys) == 72, "half of its files are there, all are unpacked again"
+    assert len(prepare_ragged(plan("cub200", folder)).keys) == 72, (
+        "half of its files are there, all are unpacked again"
+    )
 
 
 def test_the_store_needs_neither_archives_nor_files(written):
@@ -679,7 +712,10 @@ def test_fgvc_counts_are_compared_with_the_record(written, patched):
             "stanford_cars",
             r"stanford_cars is not prepared and data.download=false: run `python src/prepare.py tasks=st",
         ),
-        ("nabirds", r"nabirds.tar.gz is missing: get it by hand .*\. NABirds wants its terms accepted by a person"),
+        (
+            "nabirds",
+            r"nabirds.tar.gz is missing: get it by hand .*\. NABirds wants its terms accepted by a person",
+        ),
     ],
 )
 def test_an_fgvc_dataset_that_may_not_be_fetched(tmp_path, task, message):
@@ -851,7 +887,9 @@ def outdated(wanted):
     """Turns a store into one of an older version: without checksums and digest."""
     path = wanted.folder / "manifest.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in content.items() if k not in ("digest", "chunks", "made_for")}))
+    path.write_text(
+        json.dumps({k: v for k, v in content.items() if k not in ("digest", "chunks", "made_for")})
+    )
     return path
 
 
@@ -879,7 +917,9 @@ def test_a_store_of_an_older_version_is_given_checksums_and_kept(written, task, 
     assert caplog.messages == []
 
 
-def test_an_older_store_that_cannot_be_written_is_read_unchecked_and_that_is_said_once(written, monkeypatch, caplog):
+def test_an_older_store_that_cannot_be_written_is_read_unchecked_and_that_is_said_once(
+    written, monkeypatch, caplog
+):
     wanted = plan("svhn", written("svhn"))
     prepare_square(wanted)
     outdated(wanted)
@@ -955,10 +995,14 @@ def test_a_fraction_is_of_training_images_alone(written):
 def test_a_fraction_of_an_fgvc_dataset(written):
     folder = written("cub200")
     place = {"data_dir": str(folder), "store_dir": str(folder / "stores")}
-    half, whole = (fgvc_datamodule.CUB200DataModule(**FEEDING | place, fraction=share) for share in (0.5, 1.0))
+    half, whole = (
+        fgvc_datamodule.CUB200DataModule(**FEEDING | place, fraction=share) for share in (0.5, 1.0)
+    )
     of_class = Counter(whole.train_dataset.labels.tolist())
     assert set(half.train_dataset.keys) < set(whole.train_dataset.keys)
-    assert Counter(half.train_dataset.labels.tolist()) == {label: int(n / 2 + 0.5) for label, n in of_class.items()}
+    assert Counter(half.train_dataset.labels.tolist()) == {
+        label: int(n / 2 + 0.5) for label, n in of_class.items()
+    }
     assert next(iter(half.train_dataloader())).images.shape == (8, 3, 64, 64)
 
 

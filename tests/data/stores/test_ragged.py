@@ -127,7 +127,10 @@ def test_several_builders_at_once_leave_one_store(folder, tmp_path):
     ("number", "message"),
     [
         (errno.ENOSPC, "the disk of .*stores is full: free space there, or set store_dir"),
-        (errno.EROFS, r"cannot write to .*stores .*: set store_dir \(data.store_dir in training\) to another folder"),
+        (
+            errno.EROFS,
+            r"cannot write to .*stores .*: set store_dir \(data.store_dir in training\) to another folder",
+        ),
     ],
 )
 def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch, number, message):
@@ -226,7 +229,9 @@ def outdated(folder):
     """Turns a store into one of an older version: without checksums and digest."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("digest", "chunks", "made_for")}))
+    path.write_text(
+        json.dumps({k: v for k, v in manifest.items() if k not in ("digest", "chunks", "made_for")})
+    )
 
 
 def test_a_store_of_an_older_version_is_given_checksums(folder, tmp_path, monkeypatch):
@@ -248,7 +253,9 @@ def test_a_store_of_another_size_in_the_place_of_one_is_not_used(folder, tmp_pat
         f"{tmp_path / NAME} holds the store pets-32, not {NAME}: move it to its own place or delete it"
     )
     outdated(tmp_path / NAME)
-    assert opened(folder, tmp_path).short_side == 24, "an older store does not say more, and the originals are there"
+    assert opened(folder, tmp_path).short_side == 24, (
+        "an older store does not say more, and the originals are there"
+    )
 
 
 @bounded

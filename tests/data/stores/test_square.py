@@ -92,7 +92,9 @@ def test_one_channel_stays_one(tmp_path):
     images = pictures(channels=1)
     store = write(tmp_path / "store", content(images))
     assert store.shape == (5, 1, 4, 6)
-    assert np.array_equal(store.take([4, 0])[:, 0], np.stack([images["test", "d"], images["train", "b"]])[..., 0])
+    assert np.array_equal(
+        store.take([4, 0])[:, 0], np.stack([images["test", "d"], images["train", "b"]])[..., 0]
+    )
 
 
 def test_encoded_images_and_arrays_are_decoded_by_the_content(tmp_path):
@@ -354,9 +356,7 @@ def test_images_land_at_their_rows_in_whatever_order_they_come(tmp_path, seed):
 def test_images_that_are_missing_are_counted(tmp_path):
     images = pictures()
     order = [key for key in KEYS if key not in (("train", "c"), ("test", "d"))]
-    message = (
-        r"2 of 5 images that the lists name are not in the files, the first is d \(test\): the files are incomplete"
-    )
+    message = r"2 of 5 images that the lists name are not in the files, the first is d \(test\): the files are incomplete"
     with pytest.raises(UserError, match=message):
         write(tmp_path / "store", content(images, order))
     with pytest.raises(UserError, match=r"5 of 5 images that the lists name are not in the files"):
@@ -396,7 +396,9 @@ def test_an_image_of_another_shape_is_refused(tmp_path, shape):
 )
 def test_bytes_that_do_not_decode_name_key_and_split(tmp_path, data, reason):
     images = pictures() | {("train", "c"): data}
-    message = rf"image c \(train\) cannot be decoded \({reason}\): the file that holds it is damaged, get it again$"
+    message = (
+        rf"image c \(train\) cannot be decoded \({reason}\): the file that holds it is damaged, get it again$"
+    )
     with pytest.raises(UserError, match=message):
         write(tmp_path / "store", content(images))
 
@@ -405,7 +407,9 @@ def test_what_the_converter_refuses_names_key_and_split(tmp_path):
     def refuse(image):
         raise BadImage("is 6 x 4 pixels, not 32 x 32")
 
-    message = r"image b \(train\) is 6 x 4 pixels, not 32 x 32: the file that holds it is damaged, get it again$"
+    message = (
+        r"image b \(train\) is 6 x 4 pixels, not 32 x 32: the file that holds it is damaged, get it again$"
+    )
     with pytest.raises(UserError, match=message):
         write(tmp_path / "store", content(pictures()), convert=refuse)
 

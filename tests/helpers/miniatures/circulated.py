@@ -19,7 +19,9 @@ def _picture(spec: TaskSpec, label: int, draw: np.random.Generator) -> Image.Ima
     return Image.fromarray((colour + draw.integers(-12, 13, (side, side, 3))).astype(np.uint8))
 
 
-def prepared(root: Path, spec: TaskSpec, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
+def prepared(
+    root: Path, spec: TaskSpec, counts: Mapping[str, int], draw: np.random.Generator
+) -> dict[str, int]:
     """Writes `<root>/<task>` as in vtab-1k: lists and images, JPEG of quality 75.
 
     Args:
@@ -84,7 +86,9 @@ def mirror(
     return {split: counts[split] for split in spec.mirror.splits}
 
 
-def _write_split(path: Path, spec: TaskSpec, split: str, count: int, draw: np.random.Generator, encoding: str) -> None:
+def _write_split(
+    path: Path, spec: TaskSpec, split: str, count: int, draw: np.random.Generator, encoding: str
+) -> None:
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
 

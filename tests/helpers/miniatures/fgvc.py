@@ -25,7 +25,13 @@ __all__ = [
 ]
 
 _BIRDS = ("Black_footed_Albatross", "Laysan_Albatross", "Sooty_Albatross", "Groove_billed_Ani")
-_NABIRDS = {0: "Birds", 295: "Common Eider", 817: "Oak Titmouse (Adult)", 818: "Juniper Titmouse", 1010: "Verdin"}
+_NABIRDS = {
+    0: "Birds",
+    295: "Common Eider",
+    817: "Oak Titmouse (Adult)",
+    818: "Juniper Titmouse",
+    1010: "Verdin",
+}
 _BREEDS = ("n02085620-Chihuahua", "n02085782-Japanese_spaniel", "n02085936-Maltese_dog", "n02086079-Pekinese")
 
 oxford_flowers = oxford_flowers102  # the same files
@@ -33,7 +39,9 @@ oxford_flowers = oxford_flowers102  # the same files
 
 def _images(counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """Yields split and label of each image, class by class as the datasets list theirs."""
-    labels = [(split, label) for split in ("train", "test") for label in class_labels(counts[split], 4).tolist()]
+    labels = [
+        (split, label) for split in ("train", "test") for label in class_labels(counts[split], 4).tolist()
+    ]
     yield from sorted(labels, key=lambda image: image[1])
 
 
@@ -42,7 +50,10 @@ def _written(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _birds(
-    folder: str, rows: Iterable[tuple[str, str, int, str, int]], classes: Mapping[int, str], draw: np.random.Generator
+    folder: str,
+    rows: Iterable[tuple[str, str, int, str, int]],
+    classes: Mapping[int, str],
+    draw: np.random.Generator,
 ) -> bytes:
     """Builds an archive of CUB's form.
 
@@ -67,7 +78,13 @@ def _birds(
 def cub200(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
     """Writes a miniature of CUB-200-2011: `CUB_200_2011.tgz`."""
     rows = [
-        (f"{number}", f"{label + 1:03d}.{_BIRDS[label]}/{_BIRDS[label]}_{number:04d}.jpg", label + 1, split, label)
+        (
+            f"{number}",
+            f"{label + 1:03d}.{_BIRDS[label]}/{_BIRDS[label]}_{number:04d}.jpg",
+            label + 1,
+            split,
+            label,
+        )
         for number, (split, label) in enumerate(_images(counts), 1)
     ]
     classes = {label: f"{label:03d}.{name}" for label, name in enumerate(_BIRDS, 1)}
@@ -123,7 +140,8 @@ def stanford_cars(root: Path, counts: Mapping[str, int], draw: np.random.Generat
     (root / "car_ims.tgz").write_bytes(tar_bytes(files))
     classes, tests = [label + 1 for _, label in rows], [split == "test" for split, _ in rows]
     _annotations(
-        root / "cars_annos.mat", {"relative_im_path": paths, "bbox_x1": classes, "class": classes, "test": tests}
+        root / "cars_annos.mat",
+        {"relative_im_path": paths, "bbox_x1": classes, "class": classes, "test": tests},
     )
     return _written(counts)
 
@@ -135,7 +153,9 @@ def stanford_cars_devkit(root: Path, counts: Mapping[str, int], draw: np.random.
         labels = [label for own, label in _images(counts) if own == split]
         draw.shuffle(labels)  # there the images of a class are not together
         names = [f"{number:05d}.jpg" for number in range(1, len(labels) + 1)]
-        files = [(f"cars_{split}/{name}", jpeg(label, draw)) for name, label in zip(names, labels, strict=True)]
+        files = [
+            (f"cars_{split}/{name}", jpeg(label, draw)) for name, label in zip(names, labels, strict=True)
+        ]
         (root / f"cars_{split}.tgz").write_bytes(tar_bytes(files))
         fields: dict[str, list] = {
             "bbox_x1": [1] * len(labels),

@@ -13,7 +13,9 @@ from visprompt.data.catalog.task import Cut, SourceFile, TaskSpec
 from visprompt.data.sources.readers import READERS, read_original
 
 _COUNTS = {"train": 48, "validation": 16, "test": 24}  # per official split, as far as the dataset has it
-_WRITERS = {name: vars(m)[name] for m in (natural, specialized, structured) for name in READERS if name in vars(m)}
+_WRITERS = {
+    name: vars(m)[name] for m in (natural, specialized, structured) for name in READERS if name in vars(m)
+}
 
 
 def write(task: str, source: str, data_dir: Path) -> dict[str, TaskSpec]:
@@ -29,7 +31,9 @@ def write(task: str, source: str, data_dir: Path) -> dict[str, TaskSpec]:
     """
     spec, draw = TASKS[task], np.random.default_rng(0)
     if source == "prepared":
-        sizes = circulated.prepared(data_dir / "vtab-1k", spec, {"train800": 24, "val200": 8, "test": 24}, draw)
+        sizes = circulated.prepared(
+            data_dir / "vtab-1k", spec, {"train800": 24, "val200": 8, "test": 24}, draw
+        )
         return {task: replace(spec, split_sizes=sizes, golden={})}
     if source == "hf":
         counts = circulated.mirror(data_dir / "mirror", spec, _COUNTS, draw)
@@ -42,7 +46,9 @@ def write(task: str, source: str, data_dir: Path) -> dict[str, TaskSpec]:
         written = _WRITERS[spec.dataset](folder, _COUNTS, draw)
     else:
         written = class_folders(folder / spec.files[0].name, spec.class_names, _COUNTS["train"], draw)
-    return _shrunk(spec, written, {split: len(part.keys) for split, part in read_original(spec, folder).parts.items()})
+    return _shrunk(
+        spec, written, {split: len(part.keys) for split, part in read_original(spec, folder).parts.items()}
+    )
 
 
 def _shrunk(spec: TaskSpec, written: Mapping[str, int], official: Mapping[str, int]) -> dict[str, TaskSpec]:

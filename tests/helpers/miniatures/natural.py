@@ -94,7 +94,9 @@ def cifar(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> d
     for split in ("train", "test"):
         labels = class_labels(counts[split], 100)
         planes = (picture(int(label), 32, 32, draw).transpose(2, 0, 1).tobytes() for label in labels)
-        rows = (bytes([label // 5, label]) + pixels for label, pixels in zip(labels.tolist(), planes, strict=True))
+        rows = (
+            bytes([label // 5, label]) + pixels for label, pixels in zip(labels.tolist(), planes, strict=True)
+        )
         files.append((f"cifar-100-binary/{split}.bin", b"".join(rows)))
     (root / "cifar-100-binary.tar.gz").write_bytes(tar_bytes(files))
     return {split: counts[split] for split in ("train", "test")}
@@ -102,7 +104,9 @@ def cifar(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> d
 
 def caltech101(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
     """Writes a miniature of Caltech101: 30 train images a class, and what else lies in the real archive."""
-    folders = ["BACKGROUND_Google", "accordion", "airplanes", "Faces_easy"][: max(2, counts["train"] // _CALTECH_TRAIN)]
+    folders = ["BACKGROUND_Google", "accordion", "airplanes", "Faces_easy"][
+        : max(2, counts["train"] // _CALTECH_TRAIN)
+    ]
     tests = np.bincount(np.arange(counts["test"]) % len(folders), minlength=len(folders))
     index = {name: label for label, name in enumerate(class_names("caltech101"))}
     files = [("101_ObjectCategories/BACKGROUND_Google/tmp", b"no image")]
@@ -174,7 +178,11 @@ def svhn(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> di
     for split in ("train", "test"):
         labels = class_labels(counts[split], 10)
         images = np.stack([picture(int(label), 32, 32, draw) for label in labels], axis=3)
-        write_mat(root / f"{split}_32x32.mat", X=images, y=np.where(labels == 0, 10, labels).astype(np.uint8)[:, None])
+        write_mat(
+            root / f"{split}_32x32.mat",
+            X=images,
+            y=np.where(labels == 0, 10, labels).astype(np.uint8)[:, None],
+        )
     return {split: counts[split] for split in ("train", "test")}
 
 

@@ -18,7 +18,9 @@ def patch_camelyon(root: Path, counts: Mapping[str, int], draw: np.random.Genera
         images = np.stack([picture(int(label), 96, 96, draw) for label in labels])
         _write_hdf5(root / f"camelyonpatch_level_2_split_{name}_x.h5.gz", "x", images)
         _write_hdf5(
-            root / f"camelyonpatch_level_2_split_{name}_y.h5.gz", "y", labels.astype(np.uint8).reshape(-1, 1, 1, 1)
+            root / f"camelyonpatch_level_2_split_{name}_y.h5.gz",
+            "y",
+            labels.astype(np.uint8).reshape(-1, 1, 1, 1),
         )
     return {split: counts[split] for split in ("train", "validation", "test")}
 
@@ -28,7 +30,9 @@ def _write_hdf5(path: Path, name: str, values: np.ndarray) -> None:
 
     file = BytesIO()
     with h5py.File(file, "w") as opened:
-        opened.create_dataset(name, data=values, chunks=(min(4, len(values)), *values.shape[1:]), compression="gzip")
+        opened.create_dataset(
+            name, data=values, chunks=(min(4, len(values)), *values.shape[1:]), compression="gzip"
+        )
     path.write_bytes(gzip.compress(file.getvalue(), 1, mtime=0))
 
 
@@ -60,9 +64,12 @@ def diabetic_retinopathy(root: Path, counts: Mapping[str, int], draw: np.random.
     splits = ("train", "validation", "test")
     levels = {split: class_labels(counts[split], 5).tolist() for split in splits}
     train = [
-        (f"{row // 2 + 1}_{'left' if row % 2 == 0 else 'right'}", level) for row, level in enumerate(levels["train"])
+        (f"{row // 2 + 1}_{'left' if row % 2 == 0 else 'right'}", level)
+        for row, level in enumerate(levels["train"])
     ]
-    tests = [(level, "Public") for level in levels["validation"]] + [(level, "Private") for level in levels["test"]]
+    tests = [(level, "Public") for level in levels["validation"]] + [
+        (level, "Private") for level in levels["test"]
+    ]
     test = [(f"{1000 + row}_left", *tests[row]) for row in draw.permutation(len(tests))]
     _write_table(root / "trainLabels.csv", ["image,level", *(f"{key},{level}" for key, level in train)])
     rows = [f"{key},{level},{usage}" for key, level, usage in test]

@@ -57,14 +57,20 @@ def clevr(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> d
             image, count, distance = f"CLEVR_{name}_{number:06d}.png", number % 8, int(draw.integers(6))
             picture = _flat((30 + 28 * count, 30 + 38 * distance, 90), (48, 32), draw)
             files[f"CLEVR_v1.0/images/{name}/{image}"] = _file(picture, "png")
-            scenes.append(_scene(image, number, name, count + 3, (7.5, 8.2, 8.7, 9.2, 9.7, 10.5)[distance], draw))
-        files[f"CLEVR_v1.0/scenes/CLEVR_{name}_scenes.json"] = json.dumps({"info": {"split": name}, "scenes": scenes})
+            scenes.append(
+                _scene(image, number, name, count + 3, (7.5, 8.2, 8.7, 9.2, 9.7, 10.5)[distance], draw)
+            )
+        files[f"CLEVR_v1.0/scenes/CLEVR_{name}_scenes.json"] = json.dumps(
+            {"info": {"split": name}, "scenes": scenes}
+        )
     files["CLEVR_v1.0/images/test/CLEVR_test_000000.png"] = _file(_flat((9, 9, 9), (48, 32), draw), "png")
     _zip(root / CLEVR, files)
     return {split: counts[split] for split in ("train", "validation")}
 
 
-def _scene(image: str, number: int, split: str, count: int, nearest: float, draw: np.random.Generator) -> dict:
+def _scene(
+    image: str, number: int, split: str, count: int, nearest: float, draw: np.random.Generator
+) -> dict:
     depths = [nearest, *(nearest + draw.uniform(0, 3, count - 1))]
     objects = [
         {
@@ -98,14 +104,19 @@ def build_example(features: Mapping[str, bytes | int]) -> bytes:
 def dmlab(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
     """Writes dmlab.tar.gz with two TFRecord shards per split: the colour tells the label."""
     colours = np.random.default_rng(0).integers(40, 216, (6, 3))
-    with gzip.GzipFile(root / DMLAB, "w", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
+    with (
+        gzip.GzipFile(root / DMLAB, "w", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
         for split in ("train", "validation", "test"):
             shards = [b"", b""]
             for number in range(counts[split]):
                 label = number % 6
                 image = _file(_flat(colours[label], (48, 36), draw), "jpeg")
                 name = f"{split}_{number:06d}.jpg".encode()
-                shards[number % 2] += record(build_example({"image": image, "filename": name, "label": label}))
+                shards[number % 2] += record(
+                    build_example({"image": image, "filename": name, "label": label})
+                )
             for shard, data in enumerate(shards):
                 _add(archive, f"dmlab-{split}.tfrecord-{shard:05d}-of-00002", data)
     return {split: counts[split] for split in ("train", "validation", "test")}
@@ -128,7 +139,9 @@ def kitti(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> d
         written[split] = max(len(videos), counts[split])
         images += [(names[videos[n % len(videos)]], n % 4) for n in range(written[split])]
     images = [images[row] for row in draw.permutation(len(images))]
-    pictures: dict[str, bytes | str] = {"testing/image_2/000000.png": _file(_flat((9, 9, 9), (62, 19), draw), "png")}
+    pictures: dict[str, bytes | str] = {
+        "testing/image_2/000000.png": _file(_flat((9, 9, 9), (62, 19), draw), "png")
+    }
     notes: dict[str, bytes | str] = {}
     for number, (_, label) in enumerate(images):
         grey = [30 + 60 * label] * 3
@@ -143,7 +156,12 @@ def kitti(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> d
 def _annotation(label: int, draw: np.random.Generator) -> str:
     kind = ("Car", "Van", "Truck", "Tram")[label]  # a tram is no vehicle here
     metres = (2, 9, 21, 5)[label] + draw.uniform(0, 6)
-    things = [("Pedestrian", 1.5), (kind, metres), ("Car" if label < 3 else "Misc", metres + 30), ("DontCare", -1000)]
+    things = [
+        ("Pedestrian", 1.5),
+        (kind, metres),
+        ("Car" if label < 3 else "Misc", metres + 30),
+        ("DontCare", -1000),
+    ]
     box = "0.00 0 -1.58 587.01 173.33 614.12 200.12 1.65 1.67 3.64 -0.65 1.71"
     return "".join(f"{name} {box} {z:.2f} -1.59\n" for name, z in things)
 
@@ -154,7 +172,11 @@ def _mapping(videos: list[str], draw: np.random.Generator) -> dict[str, bytes | 
     for image, line in enumerate(order):
         lines[line] = f"2011_09_26 {videos[image]} {image:010d}\n"
     numbers = ",".join(str(line + 1) for line in order)
-    return {"readme.txt": "", "mapping/train_rand.txt": f"{numbers}\n", "mapping/train_mapping.txt": "".join(lines)}
+    return {
+        "readme.txt": "",
+        "mapping/train_rand.txt": f"{numbers}\n",
+        "mapping/train_mapping.txt": "".join(lines),
+    }
 
 
 def dsprites(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
@@ -183,7 +205,9 @@ def smallnorb(root: Path, counts: Mapping[str, int], draw: np.random.Generator) 
         info = np.stack([rows % 10, rows * 4 % 9, rows % 18 * 2, rows % 6], axis=1)
         pairs = draw.integers(0, 60, (len(rows), 2, 96, 96)).astype(np.uint8)
         for row, (_, elevation, azimuth, _) in enumerate(info):
-            pairs[row, :, elevation * 10 : elevation * 10 + 10, azimuth * 5 // 2 : azimuth * 5 // 2 + 6] += 180
+            pairs[row, :, elevation * 10 : elevation * 10 + 10, azimuth * 5 // 2 : azimuth * 5 // 2 + 6] += (
+                180
+            )
         for kind, matrix in (("dat", pairs), ("cat", rows % 5), ("info", info)):
             _matrix(root / name.format(kind), matrix)
     return {split: counts[split] for split in SMALLNORB}

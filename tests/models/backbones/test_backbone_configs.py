@@ -29,7 +29,14 @@ def header(name):
 
 def test_the_backbones_are_these():
     self_supervised = {"mae_b16", "moco_v3_b16", "dino_b16", "dinov2_b14", "dinov3_b16", "eva02_b14"}
-    supervised = {"vit_b16_in21k", "vit_l16_in21k", "vit_h14_in21k", "vit_b16_augreg", "convnext_b_in21k", "resnet50"}
+    supervised = {
+        "vit_b16_in21k",
+        "vit_l16_in21k",
+        "vit_h14_in21k",
+        "vit_b16_augreg",
+        "convnext_b_in21k",
+        "resnet50",
+    }
     assert set(NAMED) == self_supervised | supervised | {
         "clip_b16",
         "siglip_b16",

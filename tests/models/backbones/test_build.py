@@ -85,7 +85,10 @@ def test_a_fresh_norm_stands_behind_the_mean_and_the_trained_one_is_dropped(tmp_
             {"final_norm": "fresh"},
             r"^backbone\.final_norm=fresh is for a ViT .* give backbone\.global_pool=avg with it",
         ),
-        ({"final_norm": "fresh", "name": "test_resnet", "kwargs": {}}, r"^backbone\.final_norm=fresh is for a ViT"),
+        (
+            {"final_norm": "fresh", "name": "test_resnet", "kwargs": {}},
+            r"^backbone\.final_norm=fresh is for a ViT",
+        ),
     ],
 )
 def test_a_fresh_norm_where_it_has_no_place_is_refused(options, message):
@@ -169,7 +172,9 @@ def test_a_convolutional_network_takes_any_size_and_says_it():
 
 
 def test_dropout_in_attentions_keeps_no_method_out():
-    plain, dropping = (build(pretrained=False, kwargs=SIZE | extra) for extra in ({}, {"attn_drop_rate": 0.1}))
+    plain, dropping = (
+        build(pretrained=False, kwargs=SIZE | extra) for extra in ({}, {"attn_drop_rate": 0.1})
+    )
     assert dropping.module.sites == plain.module.sites >= {"modules", "keys_values", "branches"}
     assert not any(module.training for module in dropping.module.modules())
 
@@ -185,37 +190,61 @@ def test_channel_means_can_be_those_of_other_weights():
 @pytest.mark.parametrize("name", [NAME, DEMO])
 def test_a_file_that_does_not_fit_is_refused(tmp_path, name):
     save_file(tiny_model(depth=6).state_dict(), tmp_path / "deep.safetensors")
-    with pytest.raises(UserError, match=r"deep\.safetensors does not fit this VisionTransformer: .*blocks\.4"):
+    with pytest.raises(
+        UserError, match=r"deep\.safetensors does not fit this VisionTransformer: .*blocks\.4"
+    ):
         build(name, weights=str(tmp_path / "deep.safetensors"))
 
 
 @pytest.mark.parametrize("name", [NAME, DEMO])
 def test_a_missing_file_is_named(name):
-    with pytest.raises(UserError, match=r"there is no file of backbone weights at none\.pth: correct backbone"):
+    with pytest.raises(
+        UserError, match=r"there is no file of backbone weights at none\.pth: correct backbone"
+    ):
         build(name, weights="none.pth")
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vit_bse_patch16_224", {}, "unknown backbone 'vit_bse_patch16_224': did you mean vit_base_patch16_224 or"),
+        (
+            "vit_bse_patch16_224",
+            {},
+            "unknown backbone 'vit_bse_patch16_224': did you mean vit_base_patch16_224 or",
+        ),
         ("vit64_tiny_imagenet", {}, f"unknown backbone 'vit64_tiny_imagenet': did you mean {DEMO}"),
         (f"{HUB}k", {}, f"unknown backbone '{HUB}k': did you mean {HUB} or"),
         (f"{HUB}k", {"pretrained": False}, f"unknown backbone '{HUB}k': did you mean {HUB} or"),
         ("test_efficientnet", {"pretrained": False, "kwargs": {}}, "backbone class EfficientNet is"),
         ("deit_tiny_distilled_patch16_224", {"pretrained": False}, "class VisionTransformerDistilled is"),
-        (NAME, {"pretrained": False, "global_pool": "mean"}, "Only avg, avgmax, max, token, map or prr pooling"),
-        (NAME, {"pretrained": False, "global_pool": ""}, "the backbone pools nothing: set backbone.global_pool"),
+        (
+            NAME,
+            {"pretrained": False, "global_pool": "mean"},
+            "Only avg, avgmax, max, token, map or prr pooling",
+        ),
+        (
+            NAME,
+            {"pretrained": False, "global_pool": ""},
+            "the backbone pools nothing: set backbone.global_pool",
+        ),
         (DEMO, {"global_pool": "map", "kwargs": {}}, "Cannot currently add attention pooling"),
         (DEMO, {"kwargs": {"depth": 4}}, r"no place for 24 of its weights: blocks\.4\.attn"),
-        (NAME, {"kwargs": {"dept": 2}}, r"^unknown option in backbone\.kwargs 'dept': did you mean depth or depths\?$"),
+        (
+            NAME,
+            {"kwargs": {"dept": 2}},
+            r"^unknown option in backbone\.kwargs 'dept': did you mean depth or depths\?$",
+        ),
         (
             NAME,
             {"pretrained": False, "kwargs": {"depths": [2]}},
             "one of its settings is unknown or of a wrong kind; check backbone.",
         ),
         (NAME, {"pretrained": False, "kwargs": {"num_heads": 5}}, "dim should be divisible by num_heads"),
-        ("vit_base_patch16_18x2_224", {}, "timm has no pre-trained weights for backbone vit_base_patch16_18x2_224"),
+        (
+            "vit_base_patch16_18x2_224",
+            {},
+            "timm has no pre-trained weights for backbone vit_base_patch16_18x2_224",
+        ),
     ],
 )
 def test_wrong_words_and_models_are_one_sentence(name, options, message):

@@ -62,14 +62,19 @@ MERGED = {"linear", "partial", "full", "bias", "layernorm", "ssf"}
 NO_LAYER_NORM = {"root mean square", "group norm, twofold pooling"}
 USUAL = ("resnet", "deep stem, squeeze", "convnext", "response norm")
 PAIRS = [(method, name) for method in METHOD_OPTIONS for name in USUAL]
-PAIRS += [(method, name) for method in ("ssf", "partial") for name in ("group norm, twofold pooling", "norm first")]
+PAIRS += [
+    (method, name) for method in ("ssf", "partial") for name in ("group norm, twofold pooling", "norm first")
+]
 every_model = pytest.mark.parametrize("name", MODELS)
 PAIRS += [("sidetune", "resnet"), ("sidetune", "convnext")]  # 40 M operations an image: twice is enough
 every_pair = pytest.mark.parametrize(
     ("method", "name"),
     [
         pytest.param(
-            m, n, id=f"{m}, {n}", marks=[] if n in ("resnet", "convnext") and m != "sidetune" else pytest.mark.slow
+            m,
+            n,
+            id=f"{m}, {n}",
+            marks=[] if n in ("resnet", "convnext") and m != "sidetune" else pytest.mark.slow,
         )
         for m, n in PAIRS
     ],
@@ -84,7 +89,9 @@ def tiny(name="resnet", **options):
         model = cls(**{"num_classes": 0} | own | options).eval()
         model.pretrained_cfg = {"input_size": (3, SIDE, SIDE)}
         for p in model.parameters():
-            p.data = p + 0.3 * torch.randn_like(p) if p.ndim == 1 else torch.randn_like(p) / p[0].numel() ** 0.5
+            p.data = (
+                p + 0.3 * torch.randn_like(p) if p.ndim == 1 else torch.randn_like(p) / p[0].numel() ** 0.5
+            )
         for module in model.modules():
             if isinstance(module, BATCH_NORM):
                 module.running_mean.normal_(0, 0.3)
@@ -148,7 +155,9 @@ def test_what_a_method_is_told(name):
     assert (told.final_names, told.stem, told.patch_size, told.widths) == FACTS[name]
     assert told.block_names == BLOCKS[cls]
     assert told.between_names == tuple(JOINS.get(i) if cls is ConvNeXt else None for i in range(5))
-    assert told.grids == tuple((side, side) for side in ((16, 8, 8, 4, 2) if cls is ResNet else (16, 8, 4, 4, 2)))
+    assert told.grids == tuple(
+        (side, side) for side in ((16, 8, 8, 4, 2) if cls is ResNet else (16, 8, 4, 4, 2))
+    )
     assert (told.heads, told.any_size, told.num_prefix, told.has_class_token) == ((0,) * 5, True, 0, False)
     assert (told.sites, told.image_size) == ({"weights", "modules", "pixels"}, 64)
     assert {type(block) for block in told.blocks} == {type(told.blocks[0])}
@@ -165,7 +174,9 @@ def test_a_named_backbone_has_the_size_that_was_asked_for(name, size, own):
 @pytest.mark.parametrize("method", ["linear", "mlp", "partial", "full", "bias", "layernorm"])
 def test_tuned_weights_get_the_gradients_of_timms_own_forward(method, name):
     if method == "layernorm" and name in NO_LAYER_NORM:
-        with pytest.raises(UserError, match="this backbone has no layer or batch norms to tune: choose another method"):
+        with pytest.raises(
+            UserError, match="this backbone has no layer or batch norms to tune: choose another method"
+        ):
             built(method, name)
         return
     classifier, x = built(method, name).eval(), images(3, SIDE)
@@ -179,7 +190,10 @@ def test_full_tuning_draws_stochastic_depth_and_trains_batch_norm_as_timm_does(n
     assert [type(block.drop_path) for block in one.backbone.blocks] == [nn.Identity, *[DropPath] * 4]
     assert [block.drop_path.drop_prob for block in one.backbone.blocks[1:]] == [0.125, 0.25, 0.375, 0.5]
     results = []
-    for classifier, forward in ((one, one.features), (other, lambda x: own_features(other.backbone.model, x))):
+    for classifier, forward in (
+        (one, one.features),
+        (other, lambda x: own_features(other.backbone.model, x)),
+    ):
         torch.manual_seed(4)
         results.append(measured(classifier, classifier.head(forward(x))))
     assert worst_error(*results) < FLOAT32
@@ -247,12 +261,16 @@ def test_further_channels_are_convolved_by_one_kernel_with_the_three(method, nam
 @every_model
 def test_scaled_layers_have_scaled_weights(name):
     classifier, plain, x = built("ssf", name), tiny(name), images(2, SIDE)
-    layers = {path: m for path, m in plain.named_modules() if "weight" in m._parameters and not path.endswith("grn")}
+    layers = {
+        path: m for path, m in plain.named_modules() if "weight" in m._parameters and not path.endswith("grn")
+    }
     weights, seen = {}, Counter()
     for path, layer in layers.items():
         block = next((b for b in classifier.backbone.block_names if path.startswith(f"{b}.")), None)
         key = path.removeprefix(f"{block}.").removeprefix("mlp.").replace(".", "_")
-        key = f"stem_{key}" if path in ("conv1", "bn1") else key  # of a ResNet, whose blocks have such names too
+        key = (
+            f"stem_{key}" if path in ("conv1", "bn1") else key
+        )  # of a ResNet, whose blocks have such names too
         gamma, beta = classifier.method.gamma[key], classifier.method.beta[key]
         if block is not None:
             gamma, beta = gamma[seen[key]], beta[seen[key]]
@@ -319,7 +337,11 @@ def test_partial_tunes_the_last_blocks_and_what_joins_them(num_blocks, name, siz
     classifier, x = built("partial", name, num_blocks=num_blocks).eval(), images(2, size)
     first, joins = 5 - num_blocks, JOINS if name == "convnext" else {}
     tuned = [*BLOCKS[MODELS[name][0]][first:], *[join for i, join in joins.items() if i > first], "head"]
-    own = [n for n, _ in classifier.backbone.model.named_parameters() if n.startswith(tuple(f"{t}." for t in tuned))]
+    own = [
+        n
+        for n, _ in classifier.backbone.model.named_parameters()
+        if n.startswith(tuple(f"{t}." for t in tuned))
+    ]
     assert classifier.tuned_names == {"head.weight", "head.bias", *[f"backbone.model.{n}" for n in own]}
     frozen = classifier.frozen(x) if num_blocks < 5 else x
     assert frozen.ndim == (3 if num_blocks < 5 else 4)
@@ -328,7 +350,9 @@ def test_partial_tunes_the_last_blocks_and_what_joins_them(num_blocks, name, siz
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "name"), [("channels", "resnet"), ("ssf", "convnext"), ("pad", "response norm")])
+@pytest.mark.parametrize(
+    ("method", "name"), [("channels", "resnet"), ("ssf", "convnext"), ("pad", "response norm")]
+)
 def test_a_compiled_classifier_gives_the_same_logits(method, name):
     classifier, x = built(method, name).eval(), images(2, SIDE)
     torch.compiler.reset()
@@ -350,9 +374,13 @@ def test_counts_on_the_papers_backbones(name, stem):
 
 
 @pytest.mark.parametrize("name", ["resnet", "convnext"])
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {m for m in working("ResNet") if not options(m, "ResNet")}))
+@pytest.mark.parametrize(
+    "method", sorted(METHODS.keys() - {m for m in working("ResNet") if not options(m, "ResNet")})
+)
 def test_a_method_that_cannot_enter_says_so(method, name):
-    needed = {"lora": "has no linear layer attn.qkv"}.get(method, "it needs the site .*, and the backbone offers mod")
+    needed = {"lora": "has no linear layer attn.qkv"}.get(
+        method, "it needs the site .*, and the backbone offers mod"
+    )
     with pytest.raises(UserError, match=needed):
         built(method, name)
 

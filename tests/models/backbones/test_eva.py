@@ -37,7 +37,11 @@ MEMBERS = {
     "vit_pe_spatial_base_patch16_512": {},
     MIXED: {},  # tuned angles of each block and head
     "vit_base_patch16_sapiens2": {"num_kv_heads": (2, 1, 2)},  # fewer heads of keys, one layer scale, RmsNorm
-    "vit_base_patch16_rope_224": {"rope_type": "mrope", "rope_grid_indexing": "ij", "rope_mrope_section": (2, 3, 3)},
+    "vit_base_patch16_rope_224": {
+        "rope_type": "mrope",
+        "rope_grid_indexing": "ij",
+        "rope_mrope_section": (2, 3, 3),
+    },
 }
 RESIZED = ["vit_base_patch16_dinov3", "vit_base_patch16_sapiens2", "eva02_tiny_patch14_224", MIXED]
 MADE = MEMBERS | {POST_NORM: {"use_rot_pos_emb": True}}  # it has none, but a model with such blocks could
@@ -116,7 +120,8 @@ def test_without_prompts_features_are_timms_own(name):
 
 
 @pytest.mark.parametrize(
-    "flow", [(3, "first", False), (1, "first", True), (2, "first", True), (2, "first", False), (1, "last", False)]
+    "flow",
+    [(3, "first", False), (1, "first", True), (2, "first", True), (2, "first", False), (1, "last", False)],
 )
 @pytest.mark.parametrize("name", [*MEMBERS, *OTHERS, POST_NORM])
 def test_prompts_are_as_in_timms_blocks(name, flow):
@@ -133,7 +138,9 @@ def test_prompts_are_as_in_timms_blocks(name, flow):
 def test_rotations_are_seen_by_the_tests_above(name):
     rotating, still = (classifier_on(tiny_eva(name), dropout=0.0) for _ in range(2))
     still.backbone.model.rope = None
-    assert (relative_error(still(images()), rotating(images())) > 200 * FLOAT32) == (name != "eva_giant_patch14_224")
+    assert (relative_error(still(images()), rotating(images())) > 200 * FLOAT32) == (
+        name != "eva_giant_patch14_224"
+    )
 
 
 @pytest.mark.parametrize("size", [(24, 24), (48, 48), (48, 24), (16, 64)])
@@ -144,7 +151,10 @@ def test_a_dynamic_model_takes_images_of_another_size(name, method, size):
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
     linear, prompted = classifier_on(model, "linear"), classifier_on(model, method, dropout=0.0)
     assert relative_error(linear.features(x), model(x)) < FLOAT32
-    assert worst_error(measured(prompted, prompted(x)), measured(prompted, naive_logits(prompted, model, x))) < FLOAT32
+    assert (
+        worst_error(measured(prompted, prompted(x)), measured(prompted, naive_logits(prompted, model, x)))
+        < FLOAT32
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,12 +175,16 @@ def test_tokens_of_the_frozen_part_keep_their_positions(name, size):
 
 def test_oblong_images_leave_no_tokens_without_a_grid():
     classifier = classifier_on(tiny_eva(), depth=1, depth_from="last", dropout=0.0)
-    message = "images of 2 x 8 patches leave tokens whose number does not tell their rotary positions: give square "
+    message = (
+        "images of 2 x 8 patches leave tokens whose number does not tell their rotary positions: give square "
+    )
     with pytest.raises(UserError, match=message):
         classifier.frozen(torch.zeros(1, 3, 16, 64))
     with pytest.raises(UserError, match="must be square, and these have 18 positions"):
         classifier.frozen(torch.zeros(1, 3, 48, 24))
-    flat = classifier_on(tiny_eva("eva_giant_patch14_224", dynamic_img_size=True), depth=1, depth_from="last").eval()
+    flat = classifier_on(
+        tiny_eva("eva_giant_patch14_224", dynamic_img_size=True), depth=1, depth_from="last"
+    ).eval()
     x = torch.randn(2, 3, 16, 64)
     assert relative_error(flat(flat.frozen(x)), flat(x)) < FLOAT32
 
@@ -196,14 +210,20 @@ def test_full_tuning_gives_timms_own_features_and_gradients_in_training(name, op
 
 def test_images_that_it_does_not_take_are_refused():
     classifier = classifier_on(tiny_eva("eva02_tiny_patch14_224"), "linear")
-    with pytest.raises(UserError, match="this backbone takes images of its own size 32 x 32 and got 64 x 64: resize"):
+    with pytest.raises(
+        UserError, match="this backbone takes images of its own size 32 x 32 and got 64 x 64: resize"
+    ):
         classifier(images(size=64))
-    with pytest.raises(UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(1, 1, 32, 32"):
+    with pytest.raises(
+        UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(1, 1, 32, 32"
+    ):
         classifier(torch.zeros(1, 1, 32, 32))
 
 
 # The battery: members in which methods meet another projection, norm, MLP or attention.
-PLAIN_ONLY = set(METHODS) - working("DINOv3")  # such as those that read the projections of timm's plain attention
+PLAIN_ONLY = set(METHODS) - working(
+    "DINOv3"
+)  # such as those that read the projections of timm's plain attention
 BATTERY = {
     "vit_base_patch16_dinov3": {*PLAIN_ONLY},
     "eva02_tiny_patch14_224": {*PLAIN_ONLY, "fact"},
@@ -255,7 +275,9 @@ def test_every_method_tunes_what_it_names_and_is_restored(method, name):
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @each_working_pair
 def test_every_method_is_near_itself_in_bfloat16_and_without_the_exact_path(method, name):
-    options = {"gate_init": 0.0} if method == "vpt_gated" else {}  # by default a gate's gradient is in float32's noise
+    options = (
+        {"gate_init": 0.0} if method == "vpt_gated" else {}
+    )  # by default a gate's gradient is in float32's noise
     exact, carried = (classifier_on(tiny_eva(name), method, way, **options).eval() for way in (True, False))
     x = images(3)
     expected = exact(x)
@@ -276,9 +298,13 @@ def test_what_merges_is_a_plain_eva(method, name):
     assert relative_error(again(images(3)), expected) < FLOAT32
 
 
-@pytest.mark.parametrize(("name", "method"), [(n, m) for n, refused in BATTERY.items() for m in sorted(refused)])
+@pytest.mark.parametrize(
+    ("name", "method"), [(n, m) for n, refused in BATTERY.items() for m in sorted(refused)]
+)
 def test_a_pair_that_cannot_work_says_so(name, method):
-    with pytest.raises(UserError, match=SENTENCES.get(method, f"method {method} cannot work on this backbone: ")):
+    with pytest.raises(
+        UserError, match=SENTENCES.get(method, f"method {method} cannot work on this backbone: ")
+    ):
         visprompt.build(tiny_eva(name), method, NUM_CLASSES)
 
 
@@ -288,9 +314,13 @@ def test_blocks_with_their_norms_behind_take_what_needs_no_way_into_them(method)
     if plain_class(method).sites <= {"tokens", "weights", "pixels", "stream"}:
         classifier = classifier_on(model, method)
         mean_loss(classifier, classifier(images(3)), torch.arange(3)).backward()
-        assert {n for n, p in classifier.named_parameters() if p.grad is not None} == set(classifier.tuned_names)
+        assert {n for n, p in classifier.named_parameters() if p.grad is not None} == set(
+            classifier.tuned_names
+        )
     else:
-        with pytest.raises(UserError, match=f"method {method} cannot work on this backbone: it needs the site "):
+        with pytest.raises(
+            UserError, match=f"method {method} cannot work on this backbone: it needs the site "
+        ):
             visprompt.build(model, method, NUM_CLASSES)
 
 
@@ -298,7 +328,11 @@ def test_key_value_prompts_join_unrotated(monkeypatch):
     for name in BATTERY:
         model, x = tiny_eva(name), images()
         classifier = classifier_on(model, "e2vpt", num_tokens=0, share_kv=False)
-        result, calls, plain = measured(classifier, classifier(x)), iter(range(3)), F.scaled_dot_product_attention
+        result, calls, plain = (
+            measured(classifier, classifier(x)),
+            iter(range(3)),
+            F.scaled_dot_product_attention,
+        )
 
         def joined(q, k, v, calls=calls, plain=plain, method=classifier.method, **options):
             if (block := next(calls, None)) is None:  # behind the blocks: an attention pooling
@@ -324,7 +358,9 @@ def test_a_branch_stands_at_its_place(name):
 
 
 @pytest.mark.parametrize("pool", ["cls", "image", "prompt", "image_prompt"])
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_base_patch16_dinov3", "vit_pe_core_tiny_patch16_384"])
+@pytest.mark.parametrize(
+    "name", ["eva02_tiny_patch14_224", "vit_base_patch16_dinov3", "vit_pe_core_tiny_patch16_384"]
+)
 def test_a_method_may_pool_otherwise(name, pool):
     exact, carried = (classifier_on(tiny_eva(name), "vpt_shallow", way, pool=pool) for way in (True, False))
     assert worst_error(measured(exact, exact(images())), measured(carried, carried(images()))) < FLOAT32
@@ -341,9 +377,13 @@ def test_what_nobody_reads_is_not_computed():
     n, d, hidden = 5 + 16, 32, 128
     for options in ({}, {"qkv_fused": False}):
         for batch in (1, 3):
-            blocks = sum(n * 2 * d * d + q * (2 * d * d + 2 * d * hidden) + 2 * q * (n + 6) * d for q in (n, n, 1))
+            blocks = sum(
+                n * 2 * d * d + q * (2 * d * d + 2 * d * hidden) + 2 * q * (n + 6) * d for q in (n, n, 1)
+            )
             of_images = batch * (16 * 3 * 64 * d + d * NUM_CLASSES + blocks)
-            assert flops(batch, **options) == 2 * (of_images + 3 * 6 * 2 * d * d)  # prompts: once, whatever the batch
+            assert flops(batch, **options) == 2 * (
+                of_images + 3 * 6 * 2 * d * d
+            )  # prompts: once, whatever the batch
 
 
 @pytest.mark.slow
@@ -362,7 +402,11 @@ def test_a_compiled_classifier_gives_the_same_logits(name):
     [
         (EVA, type("Other", (Eva,), {})(**SIZE), "backbone class Other is not a plain timm Eva: choose one"),
         (EVA, nn.Linear(2, 2), "backbone class Linear is not a plain timm Eva: choose one"),
-        (EVA, Eva(global_pool="", **SIZE), "the backbone pools nothing: set backbone.global_pool to token, avg"),
+        (
+            EVA,
+            Eva(global_pool="", **SIZE),
+            "the backbone pools nothing: set backbone.global_pool to token, avg",
+        ),
         (ViT, Eva(**SIZE), "backbone class Eva is not a plain timm VisionTransformer: choose one"),
     ],
 )

@@ -10,7 +10,11 @@ from visprompt.models.backbones.weights.flax import read_npz
 from visprompt.models.backbones.weights.loading import load_file
 
 HEADS, HEAD_WIDTH, WIDTH = 2, 16, 32
-RELEASE = {"attention": "MultiHeadDotProductAttention_1", "norms": ("LayerNorm_0", "LayerNorm_2"), "mlp": "MlpBlock_3"}
+RELEASE = {
+    "attention": "MultiHeadDotProductAttention_1",
+    "norms": ("LayerNorm_0", "LayerNorm_2"),
+    "mlp": "MlpBlock_3",
+}
 BIG_VISION = {
     "attention": "MultiHeadDotProductAttention_0",
     "norms": ("LayerNorm_0", "LayerNorm_1"),
@@ -46,11 +50,18 @@ def block_parts(block, names):
 
 
 def flat(parts):
-    return {f"{part}/{leaf}".lstrip("/"): t.detach().numpy() for part, ts in parts.items() for leaf, t in ts.items()}
+    return {
+        f"{part}/{leaf}".lstrip("/"): t.detach().numpy()
+        for part, ts in parts.items()
+        for leaf, t in ts.items()
+    }
 
 
 def start_parts(model):
-    patches = {"kernel": model.patch_embed.proj.weight.permute(2, 3, 1, 0), "bias": model.patch_embed.proj.bias}
+    patches = {
+        "kernel": model.patch_embed.proj.weight.permute(2, 3, 1, 0),
+        "bias": model.patch_embed.proj.bias,
+    }
     return {"embedding": patches, "Transformer/encoder_norm": norm(model.norm)}
 
 
@@ -78,11 +89,15 @@ def siglip_arrays(model):
         "MAPHead_0/MlpBlock_0/Dense_0": dense(pool.mlp.fc1),
         "MAPHead_0/MlpBlock_0/Dense_1": dense(pool.mlp.fc2),
     }
-    for name, weight, bias in zip(("key", "value"), pool.kv.weight.chunk(2), pool.kv.bias.chunk(2), strict=True):
+    for name, weight, bias in zip(
+        ("key", "value"), pool.kv.weight.chunk(2), pool.kv.bias.chunk(2), strict=True
+    ):
         pooling[f"MAPHead_0/MultiHeadDotProductAttention_0/{name}"] = projection(weight, bias)
     arrays = flat(start_parts(model) | {"": {"pos_embedding": model.pos_embed}} | pooling)
     blocks = [flat(block_parts(block, BIG_VISION)) for block in model.blocks]
-    arrays |= {f"Transformer/encoderblock/{name}": np.stack([block[name] for block in blocks]) for name in blocks[0]}
+    arrays |= {
+        f"Transformer/encoderblock/{name}": np.stack([block[name] for block in blocks]) for name in blocks[0]
+    }
     return {f"params/img/{name}": a for name, a in arrays.items()} | {
         "params/txt/head/bias": np.zeros(3),
         "params/t": 1.0,
@@ -127,7 +142,9 @@ def test_a_model_without_the_pooling_leaves_it_out(tmp_path):
     source = tiny_model(class_token=False, global_pool="map")
     model = tiny_model(seed=1, class_token=False, global_pool="avg", fc_norm=False)
     load_file(model, saved(tmp_path / "w.npz", siglip_arrays(source)))
-    expected = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("attn_pool.")}
+    expected = {
+        name: tensor for name, tensor in source.state_dict().items() if not name.startswith("attn_pool.")
+    }
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
@@ -157,7 +174,11 @@ BLOCK = "Transformer/encoderblock_3"
             r"shapes: patch_embed.proj.weight \[32 x 3 x 8 x 8\], which is \[64 x 3 x 8 x 8\] here",
         ),
         (without("cls"), {}, "it lacks 1 of 54 weights: cls_token; check backbone"),
-        (without(f"{BLOCK}/MlpBlock_3/Dense_1/bias"), {}, r"it lacks 1 of 54 weights: blocks\.3\.mlp\.fc2\.bias;"),
+        (
+            without(f"{BLOCK}/MlpBlock_3/Dense_1/bias"),
+            {},
+            r"it lacks 1 of 54 weights: blocks\.3\.mlp\.fc2\.bias;",
+        ),
         (
             without(f"{BLOCK}/MultiHeadDotProductAttention_1/key/bias"),
             {},

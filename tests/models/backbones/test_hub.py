@@ -49,7 +49,9 @@ def test_missing_weights_fail_at_once_offline():
 
 
 @pytest.mark.usefixtures("online")
-@pytest.mark.parametrize("failure", [socket.gaierror("no such host"), TimeoutError(), ConnectionRefusedError()])
+@pytest.mark.parametrize(
+    "failure", [socket.gaierror("no such host"), TimeoutError(), ConnectionRefusedError()]
+)
 def test_missing_weights_fail_when_the_hub_cannot_be_reached(monkeypatch, failure):
     asked = []
 
@@ -67,7 +69,9 @@ def test_missing_weights_fail_when_the_hub_cannot_be_reached(monkeypatch, failur
 
 @pytest.mark.usefixtures("empty_cache")
 def test_weights_that_lie_outside_the_hub_are_named_by_their_url():
-    with pytest.raises(UserError, match=rf"download https://dl\.fbaipublicfiles\.com/ijepa/IN22K\S+ .*{IJEPA}\.tar$"):
+    with pytest.raises(
+        UserError, match=rf"download https://dl\.fbaipublicfiles\.com/ijepa/IN22K\S+ .*{IJEPA}\.tar$"
+    ):
         hub_file(IJEPA)
 
 
@@ -114,7 +118,9 @@ def test_a_mirror_that_answers_but_cannot_give_the_file_is_one_sentence(monkeypa
     assert hub._answers(hub.constants.ENDPOINT)
     with pytest.raises(UserError) as error:
         build_backbone(BackboneSpec(name=HUB))
-    expected = MISSING.replace("the hub cannot be reached", "could not be fetched (403 Client Error: Forbidden)")
+    expected = MISSING.replace(
+        "the hub cannot be reached", "could not be fetched (403 Client Error: Forbidden)"
+    )
     assert str(error.value) == expected.replace("https://huggingface.co", hub.constants.ENDPOINT)
 
 
@@ -157,7 +163,9 @@ def test_the_hub_a_file_and_google_s_file_are_the_same_backbone(tmp_path, monkey
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "model.safetensors"))
     kwargs = {name: value for name, value in SIZE.items() if name != "img_size"}
     sides = [None, *(str(tmp_path / name) for name in ("model.safetensors", "google.npz"))]
-    built = [build_backbone(BackboneSpec(name=HUB, weights=w, image_size=size or 32, kwargs=kwargs)) for w in sides]
+    built = [
+        build_backbone(BackboneSpec(name=HUB, weights=w, image_size=size or 32, kwargs=kwargs)) for w in sides
+    ]
     assert len({backbone.sha256 for backbone in built}) == 1
     assert (built[0].sha256 == hash_tensors(tiny_model().state_dict())) == (size is None)
     assert built[0].module.model.pos_embed.shape[1] == 1 + (built[0].image_size // 8) ** 2

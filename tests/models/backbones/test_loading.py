@@ -78,7 +78,13 @@ def moco_v3(tensors):
     slower = {name: tensor + 1 for name, tensor in tensors.items()}
     beside = prefixed("module.momentum_encoder.", slower | projector) | drawn("module.predictor.0.weight")
     state = prefixed("module.base_encoder.", dict(tensors) | projector) | beside
-    return {"epoch": 300, "arch": "vit_base", "state_dict": state, "optimizer": {"state": {}}, "scaler": {"scale": 1.0}}
+    return {
+        "epoch": 300,
+        "arch": "vit_base",
+        "state_dict": state,
+        "optimizer": {"state": {}},
+        "scaler": {"scale": 1.0},
+    }
 
 
 def moco_v3_linear(tensors):
@@ -88,11 +94,15 @@ def moco_v3_linear(tensors):
 
 def moco_v3_resnet(tensors):
     state = prefixed("module.base_encoder.", dict(tensors) | drawn("fc.0.weight", "fc.1.running_mean"))
-    return {"state_dict": state | prefixed("module.momentum_encoder.", {n: t + 1 for n, t in tensors.items()})}
+    return {
+        "state_dict": state | prefixed("module.momentum_encoder.", {n: t + 1 for n, t in tensors.items()})
+    }
 
 
 def mae(tensors):
-    decoder = drawn("mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.norm1.weight")
+    decoder = drawn(
+        "mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.norm1.weight"
+    )
     return {"model": dict(tensors) | decoder, "args": argparse.Namespace(mask_ratio=0.75), "epoch": 799}
 
 
@@ -136,9 +146,18 @@ def dinov3(tensors):
 
 
 def eva02(tensors):
-    pairs = [(r"^fc_norm", "norm"), ("mlp.norm", "mlp.ffn_ln"), ("fc1_g", "w1"), ("fc1_x", "w2"), ("fc2", "w3")]
+    pairs = [
+        (r"^fc_norm", "norm"),
+        ("mlp.norm", "mlp.ffn_ln"),
+        ("fc1_g", "w1"),
+        ("fc1_x", "w2"),
+        ("fc2", "w3"),
+    ]
     pairs += [(r"q_proj\.bias", "q_bias"), (r"v_proj\.bias", "v_bias")]
-    return {"module": renamed(tensors, *pairs) | drawn("mask_token", "lm_head.weight", "blocks.0.attn.rope.freqs_cos")}
+    return {
+        "module": renamed(tensors, *pairs)
+        | drawn("mask_token", "lm_head.weight", "blocks.0.attn.rope.freqs_cos")
+    }
 
 
 def swin(tensors):
@@ -150,14 +169,27 @@ def swin(tensors):
 
 def convnext(tensors):
     pairs = [(r"^stem\.", "downsample_layers.0."), (r"stages\.(\d)\.downsample\.", r"downsample_layers.\1.")]
-    pairs += [(r"\.blocks\.", "."), ("conv_dw", "dwconv"), (r"mlp\.fc", "pwconv"), (r"^head\.norm\.", "norm.")]
+    pairs += [
+        (r"\.blocks\.", "."),
+        ("conv_dw", "dwconv"),
+        (r"mlp\.fc", "pwconv"),
+        (r"^head\.norm\.", "norm."),
+    ]
     return {"model": renamed(tensors, *pairs) | drawn("head.weight", "head.bias")}
 
 
 def openai_clip(tensors):
-    swaps = [(r"^patch_embed\.proj\.weight", "conv1.weight"), (r"^norm_pre\.", "ln_pre."), (r"^norm\.", "ln_post.")]
+    swaps = [
+        (r"^patch_embed\.proj\.weight", "conv1.weight"),
+        (r"^norm_pre\.", "ln_pre."),
+        (r"^norm\.", "ln_post."),
+    ]
     swaps += [(r"^blocks\.", "transformer.resblocks."), (r"\.norm(\d)\.", r".ln_\1."), (r"qkv\.", "in_proj_")]
-    swaps += [(r"attn\.proj\.", "attn.out_proj."), (r"mlp\.fc1\.", "mlp.c_fc."), (r"mlp\.fc2\.", "mlp.c_proj.")]
+    swaps += [
+        (r"attn\.proj\.", "attn.out_proj."),
+        (r"mlp\.fc1\.", "mlp.c_fc."),
+        (r"mlp\.fc2\.", "mlp.c_proj."),
+    ]
     tensors = renamed(tensors, *swaps)
     tensors["class_embedding"] = tensors.pop("cls_token")[0, 0]
     tensors["positional_embedding"] = tensors.pop("pos_embed")[0]
@@ -200,7 +232,9 @@ def test_a_published_layout_gives_every_weight_and_the_same_features(tmp_path, c
             source.cls_token.copy_((source.cls_token - 0.25) + 0.25)
     load_file(model, tmp_path / "weights.pth")
     assert_same(model, source)
-    backbone = build_backbone(BackboneSpec(name=name, weights=str(tmp_path / "weights.pth"), kwargs=TINY[name]))
+    backbone = build_backbone(
+        BackboneSpec(name=name, weights=str(tmp_path / "weights.pth"), kwargs=TINY[name])
+    )
     assert backbone.sha256 == hash_tensors(source.state_dict())
     assert capsys.readouterr() == ("", "")
 
@@ -217,7 +251,9 @@ def test_resnet_of_torchvision_computes_the_same_in_timm(tmp_path, write):
     model = model_of("resnet18.tv_in1k", seed=1)
     load_file(model, tmp_path / "weights.pth")
     expected = {name: t for name, t in source.state_dict().items() if not name.startswith("fc.")}
-    counted = {name: t for name, t in expected.items() if write is dict or not name.endswith("num_batches_tracked")}
+    counted = {
+        name: t for name, t in expected.items() if write is dict or not name.endswith("num_batches_tracked")
+    }
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in counted.items())
     source.fc = torch.nn.Identity()
@@ -255,12 +291,20 @@ def filter_of(name, monkeypatch):
     module = sys.modules[timm.model_entrypoint(name).__module__]
     given = {}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "build_model_with_cfg", lambda *_, **kwargs: given.update(kwargs) or torch.nn.Module())
+        patch.setattr(
+            module, "build_model_with_cfg", lambda *_, **kwargs: given.update(kwargs) or torch.nn.Module()
+        )
         timm.create_model(name)
     return given.get("pretrained_filter_fn")
 
 
-NAMES = [*TINY, "flexivit_small", "vit_base_patch16_radio_v3", "vit_large_patch16_radio_v3", "vitamin_small_224"]
+NAMES = [
+    *TINY,
+    "flexivit_small",
+    "vit_base_patch16_radio_v3",
+    "vit_large_patch16_radio_v3",
+    "vitamin_small_224",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -295,7 +339,9 @@ SIZES = {  # the position table, and the side of its grid in the file
 @pytest.mark.parametrize("side", [384, 448])
 def test_another_size_resamples_the_positions_alone(tmp_path, name, side):
     table, old, options = SIZES[name]
-    source, model = (timm.create_model(name, num_classes=0, **options | given) for given in ({}, {"img_size": side}))
+    source, model = (
+        timm.create_model(name, num_classes=0, **options | given) for given in ({}, {"img_size": side})
+    )
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     load_file(model, tmp_path / "weights.safetensors")
     expected = source.state_dict()

@@ -46,7 +46,9 @@ def test_a_folder_of_the_cache_and_its_snapshot_name_the_same_file(cache):
 def test_of_several_snapshots_main_s_is_taken(cache):
     other = cache / "snapshots" / "0000"
     other.mkdir()
-    with pytest.raises(UserError, match=rf"has several snapshots \(0000, {REVISION}\): give one of their folders as"):
+    with pytest.raises(
+        UserError, match=rf"has several snapshots \(0000, {REVISION}\): give one of their folders as"
+    ):
         find_file(cache)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(f"{REVISION}\n")
@@ -54,7 +56,8 @@ def test_of_several_snapshots_main_s_is_taken(cache):
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "open_clip_pytorch_model.bin", "mae_base.pth", "encoder.pth.tar", "last.ckpt"]
+    "name",
+    ["pytorch_model.bin", "open_clip_pytorch_model.bin", "mae_base.pth", "encoder.pth.tar", "last.ckpt"],
 )
 def test_a_folder_s_only_file_of_weights_is_taken_whatever_its_name(tmp_path, name):
     torch.save(tiny_model().state_dict(), tmp_path / name)
@@ -64,7 +67,9 @@ def test_a_folder_s_only_file_of_weights_is_taken_whatever_its_name(tmp_path, na
     if "pytorch_model" in name:  # a usual name stands before any other
         assert_loads(tmp_path)
         return
-    with pytest.raises(UserError, match=f"not one file of backbone weights but a.npz, {name}: give the file itself"):
+    with pytest.raises(
+        UserError, match=f"not one file of backbone weights but a.npz, {name}: give the file itself"
+    ):
         find_file(tmp_path)
 
 
@@ -85,7 +90,9 @@ def test_a_folder_without_weights_is_named(cache):
 
 
 def test_a_missing_file_is_named_with_where_it_is_published(tmp_path):
-    with pytest.raises(UserError, match=rf"no file of backbone weights at {tmp_path}/a\.pth: correct backbone.weights"):
+    with pytest.raises(
+        UserError, match=rf"no file of backbone weights at {tmp_path}/a\.pth: correct backbone.weights"
+    ):
         find_file(tmp_path / "a.pth")
     with pytest.raises(UserError) as error:
         find_file(tmp_path / "vit-b-300ep.pth.tar")
@@ -107,22 +114,31 @@ class Payload:
 
 def test_code_in_a_pickle_does_not_run(tmp_path):
     file, mark = tmp_path / "weights.pth", tmp_path / "ran"
-    for write in (lambda held: file.write_bytes(pickle.dumps(held, protocol=2)), lambda held: torch.save(held, file)):
+    for write in (
+        lambda held: file.write_bytes(pickle.dumps(held, protocol=2)),
+        lambda held: torch.save(held, file),
+    ):
         write({"pos_embed": Payload(mark)})
-        with pytest.raises(UserError, match="holds more than tensors, which could run code and is not read: get"):
+        with pytest.raises(
+            UserError, match="holds more than tensors, which could run code and is not read: get"
+        ):
             load_file(tiny_model(), file)
     assert not mark.exists()
 
 
 def test_a_pickled_module_is_refused(tmp_path):
     torch.save(tiny_model(), tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"or save its state_dict\(\) alone and set backbone\.weights to that file"):
+    with pytest.raises(
+        UserError, match=r"or save its state_dict\(\) alone and set backbone\.weights to that file"
+    ):
         load_file(tiny_model(), tmp_path / "model.pt")
 
 
 def test_a_lightning_checkpoint_of_more_than_tensors_is_refused_with_the_line_that_writes_them(tmp_path):
     file = tmp_path / "last.ckpt"
-    torch.save({"state_dict": state(), "hyper_parameters": {"optimizer": partial(torch.optim.Adam, lr=0.1)}}, file)
+    torch.save(
+        {"state_dict": state(), "hyper_parameters": {"optimizer": partial(torch.optim.Adam, lr=0.1)}}, file
+    )
     with pytest.raises(UserError) as error:
         load_file(tiny_model(), file)
     assert str(error.value) == (
@@ -148,7 +164,9 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, suffix):
     file = tmp_path / f"weights.{suffix}"
     WRITERS[suffix](release_arrays(tiny_model()) if suffix == "npz" else state(), file)
     file.write_bytes(file.read_bytes()[:-2000])
-    with pytest.raises(UserError, match=r"weights\.\w+ cannot be read as backbone weights \(.+\): it may be cut short"):
+    with pytest.raises(
+        UserError, match=r"weights\.\w+ cannot be read as backbone weights \(.+\): it may be cut short"
+    ):
         load_file(tiny_model(), file)
 
 
@@ -167,8 +185,16 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, suffix):
         ("pth", {}, "it lacks 54 of 54 weights: cls_token, pos_embed"),
         ("safetensors", state(depth=5), r"no place for 12 of its weights: blocks\.4\."),
         ("safetensors", state(depth=3), r"lacks 12 of 54 weights: blocks\.3\.norm1\.weight"),
-        ("safetensors", state(embed_dim=64), r"other shapes: blocks.0.attn.proj.bias \[64\], which is \[32\] here"),
-        ("safetensors", state(reg_tokens=1), r"no place for 1 of its weights: reg_token; .* pos_embed \[1 x 18 x 32\]"),
+        (
+            "safetensors",
+            state(embed_dim=64),
+            r"other shapes: blocks.0.attn.proj.bias \[64\], which is \[32\] here",
+        ),
+        (
+            "safetensors",
+            state(reg_tokens=1),
+            r"no place for 1 of its weights: reg_token; .* pos_embed \[1 x 18 x 32\]",
+        ),
         ("safetensors", state({"norm.bias": torch.ones(31)}), r"norm\.bias \[31\], which is \[32\] here"),
         ("pth", state({"norm.bias": "text"}), r"no place for 1 of its weights: norm\.bias"),
         ("pth", state({"norm.bias": torch.full((32,), torch.nan)}), r"not finite: norm\.bias"),

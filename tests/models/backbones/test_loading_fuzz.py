@@ -16,7 +16,9 @@ SMALL = {"depth": 1}
 WRITERS = {
     "safetensors": lambda model, file: save_file(model.state_dict(), file),
     "pth": lambda model, file: torch.save(model.state_dict(), file),
-    "ckpt": lambda model, file: torch.save({"state_dict": model.state_dict(), "epoch": 3, "loops": {"a": [1]}}, file),
+    "ckpt": lambda model, file: torch.save(
+        {"state_dict": model.state_dict(), "epoch": 3, "loops": {"a": [1]}}, file
+    ),
     "npz": lambda model, file: np.savez(file, **release_arrays(model)),
 }
 
@@ -48,7 +50,9 @@ LEAVES = st.one_of(
     st.booleans(),
     st.integers(-(2**40), 2**40),
     st.text(max_size=5),
-    st.sampled_from([torch.ones(3), torch.ones(2, 3).to_sparse(), torch.ones(()), torch.ones(3, dtype=torch.bool)]),
+    st.sampled_from(
+        [torch.ones(3), torch.ones(2, 3).to_sparse(), torch.ones(()), torch.ones(3, dtype=torch.bool)]
+    ),
     st.sampled_from([torch.ones(3, device="meta"), torch.ones(3, dtype=torch.complex64), torch.ones(0, 3)]),
 )
 WORDS = st.sampled_from(
@@ -56,10 +60,17 @@ WORDS = st.sampled_from(
 )
 TREES = st.recursive(
     LEAVES,
-    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(WORDS | st.integers(0, 3), inside, max_size=4),
+    lambda inside: (
+        st.lists(inside, max_size=3) | st.dictionaries(WORDS | st.integers(0, 3), inside, max_size=4)
+    ),
     max_leaves=12,
 )
-MARKS = ("embeddings.patch_embeddings.projection.weight", "visual.class_embedding", "mask_token", "register_tokens")
+MARKS = (
+    "embeddings.patch_embeddings.projection.weight",
+    "visual.class_embedding",
+    "mask_token",
+    "register_tokens",
+)
 
 
 @given(tree=TREES, mark=st.sampled_from(["", *MARKS]), leaf=LEAVES)

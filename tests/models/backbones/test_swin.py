@@ -23,7 +23,14 @@ from visprompt.models.methods import METHODS, build_method
 from visprompt.models.methods.inits import initialise
 
 FLOAT32 = 1e-5
-SIZE = {"img_size": 32, "patch_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+SIZE = {
+    "img_size": 32,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+    "window_size": 4,
+}
 
 # what each gives: map and window of the stages
 MODELS = {
@@ -171,7 +178,11 @@ def naive_features(model, x, entering, rows=None, added=None, pool=None):
     image = maps.flatten(1, 2)
     tokens = {"image": image, "prompt": prompts}.get(pool, torch.cat([prompts, image], dim=1))
     tokens = model.norm(tokens)
-    of_each = {"avg": [tokens.mean(1)], "max": [tokens.amax(1)], "catavgmax": [tokens.mean(1), tokens.amax(1)]}
+    of_each = {
+        "avg": [tokens.mean(1)],
+        "max": [tokens.amax(1)],
+        "catavgmax": [tokens.mean(1), tokens.amax(1)],
+    }
     return torch.cat(of_each[model.head.global_pool.pool_type], dim=-1)
 
 
@@ -236,7 +247,9 @@ def test_what_is_left_of_a_side_is_dropped():
 
 
 def test_images_of_other_channels_are_refused():
-    with pytest.raises(UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(2, 1, 32, 32"):
+    with pytest.raises(
+        UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(2, 1, 32, 32"
+    ):
         classifier_on(tiny_swin(), "linear")(torch.zeros(2, 1, 32, 32))
 
 
@@ -295,7 +308,9 @@ def test_every_pooling_reads_what_it_says(which, method, pool):
 
 
 def test_there_is_no_class_token_to_pool():
-    with pytest.raises(UserError, match=r"method\.pool=cls needs a class token, which this backbone does not have"):
+    with pytest.raises(
+        UserError, match=r"method\.pool=cls needs a class token, which this backbone does not have"
+    ):
         classifier_on(tiny_swin(), pool="cls")
 
 
@@ -330,7 +345,10 @@ def test_prompt_dropout_is_drawn_for_every_image():
 @pytest.mark.parametrize("which", ["even", "filled up", "one window"])
 def test_rows_of_keys_and_values_stand_in_every_window(which, tokens, share):
     model = tiny_swin(**MODELS[which])
-    x, options = pictures(model), {"num_tokens": tokens, "num_kv_tokens": 3, "share_kv": share, "kv_blocks": [0, 1, 3]}
+    x, options = (
+        pictures(model),
+        {"num_tokens": tokens, "num_kv_tokens": 3, "share_kv": share, "kv_blocks": [0, 1, 3]},
+    )
     results = []
     for exact in (True, False):
         classifier = classifier_on(model, "e2vpt", exact, dropout=0.0, **options)
@@ -350,7 +368,9 @@ def test_rows_of_keys_and_values_stand_in_every_window(which, tokens, share):
 
 def test_heads_that_do_not_share_the_width_take_no_rows():
     backbone = Swin(tiny_swin(**MODELS["other heads"]))
-    with pytest.raises(UserError, match="method e2vpt cannot work on this backbone: it needs the site keys_values"):
+    with pytest.raises(
+        UserError, match="method e2vpt cannot work on this backbone: it needs the site keys_values"
+    ):
         build_method("e2vpt", backbone)
 
 
@@ -360,9 +380,14 @@ def test_added_prompts_shift_the_image_tokens_of_every_block(location):
     x, classifier = pictures(model), classifier_on(model, location=location, dropout=0.0)
     sides = [10, 10, 5, 5]
     own = [p.expand(side * side, -1) for p, side in zip(classifier.method.prompts, sides, strict=True)]
-    assert [len(p) for p in classifier.method.prompts] == ([s * s for s in sides] if location == "add" else [1] * 4)
+    assert [len(p) for p in classifier.method.prompts] == (
+        [s * s for s in sides] if location == "add" else [1] * 4
+    )
     features = naive_features(model, x, ["keep"] * 4, added=own)
-    assert worst_error(measured(classifier, classifier(x)), measured(classifier, classifier.head(features))) < FLOAT32
+    assert (
+        worst_error(measured(classifier, classifier(x)), measured(classifier, classifier.head(features)))
+        < FLOAT32
+    )
 
 
 PIXELS = {"depth": 1, "dropout": 0.0}
@@ -377,7 +402,9 @@ def test_patches_of_pixels_enter_as_tokens():
     assert worst_error(measured(classifier, classifier(x)), measured(classifier, by_hand)) < FLOAT32
 
 
-@pytest.mark.parametrize(("pixels", "resize", "side"), [(3, True, 32), (2, False, 36), (3, False, 36), (5, False, 40)])
+@pytest.mark.parametrize(
+    ("pixels", "resize", "side"), [(3, True, 32), (2, False, 36), (3, False, 36), (5, False, 40)]
+)
 def test_a_frame_of_pixels_may_make_the_image_larger(pixels, resize, side):
     """What the patch does not divide of the new side is dropped; the mask of shifted windows is that of the new map."""
     model, x = tiny_swin(), images()
@@ -463,7 +490,9 @@ def test_what_nobody_reads_is_not_computed(batch):
 
 
 def test_where_prompts_alone_are_pooled_the_last_blocks_image_tokens_only_answer():
-    prompt, both = (classifier_on(tiny_swin(), num_tokens=6, dropout=0.0, pool=p) for p in ("prompt", "image_prompt"))
+    prompt, both = (
+        classifier_on(tiny_swin(), num_tokens=6, dropout=0.0, pool=p) for p in ("prompt", "image_prompt")
+    )
     left_out = 16 * 10 * 16**2 + 2 * 16 * (16 + 6) * 16  # one window of 16 tokens of width 16
     assert flops(both, 3) - flops(prompt, 3) == 2 * 3 * left_out
 
@@ -535,7 +564,9 @@ def test_a_backbone_in_16_bits_takes_a_method_in_32():
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_the_frozen_part_may_be_computed_once(name, first):
     options = (
-        {"depth": 4 - first, "depth_from": "last"} if name == "vpt_deep" else {"num_tokens": 0, "kv_blocks": [first]}
+        {"depth": 4 - first, "depth_from": "last"}
+        if name == "vpt_deep"
+        else {"num_tokens": 0, "kv_blocks": [first]}
     )
     model, x = tiny_swin(**MODELS["filled up"]), images(2, 40)
     classifier = classifier_on(model, name, **options).eval()
@@ -551,7 +582,9 @@ def test_the_frozen_part_may_be_computed_once(name, first):
 @pytest.mark.parametrize(("num_blocks", "between"), [(1, []), (2, []), (3, ["layers.1.downsample"])])
 def test_partial_tunes_the_merging_between_tuned_blocks(num_blocks, between):
     classifier = classifier_on(tiny_swin(), "partial", num_blocks=num_blocks)
-    blocks = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1"][4 - num_blocks :]
+    blocks = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1"][
+        4 - num_blocks :
+    ]
     starts = tuple(f"backbone.model.{name}." for name in [*blocks, *between, "norm"])
     own = {name for name in classifier.tuned_names if not name.startswith("head.")}
     assert own == {name for name, _ in classifier.named_parameters() if name.startswith(starts)}
@@ -567,13 +600,17 @@ def test_merged_is_a_plain_swin_with_equal_logits(which, name):
             parameter.add_(0.2 * torch.randn_like(parameter))
     merged = merge(classifier)
     assert type(merged) is SwinTransformer
-    assert {type(module) for module in merged.modules()} <= {type(m) for m in tiny_swin(num_classes=2).modules()}
+    assert {type(module) for module in merged.modules()} <= {
+        type(m) for m in tiny_swin(num_classes=2).modules()
+    }
     x = pictures(model, 3)
     assert relative_error(merged(x), classifier(x)) < FLOAT32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "side"), [("vpt_deep", 32), ("vpt_deep", 44), ("vpt_shallow", 44), ("e2vpt", 32)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("vpt_deep", 32), ("vpt_deep", 44), ("vpt_shallow", 44), ("e2vpt", 32)]
+)
 def test_a_compiled_classifier_gives_the_same_logits(name, side):
     classifier, x = classifier_on(tiny_swin(), name).eval(), images(2, side)
     torch.compiler.reset()
@@ -606,7 +643,9 @@ def test_the_papers_counts():
     assert sum(p.numel() for p in build_method("vpt_shallow", base, num_tokens=10).parameters()) == 1_280
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swin_s3_tiny_224", "swin_large_patch4_window12_384"])
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "swin_s3_tiny_224", "swin_large_patch4_window12_384"]
+)
 def test_named_models_are_driven(name):
     backbone = named(name)
     assert backbone.carried_blocks() == []
@@ -639,9 +678,15 @@ def with_part(cls):
     [
         (nn.Linear(2, 2), "backbone class Linear is not a plain timm SwinTransformer: choose one"),
         (OtherSwin(**SIZE), "backbone class OtherSwin is not a plain timm SwinTransformer: choose one"),
-        (with_part(OtherBlock), "this SwinTransformer has a OtherBlock, which nothing drives: choose a plain one of"),
+        (
+            with_part(OtherBlock),
+            "this SwinTransformer has a OtherBlock, which nothing drives: choose a plain one of",
+        ),
         (with_part(OtherAttention), "this SwinTransformer has a OtherAttention, which nothing drives"),
-        (tiny_swin(global_pool=""), "the backbone pools nothing: set backbone.global_pool to avg, avgmax or max"),
+        (
+            tiny_swin(global_pool=""),
+            "the backbone pools nothing: set backbone.global_pool to avg, avgmax or max",
+        ),
     ],
 )
 def test_a_model_that_it_cannot_drive_is_refused(model, message):

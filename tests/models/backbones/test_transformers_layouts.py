@@ -32,7 +32,11 @@ def norm(*names):
 def vit_block(at):
     mlp = layer(f"{at}.intermediate.dense", out=64) | layer(f"{at}.output.dense", inside=64)
     joint = [f"{at}.attention.attention.{part}" for part in ("query", "key", "value")]
-    return layer(*joint, f"{at}.attention.output.dense") | mlp | norm(f"{at}.layernorm_before", f"{at}.layernorm_after")
+    return (
+        layer(*joint, f"{at}.attention.output.dense")
+        | mlp
+        | norm(f"{at}.layernorm_before", f"{at}.layernorm_after")
+    )
 
 
 def vit5_block(at):
@@ -55,8 +59,14 @@ def swiglu_block(at):
 
 
 def swiglu5_block(at):
-    gated = layer(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj", out=64) | layer(f"{at}.mlp.down_proj", inside=64)
-    kept = {name: size for name, size in dinov2_block(at).items() if ".attention." not in name and ".mlp." not in name}
+    gated = layer(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj", out=64) | layer(
+        f"{at}.mlp.down_proj", inside=64
+    )
+    kept = {
+        name: size
+        for name, size in dinov2_block(at).items()
+        if ".attention." not in name and ".mlp." not in name
+    }
     return kept | gated | layer(*(f"{at}.attention.{part}_proj" for part in "qkvo"))
 
 
@@ -97,8 +107,22 @@ GATED = "vit_giant_patch14_dinov2.lvd142m"
 LAYOUTS = {
     "ViTModel": (BASE, "", VIT | layer("pooler.dense"), "encoder.layer", vit_block, {}),
     "ViTForImageClassification": (BASE, "vit.", VIT, "encoder.layer", vit_block, layer("classifier", out=5)),
-    "ViTForImageClassification, version 5": (BASE, "vit.", VIT, "layers", vit5_block, layer("classifier", out=5)),
-    "ViTMAEForPreTraining": (BASE, "vit.", VIT, "encoder.layer", vit_block, layer("decoder.decoder_embed", out=16)),
+    "ViTForImageClassification, version 5": (
+        BASE,
+        "vit.",
+        VIT,
+        "layers",
+        vit5_block,
+        layer("classifier", out=5),
+    ),
+    "ViTMAEForPreTraining": (
+        BASE,
+        "vit.",
+        VIT,
+        "encoder.layer",
+        vit_block,
+        layer("decoder.decoder_embed", out=16),
+    ),
     "Dinov2Model": (DINOV2, "", DINO, "encoder.layer", dinov2_block, {}),
     "Dinov2ForImageClassification": (
         DINOV2,
@@ -163,7 +187,10 @@ def reference(tensors, x, eps):
     at = start.split("0.")[0]
     for i in range(DEPTH):
         x = reference_block(
-            {n.removeprefix(f"{at}{i}."): t for n, t in tensors.items() if n.startswith(f"{at}{i}.")}, x, clip, eps
+            {n.removeprefix(f"{at}{i}."): t for n, t in tensors.items() if n.startswith(f"{at}{i}.")},
+            x,
+            clip,
+            eps,
         )
     return F.layer_norm(x, (WIDTH,), *pick(tensors, "layernorm", "post_layernorm"), eps)
 
@@ -220,7 +247,9 @@ def test_a_layout_gives_transformers_features(tmp_path, layout, suffix):
 @pytest.mark.parametrize("layout", ["ViTModel", "Dinov2Model", "CLIPVisionModel"])
 def test_a_lightning_checkpoint_of_a_transformers_model_is_loaded(tmp_path, layout):
     inside, tensors = tensors_of(layout)
-    torch.save({"state_dict": {f"model.{n}": t for n, t in tensors.items()}, "epoch": 1}, tmp_path / "last.ckpt")
+    torch.save(
+        {"state_dict": {f"model.{n}": t for n, t in tensors.items()}, "epoch": 1}, tmp_path / "last.ckpt"
+    )
     model = model_of(layout)
     load_file(model, tmp_path / "last.ckpt")
     expected = reference(inside, images(2, 32), model.norm.eps)

@@ -116,7 +116,9 @@ def test_without_prompts_features_are_timms_own(options):
 def test_without_prompts_other_blocks_are_timms_own_too(options):
     model, x = tiny_model(**options), images(3)
     classifier = tiny_classifier("linear", model=model)
-    assert relative_error(classifier.features(x), model.forward_head(model.forward_features(x), True)) < FLOAT32
+    assert (
+        relative_error(classifier.features(x), model.forward_head(model.forward_features(x), True)) < FLOAT32
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,11 +132,16 @@ def test_named_models_equal_timms_own(name):
     assert classifier.backbone.carried_blocks() == []
 
 
-@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 2, "no_embed_class": True}], ids=["class token", "registers"])
+@pytest.mark.parametrize(
+    "prefix", [{}, {"reg_tokens": 2, "no_embed_class": True}], ids=["class token", "registers"]
+)
 @pytest.mark.parametrize("size", [24, 48])
 def test_a_dynamic_model_takes_images_of_another_size(size, prefix):
     model, x = tiny_model(dynamic_img_size=True, **prefix), images(2, size)
-    linear, deep = tiny_classifier("linear", model=model), tiny_classifier("vpt_deep", model=model, dropout=0.0)
+    linear, deep = (
+        tiny_classifier("linear", model=model),
+        tiny_classifier("vpt_deep", model=model, dropout=0.0),
+    )
     assert relative_error(linear.features(x), model.forward_head(model.forward_features(x), True)) < FLOAT32
     assert worst_error(measured(deep, deep(x)), measured(deep, naive_logits(deep, x))) < FLOAT32
 
@@ -142,8 +149,16 @@ def test_a_dynamic_model_takes_images_of_another_size(size, prefix):
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
-        ({}, (64, 64), "this backbone takes images of its own size 32 x 32 and got 64 x 64: resize them, or set back"),
-        ({"img_size": (32, 48)}, (48, 32), "its own size 32 x 48 and got 48 x 32: resize them, or set backbone.image"),
+        (
+            {},
+            (64, 64),
+            "this backbone takes images of its own size 32 x 32 and got 64 x 64: resize them, or set back",
+        ),
+        (
+            {"img_size": (32, 48)},
+            (48, 32),
+            "its own size 32 x 48 and got 48 x 32: resize them, or set backbone.image",
+        ),
         (
             {"dynamic_img_size": True},
             (32, 36),
@@ -166,7 +181,12 @@ def test_full_tuning_gives_timms_own_features_and_gradients_in_training(options,
     results = []
     for exact in (True, False, None):
         classifier = tiny_classifier("full", bool(exact), model, **options)
-        assert [type(block.drop_path1) for block in model.blocks] == [nn.Identity, DropPath, DropPath, DropPath]
+        assert [type(block.drop_path1) for block in model.blocks] == [
+            nn.Identity,
+            DropPath,
+            DropPath,
+            DropPath,
+        ]
         torch.manual_seed(4)
         features = model(x) if exact is None else classifier.features(x)
         results.append(measured(classifier, classifier.head(features)))
@@ -245,7 +265,9 @@ def test_the_ways_are_equal_under_the_same_prompt_dropout(pool, carry_over, dept
     masks = 2.0 * (torch.rand(depth, 3, 5, 32, generator=torch.Generator().manual_seed(5)) < 0.5)
     results = []
     for exact in (True, False, None):
-        classifier = tiny_classifier("vpt_deep", bool(exact), model, num_tokens=5, depth=depth, carry_over=carry_over)
+        classifier = tiny_classifier(
+            "vpt_deep", bool(exact), model, num_tokens=5, depth=depth, carry_over=carry_over
+        )
         classifier.method.dropout = GivenMasks(masks)
         logits = naive_logits(classifier, x, masks) if exact is None else classifier(x)
         results.append(measured(classifier, logits))
@@ -303,7 +325,9 @@ def expected_flops(batch, p, own_blocks, queries_last, dim=32, hidden=128, n=NUM
     total = batch * (16 * 3 * 64 * dim + dim * 5)
     for i in range(4):
         q = queries_last if i == 3 else n
-        total += batch * (n * 2 * dim * dim + q * (2 * dim * dim + 2 * dim * hidden))  # keys and values; the rest
+        total += batch * (
+            n * 2 * dim * dim + q * (2 * dim * dim + 2 * dim * hidden)
+        )  # keys and values; the rest
         total += batch * 2 * q * (n + (p if i < own_blocks else 0)) * dim  # attention
     return 2 * (total + own_blocks * p * 2 * dim * dim)  # prompts' keys and values: once, whatever the batch
 
@@ -340,10 +364,19 @@ class PoolsOtherwise(VisionTransformer):
     ("model", "message"),
     [
         (nn.Linear(2, 2), "backbone class Linear is not a plain timm VisionTransformer: choose one"),
-        (PoolsOtherwise(depth=1, embed_dim=32, num_heads=2), "backbone class PoolsOtherwise is not a plain timm Vis"),
-        (tiny_model(global_pool="", class_token=False), "the backbone pools nothing: set backbone.global_pool to tok"),
+        (
+            PoolsOtherwise(depth=1, embed_dim=32, num_heads=2),
+            "backbone class PoolsOtherwise is not a plain timm Vis",
+        ),
+        (
+            tiny_model(global_pool="", class_token=False),
+            "the backbone pools nothing: set backbone.global_pool to tok",
+        ),
         (tiny_model(img_size=63), "^backbone.image_size=63 is no multiple of the patch size 8: give one$"),
-        (tiny_model(img_size=(32, 36)), "^backbone.image_size=36 is no multiple of the patch size 8: give one$"),
+        (
+            tiny_model(img_size=(32, 36)),
+            "^backbone.image_size=36 is no multiple of the patch size 8: give one$",
+        ),
     ],
 )
 def test_a_model_that_it_cannot_drive_is_refused(model, message):

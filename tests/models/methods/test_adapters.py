@@ -71,7 +71,9 @@ def test_the_start_is_the_backbone(cls):
     classifier = build(cls, random=False, model=model)
     assert torch.allclose(classifier.train().features(x), plain, rtol=1e-5, atol=1e-5)
     assert classifier.method.down.abs().min() > 0
-    assert not any(p.any() for p in (classifier.method.up, classifier.method.down_bias, classifier.method.up_bias))
+    assert not any(
+        p.any() for p in (classifier.method.up, classifier.method.down_bias, classifier.method.up_bias)
+    )
 
 
 def test_up_learns_from_the_first_step_and_down_from_the_second():
@@ -147,7 +149,9 @@ def test_down_is_drawn_as_stated():
     plus, houlsby = AdapterPlus(VIT_B), AdapterPlus(VIT_B, init="houlsby")
     for weight in (plus.down, houlsby.down, houlsby.up):
         assert 0.0195 < weight.abs().max() <= 0.02
-        assert weight.std().item() == pytest.approx(0.0088, rel=0.02)  # of a normal cut at two standard deviations
+        assert weight.std().item() == pytest.approx(
+            0.0088, rel=0.02
+        )  # of a normal cut at two standard deviations
     assert not plus.up.any()
 
 
@@ -179,11 +183,19 @@ def test_adaptformer_drops_hidden_units_in_training_only():
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
-        (Adapter, {"bottleneck": 0}, "method.bottleneck=0 is too small: give at least 1, or use method=linear"),
+        (
+            Adapter,
+            {"bottleneck": 0},
+            "method.bottleneck=0 is too small: give at least 1, or use method=linear",
+        ),
         (AdaptFormer, {"bottleneck": -3}, "method.bottleneck=-3 is too small"),
         (AdaptFormer, {"scale": 0.0}, "method.scale=0.0 cannot scale what is tuned: give a number above 0"),
         (AdaptFormer, {"scale": float("nan")}, "method.scale=nan cannot scale"),
-        (AdaptFormer, {"dropout": 1.0}, "method.dropout=1.0 is not a probability: give a number from 0 to below 1"),
+        (
+            AdaptFormer,
+            {"dropout": 1.0},
+            "method.dropout=1.0 is not a probability: give a number from 0 to below 1",
+        ),
         (AdapterPlus, {"drop_path": -0.1}, "method.drop_path=-0.1 is not a probability"),
         (AdapterPlus, {"init": "zeros"}, "unknown method.init 'zeros': did you mean zero"),
     ],
@@ -196,4 +208,6 @@ def test_options_out_of_range_are_named(cls, options, message):
 @pytest.mark.parametrize("cls", METHODS)
 def test_a_batch_of_two_equals_two_singles(cls):
     classifier, x = build(cls, bottleneck=6).eval(), images(2)
-    assert torch.allclose(classifier(x), torch.cat([classifier(x[:1]), classifier(x[1:])]), atol=1e-4, rtol=1e-5)
+    assert torch.allclose(
+        classifier(x), torch.cat([classifier(x[:1]), classifier(x[1:])]), atol=1e-4, rtol=1e-5
+    )

@@ -9,7 +9,16 @@ from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsB
 from torch import nn
 
 import visprompt
-from helpers.tiny import NUM_IMAGE, built, images, measured, timm_logits, tiny_classifier, tiny_model, worst_error
+from helpers.tiny import (
+    NUM_IMAGE,
+    built,
+    images,
+    measured,
+    timm_logits,
+    tiny_classifier,
+    tiny_model,
+    worst_error,
+)
 from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.methods import Flow, Method, build_method
@@ -80,7 +89,11 @@ def test_full_drops_where_the_released_code_does_and_nowhere_else():
     """Behind the position embedding and behind both layers of every MLP; not in the attention."""
     model = tiny_model()
     classifier = tiny_classifier("full", model=model, drop_path=0.0, dropout=0.1)
-    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p}
+    rates = {
+        name: module.p
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Dropout) and module.p
+    }
     assert rates == {"pos_drop": 0.1} | {f"blocks.{i}.mlp.drop{k}": 0.1 for i in range(4) for k in (1, 2)}
     assert not torch.equal(classifier.train()(images()), classifier(images()))
     assert torch.equal(
@@ -92,9 +105,13 @@ def test_dropout_where_there_is_no_place_for_it_is_refused():
     from timm.models.resnet import BasicBlock, ResNet
 
     net = ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=0)
-    with pytest.raises(UserError, match=r"^method\.dropout=0\.1 is of the MLPs of transformers, and this backbone has"):
+    with pytest.raises(
+        UserError, match=r"^method\.dropout=0\.1 is of the MLPs of transformers, and this backbone has"
+    ):
         visprompt.build(net, "full", 2, dropout=0.1)
-    with pytest.raises(UserError, match=r"^method\.dropout=1\.0 is not a probability: give a number from 0 to below 1"):
+    with pytest.raises(
+        UserError, match=r"^method\.dropout=1\.0 is not a probability: give a number from 0 to below 1"
+    ):
         build_method("full", ViT(tiny_model()), dropout=1.0)
 
 
@@ -130,7 +147,9 @@ def test_partial_goes_on_from_the_frozen_blocks(num_blocks):
 
 @pytest.mark.parametrize("count", [0, 5])
 def test_a_number_of_blocks_out_of_range_is_named(count):
-    with pytest.raises(UserError, match=f"method.num_blocks={count} does not fit: give 1 to 4, the backbone's blocks"):
+    with pytest.raises(
+        UserError, match=f"method.num_blocks={count} does not fit: give 1 to 4, the backbone's blocks"
+    ):
         Partial(ViT(tiny_model()), num_blocks=count)
 
 

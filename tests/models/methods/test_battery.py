@@ -44,7 +44,12 @@ def fits(name, backbone):
     return needs(name) <= SITES[backbone]
 
 
-PAIRS = [(n, b) for n in METHODS for b in BACKBONES if fits(n, b) and not (n in SLOW_STARTERS and b != "class token")]
+PAIRS = [
+    (n, b)
+    for n in METHODS
+    for b in BACKBONES
+    if fits(n, b) and not (n in SLOW_STARTERS and b != "class token")
+]
 every_method = pytest.mark.parametrize("name", METHODS)
 every_pair = pytest.mark.parametrize(("name", "backbone"), PAIRS, ids=[f"{n}, {b}" for n, b in PAIRS])
 
@@ -138,7 +143,11 @@ def test_the_frozen_part_may_be_computed_once(name, backbone):
     classifier = built(name, backbone).eval()
     first = classifier.method.first_block
     below = [f"backbone.model.blocks.{i}." for i in range(first)]
-    below += ["backbone.model.patch_embed", "backbone.model.pos_embed", "backbone.model.cls_token"] if first else []
+    below += (
+        ["backbone.model.patch_embed", "backbone.model.pos_embed", "backbone.model.cls_token"]
+        if first
+        else []
+    )
     assert not [n for n in classifier.tuned_names if n.startswith(tuple(below))] or not below
     assert classifier.has_frozen_part == (first > 0)
     if first:
@@ -155,7 +164,9 @@ def test_a_seed_decides_every_initial_value(name):
         backbone = built("linear").backbone
         torch.manual_seed(seed)
         classifier = Classifier(backbone, build_method(name, backbone), NUM_CLASSES)
-        states.append({n: t.clone() for n, t in classifier.tuned_state().items() if not n.startswith("backbone.")})
+        states.append(
+            {n: t.clone() for n, t in classifier.tuned_state().items() if not n.startswith("backbone.")}
+        )
     assert all(torch.equal(tensor, states[1][n]) for n, tensor in states[0].items())
     drawn = {n for n, tensor in states[0].items() if not torch.equal(tensor, states[2][n])}
     assert "head.weight" in drawn
@@ -190,7 +201,9 @@ def test_bf16_stays_near_float32(name, backbone):
 def test_a_pair_that_cannot_work_says_so(name, backbone):
     model = ViT(tiny_model(**BACKBONES[backbone]))
     missing = ", ".join(sorted(needs(name) - SITES[backbone]))
-    message = f"method {name} cannot work on this backbone: it needs the site {missing}, and the backbone offers"
+    message = (
+        f"method {name} cannot work on this backbone: it needs the site {missing}, and the backbone offers"
+    )
     with pytest.raises(UserError, match=message):
         build_method(name, model)
 
@@ -223,7 +236,9 @@ def test_a_model_may_be_given_again(name):
             parameter.add_(1.0)
     tuned = set(first.tuned_names)
     second = visprompt.build(model, "linear", 5)
-    assert torch.equal(second.features(images()), visprompt.build(tiny_model(), "linear", 5).features(images()))
+    assert torch.equal(
+        second.features(images()), visprompt.build(tiny_model(), "linear", 5).features(images())
+    )
     assert {n for n, p in first.named_parameters() if p.requires_grad} == tuned
     assert all(torch.equal(t, own[n]) for n, t in model.state_dict().items())
 
@@ -237,7 +252,9 @@ def test_a_model_in_which_a_method_lives_is_refused_until_it_is_merged(name, par
     if not any(isinstance(module, Wrapped) for module in model.modules()):
         assert visprompt.build(model, "vpt_deep", 3)(images()).shape == (2, 3)
         return
-    message = r"^another method still lives in this model, in \S+: build from a fresh model, or from what visprompt"
+    message = (
+        r"^another method still lives in this model, in \S+: build from a fresh model, or from what visprompt"
+    )
     with pytest.raises(UserError, match=message):
         visprompt.build(model, "vpt_deep", 3)
     if first.method.can_merge:
@@ -246,7 +263,9 @@ def test_a_model_in_which_a_method_lives_is_refused_until_it_is_merged(name, par
 
 def test_a_model_that_sees_further_channels_is_refused():
     first = visprompt.build(tiny_model(), "vpt_shallow", 5, location="concat_channel")
-    with pytest.raises(UserError, match=r"still lives in this model, in patch_embed\.proj: build from a fresh model"):
+    with pytest.raises(
+        UserError, match=r"still lives in this model, in patch_embed\.proj: build from a fresh model"
+    ):
         visprompt.build(first.backbone.model, "linear", 3)
 
 
@@ -276,7 +295,9 @@ def test_a_backbone_in_16_bits_takes_a_method_in_32(name):
     ],
 )
 def test_what_is_no_batch_of_images_is_refused(name, shape):
-    with pytest.raises(UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(3, "):
+    with pytest.raises(
+        UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(3, "
+    ):
         built(name)(torch.zeros(*shape))
 
 
@@ -284,7 +305,9 @@ def test_what_is_no_batch_of_images_is_refused(name, shape):
 @pytest.mark.parametrize("shape", [(16, 64), (48, 48)])
 def test_methods_of_one_grid_refuse_other_images(name, shape):
     classifier = tiny_classifier(name, model=tiny_model(dynamic_img_size=True))
-    with pytest.raises(UserError, match=rf"needs images of the backbone's own size 32 x 32 and got {shape[0]} x"):
+    with pytest.raises(
+        UserError, match=rf"needs images of the backbone's own size 32 x 32 and got {shape[0]} x"
+    ):
         classifier(torch.zeros(1, 3, *shape))
 
 
@@ -306,7 +329,9 @@ def test_a_model_that_is_not_a_plain_vit_is_refused():
         visprompt.build(nn.Linear(2, 2), "linear", 3)
 
 
-@pytest.mark.parametrize(("name", "why"), [("vapt", "from the second block on"), ("vpt_gated", "between blocks")])
+@pytest.mark.parametrize(
+    ("name", "why"), [("vapt", "from the second block on"), ("vpt_gated", "between blocks")]
+)
 def test_a_method_that_needs_two_blocks_says_so(name, why):
     with pytest.raises(UserError, match=f"method {name} has .*{why}: the backbone has only one"):
         visprompt.build(tiny_model(depth=1), name, 3)

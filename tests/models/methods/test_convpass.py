@@ -120,7 +120,13 @@ def test_a_patch_reaches_its_neighbours_and_the_class_token_nobody():
     def reached(token):
         changed = z.clone()
         changed[0, token] = 1.0
-        return (method.branch(Place.ATTENTION, 2, changed, changed) != base).any(-1)[0].nonzero().flatten().tolist()
+        return (
+            (method.branch(Place.ATTENTION, 2, changed, changed) != base)
+            .any(-1)[0]
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
 
     assert reached(0) == [0]
     assert reached(1 + 5) == [1 + n for n in (0, 1, 2, 4, 5, 6, 8, 9, 10)]  # row 1, column 1 of 4 x 4
@@ -150,9 +156,7 @@ def test_dropout_only_in_training():
 
 def test_another_grid_is_named():
     classifier = build(model=tiny_model(**SIZE | {"dynamic_img_size": True}))
-    message = (
-        r"needs images of the backbone's own size 32 x 32 and got 48 x 48: resize them, or set backbone.image_size"
-    )
+    message = r"needs images of the backbone's own size 32 x 32 and got 48 x 48: resize them, or set backbone.image_size"
     with pytest.raises(UserError, match=message):
         classifier(images(1, size=48))
 

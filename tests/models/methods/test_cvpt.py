@@ -64,7 +64,9 @@ def naive_logits(model, x):
 @pytest.mark.parametrize("options", BACKBONES, ids=str)
 def test_logits_and_gradients_are_those_of_the_naive_branch(options, exact):
     model = classifier(exact=exact, **options)
-    assert worst_error(measured(model, model(images())), measured(model, naive_logits(model, images()))) < 1e-5
+    assert (
+        worst_error(measured(model, model(images())), measured(model, naive_logits(model, images()))) < 1e-5
+    )
 
 
 def test_only_prompts_and_head_are_tuned_and_saved():
@@ -101,14 +103,18 @@ def test_dropout_is_drawn_in_training_only():
     assert not torch.equal(model(images()), model(images()))
     model.eval()
     assert torch.equal(model(images()), model(images()))
-    assert worst_error(measured(model, model(images())), measured(model, naive_logits(model, images()))) < 1e-5
+    assert (
+        worst_error(measured(model, model(images())), measured(model, naive_logits(model, images()))) < 1e-5
+    )
 
 
 def test_a_copy_reads_the_prompts_through_its_own_backbone():
     model = classifier()
     twin = copy.deepcopy(model)
     assert torch.equal(twin(images()), model(images()))
-    assert all(a is block.attn for a, block in zip(twin.method._attentions, twin.backbone.model.blocks, strict=True))
+    assert all(
+        a is block.attn for a, block in zip(twin.method._attentions, twin.backbone.model.blocks, strict=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,11 @@ from visprompt.runs import run
 
 TINY, VIT_B = geometry(), geometry(**VIT_B_SIZE)
 LABELS = torch.tensor([0, 3, 1, 0, 4, 2])
-SMALL = {"num_tokens": 3, "guided_tokens": 2, "scale": 0.3}  # far from where exp(32 * ...) hides all but one pair
+SMALL = {
+    "num_tokens": 3,
+    "guided_tokens": 2,
+    "scale": 0.3,
+}  # far from where exp(32 * ...) hides all but one pair
 EVEN = torch.full((6,), 1 / 6)
 
 
@@ -33,7 +37,9 @@ def classifier(classes=5, model=None, **options):
     made = Classifier(backbone, DAVPT(backbone, **SMALL | options), classes)
     with torch.no_grad():
         for name, parameter in made.tuned_parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter) if "prompt" not in name else torch.randn_like(parameter))
+            parameter.add_(
+                0.2 * torch.randn_like(parameter) if "prompt" not in name else torch.randn_like(parameter)
+            )
     return made.train()
 
 
@@ -63,7 +69,9 @@ def naive(model, x, labels):
     tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
     terms, first = [], len(vit.blocks) - len(method.guided)
     for i, block in enumerate(vit.blocks):
-        prompts = method.guided[i - first] if i >= first else (() if method.prompts is None else method.prompts[i])
+        prompts = (
+            method.guided[i - first] if i >= first else (() if method.prompts is None else method.prompts[i])
+        )
         if len(prompts) and method.norm == "l2":
             prompts = prompts / prompts.norm(dim=1, keepdim=True)
         if i >= first:
@@ -109,7 +117,10 @@ def test_without_weights_it_is_deep_prompts():
     model = classifier(patch_weight=0.0, class_weight=0.0, guided_tokens=3)
     prompts = torch.cat([model.method.prompts, model.method.guided])
     logits = model(images(6))
-    assert relative_error(logits, model.head(naive_features(model.backbone.model, images(6), prompts, 0, False))) < 1e-5
+    assert (
+        relative_error(logits, model.head(naive_features(model.backbone.model, images(6), prompts, 0, False)))
+        < 1e-5
+    )
     assert torch.equal(model.losses(logits, LABELS, EVEN), F.cross_entropy(logits, LABELS, reduction="none"))
 
 
@@ -161,7 +172,9 @@ def test_the_loss_is_in_float32_under_autocast():
 def test_biases_of_values_are_those_of_a_plain_model():
     model = classifier(bias=True)
     plain = tiny_model()
-    own = {n.removeprefix("backbone.model."): p for n, p in model.tuned_parameters() if n.startswith("backbone.")}
+    own = {
+        n.removeprefix("backbone.model."): p for n, p in model.tuned_parameters() if n.startswith("backbone.")
+    }
     with torch.no_grad():
         for name, parameter in own.items():
             plain.get_parameter(name).copy_(parameter)
@@ -261,7 +274,9 @@ def test_kmeans_by_cosine():
 
 def test_a_short_batch_has_the_mean_over_its_images():
     module = TuningModule(
-        classifier(), Recipe(optimizer="sgd", lr=1, weight_decay=0, batch_size=6, epochs=1, warmup_epochs=0), seed=1
+        classifier(),
+        Recipe(optimizer="sgd", lr=1, weight_decay=0, batch_size=6, epochs=1, warmup_epochs=0),
+        seed=1,
     )
     loss = module.training_step(Batch(images(3), LABELS[:3], torch.arange(3), torch.full((3,), 1 / 3)), 0)
     _, expected = naive(module.classifier, images(3), LABELS[:3])
@@ -317,7 +332,9 @@ def test_a_run_maps_the_classes_and_refuses_accumulation(tmp_path, monkeypatch):
     assert len(seen[0]) == 10
     assert max(seen[0]) <= 10
     assert result.status == "finished"
-    with pytest.raises(UserError, match=r"this method's loss compares the images of a batch, .*: set trainer\.accum"):
+    with pytest.raises(
+        UserError, match=r"this method's loss compares the images of a batch, .*: set trainer\.accum"
+    ):
         run.run_job(tiny_run(tmp_path / "parts", *options, "trainer.accumulate_grad_batches=2"))
 
 

@@ -28,7 +28,9 @@ PER_LAYER = {
 def e2vpt(seed=1, model=None, exact=True, **options):
     torch.manual_seed(seed)
     backbone = ViT(model or tiny_model(), exact=exact)
-    method = E2VPT(backbone, **{"num_tokens": 3, "num_kv_tokens": 2, "dropout": 0.0, "num_segments": 8} | options)
+    method = E2VPT(
+        backbone, **{"num_tokens": 3, "num_kv_tokens": 2, "dropout": 0.0, "num_segments": 8} | options
+    )
     classifier = Classifier(backbone, method, NUM_CLASSES)
     with torch.no_grad():
         for name, parameter in method.named_parameters():
@@ -167,7 +169,9 @@ def test_a_state_with_other_masks_is_refused_even_where_the_shapes_are_equal():
     other = e2vpt(seed=5, token_mask=[1, 1, 0], segment_mask=[*SHARED["segment_mask"][::2], [1] * 8])
     assert other.method.prompts.shape == pruned.method.prompts.shape
     before = other.tuned_state()["prompts"].clone()
-    with pytest.raises(UserError, match="token_mask is another mask here; build it with the state's own options"):
+    with pytest.raises(
+        UserError, match="token_mask is another mask here; build it with the state's own options"
+    ):
         other.load_tuned_state(pruned.tuned_state())
     assert torch.equal(other.tuned_state()["prompts"], before)
 
@@ -182,14 +186,23 @@ def test_a_state_with_other_masks_is_refused_even_where_the_shapes_are_equal():
         ),
         ({"num_tokens": 0, "kv_blocks": "last_half"}, {"kv_prompts": (2, 2, 2, 16)}),
         ({"num_kv_tokens": 0}, {"prompts": (4, 3, 32)}),
-        (SHARED, {"prompts": (4, 32), "kv_prompts": (4, 2, 2, 16), "token_mask": (3,), "segment_mask": (3, 8)}),
-        (PER_LAYER, {"prompts": (4, 8), "kv_prompts": (4, 2, 2, 16), "token_mask": (4, 3), "segment_mask": (4, 3, 8)}),
+        (
+            SHARED,
+            {"prompts": (4, 32), "kv_prompts": (4, 2, 2, 16), "token_mask": (3,), "segment_mask": (3, 8)},
+        ),
+        (
+            PER_LAYER,
+            {"prompts": (4, 8), "kv_prompts": (4, 2, 2, 16), "token_mask": (4, 3), "segment_mask": (4, 3, 8)},
+        ),
     ],
 )
 def test_names_and_shapes_of_what_is_saved(options, names):
     classifier = e2vpt(**options)
     state = classifier.tuned_state()
-    assert {n: tuple(t.shape) for n, t in state.items()} == names | {"head.weight": (5, 32), "head.bias": (5,)}
+    assert {n: tuple(t.shape) for n, t in state.items()} == names | {
+        "head.weight": (5, 32),
+        "head.bias": (5,),
+    }
     again = e2vpt(seed=9, **options)
     assert not torch.equal(again(images()), classifier(images()))
     again.load_tuned_state(state)
@@ -281,7 +294,10 @@ def test_dropout_is_drawn_for_every_image_over_what_is_left():
         ),
         ({"kv_blocks": [1, 1]}, r"method.kv_blocks=\[1, 1\] does not fit"),
         ({"kv_blocks": []}, r"method.kv_blocks=\[\] does not fit"),
-        ({"kv_blocks": "nonsense", "num_kv_tokens": 0}, "unknown method.kv_blocks 'nonsense': choose one of all, ev"),
+        (
+            {"kv_blocks": "nonsense", "num_kv_tokens": 0},
+            "unknown method.kv_blocks 'nonsense': choose one of all, ev",
+        ),
         ({"num_segments": 0}, "method.num_segments=0 is too small: give at least 1"),
         ({"num_segments": 5, "prune": True}, "method.num_segments=5 does not divide the backbone's width 32"),
         ({"num_tokens": 0, "prune": True}, "method.num_tokens=0 leaves nothing to prune"),

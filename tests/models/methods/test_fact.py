@@ -72,7 +72,9 @@ def test_logits_and_gradients_are_those_of_the_updated_weights(options, form):
     model = tiny_model(**options)
     classifier = build(model=copy.deepcopy(model), rank=3, form=form, scale=0.8).eval()
     x = images(3)
-    fast, naive = (measured(classifier, f(x)) for f in (classifier, lambda x: naive_logits(classifier, model, x)))
+    fast, naive = (
+        measured(classifier, f(x)) for f in (classifier, lambda x: naive_logits(classifier, model, x))
+    )
     assert worst_error(fast, naive) < 1e-5
 
 
@@ -121,7 +123,9 @@ def test_initial_values():
     method = build(random=False, rank=16).method
     assert method.u.abs().max().item() == pytest.approx(32**-0.5, rel=0.02)
     assert method.sigma[:, :8].abs().max().item() == pytest.approx(1 / 4, rel=0.01)
-    assert method.sigma[:, 8:].abs().max().item() == pytest.approx(1 / 8, rel=0.01)  # a layer of four times the inputs
+    assert method.sigma[:, 8:].abs().max().item() == pytest.approx(
+        1 / 8, rel=0.01
+    )  # a layer of four times the inputs
     method = build(random=False, rank=16, form="tk").method
     assert method.core.abs().max().item() == pytest.approx(3**0.5 / 16, rel=0.01)
     assert method.mix.abs().max().item() == pytest.approx((6 / (4 * 12 + 16)) ** 0.5, rel=0.02)
@@ -150,7 +154,9 @@ def test_backbones_that_cannot_be_sliced_are_named():
     message = "method fact cannot work on this backbone: its ParallelScalingBlock has no linear layer attn.qkv; choose"
     with pytest.raises(UserError, match=message):
         build(model=tiny_model(block_fn=ParallelScalingBlock))
-    message = "mlp.fc1 maps 32 to 80, which slices of width 32 do not fill; choose a backbone whose hidden width"
+    message = (
+        "mlp.fc1 maps 32 to 80, which slices of width 32 do not fill; choose a backbone whose hidden width"
+    )
     with pytest.raises(UserError, match=message):
         build(model=tiny_model(**SIZE | {"mlp_ratio": 2.5}))
 
@@ -159,7 +165,10 @@ def test_backbones_that_cannot_be_sliced_are_named():
     ("options", "message"),
     [
         ({"rank": 0}, "method.rank=0 is too small: give at least 1"),
-        ({"rank": 769}, "method.rank=769 is beyond the width 768 of the layers, whose updates have no higher rank"),
+        (
+            {"rank": 769},
+            "method.rank=769 is beyond the width 768 of the layers, whose updates have no higher rank",
+        ),
         ({"scale": 0.0}, "method.scale=0.0 cannot scale what is tuned: give a number above 0"),
         ({"dropout": 1.0}, "method.dropout=1.0 is not a probability"),
         ({"form": "cp"}, "unknown method.form 'cp': choose one of tk, tt"),

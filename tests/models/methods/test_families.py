@@ -14,7 +14,9 @@ from visprompt.models.methods import METHODS
 from visprompt.models.methods.describe import MEMBERS, attempt, refusal
 
 SLOW = {"sidetune"}  # 40 M operations an image: the ViT's battery has it
-PAIRS = [(m, f) for f in MEMBERS for m in METHODS if works(m, f) and f != "ViT" and not (m in SLOW and f != "Swin")]
+PAIRS = [
+    (m, f) for f in MEMBERS for m in METHODS if works(m, f) and f != "ViT" and not (m in SLOW and f != "Swin")
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,7 +88,9 @@ def test_merged_is_a_plain_model_with_equal_logits(method, family):
     classifier = attempt(method, family).eval()
     with torch.no_grad():
         for name, parameter in classifier.tuned_parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            )
     merged = merge(classifier)
     side = classifier.backbone.image_size
     x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,16 @@ import torch
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch.nn import functional as F
 
-from helpers.tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, naive_features, tiny_model, worst_error
+from helpers.tiny import (
+    NUM_CLASSES,
+    VIT_B_SIZE,
+    geometry,
+    images,
+    measured,
+    naive_features,
+    tiny_model,
+    worst_error,
+)
 from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
@@ -55,7 +64,9 @@ def naive_logits(model, x):
             gate = torch.sigmoid(method.gates[i])
             x = torch.cat([gate * x[:, :3] + (1 - gate) * entered, x[:, 3:]], dim=1)
     if method.pool == "image_prompt":
-        return model.head(torch.cat([vit.norm(x[:, :3]), vit.norm(x[:, 3 + vit.num_prefix_tokens :])], 1).mean(1))
+        return model.head(
+            torch.cat([vit.norm(x[:, :3]), vit.norm(x[:, 3 + vit.num_prefix_tokens :])], 1).mean(1)
+        )
     return model.head(vit.forward_head(vit.norm(x[:, 3:]), pre_logits=True))
 
 
@@ -65,7 +76,9 @@ def naive_logits(model, x):
 def test_logits_and_gradients_are_those_of_the_naive_gates(options, pool, exact):
     gates, temperatures = [0.3, -0.7, 1.5], [0.8, 1.3, 2.0, 0.6]
     model = classifier(exact, gates, temperatures, model=tiny_model(**options), pool=pool)
-    assert worst_error(measured(model, model(images())), measured(model, naive_logits(model, images()))) < 1e-5
+    assert (
+        worst_error(measured(model, model(images())), measured(model, naive_logits(model, images()))) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -100,7 +113,13 @@ def test_a_temperature_stays_in_its_range_and_can_come_back():
 
 def test_names_shapes_and_count():
     shapes = {name: list(tensor.shape) for name, tensor in classifier().tuned_state().items()}
-    expected = {"prompts": [1, 3, 32], "gates": [3], "temperatures": [4], "head.weight": [5, 32], "head.bias": [5]}
+    expected = {
+        "prompts": [1, 3, 32],
+        "gates": [3],
+        "temperatures": [4],
+        "head.weight": [5, 32],
+        "head.bias": [5],
+    }
     assert shapes == expected
     without = classifier(temperature=False)
     assert list(without.tuned_state()) == ["prompts", "gates", "head.weight", "head.bias"]
@@ -149,7 +168,10 @@ def test_compiled_logits_and_gradients_are_the_same():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gate_init": -30.0}, "method.gate_init=-30.0 leaves a gate that cannot move: give a number from -20 to 20"),
+        (
+            {"gate_init": -30.0},
+            "method.gate_init=-30.0 leaves a gate that cannot move: give a number from -20 to 20",
+        ),
         ({"num_tokens": 0}, "method.num_tokens=0 is too small"),
     ],
 )
@@ -162,4 +184,7 @@ def test_a_block_without_a_place_for_a_temperature_is_named():
     model = tiny_model(block_fn=ParallelThingsBlock)
     with pytest.raises(UserError, match="no place for a temperature in a ParallelThingsBlock: give"):
         classifier(model=model)
-    assert classifier(model=tiny_model(block_fn=ParallelThingsBlock), temperature=False)(images()).shape == (2, 5)
+    assert classifier(model=tiny_model(block_fn=ParallelThingsBlock), temperature=False)(images()).shape == (
+        2,
+        5,
+    )

@@ -87,7 +87,9 @@ def test_a_seed_decides_and_batches_do_not(init):
 
 
 @pytest.mark.parametrize("init", KINDS)
-@pytest.mark.parametrize(("shared", "shape"), [("intra", (4, 1, 32)), ("inter", (1, 3, 32)), ("all", (1, 1, 32))])
+@pytest.mark.parametrize(
+    ("shared", "shape"), [("intra", (4, 1, 32)), ("inter", (1, 3, 32)), ("all", (1, 1, 32))]
+)
 def test_shared_prompts_start_as_those_of_the_first_of_their_layers(init, shared, shape):
     prompts = initialised(init, shared=shared).prompts
     assert prompts.shape == shape

@@ -200,7 +200,10 @@ PAIRS = [
         {"location": "pad"},
         "method.location=pad enters before the first block alone: give method.depth=1 and depth_from",
     ),
-    ({"location": "pad", **SHALLOW, "depth_from": "last"}, "before the first block alone: give method.depth=1"),
+    (
+        {"location": "pad", **SHALLOW, "depth_from": "last"},
+        "before the first block alone: give method.depth=1",
+    ),
     (
         {"location": "pad", "depth": 1},
         "method.dropout=0.1 is for prompts that are vectors, and those of method.location=pad are pixels: "
@@ -210,7 +213,10 @@ PAIRS = [
         {"location": "pad", **SHALLOW, "shared": "all"},
         "method.shared=all is for prompts that are vectors.*shared=none",
     ),
-    ({"location": "prepend_pixel", **SHALLOW, "project": 3}, "method.project=3 is for .* give method.project=null"),
+    (
+        {"location": "prepend_pixel", **SHALLOW, "project": 3},
+        "method.project=3 is for .* give method.project=null",
+    ),
     (
         {"location": "pad", **SHALLOW, "num_tokens": 16},
         "method.num_tokens=16 pixels on each side leave nothing of an image of 32: give less than 16, or method",
@@ -220,13 +226,22 @@ PAIRS = [
         "method.pad_resize=false with method.num_tokens=4 makes images of 32 pixels 40 wide, which this backbone does "
         r"not take: set \+backbone.kwargs.dynamic_img_size=true, or give method.pad_resize=true",
     ),
-    ({"location": "add", "init": "cls"}, "method.init=cls gives tokens, and method.location=add takes none of them"),
+    (
+        {"location": "add", "init": "cls"},
+        "method.init=cls gives tokens, and method.location=add takes none of them",
+    ),
     (
         {"location": "add", "depth": 2, "carry_over": True},
         "method.carry_over=true says nothing here, since method.location=add has no prompt outputs: give method.carry",
     ),
-    ({"location": "add_one", "carry_over": True}, "since method.location=add_one has no prompt outputs: give method"),
-    ({"location": "add", "pool": "prompt"}, "method.pool=prompt reads prompts behind the last block, where there are"),
+    (
+        {"location": "add_one", "carry_over": True},
+        "since method.location=add_one has no prompt outputs: give method",
+    ),
+    (
+        {"location": "add", "pool": "prompt"},
+        "method.pool=prompt reads prompts behind the last block, where there are",
+    ),
 ]
 
 
@@ -239,7 +254,9 @@ def test_pairs_that_cannot_be_are_one_sentence(options, message):
 
 def test_a_backbone_without_the_site_or_with_oblong_images_is_named():
     sites = geometry(**VIT_B_SIZE, sites=frozenset({"tokens"}))
-    with pytest.raises(UserError, match=r"method.location=pad cannot work on this backbone: it needs the site pixels"):
+    with pytest.raises(
+        UserError, match=r"method.location=pad cannot work on this backbone: it needs the site pixels"
+    ):
         VPT(sites, location="pad", **SHALLOW)
     with pytest.raises(UserError, match="it needs the site pixels, and the backbone offers tokens"):
         VPT(sites, location="concat_channel", **SHALLOW)

@@ -9,7 +9,16 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from helpers.tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, relative_error, tiny_model, worst_error
+from helpers.tiny import (
+    NUM_CLASSES,
+    VIT_B_SIZE,
+    geometry,
+    images,
+    measured,
+    relative_error,
+    tiny_model,
+    worst_error,
+)
 from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
@@ -43,7 +52,9 @@ def naive_logits(classifier, model, x):
         name = f"blocks.{i}.attn.qkv.weight"
         rows = list(weights[name].chunk(3))
         for j, target in enumerate(method.targets):
-            rows["qkv".index(target)] = rows["qkv".index(target)] + method.scale * method.b[i, j] @ method.a[i, j]
+            rows["qkv".index(target)] = (
+                rows["qkv".index(target)] + method.scale * method.b[i, j] @ method.a[i, j]
+            )
         weights[name] = torch.cat(rows)
     return classifier.head(functional_call(model, weights, x))
 
@@ -54,7 +65,9 @@ def test_logits_and_gradients_are_those_of_the_updated_weights(options, targets)
     model = tiny_model(**options)
     classifier = build(model=copy.deepcopy(model), rank=3, alpha=4.0, targets=targets).eval()
     x = images(3)
-    fast, naive = (measured(classifier, f(x)) for f in (classifier, lambda x: naive_logits(classifier, model, x)))
+    fast, naive = (
+        measured(classifier, f(x)) for f in (classifier, lambda x: naive_logits(classifier, model, x))
+    )
     assert worst_error(fast, naive) < 1e-5
 
 
@@ -126,7 +139,9 @@ def test_no_gradient_of_the_size_of_the_weight_is_computed():
         if hasattr(node, "variable"):
             shapes.add(tuple(node.variable.shape))
         else:
-            node.register_hook(lambda inputs, _: shapes.update(tuple(t.shape) for t in inputs if t is not None))
+            node.register_hook(
+                lambda inputs, _: shapes.update(tuple(t.shape) for t in inputs if t is not None)
+            )
         nodes += [parent for parent, _ in node.next_functions]
     loss.backward()
     assert (4, 3, 3, 32) in shapes  # A of all blocks: the walk sees what there is
@@ -164,9 +179,15 @@ def test_blocks_without_the_layer_are_named():
     ("options", "message"),
     [
         ({"rank": 0}, "method.rank=0 is too small: give at least 1"),
-        ({"alpha": 0.0}, "method.alpha=0.0 cannot scale what is tuned: give a number above 0, or null for rank"),
+        (
+            {"alpha": 0.0},
+            "method.alpha=0.0 cannot scale what is tuned: give a number above 0, or null for rank",
+        ),
         ({"dropout": -1.0}, "method.dropout=-1.0 is not a probability"),
-        ({"targets": "qx"}, "method.targets='qx' names no matrices: give letters of qkv, such as qv, each once"),
+        (
+            {"targets": "qx"},
+            "method.targets='qx' names no matrices: give letters of qkv, such as qv, each once",
+        ),
         ({"targets": "qq"}, "method.targets='qq'"),
         ({"targets": ""}, "method.targets=''"),
     ],

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, naive_features, tiny_model, worst_error
+from helpers.tiny import (
+    NUM_CLASSES,
+    VIT_B_SIZE,
+    geometry,
+    images,
+    measured,
+    naive_features,
+    tiny_model,
+    worst_error,
+)
 from visprompt.errors import UserError
 from visprompt.models.api import build
 from visprompt.models.backbones.vit import ViT
@@ -33,7 +42,9 @@ def test_logits_and_gradients_are_those_of_prompts_that_are_the_product(options)
     model = classifier(**options)
     method = model.method
     prompts = torch.einsum("lpr,lrd->lpd", method.left, method.right)
-    naive = model.head(naive_features(model.backbone.model, images(), prompts, method.first_block, method.carry_over))
+    naive = model.head(
+        naive_features(model.backbone.model, images(), prompts, method.first_block, method.carry_over)
+    )
     assert worst_error(measured(model, model(images())), measured(model, naive)) < 1e-5
 
 
@@ -48,7 +59,10 @@ def test_prompts_have_the_rank_and_are_not_stored():
     ("options", "count"),
     [
         ({"num_tokens": 50, "rank": 10}, 12 * 10 * (50 + 768)),
-        ({"num_tokens": 100, "rank": 75, "depth": 1, "carry_over": True}, 65_100),  # the paper's shallow setting
+        (
+            {"num_tokens": 100, "rank": 75, "depth": 1, "carry_over": True},
+            65_100,
+        ),  # the paper's shallow setting
     ],
 )
 def test_counts_are_rank_times_tokens_and_width(options, count):
@@ -95,7 +109,9 @@ def test_options_out_of_range_are_named(options, message):
 def whitened(whitening="tuned", seed=42, batches=None, model=None, **options):
     torch.manual_seed(1)
     backbone = ViT(tiny_model() if model is None else model)
-    method = LowRankVPT(backbone, **{"num_tokens": 5, "rank": 3, "dropout": 0.0, "whitening": whitening} | options)
+    method = LowRankVPT(
+        backbone, **{"num_tokens": 5, "rank": 3, "dropout": 0.0, "whitening": whitening} | options
+    )
     built = Classifier(backbone, method, NUM_CLASSES).eval()
     assert method.needs_images
     inits.initialise(method, backbone, images(6) if batches is None else batches, seed)
@@ -165,7 +181,9 @@ def test_logits_and_gradients_with_whitening_are_those_of_the_product(whitening,
     with torch.no_grad():
         method.left.normal_()
     prompts = torch.einsum("lpr,lrd->lpd", method.left, method.right)
-    naive = model.head(naive_features(model.backbone.model, images(), prompts, method.first_block, method.carry_over))
+    naive = model.head(
+        naive_features(model.backbone.model, images(), prompts, method.first_block, method.carry_over)
+    )
     assert worst_error(measured(model, model(images())), measured(model, naive)) < 1e-5
 
 

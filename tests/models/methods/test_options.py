@@ -14,13 +14,21 @@ from visprompt.models.methods import build_method
     [
         ("vpt_dep", {}, r"unknown method 'vpt_dep': did you mean vpt_deep"),
         ("adaptor", {}, "unknown method 'adaptor': did you mean adapter"),
-        ("vpt_deep", {"num_token": 3}, "unknown option of method vpt_deep 'num_token': did you mean num_tokens"),
+        (
+            "vpt_deep",
+            {"num_token": 3},
+            "unknown option of method vpt_deep 'num_token': did you mean num_tokens",
+        ),
         (
             "vpt_shallow",
             {"lenght": 3},
             "unknown option of method vpt_shallow 'lenght': choose one of carry_over, depth",
         ),
-        ("linear", {"num_tokens": 3}, r"unknown option of method linear 'num_tokens': choose one of \(it has none\)"),
+        (
+            "linear",
+            {"num_tokens": 3},
+            r"unknown option of method linear 'num_tokens': choose one of \(it has none\)",
+        ),
         ("full", {"droppath": 0.1}, "unknown option of method full 'droppath': did you mean drop_path"),
     ],
 )
@@ -31,7 +39,9 @@ def test_unknown_words_name_the_nearest(name, options, message):
 
 def test_a_backbone_without_the_site_is_named():
     pixels = geometry(sites=frozenset({"pixels"}))
-    message = "method full cannot work on this backbone: it needs the site weights, and the backbone offers pixels"
+    message = (
+        "method full cannot work on this backbone: it needs the site weights, and the backbone offers pixels"
+    )
     with pytest.raises(UserError, match=message):
         build_method("full", pixels)
     assert build_method("linear", pixels).num_blocks == 4
@@ -52,7 +62,12 @@ def test_a_backbone_without_the_site_is_named():
         ("e2vpt", "token_mask", {}, "method.token_mask={} is of the wrong kind: give a list or null"),
         ("e2vpt", "prune_tokens", "50", "method.prune_tokens=50 is of the wrong kind: give a list or null"),
         ("sidetune", "weights", None, "method.weights=null is of the wrong kind: give a word"),
-        ("adapter_plus", "bottleneck", None, "method.bottleneck=null is of the wrong kind: give a whole number"),
+        (
+            "adapter_plus",
+            "bottleneck",
+            None,
+            "method.bottleneck=null is of the wrong kind: give a whole number",
+        ),
         ("lora", "alpha", "8", "method.alpha=8 is of the wrong kind: give a number or null"),
         ("lora", "alpha", False, "method.alpha=False is of the wrong kind: give a number or null"),
     ],
@@ -72,6 +87,10 @@ def test_what_is_wrong_inside_a_list_is_one_sentence():
 
 def test_numbers_of_every_kind_do():
     model = ViT(tiny_model())
-    assert build_method("lora", model, alpha=4).scale == build_method("lora", model, alpha=np.float32(4)).scale == 0.5
+    assert (
+        build_method("lora", model, alpha=4).scale
+        == build_method("lora", model, alpha=np.float32(4)).scale
+        == 0.5
+    )
     assert build_method("vpt_deep", model, num_tokens=np.int64(3), depth=None).prompts.shape == (4, 3, 32)
     assert build_method("e2vpt", model, kv_blocks=(0, 2), prune_tokens=[50]).kv_blocks == (0, 2)

@@ -19,7 +19,9 @@ EVEN = torch.full((3,), 1 / 3)
 def classifier(depth=4, model=None, **options):
     torch.manual_seed(1)
     backbone = ViT(tiny_model(depth=depth) if model is None else model)
-    made = Classifier(backbone, SA2VP(backbone, **{"inner": 6, "scale": 0.3, "dropout": 0.0} | options), NUM_CLASSES)
+    made = Classifier(
+        backbone, SA2VP(backbone, **{"inner": 6, "scale": 0.3, "dropout": 0.0} | options), NUM_CLASSES
+    )
     with torch.no_grad():
         for _, parameter in made.tuned_parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -73,7 +75,9 @@ def naive(model, x):
             image, prompts = block(image), after
         else:
             image, prompts = block(image) + method.scale * reads(model, i, image, prompts), block(prompts)
-    return tuple(model.head(vit.forward_head(vit.norm(tokens), pre_logits=True)) for tokens in (image, prompts))
+    return tuple(
+        model.head(vit.forward_head(vit.norm(tokens), pre_logits=True)) for tokens in (image, prompts)
+    )
 
 
 @pytest.mark.parametrize("depth", [2, 4, 10])
@@ -187,5 +191,7 @@ def test_options_out_of_range_are_named(options, message):
 
 @pytest.mark.parametrize("depth", [1, 5])
 def test_a_depth_at_which_nothing_reads_the_last_prompts_is_refused(depth):
-    with pytest.raises(UserError, match=rf"method sa2vp cannot work on this backbone: of its {depth} blocks the last"):
+    with pytest.raises(
+        UserError, match=rf"method sa2vp cannot work on this backbone: of its {depth} blocks the last"
+    ):
         classifier(depth)

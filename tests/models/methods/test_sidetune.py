@@ -99,7 +99,9 @@ def test_the_share_has_two_limits():
         classifier.method.alpha.fill_(math.inf)
         assert torch.equal(classifier.method.features(pooled, x), pooled)
         classifier.method.alpha.fill_(-math.inf)
-        assert torch.allclose(classifier.method.features(pooled, x), naive_side(classifier.method, x), rtol=1e-4)
+        assert torch.allclose(
+            classifier.method.features(pooled, x), naive_side(classifier.method, x), rtol=1e-4
+        )
 
 
 def test_the_backbones_features_are_kept_beside_the_pixels_and_give_the_same():
@@ -145,14 +147,18 @@ def test_the_side_network_is_torchvisions(torchvisions, tmp_path):
     with torch.no_grad():
         expected = torchvisions.avgpool(torchvisions.features(x)).flatten(1)
         assert torch.equal(method.side(x).flatten(1), expected)
-        assert torch.allclose(method.features(torch.zeros(1, 32), x), 0.5 * method.projection(expected), atol=1e-6)
+        assert torch.allclose(
+            method.features(torch.zeros(1, 32), x), 0.5 * method.projection(expected), atol=1e-6
+        )
 
 
 def test_random_weights_are_drawn_as_torchvision_draws_them(torchvisions):
     torch.manual_seed(3)
     drawn = alexnet_features().state_dict()
     assert drawn.keys() == torchvisions.features.state_dict().keys()
-    assert all(torch.equal(drawn[name], tensor) for name, tensor in torchvisions.features.state_dict().items())
+    assert all(
+        torch.equal(drawn[name], tensor) for name, tensor in torchvisions.features.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 80)])
@@ -167,7 +173,9 @@ def test_a_small_image_is_enlarged_to_what_the_side_network_needs(size):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    message = r"there is no file of AlexNet weights at .*none\.pth: correct method\.weights=\.\.\., or give random"
+    message = (
+        r"there is no file of AlexNet weights at .*none\.pth: correct method\.weights=\.\.\., or give random"
+    )
     with pytest.raises(UserError, match=message):
         SideTune(ViT(tiny_model()), weights=str(tmp_path / "none.pth"))
 
@@ -207,5 +215,7 @@ class Anything:
 )
 def test_a_file_of_something_else_is_named_and_nothing_in_it_is_run(tmp_path, content, reason):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=rf"other\.pth does not hold the weights of torchvision's AlexNet \({reason}\)"):
+    with pytest.raises(
+        UserError, match=rf"other\.pth does not hold the weights of torchvision's AlexNet \({reason}\)"
+    ):
         SideTune(ViT(tiny_model()), weights=str(tmp_path / "other.pth"))

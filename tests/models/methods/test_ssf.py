@@ -56,7 +56,9 @@ def naive_logits(classifier, model, beside, x):
             module.bias = nn.Parameter(torch.zeros(len(module.weight)))  # for the shift
     weights = dict(model.named_parameters())
     rows = {"patch_embed.proj": ("patch", ...)} | {path: (name, ...) for name, path in beside.items()}
-    rows |= {f"blocks.{i}.{path}": (name, i) for i in range(len(model.blocks)) for name, path in IN_BLOCK.items()}
+    rows |= {
+        f"blocks.{i}.{path}": (name, i) for i in range(len(model.blocks)) for name, path in IN_BLOCK.items()
+    }
     for path, (name, row) in rows.items():
         gamma, beta = method.gamma[name][row], method.beta[name][row]
         weight = weights[f"{path}.weight"]
@@ -87,7 +89,9 @@ def test_merged_equals_unmerged(options, beside):
         if isinstance(module, Wrapped):
             merged.set_submodule(name, module.merged())
     added = merged.backbone.model.state_dict().keys() - model.state_dict().keys()
-    assert added == ({"patch_embed.proj.bias"} if "pre_norm" in options else set())  # timm leaves that bias out there
+    assert added == (
+        {"patch_embed.proj.bias"} if "pre_norm" in options else set()
+    )  # timm leaves that bias out there
     assert [type(m) for m in merged.backbone.model.modules()] == [type(m) for m in model.modules()]
     assert relative_error(merged(x), classifier(x)) < 1e-5
     assert relative_error(merged.head(merged.backbone.model(x)), classifier(x)) < 1e-5
@@ -115,7 +119,9 @@ def test_a_scale_of_one_and_a_shift_of_zero_is_the_backbone():
     model, x = tiny_model(), images(3)
     plain = model(x)
     classifier = build(random=False, model=model)
-    assert not torch.allclose(classifier.features(x), plain, atol=1e-2)  # the paper's start is drawn around it
+    assert not torch.allclose(
+        classifier.features(x), plain, atol=1e-2
+    )  # the paper's start is drawn around it
     with torch.no_grad():
         for name, parameter in classifier.method.named_parameters():
             parameter.fill_(1.0 if name.startswith("gamma") else 0.0)
@@ -124,9 +130,17 @@ def test_a_scale_of_one_and_a_shift_of_zero_is_the_backbone():
 
 def test_initial_values_are_the_papers_and_the_seeds():
     first, second = build(random=False), build(random=False)
-    gamma, beta = (torch.cat([p.flatten() for p in part.values()]) for part in (first.method.gamma, first.method.beta))
-    assert (gamma.mean().item(), gamma.std().item()) == (pytest.approx(1, abs=0.003), pytest.approx(0.02, rel=0.1))
-    assert (beta.mean().item(), beta.std().item()) == (pytest.approx(0, abs=0.003), pytest.approx(0.02, rel=0.1))
+    gamma, beta = (
+        torch.cat([p.flatten() for p in part.values()]) for part in (first.method.gamma, first.method.beta)
+    )
+    assert (gamma.mean().item(), gamma.std().item()) == (
+        pytest.approx(1, abs=0.003),
+        pytest.approx(0.02, rel=0.1),
+    )
+    assert (beta.mean().item(), beta.std().item()) == (
+        pytest.approx(0, abs=0.003),
+        pytest.approx(0.02, rel=0.1),
+    )
     for name, tensor in first.tuned_state().items():
         assert torch.equal(tensor, second.tuned_state()[name])
 
@@ -144,7 +158,14 @@ def test_the_count_is_the_papers():
 @each_model
 def test_saved_keys_and_tuned_names(options, beside):
     classifier = build(model=tiny_model(**options))
-    own = {"norm1": [4, 32], "qkv": [4, 96], "proj": [4, 32], "norm2": [4, 32], "fc1": [4, 128], "fc2": [4, 32]}
+    own = {
+        "norm1": [4, 32],
+        "qkv": [4, 96],
+        "proj": [4, 32],
+        "norm2": [4, 32],
+        "fc1": [4, 128],
+        "fc2": [4, 32],
+    }
     own |= {"patch": [32]} | {name: [32] for name in beside}
     shapes = {name: list(tensor.shape) for name, tensor in classifier.tuned_state().items()}
     expected = {f"{part}.{name}": shape for part in ("gamma", "beta") for name, shape in own.items()}

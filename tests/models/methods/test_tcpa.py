@@ -62,7 +62,9 @@ def naive(model, x):
             joined = torch.cat([entries.reshape(p, -1) for entries in method.prompts[i]])
             prompts = torch.fft.fft(torch.fft.fft(joined, dim=-1), dim=-2).real
             normed = block.norm1(torch.cat([tokens[:prefix], prompts, tokens[prefix:]]))
-            q, k, v = (part.unflatten(-1, (2, 16)).transpose(0, 1) for part in block.attn.qkv(normed).split(32, -1))
+            q, k, v = (
+                part.unflatten(-1, (2, 16)).transpose(0, 1) for part in block.attn.qkv(normed).split(32, -1)
+            )
             weights = (q @ k.mT / 4).softmax(dim=-1)
             weights = torch.cat([weights[:, :prefix], weights[:, prefix + pools * p :]], dim=1) * mask
             tokens = tokens + block.ls1(block.attn.proj((weights @ v).transpose(0, 1).flatten(1)))

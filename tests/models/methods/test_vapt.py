@@ -61,7 +61,9 @@ def naive_logits(model, x):
 @pytest.mark.parametrize("options", BACKBONES, ids=str)
 def test_logits_and_gradients_are_those_of_the_naive_prompts(options, exact):
     model = classifier(exact=exact, **options)
-    assert worst_error(measured(model, model(images())), measured(model, naive_logits(model, images()))) < 1e-5
+    assert (
+        worst_error(measured(model, model(images())), measured(model, naive_logits(model, images()))) < 1e-5
+    )
 
 
 def test_every_image_has_prompts_of_its_own():

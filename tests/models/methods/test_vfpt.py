@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, measured, naive_features, tiny_model, worst_error
+from helpers.tiny import (
+    NUM_CLASSES,
+    VIT_B_SIZE,
+    geometry,
+    images,
+    measured,
+    naive_features,
+    tiny_model,
+    worst_error,
+)
 from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
@@ -49,7 +58,9 @@ def test_share_0_is_vpt_deep(options):
 
 
 def test_a_share_is_rounded_down_but_not_by_binary_fractions():
-    counts = [VFPT(TINY, num_tokens=n, fourier_share=s).num_fourier for n, s in ((100, 0.29), (10, 0.99), (5, 0.1))]
+    counts = [
+        VFPT(TINY, num_tokens=n, fourier_share=s).num_fourier for n, s in ((100, 0.29), (10, 0.99), (5, 0.1))
+    ]
     assert counts == [29, 9, 0]
 
 

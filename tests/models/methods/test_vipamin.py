@@ -22,7 +22,12 @@ PLACES = [
 
 def initialised(share, patches=3, batches=None, seed=42, method="vpt_deep", model=None, **options):
     """The method, and the prompts that it was drawn with."""
-    options = {"num_tokens": 5, "init": "vipamin", "matched_patches": patches, "orthogonal_share": share} | options
+    options = {
+        "num_tokens": 5,
+        "init": "vipamin",
+        "matched_patches": patches,
+        "orthogonal_share": share,
+    } | options
     classifier = tiny_classifier(method, model=model, **options).eval()
     drawn = [p.detach().clone() for p in classifier.method.prompts]
     inits.initialise(classifier.method, classifier.backbone, images(6) if batches is None else batches, seed)
@@ -161,7 +166,10 @@ def test_a_projection_without_bias_will_do():
     ("options", "message"),
     [
         ({"init": "vipamin", "matched_patches": 0}, "method.matched_patches=0 is too small: give at least 1"),
-        ({"init": "vipamin", "orthogonal_share": 1.5}, "method.orthogonal_share=1.5 is not a share: give a number"),
+        (
+            {"init": "vipamin", "orthogonal_share": 1.5},
+            "method.orthogonal_share=1.5 is not a share: give a number",
+        ),
         (
             {"matched_patches": 2},
             "method.matched_patches=2 is for method.init=vipamin, and says nothing with method.init=random: give "
@@ -169,7 +177,10 @@ def test_a_projection_without_bias_will_do():
         ),
         ({"init": "cls", "orthogonal_share": 0}, "method.orthogonal_share=0 is for method.init=vipamin"),
         ({"init": "vipamin", "project": 4}, "method.init=vipamin gives prompts of the backbone's width"),
-        ({"init": "vipamin", "location": "add"}, "method.init=vipamin gives tokens, and method.location=add takes"),
+        (
+            {"init": "vipamin", "location": "add"},
+            "method.init=vipamin gives tokens, and method.location=add takes",
+        ),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, message):
@@ -194,7 +205,9 @@ def test_a_width_that_the_tokens_span_is_one_sentence():
 
 @pytest.mark.parametrize("family", ["Swin", "EVA-02", "DINOv3"])
 def test_other_attentions_are_refused(family):
-    message = "method.init=vipamin reads the attention of plain ViT blocks, and block 0 of this backbone, of class "
+    message = (
+        "method.init=vipamin reads the attention of plain ViT blocks, and block 0 of this backbone, of class "
+    )
     with pytest.raises(UserError, match=message):
         build(member(family), "vpt_deep", 3, init="vipamin")
     parallel = timm.models.vision_transformer.ParallelScalingBlock

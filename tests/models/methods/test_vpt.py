@@ -55,7 +55,9 @@ def test_prompts_enter_and_leave_where_the_paper_says(name, options, expected):
     for i, letter in enumerate(expected):
         if letter == "E":
             first = expected.index("E")
-            assert torch.equal(method.eval().tokens(i, torch.zeros(7, 5, 32)), method.prompts[i - first].unsqueeze(0))
+            assert torch.equal(
+                method.eval().tokens(i, torch.zeros(7, 5, 32)), method.prompts[i - first].unsqueeze(0)
+            )
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), FLOWS)
@@ -81,7 +83,9 @@ def test_deep_prompts_replace_the_outputs_of_those_before():
 def test_shallow_prompts_enter_once_and_their_outputs_flow_on(exact):
     classifier = tiny_classifier("vpt_shallow", exact=exact, num_tokens=3)
     passed = seen(classifier, images())
-    assert len(passed) == (3 if exact else 4)  # the exact path reads one token of the last block, without calling it
+    assert len(passed) == (
+        3 if exact else 4
+    )  # the exact path reads one token of the last block, without calling it
     assert torch.equal(passed[0][0][:, NUM_IMAGE:], classifier.method.prompts[0].detach().expand(2, -1, -1))
     for (_, before), (entering, _) in pairwise(passed):
         assert torch.equal(entering, before)
@@ -93,7 +97,9 @@ def test_prompts_change_the_features_and_an_image_keeps_its_own():
     x = images(2)
     both = classifier.features(x)
     assert not torch.allclose(both, linear.features(x), atol=0.1)
-    assert torch.allclose(both, torch.cat([classifier.features(x[:1]), classifier.features(x[1:])]), atol=1e-5)
+    assert torch.allclose(
+        both, torch.cat([classifier.features(x[:1]), classifier.features(x[1:])]), atol=1e-5
+    )
 
 
 def test_prompts_are_drawn_from_the_papers_range_and_the_seed():
@@ -157,7 +163,10 @@ def test_without_dropout_training_draws_nothing():
             "method.carry_over=true says nothing here, since method.depth_from=last leaves no block behind the "
             "prompted ones: give method.carry_over=false",
         ),
-        ({"project": 3, "frozen": True}, "method.project is tuned and method.frozen=true tunes the head alone"),
+        (
+            {"project": 3, "frozen": True},
+            "method.project is tuned and method.frozen=true tunes the head alone",
+        ),
     ],
 )
 def test_options_out_of_range_are_named(options, message):
@@ -166,14 +175,19 @@ def test_options_out_of_range_are_named(options, message):
 
 
 def test_prompts_are_shaped_by_the_backbone_they_are_for():
-    classifier = tiny_classifier("vpt_deep", model=tiny_model(**SIZE | {"embed_dim": 64, "depth": 2}), num_tokens=7)
+    classifier = tiny_classifier(
+        "vpt_deep", model=tiny_model(**SIZE | {"embed_dim": 64, "depth": 2}), num_tokens=7
+    )
     assert classifier.method.prompts.shape == (2, 7, 64)
     assert classifier(images()).shape == (2, 5)
 
 
 def same(classifier, features, x):
     """Whether logits and gradients are those of a head on features computed in another way."""
-    return worst_error(measured(classifier, classifier(x)), measured(classifier, classifier.head(features))) < 1e-5
+    return (
+        worst_error(measured(classifier, classifier(x)), measured(classifier, classifier.head(features)))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("options", [{"depth": 3}, {"depth": 2}, {"depth": 1, "num_tokens": 20}])
@@ -194,13 +208,17 @@ def test_a_depth_of_the_last_blocks_keeps_every_image_token(options, exact):
 
 
 @pytest.mark.parametrize("depth_from", ["first", "last"])
-@pytest.mark.parametrize(("shared", "shape"), [("none", (3, 5)), ("intra", (3, 1)), ("inter", (1, 5)), ("all", (1, 1))])
+@pytest.mark.parametrize(
+    ("shared", "shape"), [("none", (3, 5)), ("intra", (3, 1)), ("inter", (1, 5)), ("all", (1, 1))]
+)
 def test_shared_prompts_are_one_vector_or_one_set(shared, shape, depth_from):
     x, options = images(), {"num_tokens": 5, "depth": 3, "depth_from": depth_from, "dropout": 0.0}
     classifier = tiny_classifier("vpt_deep", shared=shared, **options)
     prompts = classifier.method.prompts
     assert prompts.shape == (*shape, 32)
-    written_out = torch.stack([torch.stack([prompts[i % shape[0], j % shape[1]] for j in range(5)]) for i in range(3)])
+    written_out = torch.stack(
+        [torch.stack([prompts[i % shape[0], j % shape[1]] for j in range(5)]) for i in range(3)]
+    )
     first = classifier.method.prompted_blocks[0]
     assert same(classifier, naive_features(classifier.backbone.model, x, written_out, first, False), x)
     assert classifier.summary().tuned == shape[0] * shape[1] * 32
@@ -214,7 +232,13 @@ def test_projected_prompts_share_one_linear_layer(name, shared):
     weight, bias = method.project.weight, method.project.bias
     wide = torch.einsum("lph,dh->lpd", method.prompts.expand(layers, 5, 6), weight) + bias
     assert same(classifier, naive_features(classifier.backbone.model, x, wide, 0, name == "vpt_shallow"), x)
-    assert set(classifier.tuned_state()) == {"prompts", "project.weight", "project.bias", "head.weight", "head.bias"}
+    assert set(classifier.tuned_state()) == {
+        "prompts",
+        "project.weight",
+        "project.bias",
+        "head.weight",
+        "head.bias",
+    }
     own = 6 if shared == "all" else layers * 5 * 6
     assert classifier.summary().tuned == own + 6 * 32 + 32
 
@@ -237,7 +261,9 @@ def test_dropout_comes_behind_the_projection():
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("pool", ["cls", "image", "prompt", "image_prompt"])
 @pytest.mark.parametrize("name", ["vpt_deep", "vpt_shallow"])
-@pytest.mark.parametrize("model", [{}, {"reg_tokens": 4, "pre_norm": True}, {"global_pool": "avg", "fc_norm": True}])
+@pytest.mark.parametrize(
+    "model", [{}, {"reg_tokens": 4, "pre_norm": True}, {"global_pool": "avg", "fc_norm": True}]
+)
 def test_what_the_head_reads_is_a_choice(name, pool, model, exact):
     x, built = images(), tiny_model(**model)
     classifier = tiny_classifier(name, exact, built, num_tokens=5, pool=pool, dropout=0.0)

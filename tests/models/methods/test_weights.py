@@ -28,7 +28,12 @@ TUNED = [  # of the backbone
     (Partial, {}, {}, blocks(3) | NORM),
     (Partial, {"num_blocks": 2}, {}, blocks(2, 3) | NORM),
     (Partial, {"num_blocks": 4}, AVERAGE, blocks(0, 1, 2, 3) | {"fc_norm.weight", "fc_norm.bias"}),
-    (Bias, {}, {}, {n for n in blocks(0, 1, 2, 3) if n.endswith("bias")} | {"norm.bias", "patch_embed.proj.bias"}),
+    (
+        Bias,
+        {},
+        {},
+        {n for n in blocks(0, 1, 2, 3) if n.endswith("bias")} | {"norm.bias", "patch_embed.proj.bias"},
+    ),
     (LayerNorm, {}, {}, {n for n in blocks(0, 1, 2, 3) if "norm" in n} | NORM),
     (
         LayerNorm,
@@ -53,7 +58,9 @@ def test_exactly_the_named_weights_are_tuned_and_saved(method, options, model, e
 
 def test_bias_may_tune_the_tables_of_relative_positions_too():
     """As VPT's released code does on Swin, where every name with "bias" in it is tuned."""
-    model = SwinTransformer(img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 2))
+    model = SwinTransformer(
+        img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 2)
+    )
     classifier = visprompt.build(model, "bias", 3, relative_positions=True)
     tuned = {name for name in classifier.tuned_names if name.startswith("backbone.")}
     assert tuned == {

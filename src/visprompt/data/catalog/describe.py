@@ -46,7 +46,12 @@ Afterwards only the store in `data/stores/` is needed (about 22 GB for VTAB-1k a
 def markdown() -> str:
     """Return the page as Markdown."""
     lines = [_HEAD]
-    for family, title in (("vtab", "VTAB-1k"), ("fgvc", "Fine-grained (FGVC)"), ("demo", "Demo"), ("other", "Other")):
+    for family, title in (
+        ("vtab", "VTAB-1k"),
+        ("fgvc", "Fine-grained (FGVC)"),
+        ("demo", "Demo"),
+        ("other", "Other"),
+    ):
         specs = [spec for spec in TASKS.values() if spec.family == family]
         if not specs:
             continue
@@ -72,7 +77,9 @@ def _section(spec: TaskSpec) -> Iterator[str]:
     yield ""
     yield spec.description
     yield ""
-    yield f"- Config: `data={spec.config}`" + (f"; also called {', '.join(spec.aliases)}" if spec.aliases else "")
+    yield f"- Config: `data={spec.config}`" + (
+        f"; also called {', '.join(spec.aliases)}" if spec.aliases else ""
+    )
     yield f"- Source: {spec.source}. <{spec.homepage}>"
     yield f"- Licence: {spec.licence}"
     yield f"- Cite: {spec.citation}"
@@ -88,7 +95,11 @@ def _section(spec: TaskSpec) -> Iterator[str]:
         urls = " or ".join(f"<{url}>" for url in file.urls) or "by hand"
         yield f"- File: `{file.name}`, {in_bytes(file.size or file.roughly)}, {_proof(file)}; {urls}"
     if spec.mirror:
-        commit = f"commit `{spec.mirror.revision}`" if spec.mirror.revision else "the commit found first is recorded"
+        commit = (
+            f"commit `{spec.mirror.revision}`"
+            if spec.mirror.revision
+            else "the commit found first is recorded"
+        )
         yield f"- Mirror: <https://huggingface.co/datasets/{spec.mirror.repo}>, {commit}"
     if spec.how_to_get:
         yield f"- By hand: {spec.how_to_get}"

@@ -18,7 +18,9 @@ _JSON = (
 _HELD_OUT = f"{_JSON} Where they do not: the official lists, and a tenth of each class of train becomes val."
 
 
-def _fgvc(task: str, sizes: tuple[int, int, int], official: Mapping[str, int], notes: str, **facts: Any) -> TaskSpec:
+def _fgvc(
+    task: str, sizes: tuple[int, int, int], official: Mapping[str, int], notes: str, **facts: Any
+) -> TaskSpec:
     return TaskSpec(
         **{"dataset": task, **facts},
         id=task,
@@ -63,7 +65,9 @@ _NABIRDS = _fgvc(
     aliases=("NABirds", "nabird", "na_birds"),
     num_classes=555,
     label_rule="the position of the image's class number among those that occur, in ascending order",
-    files=(SourceFile(name="nabirds.tar.gz", roughly=10_000_000_000, md5="df21a9e4db349a14e2b08adfd45873bd"),),
+    files=(
+        SourceFile(name="nabirds.tar.gz", roughly=10_000_000_000, md5="df21a9e4db349a14e2b08adfd45873bd"),
+    ),
     source="NABirds V1: 48,562 photographs, about 10 GB",
     licence="the Cornell Lab's terms of use, to be accepted on its page",
     homepage="https://dl.allaboutbirds.org/nabirds",

@@ -153,7 +153,10 @@ _PETS = _natural(
     files=(
         SourceFile(
             name="images.tar.gz",
-            urls=("https://thor.robots.ox.ac.uk/~vgg/data/pets/images.tar.gz", f"{_OXFORD}/pets/data/images.tar.gz"),
+            urls=(
+                "https://thor.robots.ox.ac.uk/~vgg/data/pets/images.tar.gz",
+                f"{_OXFORD}/pets/data/images.tar.gz",
+            ),
             size=791_918_971,
             sha256="67195c5e1c01f1ab5f9b6a5d22b8c27a580d896ece458917e61d459337fa318d",
             md5="5c4f3ee8e5d25df40f4fd59a7f44e54c",

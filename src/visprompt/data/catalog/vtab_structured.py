@@ -172,7 +172,9 @@ _DSPRITES_LOC = _dsprites(
 _DSPRITES_ORI = _dsprites(
     "dsprites_ori",
     aliases=("dsprites_orientation", "dsprites_label_orientation"),
-    class_names=tuple(f"orientation {ceil(2.5 * label)} to {ceil(2.5 * label + 2.5) - 1} of 40" for label in range(16)),
+    class_names=tuple(
+        f"orientation {ceil(2.5 * label)} to {ceil(2.5 * label + 2.5) - 1} of 40" for label in range(16)
+    ),
     label_rule="index of the orientation (0..39, from 0 to 2 pi) / 2.5, rounded down",
     golden={
         "train800": Golden(
@@ -201,7 +203,9 @@ _smallnorb = partial(
     "images are the first of the official test split, the test images its second half, as the task defines them.",
     native=96,
     files=(
-        _norb("training-dat", 131_896_188, "5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873"),
+        _norb(
+            "training-dat", 131_896_188, "5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873"
+        ),
         _norb("training-info", 71_052, "de7eb932ebe7a4ee16217fead60660d0eb3d23632c2f4d1c51f88c501c17bf32"),
         _norb("testing-dat", 130_799_817, "cf7104eed3e51174d2f65b66d1e5878b9da233b886f161b0d88f4510ba2c7474"),
         _norb("testing-info", 10_428, "16adf314226327ee006d1a44db8cfef52773c06c829951d5653a9f6f310248a2"),

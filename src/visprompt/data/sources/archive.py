@@ -69,7 +69,9 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"there is no file {error.filename or path}: get it, or run prepare.py again") from error
+        raise UserError(
+            f"there is no file {error.filename or path}: get it, or run prepare.py again"
+        ) from error
     except _DAMAGE as error:
         raise damaged(path, error) from error
     except OSError as error:
@@ -227,7 +229,13 @@ def inside(path: Path, name: str) -> PurePosixPath:
         UserError: The name is absolute, climbs out or holds control characters.
     """
     clean = PurePosixPath(_clean(name))
-    if not clean.parts or clean.is_absolute() or ".." in clean.parts or ":" in clean.parts[0] or has_control(name):
+    if (
+        not clean.parts
+        or clean.is_absolute()
+        or ".." in clean.parts
+        or ":" in clean.parts[0]
+        or has_control(name)
+    ):
         raise UserError(
             f"{path} holds the member {name!r}, which points outside its folder or cannot be shown: "
             "do not use this file, get it again from its official source"

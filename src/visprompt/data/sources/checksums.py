@@ -82,6 +82,8 @@ def _read(memory: Path) -> Mapping[str, tuple[_Stamp, str]]:
         if stored["schema"] != _SCHEMA:
             return {}
         files = stored["files"].items()
-        return {str(path): ((int(a), int(b), int(c), int(d)), str(text)) for path, ((a, b, c, d), text) in files}
+        return {
+            str(path): ((int(a), int(b), int(c), int(d)), str(text)) for path, ((a, b, c, d), text) in files
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}

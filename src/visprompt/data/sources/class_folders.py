@@ -36,9 +36,13 @@ def class_folders(root: Path, spec: TaskSpec) -> Content:
 
     keys = sorted(key for member in members(path) if (key := key_of(member.name)))
     if missing := index.keys() - {key.partition("/")[0] for key in keys}:
-        raise UserError(f"{path} has no images in a folder {min(missing)}/: it is not the official file, get it again")
+        raise UserError(
+            f"{path} has no images in a folder {min(missing)}/: it is not the official file, get it again"
+        )
     if len(set(keys)) < len(keys):
         double = next(key for key, after in pairwise(keys) if key == after)
         raise UserError(f"{path} has two images {double}: it is not the official file, get it again")
     labels = np.array([index[key.partition("/")[0]] for key in keys], np.int64)
-    return Content({"train": Part(keys, {spec.id: labels})}, lambda wanted: pick(members(path), key_of, wanted))
+    return Content(
+        {"train": Part(keys, {spec.id: labels})}, lambda wanted: pick(members(path), key_of, wanted)
+    )

@@ -64,7 +64,9 @@ def read_csv(
     """
     table = table if table.is_file() else root / table
     if not table.is_file():
-        raise UserError(f"data.csv={table} is not a file: give a CSV with the columns path,label or path,label,split")
+        raise UserError(
+            f"data.csv={table} is not a file: give a CSV with the columns path,label or path,label,split"
+        )
     if split_names == "none":
         raise UserError(
             "data.split_names=none is for folders: give 'data.csv_columns={split: null}' to read no splits from the CSV"
@@ -94,7 +96,9 @@ def read_csv(
 def _column_names(columns: Mapping[str, Any] | None) -> dict[str, str | None]:
     names: dict[str, str | None] = dict(zip(COLUMNS, COLUMNS, strict=True))
     if columns is not None and not isinstance(columns, Mapping):
-        raise UserError(f"data.csv_columns={columns} names no columns: give 'data.csv_columns={{split: NAME}}'")
+        raise UserError(
+            f"data.csv_columns={columns} names no columns: give 'data.csv_columns={{split: NAME}}'"
+        )
     for column, name in (columns or {}).items():
         if column not in COLUMNS:
             raise unknown("column in data.csv_columns", column, COLUMNS)
@@ -112,7 +116,9 @@ def _rows(table: Path) -> tuple[list[Row], list[str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.csv={table} is not a CSV in UTF-8 ({error}): save it as one") from error
     if not rows:
-        raise UserError(f"data.csv={table} lists no images: its first line is path,label[,split], then one per image")
+        raise UserError(
+            f"data.csv={table} lists no images: its first line is path,label[,split], then one per image"
+        )
     return rows, [str(name) for name in reader.fieldnames or ()]
 
 
@@ -204,6 +210,10 @@ def _refuse_repeated(table: Path, lines: Sequence[_Line]) -> None:
         first = seen.setdefault((status.st_dev, status.st_ino), line)
         if first is not line:
             what = (
-                "is listed twice" if line.given == first.given else f"is the file of line {first.number}, {first.given}"
+                "is listed twice"
+                if line.given == first.given
+                else f"is the file of line {first.number}, {first.given}"
             )
-            raise UserError(f"data.csv={table}, line {line.number}: {line.given} {what}: remove one of the lines")
+            raise UserError(
+                f"data.csv={table}, line {line.number}: {line.given} {what}: remove one of the lines"
+            )

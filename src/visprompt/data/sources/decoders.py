@@ -30,7 +30,9 @@ DECODERS: dict[str, Callable[..., np.ndarray]] = {
 """Name -> function of a path and `max_pixels` that returns uint8 [h, w, 3] or raises `BadImage`"""
 
 
-def decoder_of(preprocessing: Mapping[str, Any], max_pixels: int = MAX_PIXELS) -> Callable[[Path], np.ndarray]:
+def decoder_of(
+    preprocessing: Mapping[str, Any], max_pixels: int = MAX_PIXELS
+) -> Callable[[Path], np.ndarray]:
     """Return the function that decodes a file as the images of a run were decoded.
 
     Args:
@@ -42,7 +44,9 @@ def decoder_of(preprocessing: Mapping[str, Any], max_pixels: int = MAX_PIXELS) -
     """
     found = DECODERS.get(str(preprocessing.get("decode")))
     if found is None:
-        raise UserError("the tuned state does not say how images are decoded: an older version wrote it, tune it again")
+        raise UserError(
+            "the tuned state does not say how images are decoded: an older version wrote it, tune it again"
+        )
     white_level = preprocessing.get("white_level")
     options = {} if white_level is None else {"white_level": white_level}
     return partial(found if white_level is None else decode, max_pixels=max_pixels, **options)

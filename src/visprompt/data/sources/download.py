@@ -19,7 +19,14 @@ from typing import Any, cast
 import requests
 from filelock import FileLock
 from requests.adapters import HTTPAdapter
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
@@ -94,7 +101,9 @@ def _missing(file: SourceFile, folder: Path) -> UserError:
     way = "get it by hand as docs/datasets.md says, and put it there"
     if file.urls:
         size = f" ({in_bytes(file.size)})" if file.size else ""
-        way = f"allow its download with data.download=true, or put it there from {' or '.join(file.urls)}{size}"
+        way = (
+            f"allow its download with data.download=true, or put it there from {' or '.join(file.urls)}{size}"
+        )
     return UserError(f"{folder / file.name} is missing: {way}")
 
 
@@ -104,7 +113,9 @@ def _check(file: SourceFile, folder: Path) -> str:
     try:
         checksum = _checksum(file, path)
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error}): repair it or get it again") from error
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}): repair it or get it again"
+        ) from error
     except _Unusable as error:
         raise UserError(
             f"{path} is not the file that the catalog knows ({error}): "
@@ -151,7 +162,9 @@ def _remember(file: SourceFile, folder: Path, checksum: str) -> None:
             temporary.write_text(json.dumps(entries, indent=1, sort_keys=True), encoding="utf-8")
             temporary.replace(path)
     except OSError as error:
-        _log.warning("cannot note in %s that %s is right (%s): it is read again next time", folder, file.name, error)
+        _log.warning(
+            "cannot note in %s that %s is right (%s): it is read again next time", folder, file.name, error
+        )
 
 
 def _entry(path: Path, checksum: str) -> dict[str, Any]:
@@ -175,9 +188,13 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what, how = ("the disk is full", "free space there") if full else (error.strerror, "make the folder writable")
+        what, how = (
+            ("the disk is full", "free space there") if full else (error.strerror, "make the folder writable")
+        )
         where = f"{path.name} to {path.parent}"
-        raise UserError(f"cannot write {where} ({what}): {how} or use another folder, then start again") from error
+        raise UserError(
+            f"cannot write {where} ({what}): {how} or use another folder, then start again"
+        ) from error
 
 
 def _download(file: SourceFile, path: Path) -> str:
@@ -212,7 +229,9 @@ def _fetch(session: requests.Session, url: str, file: SourceFile, part: "_Part")
             except _Interrupted as error:
                 if part.size <= furthest and not retry.total:
                     raise _Unusable(f"{error}, after {_TRIES} tries") from error
-                retry, furthest = (RETRY, part.size) if part.size > furthest else (retry.increment(), furthest)
+                retry, furthest = (
+                    (RETRY, part.size) if part.size > furthest else (retry.increment(), furthest)
+                )
                 _log.info("%s: %s; going on at byte %d", url, error, part.size)
                 retry.sleep()
 
@@ -313,5 +332,10 @@ class _Part:
 def _progress() -> Progress:
     """Return a progress bar, hidden where the output is not a terminal."""
     console = Terminal(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)

@@ -79,7 +79,10 @@ def fgvc(root: Path, spec: TaskSpec) -> ImageFolder:
     items.sort(key=lambda item: item.key)
     names = spec.class_names
     if len(names) != len(label_of):
-        name, examples = layout.namer(found), {id_: key for listed in lists for key, id_ in listed.ids.items()}
+        name, examples = (
+            layout.namer(found),
+            {id_: key for listed in lists for key, id_ in listed.ids.items()},
+        )
         names = tuple(name(examples[id_], id_) for id_ in label_of)
     return ImageFolder(names, tuple(items))
 
@@ -118,7 +121,9 @@ def _splits(layout: _Layout, root: Path, found: Path, spec: TaskSpec) -> list[_L
     for listed in lists:
         for key in listed.ids:
             if seen.setdefault(key, listed.path) is not listed.path:
-                raise UserError(f"{seen[key]} and {listed.path} both list {key}: get the lists again, one is wrong")
+                raise UserError(
+                    f"{seen[key]} and {listed.path} both list {key}: get the lists again, one is wrong"
+                )
     return lists
 
 
@@ -206,7 +211,9 @@ def _bird_lists(root: Path, spec: TaskSpec) -> list[_List]:
     ids: dict[str, dict[str, Id]] = {"1": {}, "0": {}}
     for image, key in images.items():
         if image not in class_of or trained.get(image) not in ids:
-            raise UserError(f"{path} names image {image}, which {labels} or train_test_split.txt lacks: unpack again")
+            raise UserError(
+                f"{path} names image {image}, which {labels} or train_test_split.txt lacks: unpack again"
+            )
         if class_of[image] not in classes or not class_of[image].isdecimal():
             raise UserError(
                 f"{labels} gives image {key} the class {class_of[image]}, unknown to classes.txt: "
@@ -222,7 +229,9 @@ def _dog_lists(root: Path, spec: TaskSpec) -> list[_List]:
     for split in ("train", "test"):
         path = _first(root / "lists" / f"{split}_list.mat", root / f"{split}_list.mat")
         files, labels = mat(path, "file_list", "labels")
-        lists.append(_numbered(path, split, [str(cell.item()) for cell in files.ravel()], labels.ravel(), spec))
+        lists.append(
+            _numbered(path, split, [str(cell.item()) for cell in files.ravel()], labels.ravel(), spec)
+        )
     return lists
 
 
@@ -243,7 +252,11 @@ def _car_lists(root: Path, spec: TaskSpec) -> list[_List]:
         numbered = _numbered(path, "all", files, classes, spec)
         of = dict(zip(files, tested, strict=True))
         return [
-            _List(path, split, {key: id_ for key, id_ in numbered.ids.items() if bool(of[key]) == (split == "test")})
+            _List(
+                path,
+                split,
+                {key: id_ for key, id_ in numbered.ids.items() if bool(of[key]) == (split == "test")},
+            )
             for split in ("train", "test")
         ]
     lists = []
@@ -261,7 +274,9 @@ def _first(path: Path, other: Path) -> Path:
 def _annotations(path: Path, *names: str) -> list[list[Any]]:
     table = mat(path, "annotations")[0].ravel()
     if missing := set(names) - set(table.dtype.names or ()):
-        raise UserError(f"{path} has no field {min(missing)}: it is not the file with all labels, get that one")
+        raise UserError(
+            f"{path} has no field {min(missing)}: it is not the file with all labels, get that one"
+        )
     return [[cell.item() for cell in table[name]] for name in names]
 
 
@@ -294,7 +309,9 @@ def _numbers(root: Path) -> Callable[[str, Id], str]:
 _LAYOUTS = {
     "cub200": _Layout(("images",), ("images",), _bird_lists, _folder_names(".")),
     "nabirds": _Layout(("images",), ("images",), _bird_lists, _nabirds_names),
-    "oxford_flowers": _Layout(("jpg", "image_00001.jpg"), ("jpg", ""), _flower_lists, _numbers, prefix="jpg/"),
+    "oxford_flowers": _Layout(
+        ("jpg", "image_00001.jpg"), ("jpg", ""), _flower_lists, _numbers, prefix="jpg/"
+    ),
     "stanford_dogs": _Layout(("Images",), ("Images",), _dog_lists, _folder_names("-")),
     "stanford_cars": _Layout(
         ("car_ims", "cars_train"),

@@ -13,7 +13,9 @@ from visprompt.data.catalog.task import Mirror, TaskSpec
 from visprompt.data.sources.content import Content, Found, Part, Wanted, check_labels
 from visprompt.errors import UserError
 
-_LOSSLESS_ORIGINALS = frozenset({"cifar", "svhn", "clevr", "dsprites", "kitti", "smallnorb", "patch_camelyon"})
+_LOSSLESS_ORIGINALS = frozenset(
+    {"cifar", "svhn", "clevr", "dsprites", "kitti", "smallnorb", "patch_camelyon"}
+)
 _JPEG = b"\xff\xd8\xff"
 _ADVICE = "check the network and the name, or give the folder of a local clone"
 
@@ -36,7 +38,9 @@ def hub(spec: TaskSpec, root: Path | None, revision: str) -> tuple[Content, str]
     """
     mirror = spec.mirror
     if mirror is None:
-        raise UserError(f"no mirror of {spec.id} on the Hugging Face hub is known: take data.source=raw or prepared")
+        raise UserError(
+            f"no mirror of {spec.id} on the Hugging Face hub is known: take data.source=raw or prepared"
+        )
     if root is None:
         revision = revision or mirror.revision or _newest(mirror)
     tables = _tables(mirror, root, revision)
@@ -69,12 +73,18 @@ def _tables(mirror: Mirror, root: Path | None, revision: str) -> dict[str, Any]:
         raise UserError(f"there is no folder {root}: give the folder of a clone of {mirror.repo}")
     try:
         # or `datasets` would take what it cached of another folder of the same name
-        fresh: Any = {"download_mode": "reuse_cache_if_exists", "verification_mode": "no_checks"} if root else {}
-        found = load_dataset(str(root or mirror.repo), mirror.config, revision=None if root else revision, **fresh)
+        fresh: Any = (
+            {"download_mode": "reuse_cache_if_exists", "verification_mode": "no_checks"} if root else {}
+        )
+        found = load_dataset(
+            str(root or mirror.repo), mirror.config, revision=None if root else revision, **fresh
+        )
     except Exception as error:  # of pyarrow, fsspec, the HTTP library, the hub or the system
         raise _unreadable(what, error, "get it again" if root else _ADVICE) from error
     if missing := [name for name in mirror.splits.values() if name not in found]:
-        raise UserError(f"{what} has no split {missing[0]!r} (it has {', '.join(found)}): it is not the right one")
+        raise UserError(
+            f"{what} has no split {missing[0]!r} (it has {', '.join(found)}): it is not the right one"
+        )
     return {split: found[name] for split, name in mirror.splits.items()}
 
 
@@ -97,7 +107,9 @@ def _integers(table: Any, name: str, where: str) -> np.ndarray:
     try:
         return np.asarray(_column(table, name)).astype(np.int64, casting="same_kind")
     except TypeError as error:
-        raise UserError(f"{where}: the column {name!r} holds other things than labels: check the mirror") from error
+        raise UserError(
+            f"{where}: the column {name!r} holds other things than labels: check the mirror"
+        ) from error
 
 
 def _check_order(spec: TaskSpec, names: Sequence[str], where: str) -> None:
@@ -123,7 +135,9 @@ def _undecoded(table: Any, mirror: Mirror, where: str) -> Any:
     try:
         return table.select_columns([mirror.image]).cast_column(mirror.image, Image(decode=False))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{where}: the column {mirror.image!r} holds no images, check the record's mirror") from error
+        raise UserError(
+            f"{where}: the column {mirror.image!r} holds no images, check the record's mirror"
+        ) from error
 
 
 def _is_jpeg(table: Any, mirror: Mirror) -> bool:
@@ -136,7 +150,9 @@ def _bytes(table: Any, mirror: Mirror, row: int) -> bytes:
     return (table[row][mirror.image] or {}).get("bytes") or b""
 
 
-def _read(mirror: Mirror, images: Mapping[str, Any], parts: Mapping[str, Part], wanted: Wanted) -> Iterator[Found]:
+def _read(
+    mirror: Mirror, images: Mapping[str, Any], parts: Mapping[str, Part], wanted: Wanted
+) -> Iterator[Found]:
     for split, table in images.items():
         chosen = frozenset(wanted.get(split, ()))
         for row, key in enumerate(parts[split].keys):

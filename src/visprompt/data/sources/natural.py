@@ -106,11 +106,15 @@ def caltech101(root: Path) -> Content:
         if key := _caltech_key(member.name):
             folders[_top(key)].add(key)
     if not folders:
-        raise UserError(f"{path} holds no images in 101_ObjectCategories: it is not the official file, get it again")
+        raise UserError(
+            f"{path} holds no images in 101_ObjectCategories: it is not the official file, get it again"
+        )
     split_keys = _caltech_draw(path, folders)
     return Content(
         {
-            split: Part(keys, {"caltech101": folder_labels(path, "caltech101", keys, lambda key: _top(key).lower())})
+            split: Part(
+                keys, {"caltech101": folder_labels(path, "caltech101", keys, lambda key: _top(key).lower())}
+            )
             for split, keys in split_keys.items()
         },
         lambda wanted: pick(_caltech_members(path), _caltech_key, wanted),
@@ -151,9 +155,14 @@ def dtd(root: Path) -> Content:
     """Open the first fold of DTD, `dtd-r1.0.1.tar.gz`; keys are `banded/banded_0002.jpg`."""
     path = root / "dtd-r1.0.1.tar.gz"
     lists = texts(path, *(f"dtd/labels/{name}1.txt" for name in ("train", "val", "test")))
-    keys_of = {split: text.split() for split, text in zip(("train", "validation", "test"), lists, strict=True)}
+    keys_of = {
+        split: text.split() for split, text in zip(("train", "validation", "test"), lists, strict=True)
+    }
     return Content(
-        {split: Part(keys, {"dtd": folder_labels(path, "dtd", keys, _top)}) for split, keys in keys_of.items()},
+        {
+            split: Part(keys, {"dtd": folder_labels(path, "dtd", keys, _top)})
+            for split, keys in keys_of.items()
+        },
         lambda wanted: pick(members(path), lambda name: name.removeprefix("dtd/images/"), wanted),
     )
 
@@ -191,7 +200,10 @@ def oxford_flowers102(root: Path) -> Content:
     """Open Oxford Flowers, `102flowers.tgz`, `imagelabels.mat`, `setid.mat`; keys are `image_00001.jpg`."""
     path = root / "102flowers.tgz"
     return Content(
-        {split: Part(keys, {"oxford_flowers102": labels}) for split, (keys, labels) in flowers_lists(root).items()},
+        {
+            split: Part(keys, {"oxford_flowers102": labels})
+            for split, (keys, labels) in flowers_lists(root).items()
+        },
         lambda wanted: pick(members(path), lambda name: name.removeprefix("jpg/"), wanted),
     )
 
@@ -204,13 +216,17 @@ def oxford_iiit_pet(root: Path) -> Content:
     for (split, name), text in zip(names.items(), texts(lists, *names.values()), strict=True):
         keys, labels = _pet_list(lists, name, text)
         parts[split] = Part(keys, {"oxford_iiit_pet": check_labels(labels, 37, keys, f"{lists} ({name})")})
-    return Content(parts, lambda wanted: pick(members(path), lambda name: name.removeprefix("images/"), wanted))
+    return Content(
+        parts, lambda wanted: pick(members(path), lambda name: name.removeprefix("images/"), wanted)
+    )
 
 
 def _pet_list(path: Path, name: str, text: str) -> tuple[list[str], np.ndarray]:
     rows = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if strange := [row for row in rows if len(row) != 4 or not row[1].isdecimal()]:
-        raise damaged(path, f"{name} has the line {' '.join(strange[0])!r} instead of name, class, species and breed")
+        raise damaged(
+            path, f"{name} has the line {' '.join(strange[0])!r} instead of name, class, species and breed"
+        )
     return [f"{row[0]}.jpg" for row in rows], np.array([int(row[1]) - 1 for row in rows], np.int64)
 
 
@@ -224,7 +240,9 @@ def svhn(root: Path) -> Content:
         path = root / f"{split}_32x32.mat"
         labels = mat(path, "y")[0].ravel()
         keys = [str(row) for row in range(len(labels))]
-        parts[split] = Part(keys, {"svhn": check_labels(np.where(labels == 10, 0, labels), 10, keys, str(path))})
+        parts[split] = Part(
+            keys, {"svhn": check_labels(np.where(labels == 10, 0, labels), 10, keys, str(path))}
+        )
     return Content(parts, lambda wanted: _read_svhn(root, parts, wanted))
 
 
@@ -262,7 +280,10 @@ def sun397(root: Path) -> Content:
     path = unpacked(root / "SUN397.tar.gz")
     keys_of = sun397_keys()
     return Content(
-        {split: Part(keys, {"sun397": folder_labels(path, "sun397", keys, _top)}) for split, keys in keys_of.items()},
+        {
+            split: Part(keys, {"sun397": folder_labels(path, "sun397", keys, _top)})
+            for split, keys in keys_of.items()
+        },
         lambda wanted: pick(members(path), lambda name: f"/{name.removeprefix('SUN397/')}", wanted),
         decode=decode_sun397,
     )

@@ -90,7 +90,9 @@ def _to_unpack(plan: Plan) -> bool:
     """Return whether there are archives that were not completely unpacked, or neither archives nor images."""
     if (plan.files_dir / _DONE).exists():
         return False
-    if any((plan.files_dir / file.name).exists() for file in plan.spec.files if file.name.endswith(_ARCHIVES)):
+    if any(
+        (plan.files_dir / file.name).exists() for file in plan.spec.files if file.name.endswith(_ARCHIVES)
+    ):
         return True
     try:
         return not fgvc_root(plan.files_dir, plan.spec).is_dir()
@@ -128,9 +130,13 @@ def _circulated(plan: Plan) -> Mapping[str, Any]:
     archive = plan.data_dir / CIRCULATED.name
     if plan.files_dir.is_dir():
         known = plan.root is None and archive.exists()
-        return {"sha256": {CIRCULATED.name: obtain(CIRCULATED, plan.data_dir, download=False)}} if known else {}
+        return (
+            {"sha256": {CIRCULATED.name: obtain(CIRCULATED, plan.data_dir, download=False)}} if known else {}
+        )
     if plan.root is not None:
-        raise UserError(f"root={plan.root} is not a folder: give the one that holds the folders of the vtab-1k tasks")
+        raise UserError(
+            f"root={plan.root} is not a folder: give the one that holds the folders of the vtab-1k tasks"
+        )
     if not archive.exists():
         _may_fetch(plan, f"{CIRCULATED.name} ({in_bytes(CIRCULATED.roughly)})")
     checksum = obtain(CIRCULATED, plan.data_dir, download=plan.download)
@@ -139,7 +145,9 @@ def _circulated(plan: Plan) -> Mapping[str, Any]:
         unpack(archive, folder)
         lists = [path for depth in ("*/test.txt", "*/*/test.txt") for path in sorted(folder.glob(depth))]
         if not lists:
-            raise UserError(f"{archive} holds no <task>/test.txt: it is not the vtab-1k archive, get it again")
+            raise UserError(
+                f"{archive} holds no <task>/test.txt: it is not the vtab-1k archive, get it again"
+            )
         if (tasks := lists[0].parents[1]) != folder:  # the archive may hold the folder or its content
             for path in list(tasks.iterdir()):
                 path.replace(folder / path.name)

@@ -72,7 +72,9 @@ class OwnImages(ImageFolder):
         """Return the number of val and of test images that are copies of training images."""
         pairs = list(zip(self.items, self.checksums, strict=True))
         trained = {checksum for item, checksum in pairs if item.split == "train"} - {UNREADABLE}
-        counts = Counter(item.split for item, checksum in pairs if item.split != "train" and checksum in trained)
+        counts = Counter(
+            item.split for item, checksum in pairs if item.split != "train" and checksum in trained
+        )
         return {split: counts[split] for split in SPLITS if counts[split]}
 
     @cached_property
@@ -130,7 +132,9 @@ def find(
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise UserError(f"data.root={root} is not a folder: give the folder that holds one folder of images per class")
+        raise UserError(
+            f"data.root={root} is not a folder: give the folder that holds one folder of images per class"
+        )
     if columns is not None and not table:
         raise UserError("data.csv_columns names columns of a CSV, and there is none: give data.csv=FILE too")
     left_out: Counter[str] = Counter()
@@ -148,9 +152,13 @@ def find(
     if cut:
         splits = stratified([image.key for image in images], [image.name for image in images])
     label_of = {name: label for label, name in enumerate(names)}
-    items = tuple(Item(i.path, i.key, label_of[i.name], split) for i, split in zip(images, splits, strict=True))
+    items = tuple(
+        Item(i.path, i.key, label_of[i.name], split) for i, split in zip(images, splits, strict=True)
+    )
     left = {what: left_out[what] for what in sorted(left_out)}
-    return OwnImages(tuple(names), items, cut, left, tuple(unread), Checksums(memory), white_level, max_pixels)
+    return OwnImages(
+        tuple(names), items, cut, left, tuple(unread), Checksums(memory), white_level, max_pixels
+    )
 
 
 def is_supported(path: Path) -> bool:
@@ -158,10 +166,14 @@ def is_supported(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS
 
 
-def _read_folders(root: Path, split_names: Mapping[str, Any] | str | None, left_out: Counter[str]) -> Iterator[Found]:
+def _read_folders(
+    root: Path, split_names: Mapping[str, Any] | str | None, left_out: Counter[str]
+) -> Iterator[Found]:
     if not folders_in(root):
         what = "holds files but no class folders" if entries(root)[1] else "is empty"
-        raise UserError(f"data.root={root} {what}: put the images of each class into a folder named after the class")
+        raise UserError(
+            f"data.root={root} {what}: put the images of each class into a folder named after the class"
+        )
     parents = class_parents(root, split_names)
     read = {parent for _, parent in parents}
     if root not in read:
@@ -210,7 +222,9 @@ def _check_classes(root: Path, names: list[str], images: list[Found]) -> None:
             f"data.root={root} has {only}: classification needs a folder (or label) for each of two or more"
         )
     if unseen := [name for name in names if has_control(name)]:
-        raise UserError(f"the class {visible(unseen[0])} in {root} has control characters in its name: rename it")
+        raise UserError(
+            f"the class {visible(unseen[0])} in {root} has control characters in its name: rename it"
+        )
     trained = {image.name for image in images if image.split in ("", "train")}
     if missing := [name for name in names if name not in trained]:
         raise UserError(f"class {missing[0]!r} in {root} has no training image: add some or remove the class")

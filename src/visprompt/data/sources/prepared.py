@@ -67,7 +67,9 @@ def _lists(folder: Path, spec: TaskSpec) -> dict[str, list[_Line]]:
     if (folder / "train800.txt").is_file() or not (folder / "train800val200.txt").is_file():
         return {part: _list(folder, f"{part}.txt") for part in ("train800", "val200", "test")}
     both, cut = _list(folder, "train800val200.txt"), spec.split_sizes["train800"]
-    _log.warning("%s has no train800.txt: the first %d lines of train800val200.txt are taken for it", folder, cut)
+    _log.warning(
+        "%s has no train800.txt: the first %d lines of train800val200.txt are taken for it", folder, cut
+    )
     return {"train800": both[:cut], "val200": both[cut:], "test": _list(folder, "test.txt")}
 
 
@@ -90,16 +92,22 @@ def _line(folder: Path, path: Path, number: int, row: str) -> _Line:
         name, label = row.rsplit(maxsplit=1)
         line = _Line(inside(path, name.strip()).as_posix(), int(label))
     except ValueError as error:
-        raise UserError(f"{path}, line {number}: {row!r} is not a path and a label, get the folder again") from error
+        raise UserError(
+            f"{path}, line {number}: {row!r} is not a path and a label, get the folder again"
+        ) from error
     if not (folder / line.key).is_file():
-        raise UserError(f"{path}, line {number}: there is no image {line.key} in {folder}, get the folder again")
+        raise UserError(
+            f"{path}, line {number}: there is no image {line.key} in {folder}, get the folder again"
+        )
     return line
 
 
 def _part(folder: Path, spec: TaskSpec, part: str, lines: list[_Line]) -> Part:
     keys = [line.key for line in lines]
     labels = np.array([line.label for line in lines], np.int64)
-    return Part(keys, {spec.id: check_labels(labels, spec.num_classes, keys, f"{folder}: the list of {part}")})
+    return Part(
+        keys, {spec.id: check_labels(labels, spec.num_classes, keys, f"{folder}: the list of {part}")}
+    )
 
 
 def _read(folder: Path, parts: dict[str, Part], wanted: Wanted) -> Iterator[Found]:

@@ -108,7 +108,9 @@ def _class_folders(path: Path, task: str, top: str) -> Content:
         if key := key_of(member.name):
             folder_of[key] = member.name.split("/")[-2]
     if not folder_of:
-        raise UserError(f"{path} holds no images in {top}/<class>/: it is not the official file, get it again")
+        raise UserError(
+            f"{path} holds no images in {top}/<class>/: it is not the official file, get it again"
+        )
     keys = sorted(folder_of)
     labels = folder_labels(path, task, keys, folder_of.__getitem__)
     return Content({"train": Part(keys, {task: labels})}, lambda wanted: pick(members(path), key_of, wanted))

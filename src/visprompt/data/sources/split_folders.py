@@ -24,7 +24,9 @@ _WORDS = {
     "test": ("test", "testing", "tst", "holdout"),
 }
 _ENDINGS = "s|set|sets|data|dataset|datasets|split|splits|image|images|imgs|img|pics|photos|samples|files"
-_PATTERNS = {split: re.compile(rf"(?:{'|'.join(words)})(?:{_ENDINGS})?", re.ASCII) for split, words in _WORDS.items()}
+_PATTERNS = {
+    split: re.compile(rf"(?:{'|'.join(words)})(?:{_ENDINGS})?", re.ASCII) for split, words in _WORDS.items()
+}
 _VIEW = re.compile(
     r"front|back|rear|side|left|right|top|bottom|above|below|near|far|inside|outside|indoors?|outdoors?|day|night"
     r"|view|angle|cam|camera|session|sample|scan|shot|frame|crops?|raw|originals?|augmented|colou?r|gr[ae]y"
@@ -38,7 +40,9 @@ def split_of(name: str) -> str:
     Case, separators, plurals, prefixes and suffixes are ignored: "Testing", "my-test-set", "train_images" and
     "valImages" name splits, "contest" does not.
     """
-    return next((split for word in words_of(name) for split in _PATTERNS if _PATTERNS[split].fullmatch(word)), "")
+    return next(
+        (split for word in words_of(name) for split in _PATTERNS if _PATTERNS[split].fullmatch(word)), ""
+    )
 
 
 def words_of(name: str) -> list[str]:
@@ -119,9 +123,13 @@ def named_splits(split_names: Mapping[str, Any] | str) -> dict[str, str]:
     for split, given in split_names.items():
         if split not in SPLITS:
             raise unknown("split in data.split_names", split, SPLITS)
-        for name in [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else [None]:
+        for name in (
+            [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else [None]
+        ):
             if type(name) not in (str, int) or name == "":  # Hydra reads 2012 as a number
-                raise UserError(f"data.split_names.{split}={given} is not a name: give one, or a list of names")
+                raise UserError(
+                    f"data.split_names.{split}={given} is not a name: give one, or a list of names"
+                )
             if str(name) in found:
                 raise UserError(f"data.split_names gives {str(name)!r} twice: each name belongs to one split")
             found[str(name)] = split
@@ -141,7 +149,9 @@ def _named(root: Path, tops: Sequence[_Top], split_names: Mapping[str, Any] | st
 def _are_exact(tops: Sequence[_Top]) -> bool:
     """Return whether the folders are named train, val and test, with class folders in train."""
     names = {top.name for top in tops}
-    return names <= set(SPLITS) and "train" in names and bool(next(t for t in tops if t.name == "train").folders)
+    return (
+        names <= set(SPLITS) and "train" in names and bool(next(t for t in tops if t.name == "train").folders)
+    )
 
 
 def _refuse_splits(root: Path, tops: Sequence[_Top]) -> None:
@@ -153,7 +163,9 @@ def _refuse_splits(root: Path, tops: Sequence[_Top]) -> None:
         raise _refusal(root, f"has split folders ({_some(carrying)}) next to {_some(others)}", carrying)
     for top in carrying:
         if top.bare and _is_part(top, others):
-            raise _refusal(root, f"has what looks like a split folder ({top.name!r}) next to {_some(others)}", [top])
+            raise _refusal(
+                root, f"has what looks like a split folder ({top.name!r}) next to {_some(others)}", [top]
+            )
     if len(tops) == 1 and tops[0].folders:
         raise UserError(
             f"data.root={root} has only the folder {tops[0].name!r}: give data.root={tops[0].path} if the classes or "
@@ -169,13 +181,17 @@ def _refuse_splits(root: Path, tops: Sequence[_Top]) -> None:
     if len(tops) <= _MOST_PARTS and all(top.bare for top in tops):
         shared, every = _shared(tops), set().union(*(top.folders for top in tops))
         if len(shared) > 1 and 2 * len(shared) >= len(every) and not _are_classes(tops, shared):
-            raise _refusal(root, f"has the same folders ({_some(shared)}) in each of its folders ({_some(tops)})", tops)
+            raise _refusal(
+                root, f"has the same folders ({_some(shared)}) in each of its folders ({_some(tops)})", tops
+            )
 
 
 def _is_part(top: _Top, others: Sequence[_Top]) -> bool:
     """Return whether a folder with a split's word in its name holds classes, not views of one class."""
     classes = {other.name for other in others}
-    return 2 * len(classes & set(top.folders)) >= len(top.folders) or not _are_classes([top, *others], top.folders)
+    return 2 * len(classes & set(top.folders)) >= len(top.folders) or not _are_classes(
+        [top, *others], top.folders
+    )
 
 
 def _shared(tops: Sequence[_Top]) -> set[str]:
@@ -201,7 +217,9 @@ def _is_view(name: str) -> bool:
     words = words_of(name)
     if not words:  # a year or a date
         return bool(re.fullmatch(r"(19|20)\d\d([-_.]?\d\d){0,2}", name))
-    return any(_VIEW.fullmatch(word) for word in words) and all(_VIEW.fullmatch(w) or len(w) == 1 for w in words)
+    return any(_VIEW.fullmatch(word) for word in words) and all(
+        _VIEW.fullmatch(w) or len(w) == 1 for w in words
+    )
 
 
 def _plain(name: str) -> str:

@@ -110,7 +110,9 @@ def dmlab(root: Path) -> Content:
     if missing := {"train", "validation", "test"} - set(keys):
         raise damaged(path, f"it holds no records in dmlab-{min(missing)}.tfrecord*")
     checked = {split: check_labels(np.array(labels[split]), 6, keys[split], str(path)) for split in keys}
-    return Content({split: Part(keys[split], {"dmlab": checked[split]}) for split in keys}, partial(_read_dmlab, path))
+    return Content(
+        {split: Part(keys[split], {"dmlab": checked[split]}) for split in keys}, partial(_read_dmlab, path)
+    )
 
 
 def _dmlab_examples(path: Path) -> Iterator[tuple[str, Example]]:
@@ -129,7 +131,11 @@ def _read_dmlab(path: Path, wanted: Wanted) -> Iterator[Found]:
                 yield Found(split, key, example.text("image"))
 
 
-KITTI_IMAGES, KITTI_LABELS, KITTI_DEVKIT = "data_object_image_2.zip", "data_object_label_2.zip", "devkit_object.zip"
+KITTI_IMAGES, KITTI_LABELS, KITTI_DEVKIT = (
+    "data_object_image_2.zip",
+    "data_object_label_2.zip",
+    "devkit_object.zip",
+)
 # metres; images without a vehicle have a larger distance
 _KITTI_DISTANCES = np.array([8, 20, 999], np.float32)
 
@@ -180,7 +186,9 @@ def _kitti_videos(path: Path) -> list[str]:
             if member.name.endswith(("mapping/train_rand.txt", "mapping/train_mapping.txt")):
                 texts[PurePosixPath(member.name).name] = member.read().decode()
         lines = texts["train_mapping.txt"].splitlines()
-        videos = [lines[int(number) - 1].split()[1] for number in texts["train_rand.txt"].strip(" \r\n,").split(",")]
+        videos = [
+            lines[int(number) - 1].split()[1] for number in texts["train_rand.txt"].strip(" \r\n,").split(",")
+        ]
     if len(set(videos)) < 3:
         raise damaged(path, "its mapping names less than three videos")
     return videos
@@ -266,7 +274,9 @@ def _norb_part(root: Path, split: str) -> Part:
         raise damaged(path, f"its shape is {shape}, and there are {count} images in {images.name}")
     keys = [str(row) for row in range(count)]
     azimuth = check_labels(info[:, 2] // 2, 18, keys, str(path))
-    return Part(keys, {"smallnorb_azi": azimuth, "smallnorb_ele": check_labels(info[:, 1], 9, keys, str(path))})
+    return Part(
+        keys, {"smallnorb_azi": azimuth, "smallnorb_ele": check_labels(info[:, 1], 9, keys, str(path))}
+    )
 
 
 def _norb_header(path: Path, file: gzip.GzipFile) -> tuple[tuple[int, ...], np.dtype]:

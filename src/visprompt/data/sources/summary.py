@@ -66,7 +66,9 @@ def sentences(task: str, class_names: Sequence[str], summary: Mapping[str, Any])
         f"data: {task} in {summary['root']}: {summary['classes']:,} classes{names}; images: {counts}{cut}; {smallest}"
     ]
     left = [f"{what} ({count:,})" for what, count in summary["left_out"].items()]
-    left += [f"columns {', '.join(summary['unread_columns'])} of the CSV"] if summary["unread_columns"] else []
+    left += (
+        [f"columns {', '.join(summary['unread_columns'])} of the CSV"] if summary["unread_columns"] else []
+    )
     if left:
         lines.append(f"left out: {', '.join(left)}")
     lines += [

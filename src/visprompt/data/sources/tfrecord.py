@@ -101,7 +101,9 @@ def read_records(stream: IO[bytes], name: str) -> Iterator[bytes]:
 
 
 def _damaged(name: str, number: int, what: str) -> UserError:
-    return UserError(f"{name} is truncated or damaged (record {number} {what}): delete it and run the command again")
+    return UserError(
+        f"{name} is truncated or damaged (record {number} {what}): delete it and run the command again"
+    )
 
 
 class Example(dict[str, list[bytes] | list[int]]):

@@ -33,7 +33,9 @@ def entries(folder: Path, left_out: Counter[str] | None = None) -> tuple[list[os
                 else:
                     files.append(entry.name)
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be read ({error.strerror}): change its permissions") from error
+        raise UserError(
+            f"the folder {folder} cannot be read ({error.strerror}): change its permissions"
+        ) from error
     return sorted(folders, key=lambda entry: entry.name), sorted(files)
 
 
@@ -67,7 +69,9 @@ def files_below(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
             yield from _walk(link, seen, links, left_out)
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]], links: list[Path], left_out: Counter[str]) -> Iterator[Path]:
+def _walk(
+    folder: Path, seen: set[tuple[int, int]], links: list[Path], left_out: Counter[str]
+) -> Iterator[Path]:
     pending = [folder]
     while pending:
         here = pending.pop()

@@ -65,7 +65,11 @@ def _sizes(spec: TaskSpec, keys: Mapping[str, list[str]]) -> Iterator[Check]:
 def _range(spec: TaskSpec, labels: Mapping[str, np.ndarray]) -> Iterator[Check]:
     everything = np.concatenate(list(labels.values()))
     low, high = int(everything.min()), int(everything.max())
-    yield Check("range of labels", low >= 0 and high < spec.num_classes, f"{low}..{high} of {spec.num_classes} classes")
+    yield Check(
+        "range of labels",
+        low >= 0 and high < spec.num_classes,
+        f"{low}..{high} of {spec.num_classes} classes",
+    )
 
 
 def _disjoint(keys: Mapping[str, list[str]], how: str) -> Iterator[Check]:
@@ -95,7 +99,9 @@ def _golden(name: str, golden: Golden, keys: list[str], labels: np.ndarray, orde
         yield _same(f"images per class in {name}", counts, golden.histogram)
     if golden.classes:
         # not fatal in test: the datasets' authors do not say that every class occurs there
-        yield _same(f"classes in {name}", (len(np.unique(labels)),), (golden.classes,))._replace(fatal=name != "test")
+        yield _same(f"classes in {name}", (len(np.unique(labels)),), (golden.classes,))._replace(
+            fatal=name != "test"
+        )
 
 
 def _same(name: str, found: tuple[object, ...], expected: tuple[object, ...]) -> Check:

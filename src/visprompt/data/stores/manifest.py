@@ -132,7 +132,9 @@ def check_place(folder: Path, made_for: str | None, expected: str) -> None:
         UserError: They differ.
     """
     if made_for not in (None, expected):
-        raise UserError(f"{folder} holds the store {made_for}, not {expected}: move it to its own place or delete it")
+        raise UserError(
+            f"{folder} holds the store {made_for}, not {expected}: move it to its own place or delete it"
+        )
 
 
 def whole(read: Callable[[], Any]) -> Any:

@@ -48,7 +48,13 @@ class MappedFile:
         self._flags: mmap.mmap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "recorded": self.recorded, "_map": None, "_bytes": np.empty(0), "_flags": None}
+        return {
+            "path": self.path,
+            "recorded": self.recorded,
+            "_map": None,
+            "_bytes": np.empty(0),
+            "_flags": None,
+        }
 
     @property
     def bytes(self) -> np.ndarray:

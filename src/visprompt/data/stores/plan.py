@@ -55,11 +55,15 @@ class Plan:
         if self.source not in SOURCES:
             raise unknown("source", self.source, SOURCES)
         if self.spec.family == "fgvc" and self.source != "raw":
-            raise UserError(f"{self.spec.id} has no source {self.source!r}: FGVC datasets are read with source=raw")
+            raise UserError(
+                f"{self.spec.id} has no source {self.source!r}: FGVC datasets are read with source=raw"
+            )
         if self.spec.family == "other" and self.source == "prepared":
             raise UserError(f"{self.spec.id} is not in the vtab-1k folder in circulation: use source=raw")
         if self.source == "hf" and self.spec.mirror is None:
-            raise UserError(f"{self.spec.id} has no mirror on the hub that is known to be right: use source=raw")
+            raise UserError(
+                f"{self.spec.id} has no mirror on the hub that is known to be right: use source=raw"
+            )
 
     @property
     def name(self) -> str:
@@ -118,7 +122,11 @@ class Plan:
         words |= {"revision": self.revision} if self.revision else {}
         if self.spec.family != "fgvc" and not self.native:
             words |= {"image_size": str(self.size)} if self.size != 224 else {}
-            words |= {"preprocessing.interpolation": self.interpolation} if self.interpolation != "bilinear" else {}
+            words |= (
+                {"preprocessing.interpolation": self.interpolation}
+                if self.interpolation != "bilinear"
+                else {}
+            )
             words |= {"preprocessing.resampling": self.resampling} if self.resampling != "tf1" else {}
         return " ".join(["python src/prepare.py", *(f"{key}={value}" for key, value in words.items())])
 

@@ -91,7 +91,9 @@ def _make_square(plan: Plan) -> None:
     total = sum(len(s.keys) for s in selections.values())
 
     def write(folder: Path) -> None:
-        write_square(folder, content, selections, _converter(plan), record, _watch(plan.name, total), plan.place)
+        write_square(
+            folder, content, selections, _converter(plan), record, _watch(plan.name, total), plan.place
+        )
 
     publish(plan.folder, write, lambda: find(plan) is not None)
 
@@ -114,7 +116,11 @@ def _make_ragged(plan: Plan) -> None:
 
 def warn_lossy(plan: Plan, store: SquareStore) -> None:
     """Warn once that small lossless images were re-encoded as JPEG, which costs accuracy."""
-    if store.record["form"] == "lossy" and plan.spec.dataset in ("cifar", "svhn") and plan.spec.id not in _warned:
+    if (
+        store.record["form"] == "lossy"
+        and plan.spec.dataset in ("cifar", "svhn")
+        and plan.spec.id not in _warned
+    ):
         _warned.add(plan.spec.id)
         _log.warning(
             "%s is read from JPEG files made of its lossless images, which costs accuracy (CIFAR-100: 10 to 20 "
@@ -163,14 +169,19 @@ def check_selections(selections: Mapping[str, Selection], *, ordered: bool) -> l
     return [
         found
         for task in tasks
-        for found in check(TASKS[task], keys, {n: s.labels[task] for n, s in selections.items()}, ordered=ordered)
+        for found in check(
+            TASKS[task], keys, {n: s.labels[task] for n, s in selections.items()}, ordered=ordered
+        )
     ]
 
 
 def check_folder(spec: TaskSpec, images: ImageFolder) -> list[Check]:
     """Check an FGVC dataset against its record; train and val, which are cut in two ways, are added up."""
     parts = {"train": "train+val", "val": "train+val", "test": "test"}
-    sizes = {"train+val": spec.split_sizes["train"] + spec.split_sizes["val"], "test": spec.split_sizes["test"]}
+    sizes = {
+        "train+val": spec.split_sizes["train"] + spec.split_sizes["val"],
+        "test": spec.split_sizes["test"],
+    }
     rows = [(parts[item.split], item) for item in images.items]
     keys = {name: [item.key for part, item in rows if part == name] for name in sizes}
     labels = {name: np.array([item.label for part, item in rows if part == name], np.int64) for name in sizes}

@@ -78,11 +78,15 @@ def verify_all(plans: Sequence[Plan]) -> None:
             checks = [_check_pixels(store), *_check_store(plan, store)]
             _show(plan, store.folder, checks)
             wrong += [
-                f"{plan.spec.id}: {found.name} is {found.detail}" for found in checks if found.fatal and not found.good
+                f"{plan.spec.id}: {found.name} is {found.detail}"
+                for found in checks
+                if found.fatal and not found.good
             ]
     console.print(f"{len(stores) - len(missing)} of {len(plans)} tasks are prepared")
     if wrong:
-        raise UserError(f"{len(wrong)} checks failed: {'; '.join(wrong)}: delete those stores and prepare them again")
+        raise UserError(
+            f"{len(wrong)} checks failed: {'; '.join(wrong)}: delete those stores and prepare them again"
+        )
 
 
 def _announce(plans: Sequence[Plan]) -> None:
@@ -97,7 +101,9 @@ def _announce(plans: Sequence[Plan]) -> None:
             size = in_bytes(None)
         else:
             files = {_place(plan) / file.name: file for file in _files(plan)}
-            files = {path: file for path, file in files.items() if unpacked(path) == path and not path.exists()}
+            files = {
+                path: file for path, file in files.items() if unpacked(path) == path and not path.exists()
+            }
             hands = any(not file.urls for file in files.values())
             again = bool(files) and files.keys() <= wanted.keys()
             size = "shared" if again else _sum(list(files.values())) + (", by hand" if hands else "")
@@ -112,7 +118,9 @@ def _say_how(plan: Plan) -> None:
     lines = [f"{plan.spec.id}: {plan.spec.source}", f"  {plan.spec.homepage}"]
     for file in _files(plan):
         urls = " or ".join(file.urls) if file.urls else "to be fetched by hand"
-        proof = f"sha256 {file.sha256}" if file.sha256 else f"md5 {file.md5}" if file.md5 else "no known checksum"
+        proof = (
+            f"sha256 {file.sha256}" if file.sha256 else f"md5 {file.md5}" if file.md5 else "no known checksum"
+        )
         lines.append(f"  {file.name} ({_sum([file])}, {proof}) into {_place(plan)}: {urls}")
     if plan.source == "hf" and plan.spec.mirror:
         lines.append(f"  https://huggingface.co/datasets/{plan.spec.mirror.repo}")
@@ -141,9 +149,13 @@ def _check_pixels(store: SquareStore | RaggedStore) -> Check:
     """Check all pixels of a store against their checksums."""
     name = "pixels unchanged"
     if store.chunks is None:
-        return Check(name, False, "unknown: an older version made it, and its next use writes checksums", fatal=False)
+        return Check(
+            name, False, "unknown: an older version made it, and its next use writes checksums", fatal=False
+        )
     size, damaged = in_bytes((store.folder / "pixels.bin").stat().st_size), store.pixels.damaged()
-    return Check(name, not damaged, f"{damaged} of {len(store.chunks)} parts of {size} differ" if damaged else size)
+    return Check(
+        name, not damaged, f"{damaged} of {len(store.chunks)} parts of {size} differ" if damaged else size
+    )
 
 
 def _check_store(plan: Plan, store: SquareStore | RaggedStore) -> list[Check]:

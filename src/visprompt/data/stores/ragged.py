@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 
 from visprompt.data.sources.images import BadImage, ImageFolder, Item, decode
-from visprompt.data.stores.manifest import Store, adopt, check_place, check_size, read_manifest, whole, write_manifest
+from visprompt.data.stores.manifest import (
+    Store,
+    adopt,
+    check_place,
+    check_size,
+    read_manifest,
+    whole,
+    write_manifest,
+)
 from visprompt.data.stores.threads import in_threads
 from visprompt.data.transforms import resize_short_side
 from visprompt.errors import UserError
@@ -177,7 +185,9 @@ def read_store(folder: Path) -> RaggedStore | None:
             notes={str(what): int(count) for what, count in manifest.get("notes", {}).items()},
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it is not the manifest of a store") from error
+        raise DamagedRecord(
+            f"{folder / 'manifest.json'} is damaged: it is not the manifest of a store"
+        ) from error
     check_size(folder / "pixels.bin", int(store.offsets[-1]))
     return store
 

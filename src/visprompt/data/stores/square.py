@@ -108,9 +108,13 @@ def read_square(folder: Path) -> SquareStore | None:
         )
         lengths = {len(store.keys), *map(len, store.labels.values())}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it is not the manifest of a store") from error
+        raise DamagedRecord(
+            f"{folder / 'manifest.json'} is damaged: it is not the manifest of a store"
+        ) from error
     if lengths != {count}:
-        raise DamagedRecord(f"{folder / 'manifest.json'} is damaged: it needs one key and one label for each image")
+        raise DamagedRecord(
+            f"{folder / 'manifest.json'} is damaged: it needs one key and one label for each image"
+        )
     check_size(folder / "pixels.bin", math.prod(store.shape))
     return store
 
@@ -154,7 +158,9 @@ def write_square(
         "schema": SCHEMA,
         "shape": [len(keys), *shape],
         "sets": sets,
-        "labels": {task: np.concatenate([s.labels[task] for s in selections.values()]).tolist() for task in tasks},
+        "labels": {
+            task: np.concatenate([s.labels[task] for s in selections.values()]).tolist() for task in tasks
+        },
         "images": sha256(digests.data).hexdigest(),
         "record": record,
         "keys": [f"{split}/{key}" for split, key in keys],

@@ -79,27 +79,29 @@ class Table:
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.header) for row in self.rows):
-            raise ValueError(f"table {self.title!r}: a row has not the {len(self.header)} entries of its header")
+            raise ValueError(
+                f"table {self.title!r}: a row has not the {len(self.header)} entries of its header"
+            )
 
     def is_numeric(self, column: int) -> bool:
-        """Whether a column holds numbers, which stand at the right."""
+        """Return whether a column holds numbers, which stand at the right."""
         return column > 0 and bool(self.rows) and not any(isinstance(row[column], str) for row in self.rows)
 
 
 def decimal(value: float, digits: int = 1, spread: float | None = None, sign: bool = False) -> Number:
-    """A number with a fixed number of decimals and thousands separators, `sign` with a plus before what is above 0."""
+    """Return a number with fixed decimals and thousands separators, `sign` with a plus above 0."""
     shown_spread = "" if spread is None else f"{spread:,.{digits}f}"
     shown = round(value, digits) + 0.0  # not "-0.0"
     return Number(value, f"{shown:{'+' if sign and shown else ''},.{digits}f}", spread, shown_spread)
 
 
 def p_value(value: float) -> Number:
-    """A probability to three significant digits."""
+    """Return a probability to three significant digits."""
     return Number(value, f"{value:.3g}")
 
 
 def markdown(table: Table, bold: Collection[int] = ()) -> str:
-    """The table as Markdown, under its title as a paragraph.
+    """Write the table as Markdown, under its title as a paragraph.
 
     Args:
         table: A table.
@@ -113,19 +115,21 @@ def markdown(table: Table, bold: Collection[int] = ()) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """The table as CSV (RFC 4180) without title and notes: numbers in full, a column of their own for spreads."""
+    """Write the table as CSV (RFC 4180) without title and notes: numbers in full, a column for spreads."""
     widths = [1 + any(_plain(row[column])[1] for row in table.rows) for column in range(len(table.header))]
     names = [(name, f"{name} std")[:width] for name, width in zip(table.header, widths, strict=True)]
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(csv_cell(name) for pair in names for name in pair)
     for row in table.rows:
-        writer.writerow(text for entry, width in zip(row, widths, strict=True) for text in _plain(entry)[:width])
+        writer.writerow(
+            text for entry, width in zip(row, widths, strict=True) for text in _plain(entry)[:width]
+        )
     return out.getvalue()
 
 
 def latex(table: Table, bold: Collection[int] = ()) -> str:
-    r"""The table as LaTeX, as wide as a page at most; it needs `LATEX_PACKAGES`.
+    r"""Write the table as LaTeX, as wide as a page at most; it needs `LATEX_PACKAGES`.
 
     Args:
         table: A table.
@@ -156,7 +160,7 @@ def latex(table: Table, bold: Collection[int] = ()) -> str:
 
 
 def html(table: Table, bold: Collection[int] = ()) -> str:
-    """The table as HTML that needs no style sheet, its notes as a list below it.
+    """Write the table as HTML that needs no style sheet, its notes as a list below it.
 
     Args:
         table: A table.
@@ -166,7 +170,12 @@ def html(table: Table, bold: Collection[int] = ()) -> str:
     head = "".join(
         f'<th scope="col"{style}>{_html(name)}</th>' for name, style in zip(table.header, right, strict=True)
     )
-    lines = ["<table>", f"<caption>{_html(table.title)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
+    lines = [
+        "<table>",
+        f"<caption>{_html(table.title)}</caption>",
+        f"<thead><tr>{head}</tr></thead>",
+        "<tbody>",
+    ]
     for first, *others in _texts(table, bold, _html, "<strong>{}</strong>"):
         cells = "".join(f"<td{style}>{entry}</td>" for entry, style in zip(others, right[1:], strict=True))
         lines.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
@@ -176,8 +185,10 @@ def html(table: Table, bold: Collection[int] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _texts(table: Table, bold: Collection[int], escape: Callable[[str], str], strong: str) -> Iterator[list[str]]:
-    """Entries as escaped text, the largest numbers of some columns set off; what reads the same is set off alike."""
+def _texts(
+    table: Table, bold: Collection[int], escape: Callable[[str], str], strong: str
+) -> Iterator[list[str]]:
+    """Yield entries as escaped text, the largest numbers of some columns set off, and what reads the same."""
     best = {}
     for column in bold:
         numbers = [entry for row in table.rows if isinstance(entry := row[column], Number)]
@@ -192,7 +203,7 @@ def _texts(table: Table, bold: Collection[int], escape: Callable[[str], str], st
 
 
 def _plain(entry: Entry) -> tuple[str, str]:
-    """An entry and its spread in a CSV."""
+    """Return an entry and its spread in a CSV."""
     if isinstance(entry, Number):
         return f"{entry.value:.10g}", "" if entry.spread is None else f"{entry.spread:.10g}"
     return ("" if isinstance(entry, Missing) else csv_cell(entry)), ""
@@ -200,7 +211,9 @@ def _plain(entry: Entry) -> tuple[str, str]:
 
 def _latex(text: str) -> str:
     escaped = "".join(_LATEX.get(character, character) for character in visible(text))
-    return re.sub(r"-(?=-)", "-{}", re.sub(r"(?<![\w.-])-(?=\d)", "$-$", escaped))  # two would be one longer dash
+    return re.sub(
+        r"-(?=-)", "-{}", re.sub(r"(?<![\w.-])-(?=\d)", "$-$", escaped)
+    )  # two would be one longer dash
 
 
 def _html(text: str) -> str:
