@@ -1,7 +1,7 @@
 """Images per second of the loader of a VTAB task, beside what copying memory allows.
 
-The store holds random 224-pixel images, which lie in the page cache. Four ways alternate, the ratios are taken within a
-round and printed as median [least, greatest]:
+The store holds random 224-pixel images, which lie in the page cache. Four ways alternate, the ratios are
+taken within a round and printed as median [least, greatest]:
 
 - copy: the same images copied out of an array in memory, in random batches: the limit;
 - loader: what training uses, GlobalBatches over the memory map, in the main process;

@@ -12,7 +12,10 @@ from visprompt.runs.environment import git_commit, versions
 
 
 def milliseconds(step: Callable[[], object], device: str) -> float:
-    """Time of a step: CUDA events; on the CPU the process's CPU time where it has one thread, else wall time."""
+    """Time of a step: CUDA events.
+
+    On the CPU the process's CPU time where it has one thread, else wall time.
+    """
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -27,9 +30,12 @@ def milliseconds(step: Callable[[], object], device: str) -> float:
 
 
 def added_mib(step: Callable[[], object], device: str) -> float:
-    """What a step takes at its peak beyond what its process held, MiB: PyTorch's on CUDA, else all (Linux only).
+    """What a step takes at its peak beyond what its process held, MiB.
 
-    The process should be a fresh one: on the CPU, memory that was freed before would hide what the step takes.
+    PyTorch's on CUDA, else all (Linux only).
+
+    The process should be a fresh one: on the CPU, memory that was freed before would hide what the step
+    takes.
     """
     step()  # what the libraries take once is no part of a step
     if device == "cuda":

@@ -1,13 +1,15 @@
-"""Every method on a demo task: accuracy by the protocol, and the time and memory of a training step side by side.
+"""Every method on a demo task.
 
-First the protocol of `experiment=demo_methods` (the grid on val200, the choice, three seeds on test): what is finished
-in logs/ is read, what is missing is trained, which takes hours on a CPU; stop it and run it again as you like. Then a
-step of each method is measured under equal conditions, since the runs may have had company: with the chosen options,
-pruned as for the first seed.
+Accuracy by the protocol, and the time and memory of a training step side by side.
 
-A step is forward, loss, backward and the optimiser's step, on random images of the task's size, or on what is kept of
-them where frozen layers run once for all epochs. The methods take turns, a round is one step of each; a ratio is taken
-within a round. The table goes to standard output, all else to standard error.
+First the protocol of `experiment=demo_methods` (the grid on val200, the choice, three seeds on test): what is
+finished in logs/ is read, what is missing is trained, which takes hours on a CPU; stop it and run it again as
+you like. Then a step of each method is measured under equal conditions, since the runs may have had company:
+with the chosen options, pruned as for the first seed.
+
+A step is forward, loss, backward and the optimiser's step, on random images of the task's size, or on what is
+kept of them where frozen layers run once for all epochs. The methods take turns, a round is one step of each;
+a ratio is taken within a round. The table goes to standard output, all else to standard error.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python benchmarks/pretrain.py output=my.safetensors lr=1e-3     (all settings: benchmarks/pretrain.yaml)
 
-An archive holds `jpeg` (uint8, the files one after another), `offsets` (int64 [n + 1]), `labels` (int [n]) and
-`class_names`. The photographs are decoded once and stay in memory as bytes; they are cropped and coloured a batch at a
-time, which leaves nearly all the time of two CPU cores to the network. Half the patches are dropped for most of the
-training (FLIP, Li et al. 2023): an epoch costs half as much, and a few epochs with all patches follow.
+An archive holds `jpeg` (uint8, the files one after another), `offsets` (int64 [n + 1]), `labels` (int [n])
+and `class_names`. The photographs are decoded once and stay in memory as bytes; they are cropped and coloured
+a batch at a time, which leaves nearly all the time of two CPU cores to the network. Half the patches are
+dropped for most of the training (FLIP, Li et al. 2023): an epoch costs half as much, and a few epochs with
+all patches follow.
 """
 
 import io
@@ -68,7 +69,8 @@ class PretrainRecipe:
         precision: Lightning's word for it; the reported accuracy is always measured in float32.
         val_every: Epochs between looks at the validation images.
         seed: Seed of initial weights, order and augmentation.
-        image_size: Side of the images, in pixels; further below the network's patch size, width, depth and heads.
+        image_size: Side of the images, in pixels; further below the network's patch size, width, depth and
+            heads.
     """
 
     train: Sequence[str]
@@ -180,7 +182,10 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, recipe: PretrainRecipe) -> Tensor:
-    """Crops, flips and re-colours each image of a batch with its own draw; [b, 3, h, w] within [-1, 1] to the same."""
+    """Crops, flips and re-colours each image of a batch with its own draw.
+
+    [b, 3, h, w] within [-1, 1] to the same.
+    """
     n = len(images)
     area = torch.empty(n).uniform_(*recipe.crop_area)
     log_aspect = torch.empty(n).uniform_(-1, 1).mul_(math.log1p(recipe.crop_aspect))
@@ -233,7 +238,10 @@ class PhotoDataModule(L.LightningDataModule):
 
 
 def build_network(recipe: PretrainRecipe, classes: int) -> VisionTransformer:
-    """The plain timm ViT of a recipe, from noise or from `recipe.init`; a `UserError` where that does not fit."""
+    """The plain timm ViT of a recipe, from noise or from `recipe.init`.
+
+    A `UserError` where that does not fit.
+    """
     shape: dict[str, Any] = {
         "img_size": recipe.image_size,
         "patch_size": recipe.patch_size,
@@ -276,7 +284,10 @@ class PretrainModule(L.LightningModule):
         self._started = time.monotonic()
 
     def on_fit_start(self) -> None:
-        """On a CPU takes the plain attention: a step with 33 tokens takes three quarters of the fused one's time."""
+        """On a CPU takes the plain attention.
+
+        A step with 33 tokens takes three quarters of the fused one's time.
+        """
         for layer in self.net.modules():
             if isinstance(layer, Attention) and self.device.type == "cpu":
                 layer.fused_attn = False  # type: ignore[misc]  # final for TorchScript alone
@@ -310,7 +321,10 @@ class PretrainModule(L.LightningModule):
         self.log("val/acc", right, prog_bar=True, batch_size=len(labels))
 
     def on_train_epoch_end(self) -> None:
-        """Prints a line for log files; a loss that is not finite ends the run before worthless weights are stored."""
+        """Prints a line for log files.
+
+        A loss that is not finite ends the run before worthless weights are stored.
+        """
         shown = {key: round(float(value), 4) for key, value in self.trainer.callback_metrics.items()}
         epoch, minutes = self.current_epoch + 1, (time.monotonic() - self._started) / 60
         if not math.isfinite(shown["train/loss"]):
@@ -358,7 +372,8 @@ def pretrain(recipe: PretrainRecipe, progress: bool = True) -> float:
         progress: Whether a progress bar is shown; a line per epoch is printed in any case.
 
     Returns:
-        Share of all validation images, within [0, 1], that the weights as stored, in half precision, get right.
+        Share of all validation images, within [0, 1], that the weights as stored, in half precision, get
+        right.
 
     Raises:
         UserError: A file is missing or of another form than stated, or the loss is not finite.

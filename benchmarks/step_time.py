@@ -3,15 +3,17 @@
 Three ways through the same frozen backbone, all with fused attention:
 
 - exact: VPT-deep whose prompts give keys and values only, and the last block computes only what is pooled;
-- carried: the same prompts as tokens through every block in full, as in the papers' codes (`vit.exact = False`);
-- promptless: the exact path with a prompt of length 0. No token is added, yet gradients go as deep as prompts need,
+- carried: the same prompts as tokens through every block in full, as in the papers' codes
+(`vit.exact = False`);
+- promptless: the exact path with a prompt of length 0. No token is added, yet gradients go as deep as prompts
+need,
   into the first block's attention. (Linear probing would be no measure: its backward ends at the head.)
 
-A step is forward, loss and backward in training mode. The ways run alternately, after one step each that is not
-counted; ratios are taken within a round of the three and printed as median [least, greatest]. The clock: CUDA events;
-on the CPU with one thread (OMP_NUM_THREADS=1) the process's CPU time, which other processes disturb least; with more,
-wall time. Memory is what a step adds at its peak: on CUDA to what PyTorch has allocated; on the CPU (Linux only) to
-what its own process holds.
+A step is forward, loss and backward in training mode. The ways run alternately, after one step each that is
+not counted; ratios are taken within a round of the three and printed as median [least, greatest]. The clock:
+CUDA events; on the CPU with one thread (OMP_NUM_THREADS=1) the process's CPU time, which other processes
+disturb least; with more, wall time. Memory is what a step adds at its peak: on CUDA to what PyTorch has
+allocated; on the CPU (Linux only) to what its own process holds.
 """
 
 import argparse

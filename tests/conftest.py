@@ -1,7 +1,7 @@
 """What every test, and every process a test starts, runs under: no network, no cluster, one thread.
 
-Set here and not in the Makefile, so that a plain ``pytest`` runs under the same. The libraries read these when they are
-imported: this file is loaded before any test and imports none of them.
+Set here and not in the Makefile, so that a plain ``pytest`` runs under the same. The libraries read these
+when they are imported: this file is loaded before any test and imports none of them.
 """
 
 import os
@@ -20,11 +20,13 @@ os.environ["HF_DATASETS_CACHE"] = str(
 )
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
-# Several workers with all cores each are slower than one thread each, and bit-equality holds for one number of threads.
+# Several workers with all cores each are slower than one thread each, and bit-equality holds for one number
+# of threads.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
 
-# What surrounds whoever runs the tests (a cluster job, a sweep, Hydra's debugging) would change what tests see.
+# What surrounds whoever runs the tests (a cluster job, a sweep, Hydra's debugging) would change what tests
+# see.
 _FOREIGN = ("HYDRA_FULL_ERROR", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT", "WANDB_ENTITY")
 _LAUNCHERS = (
     "LOCAL_RANK",

@@ -12,7 +12,8 @@ from helpers.cli import call, tiny
 from visprompt.data.catalog import SUITES, TASKS
 
 MAIN = Path(__file__).parent / "helpers" / "miniature_main.py"
-# tar with a zip around it, tar, .mat, PNG and JPEG in tar, gzipped HDF5, zip, TFRecords, HDF5, smallNORB's binary
+# tar with a zip around it, tar, .mat, PNG and JPEG in tar, gzipped HDF5, zip, TFRecords, HDF5, smallNORB's
+# binary
 CONTAINERS = "caltech101,dtd,oxford_flowers102,svhn,sun397,patch_camelyon,eurosat,kitti,dmlab,dsprites_ori,smallnorb_ele"
 
 

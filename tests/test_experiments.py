@@ -1,4 +1,7 @@
-"""Experiments of the papers: what each file says of itself is published, composes, and runs; and the papers' grids."""
+"""Experiments of the papers: what each file says of itself is published, composes, and runs.
+
+And the papers' grids.
+"""
 
 import csv
 import os

@@ -1,4 +1,7 @@
-"""Every command that a page shows is taken by its entry point: trained ones as dry runs, the others for real."""
+"""Every command that a page shows is taken by its entry point.
+
+Trained ones as dry runs, the others for real.
+"""
 
 import re
 import shlex

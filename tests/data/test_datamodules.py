@@ -151,8 +151,8 @@ def test_missing_sets_are_named(tmp_path):
     root = write_folder(tmp_path / "pets", ("cat", "dog"), 4, splits=("train",))
     assert own(tmp_path, root).sizes == {"train": 8}
     no_test = (
-        "pets has no test images: add test/<class>/ folders (or CSV rows), train with split=tune, which scores val, or "
-        "give data.test=none, which trains and scores nothing"
+        "pets has no test images: add test/<class>/ folders (or CSV rows), train with split=tune, which "
+        "scores val, or give data.test=none, which trains and scores nothing"
     )
     no_val = "pets has no val images: add val/<class>/ folders (or CSV rows)"
     wanted = [({}, no_test), ({"split": "tune"}, no_val), ({"final": "train+val"}, no_val)]

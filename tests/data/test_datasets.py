@@ -11,7 +11,10 @@ from visprompt.data.sampler import GlobalBatches
 
 @dataclass
 class Plain:
-    """Images in memory whose pixels tell their place: red is the line, green the column, blue the row of the store."""
+    """Images in memory whose pixels tell their place.
+
+    Red is the line, green the column, blue the row of the store.
+    """
 
     labels: np.ndarray
     keys: tuple[str, ...] = ("k0", "k1", "k2", "k3")

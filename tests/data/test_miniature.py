@@ -1,4 +1,7 @@
-"""Every task from every source it has: the real files in miniature, the real reader, prepare and data module."""
+"""Every task from every source it has.
+
+The real files in miniature, the real reader, prepare and data module.
+"""
 
 from dataclasses import replace
 
@@ -246,6 +249,6 @@ def test_lossy_small_images_are_warned_about(written, caplog, monkeypatch):
     folder = written("cifar", "prepared")
     module("cifar", folder, "prepared").prepare_data()
     assert [r.message for r in caplog.records if "JPEG" in r.message] == [
-        "cifar is read from JPEG files made of its lossless images, which costs accuracy (CIFAR-100: 10 to 20 points): "
-        "do not compare with lossless results; data.source=raw gives the exact pixels"
+        "cifar is read from JPEG files made of its lossless images, which costs accuracy (CIFAR-100: 10 to "
+        "20 points): do not compare with lossless results; data.source=raw gives the exact pixels"
     ]

@@ -46,7 +46,10 @@ def call(script: str, *arguments: str, timeout: float = 200, **env: str) -> subp
 
 
 def tiny(log_dir: Path, *arguments: str) -> tuple[str, ...]:
-    """Arguments of a tiny run whose results go to a folder; data or methods that are named replace those of TINY."""
+    """Arguments of a tiny run whose results go to a folder.
+
+    Data or methods that are named replace those of TINY.
+    """
     given = {argument.lstrip("+").partition("=")[0]: argument.partition("=")[2] for argument in arguments}
     options = list(TINY)
     if given.keys() & {"data", "tasks", "experiment"}:

@@ -1,6 +1,9 @@
-"""Runs an entry point on miniatures: `python tests/helpers/miniature_main.py DATA_DIR SOURCE TASKS SCRIPT ARGUMENT...`.
+"""Runs an entry point on miniatures.
 
-The script is the user's own; only the records of the named tasks are those of the miniatures, which it writes before.
+`python tests/helpers/miniature_main.py DATA_DIR SOURCE TASKS SCRIPT ARGUMENT...`.
+
+The script is the user's own; only the records of the named tasks are those of the miniatures, which it writes
+before.
 """
 
 import runpy

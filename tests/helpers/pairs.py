@@ -1,4 +1,7 @@
-"""Which method works on which backbone family, as docs/methods-by-backbones.md says; `make docs` makes that page."""
+"""Which method works on which backbone family, as docs/methods-by-backbones.md says.
+
+`make docs` makes that page.
+"""
 
 import re
 from pathlib import Path

@@ -72,7 +72,10 @@ VIT_B_SIZE = {"width": 768, "num_blocks": 12, "heads": 12, "patch_size": 16, "im
 
 
 def tiny_model(seed: int = 0, **options: Any) -> VisionTransformer:
-    """A timm ViT with large random weights: under timm's own small ones, attention is flat and hides mistakes."""
+    """A timm ViT with large random weights.
+
+    Under timm's own small ones, attention is flat and hides mistakes.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VisionTransformer(**{"num_classes": 0} | SIZE | options).eval()
@@ -123,7 +126,10 @@ def images(batch: int = 2, size: int = 32) -> Tensor:
 def naive_features(
     model: Any, x: Tensor, prompts: Tensor, first: int, carry_over: bool, masks: Any = None
 ) -> Tensor:
-    """Features as the equations of VPT read: prompts behind the class token, through timm's whole block, cut off."""
+    """Features as the equations of VPT read.
+
+    Prompts behind the class token, through timm's whole block, cut off.
+    """
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     place, count = int(model.has_class_token), 0
     for i, block in enumerate(model.blocks):

@@ -1,7 +1,8 @@
 """A W&B server on this machine: what the real command line and library ask of one, answered from memory.
 
-It knows the operations that wandb 0.31 sends for a sweep, its agents, their runs and artifacts; `unknown` lists what
-else came. A sweep is a grid whose points are dealt in order. Nothing is checked of keys, users or projects.
+It knows the operations that wandb 0.31 sends for a sweep, its agents, their runs and artifacts; `unknown`
+lists what else came. A sweep is a grid whose points are dealt in order. Nothing is checked of keys, users or
+projects.
 """
 
 import json
@@ -26,7 +27,10 @@ _PROJECT_NODE = {"id": "p", "name": PROJECT, "entity": {"id": "e", "name": ENTIT
 
 @dataclass
 class ServedRun:
-    """What the server holds of a run: its config by flat field, the rows of its history, its last summary, its end."""
+    """What the server holds of a run.
+
+    Its config by flat field, the rows of its history, its last summary, its end.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)

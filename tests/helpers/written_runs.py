@@ -36,7 +36,10 @@ RECIPE = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.001, "epochs": 100, "
 
 
 def result(task: str = "cifar", method: str = "linear", score: float = 0.5, **changes: Any) -> Result:
-    """A finished run's record. A mapping among the changes changes its own keys only; `options` are the method's."""
+    """A finished run's record. A mapping among the changes changes its own keys only.
+
+    `options` are the method's.
+    """
     values: dict[str, Any] = {
         "status": "finished",
         "task": task,

@@ -98,7 +98,8 @@ def altered(state, **changes):
         ),
         (
             {"prompts": torch.zeros(4, 9, 32)},
-            r"prompts is \(4, 9, 32\) in the state and \(4, 10, 32\) here; build it with the state's own options",
+            r"prompts is \(4, 9, 32\) in the state and \(4, 10, 32\) here; build it with the state's own "
+            r"options",
         ),
         ({"head.weight": torch.zeros(6, 32)}, r"head.weight is \(6, 32\) in the state and \(5, 32\) here"),
     ],

@@ -138,7 +138,10 @@ def rates(recipe, steps_per_epoch):
 
 
 def test_per_epoch_the_rate_is_that_of_the_released_code():
-    """Ten epochs with a warm-up of four, written out by hand: the first is at 0, the fifth at the whole rate."""
+    """Ten epochs with a warm-up of four, written out by hand.
+
+    The first is at 0, the fifth at the whole rate.
+    """
     half_cosine = [math.cos(math.pi * i / 12) ** 2 for i in range(6)]  # of the six epochs behind the warm-up
     expected = [0.0, 0.25, 0.5, 0.75, *half_cosine]
     found = rates(recipe(lr=4.0, epochs=10, warmup_epochs=4, schedule="per_epoch"), 3)
@@ -146,7 +149,10 @@ def test_per_epoch_the_rate_is_that_of_the_released_code():
 
 
 def test_the_sum_of_the_rates_of_100_epochs_is_that_of_the_released_code():
-    """Measured there at a rate of 1.25, over epochs of 16 steps: 62.50, and 62.58 where the rate changes per step."""
+    """Measured there at a rate of 1.25, over epochs of 16 steps.
+
+    62.50, and 62.58 where the rate changes per step.
+    """
     usual = {"lr": 5.0, "batch_size": 64, "epochs": 100, "warmup_epochs": 10}
     sums = {name: sum(rates(recipe(**usual, schedule=name), 16)) / 16 for name in ("per_epoch", "per_step")}
     assert sums == {"per_epoch": pytest.approx(62.50, abs=0.005), "per_step": pytest.approx(62.58, abs=0.005)}
@@ -219,7 +225,8 @@ def test_part_of_an_epoch_may_be_warm_up():
         ({"schedule": "epoch"}, r"unknown recipe\.schedule 'epoch': did you mean per_epoch"),
         (
             {"schedule": "per_epoch", "epochs": 1, "warmup_epochs": 0.5},
-            r"^recipe\.schedule=per_epoch trains the first epoch of a warm-up at a learning rate of 0, and recipe",
+            r"^recipe\.schedule=per_epoch trains the first epoch of a warm-up at a learning rate of 0, and "
+            r"recipe",
         ),
         ({"head_init": "zero"}, r"unknown recipe\.head_init 'zero': did you mean zeros"),
         ({"epochs": 0}, r"recipe\.epochs=0 does not fit: give a whole number, 1 or more"),

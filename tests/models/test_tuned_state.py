@@ -252,7 +252,8 @@ def test_a_newer_schema_is_refused(file, monkeypatch):
         ),
         (
             {"backbone": BACKBONE | {"name": "vit_base_patch16_clip_224.openai"}},  # of a file that two load
-            "was tuned on architecture vit_base_patch16_224, not on vit_base_patch16_clip_224: load that backbone",
+            "was tuned on architecture vit_base_patch16_224, not on vit_base_patch16_clip_224: load that "
+            "backbone",
         ),
         (
             {"backbone": BACKBONE | {"global_pool": "avg"}},

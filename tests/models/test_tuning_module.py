@@ -21,8 +21,8 @@ from visprompt.runs import run
 
 pytestmark = frozen
 RECIPE = Recipe(optimizer="adamw", lr=0.1, weight_decay=0.0, batch_size=4, epochs=1, warmup_epochs=0)
-# of tuned tensors after 48 steps: sums in another order leave 2e-6. (Not of all parameters under AdamW: it makes full
-# steps of gradients that are nothing but rounding, as those of the keys' biases.)
+# of tuned tensors after 48 steps: sums in another order leave 2e-6. (Not of all parameters under AdamW: it
+# makes full steps of gradients that are nothing but rounding, as those of the keys' biases.)
 ROUNDING = 2e-5
 OPTIONS = {
     "prompts, AdamW": (),

@@ -18,7 +18,8 @@ from visprompt.reports.attention import last_attention
 FLOAT32 = 1e-5
 CLASS, MEAN = "the class token", "the mean over the {} tokens that are pooled"
 PROMPTS = {"num_tokens": 3, "dropout": 0.0}
-# method, its options, the model's, the tokens that are pooled (image tokens stand first), and what is said of them
+# method, its options, the model's, the tokens that are pooled (image tokens stand first), and what is said of
+# them
 CASES = {
     "deep": ("vpt_deep", PROMPTS, {}, slice(0, 1), CLASS),
     "shallow": ("vpt_shallow", PROMPTS, {}, slice(0, 1), CLASS),
@@ -69,7 +70,10 @@ def equation(block, x, rows=None):
 
 
 def naive(classifier, x):
-    """The equation with all tokens carried, prompts behind the class token; then image tokens first, prompts, rows."""
+    """The equation with all tokens carried, prompts behind the class token.
+
+    Then image tokens first, prompts, rows.
+    """
     model, method = classifier.backbone.model, classifier.method
     prompts = getattr(method, "prompts", x.new_empty(0, 0, 32))
     first, place, count = method.first_block if len(prompts) else 0, int(model.has_class_token), 0
@@ -214,7 +218,8 @@ def test_other_backbones_are_refused_in_one_sentence():
     conv = ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8))
     for model in (swin, conv):
         message = (
-            r"^attention maps need a class token or pooled tokens that see the whole image, as in a plain ViT or an "
+            r"^attention maps need a class token or pooled tokens that see the whole image, as in a plain "
+            r"ViT or an "
             rf"EVA, and this backbone is a {type(model).__name__}: choose a run on one of those$"
         )
         with pytest.raises(UserError, match=message):
@@ -226,7 +231,8 @@ def test_attentions_that_cannot_be_read_are_refused_in_one_sentence():
     unfused.blocks[-1].attn.fused_attn = False
     for model in (unfused, tiny_model(block_fn=ParallelScalingBlock)):
         message = (
-            rf"^attention maps cannot be read off a {type(model.blocks[-1]).__name__} whose attention is not PyTorch's "
+            rf"^attention maps cannot be read off a {type(model.blocks[-1]).__name__} whose attention is "
+            rf"not PyTorch's "
             r"fused one: unset TIMM_FUSED_ATTN, or choose a run on another backbone$"
         )
         with pytest.raises(UserError, match=message):

@@ -113,8 +113,8 @@ def test_a_curve_is_the_mean_of_the_seeds_whose_metrics_are_left_and_says_so(tmp
         "bias": [(1, 3.0, None), (2, 1.5, None)],
     }
     assert loss.caption == (
-        "Final runs, mean over seeds. Of some runs no such metrics are left, and these are in no mean; there are: "
-        "vpt_deep 1 of 2."
+        "Final runs, mean over seeds. Of some runs no such metrics are left, and these are in no mean; "
+        "there are: vpt_deep 1 of 2."
     )
 
 

@@ -1,4 +1,7 @@
-"""Charts hold the numbers of the runs and say which they are; figures are the same bytes every time, for every page."""
+"""Charts hold the numbers of the runs and say which they are.
+
+Figures are the same bytes every time, for every page.
+"""
 
 import csv
 import io

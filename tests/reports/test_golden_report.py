@@ -1,6 +1,9 @@
-"""The report over a broad set of written runs, figure by figure: what a change of its code must leave as it is.
+"""The report over a broad set of written runs, figure by figure.
 
-After a meant change: `VISPROMPT_GOLDEN=write pytest tests/reports/test_golden_report.py`, and read the difference.
+What a change of its code must leave as it is.
+
+After a meant change: `VISPROMPT_GOLDEN=write pytest tests/reports/test_golden_report.py`, and read the
+difference.
 """
 
 import os
@@ -23,7 +26,10 @@ SHARES = {"linear": 0.0, "full": 1.0, "bias": 0.001, "vpt_shallow": 0.0001, "vpt
 
 
 def write_all(folder):
-    """Two benchmarks by six methods, three seeds each; grids, sweeps, other protocols, failures and a demo task."""
+    """Two benchmarks by six methods, three seeds each.
+
+    Grids, sweeps, other protocols, failures and a demo task.
+    """
     draw = random.Random(7)
     for task in (*SUITES["vtab_all"], *SUITES["fgvc"], "digits"):
         data = {"preprocessing": CROPPED} if task in SUITES["fgvc"] else {}

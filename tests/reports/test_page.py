@@ -195,13 +195,17 @@ def browser():
     if found is None and "VISPROMPT_NO_BROWSER" in os.environ:
         pytest.skip("VISPROMPT_NO_BROWSER is set")
     assert found, (
-        "no Chromium: install it (on Debian and Ubuntu: apt-get install chromium) or set VISPROMPT_NO_BROWSER=1"
+        "no Chromium: install it (on Debian and Ubuntu: apt-get install chromium) or set "
+        "VISPROMPT_NO_BROWSER=1"
     )
     return found
 
 
 def look(folder, width, scheme, *options):
-    """Opens index.html of a folder in a frame of a width, headless; returns what the browser printed and logged."""
+    """Opens index.html of a folder in a frame of a width, headless.
+
+    Returns what the browser printed and logged.
+    """
     (folder / f"frame{width}.html").write_text(
         '<!DOCTYPE html><meta name="color-scheme" content="light dark"><title>none</title>'
         "<script>addEventListener('message', event => document.title = event.data)</script>"

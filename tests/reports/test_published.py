@@ -221,7 +221,10 @@ def test_every_list_is_checked_by_a_mean_that_its_source_prints():
 
 
 def test_printed_means_over_groups_and_tasks_follow_from_the_lists_or_the_group_means():
-    """To half a unit each of what is averaged and printed, and half a unit more: DA-VPT's 73.53 should be 73.52."""
+    """To half a unit each of what is averaged and printed, and half a unit more.
+
+    DA-VPT's 73.53 should be 73.52.
+    """
     for found in all_published():
         listed = {group: group_mean(found, group) for group in GROUPS}
         if None in listed.values():

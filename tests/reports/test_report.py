@@ -190,8 +190,8 @@ def test_what_nothing_can_be_tested_against_is_said_before_any_run_is_opened(log
     ):
         write(folder, result(task, method))
     message = (
-        "^there is nothing to test against linear: no other row under its protocol shares two tasks with it; leave "
-        "against=linear out, or train it on more of their tasks$"
+        "^there is nothing to test against linear: no other row under its protocol shares two tasks with "
+        "it; leave against=linear out, or train it on more of their tasks$"
     )
     with pytest.raises(UserError, match=message):
         made(folder, tmp_path / "report", "against=linear", "inspect=nowhere")
@@ -235,7 +235,10 @@ def test_typical_runs_are_one_of_each_row_on_the_task_that_most_have(logs):
 
 
 def test_a_run_that_stands_in_two_rows_is_opened_once(tmp_path):
-    """Of two tasks each has two runs, and validation chose another on each: the chosen stand in three rows."""
+    """Of two tasks each has two runs, and validation chose another on each.
+
+    The chosen stand in three rows.
+    """
     for task, best in (("digits", 1.0), ("digits_loc", 0.5)):
         for rate in (1.0, 0.5):
             for split in ("tune", "final"):

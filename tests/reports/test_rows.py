@@ -160,7 +160,8 @@ def test_a_label_says_no_more_than_tells_rows_apart_and_why_says_all():
     assert labels(made) == ["linear, backbone swin", "linear, backbone vit_base_patch16_224.orig_in21k"]
     assert made[0].why == (
         "backbone swin (others: vit_base_patch16_224.orig_in21k); "
-        "data preprocessing mean [0.5, 0.5, 0.5] (others: [0.485, 0.456, 0.406]); weights bbbbbbbb (others: aaaaaaaa)"
+        "data preprocessing mean [0.5, 0.5, 0.5] (others: [0.485, 0.456, 0.406]); weights bbbbbbbb (others: "
+        "aaaaaaaa)"
     )
 
 

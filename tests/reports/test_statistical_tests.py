@@ -103,7 +103,10 @@ def test_too_few_tasks_have_no_test(differences):
 
 
 def test_an_interval_over_tasks_needs_four_of_them():
-    """Of three it would be the range: the least is drawn three times in 1 of 27 resamples, more than 2.5 %."""
+    """Of three it would be the range.
+
+    The least is drawn three times in 1 of 27 resamples, more than 2.5 %.
+    """
     assert compare(*pair([1.0, 2.0, 6.0])).interval is None
     low, high = compare(*pair([1.0, 2.0, 3.0, 6.0])).interval
     assert 0.01 < low < 0.03 < high < 0.06
@@ -136,7 +139,10 @@ def test_no_common_task_no_ranks():
 
 
 def test_a_bootstrap_interval_by_hand():
-    """Of ten zeros and ones, half of each, a resample holds a binomial number of ones: 2.5 % of it lie below 2."""
+    """Of ten zeros and ones, half of each, a resample holds a binomial number of ones.
+
+    2.5 % of it lie below 2.
+    """
     low, high = stats.binom.ppf([0.025, 0.975], 10, 0.5) / 10
     assert bootstrap([0.0] * 5 + [1.0] * 5) == (low, high) == (0.2, 0.8)
 
@@ -164,7 +170,10 @@ def test_a_single_value_has_no_interval():
 
 
 def test_only_three_seeds_or_more_have_an_interval():
-    """Three times the same seed is drawn in 1 of 27 resamples, more than 2.5 %: of three it is their range."""
+    """Three times the same seed is drawn in 1 of 27 resamples, more than 2.5 %.
+
+    Of three it is their range.
+    """
     assert seed_interval([0.5, 0.6]) is None
     assert seed_interval([0.5, 0.6, 0.7]) == pytest.approx((0.5, 0.7))
     assert seed_interval([0.5, 0.6, 0.7, 0.9])[0] > 0.5

@@ -113,8 +113,8 @@ def test_a_caution_goes_with_the_figures():
 
 def test_means_that_a_paper_does_not_print_are_said_to_be_worked_out():
     assert tables.aggregates(made(*over(VTAB))).notes == (
-        "Jia et al., Visual Prompt Tuning, ECCV 2022: vtab, mean of 19 tasks; vtab, mean of 3 groups: not printed "
-        "there but worked out from its other figures.",
+        "Jia et al., Visual Prompt Tuning, ECCV 2022: vtab, mean of 19 tasks; vtab, mean of 3 groups: not "
+        "printed there but worked out from its other figures.",
     )
     assert tables.aggregates(made(*over(FGVC))).notes == ()
 
@@ -342,16 +342,18 @@ def test_paired_tests_say_where_a_level_is_out_of_reach():
         "paired t p": "0.0305",
     }
     assert table.notes[0] == (
-        "With 4 tasks that differ the two-sided signed-rank test cannot go below 0.125: 0.05 and 0.01 are out of reach."
+        "With 4 tasks that differ the two-sided signed-rank test cannot go below 0.125: 0.05 and 0.01 are "
+        "out of reach."
     )
     assert table.notes[1:] == (
-        "Difference: mean accuracy over the common tasks minus that of full. 95 % interval: percentile bootstrap over "
-        "the tasks, 10,000 resamples; none below four tasks, of which it would be the range.",
-        "Wilcoxon p: the exact signed-rank test, two-sided; equal tasks are left out, differences of one size share "
-        "their mean rank. One-sided p: of the same test, the alternative being that the method is better. Smallest p: "
-        "the two-sided test's with so many unequal tasks. Paired t p: two-sided.",
-        "No test: fewer than two unequal tasks or, for t, differences that are all the same. The p-values are not "
-        "corrected for the number of comparisons.",
+        "Difference: mean accuracy over the common tasks minus that of full. 95 % interval: percentile "
+        "bootstrap over the tasks, 10,000 resamples; none below four tasks, of which it would be the range.",
+        "Wilcoxon p: the exact signed-rank test, two-sided; equal tasks are left out, differences of one "
+        "size share "
+        "their mean rank. One-sided p: of the same test, the alternative being that the method is better. "
+        "Smallest p: the two-sided test's with so many unequal tasks. Paired t p: two-sided.",
+        "No test: fewer than two unequal tasks or, for t, differences that are all the same. The p-values "
+        "are not corrected for the number of comparisons.",
     )
 
 

@@ -63,8 +63,8 @@ def said(capsys, monkeypatch, script, *arguments):
         ("recipe=[1", "recipe=[1 cannot be read: type \"recipe='[1'\"\n"),
         (
             "tasks=digits,digits_loc",
-            "tasks=digits,digits_loc gives several values: type tasks=[digits,digits_loc] for one command with all of "
-            "them, or python src/train.py -m tasks=digits,digits_loc for a run with each\n",
+            "tasks=digits,digits_loc gives several values: type tasks=[digits,digits_loc] for one command "
+            "with all of them, or python src/train.py -m tasks=digits,digits_loc for a run with each\n",
         ),
         ("logger=3", "Config group override must be a string or a list. Got int: logger=3"),
         ("data=folder", "data.root has no default: give data.root=..."),
@@ -80,7 +80,8 @@ def said(capsys, monkeypatch, script, *arguments):
         ("trainer.precision=16-mixed", "trainer.precision is set by this project: give precision=..."),
         (
             "trainer.gradient_clip_val=1",
-            "trainer.gradient_clip_val is not in the chosen trainer's config: give +trainer.gradient_clip_val=...",
+            "trainer.gradient_clip_val is not in the chosen trainer's config: give "
+            "+trainer.gradient_clip_val=...",
         ),
         ("seed=abc", "seed=abc does not fit: give a whole number from 0 to 4294967295"),
         ("seed=-1", "seed=-1 does not fit: give a whole number from 0"),

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C at many moments of the real commands: one sentence, the exit code, nothing left behind."""
+"""SIGTERM and Ctrl-C at many moments of the real commands.
+
+One sentence, the exit code, nothing left behind.
+"""
 
 import os
 import random

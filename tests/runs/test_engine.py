@@ -1,4 +1,7 @@
-"""A run's process group: who starts it, how it fails, that nothing of it is left behind. The ranks here are light."""
+"""A run's process group: who starts it, how it fails, that nothing of it is left behind.
+
+The ranks here are light.
+"""
 
 import json
 import os
@@ -172,8 +175,8 @@ def test_processes_that_this_one_cannot_start_are_refused(monkeypatch):
         engine.check_alone((), 2, 3)
     assert str(error.value) == (
         "trainer.num_nodes=3 needs another program to start its 6 process(es): begin the command with "
-        "srun --nodes=3 --ntasks-per-node=2 or torchrun --nnodes=3 --nproc-per-node=2, or give trainer=ddp, which "
-        "starts the processes of one machine itself"
+        "srun --nodes=3 --ntasks-per-node=2 or torchrun --nnodes=3 --nproc-per-node=2, or give trainer=ddp, "
+        "which starts the processes of one machine itself"
     )
     with pytest.raises(
         UserError, match=r"^trainer=slurm needs .* 1 process.*: begin the command with srun --nodes=1 "

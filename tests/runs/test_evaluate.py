@@ -143,8 +143,8 @@ def test_another_run_s_state_in_a_run_s_folder_is_refused(logs, trained, tmp_pat
     folder, other = shutil.copytree(trained()[0], tmp_path / "mixed"), trained("seed=1")[0]
     shutil.copy(other / "tuned.safetensors", folder)
     sentence = (
-        f"{folder}/tuned.safetensors is not the state that result.json recorded: it is another run's or attempt's; "
-        "copy the run's whole folder again, or run its command again"
+        f"{folder}/tuned.safetensors is not the state that result.json recorded: it is another run's or "
+        "attempt's; copy the run's whole folder again, or run its command again"
     )
     images = miniatures.write_folder(tmp_path / "images", ("a", "b"), 1)
     calls = [

@@ -1,4 +1,7 @@
-"""The hashes that name runs' folders, which must not change: a run finds its folder in every later version."""
+"""The hashes that name runs' folders, which must not change.
+
+A run finds its folder in every later version.
+"""
 
 import json
 

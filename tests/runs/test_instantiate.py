@@ -1,4 +1,7 @@
-"""What a config names is made only where it is a class of the kind that belongs there; nothing else is called."""
+"""What a config names is made only where it is a class of the kind that belongs there.
+
+Nothing else is called.
+"""
 
 import sys
 
@@ -32,8 +35,8 @@ def mine(tmp_path, monkeypatch):
     """A module of a user's own, which counts what is made of it."""
     (tmp_path / "mine_parts.py").write_text(
         "import lightning.pytorch as L\nfrom lightning.pytorch.loggers import CSVLogger\n"
-        "from lightning.pytorch.profilers import SimpleProfiler\nfrom lightning.pytorch.strategies import DDPStrategy\n"
-        "from visprompt.data.digits_datamodule import DigitsDataModule\n\n"
+        "from lightning.pytorch.profilers import SimpleProfiler\nfrom lightning.pytorch.strategies import "
+        "DDPStrategy\nfrom visprompt.data.digits_datamodule import DigitsDataModule\n\n"
         "MADE = []\n\n\ndef function(**options):\n    MADE.append('function')\n\n\n"
         "class Other:\n    def __init__(self, **options):\n        MADE.append('Other')\n\n\n"
         "class MyCallback(L.Callback):\n    class Inner(L.Callback):\n        pass\n\n"

@@ -106,7 +106,10 @@ def resident():
 
 
 def flat(logs, count):
-    """Runs of several kinds, one after the other; memory, open files and threads after a first round and at the end."""
+    """Runs of several kinds, one after the other.
+
+    Memory, open files and threads after a first round and at the end.
+    """
     seen = []
     for number in range(count):
         (outcome,) = run_all.run_all([tiny_job(logs, *SHORT, *KINDS[number % len(KINDS)], f"seed={number}")])

@@ -89,16 +89,16 @@ def test_a_log_dir_that_is_a_file_or_below_one_is_said_before_anything_is_made(
 
 def test_a_place_that_cannot_be_written_to_is_said(capsys, monkeypatch, home):
     assert said(capsys, monkeypatch, "train", "paths.log_dir=/proc/logs") == (
-        "error: paths.log_dir=/proc/logs cannot hold what is written: /proc/logs/hydra cannot be made (No such file or "
-        "directory); give paths.log_dir= a folder that you may write to\n"
+        "error: paths.log_dir=/proc/logs cannot hold what is written: /proc/logs/hydra cannot be made (No "
+        "such file or directory); give paths.log_dir= a folder that you may write to\n"
     )
     assert said(capsys, monkeypatch, "train", "hydra.run.dir=/proc/logs/x").startswith(
         "error: hydra.run.dir=/proc/logs/x cannot hold what is written: /proc/logs cannot be made ("
     )
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     assert said(capsys, monkeypatch, "train", f"paths.log_dir={home}/logs") == (
-        f"error: paths.log_dir={home}/logs cannot hold what is written: {home}/logs/hydra cannot be written to; give "
-        "paths.log_dir= a folder that you may write to\n"
+        f"error: paths.log_dir={home}/logs cannot hold what is written: {home}/logs/hydra cannot be written "
+        "to; give paths.log_dir= a folder that you may write to\n"
     )
 
 

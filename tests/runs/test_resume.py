@@ -200,8 +200,8 @@ def test_another_run_s_finished_folder_is_not_this_run_s(tmp_path, whole, monkey
     before = content(mine.folder)
     monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("trains"))
     sentence = (
-        f"{mine.folder}/result.json is another run's (its seed is 1, this run's is 0): move or delete the files in "
-        "that folder"
+        f"{mine.folder}/result.json is another run's (its seed is 1, this run's is 0): move or delete the "
+        "files in that folder"
     )
     with pytest.raises(UserError) as error:
         run.run_job(mine)
@@ -224,8 +224,8 @@ def test_another_run_s_complete_attempt_is_not_put_in_place(tmp_path, whole):
     with pytest.raises(UserError) as error:
         run.run_job(short_run(tmp_path))
     assert str(error.value) == (
-        f"{here}/state.safetensors is the resume state of another run (its seed is 1, this run's is 0): delete it to "
-        "start over"
+        f"{here}/state.safetensors is the resume state of another run (its seed is 1, this run's is 0): "
+        "delete it to start over"
     )
     assert read_result(halves[0].folder) is None
 

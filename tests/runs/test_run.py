@@ -315,8 +315,8 @@ def test_own_images_with_given_splits(tmp_path, capsys):
     assert result.data["sizes"] == result.data["summary"]["images"] == {"train": 18, "val": 18, "test": 15}
     assert result.data["summary"]["smallest"] == 6
     assert capsys.readouterr().out.splitlines()[0] == (
-        f"data: pets in {root}: 3 classes (cat, dog, eel); images: train 18, val 18, test 15; smallest class: cat with "
-        "6 training images"
+        f"data: pets in {root}: 3 classes (cat, dog, eel); images: train 18, val 18, test 15; smallest "
+        "class: cat with 6 training images"
     )
     hits = hand_counted(one)
     assert result.metrics["test/count"] == 15

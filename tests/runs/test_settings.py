@@ -163,7 +163,8 @@ def test_no_more_epochs_than_the_warm_up_shorten_it_in_proportion(caplog):
     assert (recipe.epochs, recipe.warmup_epochs) == (60, 5)
     assert composed_job("method=linear", "recipe.epochs=3").recipe.warmup_epochs == 0.25
     assert caplog.messages == [
-        "recipe.warmup_epochs is 0.25 in a run of recipe.epochs=3, in proportion to the recipe's 5 of 60 epochs"
+        "recipe.warmup_epochs is 0.25 in a run of recipe.epochs=3, in proportion to the recipe's 5 of 60 "
+        "epochs"
     ]
     assert composed_job("method=linear", "recipe.epochs=6").recipe.warmup_epochs == 5, "it fits, and stays"
     sentence = "recipe.warmup_epochs=1 does not fit: give 0 to below recipe.epochs=1"
@@ -175,8 +176,8 @@ def test_no_more_epochs_than_the_warm_up_shorten_it_in_proportion(caplog):
 
 def test_momentum_is_refused_where_the_optimiser_has_none():
     sentence = (
-        "recipe.momentum=0.5 has no effect on recipe.optimizer=adamw, which has no momentum: leave it out, or give "
-        "recipe.optimizer=sgd"
+        "recipe.momentum=0.5 has no effect on recipe.optimizer=adamw, which has no momentum: leave it out, "
+        "or give recipe.optimizer=sgd"
     )
     assert said("method=linear", "recipe.momentum=0.5", "recipe.optimizer=adamw") == sentence
     assert composed_job("method=linear", "recipe.momentum=0.5", "recipe.optimizer=sgd").recipe.momentum == 0.5

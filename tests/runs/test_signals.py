@@ -1,4 +1,7 @@
-"""Ending on a signal: one sentence, the exit code, what is tidied, at any moment. The processes here are light."""
+"""Ending on a signal: one sentence, the exit code, what is tidied, at any moment.
+
+The processes here are light.
+"""
 
 import os
 import signal

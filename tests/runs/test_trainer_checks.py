@@ -1,4 +1,7 @@
-"""A run gets what its command asked for: processes, precision, a login to W&B; or one sentence before it trains."""
+"""A run gets what its command asked for: processes, precision, a login to W&B.
+
+Or one sentence before it trains.
+"""
 
 import pytest
 import wandb
@@ -39,8 +42,8 @@ def test_one_device_of_two_processes_that_a_launcher_started_is_refused(tmp_path
     for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert refused(tmp_path) == (
-        "trainer.devices=1 and trainer.num_nodes=1 ask for 1 process(es), and the launcher started 2: start 1 "
-        "(torchrun --nnodes=1 --nproc-per-node=1), or change trainer.devices"
+        "trainer.devices=1 and trainer.num_nodes=1 ask for 1 process(es), and the launcher started 2: start "
+        "1 (torchrun --nnodes=1 --nproc-per-node=1), or change trainer.devices"
     )
 
 
@@ -90,8 +93,8 @@ def test_a_logger_of_wandb_without_a_key_is_one_sentence_before_anything_runs(tm
     with pytest.raises(UserError) as error:
         run_all.check_all([job])
     assert str(error.value) == (
-        "logger=wandb finds no W&B API key on this machine: run `wandb login` (or set WANDB_API_KEY), or log without "
-        "a network by giving logger.wandb.offline=true"
+        "logger=wandb finds no W&B API key on this machine: run `wandb login` (or set WANDB_API_KEY), or "
+        "log without a network by giving logger.wandb.offline=true"
     )
     assert asked == [{"prompt": False, "verify": False}]
     answer["key"] = True

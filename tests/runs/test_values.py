@@ -1,4 +1,6 @@
-"""Every documented key with values of wrong kinds: it is accepted, or refused in one sentence that says what to give.
+"""Every documented key with values of wrong kinds.
+
+It is accepted, or refused in one sentence that says what to give.
 
 A job is composed once; each value is put into a copy, which is checked, prepared and built, and not trained.
 """
@@ -29,8 +31,10 @@ VALUES = [
     *([], {}, [1, 2], [[1]], ["x", None], {"a": 1}),
 ]
 PYTHON = re.compile(
-    r"object has no attribute|unsupported operand|not supported between|argument of type|invalid literal|NoneType|"
-    r"<class|Traceback|__init__|keyword argument|positional argument|could not convert|not iterable|not subscriptable|"
+    r"object has no attribute|unsupported operand|not supported between|argument of type|invalid "
+    r"literal|NoneType|"
+    r"<class|Traceback|__init__|keyword argument|positional argument|could not convert|not iterable|not "
+    r"subscriptable|"
     r"cannot be interpreted|'(int|str|list|dict|float|bool)'|DictConfig|ListConfig|full_key|object_type|[Uu]nhashable|"
     r"KeyError|OverflowError|too large to convert|must be (an? )?(str|int|float|bool|real|bytes)\b"
 )

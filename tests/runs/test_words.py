@@ -190,13 +190,13 @@ def test_the_version_is_hydras(capsys, monkeypatch):
         ),
         (
             ("method=linear,vpt_deep",),
-            "method=linear,vpt_deep gives several values: type python src/train.py -m method=linear,vpt_deep for a run "
-            "with each\n",
+            "method=linear,vpt_deep gives several values: type python src/train.py -m "
+            "method=linear,vpt_deep for a run with each\n",
         ),
         (
             ("recipe.lr=choice(1,2)",),
-            "recipe.lr=choice(1,2) gives several values: type python src/train.py -m 'recipe.lr=choice(1,2)' for a run "
-            "with each\n",
+            "recipe.lr=choice(1,2) gives several values: type python src/train.py -m "
+            "'recipe.lr=choice(1,2)' for a run with each\n",
         ),
     ],
 )

@@ -1,4 +1,7 @@
-"""What every test here runs under: whatever starts a process, opens a connection or writes outside is recorded."""
+"""What every test here runs under.
+
+Whatever starts a process, opens a connection or writes outside is recorded.
+"""
 
 import os
 import sys

@@ -15,8 +15,8 @@ from visprompt.data.sources.specialized import decode_retina
 from visprompt.errors import UserError
 
 LARGE = (
-    "is {0} x {0} pixels, more than the {1} that are decoded: if it is meant to be so large, raise data.max_pixels, or "
-    "for src/predict.py max_pixels"
+    "is {0} x {0} pixels, more than the {1} that are decoded: if it is meant to be so large, raise "
+    "data.max_pixels, or for src/predict.py max_pixels"
 )
 SIZES = {
     "root": "x",
@@ -31,9 +31,10 @@ SIZES = {
 
 def png(width, height):
     """A few bytes that say they are a picture of any size."""
-    chunk = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"

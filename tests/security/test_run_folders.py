@@ -1,4 +1,7 @@
-"""A stranger's run: its config.yaml and result.json are data; they decide no code, no address and no place to write."""
+"""A stranger's run: its config.yaml and result.json are data.
+
+They decide no code, no address and no place to write.
+"""
 
 import json
 import shutil
@@ -113,7 +116,10 @@ def test_a_data_module_is_not_named_by_a_folder(stranger, tmp_path, target):
 
 
 def test_a_module_of_this_project_by_another_name_is_not_taken_either(stranger, tmp_path):
-    """The config of the run's task decides: a run of an older version may name a class that has moved since."""
+    """The config of the run's task decides.
+
+    A run of an older version may name a class that has moved since.
+    """
     folder = stranger(lambda config: config["data"].update(_target_="visprompt.data.old.DigitsDataModule"))
     assert evaluate(folder, tmp_path) == scored(folder)
 
@@ -257,7 +263,8 @@ def test_own_module_from_the_own_command_line_is_taken(stranger, tmp_path, monke
     (tmp_path / "mine.py").write_text(
         "from visprompt.data.digits_datamodule import DigitsDataModule\n\n"
         "class Mine(DigitsDataModule):\n    used = []\n\n"
-        "    def open_sets(self, sets):\n        self.used.append(sets)\n        return super().open_sets(sets)\n"
+        "    def open_sets(self, sets):\n        self.used.append(sets)\n        return "
+        "super().open_sets(sets)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     folder = stranger(lambda config: config["data"].update(_target_="mine.Mine"))

@@ -1,4 +1,7 @@
-"""A stranger's tuned.safetensors: its metadata are data, whatever they say, and its checksum is no signature."""
+"""A stranger's tuned.safetensors.
+
+Its metadata are data, whatever they say, and its checksum is no signature.
+"""
 
 import copy
 import json

@@ -108,7 +108,8 @@ def test_validation_images_count_in_every_epoch_and_frozen_parts_once(tmp_path, 
     assert table["digits", "linear"] == ["-", "0", "1, 0 done", "39", "60 s"]
     tune(tmp_path, "methods=[linear]", "seeds=[1,2]", "recipe.grid={recipe.lr:[0.1,0.2]}")
     table, _ = lines(capsys.readouterr().out)
-    # two points; two runs of 3 epochs of 16 batches, and 797 test images; 2,000 images once over all of these runs
+    # two points; two runs of 3 epochs of 16 batches, and 797 test images; 2,000 images once over all of these
+    # runs
     assert table["digits", "linear"][-1] == dry_run.in_time(2 * 39.6 + 2 * (48 + 797 * 5) + 2000 * 0.02)
 
 
@@ -243,8 +244,8 @@ def test_own_images_are_counted_and_stay_undecoded(tmp_path, measured, capsys):
     train(tmp_path / "logs", *given)
     table, (said, _, disk) = lines(capsys.readouterr().out)
     assert said == (
-        f"data: pets in {tmp_path}/pets: 2 classes (cat, dog); images: train 32, val 4, test 4 (no splits were given: "
-        "every class was cut 80/10/10); smallest class: cat with 16 training images"
+        f"data: pets in {tmp_path}/pets: 2 classes (cat, dog); images: train 32, val 4, test 4 (no splits "
+        "were given: every class was cut 80/10/10); smallest class: cat with 16 training images"
     )
     assert table["pets", "vpt_deep"][3] == "3"
     assert f"{40 * 73 * 73 * 4 / 1e6:.1f} MB of decoded images" in disk

@@ -108,7 +108,8 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
     [
         (
             ("methods=[]",),
-            r"methods=\[\] does not fit: give a list methods=\[\.\.\.\] of at least one entry, none of them twice",
+            r"methods=\[\] does not fit: give a list methods=\[\.\.\.\] of at least one entry, none of them "
+            r"twice",
         ),
         (("methods=linear",), r"methods=linear does not fit: give a list methods=\[\.\.\.\]"),
         (("seeds=[]",), r"seeds=\[\] does not fit"),
@@ -119,7 +120,8 @@ def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeyp
         (("methods=[null]",), "unknown method 'None'"),
         (
             ("rerun=true",),
-            r"^rerun=true, which debug=\.\.\. sets too, would run the whole grid anew at each call: give another",
+            r"^rerun=true, which debug=\.\.\. sets too, would run the whole grid anew at each call: give "
+            r"another",
         ),
         (
             ("hydra.mode=MULTIRUN",),

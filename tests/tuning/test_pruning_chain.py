@@ -1,4 +1,7 @@
-"""The chain of runs that prunes: what starts from what, who chooses by which figure, and that the whole resumes."""
+"""The chain of runs that prunes.
+
+What starts from what, who chooses by which figure, and that the whole resumes.
+"""
 
 import json
 import shutil
@@ -200,8 +203,8 @@ def test_it_ends_with_a_table_and_a_picture_beside_the_results(logs, final):
         point = found["points"][found["chosen"]]
         share = point["kept_tokens"] * point["kept_segments"] / 32
         assert lines[2] == (
-            f"{point['kept_tokens']} of 4 tokens and {point['kept_segments']} of 8 segments of each are left, "
-            f"{100 * share:.1f} % of the input prompts."
+            f"{point['kept_tokens']} of 4 tokens and {point['kept_segments']} of 8 segments of each are "
+            f"left, {100 * share:.1f} % of the input prompts."
         )
         assert lines[4] == "| tuned without the head | unpruned | left | share left |"
         parameters, unpruned = result.tuned["parameters"], found["unpruned"]["parameters"]

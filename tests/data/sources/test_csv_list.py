@@ -125,7 +125,8 @@ def test_one_file_under_two_spellings_is_refused(tmp_path, again):
     with pytest.raises(UserError) as caught:
         find(root, "twice.csv")
     assert str(caught.value) == (
-        f"data.csv={root}/twice.csv, line 4: {again} is the file of line 2, dark/0000.png: remove one of the lines"
+        f"data.csv={root}/twice.csv, line 4: {again} is the file of line 2, dark/0000.png: remove one of "
+        "the lines"
     )
 
 
@@ -159,7 +160,8 @@ def test_splits_in_a_column_of_another_name_are_never_cut_anew(tmp_path, column,
     with pytest.raises(UserError) as caught:
         find(root, "list.csv")
     assert str(caught.value) == (
-        f"data.csv={root}/list.csv has no column split, but a column {column!r} ({', '.join(sorted(values))}): give "
+        f"data.csv={root}/list.csv has no column split, but a column {column!r} "
+        f"({', '.join(sorted(values))}): give "
         f"{take} to read it, or 'data.csv_columns={{split: null}}' to cut every class 80/10/10"
     )
     images = find(root, "list.csv", columns={"split": None})

@@ -219,10 +219,10 @@ def test_what_is_left_out_is_counted(tmp_path):
         "repeated": {},
     }
     assert data.described == [
-        f"data: root in {root}: 2 classes (a, b); images: train 16, val 2, test 2 (no splits were given: every class "
-        "was cut 80/10/10); smallest class: a with 8 training images",
-        "left out: files of other formats (1), hidden files (1), hidden folders (1), images next to the folders (1), "
-        "system files (2), files that cannot be read (1)",
+        f"data: root in {root}: 2 classes (a, b); images: train 16, val 2, test 2 (no splits were given: "
+        "every class was cut 80/10/10); smallest class: a with 8 training images",
+        "left out: files of other formats (1), hidden files (1), hidden folders (1), images next to the "
+        "folders (1), system files (2), files that cannot be read (1)",
     ]
 
 
@@ -231,8 +231,8 @@ def test_folders_that_are_no_split_are_left_out_and_said(tmp_path):
     Image.new("RGB", (40, 40)).save(root / "Testing" / "loose.png")
     data = own(tmp_path, root, split_names={"train": "Training", "test": "Testing"})
     assert data.described == [
-        f"data: pets in {root}: 2 classes (cat, dog); images: train 6, test 6; smallest class: cat with 3 training "
-        "images",
+        f"data: pets in {root}: 2 classes (cat, dog); images: train 6, test 6; smallest class: cat with 3 "
+        "training images",
         "left out: folders that are not named in data.split_names (1), images next to the folders (1)",
     ]
 
@@ -240,8 +240,8 @@ def test_folders_that_are_no_split_are_left_out_and_said(tmp_path):
 def test_many_classes_are_counted(tmp_path):
     root = write_folder(tmp_path / "birds", [f"kind {number}" for number in range(11)], 3)
     assert own(tmp_path, root).described == [
-        f"data: birds in {root}: 11 classes; images: train 11, val 11, test 11 (no splits were given: every class was "
-        "cut 80/10/10); smallest class: kind 0 with 1 training images"
+        f"data: birds in {root}: 11 classes; images: train 11, val 11, test 11 (no splits were given: every "
+        "class was cut 80/10/10); smallest class: kind 0 with 1 training images"
     ]
 
 
@@ -290,8 +290,8 @@ def test_grey_images_in_a_small_part_of_their_range_are_said_once(tmp_path):
     data.prepare_data()
     assert data.store.image(0).max() == 0
     said = (
-        "warning: 20 grey images use less than a quarter of their 16 or 32 bits (up to 209) and look dark: give "
-        "data.white_level=255 if that is their white"
+        "warning: 20 grey images use less than a quarter of their 16 or 32 bits (up to 209) and look dark: "
+        "give data.white_level=255 if that is their white"
     )
     assert [line for line in data.described if line.startswith("warning")] == [said]
     assert own(tmp_path, root).preprocessing.get("white_level") is None

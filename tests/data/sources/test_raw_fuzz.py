@@ -1,4 +1,6 @@
-"""Original files with damage at any place, in archives and in what these hold: content, or one sentence; nothing else.
+"""Original files with damage at any place, in archives and in what these hold: content, or one sentence.
+
+Nothing else.
 
 That no damaged file is used is the business of the checksums, which prepare.py compares before it reads.
 """

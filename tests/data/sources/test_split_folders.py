@@ -70,7 +70,8 @@ def test_the_words_of_splits(split, names):
 )
 def test_split_folders_of_other_names_are_refused_with_what_to_type(tmp_path, folders, named, argument):
     assert answer(tree(tmp_path, f"{folders}/dark,light")) == (
-        f"data.root=ROOT has split folders ({named}): give 'data.split_names={argument}' to read them so, or {CLASSES}"
+        f"data.root=ROOT has split folders ({named}): give 'data.split_names={argument}' to read them so, "
+        f"or {CLASSES}"
     )
 
 
@@ -99,7 +100,8 @@ def test_folders_that_hold_the_same_folders_are_refused(tmp_path, folders, named
     root = tree(tmp_path, folders)
     (root / folders.partition(",")[0] / "notes.txt").write_text("a stray file")
     assert answer(root) == (
-        f"data.root=ROOT has the same folders {named}: give 'data.split_names={argument}' to read them so, or {CLASSES}"
+        f"data.root=ROOT has the same folders {named}: give 'data.split_names={argument}' to read them so, "
+        f"or {CLASSES}"
     )
 
 
@@ -113,28 +115,28 @@ def test_folders_that_hold_the_same_folders_are_refused(tmp_path, folders, named
         ),
         (
             ["cat,dog/", "test/cat,dog"],
-            "has what looks like a split folder ('test') next to 'cat', 'dog' but no folder of training images: put "
-            f"these into train/<class>/, or give {CLASSES}",
+            "has what looks like a split folder ('test') next to 'cat', 'dog' but no folder of training "
+            f"images: put these into train/<class>/, or give {CLASSES}",
         ),
         (
             ["train,test,other/"],
-            "has split folders ('test', 'train') next to 'other', but 'train' has no class folders in it: put the "
-            f"images of each class into train/<class>/, or give {CLASSES}",
+            "has split folders ('test', 'train') next to 'other', but 'train' has no class folders in it: "
+            f"put the images of each class into train/<class>/, or give {CLASSES}",
         ),
         (
             ["train,test/"],
-            "has split folders ('test', 'train'), but 'train' has no class folders in it: put the images of each class "
-            f"into train/<class>/, or give {CLASSES}",
+            "has split folders ('test', 'train'), but 'train' has no class folders in it: put the images of "
+            f"each class into train/<class>/, or give {CLASSES}",
         ),
         (
             ["test,val/a,b"],
-            "has split folders ('test', 'val') but no folder of training images: put these into train/<class>/, or "
-            f"give {CLASSES}",
+            "has split folders ('test', 'val') but no folder of training images: put these into "
+            f"train/<class>/, or give {CLASSES}",
         ),
         (
             ["cat,dog/train,test"],
-            "has split folders in its classes (cat/test, cat/train): move the images to test/cat and so on, or give "
-            "data.split_names=none to mix them",
+            "has split folders in its classes (cat/test, cat/train): move the images to test/cat and so on, "
+            "or give data.split_names=none to mix them",
         ),
         (
             ["data/train,test"],

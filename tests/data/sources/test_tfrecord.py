@@ -48,7 +48,8 @@ def test_a_damaged_length_is_never_read():
 
 
 def test_an_example_written_by_hand():
-    # features { feature { key: "label" value { int64_list { value: 3 value: -1 } } } }, first packed, then one by one
+    # features { feature { key: "label" value { int64_list { value: 3 value: -1 } } } }, first packed, then
+    # one by one
     negative = b"\xff" * 9 + b"\x01"
     for integers in (b"\x0a\x0b\x03" + negative, b"\x08\x03\x08" + negative):
         feature = b"\x1a" + bytes([len(integers)]) + integers

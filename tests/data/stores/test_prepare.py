@@ -1,4 +1,7 @@
-"""What goes wrong while a task is prepared, on miniatures; that all tasks are prepared is in test_miniature.py."""
+"""What goes wrong while a task is prepared, on miniatures.
+
+That all tasks are prepared is in test_miniature.py.
+"""
 
 import errno
 import json
@@ -526,8 +529,8 @@ def test_a_store_of_another_resizing_is_neither_used_nor_deleted(written, caplog
     made = prepare_square(words)
     assert caplog.messages == [
         "dtd: its images are resized as preprocessing.resampling=tf1 does, into a new store of "
-        f"{words.bytes / 1e9:.2g} GB (python src/prepare.py tasks=dtd image_size=64); {older.folder}, resized in "
-        "another way, is neither used nor deleted"
+        f"{words.bytes / 1e9:.2g} GB (python src/prepare.py tasks=dtd image_size=64); {older.folder}, "
+        "resized in another way, is neither used nor deleted"
     ]
     assert (made.folder / "pixels.bin").stat().st_size == words.bytes
     assert tree(older.folder) == before
@@ -699,7 +702,8 @@ def test_fgvc_counts_are_compared_with_the_record(written, patched):
     patched("cub200", split_sizes={"train": 5394, "val": 600, "test": 5794}, num_classes=200)
     message = (
         r"cub200 in .*raw/cub200 is not the right data: number of classes is 4, expected 200; "
-        r"number of images in train\+val is 48, expected 5,994; number of images in test is 24, expected 5,794; get its"
+        r"number of images in train\+val is 48, expected 5,994; number of images in test is 24, expected "
+        r"5,794; get its"
     )
     with refused(folder, message):
         prepare_ragged(plan("cub200", folder))
@@ -853,7 +857,8 @@ def test_verify_fails_an_fgvc_image_that_was_moved(written, capsys):
 
     tamper(wanted, move)
     message = (
-        r"^2 checks failed: cub200: number of images in train\+val is 47, expected 48; cub200: number of images in "
+        r"^2 checks failed: cub200: number of images in train\+val is 47, expected 48; cub200: number of "
+        r"images in "
         "test is 25, expected 24: delete those stores"
     )
     with pytest.raises(UserError, match=message):
@@ -877,8 +882,8 @@ def test_verify_reads_every_pixel_and_the_whole_manifest(verified, capsys):
     with pytest.raises(UserError) as error:
         verify_all([verified])
     assert str(error.value) == (
-        f"1 checks failed: svhn: {path} is damaged: it does not match its digest: delete those stores and prepare "
-        "them again"
+        f"1 checks failed: svhn: {path} is damaged: it does not match its digest: delete those stores and "
+        "prepare them again"
     )
     assert "0 of 1 tasks are prepared" in capsys.readouterr().out
 
@@ -931,8 +936,8 @@ def test_an_older_store_that_cannot_be_written_is_read_unchecked_and_that_is_sai
     for _ in range(2):
         assert prepare_square(wanted).take([0]).shape == (1, 3, 32, 32)
     assert [message for message in caplog.messages if "older" in message] == [
-        f"the store {wanted.folder} is of an older version without checksums, and none can be written (Read-only file "
-        "system): it is read unchecked"
+        f"the store {wanted.folder} is of an older version without checksums, and none can be written "
+        "(Read-only file system): it is read unchecked"
     ]
 
 

@@ -218,8 +218,8 @@ def test_changed_pixels_are_refused_and_the_store_is_made_anew_once_it_is_delete
     with pytest.raises(UserError) as error:
         opened(folder, tmp_path).image(3)
     assert str(error.value) == (
-        f"the store {store.folder} is damaged, pixels.bin is not what its checksums say: delete that folder and run "
-        "the same command, which writes it again from the original files"
+        f"the store {store.folder} is damaged, pixels.bin is not what its checksums say: delete that folder "
+        "and run the same command, which writes it again from the original files"
     )
     shutil.rmtree(store.folder)
     assert (opened(folder, tmp_path).folder / "pixels.bin").read_bytes() == whole

@@ -239,8 +239,8 @@ def flip(path, place):
 
 def damaged(folder):
     return (
-        f"the store {folder} is damaged, pixels.bin is not what its checksums say: delete that folder and run the same "
-        "command, which writes it again from the original files"
+        f"the store {folder} is damaged, pixels.bin is not what its checksums say: delete that folder and "
+        "run the same command, which writes it again from the original files"
     )
 
 
@@ -379,7 +379,8 @@ def test_an_image_of_another_shape_is_refused(tmp_path, shape):
     images = pictures() | {("test", "a"): np.zeros(shape, np.uint8)}
     height, width, channels = shape
     message = (
-        rf"image a \(test\) has the shape \({channels}, {height}, {width}\), others \(3, 4, 6\): the files are not the "
+        rf"image a \(test\) has the shape \({channels}, {height}, {width}\), others \(3, 4, 6\): the files "
+        rf"are not the "
         "right ones, get them again"
     )
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,7 @@
-"""Writes tiny data on disk in the form that a user's or a dataset's own files have; for tests and first steps."""
+"""Writes tiny data on disk in the form that a user's or a dataset's own files have.
+
+For tests and first steps.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

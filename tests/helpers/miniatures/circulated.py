@@ -1,4 +1,6 @@
-"""Miniatures of what circulates of a task: its folder of vtab-1k, and a clone of its mirror on the Hugging Face hub.
+"""Miniatures of what circulates of a task.
+
+Its folder of vtab-1k, and a clone of its mirror on the Hugging Face hub.
 
 The colour of an image tells its label.
 """
@@ -27,8 +29,8 @@ def prepared(
     Args:
         root: The folder of all tasks.
         spec: The task; its id names the folder.
-        counts: Number of images of train800, val200 and test; train800val200 is the first two again, in files of its
-            own.
+        counts: Number of images of train800, val200 and test; train800val200 is the first two again, in files
+            of its own.
         draw: Source of the noise.
 
     Returns:

@@ -1,7 +1,8 @@
 """Writes miniatures of the original archives of the five fine-grained datasets: real names, real containers.
 
-Each writer takes the folder to fill, about how many images to write of each official split (all but Flowers have train
-and test only), and a generator, and returns how many it wrote. The colour of an image tells its class.
+Each writer takes the folder to fill, about how many images to write of each official split (all but Flowers
+have train and test only), and a generator, and returns how many it wrote. The colour of an image tells its
+class.
 """
 
 import json
@@ -93,7 +94,10 @@ def cub200(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> 
 
 
 def nabirds(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
-    """Writes a miniature of NABirds, `nabirds.tar.gz`: class ids have gaps, and one class has no images of its own."""
+    """Writes a miniature of NABirds, `nabirds.tar.gz`.
+
+    Class ids have gaps, and one class has no images of its own.
+    """
     ids = sorted(_NABIRDS)[1:]
     rows = []
     for split, label in _images(counts):
@@ -147,7 +151,10 @@ def stanford_cars(root: Path, counts: Mapping[str, int], draw: np.random.Generat
 
 
 def stanford_cars_devkit(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
-    """Writes a miniature of Stanford Cars' second layout: archives of train and test, a devkit, and the test labels."""
+    """Writes a miniature of Stanford Cars' second layout.
+
+    Archives of train and test, a devkit, and the test labels.
+    """
     kit = []
     for split in ("train", "test"):
         labels = [label for own, label in _images(counts) if own == split]

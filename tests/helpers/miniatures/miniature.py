@@ -27,7 +27,8 @@ def write(task: str, source: str, data_dir: Path) -> dict[str, TaskSpec]:
         data_dir: See `Plan`.
 
     Returns:
-        Records that fit the copy, of all tasks whose images it holds: fewer images, no checksums, no golden values.
+        Records that fit the copy, of all tasks whose images it holds: fewer images, no checksums, no golden
+        values.
     """
     spec, draw = TASKS[task], np.random.default_rng(0)
     if source == "prepared":
@@ -52,7 +53,9 @@ def write(task: str, source: str, data_dir: Path) -> dict[str, TaskSpec]:
 
 
 def _shrunk(spec: TaskSpec, written: Mapping[str, int], official: Mapping[str, int]) -> dict[str, TaskSpec]:
-    """Fits the records of a VTAB dataset to a copy; the split sets stay in the official splits where they belong.
+    """Fits the records of a VTAB dataset to a copy.
+
+    The split sets stay in the official splits where they belong.
 
     Args:
         spec: One of the tasks.

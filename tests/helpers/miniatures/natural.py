@@ -1,7 +1,9 @@
-"""Writes miniatures of the original files of VTAB's natural datasets: real names, real containers, tiny images.
+"""Writes miniatures of the original files of VTAB's natural datasets.
 
-Each writer takes the folder to fill, about how many images to write of each official split, and a generator, and
-returns how many it wrote. The colour of an image tells its class.
+Real names, real containers, tiny images.
+
+Each writer takes the folder to fill, about how many images to write of each official split, and a generator,
+and returns how many it wrote. The colour of an image tells its class.
 """
 
 import gzip
@@ -157,7 +159,10 @@ def oxford_flowers102(root: Path, counts: Mapping[str, int], draw: np.random.Gen
 
 
 def oxford_iiit_pet(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
-    """Writes a miniature of the Oxford-IIIT pets; the species and breed in its lists are not those of the class."""
+    """Writes a miniature of the Oxford-IIIT pets.
+
+    The species and breed in its lists are not those of the class.
+    """
     names = class_names("oxford_iiit_pet")
     lists: list[tuple[str, bytes]] = []
     images: list[tuple[str, bytes]] = []
@@ -187,7 +192,9 @@ def svhn(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> di
 
 
 def sun397(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
-    """Writes a miniature of SUN397: the first images of the lists that VTAB-1k uses; the others are not there.
+    """Writes a miniature of SUN397: the first images of the lists that VTAB-1k uses.
+
+    The others are not there.
 
     Every fifth file is a PNG, as some of the real ones are, and has the name of a JPEG all the same.
     """

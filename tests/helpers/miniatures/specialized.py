@@ -60,7 +60,10 @@ def _class_folders(
 
 
 def diabetic_retinopathy(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
-    """Writes a miniature of the retinopathy photographs; the higher the level, the stronger the stripes of an eye."""
+    """Writes a miniature of the retinopathy photographs.
+
+    The higher the level, the stronger the stripes of an eye.
+    """
     splits = ("train", "validation", "test")
     levels = {split: class_labels(counts[split], 5).tolist() for split in splits}
     train = [

@@ -1,7 +1,8 @@
 """Miniatures of the original files of VTAB's structured tasks, in their real containers.
 
-Each writer takes the folder to write into, the number of images wanted in each official split (what the dataset does
-not have is left out) and the source of the noise, and returns the number written. Equal draws give equal files.
+Each writer takes the folder to write into, the number of images wanted in each official split (what the
+dataset does not have is left out) and the source of the noise, and returns the number written. Equal draws
+give equal files.
 """
 
 import gzip
@@ -129,7 +130,9 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def kitti(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
-    """Writes KITTI's three archives with ten videos, one of them test and one validation: brightness tells the label.
+    """Writes KITTI's three archives with ten videos, one of them test and one validation.
+
+    Brightness tells the label.
 
     There are eight training videos, so train has eight images or more and the other splits one or more.
     """
@@ -199,7 +202,10 @@ def dsprites(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -
 
 
 def smallnorb(root: Path, counts: Mapping[str, int], draw: np.random.Generator) -> dict[str, int]:
-    """Writes the six .mat.gz files: a bright block whose column is the azimuth and whose row is the elevation."""
+    """Writes the six .mat.gz files.
+
+    A bright block whose column is the azimuth and whose row is the elevation.
+    """
     for split, name in SMALLNORB.items():
         rows = np.arange(counts[split])
         info = np.stack([rows % 10, rows * 4 % 9, rows % 18 * 2, rows % 6], axis=1)

@@ -48,7 +48,10 @@ def test_the_demo_backbone_is_the_embedded_file():
 
 @pytest.mark.parametrize("method", ["linear", "vpt_deep"])
 def test_a_fresh_norm_stands_behind_the_mean_and_the_trained_one_is_dropped(tmp_path, method):
-    """As MAE's and VPT's codes pool: the mean over prompts and patches, without the class token, then the norm."""
+    """As MAE's and VPT's codes pool.
+
+    The mean over prompts and patches, without the class token, then the norm.
+    """
     file = tmp_path / "weights.safetensors"
     model = tiny_model()
     torch.nn.init.uniform_(model.norm.weight)

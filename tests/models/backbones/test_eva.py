@@ -1,4 +1,7 @@
-"""The re-driven Eva equals timm's own forward; with prompts it equals timm's blocks with prompts behind the prefix."""
+"""The re-driven Eva equals timm's own forward.
+
+With prompts it equals timm's blocks with prompts behind the prefix.
+"""
 
 import copy
 
@@ -56,7 +59,10 @@ OTHERS = {
 
 
 def tiny_eva(name="vit_base_patch16_dinov3", **options):
-    """A tiny model with large random weights: under timm's own small ones, attention is flat and hides mistakes."""
+    """A tiny model with large random weights.
+
+    Under timm's own small ones, attention is flat and hides mistakes.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         if name in OTHERS:
@@ -89,7 +95,10 @@ def plain_class(method):
 
 
 def naive_logits(classifier, model, x):
-    """Logits by way of timm's own blocks: prompts behind the prefix, where a raised number keeps them unrotated."""
+    """Logits by way of timm's own blocks.
+
+    Prompts behind the prefix, where a raised number keeps them unrotated.
+    """
     method, place, count = classifier.method, model.num_prefix_tokens, 0
     end = method.first_block + len(method.prompts)
     x, rotations = model._pos_embed(model.patch_embed(x))

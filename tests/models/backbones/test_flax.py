@@ -182,7 +182,8 @@ BLOCK = "Transformer/encoderblock_3"
         (
             without(f"{BLOCK}/MultiHeadDotProductAttention_1/key/bias"),
             {},
-            r"lacks 1 of 54 weights: blocks\.3\.attn\.qkv\.bias; there is no place for 2 .*: blocks\.3\.attn\.query\.b",
+            r"lacks 1 of 54 weights: blocks\.3\.attn\.qkv\.bias; there is no place for 2 .*: "
+            r"blocks\.3\.attn\.query\.b",
         ),
         (
             lambda arrays: arrays | {"conv_root/kernel": np.ones(3)},

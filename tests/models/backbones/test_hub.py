@@ -23,7 +23,8 @@ HUB = "vit_base_patch16_224.augreg_in21k"
 IJEPA = "vit_giant_patch16_gap_224.in22k_ijepa"
 WHERE = (
     f"download https://huggingface.co/timm/{HUB}/resolve/main/model.safetensors on another machine, "
-    f"copy it here to data/backbones/{HUB}.safetensors and set backbone.weights=data/backbones/{HUB}.safetensors"
+    f"copy it here to data/backbones/{HUB}.safetensors and set "
+    f"backbone.weights=data/backbones/{HUB}.safetensors"
 )
 MISSING = f"the weights of backbone {HUB} are not on this machine and the hub cannot be reached: {WHERE}"
 

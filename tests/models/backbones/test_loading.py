@@ -161,7 +161,10 @@ def eva02(tensors):
 
 
 def swin(tensors):
-    """Each merging of patches stands at the end of the stage before; tables of indices and masks are in the file."""
+    """Each merging of patches stands at the end of the stage before.
+
+    Tables of indices and masks are in the file.
+    """
     tables = drawn("layers.0.blocks.0.attn.relative_position_index", "layers.1.blocks.1.attn_mask")
     pairs = [(rf"layers\.{i}\.downsample", f"layers.{i - 1}.downsample") for i in (1, 2, 3)]
     return {"model": renamed(tensors, *pairs) | tables | drawn("head.weight", "head.bias")}

@@ -84,8 +84,8 @@ def test_a_folder_without_weights_is_named(cache):
     with pytest.raises(UserError) as error:
         find_file(cache)
     assert str(error.value) == (
-        f"the folder {cache}/snapshots/{REVISION} holds not one file of backbone weights but neither model.safetensors "
-        "nor another one: give the file itself as backbone.weights=..."
+        f"the folder {cache}/snapshots/{REVISION} holds not one file of backbone weights but neither "
+        "model.safetensors nor another one: give the file itself as backbone.weights=..."
     )
 
 
@@ -142,7 +142,8 @@ def test_a_lightning_checkpoint_of_more_than_tensors_is_refused_with_the_line_th
     with pytest.raises(UserError) as error:
         load_file(tiny_model(), file)
     assert str(error.value) == (
-        f"{file} is no file of weights or holds more than tensors, which could run code and is not read: if you trust "
+        f"{file} is no file of weights or holds more than tensors, which could run code and is not read: if "
+        "you trust "
         f"it, write its tensors alone by torch.save(torch.load('{file}', weights_only=False)['state_dict'], "
         "'weights.pth') and set backbone.weights to that file"
     )

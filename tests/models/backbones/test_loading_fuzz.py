@@ -1,4 +1,7 @@
-"""Files of weights with damage at any place: one sentence, or every weight as it was written; nothing else."""
+"""Files of weights with damage at any place: one sentence, or every weight as it was written.
+
+Nothing else.
+"""
 
 import numpy as np
 import pytest

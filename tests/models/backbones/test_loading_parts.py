@@ -1,4 +1,7 @@
-"""A model that is a part of what a file holds: checkpoints of Lightning, of wrappers, of a student and its teacher."""
+"""A model that is a part of what a file holds.
+
+Checkpoints of Lightning, of wrappers, of a student and its teacher.
+"""
 
 import pytest
 import torch
@@ -68,8 +71,8 @@ def test_of_two_models_that_fit_none_is_guessed(tmp_path):
     with pytest.raises(UserError) as error:
         load_file(tiny_model(), file)
     assert str(error.value) == (
-        f"{file} holds several models that fit this VisionTransformer, under student., teacher.: save the state_dict() "
-        "of the one that you mean alone and set backbone.weights to that file"
+        f"{file} holds several models that fit this VisionTransformer, under student., teacher.: save the "
+        "state_dict() of the one that you mean alone and set backbone.weights to that file"
     )
 
 

@@ -1,4 +1,7 @@
-"""The re-driven Swin equals timm's own forward; its exact path equals prompts carried through every window by hand."""
+"""The re-driven Swin equals timm's own forward.
+
+Its exact path equals prompts carried through every window by hand.
+"""
 
 import math
 
@@ -158,8 +161,8 @@ def naive_merging(merging, maps, prompts):
 def naive_features(model, x, entering, rows=None, added=None, pool=None):
     """Features of images x by the equations.
 
-    `entering` has for every block its prompts [p, width], "keep" or "drop"; `rows` its keys and values; `added` what
-    its image tokens are shifted by, [n, width].
+    `entering` has for every block its prompts [p, width], "keep" or "drop"; `rows` its keys and values;
+    `added` what its image tokens are shifted by, [n, width].
     """
     maps, index = model.patch_embed.norm(model.patch_embed.proj(x).permute(0, 2, 3, 1)), 0
     prompts = maps.new_zeros(len(maps), 0, maps.shape[-1])
@@ -406,7 +409,10 @@ def test_patches_of_pixels_enter_as_tokens():
     ("pixels", "resize", "side"), [(3, True, 32), (2, False, 36), (3, False, 36), (5, False, 40)]
 )
 def test_a_frame_of_pixels_may_make_the_image_larger(pixels, resize, side):
-    """What the patch does not divide of the new side is dropped; the mask of shifted windows is that of the new map."""
+    """What the patch does not divide of the new side is dropped.
+
+    The mask of shifted windows is that of the new map.
+    """
     model, x = tiny_swin(), images()
     classifier = classifier_on(model, location="pad", num_tokens=pixels, pad_resize=resize, **PIXELS)
     framed = classifier.method.pixels(x)

@@ -103,7 +103,8 @@ BASE, DINOV2, REGISTERS = (
     "vit_base_patch14_reg4_dinov2.lvd142m",
 )
 GATED = "vit_giant_patch14_dinov2.lvd142m"
-# what transformers has: prefix, tensors outside the blocks, a block's place and tensors, what stands next to the model
+# what transformers has: prefix, tensors outside the blocks, a block's place and tensors, what stands next to
+# the model
 LAYOUTS = {
     "ViTModel": (BASE, "", VIT | layer("pooler.dense"), "encoder.layer", vit_block, {}),
     "ViTForImageClassification": (BASE, "vit.", VIT, "encoder.layer", vit_block, layer("classifier", out=5)),
@@ -272,13 +273,14 @@ def test_what_is_missing_has_timm_s_name(tmp_path):
         (
             {"vision_config": {"hidden_act": "quick_gelu"}},
             "vit_base_patch16_clip_224",
-            "was trained with the activation quick_gelu (config.json in its folder) and vit_base_patch16_clip_224 has "
-            "gelu: set backbone.name=vit_base_patch16_clip_quickgelu_224",
+            "was trained with the activation quick_gelu (config.json in its folder) and "
+            "vit_base_patch16_clip_224 has gelu: set backbone.name=vit_base_patch16_clip_quickgelu_224",
         ),
         (
             {"hidden_act": "gelu"},
             CLIP,
-            "was trained with the activation gelu (config.json in its folder) and vit_base_patch16_clip_quickgelu_224 "
+            "was trained with the activation gelu (config.json in its folder) and "
+            "vit_base_patch16_clip_quickgelu_224 "
             "has quick_gelu: set backbone.name=vit_base_patch16_clip_224",
         ),
         ({"hidden_act": "quick_gelu"}, CLIP, None),

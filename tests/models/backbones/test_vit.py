@@ -1,4 +1,7 @@
-"""The re-driven ViT equals timm's own forward; its exact path equals carrying the tokens and the paper's equations."""
+"""The re-driven ViT equals timm's own forward.
+
+Its exact path equals carrying the tokens and the paper's equations.
+"""
 
 import pytest
 import timm
@@ -31,9 +34,9 @@ from visprompt.models.backbones.vit import ViT
 from visprompt.models.methods import Method
 
 FLOAT32, FLOAT64 = 1e-5, 1e-12
-# bfloat16 rounds to 2^-9 relative. The two ways multiply matrices of other shapes, so each of a block's some ten
-# roundings may fall apart and none can be blamed: eight units of 2^-8 (measured: under 0.005 in logits, 0.012 in
-# gradients; bfloat16 itself is up to 0.06 away from float32 here).
+# bfloat16 rounds to 2^-9 relative. The two ways multiply matrices of other shapes, so each of a block's some
+# ten roundings may fall apart and none can be blamed: eight units of 2^-8 (measured: under 0.005 in logits,
+# 0.012 in gradients; bfloat16 itself is up to 0.06 away from float32 here).
 BFLOAT16 = 2**-5
 
 PROVEN = {
@@ -162,7 +165,8 @@ def test_a_dynamic_model_takes_images_of_another_size(size, prefix):
         (
             {"dynamic_img_size": True},
             (32, 36),
-            "images of 32 x 36 do not fit, their sides are no multiples of the patch size 8: crop or resize them",
+            "images of 32 x 36 do not fit, their sides are no multiples of the patch size 8: crop or resize "
+            "them",
         ),
     ],
 )
@@ -176,7 +180,10 @@ def test_images_of_a_size_that_it_does_not_take_are_refused(method, model, shape
 @pytest.mark.parametrize("patch_drop_rate", [0.0, 0.5])
 @pytest.mark.parametrize("options", [{}, {"drop_path": 0.5}], ids=["default", "half the branches"])
 def test_full_tuning_gives_timms_own_features_and_gradients_in_training(options, patch_drop_rate):
-    """Stochastic depth is drawn per image, whatever tokens are read: one seed skips the same branches everywhere."""
+    """Stochastic depth is drawn per image, whatever tokens are read.
+
+    One seed skips the same branches everywhere.
+    """
     model, x = tiny_model(patch_drop_rate=patch_drop_rate), images(6)
     results = []
     for exact in (True, False, None):
@@ -321,7 +328,10 @@ def flops(classifier, batch):
 
 
 def expected_flops(batch, p, own_blocks, queries_last, dim=32, hidden=128, n=NUM_IMAGE):
-    """Multiply-adds, times two, of patch embedding, blocks and head; p shared prompts before `own_blocks` blocks."""
+    """Multiply-adds, times two, of patch embedding, blocks and head.
+
+    P shared prompts before `own_blocks` blocks.
+    """
     total = batch * (16 * 3 * 64 * dim + dim * 5)
     for i in range(4):
         q = queries_last if i == 3 else n

@@ -1,6 +1,7 @@
 """What every method holds on every backbone; a new entry of METHODS is tested here without a line of its own.
 
-Names and shapes of what it saves are in tests/golden/tuned_shapes.json, to which `make docs` adds a new method.
+Names and shapes of what it saves are in tests/golden/tuned_shapes.json, to which `make docs` adds a new
+method.
 """
 
 import json
@@ -227,7 +228,10 @@ def test_the_public_call_needs_no_more_than_names(name):
 
 @every_method
 def test_a_model_may_be_given_again(name):
-    """Methods wrap and freeze layers: what one did must not be seen by the next, nor by the user's own model."""
+    """Methods wrap and freeze layers.
+
+    What one did must not be seen by the next, nor by the user's own model.
+    """
     model = tiny_model()
     own = {n: t.clone() for n, t in model.state_dict().items()}
     first = visprompt.build(model, name, 5)
@@ -314,7 +318,10 @@ def test_methods_of_one_grid_refuse_other_images(name, shape):
 @pytest.mark.slow
 @every_method
 def test_a_compiled_classifier_gives_the_same_logits(name):
-    """Its graph is captured whole; the code that a compiler would make of it is tested for one method elsewhere."""
+    """Its graph is captured whole.
+
+    The code that a compiler would make of it is tested for one method elsewhere.
+    """
     classifier = built(name).eval()
     expected = classifier(images())
     torch.compiler.reset()

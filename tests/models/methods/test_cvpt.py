@@ -33,7 +33,10 @@ def classifier(exact=True, dropout=0.0, **model_options):
 
 
 def cross_attention(attn, x, prompts):
-    """As the released code reads: separate copies of the projections, the softmax written out, no norm before."""
+    """As the released code reads.
+
+    Separate copies of the projections, the softmax written out, no norm before.
+    """
     width, layers = x.shape[-1], []
     for rows in range(3):
         layer = nn.Linear(width, width, bias=attn.qkv.bias is not None)

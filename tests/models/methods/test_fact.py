@@ -105,7 +105,8 @@ def test_merged_equals_unmerged(form):
 @pytest.mark.parametrize(
     ("form", "rank", "count"),
     [
-        # 2 * width * r for U and V, then r * r for each of 12 slices in 12 blocks; or the core and 144 columns of r
+        # 2 * width * r for U and V, then r * r for each of 12 slices in 12 blocks; or the core and 144
+        # columns of r
         ("tt", 16, 2 * 768 * 16 + 144 * 16**2),
         ("tt", 8, 21_504),
         ("tk", 16, 2 * 768 * 16 + 16**3 + 144 * 16),

@@ -1,4 +1,7 @@
-"""Where prompts enter, each location against what its formula reads; what they count; pairs that cannot be."""
+"""Where prompts enter, each location against what its formula reads; what they count.
+
+Pairs that cannot be.
+"""
 
 import pytest
 import torch
@@ -219,11 +222,13 @@ PAIRS = [
     ),
     (
         {"location": "pad", **SHALLOW, "num_tokens": 16},
-        "method.num_tokens=16 pixels on each side leave nothing of an image of 32: give less than 16, or method",
+        "method.num_tokens=16 pixels on each side leave nothing of an image of 32: give less than 16, or "
+        "method",
     ),
     (
         {"location": "pad", **SHALLOW, "num_tokens": 4, "pad_resize": False},
-        "method.pad_resize=false with method.num_tokens=4 makes images of 32 pixels 40 wide, which this backbone does "
+        "method.pad_resize=false with method.num_tokens=4 makes images of 32 pixels 40 wide, which this "
+        "backbone does "
         r"not take: set \+backbone.kwargs.dynamic_img_size=true, or give method.pad_resize=true",
     ),
     (
@@ -232,7 +237,8 @@ PAIRS = [
     ),
     (
         {"location": "add", "depth": 2, "carry_over": True},
-        "method.carry_over=true says nothing here, since method.location=add has no prompt outputs: give method.carry",
+        "method.carry_over=true says nothing here, since method.location=add has no prompt outputs: give "
+        "method.carry",
     ),
     (
         {"location": "add_one", "carry_over": True},

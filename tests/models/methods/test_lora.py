@@ -108,7 +108,10 @@ def test_merging_in_training_drops_nothing_and_leaves_training_on():
 
 @pytest.mark.parametrize(("targets", "count"), [("qkv", 442_368), ("qv", 294_912)])
 def test_the_count_is_the_papers_formula(targets, count):
-    """Blocks * matrices * rank * (inputs + outputs); 0.29 M for queries and values, as published for rank 8."""
+    """Blocks * matrices * rank * (inputs + outputs).
+
+    0.29 M for queries and values, as published for rank 8.
+    """
     assert sum(p.numel() for p in LoRA(VIT_B, targets=targets).parameters()) == count
     assert count == 12 * len(targets) * 8 * (768 + 768)
 

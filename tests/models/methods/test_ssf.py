@@ -146,7 +146,10 @@ def test_initial_values_are_the_papers_and_the_seeds():
 
 
 def test_the_count_is_the_papers():
-    """2 * (12 blocks * 11 * 768 + patch embedding and last norm): 0.28 M with the head of 100 classes, as published."""
+    """2 * (12 blocks * 11 * 768 + patch embedding and last norm).
+
+    0.28 M with the head of 100 classes, as published.
+    """
     with torch.device("meta"):
         backbone = ViT(VisionTransformer(num_classes=0))
         classifier = Classifier(backbone, SSF(backbone), 100)

@@ -160,8 +160,8 @@ def test_without_dropout_training_draws_nothing():
         ),
         (
             {"depth": 2, "depth_from": "last", "carry_over": True},
-            "method.carry_over=true says nothing here, since method.depth_from=last leaves no block behind the "
-            "prompted ones: give method.carry_over=false",
+            "method.carry_over=true says nothing here, since method.depth_from=last leaves no block behind "
+            "the prompted ones: give method.carry_over=false",
         ),
         (
             {"project": 3, "frozen": True},

@@ -131,7 +131,8 @@ def test_biases_that_the_loss_cannot_see_are_left_alone(pool):
     )
 
 
-PAPER = [  # on ViT-B/16; parameters beside a linear head; the total for 24 tasks over one backbone (VPT, table 1)
+# on ViT-B/16; parameters beside a linear head; the total for 24 tasks over one backbone (VPT, table 1)
+PAPER = [
     (Linear, {}, 0, 1.02),
     (MLP, {"num_layers": 3}, 2 * (768 * 768 + 3 * 768), 1.35),
     (Partial, {"num_blocks": 1}, 7_087_872 + 1_536, 3.00),
