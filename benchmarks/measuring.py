@@ -55,7 +55,8 @@ def added_mib(step: Callable[[], object], device: str) -> float:
 def machine() -> str:
     """Processor, threads, GPU, versions and commit, for the line above a table."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    where = f"{_proc('cpuinfo', 'model name')}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {gpu}"
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
+    where = f"{_proc('cpuinfo', 'model name')}, {threads}, {gpu}"
     software = ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "timm"))
     return f"{where}; {software}; commit {git_commit()}"
 

@@ -61,7 +61,7 @@ DROPOUT_ROW = Variant(
 
 
 class Promptless(Linear):
-    """A prompt of length 0: gradients reach the first block's attention, where a prompt's own would leave it."""
+    """A prompt of length 0: gradients reach the first block's attention, where those of a prompt end."""
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
         """The head, and one bias to end the gradients' way: a sum over tokens, next to free."""
@@ -69,7 +69,7 @@ class Promptless(Linear):
 
 
 def make_vit(options: argparse.Namespace) -> tuple[ViT, int]:
-    """The frozen backbone, weights random unless it is the embedded one, and the side of its images in pixels."""
+    """Return the frozen backbone and the side of its images; weights are random but for the demo backbone."""
     set_fused_attn(True)
     backbone = build_backbone(BackboneSpec(name=options.backbone, pretrained=options.backbone == DEMO))
     if backbone.module.carried_blocks():
@@ -173,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         DROPOUT_ROW.length in options.lengths
     )
     memory, times = memory_rows(variants, options), time_rows(variants, options)
-    how = f"batch {options.batch}, {options.precision}{', compiled' if options.compile else ''}, {options.pairs} pairs"
+    compiled = ", compiled" if options.compile else ""
+    how = f"batch {options.batch}, {options.precision}{compiled}, {options.pairs} pairs"
     head = f"{options.backbone} on {options.device}, {how}; {machine()}"
     print(head, table("ms", times), table("MiB", memory), sep="\n\n")
 

@@ -126,10 +126,13 @@ def picture(text: str, faint: str, fill: str, line: str) -> str:
         )
     for name, (x, y) in at.items():
         parts.append(
-            f'<rect x="{x - WIDTH / 2:.0f}" y="{y - HEIGHT / 2:.0f}" width="{WIDTH}" height="{HEIGHT}" rx="6" '
+            f'<rect x="{x - WIDTH / 2:.0f}" y="{y - HEIGHT / 2:.0f}" width="{WIDTH}" '
+            f'height="{HEIGHT}" rx="6" '
             f'fill="{fill}" stroke="{line}"/>'
-            f'<text x="{x:.0f}" y="{y - 5:.0f}" text-anchor="middle" font-size="15" fill="{text}">{name}</text>'
-            f'<text x="{x:.0f}" y="{y + 15:.0f}" text-anchor="middle" font-size="11" fill="{faint}">{SAYS[name]}</text>'
+            f'<text x="{x:.0f}" y="{y - 5:.0f}" text-anchor="middle" font-size="15" '
+            f'fill="{text}">{name}</text>'
+            f'<text x="{x:.0f}" y="{y + 15:.0f}" text-anchor="middle" font-size="11" '
+            f'fill="{faint}">{SAYS[name]}</text>'
         )
     return "\n".join([*parts, "</svg>\n"])
 

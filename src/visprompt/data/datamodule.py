@@ -24,7 +24,8 @@ def no_images(task: str, split_set: str) -> UserError:
     if split_set != "test":
         return UserError(what)
     return UserError(
-        f"{what}, train with split=tune, which scores val, or give data.test=none, which trains and scores nothing"
+        f"{what}, train with split=tune, which scores val, or give data.test=none, which trains and scores "
+        "nothing"
     )
 
 
@@ -203,7 +204,8 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """
         if self.split == "tune":
             raise UserError(
-                f"split=tune has no test set (it scores {self.val_set}): use split=final to score the test set"
+                f"split=tune has no test set (it scores {self.val_set}): use split=final to score the test "
+                "set"
             )
         return self.open_sets(("test",))
 

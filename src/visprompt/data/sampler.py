@@ -95,6 +95,6 @@ def _uneven(batch_size: int, world: int, accumulate: int) -> UserError:
     below = batch_size // shares * shares
     near = f"{below} or {below + shares}" if below > 0 else str(shares)
     return UserError(
-        f"recipe.batch_size={batch_size} cannot be dealt to {world} device(s) x {accumulate} accumulation step(s): "
-        f"it must be a multiple of {shares}, the nearest being {near}"
+        f"recipe.batch_size={batch_size} cannot be dealt to {world} device(s) x {accumulate} accumulation "
+        f"step(s): it must be a multiple of {shares}, the nearest being {near}"
     )

@@ -10,10 +10,10 @@ _HEAD = """# Methods
 
 Made of the files in [configs/method](../configs/method) by `make docs`; change those, not this page.
 
-`method=NAME` chooses a method, `method.OPTION=VALUE` one of its options. Every method tunes a head as well. What an
-option means is said next to it in the method's config; the file of its class in
-[src/visprompt/models/methods](../src/visprompt/models/methods) opens with the paper, its equation, and where the code
-differs from the released one. [Which method works on which backbone](methods-by-backbones.md).
+`method=NAME` chooses a method, `method.OPTION=VALUE` one of its options. Every method tunes a head as well.
+What an option means is said next to it in the method's config; the file of its class in
+[src/visprompt/models/methods](../src/visprompt/models/methods) opens with the paper, its equation, and where
+the code differs from the released one. [Which method works on which backbone](methods-by-backbones.md).
 """
 
 

@@ -38,7 +38,9 @@ OmegaConf.register_new_resolver("row", _row)
 
 @cache
 def row_options(method: str) -> frozenset[str]:
-    """Return the options of a method that a recipe chooses for each task: those that are `${row:...}` in its config.
+    """Return the options of a method that a recipe chooses for each task.
+
+    Those that are `${row:...}` in its config.
 
     Args:
         method: Name of a method; one that has no config (of an older version) has no such options.

@@ -29,7 +29,8 @@ RECORDS = (
         "digits_crowded",
         "specialized",
         _DIGIT_NAMES,
-        "As in SVHN: a handwritten digit in the middle, between the halves of two others: which one is in the middle?",
+        "As in SVHN: a handwritten digit in the middle, between the halves of two others: which one is in "
+        "the middle?",
     ),
     _digits(
         "digits_loc",

@@ -10,17 +10,20 @@ _HEAD = f"""# Datasets
 
 Generated from the catalog (`src/visprompt/data/catalog/`) by `make docs`: change the records, not this page.
 
-`python src/prepare.py tasks=vtab_natural` downloads, checks and decodes; `verify=true` reports missing data and checks
-the rest. `tasks=` takes ids, aliases and suites (vtab_natural, vtab_specialized, vtab_structured, vtab_all, fgvc, all);
-`data=` takes a config, `data=vtab/cifar` for example.
+`python src/prepare.py tasks=vtab_natural` downloads, checks and decodes; `verify=true` reports missing data
+and checks the rest. `tasks=` takes ids, aliases and suites (vtab_natural, vtab_specialized, vtab_structured,
+vtab_all, fgvc, all); `data=` takes a config, `data=vtab/cifar` for example.
 
 A VTAB task has up to three sources, chosen by `data.source`:
 
-- `raw`: the original files, cut as the benchmark cuts them (md5 order of keys). No image is encoded again unless the
-  official task does so. "as published" below says whether this gives the same images and split as the benchmark.
-- `prepared`: the folder of {CIRCULATED.name} that most papers use, in `data/vtab-1k/`, found under all names below.
-  **Its images were saved again as JPEG of quality 75**, which costs 10 to 20 points on CIFAR-100; results say "lossy".
-- `hf`: a mirror on the Hugging Face hub, where one is known; its commit and the order of its labels are checked.
+- `raw`: the original files, cut as the benchmark cuts them (md5 order of keys). No image is encoded again
+  unless the official task does so. "as published" below says whether this gives the same images and split as
+  the benchmark.
+- `prepared`: the folder of {CIRCULATED.name} that most papers use, in `data/vtab-1k/`, found under all names
+  below. **Its images were saved again as JPEG of quality 75**, which costs 10 to 20 points on CIFAR-100;
+  results say "lossy".
+- `hf`: a mirror on the Hugging Face hub, where one is known; its commit and the order of its labels are
+  checked.
 
 The way in which images are resized is part of a run's `preprocessing=`, and recorded in its result:
 
@@ -31,15 +34,16 @@ The way in which images are resized is part of a run's `preprocessing=`, and rec
 | `petl` | NOAH, FacT, Convpass, RepAdapter | `pillow`, bicubic | ImageNet's mean and std |
 | `model` | none | `pillow`, bilinear | the backbone's mean and std |
 
-`tf1` is TensorFlow 1's arithmetic: no antialias, and output pixel i lies at i * input / output (no half-pixel centres).
-`preprocessing.resampling=tf2` is TensorFlow 2's (half-pixel centres, no antialias), which none of these codes calls;
-earlier versions of this project used it instead of `tf1`. On images of 32 pixels the two differ by a shift of 3 of 224
-output pixels. Fine-grained images are always resized by Pillow. Results with different resizing are never averaged
-together, and each way of resizing has its store of decoded images.
+`tf1` is TensorFlow 1's arithmetic: no antialias, and output pixel i lies at i * input / output (no half-pixel
+centres). `preprocessing.resampling=tf2` is TensorFlow 2's (half-pixel centres, no antialias), which none of
+these codes calls; earlier versions of this project used it instead of `tf1`. On images of 32 pixels the two
+differ by a shift of 3 of 224 output pixels. Fine-grained images are always resized by Pillow. Results with
+different resizing are never averaged together, and each way of resizing has its store of decoded images.
 
-JPEG files are decoded by Pillow; TensorFlow's decoder, which made the published results, may differ by a few of 256
-levels. Results of different sources are never averaged together. The sizes of the files are those of the download.
-Afterwards only the store in `data/stores/` is needed (about 22 GB for VTAB-1k at 224 pixels); the files may be deleted.
+JPEG files are decoded by Pillow; TensorFlow's decoder, which made the published results, may differ by a few
+of 256 levels. Results of different sources are never averaged together. The sizes of the files are those of
+the download. Afterwards only the store in `data/stores/` is needed (about 22 GB for VTAB-1k at 224 pixels);
+the files may be deleted.
 """
 
 

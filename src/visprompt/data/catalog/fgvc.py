@@ -12,8 +12,8 @@ _VTAB_FLOWERS = next(spec for spec in NATURAL if spec.id == "oxford_flowers102")
 _HUB = "https://huggingface.co/datasets/XiN0919/FGVC/resolve/main"
 _DOGS = "http://vision.stanford.edu/aditya86/ImageNetDogs"
 _JSON = (
-    "The splits are those of train.json, val.json and test.json where these lie in the dataset's folder (the Visual "
-    "Prompt Tuning authors' files; json.zip of the Hugging Face dataset XiN0919/FGVC has them)."
+    "The splits are those of train.json, val.json and test.json where these lie in the dataset's folder "
+    "(the Visual Prompt Tuning authors' files; json.zip of the Hugging Face dataset XiN0919/FGVC has them)."
 )
 _HELD_OUT = f"{_JSON} Where they do not: the official lists, and a tenth of each class of train becomes val."
 
@@ -50,10 +50,11 @@ _CUB = _fgvc(
         ),
     ),
     source="Caltech-UCSD Birds-200-2011: 11,788 photographs",
-    licence="not stated in its files; used for non-commercial research; the photographs are Flickr users' own",
+    licence="not stated in its files; used for non-commercial research; the photographs are Flickr users' "
+    "own",
     homepage="https://www.vision.caltech.edu/datasets/cub_200_2011/",
-    citation="C. Wah, S. Branson, P. Welinder, P. Perona and S. Belongie, The Caltech-UCSD Birds-200-2011 Dataset, "
-    "technical report CNS-TR-2011-001, California Institute of Technology, 2011",
+    citation="C. Wah, S. Branson, P. Welinder, P. Perona and S. Belongie, The Caltech-UCSD Birds-200-2011 "
+    "Dataset, technical report CNS-TR-2011-001, California Institute of Technology, 2011",
     description="A bird: which of 200 species, most of them North American, is it?",
 )
 
@@ -71,12 +72,12 @@ _NABIRDS = _fgvc(
     source="NABirds V1: 48,562 photographs, about 10 GB",
     licence="the Cornell Lab's terms of use, to be accepted on its page",
     homepage="https://dl.allaboutbirds.org/nabirds",
-    citation="G. Van Horn, S. Branson, R. Farrell, S. Haber, J. Barry, P. Ipeirotis, P. Perona and S. Belongie, "
-    "Building a Bird Recognition App and Large Scale Dataset with Citizen Scientists, CVPR, 2015",
+    citation="G. Van Horn, S. Branson, R. Farrell, S. Haber, J. Barry, P. Ipeirotis, P. Perona and S. "
+    "Belongie, Building a Bird Recognition App and Large Scale Dataset with Citizen Scientists, CVPR, 2015",
     description="A North American bird: which of 555 species, sexes and ages is it?",
     how_to_get="NABirds wants its terms accepted by a person: give your name and address at "
-    "https://dl.allaboutbirds.org/nabirds, accept the terms, download nabirds.tar.gz, put it into the raw folder of "
-    "nabirds, and run the same command again.",
+    "https://dl.allaboutbirds.org/nabirds, accept the terms, download nabirds.tar.gz, put it into the raw "
+    "folder of nabirds, and run the same command again.",
 )
 
 _FLOWERS = replace(
@@ -125,9 +126,12 @@ _CARS = _fgvc(
     "stanford_cars",
     (7_329, 815, 8_041),
     {"train": 8_144, "test": 8_041},
-    f"{_HELD_OUT} The official host (ai.stanford.edu/~jkrause/cars) answers 404, so the same files come from a copy; "
-    "their checksums are those that others recorded of it. The other official layout is read as well (cars_train.tgz, "
-    "cars_test.tgz, car_devkit.tgz, cars_test_annos_withlabels.mat): its numbers of images are not the same ones.",
+    f"{_HELD_OUT} The official host (ai.stanford.edu/~jkrause/cars) answers 404, so the same files come "
+    "from a copy; "
+    "their checksums are those that others recorded of it. The other official layout is read as well "
+    "(cars_train.tgz, "
+    "cars_test.tgz, car_devkit.tgz, cars_test_annos_withlabels.mat): its numbers of images are not the same "
+    "ones.",
     aliases=("cars", "cars196", "stanford-cars", "StanfordCars"),
     num_classes=196,
     class_names=class_names("stanford_cars"),
@@ -149,8 +153,8 @@ _CARS = _fgvc(
     source="Stanford Cars: 16,185 photographs",
     licence="not stated; ImageNet's terms: non-commercial research and education",
     homepage="https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
-    citation="J. Krause, M. Stark, J. Deng and L. Fei-Fei, 3D Object Representations for Fine-Grained Categorization, "
-    "ICCV workshop on 3D representation and recognition, 2013",
+    citation="J. Krause, M. Stark, J. Deng and L. Fei-Fei, 3D Object Representations for Fine-Grained "
+    "Categorization, ICCV workshop on 3D representation and recognition, 2013",
     description="A car: which of 196 makes, models and years is it?",
 )
 

@@ -46,7 +46,8 @@ _CIFAR = _natural(
     homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
     citation="A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, technical report, "
     "University of Toronto, 2009",
-    description="A tiny photograph of an animal, a plant, a person, a thing or a scene: which of 100 kinds is it?",
+    description="A tiny photograph of an animal, a plant, a person, a thing or a scene: which of 100 kinds "
+    "is it?",
 )
 
 _CALTECH101 = _natural(
@@ -56,11 +57,15 @@ _CALTECH101 = _natural(
     class_names=class_names("caltech101"),
     official={"train": 3_060, "test": 6_084},
     val=Cut("train", 2_754, 2_954),
-    label_rule="the folder's name in lower case, in alphabetical order; background_google is a class, number 5",
+    label_rule="the folder's name in lower case, in alphabetical order; background_google is a class, "
+    "number 5",
     exact=False,
-    notes="Not identical to the prepared folder: the task draws 30 training images per class from a listing of the "
-    "folders in no stated order (seed 1234), so which images they are depends on the file system of the machine that "
-    "drew them. Here folders and files are listed in alphabetical order; the rest is the same rule. All other images "
+    notes="Not identical to the prepared folder: the task draws 30 training images per class from a listing "
+    "of the "
+    "folders in no stated order (seed 1234), so which images they are depends on the file system of the "
+    "machine that "
+    "drew them. Here folders and files are listed in alphabetical order; the rest is the same rule. All "
+    "other images "
     "are test. A prepared folder with a test set of 1,046 images is in circulation: it is truncated.",
     files=(
         SourceFile(
@@ -74,8 +79,8 @@ _CALTECH101 = _natural(
     source="Caltech 101, CaltechDATA's archive: 9,144 photographs, typically 300 x 200 pixels",
     licence="CC BY 4.0 (as stated by CaltechDATA)",
     homepage="https://data.caltech.edu/records/mzrjq-6wc02",
-    citation="L. Fei-Fei, R. Fergus and P. Perona, Learning Generative Visual Models from Few Training Examples: "
-    "An Incremental Bayesian Approach Tested on 101 Object Categories, CVPR workshop, 2004",
+    citation="L. Fei-Fei, R. Fergus and P. Perona, Learning Generative Visual Models from Few Training "
+    "Examples: An Incremental Bayesian Approach Tested on 101 Object Categories, CVPR workshop, 2004",
     description="A thing, an animal or a face in the middle of a picture, or none: which of 101 kinds is it?",
 )
 
@@ -85,7 +90,8 @@ _DTD = _natural(
     num_classes=47,
     class_names=class_names("dtd"),
     official={"train": 1_880, "validation": 1_880, "test": 1_880},
-    label_rule="the folder's name in alphabetical order (each image's main attribute); first of the ten folds",
+    label_rule="the folder's name in alphabetical order (each image's main attribute); first of the ten "
+    "folds",
     files=(
         SourceFile(
             name="dtd-r1.0.1.tar.gz",
@@ -98,8 +104,10 @@ _DTD = _natural(
     source="Describable Textures Dataset, release 1.0.1: 5,640 photographs",
     licence="for research purposes (as stated on its page)",
     homepage=f"{_OXFORD}/dtd/",
-    citation="M. Cimpoi, S. Maji, I. Kokkinos, S. Mohamed and A. Vedaldi, Describing Textures in the Wild, CVPR, 2014",
-    description="A texture that fills the picture: which of 47 adjectives (banded, dotted, woven ...) describes it?",
+    citation="M. Cimpoi, S. Maji, I. Kokkinos, S. Mohamed and A. Vedaldi, Describing Textures in the Wild, "
+    "CVPR, 2014",
+    description="A texture that fills the picture: which of 47 adjectives (banded, dotted, woven ...) "
+    "describes it?",
 )
 
 _FLOWERS = _natural(
@@ -135,8 +143,8 @@ _FLOWERS = _natural(
     source="102 Category Flower Dataset: 8,189 photographs",
     licence="not stated; used for non-commercial research",
     homepage=f"{_OXFORD}/flowers/102/",
-    citation="M.-E. Nilsback and A. Zisserman, Automated Flower Classification over a Large Number of Classes, "
-    "ICVGIP, 2008",
+    citation="M.-E. Nilsback and A. Zisserman, Automated Flower Classification over a Large Number of "
+    "Classes, ICVGIP, 2008",
     description="A flower common in the United Kingdom: which of 102 kinds is it?",
 )
 
@@ -148,8 +156,8 @@ _PETS = _natural(
     official={"train": 3_680, "test": 3_669},
     val=Cut("train", 2_944, 3_144),
     label_rule="the second field of trainval.txt and test.txt - 1",
-    notes="12 files whose names end in .jpg are other formats or damaged JPEGs: TensorFlow Datasets re-encodes them, "
-    "here they are read as they are.",
+    notes="12 files whose names end in .jpg are other formats or damaged JPEGs: TensorFlow Datasets "
+    "re-encodes them, here they are read as they are.",
     files=(
         SourceFile(
             name="images.tar.gz",
@@ -216,8 +224,8 @@ _SVHN_TASK = _natural(
     source="Street View House Numbers, cropped digits (format 2): 99,289 images of 32 x 32 pixels",
     licence="for non-commercial use only (as stated on its page)",
     homepage="http://ufldl.stanford.edu/housenumbers/",
-    citation="Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu and A. Y. Ng, Reading Digits in Natural Images with "
-    "Unsupervised Feature Learning, NIPS workshop on deep learning, 2011",
+    citation="Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu and A. Y. Ng, Reading Digits in Natural "
+    "Images with Unsupervised Feature Learning, NIPS workshop on deep learning, 2011",
     description="A digit of a house number, often between its neighbours: which digit is in the middle?",
 )
 
@@ -229,8 +237,10 @@ _SUN397 = _natural(
     class_names=class_names("sun397"),
     official={"train": 800, "validation": 200, "test": 21_750},
     label_rule="the folder's path, in the order of the class names",
-    notes="The official task itself is lossy, and so is this one: images are downscaled to at most 120,000 pixels with "
-    "OpenCV and re-encoded as JPEG. Its split is a random one of TensorFlow Datasets (76,128 / 10,875 / 21,750); the "
+    notes="The official task itself is lossy, and so is this one: images are downscaled to at most 120,000 "
+    "pixels with "
+    "OpenCV and re-encoded as JPEG. Its split is a random one of TensorFlow Datasets (76,128 / 10,875 / "
+    "21,750); the "
     "lists that ship with this package hold, in md5 order, the 800 + 200 + 21,750 keys that the task needs.",
     files=(
         SourceFile(
@@ -246,15 +256,18 @@ _SUN397 = _natural(
         "train800val200": Golden(classes=325),
     },
     source="SUN397, the benchmark's 108,753 photographs; split lists of TensorFlow Datasets (Apache-2.0)",
-    licence="not stated; the photographs are from the web and belong to their owners, used for non-commercial research",
+    licence="not stated; the photographs are from the web and belong to their owners, used for "
+    "non-commercial research",
     homepage="https://vision.princeton.edu/projects/2010/SUN/",
-    citation="J. Xiao, J. Hays, K. A. Ehinger, A. Oliva and A. Torralba, SUN Database: Large-scale Scene Recognition "
-    "from Abbey to Zoo, CVPR, 2010",
+    citation="J. Xiao, J. Hays, K. A. Ehinger, A. Oliva and A. Torralba, SUN Database: Large-scale Scene "
+    "Recognition from Abbey to Zoo, CVPR, 2010",
     description="A place, indoors or outdoors: which of 397 kinds of scene is it?",
-    how_to_get="Its hosts are gone: vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz and MIT's copy answer 404. "
-    "Get SUN397.tar.gz from a copy (OpenDataLab has one under OpenDataLab/SUN397, folder raw, after a login; web "
-    "archives may have others), put it into the raw folder of sun397, and run the same command again: the file must "
-    "have 39,077,296,924 bytes and md5 8ca2778205c41d23104230ba66911c7a.",
+    how_to_get="Its hosts are gone: vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz and MIT's copy "
+    "answer 404. "
+    "Get SUN397.tar.gz from a copy (OpenDataLab has one under OpenDataLab/SUN397, folder raw, after a "
+    "login; web "
+    "archives may have others), put it into the raw folder of sun397, and run the same command again: the "
+    "file must have 39,077,296,924 bytes and md5 8ca2778205c41d23104230ba66911c7a.",
 )
 
 RECORDS = (_CIFAR, _CALTECH101, _DTD, _FLOWERS, _PETS, _SVHN_TASK, _SUN397)

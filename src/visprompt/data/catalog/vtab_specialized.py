@@ -35,8 +35,8 @@ _PCAM = _specialized(
     source="PatchCamelyon: 327,680 patches of 96 x 96 pixels of the Camelyon16 slides",
     licence="CC0 1.0 (as stated by its authors)",
     homepage="https://github.com/basveeling/pcam",
-    citation="B. S. Veeling, J. Linmans, J. Winkens, T. Cohen and M. Welling, Rotation Equivariant CNNs for Digital "
-    "Pathology, MICCAI, 2018",
+    citation="B. S. Veeling, J. Linmans, J. Winkens, T. Cohen and M. Welling, Rotation Equivariant CNNs for "
+    "Digital Pathology, MICCAI, 2018",
     description="A stained patch of a lymph node: is there tumor tissue in its middle?",
 )
 
@@ -50,9 +50,10 @@ _EUROSAT = _specialized(
     test=Cut("train", 21_600),
     label_rule="the folder's name, in the order of the class names",
     exact=False,
-    notes="Not identical to the prepared folder: the keys that order the images were local paths when it was made. "
-    "Here they are those of TensorFlow Datasets since 4.2, class and file name (Forest_Forest_687.jpg), and the "
-    "slices are the task's.",
+    notes="Not identical to the prepared folder: the keys that order the images were local paths when it "
+    "was made. "
+    "Here they are those of TensorFlow Datasets since 4.2, class and file name (Forest_Forest_687.jpg), and "
+    "the slices are the task's.",
     native=64,
     files=(
         SourceFile(
@@ -70,8 +71,8 @@ _EUROSAT = _specialized(
     source="EuroSAT, RGB version: 27,000 JPEG images of 64 x 64 pixels from Sentinel-2",
     licence="MIT (as stated by its authors); contains Copernicus Sentinel data",
     homepage="https://github.com/phelber/EuroSAT",
-    citation="P. Helber, B. Bischke, A. Dengel and D. Borth, EuroSAT: A Novel Dataset and Deep Learning Benchmark for "
-    "Land Use and Land Cover Classification, IEEE J-STARS, 2019",
+    citation="P. Helber, B. Bischke, A. Dengel and D. Borth, EuroSAT: A Novel Dataset and Deep Learning "
+    "Benchmark for Land Use and Land Cover Classification, IEEE J-STARS, 2019",
     description="640 m of Europe from a satellite: which of 10 kinds of land use is it?",
 )
 
@@ -85,10 +86,12 @@ _RESISC45 = _specialized(
     test=Cut("train", 25_200),
     label_rule="the folder's name, in the order of the class names",
     exact=False,
-    notes="Not identical to the prepared folder: the keys that order the images were local paths when it was made. "
-    "Here they are those of TensorFlow Datasets since 4.2, class and file name (airplane_airplane_001.jpg), and the "
-    "slices are the task's. The authors distribute the images from a cloud folder as a .rar; the .zip of the same "
-    "images that TorchGeo hosts is read.",
+    notes="Not identical to the prepared folder: the keys that order the images were local paths when it "
+    "was made. "
+    "Here they are those of TensorFlow Datasets since 4.2, class and file name (airplane_airplane_001.jpg), "
+    "and the "
+    "slices are the task's. The authors distribute the images from a cloud folder as a .rar; the .zip of "
+    "the same images that TorchGeo hosts is read.",
     files=(
         SourceFile(
             name="NWPU-RESISC45.zip",
@@ -104,8 +107,8 @@ _RESISC45 = _specialized(
     source="NWPU-RESISC45: 31,500 aerial images of 256 x 256 pixels, 0.2 to 30 m per pixel",
     licence="CC BY-NC 4.0 (as stated by TorchGeo's copy; its authors name no licence)",
     homepage="https://gcheng-nwpu.github.io/",
-    citation="G. Cheng, J. Han and X. Lu, Remote Sensing Image Scene Classification: Benchmark and State of the Art, "
-    "Proceedings of the IEEE, 2017",
+    citation="G. Cheng, J. Han and X. Lu, Remote Sensing Image Scene Classification: Benchmark and State of "
+    "the Art, Proceedings of the IEEE, 2017",
     description="A scene on the ground from above: which of 45 kinds (airport, bridge, forest ...) is it?",
 )
 
@@ -116,10 +119,12 @@ _RETINOPATHY = _specialized(
     num_classes=5,
     class_names=("no DR", "mild", "moderate", "severe", "proliferative DR"),
     official={"train": 35_126, "validation": 10_906, "test": 42_670},
-    label_rule="the grade; of the competition's test images, those of Usage Public are validation, Private is test",
-    notes="The official task itself is lossy, and so is this one: the eye's radius is scaled to 300 pixels, local "
-    "colour is subtracted (4 x image - 4 x Gaussian blur with sigma 10 + 128), all beyond 0.9 of the radius is set "
-    "to 128, and the result is re-encoded as JPEG of quality 72.",
+    label_rule="the grade; of the competition's test images, those of Usage Public are validation, Private "
+    "is test",
+    notes="The official task itself is lossy, and so is this one: the eye's radius is scaled to 300 pixels, "
+    "local "
+    "colour is subtracted (4 x image - 4 x Gaussian blur with sigma 10 + 128), all beyond 0.9 of the radius "
+    "is set to 128, and the result is re-encoded as JPEG of quality 72.",
     files=(
         SourceFile(name="train.zip", roughly=35_000_000_000),
         SourceFile(name="test.zip", roughly=53_000_000_000),
@@ -136,14 +141,16 @@ _RETINOPATHY = _specialized(
     source="Kaggle Diabetic Retinopathy Detection (EyePACS): 88,702 photographs of retinas, about 88 GB",
     licence="the rules of the Kaggle competition, to be accepted there",
     homepage="https://www.kaggle.com/c/diabetic-retinopathy-detection",
-    citation="Kaggle and EyePACS, Kaggle Diabetic Retinopathy Detection, 2015; preprocessing by B. Graham, Kaggle "
-    "diabetic retinopathy detection competition report, University of Warwick, 2015",
+    citation="Kaggle and EyePACS, Kaggle Diabetic Retinopathy Detection, 2015; preprocessing by B. Graham, "
+    "Kaggle diabetic retinopathy detection competition report, University of Warwick, 2015",
     description="The retina of an eye: how far has diabetic retinopathy gone, on a scale of 5?",
-    how_to_get="Kaggle wants a login. 1. Accept the rules at https://www.kaggle.com/c/diabetic-retinopathy-detection. "
+    how_to_get="Kaggle wants a login. 1. Accept the rules at "
+    "https://www.kaggle.com/c/diabetic-retinopathy-detection. "
     "2. pip install kaggle, and put your API token where its documentation says. 3. In the raw folder of "
     "diabetic_retinopathy run: kaggle competitions download -c diabetic-retinopathy-detection && "
     "unzip diabetic-retinopathy-detection.zip && unzip trainLabels.csv.zip && cat train.zip.* > train.zip && "
-    "cat test.zip.* > test.zip. 4. Run the same command again; retinopathy_solution.csv is fetched without a login.",
+    "cat test.zip.* > test.zip. 4. Run the same command again; retinopathy_solution.csv is fetched without "
+    "a login.",
 )
 
 RECORDS = (_PCAM, _EUROSAT, _RESISC45, _RETINOPATHY)

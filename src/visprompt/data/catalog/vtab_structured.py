@@ -52,9 +52,10 @@ _CLEVR_DIST = _clevr(
     aliases=("clevr-dist", "clevr_distance", "clevr_closest_object_distance"),
     num_classes=6,
     class_names=tuple(f"depth {near} to {far}" for near, far in pairwise(_DEPTHS)),
-    label_rule="the smallest depth of the scene's objects (third of pixel_coords, as float32): the last of the "
-    "thresholds 0, 8, 8.5, 9, 9.5, 10 that is below it",
-    description="Cubes, spheres and cylinders on a grey table: how far from the camera is the nearest, in 6 steps?",
+    label_rule="the smallest depth of the scene's objects (third of pixel_coords, as float32): the last of "
+    "the thresholds 0, 8, 8.5, 9, 9.5, 10 that is below it",
+    description="Cubes, spheres and cylinders on a grey table: how far from the camera is the nearest, in 6 "
+    "steps?",
 )
 
 _DMLAB = _structured(
@@ -65,8 +66,8 @@ _DMLAB = _structured(
     class_names=tuple(f"class {label}" for label in range(6)),
     official={"train": 65_550, "validation": 22_628, "test": 22_735},
     label_rule="the field `label` of each record",
-    notes="The classes are {close, far, very far} x {positive reward, negative reward}; which number is which is "
-    "not stated.",
+    notes="The classes are {close, far, very far} x {positive reward, negative reward}; which number is "
+    "which is not stated.",
     files=(
         SourceFile(
             name="dmlab.tar.gz",
@@ -91,9 +92,10 @@ _KITTI = _structured(
     num_classes=4,
     class_names=("vehicle within 8 m", "vehicle at 8 to 20 m", "vehicle beyond 20 m", "no vehicle"),
     official={"train": 6_347, "validation": 423, "test": 711},
-    label_rule="the smallest forward distance (location z) of a Car, Van or Truck: up to 8 m, up to 20 m, beyond; "
-    "3 where there is none",
-    notes="The 7,481 labelled images are split by video with the devkit's mapping, so that no video is in two splits.",
+    label_rule="the smallest forward distance (location z) of a Car, Van or Truck: up to 8 m, up to 20 m, "
+    "beyond; 3 where there is none",
+    notes="The 7,481 labelled images are split by video with the devkit's mapping, so that no video is in "
+    "two splits.",
     files=(
         SourceFile(
             name="data_object_image_2.zip",
@@ -124,8 +126,8 @@ _KITTI = _structured(
     source="KITTI 2D object detection, left colour images: 7,481 photographs of about 1242 x 375 pixels",
     licence="CC BY-NC-SA 3.0 (as stated on its page)",
     homepage="https://www.cvlibs.net/datasets/kitti/eval_object.php",
-    citation="A. Geiger, P. Lenz and R. Urtasun, Are We Ready for Autonomous Driving? The KITTI Vision Benchmark "
-    "Suite, CVPR, 2012",
+    citation="A. Geiger, P. Lenz and R. Urtasun, Are We Ready for Autonomous Driving? The KITTI Vision "
+    "Benchmark Suite, CVPR, 2012",
     description="A street from a driving car: how far is the nearest car, van or truck?",
 )
 
@@ -151,8 +153,8 @@ _dsprites = partial(
     "40 orientations, 32 x and 32 y positions once",
     licence="Apache-2.0 (as stated in its repository)",
     homepage="https://github.com/google-deepmind/dsprites-dataset",
-    citation="L. Matthey, I. Higgins, D. Hassabis and A. Lerchner, dSprites: Disentanglement Testing Sprites Dataset, "
-    "2017",
+    citation="L. Matthey, I. Higgins, D. Hassabis and A. Lerchner, dSprites: Disentanglement Testing "
+    "Sprites Dataset, 2017",
 )
 
 _DSPRITES_LOC = _dsprites(
@@ -200,7 +202,8 @@ _smallnorb = partial(
     val=Cut("test", 0, 200),
     test=Cut("test", 12_150),
     notes="The image of the left camera; the files with the categories are not needed. The 200 validation "
-    "images are the first of the official test split, the test images its second half, as the task defines them.",
+    "images are the first of the official test split, the test images its second half, as the task defines "
+    "them.",
     native=96,
     files=(
         _norb(
@@ -217,8 +220,8 @@ _smallnorb = partial(
     source="small NORB v1.0: 48,600 pairs of grey images of 96 x 96 pixels of 50 toys",
     licence="for research purposes, not to be sold (as stated on its page)",
     homepage="https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
-    citation="Y. LeCun, F. J. Huang and L. Bottou, Learning Methods for Generic Object Recognition with Invariance to "
-    "Pose and Lighting, CVPR, 2004",
+    citation="Y. LeCun, F. J. Huang and L. Bottou, Learning Methods for Generic Object Recognition with "
+    "Invariance to Pose and Lighting, CVPR, 2004",
 )
 
 _SMALLNORB_AZI = _smallnorb(

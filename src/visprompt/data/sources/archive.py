@@ -277,5 +277,6 @@ def _chunks(path: Path, member: Member) -> Iterator[bytes]:
 
 def _too_large(path: Path) -> UserError:
     return UserError(
-        f"{path} unpacks to far more than such a file holds: do not use it, get it again from its official source"
+        f"{path} unpacks to far more than such a file holds: do not use it, get it again from its official "
+        "source"
     )

@@ -1,4 +1,7 @@
-"""Reader of a dataset that is one archive with a folder of images for each class; it needs no reader for itself."""
+"""Reader of a dataset that is one archive with a folder of images for each class.
+
+It needs no reader for itself.
+"""
 
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -21,8 +24,8 @@ def class_folders(root: Path, spec: TaskSpec) -> Content:
         spec: The record: `files[0]` is the archive, and `class_names` are the names of the folders.
 
     Returns:
-        One official split, "train". Keys are class and file name, `daisy/100080576_f52e8ee070_n.jpg`, in sorted order.
-        Files that are not images, and images that lie in no folder of a class, are left out.
+        One official split, "train". Keys are class and file name, `daisy/100080576_f52e8ee070_n.jpg`, in
+        sorted order. Files that are not images, and images that lie in no folder of a class, are left out.
 
     Raises:
         UserError: The archive is missing or damaged, holds no image of a class, or holds two of the same key.

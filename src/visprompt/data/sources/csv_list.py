@@ -69,13 +69,15 @@ def read_csv(
         )
     if split_names == "none":
         raise UserError(
-            "data.split_names=none is for folders: give 'data.csv_columns={split: null}' to read no splits from the CSV"
+            "data.split_names=none is for folders: give 'data.csv_columns={split: null}' to read no splits "
+            "from the CSV"
         )
     names = _column_names(columns)
     rows, header = _rows(table)
     if names["path"] not in header or names["label"] not in header:
         raise UserError(
-            f"data.csv={table} has no columns named {names['path']} and {names['label']}, only {', '.join(header)}: "
+            f"data.csv={table} has no columns named {names['path']} and {names['label']}, only "
+            f"{', '.join(header)}: "
             "give 'data.csv_columns={path: NAME, label: NAME}' or write path,label[,split] as first line"
         )
     unread = [name for name in header if name not in names.values()]

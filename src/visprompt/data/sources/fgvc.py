@@ -99,8 +99,8 @@ def fgvc_root(root: Path, spec: TaskSpec) -> Path:
         if any((place / mark).exists() for mark in marks):
             return place
     raise UserError(
-        f"{root} does not hold the images of {spec.id} (there is no {' or '.join(marks)} in it or in a folder in it): "
-        f"unpack {' and '.join(file.name for file in spec.files) or 'its archives'} there"
+        f"{root} does not hold the images of {spec.id} (there is no {' or '.join(marks)} in it or in a "
+        f"folder in it): unpack {' and '.join(file.name for file in spec.files) or 'its archives'} there"
     )
 
 
@@ -160,7 +160,8 @@ def _class_map(lists: Iterable[_List], spec: TaskSpec) -> dict[Id, int]:
     label_of = {id_: label for label, id_ in enumerate(sorted(set(train.ids.values()), key=_order))}
     if not 0 < len(label_of) <= spec.num_classes:
         raise UserError(
-            f"{train.path} has {len(label_of)} classes where {spec.id} has {spec.num_classes}: get the right list"
+            f"{train.path} has {len(label_of)} classes where {spec.id} has {spec.num_classes}: get the "
+            "right list"
         )
     for listed in lists:
         for key, id_ in listed.ids.items():
@@ -181,8 +182,8 @@ def _located(listed: _List, folders: Sequence[Path], hint: str) -> dict[str, Pat
     found = {key: path for key, path in paths.items() if path}
     if missing := sorted(set(paths) - set(found)):
         raise UserError(
-            f"{listed.path} lists {len(missing)} image(s) that are not in {folders[0]} (first: {missing[0]}): "
-            f"unpack the dataset's archive again{hint}"
+            f"{listed.path} lists {len(missing)} image(s) that are not in {folders[0]} (first: "
+            f"{missing[0]}): unpack the dataset's archive again{hint}"
         )
     return found
 
@@ -318,6 +319,7 @@ _LAYOUTS = {
         ("", "cars_train", "cars_test"),  # some copies are nested: cars_train/cars_train/00001.jpg
         _car_lists,
         _numbers,
-        hint=" (the json files and cars_annos.mat number the images of car_ims, not those of cars_train and cars_test)",
+        hint=" (the json files and cars_annos.mat number the images of car_ims, not those of cars_train and "
+        "cars_test)",
     ),
 }

@@ -56,8 +56,8 @@ def open_image(source: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> 
     if image.width * image.height > max_pixels:
         image.close()
         raise BadImage(
-            f"is {image.width} x {image.height} pixels, more than the {max_pixels} that are decoded: if it is meant to "
-            "be so large, raise data.max_pixels, or for src/predict.py max_pixels"
+            f"is {image.width} x {image.height} pixels, more than the {max_pixels} that are decoded: if it "
+            "is meant to be so large, raise data.max_pixels, or for src/predict.py max_pixels"
         )
     return image
 

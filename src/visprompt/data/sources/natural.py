@@ -142,8 +142,8 @@ def _caltech_draw(path: Path, folders: Mapping[str, Iterable[str]]) -> dict[str,
         keys = sorted(found)
         if len(keys) < _CALTECH_TRAIN:
             raise UserError(
-                f"{path} holds {len(keys)} images of {folder}, fewer than the {_CALTECH_TRAIN} that train takes: "
-                "it is not the official file, get it again"
+                f"{path} holds {len(keys)} images of {folder}, fewer than the {_CALTECH_TRAIN} that train "
+                "takes: it is not the official file, get it again"
             )
         chosen = set(draw.choice(keys, _CALTECH_TRAIN, replace=False).tolist())
         split_keys["train"] += [key for key in keys if key in chosen]

@@ -207,7 +207,8 @@ def _supported(root: Path, found: list[Found], skip_bad: bool, left_out: Counter
     if strange and not skip_bad:
         raise UserError(
             f"{len(strange)} file(s) in {root} are not supported images ({named}; supported: "
-            f"{' '.join(sorted(EXTENSIONS))}): convert or remove them, or set data.skip_bad=true to leave them out"
+            f"{' '.join(sorted(EXTENSIONS))}): convert or remove them, or set data.skip_bad=true to leave "
+            "them out"
         )
     if strange:
         left_out["files of other formats"] = len(strange)

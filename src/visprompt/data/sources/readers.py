@@ -30,5 +30,8 @@ READERS: Mapping[str, Callable[[Path], Content]] = {
 
 
 def read_original(spec: TaskSpec, root: Path) -> Content:
-    """Open a folder with the original files of a task; a dataset that is not in `READERS` has a folder per class."""
+    """Open a folder with the original files of a task.
+
+    A dataset that is not in `READERS` has a folder per class.
+    """
     return READERS[spec.dataset](root) if spec.dataset in READERS else class_folders(root, spec)

@@ -116,7 +116,8 @@ def named_splits(split_names: Mapping[str, Any] | str) -> dict[str, str]:
     """
     if not isinstance(split_names, Mapping):
         raise UserError(
-            f"data.split_names={split_names} names no splits: give 'data.split_names={{train: NAME, test: NAME}}', "
+            f"data.split_names={split_names} names no splits: give "
+            f"'data.split_names={{train: NAME, test: NAME}}', "
             "or data.split_names=none where all folders are classes"
         )
     found: dict[str, str] = {}
@@ -168,15 +169,17 @@ def _refuse_splits(root: Path, tops: Sequence[_Top]) -> None:
             )
     if len(tops) == 1 and tops[0].folders:
         raise UserError(
-            f"data.root={root} has only the folder {tops[0].name!r}: give data.root={tops[0].path} if the classes or "
-            "the splits are in it"
+            f"data.root={root} has only the folder {tops[0].name!r}: give data.root={tops[0].path} if the "
+            "classes or the splits are in it"
         )
     for top in tops:
         inner = [name for name in top.folders if split_of(name)]
         if len({split_of(name) for name in inner}) > 1:
             raise UserError(
-                f"data.root={root} has split folders in its classes ({top.name}/{inner[0]}, {top.name}/{inner[1]}): "
-                f"move the images to {inner[0]}/{top.name} and so on, or give data.split_names=none to mix them"
+                f"data.root={root} has split folders in its classes ({top.name}/{inner[0]}, "
+                f"{top.name}/{inner[1]}): "
+                f"move the images to {inner[0]}/{top.name} and so on, or give data.split_names=none to mix "
+                "them"
             )
     if len(tops) <= _MOST_PARTS and all(top.bare for top in tops):
         shared, every = _shared(tops), set().union(*(top.folders for top in tops))

@@ -63,7 +63,8 @@ def sentences(task: str, class_names: Sequence[str], summary: Mapping[str, Any])
     cut = " (no splits were given: every class was cut 80/10/10)" if summary["cut"] else ""
     smallest = f"smallest class: {summary['smallest_class']} with {summary['smallest']:,} training images"
     lines = [
-        f"data: {task} in {summary['root']}: {summary['classes']:,} classes{names}; images: {counts}{cut}; {smallest}"
+        f"data: {task} in {summary['root']}: {summary['classes']:,} classes{names}; images: {counts}{cut}; "
+        f"{smallest}"
     ]
     left = [f"{what} ({count:,})" for what, count in summary["left_out"].items()]
     left += (
@@ -72,14 +73,15 @@ def sentences(task: str, class_names: Sequence[str], summary: Mapping[str, Any])
     if left:
         lines.append(f"left out: {', '.join(left)}")
     lines += [
-        f"warning: {count:,} of {images[split]:,} {split} images have the same bytes as training images, so the score "
-        "says little: remove them from one of the two"
+        f"warning: {count:,} of {images[split]:,} {split} images have the same bytes as training images, so "
+        "the score says little: remove them from one of the two"
         for split, count in summary["repeated"].items()
     ]
     if count := summary.get("faint"):
         top = summary["faint_top"]
         lines.append(
-            f"warning: {count:,} grey images use less than a quarter of their 16 or 32 bits (up to {top:,}) and look "
+            f"warning: {count:,} grey images use less than a quarter of their 16 or 32 bits (up to {top:,}) "
+            "and look "
             f"dark: give data.white_level={max(255, 2 ** top.bit_length() - 1)} if that is their white"
         )
     return [visible(line) for line in lines]

@@ -91,8 +91,10 @@ class MappedFile:
             if not flags[chunk]:
                 if self._differs(chunk):
                     raise UserError(
-                        f"the store {self.path.parent} is damaged, {self.path.name} is not what its checksums say: "
-                        "delete that folder and run the same command, which writes it again from the original files"
+                        f"the store {self.path.parent} is damaged, {self.path.name} is not what its "
+                        "checksums say: "
+                        "delete that folder and run the same command, which writes it again from the "
+                        "original files"
                     )
                 flags[chunk] = 1
 

@@ -68,8 +68,8 @@ def _made(plan: Plan, make: Callable[[Plan], None]) -> SquareStore | RaggedStore
             if store is None:
                 if others := plan.others():
                     _log.warning(
-                        "%s: its images are resized as preprocessing.resampling=%s does, into a new store of %.2g GB "
-                        "(%s); %s, resized in another way, is neither used nor deleted",
+                        "%s: its images are resized as preprocessing.resampling=%s does, into a new store "
+                        "of %.2g GB (%s); %s, resized in another way, is neither used nor deleted",
                         *(plan.spec.id, plan.resampling, plan.bytes / 1e9, plan.command),
                         " and ".join(str(path) for path in others),
                     )
@@ -123,8 +123,8 @@ def warn_lossy(plan: Plan, store: SquareStore) -> None:
     ):
         _warned.add(plan.spec.id)
         _log.warning(
-            "%s is read from JPEG files made of its lossless images, which costs accuracy (CIFAR-100: 10 to 20 "
-            "points): do not compare with lossless results; data.source=raw gives the exact pixels",
+            "%s is read from JPEG files made of its lossless images, which costs accuracy (CIFAR-100: 10 to "
+            "20 points): do not compare with lossless results; data.source=raw gives the exact pixels",
             plan.spec.id,
         )
 

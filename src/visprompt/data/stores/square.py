@@ -185,8 +185,8 @@ def _write_pixels(
             shape = shape or image.shape
             if image.shape != shape:
                 raise UserError(
-                    f"image {key[1]} ({key[0]}) has the shape {image.shape}, others {shape}: the files are not the "
-                    "right ones, get them again"
+                    f"image {key[1]} ({key[0]}) has the shape {image.shape}, others {shape}: the files are "
+                    "not the right ones, get them again"
                 )
             file.seek(places[key] * image.size)
             file.write(image.data)
@@ -195,8 +195,8 @@ def _write_pixels(
     if missing:
         split, lost = min(missing)
         raise UserError(
-            f"{len(missing)} of {len(places)} images that the lists name are not in the files, the first is {lost} "
-            f"({split}): the files are incomplete, get them again"
+            f"{len(missing)} of {len(places)} images that the lists name are not in the files, the first is "
+            f"{lost} ({split}): the files are incomplete, get them again"
         )
     return shape
 

@@ -28,19 +28,21 @@ _CLASSES = 3
 _PIXELS = {"depth": 1, "dropout": 0.0}  # what prompts of pixels ask of a method for many blocks
 _HEAD = """# Methods by backbones
 
-Made by `make docs`, which builds every pair with a small random backbone and takes a training step; a test compares
-this page with the result. A number leads to the sentence that refuses the pair. Words say which `method.location` works
-instead of the default one, and with which other options. The configs of vpt_shallow_bias and vpt_deep_bias do not have
-location and depth: a `+` adds them, as in `+method.location=pad`.
+Made by `make docs`, which builds every pair with a small random backbone and takes a training step; a test
+compares this page with the result. A number leads to the sentence that refuses the pair. Words say which
+`method.location` works instead of the default one, and with which other options. The configs of
+vpt_shallow_bias and vpt_deep_bias do not have location and depth: a `+` adds them, as in
+`+method.location=pad`.
 
 - ViT: timm's `VisionTransformer`: supervised ViT, DeiT III, MAE, MoCo v3, DINO, DINOv2, CLIP, SigLIP
 - DINOv3, EVA-02: two members of timm's `Eva`, with rotary positions
 - Swin: `SwinTransformer`. ConvNeXt: `ConvNeXt`. ResNet: `ResNet`
 
 Blocks are residual blocks, counted through all stages; `depth` and `num_blocks` of `partial` count them. A
-method enters at sites (`src/visprompt/models/contract.py`): `weights`, the backbone's own parameters; `modules`, its
-layers, to be wrapped; `pixels`; `tokens`, prompts before a block; `keys_values`, rows of an attention; `branches` of a
-block; `stream`, one sequence of one width that every attention sees whole: neither windows nor convolutions have it.
+method enters at sites (`src/visprompt/models/contract.py`): `weights`, the backbone's own parameters;
+`modules`, its layers, to be wrapped; `pixels`; `tokens`, prompts before a block; `keys_values`, rows of an
+attention; `branches` of a block; `stream`, one sequence of one width that every attention sees whole: neither
+windows nor convolutions have it.
 """
 
 

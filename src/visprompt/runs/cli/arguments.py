@@ -79,7 +79,7 @@ def _whole_options() -> frozenset[str]:
 
 
 def _is_of_whole_numbers(kind: Any) -> bool:
-    """Whether an annotation names int, also in a union or a sequence, and no kind of number that has fractions."""
+    """Return whether an annotation names int, also in a union or a sequence, and nothing with fractions."""
     parts = get_args(kind)
     return not {Any, float}.intersection(parts) and (kind is int or any(map(_is_of_whole_numbers, parts)))
 

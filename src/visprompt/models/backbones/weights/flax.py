@@ -1,12 +1,14 @@
 """Google's `.npz` files of vision transformers (JAX, flax), as tensors under timm's names.
 
-The layout is that of Dosovitskiy et al.'s release (`orig_in21k`, `augreg`) and of its successor big_vision, whose
-layers are numbered otherwise and may be stacked. Flax keeps a linear layer as [in, out] and the projections of an
-attention by head: query, key and value as [in, heads, head_dim], the output as [heads, head_dim, out].
+The layout is that of Dosovitskiy et al.'s release (`orig_in21k`, `augreg`) and of its successor big_vision,
+whose layers are numbered otherwise and may be stacked. Flax keeps a linear layer as [in, out] and the
+projections of an attention by head: query, key and value as [in, heads, head_dim], the output as [heads,
+head_dim, out].
 
-timm's reader (`load_pretrained`) is not used: it resizes position tables and patch embeddings without the antialiasing
-of timm's filter for all other files, writes into the model before it knows that the file fits, broadcasts arrays of a
-wrong shape, reads stacked blocks beyond the model's depth without a word, and stops at the first name that is missing.
+timm's reader (`load_pretrained`) is not used: it resizes position tables and patch embeddings without the
+antialiasing of timm's filter for all other files, writes into the model before it knows that the file fits,
+broadcasts arrays of a wrong shape, reads stacked blocks beyond the model's depth without a word, and stops at
+the first name that is missing.
 """
 
 import re
