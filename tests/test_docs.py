@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from visprompt.data.catalog import TASKS, describe
 from visprompt.models.methods import describe as pairs
-from visprompt.runs import methods_page
+from visprompt.runs import methods_page, result_page
 from visprompt.runs.compose import composing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +44,10 @@ def test_the_page_of_methods_is_made_of_their_configs():
     assert (ROOT / "docs" / "methods.md").read_text() == methods_page.markdown(), "run make docs"
     for file in (ROOT / "configs" / "method").glob("*.yaml"):
         assert file.read_text().startswith("# "), f"{file.name}: the first line says what is tuned"
+
+
+def test_the_page_of_results_is_made_of_their_schema():
+    assert (ROOT / "docs" / "result.md").read_text() == result_page.markdown(), "run make docs"
 
 
 @pytest.mark.parametrize("script", ["train", "tune", "eval", "predict", "prepare", "report"])

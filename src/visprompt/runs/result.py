@@ -36,8 +36,8 @@ class Result(BaseModel):
     """Name and options of the method."""
     recipe: dict[str, Any]
     """How the tuned parameters were trained."""
-    split: str
-    """`tune` or `final`."""
+    split: Literal["tune", "final"]
+    """`tune`: trained on train800, scored on val200; `final`: trained on both, scored on test."""
     seed: int
     """Seed of the run."""
     attempt: int
