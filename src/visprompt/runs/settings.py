@@ -99,8 +99,8 @@ _ALLOWED: dict[str, Allowed] = {
     "data.flip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "data.short_side": _SIDE | NULL,
 }
-# Two programs differ, and are recognised by one of their keys: eval.py (`weights`) may leave out the precision,
-# which is then the run's; prepare.py (`verify`) needs a data_dir.
+# Two programs differ, and are recognised by one of their keys: eval.py (`weights`) may leave out the
+# precision, which is then the run's; prepare.py (`verify`) needs a data_dir.
 _IN_ONE_PROGRAM = (("weights", "precision", _PRECISION | NULL), ("verify", "data_dir", PATH))
 _GROUPS = ("data", "backbone", "method", "recipe", "trainer", "paths", "preprocessing", "diagnostics")
 
