@@ -222,6 +222,6 @@ def test_nothing_else_instantiates():
     ]
     assert calls == [
         "instantiate.py: import hydra.utils",
-        'instantiate.py: made: Any = hydra.utils.instantiate(plain, _convert_="all", **given)',
+        'instantiate.py: built: Any = hydra.utils.instantiate(plain, _convert_="all", **given)',
         "instantiate.py: parameters = inspect.signature(hydra.utils.get_class(target)).parameters.values()",
     ]

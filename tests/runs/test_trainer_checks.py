@@ -133,7 +133,7 @@ def test_a_key_of_wandb_that_is_none_is_one_sentence(tmp_path, logins, monkeypat
     [
         (
             ("callbacks=[none,early_stopping]",),
-            "callbacks.early_stopping watches val/acc, and split=final scores no ",
+            "callbacks.early_stopping watches val/acc, but split=final scores no ",
         ),
         (
             ("callbacks=[none,lr_monitor]",),

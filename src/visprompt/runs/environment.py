@@ -48,6 +48,16 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
         }
 
 
+def machine(device: torch.device, devices: int, accumulation: int) -> dict[str, Any]:
+    """Return the hardware and threads of a run, with its number of devices and accumulation steps."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "devices": devices,
+        "accumulation": accumulation,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that can change a run's numbers."""
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}

@@ -19,11 +19,10 @@ from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError
 from visprompt.files import write_atomically
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
-from visprompt.models.backbones.family import Family
 from visprompt.models.classifier import Classifier
 from visprompt.models.feature_cache import release_pixels
 from visprompt.models.kind import KINDS, SINGLE_LABEL
-from visprompt.models.methods import Method, build_method, check_options
+from visprompt.models.methods import build_method, check_options
 from visprompt.models.state_schema import check_record
 from visprompt.models.tuned_state import TunedState, save_state
 from visprompt.models.tuning_module import Diverged, TuningModule
@@ -198,12 +197,16 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     release_pixels(None if classifier.has_frozen_part else datamodule.images_key)
     environment.reset_peak_memory(device)
     pruning.rewind(classifier, run.folder.parent)  # if the method names stored initial values
-    arguments = {"classifier": classifier, "recipe": job.recipe, "seed": job.seed, "leaks": _reads_test(run)}
+    leaks = bool(job.diagnostics.best_on_test) and datamodule.is_scored
+    arguments = {"classifier": classifier, "recipe": job.recipe, "seed": job.seed, "leaks": leaks}
     module = instantiate("lightning_module", dict(job.lightning_module), TuningModule, **arguments)
     if job.compile:
         torch.compiler.reset()  # else the ninth run of a process would exceed a limit and run uncompiled
         module.classifier.compile()  # in place, so that the parameters keep their names
     tuned = _tuned_counts(module.classifier)
+    family = run.backbone.module
+    pooling = family.pooling(module.classifier.method.pool)
+    driven = {"carried_blocks": family.carried_blocks(), "pooling": pooling}
     if trainer.is_global_zero and not (job.backbone.pretrained or classifier.method.trains_backbone):
         warn_random(job.method.name)
     if trainer.is_global_zero:
@@ -233,13 +236,13 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
             attempt=attempt,
             data=run.identity["data"] | _data_record(datamodule),
-            backbone=run.identity["backbone"] | _as_driven(run.backbone.module, module.classifier.method),
+            backbone=run.identity["backbone"] | driven,
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             per_class=dict(zip(datamodule.class_names, module.per_class, strict=False)),
             tuned=tuned,
             time={"train_s": resume.seconds, "last_process_s": time.monotonic() - started},
             peak_memory=environment.peak_memory(device),
-            machine=_machine(trainer),
+            machine=environment.machine(device, trainer.world_size, trainer.accumulate_grad_batches),
             versions={**environment.versions(), "git_commit": environment.git_commit()},
             diverged_step=diverged,
             trainer=run.identity["trainer"],
@@ -328,37 +331,19 @@ def _last_row(resume: ResumeCheckpoint, leak: str) -> dict[str, float]:
 
 def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
     summary = classifier.summary()
-    counts: dict[str, Any] = {
+    counts = {
         "parameters": summary.tuned,
         "head_parameters": summary.head,
         "share": summary.share,
+        "parts": dict(summary.parts),
+        "macs": summary.macs,
     }
-    counts |= {"parts": dict(summary.parts), "macs": summary.macs}
     # read from the method, because in the config `depth` is null for all blocks
     shape = {name: getattr(classifier.method, name, None) for name in ("depth", "num_tokens", "kept_tokens")}
     return counts | {name: value for name, value in shape.items() if value is not None}
-
-
-def _reads_test(run: Run) -> bool:
-    return bool(run.job.diagnostics.best_on_test) and run.datamodule.is_scored
 
 
 def _data_record(datamodule: TaskDataModule) -> dict[str, Any]:
     """Return what the result records of the data in addition to the identity."""
     record: dict[str, Any] = {"form": datamodule.form, "sizes": datamodule.sizes}
     return record | ({"summary": datamodule.summary} if datamodule.summary else {})
-
-
-def _as_driven(family: Family, method: Method) -> dict[str, Any]:
-    """Return the blocks that were driven without the fast path, and what the features were pooled from."""
-    return {"carried_blocks": family.carried_blocks(), "pooling": family.pooling(method.pool)}
-
-
-def _machine(trainer: L.Trainer) -> dict[str, Any]:
-    device = trainer.strategy.root_device
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "devices": trainer.world_size,
-        "accumulation": trainer.accumulate_grad_batches,
-        "threads": torch.get_num_threads(),
-    }

@@ -27,7 +27,7 @@ from visprompt.runs.run_all import Outcome, check_sweeper, local_devices
 from visprompt.text import Terminal
 from visprompt.tuning import protocol, pruning, pruning_chain
 from visprompt.tuning.dry_run.needs import Needs, offline
-from visprompt.tuning.dry_run.pace import PATIENCE, Pace, measure_pace, state_bytes
+from visprompt.tuning.dry_run.pace import PATIENCE, Pace, in_time, measure_pace, state_bytes
 
 console = Terminal()
 _OTHER_FILES = 20_000  # bytes of config, curve and result of a run
@@ -346,13 +346,3 @@ def _in_words(points: int, runs: int, grid: Mapping[str, Any] | None) -> str:
 
 def _devices(job: Job) -> int:
     return local_devices(job.trainer) * int(job.trainer.num_nodes)
-
-
-def in_time(seconds: float) -> str:
-    """Return a time in words: "45 s", "12 min", "3 h" or "5 days"."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{hours} h" if hours < 100 else f"{hours / 24:.0f} days"

@@ -85,6 +85,16 @@ def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augme
         )
 
 
+def in_time(seconds: float) -> str:
+    """Return a time in words: "45 s", "12 min", "3 h" or "5 days"."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{hours} h" if hours < 100 else f"{hours / 24:.0f} days"
+
+
 def state_bytes(classifier: Classifier) -> int:
     """Return the number of bytes of the tensors of a classifier's tuned state."""
     return sum(tensor.nbytes for tensor in classifier.tuned_state().values())
