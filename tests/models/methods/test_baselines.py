@@ -92,7 +92,7 @@ def test_dropout_where_there_is_no_place_for_it_is_refused():
     from timm.models.resnet import BasicBlock, ResNet
 
     net = ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=0)
-    with pytest.raises(UserError, match=r"^method\.dropout=0\.1 is of the MLPs of transformers, and this backbone has"):
+    with pytest.raises(UserError, match=r"^method\.dropout=0\.1 needs transformer MLPs with dropout layers, which this"):
         visprompt.build(net, "full", 2, dropout=0.1)
     with pytest.raises(UserError, match=r"^method\.dropout=1\.0 is not a probability: give a number from 0 to below 1"):
         build_method("full", ViT(tiny_model()), dropout=1.0)

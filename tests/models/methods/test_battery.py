@@ -304,7 +304,7 @@ def test_a_compiled_classifier_gives_the_same_logits(name):
 
 def test_a_model_that_is_not_a_plain_vit_is_refused():
     with pytest.raises(
-        UserError, match="backbone class Linear is driven by no family: choose a model of one of Vision"
+        UserError, match="backbone class Linear is not supported: choose a model of one of Vision"
     ):
         visprompt.build(nn.Linear(2, 2), "linear", 3)
 

@@ -220,10 +220,10 @@ PAIRS = [
         "method.pad_resize=false with method.num_tokens=4 makes images of 32 pixels 40 wide, which this backbone does "
         r"not take: set \+backbone.kwargs.dynamic_img_size=true, or give method.pad_resize=true",
     ),
-    ({"location": "add", "init": "cls"}, "method.init=cls gives tokens, and method.location=add takes none of them"),
+    ({"location": "add", "init": "cls"}, "method.init=cls gives tokens, which method.location=add does not take"),
     (
         {"location": "add", "depth": 2, "carry_over": True},
-        "method.carry_over=true says nothing here, since method.location=add has no prompt outputs: give method.carry",
+        "method.carry_over=true has no effect here, since method.location=add has no prompt outputs: give method.carry",
     ),
     ({"location": "add_one", "carry_over": True}, "since method.location=add_one has no prompt outputs: give method"),
     ({"location": "add", "pool": "prompt"}, "method.pool=prompt reads prompts behind the last block, where there are"),
