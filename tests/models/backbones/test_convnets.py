@@ -363,21 +363,21 @@ class Resized(ResNet):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: family(Resized(**BASIC)), "backbone class Resized is driven by no family"),
+        (lambda: family(Resized(**BASIC)), "backbone class Resized is not supported"),
         (lambda: ConvNeXtFamily(tiny("resnet")), "backbone class ResNet is not a plain timm ConvNeXt: choose one"),
-        (lambda: family(tiny("resnet", global_pool="")), "the backbone pools nothing: set backbone.global_pool to avg"),
-        (lambda: family(tiny("convnext", global_pool="")), "the backbone pools nothing: set backbone.global_pool to"),
+        (lambda: family(tiny("resnet", global_pool="")), "the backbone has no pooling: set backbone.global_pool to"),
+        (lambda: family(tiny("convnext", global_pool="")), "the backbone has no pooling: set backbone.global_pool to"),
         (lambda: family(tiny("convnext", depths=(1, 1, 0, 1))), "stage 2 of the backbone has no blocks: give backbone"),
-        (lambda: built("pad", pool="image"), "method.pool=image reads tokens, and this backbone has none: give method"),
-        (lambda: built("pad", pool="cls"), "method.pool=cls reads tokens, and this backbone has none: give method"),
+        (lambda: built("pad", pool="image"), "method.pool=image reads tokens, which this backbone does not have: give"),
+        (lambda: built("pad", pool="cls"), "method.pool=cls reads tokens, which this backbone does not have: give"),
         (lambda: built("pad", dropout=0.1), "method.dropout=0.1 is for prompts that are vectors, and those of"),
         (lambda: built("pad", depth=2), "method.location=pad enters before the first block alone: give method.depth=1"),
-        (lambda: built("linear")(torch.zeros(1, 1, 64, 64)), r"images are \[B, 3, height, width\], and these have the"),
+        (lambda: built("linear")(torch.zeros(1, 1, 64, 64)), r"images must be \[B, 3, height, width\], and these have"),
         (lambda: built("pad")(images(1, 32)), "this method needs images of the backbone's own size 64 x 64 and got 32"),
         (lambda: built("partial").frozen(torch.zeros(1, 3, 64, 96)), "square images alone, and these are 64 x 96"),
         (lambda: built("partial").frozen(torch.zeros(1, 3, 32, 128)), "square images alone, and these are 32 x 128"),
         (lambda: built("partial", num_blocks=6), "method.num_blocks=6 does not fit: give 1 to 5, the"),
-        (lambda: merge(built("ssf", "root mean square")), "method ssf does not merge into an RmsNorm, which cannot"),
+        (lambda: merge(built("ssf", "root mean square")), "method ssf cannot be merged into an RmsNorm, which has"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_sentence(build, message):
