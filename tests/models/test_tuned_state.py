@@ -228,7 +228,7 @@ def test_a_newer_schema_is_refused(file, monkeypatch):
     save_state(file, tuned())
     monkeypatch.undo()
     with pytest.raises(
-        UserError, match=r"tuned\.safetensors is of schema 2, and this version reads 1: update visprompt"
+        UserError, match=r"tuned\.safetensors has schema 2, and this version reads 1: update visprompt"
     ):
         load_state(file)
 

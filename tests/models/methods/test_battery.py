@@ -240,7 +240,7 @@ def test_a_model_in_which_a_method_lives_is_refused_until_it_is_merged(name, par
     if not any(isinstance(module, Wrapped) for module in model.modules()):
         assert visprompt.build(model, "vpt_deep", 3)(images()).shape == (2, 3)
         return
-    message = r"^another method still lives in this model, in \S+: build from a fresh model, or from what visprompt"
+    message = r"^this model still has a layer of another method, \S+: build from a new model, or from one that"
     with pytest.raises(UserError, match=message):
         visprompt.build(model, "vpt_deep", 3)
     if first.method.can_merge:
@@ -249,7 +249,7 @@ def test_a_model_in_which_a_method_lives_is_refused_until_it_is_merged(name, par
 
 def test_a_model_that_sees_further_channels_is_refused():
     first = visprompt.build(tiny_model(), "vpt_shallow", 5, location="concat_channel")
-    with pytest.raises(UserError, match=r"still lives in this model, in patch_embed\.proj: build from a fresh model"):
+    with pytest.raises(UserError, match=r"still has a layer of another method, patch_embed\.proj: build from a new"):
         visprompt.build(first.backbone.model, "linear", 3)
 
 
@@ -279,7 +279,7 @@ def test_a_backbone_in_16_bits_takes_a_method_in_32(name):
     ],
 )
 def test_what_is_no_batch_of_images_is_refused(name, shape):
-    with pytest.raises(UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(3, "):
+    with pytest.raises(UserError, match=r"images must be \[B, 3, height, width\], and these have the shape \(3, "):
         built(name)(torch.zeros(*shape))
 
 

@@ -167,7 +167,7 @@ def test_a_state_with_other_masks_is_refused_even_where_the_shapes_are_equal():
     other = e2vpt(seed=5, token_mask=[1, 1, 0], segment_mask=[*SHARED["segment_mask"][::2], [1] * 8])
     assert other.method.prompts.shape == pruned.method.prompts.shape
     before = other.tuned_state()["prompts"].clone()
-    with pytest.raises(UserError, match="token_mask is another mask here; build it with the state's own options"):
+    with pytest.raises(UserError, match="the mask token_mask differs; build it with the state's options"):
         other.load_tuned_state(pruned.tuned_state())
     assert torch.equal(other.tuned_state()["prompts"], before)
 

@@ -226,7 +226,7 @@ PAIRS = [
         "method.carry_over=true has no effect here, since method.location=add has no prompt outputs: give method.carry",
     ),
     ({"location": "add_one", "carry_over": True}, "since method.location=add_one has no prompt outputs: give method"),
-    ({"location": "add", "pool": "prompt"}, "method.pool=prompt reads prompts behind the last block, where there are"),
+    ({"location": "add", "pool": "prompt"}, "method.pool=prompt reads prompts after the last block, which they do"),
 ]
 
 

@@ -20,7 +20,7 @@ from visprompt.models.methods import build_method
             {"lenght": 3},
             "unknown option of method vpt_shallow 'lenght': choose one of carry_over, depth",
         ),
-        ("linear", {"num_tokens": 3}, r"unknown option of method linear 'num_tokens': choose one of \(it has no options\)"),
+        ("linear", {"num_tokens": 3}, r"unknown option of method linear 'num_tokens': choose one of \(it has no opt"),
         ("full", {"droppath": 0.1}, "unknown option of method full 'droppath': did you mean drop_path"),
     ],
 )

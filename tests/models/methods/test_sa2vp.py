@@ -187,5 +187,5 @@ def test_options_out_of_range_are_named(options, message):
 
 @pytest.mark.parametrize("depth", [1, 5])
 def test_a_depth_at_which_nothing_reads_the_last_prompts_is_refused(depth):
-    with pytest.raises(UserError, match=rf"method sa2vp cannot work on this backbone: in the last of its {depth} blocks"):
+    with pytest.raises(UserError, match=rf"method sa2vp cannot work on this backbone: in the last of its {depth}"):
         classifier(depth)

@@ -150,7 +150,7 @@ def test_without_dropout_training_draws_nothing():
         ({"init": "kmeans"}, "unknown method.init 'kmeans': did you mean patch_kmeans"),
         (
             {"depth": 2, "pool": "prompt"},
-            "method.pool=prompt reads prompts behind the last block, where there are none",
+            "method.pool=prompt reads prompts after the last block, which they do not reach",
         ),
         (
             {"depth": 2, "depth_from": "last", "carry_over": True},

@@ -145,9 +145,8 @@ class AdapterPlus(Bottleneck):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({Place.AFTER})
-    undecayed: ClassVar[frozenset[str]] = frozenset(
-        {"down_bias", "up_bias", "scale"}
-    )  # as in the released code
+    # as in the released code
+    undecayed: ClassVar[frozenset[str]] = frozenset({"down_bias", "up_bias", "scale"})
 
     def __init__(
         self, backbone: Geometry, bottleneck: int = 8, drop_path: float = 0.1, init: str = "zero"

@@ -39,7 +39,7 @@ class MLP(Linear):
     Args:
         backbone: The backbone whose features it reads.
         num_layers: Linear layers of the head (k), the last one included.
-        dropout: Dropout behind every hidden layer.
+        dropout: Dropout after every hidden layer.
 
     Raises:
         UserError: A number lies outside its range.

@@ -84,7 +84,7 @@ class DAVPT(Method):
             divided by 8, as in the released code. None if there are no such prompts.
         guided: [guided_blocks, p, width], drawn in the same way.
         mapping: Index of each class's prompt, [classes]; a buffer, so that a resumed run goes on with it.
-        centres: Centres of the k-means behind `mapping`, [p, width]; zero before the first k-means.
+        centres: Centres of the k-means that gave `mapping`, [p, width]; zero before the first k-means.
         value_bias: [blocks, width], zero at first; only with `bias`.
 
     Raises:

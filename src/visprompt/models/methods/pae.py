@@ -200,9 +200,8 @@ class PAE(VPT):
         term: Tensor = self.koopman_weight * (evolved - z[1:]).square().mean(dim=(1, 2)).sum()
         if self.lyapunov_weight:
             q = others[0].T @ others[0]
-            q = q / (
-                torch.linalg.eigvalsh(q).amax() + 1e-8
-            )  # the largest eigenvalue is the norm: q is symmetric
+            # q is symmetric and positive, so its largest eigenvalue is its spectral norm
+            q = q / (torch.linalg.eigvalsh(q).amax() + 1e-8)
             growth = F.softplus(_energy(evolved, q) - _energy(z[:-1], q)).mean(dim=1)
             term = term + self.lyapunov_weight * _SATURATION * (growth / _SATURATION).tanh().sum()
         return term

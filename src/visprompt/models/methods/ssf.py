@@ -122,9 +122,8 @@ class SSF(Method):
         for path in outside:
             name, layer = path.replace(".", "_"), model.get_submodule(path)
             name = _SHORT.get(name, name)
-            if (
-                name in self.gamma
-            ):  # a layer in the blocks has the name: a ResNet's first conv1, or a last norm
+            # layers in the blocks may have the same name, such as a ResNet's conv1
+            if name in self.gamma:
                 name = f"{'final' if path in backbone.final_names else 'stem'}_{name}"
             channels = _channels(layer)
             self.gamma[name] = nn.Parameter(torch.empty(channels).normal_(1, _STD))

@@ -160,16 +160,16 @@ def _read_outputs(backbone: TokenBackbone, blocks: Sequence[int], x: Tensor, mea
         x = backbone.carry(index, x, x.shape[1])
 
 
-def _nearest(of_prompts: Tensor, of_patches: Tensor, matched_patches: int) -> Tensor:
+def _nearest(prompt_keys: Tensor, patch_keys: Tensor, matched_patches: int) -> Tensor:
     """Return for each prompt the indices of the K patches with the most similar keys, [p, K].
 
     Args:
-        of_prompts: Keys of the prompts, [p, head_dim].
-        of_patches: Keys of the patches, [n, head_dim].
+        prompt_keys: Keys of the prompts, [p, head_dim].
+        patch_keys: Keys of the patches, [n, head_dim].
         matched_patches: K.
     """
-    _check_count(matched_patches, len(of_patches))
-    cosines = F.normalize(of_prompts, dim=-1) @ F.normalize(of_patches, dim=-1).T
+    _check_count(matched_patches, len(patch_keys))
+    cosines = F.normalize(prompt_keys, dim=-1) @ F.normalize(patch_keys, dim=-1).T
     return cosines.topk(matched_patches, dim=1).indices
 
 

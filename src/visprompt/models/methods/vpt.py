@@ -219,7 +219,10 @@ class VPT(Method):
     def attach(self, backbone: Geometry) -> None:
         """Wrap the first convolution for further channels; check options that depend on the model."""
         if self.init in ("cls", "cls_layer") and not backbone.has_class_token:
-            raise UserError(f"method.init={self.init} needs a class token, which this backbone does not have")
+            raise UserError(
+                f"method.init={self.init} needs a class token, which this backbone does not have: give "
+                "another method.init"
+            )
         if self.init == "vipamin":
             vipamin.check(backbone, self.prompted_blocks, self.matched_patches)
         if self.location == "pad" and not self.pad_resize:
