@@ -256,7 +256,7 @@ def test_a_newer_schema_is_refused(file, monkeypatch):
         ({"class_names": ("cat", "dog", "owl")}, "has 2 classes, not 3: use data of the same classes"),
         (
             {"class_names": ("cat", "owl")},
-            "has class 'dog' where this data has 'owl': use the same classes in its order",
+            "has class 'dog' where this data has 'owl': use the state's classes in its order",
         ),
         ({"class_names": ("dog", "cat")}, "has class 'cat' where this data has 'dog'"),
     ],

@@ -221,7 +221,7 @@ class Method(nn.Module):
         return 0
 
     def attach(self, backbone: Geometry) -> None:
-        """Change the backbone's modules where the method needs it, once, before the first forward."""
+        """Wrap or change modules of the backbone; called once, before the first forward."""
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
         """Return the names of the tuned parameters.
@@ -310,10 +310,17 @@ class Method(nn.Module):
         return task_loss
 
     def end_epoch(self, epoch: int) -> None:
-        """Update the method after an epoch (from 0) on all ranks before the checkpoint is written."""
+        """Update the method after a training epoch, on all ranks; called before the checkpoint is written.
+
+        Args:
+            epoch: Index of the epoch, from 0.
+        """
 
     def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """Return the rows [B, any] that are computed once for all epochs if no block is tuned."""
+        """Return rows [B, any] of images that are computed once for all epochs.
+
+        Called only if no block is tuned; `resumed` computes features from these rows in every epoch.
+        """
         return self.features(pooled, images)
 
     def resumed(self, stored: Tensor) -> Tensor:

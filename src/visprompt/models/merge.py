@@ -52,7 +52,8 @@ def _unwrap(model: nn.Module) -> None:
     for name, module in reversed(wrapped):
         if not hasattr(module, "merged"):
             raise UserError(
-                f"{name} is wrapped in a {type(module).__name__}, which cannot be merged into plain weights"
+                f"{name} is wrapped in a {type(module).__name__}, which cannot be merged into plain weights: "
+                "keep the tuned state with the backbone"
             )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.merged())

@@ -169,7 +169,7 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
             raise UserError(
                 f"{path} was tuned on backbone {stored['name']} (weights {stored['sha256'][:12]}), "
                 f"not on {value['name']} (weights {value['sha256'][:12]}): load that backbone, "
-                "with weights=FILE where it came from a file"
+                "with weights=FILE if it came from a file"
             )
         # the same weights give other features in another architecture or with other options
         if key == "backbone":
@@ -182,7 +182,7 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
             if stored.get(option) != value.get(option):
                 raise UserError(
                     f"{path} was tuned with backbone.{option}={stored.get(option)}, not "
-                    f"{value.get(option)}: set it so"
+                    f"{value.get(option)}: set it to {stored.get(option)}"
                 )
         if key == "method" and dict(stored) != dict(value):
             raise UserError(f"{path} holds method {dict(stored)}, not {dict(value)}: build that method")
@@ -193,5 +193,5 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
         if key == "class_names" and tuple(stored) != tuple(value):
             old, new = next(pair for pair in zip(stored, value, strict=True) if pair[0] != pair[1])
             raise UserError(
-                f"{path} has class {old!r} where this data has {new!r}: use the same classes in its order"
+                f"{path} has class {old!r} where this data has {new!r}: use the state's classes in its order"
             )

@@ -145,7 +145,7 @@ class Swin(TokenFamily):
         return partial(_attend, self._block(index), size, num_image if reads_image else 0)
 
     def between(self, index: int, x: Tensor, num_image: int) -> tuple[Tensor, int]:
-        """Merge patches where a stage begins; a prompt is merged with three copies of itself."""
+        """Merge patches at the start of a stage; a prompt is merged with three copies of itself."""
         stage, i = self._places[index]
         if stage == 0 or i > 0:
             return x, num_image

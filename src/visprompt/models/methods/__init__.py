@@ -131,7 +131,7 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
     if missing:
         raise UserError(
             f"method {name} cannot work on this backbone: it needs the site {', '.join(sorted(missing))}, "
-            f"and the backbone offers {', '.join(sorted(backbone.sites))}"
+            f"and the backbone offers {', '.join(sorted(backbone.sites))}; choose another method or backbone"
         )
     try:
         return factory(backbone, **options)

@@ -64,7 +64,10 @@ class GatedVPT(VPT):
             backbone, num_tokens=num_tokens, depth=1, carry_over=True, dropout=dropout, pool=pool
         )
         if self.num_blocks < 2:
-            raise UserError("method vpt_gated has its gates between blocks: the backbone has only one block")
+            raise UserError(
+                "method vpt_gated cannot work on this backbone: its gates are between blocks, and there is "
+                "only one; choose a backbone with more blocks"
+            )
         if not -20 <= gate_init <= 20:
             raise UserError(
                 f"method.gate_init={gate_init} leaves a gate that cannot move: give a number from -20 to 20"
