@@ -91,8 +91,8 @@ def altered(state, **changes):
             {"prompts": None},
             r"it lacks \['prompts'\] and has nothing in addition; build it with the state's method",
         ),
-        ({"vectors": torch.zeros(1)}, r"it lacks nothing and holds \['vectors'\] beyond it"),
-        ({"head.bias": None, "bias": torch.zeros(5)}, r"it lacks \['head.bias'\] and holds \['bias'\] beyond it"),
+        ({"vectors": torch.zeros(1)}, r"it lacks nothing and has \['vectors'\] in addition"),
+        ({"head.bias": None, "bias": torch.zeros(5)}, r"it lacks \['head.bias'\] and has \['bias'\] in addition"),
         (
             {"prompts": torch.zeros(4, 9, 32)},
             r"prompts is \(4, 9, 32\) in the state and \(4, 10, 32\) here; build it with the state's options",

@@ -124,7 +124,7 @@ def test_options_of_a_backbone_are_an_allow_list_of_plain_values(tmp_path, kwarg
         ),
         (("method",), {}, r"unknown method 'None': choose one of"),
         (("task",), "a\x1b]0;owned\x07", r"task should not have control characters, and is 'a\\x1b\]0;owned\\x07'"),
-        (("task",), "${oc.env:HOME}", r"task should be a plain text: \$\{\.\.\.\} is not looked up"),
+        (("task",), "${oc.env:HOME}", r"task should be a plain text: \$\{\.\.\.\} is not resolved"),
         (("task",), 5, r"task should be a text, and is 5"),
         (("class_names",), "|a|b\x1b[2J|c|d|e", r"class_names\.1 should not have control characters"),
         (("class_names",), "|a|b\u202ec|c|d|e", r"class_names\.1 should not have control characters"),

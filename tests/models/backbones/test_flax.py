@@ -190,7 +190,7 @@ def test_what_timm_s_reader_would_leave_random_is_refused(tmp_path, change, opti
 def test_a_file_that_is_cut_short_is_refused(tmp_path):
     file = saved(tmp_path / "w.npz", release_arrays(tiny_model()))
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"w\.npz cannot be read as backbone weights .*: it may be cut short"):
+    with pytest.raises(UserError, match=r"w\.npz cannot be read as backbone weights .*: it may be truncated"):
         load_file(tiny_model(), file)
 
 

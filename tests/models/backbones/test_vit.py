@@ -143,7 +143,7 @@ def test_a_dynamic_model_takes_images_of_another_size(size, prefix):
     ("model", "shape", "message"),
     [
         ({}, (64, 64), "this backbone takes images of size 32 x 32 only and got 64 x 64: resize them, or set back"),
-        ({"img_size": (32, 48)}, (48, 32), "its own size 32 x 48 and got 48 x 32: resize them, or set backbone.image"),
+        ({"img_size": (32, 48)}, (48, 32), "of size 32 x 48 only and got 48 x 32: resize them, or set backbone.image"),
         (
             {"dynamic_img_size": True},
             (32, 36),
