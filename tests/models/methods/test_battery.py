@@ -311,7 +311,7 @@ def test_a_model_that_is_not_a_plain_vit_is_refused():
 
 @pytest.mark.parametrize(("name", "why"), [("vapt", "from the second block on"), ("vpt_gated", "between blocks")])
 def test_a_method_that_needs_two_blocks_says_so(name, why):
-    with pytest.raises(UserError, match=f"method {name} cannot work on this backbone: .*{why}, and there is only one; choose"):
+    with pytest.raises(UserError, match=f"method {name} cannot work on this backbone: .*{why}, and there is only one"):
         visprompt.build(tiny_model(depth=1), name, 3)
 
 
