@@ -44,7 +44,7 @@ def test_the_head_may_start_at_zero():
 @pytest.mark.parametrize("count", [-1, 0, 2.5, 2.0, True, "3", None])
 def test_a_number_of_classes_is_a_whole_number_of_1_or_more(count):
     backbone = ViT(tiny_model())
-    message = f"^num_classes={count} is no number of classes: give a whole number of 1 or more$"
+    message = f"^num_classes={count} is not a number of classes: give a whole number of 1 or more$"
     with pytest.raises(UserError, match=message):
         Classifier(backbone, build_method("linear", backbone), count)
     assert Classifier(backbone, build_method("linear", backbone), np.int64(1))(images()).shape == (2, 1)
@@ -89,17 +89,16 @@ def altered(state, **changes):
     [
         (
             {"prompts": None},
-            r"it lacks \['prompts'\] and holds nothing beyond it; build it with the state's own method",
+            r"it lacks \['prompts'\] and has nothing in addition; build it with the state's method",
         ),
-        ({"vectors": torch.zeros(1)}, r"it lacks nothing and holds \['vectors'\] beyond it"),
+        ({"vectors": torch.zeros(1)}, r"it lacks nothing and has \['vectors'\] in addition"),
         (
             {"head.bias": None, "bias": torch.zeros(5)},
-            r"it lacks \['head.bias'\] and holds \['bias'\] beyond it",
+            r"it lacks \['head.bias'\] and has \['bias'\] in addition",
         ),
         (
             {"prompts": torch.zeros(4, 9, 32)},
-            r"prompts is \(4, 9, 32\) in the state and \(4, 10, 32\) here; build it with the state's own "
-            r"options",
+            r"prompts is \(4, 9, 32\) in the state and \(4, 10, 32\) here; build it with the state's options",
         ),
         ({"head.weight": torch.zeros(6, 32)}, r"head.weight is \(6, 32\) in the state and \(5, 32\) here"),
     ],

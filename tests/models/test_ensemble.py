@@ -63,7 +63,7 @@ def test_what_all_members_have_in_common_is_computed_once(method, options, runs)
 
 def test_states_that_do_not_fit_are_named():
     classifier = tiny_classifier(model=tiny_model())
-    with pytest.raises(UserError, match="an ensemble of no states has no logits"):
+    with pytest.raises(UserError, match="an ensemble needs at least one tuned state"):
         Ensemble(classifier, [])
     with pytest.raises(UserError, match=r"the tuned state does not fit this classifier: it lacks .'prompts'"):
         Ensemble(classifier, [{"head.weight": torch.zeros(5, 32), "head.bias": torch.zeros(5)}])

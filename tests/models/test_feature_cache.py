@@ -180,7 +180,7 @@ def test_trained_batch_norm_is_refused_on_several_cpu_processes(tmp_path, monkey
     one = tiny_run(tmp_path, "method=mlp", "recipe.epochs=1", "recipe.warmup_epochs=0", "trainer.devices=2")
     module = TuningModule(run.build_classifier(one.job, one.backbone, 10), one.job.recipe, 0)
     module.trainer = run.build_trainer(one.job)
-    with pytest.raises(UserError, match="cannot be synchronised over CPU processes: use one device"):
+    with pytest.raises(UserError, match="cannot be synchronised over CPU processes: set trainer"):
         module._check_batch_norm()
 
 

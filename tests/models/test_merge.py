@@ -101,13 +101,10 @@ class TwoLayers(Linear):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (
-            VPTBias,
-            "what VPTBias tunes is more than weights of the backbone, so it cannot be merged: keep the tuned",
-        ),
-        (SideTune, "what SideTune tunes is more than weights"),
-        (MLP, "what MLP tunes is more than weights"),
-        (TwoLayers, "a head of class Sequential cannot be merged: a timm model has one layer"),
+        (VPTBias, "VPTBias tunes more than weights of the backbone, so it cannot be merged: keep the tuned"),
+        (SideTune, "SideTune tunes more than weights"),
+        (MLP, "MLP tunes more than weights"),
+        (TwoLayers, "a head of class Sequential cannot be merged, because a timm model"),
         (
             Hiding,
             r"blocks\.3\.mlp\.fc1\.base is wrapped in a Opaque, which cannot be merged into plain weights",

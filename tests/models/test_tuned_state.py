@@ -237,7 +237,7 @@ def test_a_newer_schema_is_refused(file, monkeypatch):
     save_state(file, tuned())
     monkeypatch.undo()
     with pytest.raises(
-        UserError, match=r"tuned\.safetensors is of schema 2, and this version reads 1: update visprompt"
+        UserError, match=r"tuned\.safetensors has schema 2, and this version reads 1: update visprompt"
     ):
         load_state(file)
 
@@ -275,7 +275,7 @@ def test_a_newer_schema_is_refused(file, monkeypatch):
         ({"class_names": ("cat", "dog", "owl")}, "has 2 classes, not 3: use data of the same classes"),
         (
             {"class_names": ("cat", "owl")},
-            "has class 'dog' where this data has 'owl': use the same classes in its order",
+            "has class 'dog' where this data has 'owl': use the state's classes in its order",
         ),
         ({"class_names": ("dog", "cat")}, "has class 'cat' where this data has 'dog'"),
     ],

@@ -153,12 +153,12 @@ def test_options_of_a_backbone_are_an_allow_list_of_plain_values(tmp_path, kwarg
         (
             ("task",),
             "a\x1b]0;owned\x07",
-            r"task should hold no control characters, and is 'a\\x1b\]0;owned\\x07'",
+            r"task should not have control characters, and is 'a\\x1b\]0;owned\\x07'",
         ),
-        (("task",), "${oc.env:HOME}", r"task should be a plain text: \$\{\.\.\.\} is not looked up"),
+        (("task",), "${oc.env:HOME}", r"task should be a plain text: \$\{\.\.\.\} is not resolved"),
         (("task",), 5, r"task should be a text, and is 5"),
-        (("class_names",), "|a|b\x1b[2J|c|d|e", r"class_names\.1 should hold no control characters"),
-        (("class_names",), "|a|b\u202ec|c|d|e", r"class_names\.1 should hold no control characters"),
+        (("class_names",), "|a|b\x1b[2J|c|d|e", r"class_names\.1 should not have control characters"),
+        (("class_names",), "|a|b\u202ec|c|d|e", r"class_names\.1 should not have control characters"),
         (("class_names",), "", r"class_names should have at least 1 item"),
         (("class_names",), 5, r"its metadata are not those of a tuned state"),
         (("class_names",), ["a", "b"], r"class_names\.0 should be a text|its metadata are not"),
@@ -203,11 +203,11 @@ def test_metadata_that_are_no_record_are_refused(tmp_path, text):
 def test_another_schema_is_named_without_its_control_characters(tmp_path):
     refused(
         write(tmp_path, json.dumps(changed("schema", to="2\x1b[2J"))),
-        r"is of schema '2\\x1b\[2J', and this version",
+        r"has schema '2\\x1b\[2J', and this version",
     )
     refused(
         write(tmp_path, json.dumps(changed("schema", to={"a": 1}))),
-        r"is of schema \{'a': 1\}, and this version",
+        r"has schema \{'a': 1\}, and this version",
     )
 
 
@@ -222,13 +222,12 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, value, dtype):
 def test_names_and_kinds_of_tensors_are_refused_too(tmp_path):
     tensors = {"a\x1b[2J": torch.zeros(1)}
     refused(
-        write(tmp_path, json.dumps(changed("task", to="dtd")), tensors),
-        r"name, a\\x1b\[2J, holds control char",
+        write(tmp_path, json.dumps(changed("task", to="dtd")), tensors), r"name, a\\x1b\[2J, has control char"
     )
     tensors = {"a": torch.zeros(4).to(torch.float8_e4m3fn)}
     refused(
         write(tmp_path, json.dumps(changed("task", to="dtd")), tensors),
-        r"tensor a is of torch\.float8_e4m3fn; ",
+        r"a has the dtype torch\.float8_e4m3fn; ",
     )
 
 

@@ -31,24 +31,24 @@ def build(
 
     Args:
         backbone: A timm model, or the name of one (with its pre-trained weights) or of the embedded demo
-            backbone. A model is copied, since methods wrap and freeze its layers: it may be given again, but
-            not that of a classifier whose method wrapped some.
+            backbone. A model is copied, because methods wrap and freeze its layers, so it can be given again.
+            The model inside a classifier cannot, if its method wrapped layers.
         method: A name of `visprompt.models.methods.METHODS`.
-        num_classes: Width of the head (C).
-        head_init: "vpt", the released VPT code's, or "zeros".
-        **options: The method's own, such as num_tokens. Where the first values are to be made of training
+        num_classes: Number of classes, the width of the head (C).
+        head_init: "vpt", as in the released VPT code, or "zeros".
+        **options: Options of the method, such as num_tokens. If initial values are computed from training
             images (`init=...`, `whitening=...`), call `visprompt.models.methods.inits.initialise` before
             training.
 
     Returns:
         The classifier: `classifier(images) -> logits [B, C]` of normalised images, `tuned_state()`,
-        `load_tuned_state(state)`, `summary()`. What images are normalised with is in
-        `classifier.backbone.mean` and `.std`. `visprompt.save` and `visprompt.load` keep what was tuned,
-        `visprompt.merge` makes a plain timm model.
+        `load_tuned_state(state)`, `summary()`. Images are normalised with `classifier.backbone.mean` and
+        `.std`. Store the tuned state with `visprompt.save`, load it with `visprompt.load`, and convert the
+        classifier to a plain timm model with `visprompt.merge`.
 
     Raises:
-        UserError: A name or option is unknown, method and backbone do not fit, or another method lives in the
-            model.
+        UserError: A name or option is unknown, method and backbone do not fit, or the model holds layers of
+            another method.
     """
     if isinstance(backbone, str):
         built = build_backbone(BackboneSpec(name=backbone))
@@ -68,16 +68,16 @@ def save(
     task: str = "own",
     preprocessing: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what a classifier tunes as a tuned state: one file, a few hundred kilobytes for prompts.
+    """Write the tuned parameters of a classifier to one file, a few hundred kilobytes for prompts.
 
     Args:
-        classifier: One that `build` or `load` made.
-        path: The file, by custom `*.safetensors`; replaced as a whole.
+        classifier: A classifier from `build` or `load`.
+        path: The file, usually `*.safetensors`; replaced atomically.
         class_names: Names of the classes, in the order of the head's rows.
-        task: What the state is called where it is shown.
-        preprocessing: How images became the input, as a run records it, where it differs from the default:
-            turned upright as their files say, and squashed to the backbone's size by Pillow's bilinear
-            filter.
+        task: Name of the state, for display.
+        preprocessing: How images become the backbone's input, in the keys of a run's record; these replace
+            the defaults: images are rotated by their EXIF orientation and resized to the backbone's size by
+            Pillow's bilinear filter, without keeping the aspect ratio.
 
     Raises:
         UserError: There are more or fewer names than classes, or the file cannot be written.
@@ -88,11 +88,13 @@ def save(
             "classes: give one name for each"
         )
     if classifier.origin is None:
-        raise UserError("this classifier does not know what it was built from: make it by visprompt.build")
+        raise UserError(
+            "this classifier has no record of what it was built from: build it with visprompt.build"
+        )
     if not classifier.origin.backbone["name"]:
         raise UserError(
-            "this classifier's backbone has no name by which it could be built again: build from a model of "
-            "timm's"
+            "this classifier's backbone has no name by which it could be built again: build from a model "
+            "that timm.create_model returned"
         )
     backbone: Any = classifier.backbone
     images = {"size": backbone.image_size, "resize": "squash", "decode": "upright"}
@@ -120,24 +122,26 @@ def load(
 
     Args:
         path: The file, or the folder of a finished run.
-        backbone: A timm model with the weights that it was tuned on; it is copied. None builds it by its
-            name.
-        weights: The file of these weights, where they are neither embedded nor timm's.
+        backbone: A timm model with the weights that the state was tuned on; it is copied. None builds the
+            backbone by its name.
+        weights: A file of these weights; None for the embedded backbone or timm's weights.
 
     Returns:
-        The classifier, in evaluation mode; `class_names` names its classes.
+        The classifier, in evaluation mode, with its `class_names`.
 
     Raises:
-        UserError: The file is no tuned state, or is one of another backbone.
+        UserError: The file is not a tuned state, or was tuned on another backbone.
     """
     state = load_state(Path(path))
     if backbone is None:
         return restore(state, Path(path), backbone_of(state, weights))
     module, record = _copied(backbone)
-    names = ("image_size", "global_pool", "final_norm", "exact", "kwargs")  # of the model as it is given
-    own = record | {name: state.backbone.get(name) for name in names}
-    spec = BackboneSpec(**{k: v for k, v in own.items() if k in {f.name for f in fields(BackboneSpec)}})
-    given = Backbone(module, spec, own["sha256"], module.image_size, (), ())
+    # these are settings of a build, which a model that is given does not have: the state's are kept
+    names = ("image_size", "global_pool", "final_norm", "exact", "kwargs")
+    record |= {name: state.backbone.get(name) for name in names}
+    known = {field.name for field in fields(BackboneSpec)}
+    spec = BackboneSpec(**{name: value for name, value in record.items() if name in known})
+    given = Backbone(module, spec, record["sha256"], module.image_size, (), ())
     return restore(state, Path(path), given)
 
 
@@ -145,9 +149,9 @@ def restore(state: TunedState, path: Path, backbone: Backbone) -> Classifier:
     """Build the classifier of a tuned state on a backbone.
 
     Args:
-        state: What was tuned.
-        path: Where it came from, for messages.
-        backbone: The backbone to put it on; its module becomes part of the classifier.
+        state: The tuned state.
+        path: The state's file, for messages.
+        backbone: The backbone to use; its module becomes part of the classifier.
 
     Returns:
         The classifier, in evaluation mode.
@@ -157,9 +161,7 @@ def restore(state: TunedState, path: Path, backbone: Backbone) -> Classifier:
     """
     check_fits(state, path, backbone=backbone.record())
     options = dict(state.method)
-    if (
-        "weights" in options
-    ):  # the hash of a file that a side network started from: the state brings the values
+    if "weights" in options:  # the hash of the side network's initial weights; the state has the tuned ones
         options["weights"] = RANDOM
     method = build_method(options.pop("name"), backbone.module, **options)
     classifier = Classifier(backbone.module, method, len(state.class_names))
@@ -174,41 +176,41 @@ def backbone_of(state: TunedState, weights: str | None) -> Backbone:
 
     Args:
         state: The state.
-        weights: A file of its weights; None where it is embedded or timm's.
+        weights: A file of its weights; None for the embedded backbone or timm's weights.
     """
-    names = {f.name for f in fields(BackboneSpec)}
-    spec = BackboneSpec(**{k: v for k, v in state.backbone.items() if k in names})
+    known = {field.name for field in fields(BackboneSpec)}
+    spec = BackboneSpec(**{name: value for name, value in state.backbone.items() if name in known})
     try:
         return build_backbone(replace(spec, weights=weights))
     except UserError as error:
         if weights is not None:
             raise
         raise UserError(
-            f"{error}; where the state was tuned on weights of a file, give that file: weights=FILE"
+            f"{error}; if the state was tuned on weights of a file, give that file: weights=FILE"
         ) from error
 
 
 def _copied(backbone: nn.Module) -> tuple[Family, dict[str, Any]]:
-    """Return a copy of a user's model as a backbone, and what a tuned state says of it."""
+    """Return a copy of a user's model as a backbone, and its record for a tuned state."""
     _check_plain(backbone)
     model: Any = copy.deepcopy(backbone)
     module = model.eval() if isinstance(model, Family) else family(model)
     plain: Any = module.model
-    config = getattr(plain, "pretrained_cfg", None) or {}  # of a model that timm made
+    config = getattr(plain, "pretrained_cfg", None) or {}  # set by timm's factory
     if "mean" in config and not hasattr(module, "mean"):
         module.mean, module.std = tuple(config["mean"]), tuple(config["std"])
     name = ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
     head = {id(parameter) for parameter in plain.get_classifier().parameters()}
-    own = {key: value for key, value in plain.state_dict(keep_vars=True).items() if id(value) not in head}
+    tensors = {key: value for key, value in plain.state_dict(keep_vars=True).items() if id(value) not in head}
     spec = BackboneSpec(name=name)
-    return module, Backbone(module, spec, hash_tensors(own), module.image_size, (), ()).record()
+    return module, Backbone(module, spec, hash_tensors(tensors), module.image_size, (), ()).record()
 
 
 def _check_plain(model: nn.Module) -> None:
-    """Refuse a model with a layer of an earlier method, whose values no state of the new one would hold."""
+    """Refuse a model with layers of an earlier method, whose values the new tuned state would not hold."""
     for name, module in model.named_modules():
         if isinstance(module, Wrapped | MoreChannels):
             raise UserError(
-                f"another method still lives in this model, in {name}: build from a fresh model, or from "
-                "what visprompt.merge returns"
+                f"this model still has a layer of another method, {name}: build from a new model, or from "
+                "one that visprompt.merge returned"
             )

@@ -17,11 +17,11 @@ from visprompt.models.tensors import not_finite
 
 @dataclass(frozen=True)
 class Origin:
-    """What a classifier was built from: what its tuned state says beside the tensors.
+    """The record of what a classifier was built from; a tuned state stores it with the tensors.
 
     Attributes:
         method: The method's name and options.
-        backbone: See `Backbone.record`.
+        backbone: The backbone's record, see `Backbone.record`.
     """
 
     method: Mapping[str, Any]
@@ -30,15 +30,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class Summary:
-    """How much a classifier tunes and computes.
+    """How many parameters a classifier tunes, and how much it computes.
 
     Attributes:
-        tuned: Tuned parameters without the head.
-        head: Parameters of the head.
-        backbone: Parameters of the backbone without its own head and without what a method put into it.
-        parts: Tuned parameters by the name they are saved under.
-        bytes: Of the tuned state's tensors.
-        macs: Pairs of a multiplication and an addition, of one image's logits.
+        tuned: Number of tuned parameters without the head.
+        head: Number of parameters of the head.
+        backbone: Number of parameters of the backbone, without its own head and without layers of a method.
+        parts: Number of tuned parameters by the name they are saved under.
+        bytes: Size of the tuned state's tensors.
+        macs: Multiply-accumulate operations for the logits of one image.
     """
 
     tuned: int
@@ -50,7 +50,7 @@ class Summary:
 
     @property
     def share(self) -> float:
-        """Tuned parameters without the head over those of the backbone without its head."""
+        """Tuned parameters divided by the backbone's, both without the head."""
         return self.tuned / self.backbone
 
 
@@ -59,13 +59,14 @@ class Classifier(nn.Module):
 
     Args:
         backbone: A backbone family's module: `forward(images, method) -> features [B, width]`, and `width`.
-        method: What is tuned.
-        num_classes: Width of the head (C).
-        head_init: "vpt", the released VPT code's, or "zeros".
-        kind: What the task asks of an image.
+        method: The method that decides what is tuned.
+        num_classes: Number of classes, the width of the head (C).
+        head_init: "vpt", as in the released VPT code, or "zeros".
+        kind: The kind of task.
 
     Raises:
-        UserError: The number of classes is none, there is no such initialisation, or the method does not fit.
+        UserError: `num_classes` is not a whole number of 1 or more, `head_init` is unknown, or method and
+            backbone do not fit.
     """
 
     def __init__(
@@ -80,34 +81,35 @@ class Classifier(nn.Module):
         whole = isinstance(cast(object, num_classes), Integral) and not isinstance(num_classes, bool)
         if not whole or num_classes < 1:
             raise UserError(
-                f"num_classes={num_classes} is no number of classes: give a whole number of 1 or more"
+                f"num_classes={num_classes} is not a number of classes: give a whole number of 1 or more"
             )
-        self._backbone_size = sum(
-            p.numel() for p in backbone.parameters()
-        )  # before a method puts its own into it
+        # counted before the method adds layers
+        self._backbone_size = sum(p.numel() for p in backbone.parameters())
         method.attach(cast(Geometry, backbone))
         self.num_classes, self.kind = num_classes, kind
         self.backbone = backbone
         self.method = method
         self.head = method.make_head(int(backbone.width), num_classes, head_init)  # type: ignore[arg-type]  # an int
         self.tuned_names = method.tuned_names(self)
-        self.origin: Origin | None = None  # set by who knows what it was built from
+        self.origin: Origin | None = None  # set by the caller that built backbone and method
         self.class_names: tuple[str, ...] = ()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self.tuned_names)
         self.train()
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Set training mode; a frozen backbone stays in evaluation mode, so that only prompts see dropout."""
+        """Set training mode; a frozen backbone stays in evaluation mode, without dropout."""
         super().train(mode)
         self.backbone.train(mode and self.method.trains_backbone)
         return self
 
     def features(self, x: Tensor) -> Tensor:
-        """Return features [B, width] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
+        """Return features [B, width] of normalised images [B, 3, H, W], or of a result of `frozen`."""
         only_head = self.method.first_block == self.method.num_blocks
         if x.ndim not in (4, 2 if only_head else 3) or (x.ndim < 4 and not self.has_frozen_part):
-            raise UserError(f"images are [B, 3, height, width], and these have the shape {tuple(x.shape)}")
+            raise UserError(
+                f"images must be [B, 3, height, width], and these have the shape {tuple(x.shape)}"
+            )
         if x.ndim == 2:
             return self.method.resumed(x)
         if x.ndim == 3:
@@ -116,39 +118,35 @@ class Classifier(nn.Module):
         return self.method.features(self.backbone(x, self.method), x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits [B, C] of normalised images [B, 3, H, W], or of what `frozen` made of them."""
+        """Return logits [B, C] of normalised images [B, 3, H, W], or of a result of `frozen`."""
         out: Tensor = self.head(self.features(x))
         return out
 
     def losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the loss of each image [B], in float32 under autocast too.
-
-        The task's, and what the method adds.
+        """Return the loss of each image [B], the method's terms included; in float32 also under autocast.
 
         Args:
-            logits: [B, C], what `forward` has just returned in training.
+            logits: [B, C], the result of the last `forward` in training.
             labels: Classes [B].
-            weights: Of each image in the sum that is minimised; 0 marks a filler.
+            weights: Weight of each image in the sum that is minimised, [B]; 0 marks a filler image.
         """
         with torch.autocast(logits.device.type, enabled=False):
             return self.method.losses(self.kind.loss(logits, labels), self.head, labels, weights)
 
     @property
     def has_frozen_part(self) -> bool:
-        """Whether some of an image's computation never changes, so that `frozen` may do it once for all epochs."""
+        """Whether the first part of the forward never changes, so `frozen` can run once for all epochs."""
         return self.method.first_block > 0
 
     def frozen(self, images: Tensor) -> Tensor:
-        """Return the part of the computation before anything tuned.
-
-        Features where no block is tuned, else tokens.
+        """Compute the part of the forward before anything tuned; `forward` takes the result as images.
 
         Args:
             images: Normalised images [B, 3, H, W].
 
         Returns:
-            What `Method.stored` makes of features and images, or tokens [B, n, width] before the method's
-            first block; `forward` goes on from both.
+            The rows of `Method.stored` [B, any] if no block is tuned, else tokens [B, n, width] before the
+            method's first block.
         """
         if self.method.first_block == self.method.num_blocks:
             return self.method.stored(self.backbone(images, self.method), images)
@@ -156,49 +154,48 @@ class Classifier(nn.Module):
         return out
 
     def tuned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return names and parameters that are tuned, in the module's order."""
+        """Return the names and parameters that are tuned, in the module's order."""
         return ((name, p) for name, p in self.named_parameters() if name in self.tuned_names)
 
     def tuned_state(self) -> dict[str, Tensor]:
-        """Return the tuned parameters, and the buffers of tuned modules, under the names they are saved by."""
+        """Return the tuned parameters and the buffers of tuned modules, under the names in a tuned state."""
         return {name.removeprefix("method."): tensor.detach() for name, tensor in self._tuned_tensors()}
 
     def load_tuned_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `tuned_state` returned.
+        """Load a result of `tuned_state`; load nothing if it does not fit.
 
         Args:
             state: Tensors by name, exactly those that are tuned here.
 
         Raises:
-            UserError: A name or a shape differs, or a number is not finite; nothing is loaded then.
+            UserError: A name, a shape or a mask differs, or a number is not finite.
         """
-        if spoilt := not_finite(state):
-            raise UserError(f"the tuned state holds numbers that are not finite, in {spoilt}: tune it again")
-        own = self.tuned_state()
-        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if name := not_finite(state):
+            raise UserError(f"the tuned state has numbers that are not finite, in {name}: tune it again")
+        current = self.tuned_state()
+        missing, unexpected = sorted(current.keys() - state.keys()), sorted(state.keys() - current.keys())
         if missing or unexpected:
             raise UserError(
                 f"the tuned state does not fit this classifier: it lacks {missing[:3] or 'nothing'} "
-                f"and holds {unexpected[:3] or 'nothing'} beyond it; build it with the state's own method"
+                f"and has {unexpected[:3] or 'nothing'} in addition; build it with the state's method"
             )
-        for name, tensor in own.items():
+        for name, tensor in current.items():
             if tensor.shape != state[name].shape:
                 raise UserError(
                     f"the tuned state does not fit this classifier: {name} is {tuple(state[name].shape)} in "
-                    "the state "
-                    f"and {tuple(tensor.shape)} here; build it with the state's own options and classes"
+                    f"the state and {tuple(tensor.shape)} here; build it with the state's options and classes"
                 )
             if tensor.dtype == torch.bool and not torch.equal(tensor.cpu(), state[name].cpu()):
                 raise UserError(
-                    f"the tuned state does not fit this classifier: {name} is another mask here; build it "
-                    "with the state's own options"
+                    f"the tuned state does not fit this classifier: the mask {name} differs; build it with "
+                    "the state's options"
                 )
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in current.items():
                 tensor.copy_(state[name])
 
     def summary(self) -> Summary:
-        """Count tuned parameters, their bytes, and the operations of one image."""
+        """Return the numbers of parameters, the size of the tuned state, and the operations of one image."""
         parts = {name.removeprefix("method."): p.numel() for name, p in self.tuned_parameters()}
         head = sum(p.numel() for p in self.head.parameters())
         return Summary(
@@ -212,12 +209,11 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def _macs(self) -> int:
-        """Of matrix products and convolutions, as PyTorch's counter sees them (two operations each)."""
+        """Return multiply-accumulates of matrix products and convolutions, half of PyTorch's FLOP count."""
         height, width = self.backbone.own_size  # type: ignore[misc]  # nn.Module hides the pair
         training, like, counter = self.training, next(self.parameters()), FlopCounterMode(display=False)
-        tuned = [
-            p.requires_grad_(False) for _, p in self.tuned_parameters()
-        ]  # the counter would hang hooks on them
+        # without gradients, because the counter would register hooks on the parameters
+        tuned = [p.requires_grad_(False) for _, p in self.tuned_parameters()]
         self.eval()
         try:
             with counter:
@@ -229,12 +225,14 @@ class Classifier(nn.Module):
         return int(counter.get_total_flops()) // 2
 
     def _tuned_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield tuned parameters and the saved buffers of modules that hold one, both in the module's order."""
-        trained = self.method.trains_backbone  # frozen, batch norms keep the backbone's own statistics
+        """Yield tuned parameters and the persistent buffers that belong to them, in the module's order.
+
+        These are the buffers of modules with a tuned parameter (batch statistics, for example; not those of a
+        frozen backbone), and all buffers of the method (masks, frozen prompts).
+        """
+        trained = self.method.trains_backbone  # a frozen backbone's batch norms keep their statistics
         modules = {n.rpartition(".")[0] for n in self.tuned_names if trained or not n.startswith("backbone.")}
-        saved = self.state_dict(keep_vars=True)  # without the buffers that a module declares as not saved
-        for name, tensor in saved.items():
-            # a method's own buffers stand for what it does not tune: masks, frozen prompts
-            held = name.startswith("method.") or name.rpartition(".")[0] in modules
-            if name in self.tuned_names or (held and not isinstance(tensor, nn.Parameter)):
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            belongs = name.startswith("method.") or name.rpartition(".")[0] in modules
+            if name in self.tuned_names or (belongs and not isinstance(tensor, nn.Parameter)):
                 yield name, tensor

@@ -1,18 +1,18 @@
 """The small protocol between a method and a backbone.
 
-A backbone offers *sites*; a method names those it needs and answers when the backbone asks at one of them:
+A backbone offers *sites*. A method names the sites it needs, and implements the functions that the backbone
+calls there:
 
-- `weights`: the backbone's own parameters may be tuned;
+- `weights`: the backbone's parameters may be tuned;
 - `modules`: its convolutions, linear layers and norms may be wrapped (`attach`);
-- `pixels`: the images may be changed before the first convolution (`pixels`), and that one may be wrapped;
-- `tokens`: prompt tokens enter the sequence before a block (`token_flow`, `tokens`), image tokens may be
-shifted there
-  (`shift`), and the pooling may read what it likes (`pool`);
-- `keys_values`: rows join the keys and values of an attention (`keys_values`);
-- `branches`: something is added at a place in a block (`places`, `branch`);
-- `stream`: one sequence of one width runs through all blocks, and every attention sees the whole of it.
+- `pixels`: the images may be changed before the first convolution (`pixels`), which may be wrapped too;
+- `tokens`: prompt tokens may enter the sequence before a block (`token_flow`, `tokens`), image tokens may be
+  changed there (`shift`), and any outputs of the last block may be pooled (`pool`);
+- `keys_values`: rows may join the keys and values of an attention (`keys_values`);
+- `branches`: a term may be added at a place in a block (`places`, `branch`);
+- `stream`: one sequence of one width runs through all blocks, and every attention sees all of it.
 
-From the answers alone the backbone decides what has to be computed.
+From the results of these functions alone the backbone decides what it has to compute.
 """
 
 import math
@@ -32,43 +32,45 @@ POOLS = ("cls", "image", "prompt", "image_prompt")
 class Flow(Enum):
     """What happens to the prompt tokens of the sequence before a block."""
 
-    KEEP = "keep"  # those in the sequence, if any, flow on into this block
+    KEEP = "keep"  # prompts in the sequence, if any, stay for this block
     ENTER = "enter"  # the method's tokens for this block replace them
-    MIX = "mix"  # the method makes the tokens of this block from those that come out of the last one
+    MIX = "mix"  # the method computes this block's tokens from the prompt outputs of the block before
     DROP = "drop"  # they leave the sequence
 
 
 class Place(Enum):
     """Where a branch adds to the residual stream of a block x + Attention(LN(x)), then + MLP(LN(x))."""
 
-    ATTENTION = "attention"  # beside the attention; from the stream and its norm
-    BETWEEN = "between"  # between attention and MLP; from the stream
-    OUTPUT = "output"  # on the output of the MLP, before it is added; from that output
-    MLP = "mlp"  # beside the MLP; from the stream and its norm
-    AFTER = "after"  # behind the block; from the stream
+    ATTENTION = "attention"  # parallel to the attention; reads the stream and its norm
+    BETWEEN = "between"  # between attention and MLP; reads the stream
+    OUTPUT = "output"  # on the output of the MLP, before it is added to the stream; reads that output
+    MLP = "mlp"  # parallel to the MLP; reads the stream and its norm
+    AFTER = "after"  # after the block; reads the stream
 
 
 class Geometry(Protocol):
-    """What a method may ask of a backbone. Blocks are residual blocks, counted through all stages.
+    """The properties of a backbone that a method reads.
+
+    Blocks are residual blocks, counted through all stages.
 
     Attributes:
-        model: The model of timm that is driven, without its head.
-        width: Of the pooled features.
+        model: The timm model that is run, without its head.
+        width: Width of the pooled features.
         widths: Width of the tokens, or number of channels, in each block.
         blocks: The blocks in their order.
-        heads: Heads of each block's attention; 0 where a method may not enter it, or there is none.
+        heads: Number of heads of each block's attention; 0 if the block has none that a method may enter.
         grids: Positions along height and width in each block, for images of the backbone's own size.
         block_names: Each block's name in `model`.
-        between_names: What stands between a block and the one before it (a merging or downsampling) or None;
-            the stem and what follows it are before the first block.
-        final_names: Norms behind the last block.
+        between_names: For each block, the name of the module between it and the block before (a merging or
+            downsampling), or None. The first block has None: the stem is not counted.
+        final_names: Names of the norms after the last block.
         stem: Name in `model` of the first convolution.
-        patch_size: Side in pixels of what that convolution sees.
+        patch_size: Side in pixels of that convolution's kernel.
         image_size: Side of the input in pixels.
-        any_size: Whether images of another side are taken too.
-        num_prefix: Class and register tokens, which stand before the patch tokens.
+        any_size: Whether images of another size are supported too.
+        num_prefix: Number of class and register tokens, which come before the patch tokens.
         has_class_token: Whether the first of them is a class token.
-        sites: What it offers.
+        sites: The sites that the backbone offers.
     """
 
     model: nn.Module
@@ -99,50 +101,53 @@ class Geometry(Protocol):
 
 
 class TokenBackbone(Geometry, Protocol):
-    """What a method may ask of a frozen backbone made of tokens, see `backbones.family.TokenFamily`."""
+    """The functions of a frozen token backbone that a method may call; see `backbones.family.TokenFamily`."""
 
     def embed(self, images: Tensor, method: "Method") -> Tensor:
-        """Image tokens [B, n, width] before the first block."""
+        """Return image tokens [B, n, width] before the first block."""
         ...
 
     def states(self, images: Tensor) -> list[Tensor]:
-        """Image tokens [B, n, width] before each block and behind the last."""
+        """Return image tokens [B, n, width] before each block and after the last."""
         ...
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
-        """Return outputs of a block, of all tokens x [B, n, width].
-
-        `num_image` image tokens, prompts behind them.
-        """
+        """Run a block on all tokens x [B, n, width]: `num_image` image tokens, then prompts."""
         ...
 
 
 class Method(nn.Module):
-    """What is tuned and where it enters the backbone; this base tunes the head alone.
+    """The tuned parameters and where they enter the backbone; this base class tunes the head alone.
 
-    A method's own parameters are saved under their own names (`prompts`), the head's under `head.`, the
-    backbone's under `backbone.`.
+    A method's parameters are saved under their names (`prompts`), the head's under `head.`, the backbone's
+    under `backbone.`.
 
     Attributes:
-        pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's own pooling.
+        sites: Sites that the method needs.
+        trains_backbone: Whether training puts the backbone in training mode (stochastic depth, batch
+            statistics).
+        places: Places in a block at which `branch` is called.
+        tokenwise: Whether `branch` treats each token separately. If not, it is given either all image tokens
+            or only class and register tokens.
+        fixed_size: Whether images must have the backbone's own size.
+        undecayed: Names of the method's parameters that have no weight decay.
+        can_merge: Whether the tuned values can be merged into the weights of a plain timm model.
+        compares_images: Whether `losses` compares the images of a batch with each other, so that the loss of
+            a batch is not the sum over its parts.
+        images_per_class: Number of images of each class that `see_classes` gets; None if the method does not
+            implement it.
+        pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's pooling.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset()
-    trains_backbone: ClassVar[bool] = (
-        False  # keeps the backbone in train mode (stochastic depth, batch statistics)
-    )
+    trains_backbone: ClassVar[bool] = False
     places: ClassVar[frozenset[Place]] = frozenset()
-    # whether `branch` treats every token by itself; else it gets all, or class and register tokens alone
     tokenwise: ClassVar[bool] = True
-    fixed_size: bool = False  # whether images must have the backbone's own size
-    undecayed: ClassVar[frozenset[str]] = frozenset()  # its own parameters that weight decay leaves alone
-    can_merge: ClassVar[bool] = False  # whether what is tuned goes into the weights of a plain model of timm
-    # whether `losses` compares the images of a batch with each other, so that parts of a batch give another
-    # loss
+    fixed_size: bool = False
+    undecayed: ClassVar[frozenset[str]] = frozenset()
+    can_merge: ClassVar[bool] = False
     compares_images: ClassVar[bool] = False
-    images_per_class: ClassVar[int | None] = (
-        None  # how many `see_classes` is shown; None for a method without it
-    )
+    images_per_class: ClassVar[int | None] = None
     pool: str | None = None
 
     def __init__(self, backbone: Geometry) -> None:
@@ -150,10 +155,10 @@ class Method(nn.Module):
         self.num_blocks = backbone.num_blocks
 
     def check_pool(self, backbone: Geometry) -> None:
-        """Refuse a `pool` that reads what is not there; to be called when the token flow is known.
+        """Refuse a `pool` whose tokens do not exist after the last block; needs the final `token_flow`.
 
         Raises:
-            UserError: The word is unknown, or there are no such outputs behind the last block.
+            UserError: The word is unknown, or there are no such outputs after the last block.
         """
         if self.pool is None:
             return
@@ -161,19 +166,22 @@ class Method(nn.Module):
             raise unknown("method.pool", self.pool, POOLS)
         if "tokens" not in backbone.sites:
             raise UserError(
-                f"method.pool={self.pool} reads tokens, and this backbone has none: give method.pool=null"
+                f"method.pool={self.pool} reads tokens, which this backbone does not have: give "
+                "method.pool=null"
             )
         if self.pool == "cls" and not backbone.has_class_token:
-            raise UserError("method.pool=cls needs a class token, which this backbone does not have")
-        there = False
-        for flow in self.token_flow():
-            there = there if flow is Flow.KEEP else flow is not Flow.DROP
-        if self.pool in ("prompt", "image_prompt") and not there:
             raise UserError(
-                f"method.pool={self.pool} reads prompts behind the last block, where there are none: let "
-                "them enter or "
-                "flow there (method.depth=null, depth_from=last or carry_over=true, and a location that "
-                "prepends)"
+                "method.pool=cls needs a class token, which this backbone does not have: give another "
+                "method.pool, or null"
+            )
+        has_prompts = False  # after the last block
+        for flow in self.token_flow():
+            has_prompts = has_prompts if flow is Flow.KEEP else flow is not Flow.DROP
+        if self.pool in ("prompt", "image_prompt") and not has_prompts:
+            raise UserError(
+                f"method.pool={self.pool} reads prompts after the last block, which they do not reach: let "
+                "them enter or flow on to it (method.depth=null, depth_from=last or carry_over=true, and a "
+                "location that prepends)"
             )
 
     @property
@@ -182,41 +190,47 @@ class Method(nn.Module):
         return False
 
     def initialise(self, backbone: TokenBackbone, images: Iterable[Tensor], seed: int) -> None:
-        """Write its first values in place, where `needs_images`; called by `inits.initialise`.
+        """Compute the initial values from training images, in place, if `needs_images`.
 
-        The backbone is frozen and in evaluation mode, with the method attached. Images are batches of
-        normalised training images [B, 3, H, W], at most `inits.MAX_IMAGES`, to be read once; the seed decides
-        what is drawn.
+        Called by `inits.initialise`.
+
+        Args:
+            backbone: The frozen backbone in evaluation mode, with the method attached.
+            images: Batches of normalised images [B, 3, H, W], at most `inits.MAX_IMAGES`; can be iterated
+                once.
+            seed: Seed of everything that is drawn.
         """
         raise LookupError(f"{type(self).__name__} needs no images")
 
     def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
-        """Make first values of training images and labels, in place of `initialise` where `images_per_class` is given.
+        """Compute the initial values from training images and labels, in place.
 
-        Batches are normalised images [B, 3, H, W] with labels [B], up to `images_per_class` of each class,
-        the same on all ranks; else as `initialise`.
+        Called instead of `initialise` if `images_per_class` is not None.
+
+        Args:
+            backbone: As for `initialise`.
+            batches: Batches of normalised images [B, 3, H, W] with labels [B], up to `images_per_class` of
+                each class, the same on all ranks.
+            seed: Seed of everything that is drawn.
         """
         raise LookupError(f"{type(self).__name__} sees no classes")
 
     @property
     def first_block(self) -> int:
-        """The first block whose input or weights are tuned.
-
-        What comes before gives the same tokens in every epoch.
-        """
+        """Index of the first block whose input or weights are tuned; earlier outputs never change."""
         return 0
 
     def attach(self, backbone: Geometry) -> None:
-        """Change the backbone's modules where the method needs it, once, before the first forward."""
+        """Wrap or change modules of the backbone; called once, before the first forward."""
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """Return names of the tuned parameters.
+        """Return the names of the tuned parameters.
 
-        The only oracle of what requires gradients, what the optimiser gets, what is saved and what is
+        This alone decides what requires gradients, what the optimiser gets, what is saved and what is
         counted.
 
         Args:
-            classifier: The module whose `named_parameters` are named.
+            classifier: The classifier that holds method, head and backbone.
 
         Returns:
             Names as in `classifier.named_parameters()`.
@@ -229,7 +243,7 @@ class Method(nn.Module):
         """Build the head: features [B, width] -> logits [B, num_classes].
 
         Raises:
-            UserError: There is no such initialisation.
+            UserError: The initialisation `init` is unknown.
         """
         return init_linear(nn.Linear(width, num_classes), init)
 
@@ -238,39 +252,38 @@ class Method(nn.Module):
         return images
 
     def token_flow(self) -> tuple[Flow, ...]:
-        """Return what happens to prompt tokens before each block, one entry for every block."""
+        """Return what happens to prompt tokens before each block, one entry for each block."""
         return (Flow.KEEP,) * self.num_blocks
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prompt tokens that enter before a block.
+        """Return the prompt tokens that enter before a block.
 
         Args:
             block: Index of a block whose flow is `Flow.ENTER` or `Flow.MIX`.
             x: The image tokens before that block, [B, n, width].
-            last: Where the flow is `Flow.MIX`: the prompt tokens as they entered the last block, and as they
-                left it.
+            last: Only for `Flow.MIX`: the prompt tokens that entered the block before, and their outputs.
 
         Returns:
-            Tokens [1, p, width] where all images share them, else [B, p, width].
+            Tokens [1, p, width] if all images share them, else [B, p, width].
         """
-        raise LookupError(f"{type(self).__name__} lets no tokens enter before block {block}")
+        raise LookupError(f"{type(self).__name__} has no tokens that enter before block {block}")
 
     def shift(self, block: int, x: Tensor) -> Tensor:
         """Change the image tokens [B, n, width] before a block."""
         return x
 
     def keys_values(self, block: int) -> tuple[Tensor, Tensor] | None:
-        """Return rows that join a block's keys and values, each [heads, t, width / heads]; None for none."""
+        """Return rows that join a block's keys and values, each [heads, t, width / heads], or None."""
         return None
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Return what is added at a place of `places`.
+        """Return the term that is added at a place of `places`.
 
         Args:
-            place: Where.
+            place: The place in the block.
             block: Index of the block.
             x: Tokens [B, n, width], as `Place` says.
-            normed: Their norm, where the place has one.
+            normed: The tokens after the block's norm, if the place has one; else None.
 
         Returns:
             [B, n, width].
@@ -278,43 +291,48 @@ class Method(nn.Module):
         raise LookupError(f"{type(self).__name__} has no branch at {place.value}")
 
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """Make the features [B, width] that the head reads of the pooled ones and of the images."""
+        """Return the features [B, width] that the head reads, from the pooled ones and the images."""
         return pooled
 
     def losses(self, task_loss: Tensor, head: nn.Module, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the losses that training minimises; called behind each forward in training.
+        """Return the loss of each image, [B], that training minimises; called after each forward in training.
 
-        The weighted sum of what it returns is the mean over the global batch. A term of the whole global
-        batch is added to every image's loss; `ranks.gathered` brings what other devices have.
+        The sum of these losses times `weights`, over all devices, is the mean over the global batch. A term
+        of the whole global batch is added to the loss of every image; `ranks.gathered` collects rows of all
+        devices for it.
 
         Args:
-            task_loss: The task's own loss of each image, cross-entropy for example, [B] in float32.
+            task_loss: The task's loss of each image, such as cross-entropy, [B] in float32.
             head: The classifier's head.
             labels: Classes [B].
-            weights: Of each image in the sum [B]; 0 marks a filler, which is no image of the batch.
+            weights: Weight of each image in the sum, [B]; 0 marks a filler image that is not in the batch.
         """
         return task_loss
 
     def end_epoch(self, epoch: int) -> None:
-        """Called behind every epoch of training, counted from 0, on every rank, before the checkpoint is written."""
+        """Update the method after a training epoch, on all ranks; called before the checkpoint is written.
+
+        Args:
+            epoch: Index of the epoch, from 0.
+        """
 
     def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """Return what is kept of images, [B, any], where `first_block` is behind the last.
+        """Return rows [B, any] of images that are computed once for all epochs.
 
-        `resumed` goes on from it.
+        Called only if no block is tuned; `resumed` computes features from these rows in every epoch.
         """
         return self.features(pooled, images)
 
     def resumed(self, stored: Tensor) -> Tensor:
-        """Return the features [B, width] of what `stored` made."""
+        """Return the features [B, width] from rows that `stored` returned."""
         return stored
 
 
 class Wrapped(nn.Module):
-    """A layer that a method put around one of the backbone's; it must work token by token.
+    """A layer that a method wraps around a layer of the backbone; it must treat each token separately.
 
     Attributes:
-        base: The layer inside.
+        base: The wrapped layer.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -323,9 +341,10 @@ class Wrapped(nn.Module):
 
 
 def drop(dropout: nn.Dropout, prompts: Tensor, batch_size: int) -> Tensor:
-    """Return prompts [1, p, width], or [batch_size, p, width] while dropout is active.
+    """Apply dropout to prompts [1, p, width], drawn anew for each image.
 
-    It is drawn for every image anew.
+    Returns:
+        [batch_size, p, width] while dropout is active, else [1, p, width].
     """
     if dropout.training and dropout.p > 0:
         prompts = prompts.expand(batch_size, -1, -1)
@@ -336,14 +355,14 @@ def drop(dropout: nn.Dropout, prompts: Tensor, batch_size: int) -> Tensor:
 def per_block(
     shapes: Sequence[tuple[int, ...]], draw: Callable[[Tensor], object]
 ) -> nn.Parameter | nn.ParameterList:
-    """Make a parameter of every block: one tensor where their shapes agree, a list where they do not.
+    """Make parameters of all blocks: one stacked tensor if their shapes are equal, else a list.
 
     Args:
-        shapes: Of each block's part.
-        draw: Fills a tensor in place: [blocks, *shape] where the shapes agree, else each [*shape].
+        shapes: Shape of each block's parameter.
+        draw: Fills a tensor in place: the stacked [blocks, *shape], or each [*shape] of the list.
 
     Returns:
-        What `[i]` gives block i's part of, saved as `name` or as `name.<i>`.
+        A parameter or list; `[i]` is block i's part. It is saved as `name` or as `name.0`, `name.1`, ....
     """
     if len(set(shapes)) == 1:
         stacked = torch.empty(len(shapes), *shapes[0])
@@ -356,20 +375,20 @@ def per_block(
 
 
 def split_heads(attn: Any, projected: Tensor) -> tuple[Tensor, ...]:
-    """Split tokens [B, n, parts * width], projected by timm's attention, into parts of [B, heads, n, head_dim]."""
+    """Split projected tokens [B, n, parts * width] into parts [B, heads, n, head_dim], as timm does."""
     return projected.unflatten(-1, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def init_linear(layer: nn.Linear, how: str) -> nn.Linear:
-    """Initialise a head's last layer in place and returns it.
+    """Initialise a head's last layer in place and return it.
 
     Args:
         layer: The layer.
-        how: "vpt" (the released code's: kaiming fan-out, and a bias that stands for probabilities of 1 %,
-            whatever the number of classes) or "zeros".
+        how: "zeros", or "vpt" as in VPT's released code: Kaiming-normal by fan-out, and a bias of -log(99),
+            a probability of 1 % whatever the number of classes.
 
     Raises:
-        UserError: There is no such initialisation.
+        UserError: The word is unknown.
     """
     if how not in HEAD_INITS:
         raise unknown("head_init", how, HEAD_INITS)

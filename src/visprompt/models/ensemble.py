@@ -1,6 +1,6 @@
 """Prompt ensembling. Jia et al., Visual Prompt Tuning, ECCV 2022, section 5.
 
-States that were tuned independently (with other seeds) share one backbone, and their logits are averaged.
+States that were tuned with different seeds share one backbone, and their logits are averaged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from visprompt.models.classifier import Classifier
 class Ensemble(nn.Module):
     """The mean of the logits of several tuned states on one backbone.
 
-    The image tokens before the first tuned block are computed once for all members, and so are the features
-    where only the head is tuned.
+    Image tokens before the first tuned block are computed once for all members, and so are the features if
+    only the head is tuned.
 
     Args:
-        classifier: The classifier that the states were tuned on; its own tuned state stays as it is.
-        states: What `Classifier.tuned_state` returned, one for each member.
+        classifier: The classifier that the states were tuned on; its tuned state is not changed.
+        states: Results of `Classifier.tuned_state`, one for each member.
 
     Raises:
         UserError: There is no state, or one does not fit the classifier.
@@ -30,24 +30,26 @@ class Ensemble(nn.Module):
     def __init__(self, classifier: Classifier, states: Sequence[Mapping[str, Tensor]]) -> None:
         super().__init__()
         if not states:
-            raise UserError("an ensemble of no states has no logits: give at least one tuned state")
-        own = {name: tensor.clone() for name, tensor in classifier.tuned_state().items()}
+            raise UserError(
+                "an ensemble needs at least one tuned state, and the list is empty: give one or more"
+            )
+        current = {name: tensor.clone() for name, tensor in classifier.tuned_state().items()}
         try:
             for state in states:
-                classifier.load_tuned_state(state)  # names what does not fit
+                classifier.load_tuned_state(state)  # raises if the state does not fit
         finally:
-            classifier.load_tuned_state(own)
+            classifier.load_tuned_state(current)
         self.classifier = classifier
         self.num_members = len(states)
         full = {name.removeprefix("method."): name for name in classifier.state_dict()}
-        self._names = [full[name] for name in own]
+        self._names = [full[name] for name in current]
         like = next(classifier.parameters())
-        for i, name in enumerate(own):
+        for i, name in enumerate(current):
             stacked = torch.stack([state[name].to(like.device) for state in states])
             self.register_buffer(f"members_{i}", stacked, persistent=False)
-        # what comes before a tuned block is common; the features are so only if no prompt of a member made
-        # them
-        only_head = all(name.startswith("head.") for name in own)
+        # tokens before a tuned block are the same for all members; features only if nothing but the head
+        # differs (frozen prompts differ from member to member)
+        only_head = all(name.startswith("head.") for name in current)
         self._common = classifier.has_frozen_part and (only_head or not self._caches_features())
 
     def _caches_features(self) -> bool:

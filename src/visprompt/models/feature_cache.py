@@ -1,7 +1,4 @@
-"""What stays from epoch to epoch and from run to run of a process.
-
-Frozen layers' output, and pixels on a GPU.
-"""
+"""Caches of frozen layers' outputs, and of pixels on a GPU, for all epochs and runs of a process."""
 
 import logging
 import shutil
@@ -21,35 +18,37 @@ from visprompt.data.datasets import ArrayDataset, DeviceDataset, SquareDataset, 
 _log = logging.getLogger(__name__)
 _outputs: OrderedDict[Hashable, np.ndarray] = OrderedDict()
 _pixels: OrderedDict[tuple[Hashable, ...], Tensor] = OrderedDict()
-_AT_ONCE = 1000  # images copied to a GPU
-_SETS = 2  # of a grid: what is trained on, and what is scored
+_CHUNK = 1000  # images copied to a GPU at once
+_SETS = 2  # entries of each cache: a grid needs the images it trains on and those it scores
 
 
 def keep(parts: Iterator[Tensor], count: int, copies: int = 1, key: Hashable = None) -> np.ndarray | None:
-    """Put batches together, in memory, or in a file where they are large.
+    """Concatenate batches into one array, in memory or, if it is large, memory-mapped from a temporary file.
+
+    An array that an earlier call stored under the same key is returned, if its first batch is bit-equal.
 
     Args:
-        parts: float32 [b, ...], the rows in order; not looked at further where there is no room, or where
-            those of an earlier call with the same key begin with the same bits.
+        parts: Batches of rows in order, float32 [b, ...]. Only the first is read if the array is in the cache
+            or there is no room.
         count: Number of all rows.
-        copies: Processes of this machine that keep them all.
-        key: What the rows are, but for the weights of the layers that made them; None is never found again.
+        copies: Number of processes on this machine that store the array.
+        key: Identifies the rows, except for the weights of the layers that computed them; None is not cached.
 
     Returns:
-        float32 [count, ...]; None, and a line that says so, where neither memory nor disk has room.
+        float32 [count, ...]; None, with a warning in the log, if neither memory nor disk has room.
     """
     first = next(parts)
-    known = _outputs.get(key)
-    if known is not None and np.array_equal(known[: len(first)], first.numpy()):
+    cached = _outputs.get(key)
+    if cached is not None and np.array_equal(cached[: len(first)], first.numpy()):
         _outputs.move_to_end(key)
-        return known
+        return cached
     _make_room(_outputs)
     shape = (count, *first.shape[1:])
     size = 4 * int(np.prod(shape))
     if copies * size < _free_memory() / 4:
         array = np.empty(shape, np.float32)
     elif copies * size < shutil.disk_usage(tempfile.gettempdir()).free / 2:
-        with tempfile.TemporaryFile() as file:  # it has no name: its space is freed with the mapping
+        with tempfile.TemporaryFile() as file:  # without a name, so the mapping's end frees its space
             array = np.memmap(file, np.float32, "w+", shape=shape)
     else:
         _log.warning(
@@ -67,20 +66,21 @@ def keep(parts: Iterator[Tensor], count: int, copies: int = 1, key: Hashable = N
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Return whether pixels have to be copied to a device before every step."""
+    """Return whether a device has separate memory, to which pixels must be copied before every step."""
     return device.type == "cuda"
 
 
 def on_device(dataset: TicketDataset, device: torch.device, key: tuple[Hashable, ...]) -> TicketDataset:
-    """Move the pixels of equal images to a GPU where they take less than a quarter of its free memory.
+    """Copy pixels to a GPU if all images have one size and take less than a quarter of its free memory.
 
     Args:
-        dataset: What is to be read in every epoch.
-        device: Where it is wanted.
-        key: Whose and what the pixels are; those of an earlier call with the same key are taken again.
+        dataset: The images that are read in every epoch.
+        device: The GPU.
+        key: The owner, then what identifies the pixels; pixels of an earlier call with the same key are
+            reused.
 
     Returns:
-        The data set there; itself where its images are not of one size, or there is no room.
+        The data set on the GPU; `dataset` itself if its images have several sizes or there is no room.
     """
     if not isinstance(dataset, ArrayDataset | SquareDataset):
         return dataset
@@ -92,18 +92,15 @@ def on_device(dataset: TicketDataset, device: torch.device, key: tuple[Hashable,
     if first.nbytes * len(dataset) > _free_on(device) / 4:
         return dataset
     images = torch.empty((len(dataset), *first.shape[1:]), dtype=first.dtype, device=device)
-    for start in range(0, len(dataset), _AT_ONCE):
-        rows = range(start, min(start + _AT_ONCE, len(dataset)))
+    for start in range(0, len(dataset), _CHUNK):
+        rows = range(start, min(start + _CHUNK, len(dataset)))
         images[start : rows.stop] = _images(dataset, rows).to(device)
     _pixels[key] = images
     return DeviceDataset(images, dataset.labels, dataset.keys)
 
 
 def release_pixels(owner: Hashable) -> None:
-    """Give back the pixels on a GPU whose key does not begin with `owner`.
-
-    A run's memory is to be its own.
-    """
+    """Free the pixels on a GPU of all other owners, so that they do not count as a run's memory."""
     for key in [key for key in _pixels if key[0] != owner]:
         del _pixels[key]
 
@@ -112,9 +109,9 @@ def _images(dataset: TicketDataset, rows: range) -> Tensor:
     return torch.from_numpy(dataset.pixels([Ticket(row, None, 1.0) for row in rows]))
 
 
-def _make_room(kept: OrderedDict[Any, Any]) -> None:
-    while len(kept) >= _SETS:
-        kept.popitem(last=False)
+def _make_room(cache: OrderedDict[Any, Any]) -> None:
+    while len(cache) >= _SETS:
+        cache.popitem(last=False)
 
 
 def _free_on(device: torch.device) -> int:
@@ -125,5 +122,5 @@ def _free_memory() -> int:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    except (OSError, StopIteration, ValueError):  # elsewhere than on Linux
+    except (OSError, StopIteration, ValueError):  # not on Linux
         return 2**31

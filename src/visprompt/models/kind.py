@@ -1,7 +1,6 @@
-"""What a task asks of an image: the kind of target, with the loss, the figures and the score that go with it.
+"""Kinds of tasks: the loss, the metrics and the score that go with a kind of label.
 
-Data modules name their kind; the classifier, the LightningModule, results and reports read everything else
-here.
+A data module names its kind; the classifier, the LightningModule, results and reports read all else from it.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,14 +19,15 @@ class TaskKind:
     """A kind of task.
 
     Attributes:
-        name: As results record it.
-        score: The figure that runs are judged and chosen by; logged as `val/<score>` and `test/<score>`.
-        shares: Figures between 0 and 1, shown in per cent; the score is the first.
-        loss: Logits [B, C] and labels [B] -> the loss of each image [B].
-        correct: Logits [B, C] and labels [B] -> 1.0 for each image that is predicted rightly, else 0.0 [B].
-        figures: Number of classes -> a metric. `update` takes logits [B, C], labels [B] and weights [B], of
-            which 0 marks a filler; `compute` returns figures by name, `per_class` (a list) and `count` among
-            them.
+        name: Name in results, such as "single_label".
+        score: Name of the figure that runs are compared by, logged as `val/<score>` and `test/<score>`.
+        shares: Names of the figures between 0 and 1, shown in per cent; the score is the first.
+        loss: Function of logits [B, C] and labels [B] that returns the loss of each image [B].
+        correct: Function of logits [B, C] and labels [B] that returns 1.0 for each correctly predicted image,
+            else 0.0, [B].
+        figures: Function of the number of classes that returns a metric. The metric's `update` takes logits
+            [B, C], labels [B] and weights [B], where 0 marks a filler image; `compute` returns figures by
+            name, including `per_class` (a list) and `count`.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Accuracies(MulticlassConfusionMatrix):
     """Accuracy over images and over classes, summed over all ranks."""
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:  # type: ignore[override]  # with weights
-        """Count a batch, see `TaskKind.figures`."""
+        """Add a batch; see `TaskKind.figures`."""
         real = weights > 0
         super().update(logits.argmax(1)[real], labels[real])
 
@@ -55,11 +55,11 @@ def accuracies(confusion: Tensor) -> dict[str, Any]:
     """Return accuracy figures of a confusion matrix.
 
     Args:
-        confusion: Counts [C, C], a row for every true class.
+        confusion: Counts [C, C], a row for each true class.
 
     Returns:
-        acc (share of images), balanced_acc (mean over the classes that are present) and per_class (share of
-        each class, None where it has no image), count (images).
+        acc (over images), balanced_acc (mean over classes that have images), per_class (accuracy of each
+        class, None for a class without images), count (number of images).
     """
     counts = confusion.sum(1)
     hits = confusion.diagonal()

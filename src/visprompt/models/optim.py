@@ -1,10 +1,10 @@
-"""The only place where a learning rate is scaled, warmed up or decayed, and where a weight decay is grouped.
+"""Optimisers, learning rate schedules and parameter groups; nothing else scales a learning rate.
 
 VPT (Jia et al., ECCV 2022, appendix A): lr = base * batch / 256, linear warm-up, cosine decay to zero, SGD
-with momentum 0.9 for heads and prompts, AdamW for methods that tune the backbone; the last layer's bias is
-not decayed. Its released code (github.com/KMnP/vpt, src/solver) does two things that the text does not say,
-each a setting here: lr changes once per epoch, from 0 in the first (`schedule=per_epoch`), and its AdamW is
-`VPTAdamW` (`vpt_adamw`).
+with momentum 0.9 for heads and prompts, AdamW for methods that tune the backbone; the last layer's bias has
+no weight decay. Its released code (github.com/KMnP/vpt, src/solver) does two things that the paper does not
+mention, and both are settings here: the learning rate changes once per epoch and is 0 in the first
+(`schedule=per_epoch`), and its AdamW is `VPTAdamW` (`optimizer=vpt_adamw`).
 """
 
 import math
@@ -18,7 +18,7 @@ from visprompt.models.recipe import Recipe
 
 
 def scaled_lr(base: float, batch_size: int) -> float:
-    """Learning rate of a global batch: base * batch_size / 256."""
+    """Return the learning rate of a global batch: base * batch_size / 256."""
     return base * batch_size / 256
 
 
@@ -30,32 +30,33 @@ def param_groups(
     undecayed: frozenset[str] = frozenset(),
     decay_biases: bool = True,
 ) -> list[dict[str, object]]:
-    """Return groups tuned parameters by learning rate and weight decay.
+    """Group tuned parameters by learning rate and weight decay.
 
     Args:
         parameters: Names and parameters that are tuned.
         lr: Learning rate of everything but the head, already scaled.
         head_lr: Learning rate of the head, already scaled; None means `lr`.
-        weight_decay: Weight decay of all but the head's last bias and what is named next.
-        undecayed: Parameters of the method, or groups of them, that are not decayed (`Method.undecayed`).
+        weight_decay: Weight decay of all parameters except the head's last bias and those named below.
+        undecayed: Parameters of the method that are not decayed, by the first part of their names
+            (`Method.undecayed`).
         decay_biases: Whether parameters with "bias" in their names are decayed.
 
     Returns:
-        Groups for a torch optimiser, none of them empty, in a fixed order.
+        Groups for a torch optimiser; empty ones are left out, and their order is fixed.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         rate = head_lr if head_lr is not None and name.startswith("head.") else lr
-        own = name.removeprefix("method.").partition(".")[0]
-        spared = name == "head.bias" or (name.startswith("method.") and own in undecayed)
-        spared = spared or (not decay_biases and "bias" in name)
-        decay = 0.0 if spared else weight_decay
+        attribute = name.removeprefix("method.").partition(".")[0]
+        no_decay = name == "head.bias" or (name.startswith("method.") and attribute in undecayed)
+        no_decay = no_decay or (not decay_biases and "bias" in name)
+        decay = 0.0 if no_decay else weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
 def warmup_cosine(total_steps: int, warmup_steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate after a number of optimiser steps.
+    """Return a schedule: the factor on the learning rate by optimiser step.
 
     Args:
         total_steps: Optimiser steps of the whole run.
@@ -75,11 +76,11 @@ def warmup_cosine(total_steps: int, warmup_steps: int) -> Callable[[int], float]
 
 
 def warmup_cosine_per_epoch(epochs: int, warmup_epochs: float) -> Callable[[int], float]:
-    """Factor on the learning rate in an epoch, as in VPT's released code (`WarmupCosineSchedule`).
+    """Return a schedule: the factor on the learning rate by epoch, as `WarmupCosineSchedule` of VPT's code.
 
     Args:
-        epochs: Of the whole run.
-        warmup_epochs: Of linear warm-up, fewer than `epochs`.
+        epochs: Epochs of the whole run.
+        warmup_epochs: Epochs of linear warm-up, fewer than `epochs`.
 
     Returns:
         epoch -> factor: epoch / warmup_epochs while warming up, so 0 in the first, then half a cosine that
@@ -95,7 +96,7 @@ def warmup_cosine_per_epoch(epochs: int, warmup_epochs: float) -> Callable[[int]
 
 
 class VPTAdamW(torch.optim.Optimizer):
-    """The AdamW of VPT's released code, once that of the library transformers.
+    """The AdamW of VPT's released code, which was taken from an earlier version of transformers.
 
     It differs from PyTorch's in two places: eps is added before the second moment's bias is corrected, and
     the weight decay follows the step. With first and second moments m and v of t steps:
@@ -105,7 +106,7 @@ class VPTAdamW(torch.optim.Optimizer):
     Args:
         params: Groups with "params", "lr" and "weight_decay".
         betas: b1 and b2.
-        eps: See above.
+        eps: Added to the root of the second moment.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class VPTAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as torch's
-        """Take a step; `closure` computes the loss and its gradients, which it returns."""
+        """Take a step; `closure`, if given, computes the gradients first and returns the loss."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -166,7 +167,7 @@ def build_optimizer(
 
     Args:
         parameters: Names and parameters that are tuned.
-        recipe: How they are tuned.
+        recipe: The settings of training.
         steps_per_epoch: Optimiser steps of an epoch.
         undecayed: See `param_groups`.
 
@@ -186,6 +187,6 @@ def build_optimizer(
         optimizer = torch.optim.AdamW(groups, lr=lr)
     schedule = warmup_cosine(recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch))
     if recipe.schedule == "per_epoch":
-        of_epoch = warmup_cosine_per_epoch(recipe.epochs, recipe.warmup_epochs)
-        schedule = lambda step: of_epoch(step // steps_per_epoch)  # noqa: E731  # a name for one expression
+        by_epoch = warmup_cosine_per_epoch(recipe.epochs, recipe.warmup_epochs)
+        schedule = lambda step: by_epoch(step // steps_per_epoch)  # noqa: E731  # a name for one expression
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

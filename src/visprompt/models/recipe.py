@@ -1,4 +1,4 @@
-"""How tuned parameters are trained: the numbers, typed and checked; what they do is in `optim`."""
+"""The settings of training: typed and checked here, applied in `optim`."""
 
 from typing import Annotated, Any
 
@@ -9,7 +9,7 @@ from visprompt.errors import NULL, Allowed, UserError, is_finite, number, senten
 OPTIMIZERS = ("sgd", "adamw", "vpt_adamw")
 SCHEDULES = ("per_step", "per_epoch")
 HEAD_INITS = ("vpt", "zeros")
-VPT_DECAY = 0.01  # of vpt_adamw, whatever weight decay above 0 is asked for
+VPT_DECAY = 0.01  # weight decay of vpt_adamw for every setting above 0
 _NUMBER = number("a finite number, 0 or above", lambda value: value >= 0)
 _COUNT = Allowed("a whole number, 1 or more", lambda value: type(value) is int and value >= 1)
 _WORDS = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "head_init": HEAD_INITS}
@@ -23,10 +23,10 @@ class Recipe(BaseModel):
         optimizer: One of `OPTIMIZERS`.
         lr: Base learning rate, for a batch of 256.
         head_lr: Base learning rate of the head; None means `lr`.
-        weight_decay: Weight decay of everything but the head's bias. With `vpt_adamw` it is 0.01 for any
-            value above 0, and 0 stands for SGD with momentum.
+        weight_decay: Weight decay of everything but the head's bias. With `vpt_adamw` any value above 0
+            becomes 0.01, and 0 selects SGD with momentum.
         momentum: Momentum of SGD.
-        batch_size: Images of one optimiser step, over all devices and accumulation steps.
+        batch_size: Images of one optimiser step, summed over devices and accumulation steps.
         epochs: Passes over the training images.
         warmup_epochs: Epochs of linear warm-up, fewer than `epochs`.
         schedule: One of `SCHEDULES`: when the learning rate changes.
@@ -52,7 +52,7 @@ class Recipe(BaseModel):
     def __init__(self, **values: Any) -> None:
         for key in values.keys() - type(self).model_fields.keys():
             raise unknown("key of recipe", key, type(self).model_fields)
-        # 1 and 1.0 are one run
+        # as floats, because 1 and 1.0 should be the same run
         values |= {
             name: float(values[name])
             for name in _RATES
@@ -78,13 +78,11 @@ class Recipe(BaseModel):
                 "recipe.schedule=per_epoch trains the first epoch of a warm-up at a learning rate of 0, and "
                 "recipe.epochs=1 has no other: give recipe.warmup_epochs=0 or recipe.schedule=per_step"
             )
-        if (
-            self.optimizer == "vpt_adamw" and self.weight_decay
-        ):  # as recorded: what the optimiser really takes
-            object.__setattr__(self, "weight_decay", VPT_DECAY)
+        if self.optimizer == "vpt_adamw" and self.weight_decay:
+            object.__setattr__(self, "weight_decay", VPT_DECAY)  # records show the value that is used
         return self
 
     @property
     def uses_sgd(self) -> bool:
-        """Whether the optimiser is SGD with momentum, as `vpt_adamw` without weight decay is."""
+        """Whether the optimiser is SGD with momentum, which `vpt_adamw` without weight decay is too."""
         return self.optimizer == "sgd" or (self.optimizer == "vpt_adamw" and not self.weight_decay)

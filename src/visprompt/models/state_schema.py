@@ -1,9 +1,7 @@
-"""What a file from elsewhere may say.
+"""Closed schemas for tuned states that come from elsewhere, checked before anything is built from them.
 
-Closed schemas of plain values, checked before anything is built of them.
-
-A file's checksum finds damage; it is no signature, since whoever changes the file can also write the
-checksum.
+Only plain values of known keys are accepted. A file's checksum detects damage but is not a signature: whoever
+changes the file can also write a new checksum.
 """
 
 import re
@@ -26,7 +24,7 @@ _DTYPES = frozenset(
     | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 )
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_:+.-]{0,79}"
-_DEEPEST = 3  # lists in lists: masks of tokens by layer and segment
+_MAX_DEPTH = 3  # of nested lists: E2VPT's segment masks are [layers, tokens, segments]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -34,13 +32,13 @@ def _printable(text: Any) -> Any:
     if not isinstance(text, str):
         raise ValueError("should be a text")
     if has_control(text):
-        raise ValueError("should hold no control characters")
+        raise ValueError("should not have control characters")
     return text
 
 
 def _plain_text(text: Any) -> Any:
     if "${" in _printable(text):
-        raise ValueError("should be a plain text: ${...} is not looked up in a file from elsewhere")
+        raise ValueError("should be a plain text: ${...} is not resolved in a file from elsewhere")
     return text
 
 
@@ -50,19 +48,19 @@ def _word(text: str) -> str:
     return text
 
 
-# of any value, since pydantic's own texts are Unicode, and a folder's name may hold other bytes
+# `Any` and not `str`: pydantic accepts valid Unicode only, and a folder's name may have other bytes
 Name = Annotated[Any, AfterValidator(_printable)]
-"""A text that can be printed: a class's name, for example."""
+"""A printable text, such as the name of a class."""
 Text = Annotated[Any, AfterValidator(_plain_text)]
-"""A text that can be printed and that OmegaConf takes as it is."""
+"""A printable text without an interpolation of OmegaConf."""
 Word = Annotated[str, AfterValidator(_word)]
-"""A name of this project or a hash; never a path or an address."""
+"""A name in this project or a hash; never a path or a URL."""
 Side = Annotated[int, Field(ge=1, le=16384)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 
 
 class Closed(BaseModel):
-    """A record whose keys are all known, with values of exactly their types."""
+    """A record without unknown keys, whose values have exactly the declared types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -72,17 +70,14 @@ class _Backbone(Closed):
     pretrained: bool
     image_size: Side | None
     global_pool: Literal["token", "avg", "avgmax", "max", "map"] | None
-    final_norm: Literal["trained", "fresh"] = "trained"  # which states of earlier versions do not say
+    final_norm: Literal["trained", "fresh"] = "trained"  # missing in states of earlier versions
     exact: bool
     kwargs: dict[str, Any]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Preprocessing(Closed):
-    """What `TaskDataModule.preprocessing` says.
-
-    States of older versions lack keys, which their readers ask for.
-    """
+    """The values of `TaskDataModule.preprocessing`; keys with defaults are missing in older states."""
 
     size: Side
     resize: Literal["squash", "short_side"]
@@ -109,13 +104,13 @@ class _State(Closed):
 
 
 def read(model: type[_Model], values: Any, source: Path | str, mend: str) -> _Model:
-    """Return values from elsewhere as a record, or refuses the first one that does not fit.
+    """Parse values from elsewhere into a record; refuse them with the first value that does not fit.
 
     Args:
         model: The record's schema.
-        values: What was read, plain containers and values.
-        source: Where from, for the message.
-        mend: What to do, the end of the message.
+        values: Plain containers and values.
+        source: The file they come from, for the message.
+        mend: What to do; the end of the message.
 
     Raises:
         UserError: A key is unknown or missing, or a value is not of its type or range.
@@ -139,12 +134,12 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def check_record(record: Mapping[str, Any], source: Path | str, mend: str) -> None:
-    """Raise unless a record is what a tuned state may hold beside its tensors.
+    """Refuse a record that a tuned state may not hold next to its tensors.
 
     Args:
-        record: The fields of `state.TunedState` but for the tensors.
-        source: Where from, for the message.
-        mend: What to do, the end of the message.
+        record: The fields of `tuned_state.TunedState` except the tensors.
+        source: The file it comes from, for the message.
+        mend: What to do; the end of the message.
 
     Raises:
         UserError: A key is unknown or missing, or a value is not of its type or range.
@@ -156,40 +151,40 @@ def check_record(record: Mapping[str, Any], source: Path | str, mend: str) -> No
         check_kwargs(state.backbone.kwargs)
         check_options(str(options.pop("name", None)), options)
         for name, value in options.items():
-            _check_visible(f"method.{name}", value)
+            _check_option(f"method.{name}", value)
     except UserError as error:
         raise UserError(f"{source} is refused: {error}; {mend}") from error
 
 
-def _check_visible(where: str, value: Any, depth: int = 0) -> None:
-    """Refuse an option of a method that is anything but a word or number of ordinary size, or lists of them."""
-    if isinstance(value, list) and len(value) <= LARGEST and depth < _DEEPEST:
+def _check_option(where: str, value: Any, depth: int = 0) -> None:
+    """Refuse an option unless it is null, a flag, a word, a number up to `LARGEST`, or a list of these."""
+    if isinstance(value, list) and len(value) <= LARGEST and depth < _MAX_DEPTH:
         for entry in value:
-            _check_visible(where, entry, depth + 1)
+            _check_option(where, entry, depth + 1)
     elif isinstance(value, str):
         if not re.fullmatch(_WORD, value):
             raise UserError(f"{where}={value!r:.60} is not a plain word")
     elif not (value is None or isinstance(value, bool) or (is_number(value) and abs(value) <= LARGEST)):
-        raise UserError(f"{where} is not a number of ordinary size, or a list of some")
+        raise UserError(f"{where} is not a number up to {LARGEST}, a word, or a list of those")
 
 
 def check_tensors(tensors: Mapping[str, Tensor], source: Path | str, mend: str) -> None:
-    """Raise unless tensors have printable names and finite numbers.
+    """Refuse tensors with names that are not printable, unusual dtypes, or NaN or infinity.
 
     Args:
-        tensors: By name.
-        source: Where from, for the message.
-        mend: What to do, the end of the message.
+        tensors: Tensors by name.
+        source: The file they come from, for the message.
+        mend: What to do; the end of the message.
 
     Raises:
-        UserError: Names the tensor.
+        UserError: The message names the tensor.
     """
     for name, tensor in tensors.items():
         if has_control(name):
             raise UserError(
-                f"{source} is refused: a tensor's name, {visible(name)}, holds control characters; {mend}"
+                f"{source} is refused: a tensor's name, {visible(name)}, has control characters; {mend}"
             )
         if tensor.dtype not in _DTYPES:
-            raise UserError(f"{source} is refused: the tensor {name} is of {tensor.dtype}; {mend}")
+            raise UserError(f"{source} is refused: the tensor {name} has the dtype {tensor.dtype}; {mend}")
         if not tensor.isfinite().all():
             raise UserError(f"{source} is refused: the tensor {name} has numbers that are not finite; {mend}")

@@ -1,4 +1,4 @@
-"""Hash tensors, and find those that hold a number that is not finite."""
+"""Hash tensors, and find tensors with NaN or infinity."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,7 +8,15 @@ from torch import Tensor
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], also: str = "") -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of tensors, in the order of their names.
+
+    Args:
+        tensors: Tensors by name.
+        also: A text that is hashed first.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     digest = hashlib.sha256(also.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -18,6 +26,6 @@ def hash_tensors(tensors: Mapping[str, Tensor], also: str = "") -> str:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Return the name of the first tensor that holds NaN or infinity, "" where all numbers are finite."""
+    """Return the name of the first tensor that holds NaN or infinity; "" if there is no such tensor."""
     floating = (name for name in sorted(tensors) if tensors[name].is_floating_point())
     return next((name for name in floating if not tensors[name].isfinite().all()), "")

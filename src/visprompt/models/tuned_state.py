@@ -1,10 +1,10 @@
-"""The tuned-state file: safetensors and a schema. Nothing else reads or writes it.
+"""Read and write the tuned-state file: safetensors with checked metadata. Nothing else reads or writes it.
 
-All metadata is one string under one key, because safetensors writes several keys in random order: a checksum
-over the metadata and every tensor's name, type, shape and bytes, then the metadata as JSON. The checksum
-finds damage and is no signature: what a file says is checked by `schema` before anything is built of it. Its
-class names are one string that begins with their separator: quotes, escaped twice, would add ten bytes to
-each of a thousand names.
+All metadata are one string under one key, because safetensors writes several keys in random order. The string
+is a SHA-256 (64 hexadecimal digits) over the metadata and every tensor's name, dtype, shape and bytes, then
+the metadata as JSON. The checksum detects damage and is not a signature, so `state_schema` checks a file
+before anything is built from it. The class names are one string that begins with their separator, such as
+"|cat|dog": as a JSON list, with quotes escaped twice, they would take ten more bytes each.
 """
 
 import json
@@ -24,7 +24,7 @@ from visprompt.models.tensors import hash_tensors
 
 SCHEMA = 1
 _KEY = "visprompt"
-_DIGITS = 64  # of a SHA-256 in hexadecimal
+_DIGITS = 64  # length of a SHA-256 in hexadecimal
 _MEND = "do not use this file, get it again from whoever tuned it"
 _SHAPING = ("image_size", "global_pool", "kwargs")
 
@@ -34,7 +34,7 @@ class TunedState:
     """Everything that one task adds to a frozen backbone.
 
     Attributes:
-        tensors: What was tuned, by name.
+        tensors: The tuned tensors by name.
         method: The method's name and options.
         task: Task id.
         class_names: Names of the classes, in the order of the head's rows.
@@ -56,16 +56,16 @@ def save_state(path: Path, state: TunedState) -> str:
     """Write a tuned state atomically.
 
     Args:
-        path: The file, by custom `tuned.safetensors`.
-        state: What it holds.
+        path: The file, usually `tuned.safetensors`.
+        state: The tuned state.
 
     Returns:
-        Its checksum, also stored in it.
+        The checksum that the file holds.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     meta = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"}
     meta |= {"schema": SCHEMA, "class_names": _join(state.class_names)}
-    # a folder's name may hold bytes that are no Unicode: Python's escape of those is also JSON's
+    # a folder's name may have bytes that are not Unicode; Python escapes them as JSON does
     text = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace").decode()
     checksum = hash_tensors(tensors, also=text)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={_KEY: checksum + text}))
@@ -73,9 +73,9 @@ def save_state(path: Path, state: TunedState) -> str:
 
 
 def _join(names: Sequence[str]) -> str:
-    """Class names as one string that begins with their separator, a character that none of them holds."""
-    taken = set("".join(names))
-    separator = next(c for c in map(chr, range(0x7F, 0xD800)) if c not in taken)
+    """Join class names into one string that begins with their separator, a character in none of them."""
+    used = set("".join(names))
+    separator = next(c for c in map(chr, range(0x7F, 0xD800)) if c not in used)
     return "".join(separator + name for name in names)
 
 
@@ -84,7 +84,7 @@ def _split(joined: str) -> tuple[str, ...]:
 
 
 def load_state(path: Path) -> TunedState:
-    """Read and verifies a tuned state.
+    """Read and verify a tuned state.
 
     Args:
         path: The file, or the run's folder that holds `tuned.safetensors`.
@@ -93,12 +93,10 @@ def load_state(path: Path) -> TunedState:
         The state, its tensors on the CPU.
 
     Raises:
-        UserError: There is no such file, it is no tuned state, of a newer schema, cut or changed, or it says
-            what no tuned state says; nothing was built of it then.
+        UserError: There is no such file, or it is not a tuned state, has a newer schema, is damaged, or has
+            metadata or tensors that a tuned state may not have.
     """
-    from visprompt.models import (
-        state_schema,  # late: it knows the backbones, which hash by this module, and reports need none
-    )
+    from visprompt.models import state_schema  # imported here: it imports timm, which reports do not need
 
     path = path / "tuned.safetensors" if path.is_dir() else path
     if not path.is_file():
@@ -108,7 +106,7 @@ def load_state(path: Path) -> TunedState:
     try:
         with safe_open(path, framework="pt") as file:
             stored = (file.metadata() or {})[_KEY]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a mapping
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a readable tuned state ({error}): copy it again or rerun its task"
@@ -126,8 +124,7 @@ def load_state(path: Path) -> TunedState:
         raise UserError(f"{path} is refused: its metadata are not those of a tuned state; {_MEND}") from error
     if version != SCHEMA:
         raise UserError(
-            f"{path} is of schema {version!r:.60}, and this version reads {SCHEMA}: update visprompt to "
-            "read it"
+            f"{path} has schema {version!r:.60}, and this version reads {SCHEMA}: update visprompt to read it"
         )
     state_schema.check_record(record, path, _MEND)
     state_schema.check_tensors(tensors, path, _MEND)
@@ -139,15 +136,15 @@ def read_checksum(path: Path, *, hashed: bool) -> str | None:
 
     Args:
         path: The file.
-        hashed: Whether the tensors are read too and compared with it.
+        hashed: Whether to read the tensors too and compare their checksum with it.
 
     Returns:
-        sha256 (hex), None where the file cannot be read or its tensors are not those of the checksum.
+        The SHA-256 in hexadecimal; None if the file cannot be read or its tensors have another checksum.
     """
     try:
         with safe_open(path, framework="pt") as file:
             stored = (file.metadata() or {})[_KEY]
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if hashed else {}  # noqa: SIM118  # it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if hashed else {}  # noqa: SIM118  # not a mapping
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
     checksum = str(stored[:_DIGITS])
@@ -155,16 +152,16 @@ def read_checksum(path: Path, *, hashed: bool) -> str | None:
 
 
 def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
-    """Refuse a state that was tuned for something else.
+    """Refuse a state that was tuned for another backbone, method or set of classes.
 
     Args:
         state: The state to be loaded.
-        path: Where it came from, for the message.
-        **expected: Any of backbone (its record), method (a mapping), class_names; what is given must equal
-            the state's, of the backbone what decides its features.
+        path: The state's file, for the message.
+        **expected: Any of backbone (its record), method (a mapping) and class_names. Each must equal the
+            state's; of the backbone only what decides its features is compared.
 
     Raises:
-        UserError: Says what differs.
+        UserError: The message says what differs.
     """
     for key, value in expected.items():
         stored = getattr(state, key)
@@ -172,12 +169,11 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
             raise UserError(
                 f"{path} was tuned on backbone {stored['name']} (weights {stored['sha256'][:12]}), "
                 f"not on {value['name']} (weights {value['sha256'][:12]}): load that backbone, "
-                "with weights=FILE where it came from a file"
+                "with weights=FILE if it came from a file"
             )
-        if (
-            key == "backbone"
-        ):  # the same weights make other features in another architecture, or built otherwise
-            architecture, other = (one["name"].partition(".")[0] for one in (stored, value))
+        # the same weights give other features in another architecture or with other options
+        if key == "backbone":
+            architecture, other = (record["name"].partition(".")[0] for record in (stored, value))
             if architecture != other:
                 raise UserError(
                     f"{path} was tuned on architecture {architecture}, not on {other}: load that backbone"
@@ -186,7 +182,7 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
             if stored.get(option) != value.get(option):
                 raise UserError(
                     f"{path} was tuned with backbone.{option}={stored.get(option)}, not "
-                    f"{value.get(option)}: set it so"
+                    f"{value.get(option)}: set it to {stored.get(option)}"
                 )
         if key == "method" and dict(stored) != dict(value):
             raise UserError(f"{path} holds method {dict(stored)}, not {dict(value)}: build that method")
@@ -197,5 +193,5 @@ def check_fits(state: TunedState, path: Path, **expected: Any) -> None:
         if key == "class_names" and tuple(stored) != tuple(value):
             old, new = next(pair for pair in zip(stored, value, strict=True) if pair[0] != pair[1])
             raise UserError(
-                f"{path} has class {old!r} where this data has {new!r}: use the same classes in its order"
+                f"{path} has class {old!r} where this data has {new!r}: use the state's classes in its order"
             )

@@ -1,4 +1,4 @@
-"""The LightningModule: training, scoring, and what a diverged run looks like."""
+"""The LightningModule: training, scoring, and the error of a diverged run."""
 
 import hashlib
 import json
@@ -26,10 +26,10 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 class Diverged(Exception):
-    """The loss was not finite.
+    """The loss was NaN or infinite.
 
     Attributes:
-        step: The first optimiser step at which it was not, counted from 0.
+        step: The first optimiser step with such a loss, counted from 0.
     """
 
     def __init__(self, step: int) -> None:
@@ -38,10 +38,7 @@ class Diverged(Exception):
 
 
 class Mean(Metric):
-    """Weighted mean over all ranks.
-
-    A value that is not finite stays in it (torchmetrics' own drops it, or weights).
-    """
+    """Weighted mean over all ranks; NaN and infinity stay in it (torchmetrics' mean drops NaN)."""
 
     total: Tensor
     weight: Tensor
@@ -65,22 +62,21 @@ class TuningModule(L.LightningModule):
     """Tunes a classifier by a recipe.
 
     A checkpoint's `state_dict` is the tuned state alone. Every epoch seeds torch anew from (seed, epoch,
-    rank), so that a run resumed at an epoch draws the same dropout and no state of a generator has to be
-    kept.
+    rank), so a run that is resumed at an epoch draws the same dropout, and checkpoints need no state of the
+    generators.
 
     Args:
-        classifier: What is tuned.
-        recipe: How.
+        classifier: The classifier to tune.
+        recipe: The settings of training.
         seed: Seed of the run.
-        leaks: Whether a final run's test accuracy is logged after every epoch, as `leak/test_acc`: a
-            diagnostic of what codes that report the best epoch on test report. Nothing reads it, and nothing
-            else changes.
+        leaks: Whether to log a final run's test accuracy after every epoch, as `leak/test_acc`. It shows the
+            figure of codes that report the best epoch on test; nothing reads it, and nothing else changes.
 
     Attributes:
         scores: Figures of the last scoring, by metric name.
         scored_step: Number of optimiser steps at the last scoring.
-        per_class: Accuracy of each class at the last scoring; None where a class has no image.
-        scored_loss: Mean loss at the last scoring: where it is not finite, its accuracies mean nothing.
+        per_class: Accuracy of each class at the last scoring; None for a class without images.
+        scored_loss: Mean loss at the last scoring; if it is not finite, the accuracies mean nothing.
     """
 
     def __init__(self, classifier: Classifier, recipe: Recipe, seed: int, leaks: bool = False) -> None:
@@ -98,17 +94,14 @@ class TuningModule(L.LightningModule):
         self.per_class: list[float | None] = []
         self.scored_loss = math.nan
         self._resumed = False
-        self._lr = (
-            math.nan
-        )  # of the last step: at the end of an epoch the optimiser already has the next one's
+        # of the last step: at the end of an epoch the optimiser already has that of the next step
+        self._lr = math.nan
         self._bad_step: Tensor
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, C] of normalised images [B, 3, H, W], or of what the frozen part made of them."""
-        out: Tensor = self.classifier(
-            images.to(self.dtype)
-        )  # pixels are floats only after Lightning's conversion
+        """Return logits [B, C] of normalised images [B, 3, H, W], or of a result of `Classifier.frozen`."""
+        out: Tensor = self.classifier(images.to(self.dtype))  # pixels may be in another precision
         return out
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form for all
@@ -118,13 +111,13 @@ class TuningModule(L.LightningModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> None:
-        """Load a tuned state; a name that is missing or too much is an error."""
+        """Load a tuned state; a missing or unexpected name is an error."""
         self.classifier.load_tuned_state(state_dict)
         self._resumed = True
 
     def configure_optimizers(self) -> Any:
         """Return the recipe's optimiser with its schedule, stepped after every optimiser step."""
-        # Lightning's own estimate would load the data before frozen features can take its place
+        # Lightning's estimate of the steps would load the data before frozen features replace it
         steps = math.ceil(len(self._datamodule.train_dataset) / self.recipe.batch_size)
         optimizer, schedule = build_optimizer(
             self.classifier.tuned_parameters(), self.recipe, steps, self.classifier.method.undecayed
@@ -132,23 +125,23 @@ class TuningModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Compute once what can never change, the output of frozen layers.
+        """Initialise the method; without augmentation, compute the output of frozen layers once.
 
-        Else a GPU gets the pixels, once.
+        If there is no such output, a GPU gets the pixels, once.
         """
         self._check_batch_norm()
         self._check_comparison()
         datamodule = self._datamodule
-        # Lightning restores the modules before this hook, but the number of steps only after it
+        # `_resumed`, because Lightning restores the modules before this hook, but the step only after it
         if self.classifier.method.needs_images and not self._resumed:
             self._initialise()
         if not datamodule.augments:
-            datamodule.train_dataset = self._kept(datamodule.train_dataset)
+            datamodule.train_dataset = self._cached(datamodule.train_dataset)
             if datamodule.split == "tune":
-                datamodule.val_dataset = self._kept(datamodule.val_dataset)
+                datamodule.val_dataset = self._cached(datamodule.val_dataset)
 
     def _initialise(self) -> None:
-        """Make the method's first values of training images, the same on every rank."""
+        """Compute the method's initial values from training images, the same on every rank."""
         dataset = self._datamodule.train_dataset
         method, backbone = self.classifier.method, self.classifier.backbone
         rows = np.random.default_rng(self.seed).permutation(len(dataset))
@@ -156,8 +149,8 @@ class TuningModule(L.LightningModule):
             rows = rows[:MAX_IMAGES]
         else:
             rows = first_of_each(dataset.labels.numpy(), rows, method.images_per_class)
-        loaded = self._datamodule.feature_dataloader(dataset.subset(rows))
-        batches = (self._apply_batch_transfer_handler(batch) for batch in loaded)
+        dataloader = self._datamodule.feature_dataloader(dataset.subset(rows))
+        batches = (self._apply_batch_transfer_handler(batch) for batch in dataloader)
         if method.images_per_class is None:
             images = (batch.images for batch in batches)
             initialise(method, cast(TokenBackbone, backbone), images, self.seed)
@@ -165,8 +158,8 @@ class TuningModule(L.LightningModule):
             method.see_classes(backbone, ((b.images, b.labels) for b in batches), self.seed)
 
     def _check_batch_norm(self) -> None:
-        """Refuse batch statistics of less than the whole batch; on GPUs the trainer synchronises them."""
-        trained = self.classifier.method.trains_backbone  # frozen, a backbone keeps its batch statistics
+        """Refuse to train batch norm on parts of a batch; on several GPUs the trainer synchronises it."""
+        trained = self.classifier.method.trains_backbone  # a frozen backbone keeps its batch statistics
         names = [n for n in self.classifier.tuned_names if trained or not n.startswith("backbone.")]
         tuned = {name.rpartition(".")[0] for name in names}
         if not any(
@@ -176,11 +169,12 @@ class TuningModule(L.LightningModule):
         if self.trainer.accumulate_grad_batches > 1:
             raise UserError(
                 "batch norm is trained here, and each of the accumulated parts of a batch would have "
-                "statistics of its own: set trainer.accumulate_grad_batches=1"
+                "separate statistics: set trainer.accumulate_grad_batches=1"
             )
         if self.trainer.world_size > 1 and self.device.type == "cpu":
             raise UserError(
-                "batch norm is trained here, and cannot be synchronised over CPU processes: use one device"
+                "batch norm is trained here, and cannot be synchronised over CPU processes: set "
+                "trainer.devices=1"
             )
         short = len(self._datamodule.train_dataset) % self.recipe.batch_size
         if 0 < short < self.trainer.world_size:
@@ -190,20 +184,20 @@ class TuningModule(L.LightningModule):
             )
 
     def _check_comparison(self) -> None:
-        """Refuse a loss that compares images where it would see parts of a batch."""
+        """Refuse gradient accumulation for a loss that compares the images of a batch."""
         if self.classifier.method.compares_images and self.trainer.accumulate_grad_batches > 1:
             raise UserError(
-                "this method's loss compares the images of a batch, and each of the accumulated parts of a "
-                "batch would be compared by itself: set trainer.accumulate_grad_batches=1"
+                "this method's loss compares the images of a batch, and would see only those of each "
+                "accumulated part: set trainer.accumulate_grad_batches=1"
             )
 
     def on_train_epoch_start(self) -> None:
-        """Seed the noise of this epoch."""
+        """Seed torch's generators for this epoch."""
         text = f"{self.seed} {self.current_epoch} {self.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Weighted sum of the losses: the weights make it the mean over the true size of the global batch."""
+        """Return the weighted sum of the losses, whose weights make it the mean over the global batch."""
         logits = self(batch.images).float()
         losses = self.classifier.losses(logits, batch.labels, batch.weights)
         loss = (losses * batch.weights).sum()
@@ -215,11 +209,11 @@ class TuningModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep the rate of this step for the curve."""
+        """Store the learning rate of this step, to be logged."""
         self._lr = float(optimizer.param_groups[0]["lr"])
 
     def on_train_epoch_end(self) -> None:
-        """End a diverged run before its checkpoint is written; on all ranks alike."""
+        """Log the epoch; end a diverged run on all ranks before its checkpoint is written."""
         bad_step = int(torch.as_tensor(self.trainer.strategy.reduce(self._bad_step, reduce_op="min")))
         if bad_step != _NEVER:
             raise Diverged(bad_step)
@@ -232,7 +226,7 @@ class TuningModule(L.LightningModule):
 
     @torch.no_grad()
     def _leak(self) -> float:
-        """Return the share of test images that are predicted rightly now; every rank scores all of them."""
+        """Return the current score on the test images; every rank scores all of them."""
         dataset, hits = self._datamodule.test_dataset, 0
         self.classifier.eval()
         for batch in self._datamodule.feature_dataloader(dataset):
@@ -243,7 +237,7 @@ class TuningModule(L.LightningModule):
         return hits / len(dataset)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score val200; exists in `split=tune` only."""
+        """Score a batch of validation images."""
         logits = self(batch.images).float()
         self.val_loss.update(self.kind.loss(logits, batch.labels), batch.weights)
         self.val_figures.update(logits, batch.labels, batch.weights)
@@ -255,7 +249,7 @@ class TuningModule(L.LightningModule):
         self.log("val/loss", self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score test; read once, after the last epoch of a final run."""
+        """Score a batch of test images; runs once, after the last epoch of a final run."""
         logits = self(batch.images).float()
         self.test_loss.update(self.kind.loss(logits, batch.labels), batch.weights)
         self.test_figures.update(logits, batch.labels, batch.weights)
@@ -263,14 +257,14 @@ class TuningModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the test figures."""
         self._score("test", self.test_figures, self.test_loss)
-        self.test_loss.reset()  # it is not logged, and so Lightning does not
+        self.test_loss.reset()  # Lightning resets only metrics that are logged
 
     def _score(self, stage: str, figures: Metric, loss: Mean) -> None:
-        """Log and keep the figures of a split set; keep its loss."""
-        found = figures.compute()
+        """Log the figures of a split set ("val" or "test"), and store them with its loss."""
+        values = figures.compute()
         figures.reset()
-        self.per_class = found.pop("per_class")
-        self.scores = {f"{stage}/{name}": value for name, value in found.items()}
+        self.per_class = values.pop("per_class")
+        self.scores = {f"{stage}/{name}": value for name, value in values.items()}
         self.scored_step, self.scored_loss = self.trainer.global_step, float(loss.compute())
         self.log_dict(self.scores, prog_bar=True)
 
@@ -278,27 +272,28 @@ class TuningModule(L.LightningModule):
     def _datamodule(self) -> TaskDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
 
-    def _kept(self, dataset: TicketDataset) -> TicketDataset:
-        """Return a data set as what stays of it.
+    def _cached(self, dataset: TicketDataset) -> TicketDataset:
+        """Return a data set whose images do not have to be prepared in every epoch.
 
-        Its frozen part where there is one, on every rank all of it, else its pixels.
-
-        Itself where that has no room.
+        It holds the outputs of frozen layers, if there are any (all of them on every rank), else the pixels
+        on a GPU. If they do not fit into memory, the data set itself is returned.
         """
         datamodule, device = self._datamodule, self.device
         images = (datamodule.fingerprint, json.dumps(datamodule.preprocessing), *dataset.keys)
         if not self.classifier.has_frozen_part:
-            key = (datamodule.images_key, device, images)
-            return on_device(dataset, device, key) if has_own_memory(device) else dataset
+            if not has_own_memory(device):
+                return dataset
+            return on_device(dataset, device, (datamodule.images_key, device, images))
         first_block = self.classifier.method.first_block
-        made = (device, self.trainer.precision, datamodule.batch_size, first_block, images)
+        key = (device, self.trainer.precision, datamodule.batch_size, first_block, images)
         self.classifier.eval()
-        kept = keep(self._frozen_parts(dataset), len(dataset), self.trainer.world_size, made)
+        outputs = keep(self._frozen_parts(dataset), len(dataset), self.trainer.world_size, key)
         self.classifier.train()
-        return dataset if kept is None else ArrayDataset(kept, dataset.labels.numpy(), dataset.keys)
+        return dataset if outputs is None else ArrayDataset(outputs, dataset.labels.numpy(), dataset.keys)
 
     @torch.no_grad()
     def _frozen_parts(self, dataset: TicketDataset) -> Iterator[Tensor]:
+        """Yield the output of the frozen layers for each batch, float32 on the CPU."""
         for batch in self._datamodule.feature_dataloader(dataset):
             moved = self._apply_batch_transfer_handler(batch)
             with self.trainer.precision_plugin.forward_context():
@@ -307,7 +302,7 @@ class TuningModule(L.LightningModule):
 
 
 def first_of_each(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Return up to `count` rows of each class, those that come first in `rows`, in its order."""
+    """Return the first `count` rows of each class (or all, if there are fewer), in the order of `rows`."""
     ordered = labels[rows]
-    places = [np.flatnonzero(ordered == label)[:count] for label in np.unique(ordered)]
-    return np.asarray(rows[np.sort(np.concatenate(places))])
+    positions = [np.flatnonzero(ordered == label)[:count] for label in np.unique(ordered)]
+    return np.asarray(rows[np.sort(np.concatenate(positions))])

@@ -86,11 +86,11 @@ def test_a_fresh_norm_stands_behind_the_mean_and_the_trained_one_is_dropped(tmp_
         ({"final_norm": "new"}, r"^unknown backbone\.final_norm 'new': choose one of fresh, trained"),
         (
             {"final_norm": "fresh"},
-            r"^backbone\.final_norm=fresh is for a ViT .* give backbone\.global_pool=avg with it",
+            r"^backbone\.final_norm=fresh needs a ViT .* give backbone\.global_pool=avg too",
         ),
         (
             {"final_norm": "fresh", "name": "test_resnet", "kwargs": {}},
-            r"^backbone\.final_norm=fresh is for a ViT",
+            r"^backbone\.final_norm=fresh needs a ViT",
         ),
     ],
 )
@@ -228,10 +228,10 @@ def test_a_missing_file_is_named(name):
         (
             NAME,
             {"pretrained": False, "global_pool": ""},
-            "the backbone pools nothing: set backbone.global_pool",
+            "the backbone has no pooling: set backbone.global_pool",
         ),
         (DEMO, {"global_pool": "map", "kwargs": {}}, "Cannot currently add attention pooling"),
-        (DEMO, {"kwargs": {"depth": 4}}, r"no place for 24 of its weights: blocks\.4\.attn"),
+        (DEMO, {"kwargs": {"depth": 4}}, r"does not have 24 of the file's weights: blocks\.4\.attn"),
         (
             NAME,
             {"kwargs": {"dept": 2}},

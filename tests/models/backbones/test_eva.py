@@ -179,13 +179,13 @@ def test_tokens_of_the_frozen_part_keep_their_positions(name, size):
     states = classifier.backbone.states(x)
     assert [state.shape for state in states] == [tokens.shape] * 4
     assert relative_error(states[2], tokens) < FLOAT32
-    assert classifier.backbone._held is None
+    assert classifier.backbone._current_rotations is None
 
 
 def test_oblong_images_leave_no_tokens_without_a_grid():
     classifier = classifier_on(tiny_eva(), depth=1, depth_from="last", dropout=0.0)
     message = (
-        "images of 2 x 8 patches leave tokens whose number does not tell their rotary positions: give square "
+        "images of 2 x 8 patches are not supported here, because the rotary positions are inferred from the "
     )
     with pytest.raises(UserError, match=message):
         classifier.frozen(torch.zeros(1, 3, 16, 64))
@@ -220,11 +220,11 @@ def test_full_tuning_gives_timms_own_features_and_gradients_in_training(name, op
 def test_images_that_it_does_not_take_are_refused():
     classifier = classifier_on(tiny_eva("eva02_tiny_patch14_224"), "linear")
     with pytest.raises(
-        UserError, match="this backbone takes images of its own size 32 x 32 and got 64 x 64: resize"
+        UserError, match="this backbone takes images of size 32 x 32 only and got 64 x 64: resize"
     ):
         classifier(images(size=64))
     with pytest.raises(
-        UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(1, 1, 32, 32"
+        UserError, match=r"images must be \[B, 3, height, width\], and these have the shape \(1, 1, 32"
     ):
         classifier(torch.zeros(1, 1, 32, 32))
 
@@ -403,7 +403,7 @@ def test_a_compiled_classifier_gives_the_same_logits(name):
     compiled = torch.compile(classifier, backend="aot_eager", fullgraph=True)
     for x in (images(), images(3)):
         assert relative_error(compiled(x), classifier(x)) < FLOAT32
-    assert classifier.backbone._held is None
+    assert classifier.backbone._current_rotations is None
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_a_compiled_classifier_gives_the_same_logits(name):
         (
             EVA,
             Eva(global_pool="", **SIZE),
-            "the backbone pools nothing: set backbone.global_pool to token, avg",
+            "the backbone has no pooling: set backbone.global_pool to token, avg",
         ),
         (ViT, Eva(**SIZE), "backbone class Eva is not a plain timm VisionTransformer: choose one"),
     ],

@@ -159,14 +159,14 @@ BLOCK = "Transformer/encoderblock_3"
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (dict, {"depth": 3}, r"there is no place for 12 of its weights: blocks\.3\."),
+        (dict, {"depth": 3}, r"the model does not have 12 of the file's weights: blocks\.3\."),
         (dict, {"depth": 5}, r"it lacks 12 of 66 weights: blocks\.4\.norm1\.weight, blocks\.4\."),
         (dict, {"reg_tokens": 2}, r"it lacks 1 of 55 weights: reg_token"),
         (dict, {"init_values": 0.1}, r"it lacks 8 of 62 weights: blocks\.0\.ls1\.gamma"),
         (
             dict,
             {"class_token": False, "global_pool": "avg", "fc_norm": False},
-            "no place for 1 .*: cls_token",
+            "does not have 1 .*: cls_token",
         ),
         (
             dict,
@@ -182,13 +182,13 @@ BLOCK = "Transformer/encoderblock_3"
         (
             without(f"{BLOCK}/MultiHeadDotProductAttention_1/key/bias"),
             {},
-            r"lacks 1 of 54 weights: blocks\.3\.attn\.qkv\.bias; there is no place for 2 .*: "
-            r"blocks\.3\.attn\.query\.b",
+            r"lacks 1 of 54 weights: blocks\.3\.attn\.qkv\.bias; the model does not have 2 .*: "
+            r"blocks\.3\.attn\.query",
         ),
         (
             lambda arrays: arrays | {"conv_root/kernel": np.ones(3)},
             {},
-            r"no place for 1 .*: conv_root\.kernel",
+            r"does not have 1 .*: conv_root\.kernel",
         ),
         (
             lambda arrays: arrays | {"cls": np.full((1, 1, 32), np.nan, "f")},
@@ -212,7 +212,7 @@ def test_what_timm_s_reader_would_leave_random_is_refused(tmp_path, change, opti
 def test_a_file_that_is_cut_short_is_refused(tmp_path):
     file = saved(tmp_path / "w.npz", release_arrays(tiny_model()))
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"w\.npz cannot be read as backbone weights .*: it may be cut short"):
+    with pytest.raises(UserError, match=r"w\.npz cannot be read as backbone weights .*: it may be truncated"):
         load_file(tiny_model(), file)
 
 

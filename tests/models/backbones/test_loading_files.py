@@ -68,7 +68,7 @@ def test_a_folder_s_only_file_of_weights_is_taken_whatever_its_name(tmp_path, na
         assert_loads(tmp_path)
         return
     with pytest.raises(
-        UserError, match=f"not one file of backbone weights but a.npz, {name}: give the file itself"
+        UserError, match=f"should hold one file of backbone weights and holds a.npz, {name}: give"
     ):
         find_file(tmp_path)
 
@@ -84,7 +84,7 @@ def test_a_folder_without_weights_is_named(cache):
     with pytest.raises(UserError) as error:
         find_file(cache)
     assert str(error.value) == (
-        f"the folder {cache}/snapshots/{REVISION} holds not one file of backbone weights but neither "
+        f"the folder {cache}/snapshots/{REVISION} should hold one file of backbone weights and holds neither "
         "model.safetensors nor another one: give the file itself as backbone.weights=..."
     )
 
@@ -119,9 +119,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
         lambda held: torch.save(held, file),
     ):
         write({"pos_embed": Payload(mark)})
-        with pytest.raises(
-            UserError, match="holds more than tensors, which could run code and is not read: get"
-        ):
+        with pytest.raises(UserError, match="holds objects that could run code and are not read: get"):
             load_file(tiny_model(), file)
     assert not mark.exists()
 
@@ -142,8 +140,8 @@ def test_a_lightning_checkpoint_of_more_than_tensors_is_refused_with_the_line_th
     with pytest.raises(UserError) as error:
         load_file(tiny_model(), file)
     assert str(error.value) == (
-        f"{file} is no file of weights or holds more than tensors, which could run code and is not read: if "
-        "you trust "
+        f"{file} is not a file of weights, or holds objects that could run code and are not read: if you "
+        "trust "
         f"it, write its tensors alone by torch.save(torch.load('{file}', weights_only=False)['state_dict'], "
         "'weights.pth') and set backbone.weights to that file"
     )
@@ -166,7 +164,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, suffix):
     WRITERS[suffix](release_arrays(tiny_model()) if suffix == "npz" else state(), file)
     file.write_bytes(file.read_bytes()[:-2000])
     with pytest.raises(
-        UserError, match=r"weights\.\w+ cannot be read as backbone weights \(.+\): it may be cut short"
+        UserError, match=r"weights\.\w+ cannot be read as backbone weights \(.+\): it may be truncated"
     ):
         load_file(tiny_model(), file)
 
@@ -174,17 +172,21 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("suffix", "content", "message"),
     [
-        ("safetensors", b"x" * 99, "cannot be read as .*header.*: it may be cut short or of another kind"),
-        ("pth", b"<html>" * 99, "is no file of weights or holds more than tensors"),
+        ("safetensors", b"x" * 99, "cannot be read as .*header.*: it may be truncated or of another kind"),
+        ("pth", b"<html>" * 99, "is not a file of weights, or holds objects"),
         ("pth", b"", r"cannot be read as backbone weights \(.*EOF"),
         ("npz", b"x" * 99, "cannot be read as backbone weights .*allow_pickle"),
         ("npz", {"a": np.ones(3)}, "it holds a, but no embedding/kernel of a ViT"),
-        ("pth", torch.ones(3), "holds no weights by name but Tensor"),
-        ("pth", [torch.ones(3)], "holds no weights by name but list"),
+        ("pth", torch.ones(3), "holds an object of class Tensor, not weights by name"),
+        ("pth", [torch.ones(3)], "holds an object of class list, not weights by name"),
         ("pth", {"net": state(depth=3), "epoch": 3}, r"it lacks 12 of 54 weights: blocks\.3\.norm1\.weight"),
-        ("pth", {"epoch": 3}, "it lacks 54 of 54 weights: .*; there is no place for 1 of its weights: epoch"),
+        (
+            "pth",
+            {"epoch": 3},
+            "it lacks 54 of 54 weights: .*; the model does not have 1 of the file's weights: epoch",
+        ),
         ("pth", {}, "it lacks 54 of 54 weights: cls_token, pos_embed"),
-        ("safetensors", state(depth=5), r"no place for 12 of its weights: blocks\.4\."),
+        ("safetensors", state(depth=5), r"does not have 12 of the file's weights: blocks\.4\."),
         ("safetensors", state(depth=3), r"lacks 12 of 54 weights: blocks\.3\.norm1\.weight"),
         (
             "safetensors",
@@ -194,10 +196,10 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, suffix):
         (
             "safetensors",
             state(reg_tokens=1),
-            r"no place for 1 of its weights: reg_token; .* pos_embed \[1 x 18 x 32\]",
+            r"not have 1 of the file's weights: reg_token; .* \[1 x 18 x 32\]",
         ),
         ("safetensors", state({"norm.bias": torch.ones(31)}), r"norm\.bias \[31\], which is \[32\] here"),
-        ("pth", state({"norm.bias": "text"}), r"no place for 1 of its weights: norm\.bias"),
+        ("pth", state({"norm.bias": "text"}), r"does not have 1 of the file's weights: norm\.bias"),
         ("pth", state({"norm.bias": torch.full((32,), torch.nan)}), r"not finite: norm\.bias"),
     ],
 )

@@ -72,7 +72,7 @@ def test_of_two_models_that_fit_none_is_guessed(tmp_path):
         load_file(tiny_model(), file)
     assert str(error.value) == (
         f"{file} holds several models that fit this VisionTransformer, under student., teacher.: save the "
-        "state_dict() of the one that you mean alone and set backbone.weights to that file"
+        "state_dict() of the one that you mean, and set backbone.weights to that file"
     )
 
 

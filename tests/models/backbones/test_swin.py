@@ -251,14 +251,14 @@ def test_what_is_left_of_a_side_is_dropped():
 
 def test_images_of_other_channels_are_refused():
     with pytest.raises(
-        UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(2, 1, 32, 32"
+        UserError, match=r"images must be \[B, 3, height, width\], and these have the shape \(2, 1, 32"
     ):
         classifier_on(tiny_swin(), "linear")(torch.zeros(2, 1, 32, 32))
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (32, 36)])
 def test_images_whose_tokens_do_not_tell_their_map_are_refused(shape):
-    message = rf"images of {shape[0] // 4} x {shape[1] // 4} patches do not fit, this backbone takes 8 x 8 or another"
+    message = rf"images of {shape[0] // 4} x {shape[1] // 4} patches do not fit, because this backbone takes 8 x 8 or"
     with pytest.raises(UserError, match=message):
         classifier_on(tiny_swin(), "linear")(torch.zeros(1, 3, *shape))
     oblong = Swin(tiny_swin(**MODELS["oblong"]))
@@ -686,12 +686,12 @@ def with_part(cls):
         (OtherSwin(**SIZE), "backbone class OtherSwin is not a plain timm SwinTransformer: choose one"),
         (
             with_part(OtherBlock),
-            "this SwinTransformer has a OtherBlock, which nothing drives: choose a plain one of",
+            "this SwinTransformer has a OtherBlock, which is not supported: choose a plain one of",
         ),
-        (with_part(OtherAttention), "this SwinTransformer has a OtherAttention, which nothing drives"),
+        (with_part(OtherAttention), "this SwinTransformer has a OtherAttention, which is not supported"),
         (
             tiny_swin(global_pool=""),
-            "the backbone pools nothing: set backbone.global_pool to avg, avgmax or max",
+            "the backbone has no pooling: set backbone.global_pool to avg, avgmax or max",
         ),
     ],
 )

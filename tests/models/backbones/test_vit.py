@@ -155,18 +155,18 @@ def test_a_dynamic_model_takes_images_of_another_size(size, prefix):
         (
             {},
             (64, 64),
-            "this backbone takes images of its own size 32 x 32 and got 64 x 64: resize them, or set back",
+            "this backbone takes images of size 32 x 32 only and got 64 x 64: resize them, or set back",
         ),
         (
             {"img_size": (32, 48)},
             (48, 32),
-            "its own size 32 x 48 and got 48 x 32: resize them, or set backbone.image",
+            "of size 32 x 48 only and got 48 x 32: resize them, or set backbone.image",
         ),
         (
             {"dynamic_img_size": True},
             (32, 36),
-            "images of 32 x 36 do not fit, their sides are no multiples of the patch size 8: crop or resize "
-            "them",
+            "images of 32 x 36 do not fit, because their sides are not multiples of the patch size 8: crop "
+            "or",
         ),
     ],
 )
@@ -380,12 +380,15 @@ class PoolsOtherwise(VisionTransformer):
         ),
         (
             tiny_model(global_pool="", class_token=False),
-            "the backbone pools nothing: set backbone.global_pool to tok",
+            "the backbone has no pooling: set backbone.global_pool to tok",
         ),
-        (tiny_model(img_size=63), "^backbone.image_size=63 is no multiple of the patch size 8: give one$"),
+        (
+            tiny_model(img_size=63),
+            "^backbone.image_size=63 is not a multiple of the patch size 8: give a multiple$",
+        ),
         (
             tiny_model(img_size=(32, 36)),
-            "^backbone.image_size=36 is no multiple of the patch size 8: give one$",
+            "^backbone.image_size=36 is not a multiple of the patch size 8: give a mult",
         ),
     ],
 )
@@ -402,7 +405,7 @@ def test_a_side_is_taken_whose_last_pixels_are_padded_or_were_left_out_in_the_pr
     model.pretrained_cfg = {"input_size": (3, 36, 36)}
     assert ViT(model).image_size == 36
     model.pretrained_cfg = {"input_size": (3, 32, 32)}
-    with pytest.raises(UserError, match=r"^backbone\.image_size=36 is no multiple"):
+    with pytest.raises(UserError, match=r"^backbone\.image_size=36 is not a multiple"):
         ViT(model)
 
 

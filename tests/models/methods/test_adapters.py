@@ -189,8 +189,12 @@ def test_adaptformer_drops_hidden_units_in_training_only():
             "method.bottleneck=0 is too small: give at least 1, or use method=linear",
         ),
         (AdaptFormer, {"bottleneck": -3}, "method.bottleneck=-3 is too small"),
-        (AdaptFormer, {"scale": 0.0}, "method.scale=0.0 cannot scale what is tuned: give a number above 0"),
-        (AdaptFormer, {"scale": float("nan")}, "method.scale=nan cannot scale"),
+        (
+            AdaptFormer,
+            {"scale": 0.0},
+            "method.scale=0.0 is not a positive finite number: give a number above 0",
+        ),
+        (AdaptFormer, {"scale": float("nan")}, "method.scale=nan is not a positive"),
         (
             AdaptFormer,
             {"dropout": 1.0},

@@ -39,7 +39,7 @@ def test_linear_tunes_the_head_on_features_that_never_change():
 def test_without_prompts_no_token_enters():
     method = build_method("linear", ViT(tiny_model()))
     assert method.token_flow() == (Flow.KEEP,) * 4
-    with pytest.raises(LookupError, match="Linear lets no tokens enter before block 2"):
+    with pytest.raises(LookupError, match="Linear has no tokens that enter before block 2"):
         method.tokens(2, torch.zeros(1, 5, 32))
     assert type(method).tokens is Method.tokens
 
@@ -106,7 +106,7 @@ def test_dropout_where_there_is_no_place_for_it_is_refused():
 
     net = ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=0)
     with pytest.raises(
-        UserError, match=r"^method\.dropout=0\.1 is of the MLPs of transformers, and this backbone has"
+        UserError, match=r"^method\.dropout=0\.1 needs transformer MLPs with dropout layers, which"
     ):
         visprompt.build(net, "full", 2, dropout=0.1)
     with pytest.raises(

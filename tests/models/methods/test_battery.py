@@ -257,7 +257,7 @@ def test_a_model_in_which_a_method_lives_is_refused_until_it_is_merged(name, par
         assert visprompt.build(model, "vpt_deep", 3)(images()).shape == (2, 3)
         return
     message = (
-        r"^another method still lives in this model, in \S+: build from a fresh model, or from what visprompt"
+        r"^this model still has a layer of another method, \S+: build from a new model, or from one that"
     )
     with pytest.raises(UserError, match=message):
         visprompt.build(model, "vpt_deep", 3)
@@ -268,7 +268,7 @@ def test_a_model_in_which_a_method_lives_is_refused_until_it_is_merged(name, par
 def test_a_model_that_sees_further_channels_is_refused():
     first = visprompt.build(tiny_model(), "vpt_shallow", 5, location="concat_channel")
     with pytest.raises(
-        UserError, match=r"still lives in this model, in patch_embed\.proj: build from a fresh model"
+        UserError, match=r"still has a layer of another method, patch_embed\.proj: build from a new"
     ):
         visprompt.build(first.backbone.model, "linear", 3)
 
@@ -300,7 +300,7 @@ def test_a_backbone_in_16_bits_takes_a_method_in_32(name):
 )
 def test_what_is_no_batch_of_images_is_refused(name, shape):
     with pytest.raises(
-        UserError, match=r"images are \[B, 3, height, width\], and these have the shape \(3, "
+        UserError, match=r"images must be \[B, 3, height, width\], and these have the shape \(3, "
     ):
         built(name)(torch.zeros(*shape))
 
@@ -331,7 +331,7 @@ def test_a_compiled_classifier_gives_the_same_logits(name):
 
 def test_a_model_that_is_not_a_plain_vit_is_refused():
     with pytest.raises(
-        UserError, match="backbone class Linear is driven by no family: choose a model of one of Vision"
+        UserError, match="backbone class Linear is not supported: choose a model of one of Vision"
     ):
         visprompt.build(nn.Linear(2, 2), "linear", 3)
 
@@ -340,7 +340,9 @@ def test_a_model_that_is_not_a_plain_vit_is_refused():
     ("name", "why"), [("vapt", "from the second block on"), ("vpt_gated", "between blocks")]
 )
 def test_a_method_that_needs_two_blocks_says_so(name, why):
-    with pytest.raises(UserError, match=f"method {name} has .*{why}: the backbone has only one"):
+    with pytest.raises(
+        UserError, match=f"method {name} cannot work on this backbone: .*{why}, and there is only one"
+    ):
         visprompt.build(tiny_model(depth=1), name, 3)
 
 

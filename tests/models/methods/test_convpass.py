@@ -165,7 +165,7 @@ def test_another_grid_is_named():
     ("options", "message"),
     [
         ({"bottleneck": 0}, "method.bottleneck=0 is too small: give at least 1"),
-        ({"scale": -1.0}, "method.scale=-1.0 cannot scale what is tuned: give a number above 0"),
+        ({"scale": -1.0}, "method.scale=-1.0 is not a positive finite number: give a number above 0"),
         ({"dropout": 1.5}, "method.dropout=1.5 is not a probability"),
         ({"init": "xaver"}, "unknown method.init 'xaver': did you mean xavier"),
     ],

@@ -154,11 +154,11 @@ def test_descent_draws_prompts_to_their_images_and_away_from_others():
 def test_scoring_and_predicting_keep_nothing():
     model = classifier().eval()
     logits = model(images(6))
-    assert not model.method._seen
+    assert not model.method._inputs
     assert torch.equal(model.losses(logits, LABELS, EVEN), F.cross_entropy(logits, LABELS, reduction="none"))
     with torch.no_grad():
         model.train()(images(6))
-    assert not model.method._seen
+    assert not model.method._inputs
 
 
 def test_the_loss_is_in_float32_under_autocast():
@@ -347,7 +347,7 @@ def test_a_run_maps_the_classes_and_refuses_accumulation(tmp_path, monkeypatch):
         ({"guided_blocks": 0}, "method.guided_blocks=0 does not fit"),
         ({"patch_weight": -0.1}, "method.patch_weight=-0.1 is too small: give at least 0"),
         ({"class_weight": -1.0}, "method.class_weight=-1.0 is too small"),
-        ({"scale": 0.0}, "method.scale=0.0 does not fit: give a number above 0"),
+        ({"scale": 0.0}, "method.scale=0.0 is not a positive finite number: give a number above 0"),
         ({"norm": "l1"}, "unknown method.norm 'l1'"),
         ({"remap_from": -1}, "method.remap_from=-1 is too small"),
     ],

@@ -169,9 +169,7 @@ def test_a_state_with_other_masks_is_refused_even_where_the_shapes_are_equal():
     other = e2vpt(seed=5, token_mask=[1, 1, 0], segment_mask=[*SHARED["segment_mask"][::2], [1] * 8])
     assert other.method.prompts.shape == pruned.method.prompts.shape
     before = other.tuned_state()["prompts"].clone()
-    with pytest.raises(
-        UserError, match="token_mask is another mask here; build it with the state's own options"
-    ):
+    with pytest.raises(UserError, match="the mask token_mask differs; build it with the state's options"):
         other.load_tuned_state(pruned.tuned_state())
     assert torch.equal(other.tuned_state()["prompts"], before)
 
@@ -306,7 +304,7 @@ def test_dropout_is_drawn_for_every_image_over_what_is_left():
             r"method.prune_tokens=\[10, 100\] holds 100: give whole percentages from 0 to 99",
         ),
         ({"prune_segments": [0.5]}, r"method.prune_segments=\[0.5\] holds 0.5"),
-        ({"prune_tokens": 50}, r"method.prune_tokens=50 is no list: give \[50\]"),
+        ({"prune_tokens": 50}, r"method.prune_tokens=50 is not a list: give \[50\]"),
         ({"token_mask": [1, 1]}, "method.token_mask does not fit: give 0 or 1 for each of 5"),
         ({"token_mask": [1, 1, 2, 1, 1]}, "method.token_mask does not fit"),
         ({"segment_mask": [[1], [1, 0]]}, "method.segment_mask does not fit: give 0 or 1 for each of 5 x 16"),
@@ -314,11 +312,11 @@ def test_dropout_is_drawn_for_every_image_over_what_is_left():
             {"token_mask": [1] * 5, "mask_per_layer": True},
             "method.token_mask does not fit: give 0 or 1 for each of 4 x 5",
         ),
-        ({"token_mask": [0] * 5}, "the masks leave a token or a layer without a value"),
-        ({"segment_mask": [[0] * 16] * 5}, "the masks leave a token or a layer without a value"),
+        ({"token_mask": [0] * 5}, "leave a token or a layer without values"),
+        ({"segment_mask": [[0] * 16] * 5}, "leave a token or a layer without values"),
         (
             {"mask_per_layer": True, "token_mask": [[1, 1, 1, 1, 0]] * 3 + [[1] * 5]},
-            "the masks keep more in one layer than in another",
+            "keep more in one layer than in another",
         ),
     ],
 )

@@ -166,11 +166,8 @@ def test_backbones_that_cannot_be_sliced_are_named():
     ("options", "message"),
     [
         ({"rank": 0}, "method.rank=0 is too small: give at least 1"),
-        (
-            {"rank": 769},
-            "method.rank=769 is beyond the width 768 of the layers, whose updates have no higher rank",
-        ),
-        ({"scale": 0.0}, "method.scale=0.0 cannot scale what is tuned: give a number above 0"),
+        ({"rank": 769}, "method.rank=769 is larger than the width 768 of the layers"),
+        ({"scale": 0.0}, "method.scale=0.0 is not a positive finite number: give a number above 0"),
         ({"dropout": 1.0}, "method.dropout=1.0 is not a probability"),
         ({"form": "cp"}, "unknown method.form 'cp': choose one of tk, tt"),
     ],

@@ -127,14 +127,20 @@ def test_frozen_prompts_start_as_features_too():
             "cls",
             2,
             {},
-            "method.init=cls takes 3 prompt tokens of as many training images, and there are 2: give method",
+            "method.init=cls takes 3 prompt tokens from as many training images, and there are only 2: give "
+            "method",
         ),
-        ("patch_pool", 1, {"num_tokens": 17}, "takes 17 prompt tokens of as many patches, and there are 16"),
+        (
+            "patch_pool",
+            1,
+            {"num_tokens": 17},
+            "takes 17 prompt tokens from as many patches, and there are only 16",
+        ),
         (
             "cls",
             8,
             {"project": 4},
-            "method.init=cls gives prompts of the backbone's width, and method.project=4 others",
+            "method.init=cls gives prompts of the backbone's width, and method.project=4 needs another width",
         ),
         ("clss", 8, {}, "unknown method.init 'clss': did you mean cls"),
     ],

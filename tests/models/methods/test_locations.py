@@ -233,11 +233,11 @@ PAIRS = [
     ),
     (
         {"location": "add", "init": "cls"},
-        "method.init=cls gives tokens, and method.location=add takes none of them",
+        "method.init=cls gives tokens, which method.location=add does not take",
     ),
     (
         {"location": "add", "depth": 2, "carry_over": True},
-        "method.carry_over=true says nothing here, since method.location=add has no prompt outputs: give "
+        "method.carry_over=true has no effect here, since method.location=add has no prompt outputs: give "
         "method.carry",
     ),
     (
@@ -246,7 +246,7 @@ PAIRS = [
     ),
     (
         {"location": "add", "pool": "prompt"},
-        "method.pool=prompt reads prompts behind the last block, where there are",
+        "method.pool=prompt reads prompts after the last block, which they do",
     ),
 ]
 

@@ -184,12 +184,12 @@ def test_blocks_without_the_layer_are_named():
         ({"rank": 0}, "method.rank=0 is too small: give at least 1"),
         (
             {"alpha": 0.0},
-            "method.alpha=0.0 cannot scale what is tuned: give a number above 0, or null for rank",
+            "method.alpha=0.0 is not a positive finite number: give a number above 0, or null for rank",
         ),
         ({"dropout": -1.0}, "method.dropout=-1.0 is not a probability"),
         (
             {"targets": "qx"},
-            "method.targets='qx' names no matrices: give letters of qkv, such as qv, each once",
+            "method.targets='qx' does not name matrices: give letters of qkv, such as qv, each once",
         ),
         ({"targets": "qq"}, "method.targets='qq'"),
         ({"targets": ""}, "method.targets=''"),
@@ -202,8 +202,10 @@ def test_options_out_of_range_are_named(options, message):
 
 def test_a_rank_beyond_the_width_is_refused():
     assert LoRA(geometry(width=32), rank=32).rank == 32
-    sentence = r"^method\.rank=33 is beyond the width 32 of the layers, whose updates have no higher rank: "
+    sentence = (
+        r"^method\.rank=33 is larger than the width 32 of the layers, which bounds the rank of an update: "
+    )
     with pytest.raises(UserError, match=sentence):
         LoRA(geometry(width=32), rank=33)
-    with pytest.raises(UserError, match=r"^method\.rank=17 is beyond the width 16 "):
+    with pytest.raises(UserError, match=r"^method\.rank=17 is larger than the width 16 "):
         LoRA(geometry(widths=(16, 16, 32, 32)), rank=17)

@@ -27,7 +27,7 @@ from visprompt.models.methods import build_method
         (
             "linear",
             {"num_tokens": 3},
-            r"unknown option of method linear 'num_tokens': choose one of \(it has none\)",
+            r"unknown option of method linear 'num_tokens': choose one of \(it has no opt",
         ),
         ("full", {"droppath": 0.1}, "unknown option of method full 'droppath': did you mean drop_path"),
     ],

@@ -356,7 +356,7 @@ def test_too_few_windows_are_one_sentence(options, windows):
 
 def test_a_head_of_zeros_compares_nothing():
     backbone = ViT(tiny_model())
-    message = r"with recipe\.head_init=zeros all have the same: give recipe\.head_init=vpt, or method\.init=r"
+    message = r"with recipe\.head_init=zeros all windows have the same: give recipe\.head_init=vpt, or method\.init=r"
     with pytest.raises(UserError, match=message):
         Classifier(backbone, PAE(backbone), 5, "zeros")
     assert Classifier(backbone, PAE(backbone, init="random"), 5, "zeros")(images()).shape == (2, 5)

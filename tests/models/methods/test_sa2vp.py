@@ -178,8 +178,8 @@ def test_what_is_saved():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner": 0}, "method.inner=0 is no width: give at least 1"),
-        ({"scale": 0.0}, "method.scale=0.0 does not fit: give a number above 0"),
+        ({"inner": 0}, "method.inner=0 is too small: give at least 1"),
+        ({"scale": 0.0}, "method.scale=0.0 is not a positive finite number: give a number above 0"),
         ({"prompt_weight": 1.1}, "method.prompt_weight=1.1 is not a share: give a number from 0 to 1"),
         ({"dropout": 1.0}, "method.dropout=1.0 is not a probability"),
     ],
@@ -192,6 +192,6 @@ def test_options_out_of_range_are_named(options, message):
 @pytest.mark.parametrize("depth", [1, 5])
 def test_a_depth_at_which_nothing_reads_the_last_prompts_is_refused(depth):
     with pytest.raises(
-        UserError, match=rf"method sa2vp cannot work on this backbone: of its {depth} blocks the last"
+        UserError, match=rf"method sa2vp cannot work on this backbone: in the last of its {depth}"
     ):
         classifier(depth)

@@ -111,7 +111,7 @@ def test_merging_gives_a_layer_without_bias_one():
 def test_a_norm_that_cannot_shift_does_not_merge():
     classifier = build(model=tiny_model(norm_layer=RmsNorm))
     assert torch.isfinite(classifier(images())).all()
-    with pytest.raises(UserError, match="method ssf does not merge into an RmsNorm, which cannot shift"):
+    with pytest.raises(UserError, match="method ssf cannot be merged into an RmsNorm, which has no bias"):
         classifier.backbone.model.norm.merged()
 
 

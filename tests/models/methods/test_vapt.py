@@ -116,7 +116,7 @@ def test_dropout_takes_whole_channels_of_the_map():
         (
             geometry(grids=((1, 4),) * 4),
             {},
-            r"vapt needs a grid of at least 2x2 patches: .* \(1, 4\)",
+            r"vapt needs a grid of at least 2x2 patches, and .* \(1, 4\)",
         ),
     ],
 )

@@ -172,14 +172,14 @@ def test_a_projection_without_bias_will_do():
         ),
         (
             {"matched_patches": 2},
-            "method.matched_patches=2 is for method.init=vipamin, and says nothing with method.init=random: "
-            "give method.init=vipamin, or method.matched_patches=8",
+            "method.matched_patches=2 is for method.init=vipamin, and has no effect with "
+            "method.init=random: give method.init=vipamin, or method.matched_patches=8",
         ),
         ({"init": "cls", "orthogonal_share": 0}, "method.orthogonal_share=0 is for method.init=vipamin"),
         ({"init": "vipamin", "project": 4}, "method.init=vipamin gives prompts of the backbone's width"),
         (
             {"init": "vipamin", "location": "add"},
-            "method.init=vipamin gives tokens, and method.location=add takes",
+            "method.init=vipamin gives tokens, which method.location=add does",
         ),
     ],
 )

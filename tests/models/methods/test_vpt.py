@@ -151,16 +151,16 @@ def test_without_dropout_training_draws_nothing():
         ({"dropout": 1.0}, "method.dropout=1.0 is not a probability: give a number from 0 to below 1"),
         ({"dropout": float("nan")}, "method.dropout=nan is out of range: give a number up to 65536"),
         ({"shared": "both"}, "unknown method.shared 'both': choose one of all, inter, intra, none"),
-        ({"project": 0}, "method.project=0 is no width: give at least 1, or null for no projection"),
+        ({"project": 0}, "method.project=0 is too small: give at least 1, or null for no projection"),
         ({"pool": "images"}, "unknown method.pool 'images': did you mean image"),
         ({"init": "kmeans"}, "unknown method.init 'kmeans': did you mean patch_kmeans"),
         (
             {"depth": 2, "pool": "prompt"},
-            "method.pool=prompt reads prompts behind the last block, where there are none",
+            "method.pool=prompt reads prompts after the last block, which they do not reach",
         ),
         (
             {"depth": 2, "depth_from": "last", "carry_over": True},
-            "method.carry_over=true says nothing here, since method.depth_from=last leaves no block behind "
+            "method.carry_over=true has no effect here, since method.depth_from=last leaves no block after "
             "the prompted ones: give method.carry_over=false",
         ),
         (

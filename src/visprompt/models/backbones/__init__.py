@@ -1,4 +1,4 @@
-"""Backbones by name: the embedded demo ViT and timm's, with weights from a file, timm's cache or its hub."""
+"""Backbones by name: the demo ViT and timm's models, with weights from a file, a local cache or the hub."""
 
 import textwrap
 from dataclasses import asdict, dataclass, field
@@ -30,20 +30,21 @@ class BackboneSpec:
     """Which backbone, and how it is built.
 
     Attributes:
-        name: The embedded demo backbone's name or a timm model name, with or without a pre-training tag.
-        weights: A file of weights (.safetensors, .pth, .npz) or a folder with one; None takes timm's cache or
-            hub.
+        name: The embedded demo backbone's name or a timm model name, with or without a pre-training tag, such
+            as vit_base_patch16_224.orig_in21k.
+        weights: A file of weights (.safetensors, .pth, .npz) or a folder that holds one; None takes the ones
+            that timm names, from a local cache or the hub.
         pretrained: False leaves random weights, for tests and for training from scratch.
-        image_size: Side of the input in pixels; None is the model's own.
-        global_pool: Another of timm's poolings for the trained model, whose norms stay where they are; None
-            is its own.
-        final_norm: "trained" for the norm behind the last block as it was trained; "fresh" for one of weight
-            1 and bias 0 behind the mean in its place, as the codes of MAE, VPT and E2VPT pool MAE's features.
-        exact: False carries prompt tokens through every block, for comparison.
+        image_size: Side of the input in pixels; None is the model's default.
+        global_pool: A pooling of timm that replaces the model's, after its weights are loaded; None keeps the
+            model's.
+        final_norm: "trained" keeps the norm after the last block; "fresh" replaces it by a norm of weight 1
+            and bias 0 after the mean over patches, as the codes of MAE, VPT and E2VPT do for MAE's features.
+        exact: False computes the prompt tokens' outputs in every block, for comparison.
         kwargs: Further arguments of the timm model, such as depth and embed_dim of a tiny one; see `options`.
 
     Raises:
-        UserError: Random weights and a file of weights are both asked for.
+        UserError: `final_norm` is unknown, or both random weights and a file of weights are asked for.
     """
 
     name: str = DEMO
@@ -61,21 +62,21 @@ class BackboneSpec:
         if not self.pretrained and self.weights is not None:
             raise UserError(
                 f"backbone.pretrained=false asks for random weights, and backbone.weights={self.weights} "
-                "for those of a file: leave one of them out, or give backbone.weights=null"
+                "for those of a file: give only one of them, or backbone.weights=null"
             )
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A built backbone with what has to be known of it.
+    """A built backbone and its properties.
 
     Attributes:
         module: The module that a `Classifier` drives.
         spec: How it was built.
-        sha256: Hash of its weights as loaded.
+        sha256: Hash of its weights after loading.
         image_size: Side of its input in pixels.
-        mean: Channel means its input is normalised with.
-        std: Channel standard deviations.
+        mean: Channel means that its input is normalised with.
+        std: Channel standard deviations that its input is normalised with.
     """
 
     module: Family
@@ -86,27 +87,27 @@ class Backbone:
     std: tuple[float, ...]
 
     def record(self) -> dict[str, Any]:
-        """Return what a result and a tuned state keep: how to build it again, and the weights' hash."""
-        # where the file of weights lay is no part of what it holds
+        """Return the record that results and tuned states keep: how to build the backbone, and its hash."""
+        # without the path of the weights: the hash identifies them
         return {k: v for k, v in asdict(self.spec).items() if k != "weights"} | {"sha256": self.sha256}
 
 
 def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
-    """Build a backbone and loads its weights.
+    """Build a backbone and load its weights.
 
     Args:
-        spec: Which one.
-        seed: Seed of random weights, where `spec.pretrained` is false.
+        spec: Which backbone.
+        seed: Seed of random weights, used if `spec.pretrained` is false.
 
     Returns:
         The backbone, in evaluation mode.
 
     Raises:
-        UserError: The name is unknown, the weights cannot be had, or they do not fit; says what to do.
+        UserError: The name is unknown, or the weights are missing or do not fit; the message says what to do.
     """
     check_name(spec.name)
     check_kwargs(spec.kwargs)
-    file = _weights_file(spec)  # looked for first: a large model takes a minute to build
+    file = _weights_file(spec)  # first: a large model takes a minute to build
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -116,22 +117,21 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
         if spec.global_pool is not None:
             model.reset_classifier(0, spec.global_pool)
         if spec.final_norm == "fresh":
-            _renew_norm(model)
+            _replace_final_norm(model)
         module = family(model, spec.exact)
     except UserError:
         raise
-    except Exception as error:  # timm raises of every kind
-        said = textwrap.shorten(reason(error), 300, placeholder=" ...")
+    except Exception as error:  # timm raises many kinds of exceptions
+        cause = textwrap.shorten(reason(error), 300, placeholder=" ...")
         raise UserError(
             f"backbone {spec.name} cannot be built: "
-            f"{said or 'one of its settings is unknown or of a wrong kind'}; "
+            f"{cause or 'one of its settings is unknown or of a wrong kind'}; "
             "check backbone.name, backbone.image_size, backbone.global_pool and backbone.kwargs"
         ) from error
     if spec.image_size not in (None, module.image_size):
         raise UserError(
-            f"backbone.image_size={spec.image_size} was not taken, {spec.name} is built for "
-            f"{module.image_size}: "
-            "give one size alone, as +backbone.kwargs.img_size=... where the model needs it so"
+            f"backbone.image_size={spec.image_size} has no effect, because {spec.name} is built for "
+            f"{module.image_size}: give only one size, as +backbone.kwargs.img_size=... if the model needs it"
         )
     config = model.pretrained_cfg if spec.name != DEMO else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     module.mean, module.std = tuple(config["mean"]), tuple(config["std"])
@@ -139,8 +139,8 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
     return Backbone(module, spec, digest, module.image_size, module.mean, module.std)
 
 
-def _renew_norm(model: Any) -> None:
-    """Drop the trained norm behind the last block, and put one of weight 1 and bias 0 behind the mean."""
+def _replace_final_norm(model: Any) -> None:
+    """Remove the trained norm after the last block, and add one of weight 1 and bias 0 after the mean."""
     norm = getattr(model, "norm", None)
     if (
         not isinstance(model, VisionTransformer)
@@ -148,21 +148,18 @@ def _renew_norm(model: Any) -> None:
         or model.global_pool != "avg"
     ):
         raise UserError(
-            "backbone.final_norm=fresh is for a ViT with a layer norm behind its last block whose features "
-            "are the "
-            "mean of the patches: give backbone.global_pool=avg with it, or backbone.final_norm=trained"
+            "backbone.final_norm=fresh needs a ViT with a layer norm after its last block, whose features "
+            "are the mean of the patches: give backbone.global_pool=avg too, or backbone.final_norm=trained"
         )
     model.fc_norm = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
     model.norm = nn.Identity()
 
 
 def check_name(name: str) -> None:
-    """Raise unless a name is the embedded backbone's or one of timm's registry.
-
-    An address or a folder is neither.
+    """Refuse a name, such as a URL or a folder, that is neither the demo backbone's nor in timm's registry.
 
     Raises:
-        UserError: Names the nearest ones.
+        UserError: The name is unknown; the message has the nearest ones.
     """
     architecture, _, tag = name.partition(".")
     if name == DEMO:
@@ -175,7 +172,7 @@ def check_name(name: str) -> None:
 
 
 def _weights_file(spec: BackboneSpec) -> Path | None:
-    """Return the file of weights to load; None where none are wanted."""
+    """Return the file of weights to load; None for random weights."""
     if not spec.pretrained:
         return None
     if spec.weights is not None:
@@ -184,16 +181,14 @@ def _weights_file(spec: BackboneSpec) -> Path | None:
 
 
 def _create(spec: BackboneSpec) -> Any:
-    """Return the model with random weights and without a classifier."""
-    name, kwargs = (
-        (_DEMO_MODEL, _DEMO_KWARGS | spec.kwargs) if spec.name == DEMO else (spec.name, dict(spec.kwargs))
-    )
+    """Create the timm model, with random weights and without a classifier."""
+    name, kwargs = spec.name, dict(spec.kwargs)
+    if spec.name == DEMO:
+        name, kwargs = _DEMO_MODEL, _DEMO_KWARGS | spec.kwargs
     side, config = spec.image_size, timm.get_pretrained_cfg(name)
     if side is not None and (config is None or config.fixed_input_size):
         kwargs = kwargs | {"img_size": spec.kwargs.get("img_size", side)}
-    elif (
-        side is not None
-    ):  # a convolutional network takes any size: what is changed is what it says of itself
+    elif side is not None:  # a convolutional network takes any size: only its record of the size changes
         overlay = {"input_size": (3, side, side)} | kwargs.pop("pretrained_cfg_overlay", {})
         kwargs["pretrained_cfg_overlay"] = overlay
     return timm.create_model(name, num_classes=0, **kwargs)

@@ -1,10 +1,10 @@
-"""timm's residual blocks, re-driven so that only what is read is computed and a method can enter.
+"""The forward of timm's residual blocks, rewritten so that a method can enter and unread outputs are skipped.
 
-A block's output is read only for some of its tokens: where the next block drops or replaces the prompts,
-their outputs are not read; where the pooling takes the class token, the last block's outputs of all other
-tokens are not. Tokens that are not read serve as keys and values only: K = LN(P) W_k + b_k, V = LN(P) W_v +
-b_v. Their queries, attention, projection and MLP are left out, with the same logits and gradients. Prompts
-that all images share ([1, p, width]) give their keys and values once per step, not once per image.
+Often only some outputs of a block are read: if the next block drops or replaces the prompts, their outputs
+are not read; if the pooling takes the class token, no other output of the last block is. Tokens whose outputs
+are not read only give keys and values, K = LN(P) W_k + b_k and V = LN(P) W_v + b_v. Their queries, attention,
+projection and MLP are not computed; logits and gradients stay the same. For prompts that all images share
+([1, p, width]) keys and values are computed once per step, not once per image.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,31 +23,31 @@ _TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
 
 def is_proven(
-    block: Any, own: type[nn.Module] = Block, attentions: Sequence[type[nn.Module]] = (Attention,)
+    block: Any, block_class: type[nn.Module] = Block, attentions: Sequence[type[nn.Module]] = (Attention,)
 ) -> bool:
     """Return whether `run_block` computes exactly what this block computes.
 
-    Exact classes, not subclasses: a subclass may have changed its forward. Everything outside the attention
-    must work token by token.
+    Classes must match exactly: a subclass may have another forward. Everything outside the attention must
+    work token by token.
 
     Args:
-        block: Any.
-        own: The class it must have.
-        attentions: The classes its `attn` may have: those that the family's attention equals.
+        block: Any block.
+        block_class: The class it must have.
+        attentions: Classes that its `attn` may have: those whose forward the family's attention reproduces.
     """
-    kind: type[nn.Module] = type(block)
+    actual: type[nn.Module] = type(block)
     return (
-        kind is own
+        actual is block_class
         and type(block.attn) in attentions
-        and type(_inside(block.norm1)) in _TOKENWISE_NORMS
-        and type(_inside(block.norm2)) in _TOKENWISE_NORMS
+        and type(_unwrapped(block.norm1)) in _TOKENWISE_NORMS
+        and type(_unwrapped(block.norm2)) in _TOKENWISE_NORMS
         and type(block.mlp) in _TOKENWISE_MLPS
         and bool(block.attn.attn_drop.p == 0 or not block.attn.training)
     )
 
 
-def _inside(module: nn.Module) -> nn.Module:
-    return _inside(module.base) if isinstance(module, Wrapped) else module
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return _unwrapped(module.base) if isinstance(module, Wrapped) else module
 
 
 Rows = tuple[Tensor, Tensor]  # of keys and of values, each [heads, t, head_dim]
@@ -62,17 +62,16 @@ def run_block(
     method: Method | None = None,
     index: int = 0,
 ) -> Tensor:
-    """Return outputs of a block x + Attention(LN(x)), then + MLP(LN(x)), for some of its tokens.
+    """Return the outputs of a block x + Attention(LN(x)), then + MLP(LN(x)), for some of its tokens.
 
     Args:
-        block: A block whose class its family has proven.
+        block: A block of a proven class.
         read: Tokens whose outputs are read, [B, n, width].
         context: The other tokens of the sequence, in any number of parts [B or 1, m, width]; they give keys
             and values only.
-        attend: The family's attention: of the block's `attn`, the normed tokens, the normed context and the
-            method's rows.
-        method: Asked for rows of keys and values and for branches; None asks nobody.
-        index: Of the block, for the method.
+        attend: The family's attention: (attn, normed read, normed context, rows) -> [B, n, width].
+        method: Gives rows of keys and values, and branches; None for a plain block.
+        index: Index of the block, for the method.
 
     Returns:
         The block's outputs for `read`, [B, n, width]; without a method equal to those of
@@ -96,10 +95,7 @@ def run_block(
 
 
 def _scaled(block: Any, which: int, x: Tensor) -> Tensor:
-    """Return a branch behind its layer scale.
-
-    A module in a ViT's block, a vector or None in EVA's, nothing in Swin's.
-    """
+    """Apply a layer scale: `ls1` in ViT, a vector `gamma_1` or None in EVA; Swin does not have one."""
     if hasattr(block, f"ls{which}"):
         return cast(Tensor, getattr(block, f"ls{which}")(x))
     gamma = getattr(block, f"gamma_{which}", None)
@@ -107,9 +103,16 @@ def _scaled(block: Any, which: int, x: Tensor) -> Tensor:
 
 
 def attend(attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows | None) -> Tensor:
-    """Return attention of a plain block.
+    """Return the attention of a plain ViT block.
 
-    Of normed tokens [B, n, width] over themselves, the context and the method's rows.
+    Args:
+        attn: The block's attention.
+        read: Normed tokens that give queries, keys and values, [B, n, width].
+        context: Normed tokens that give keys and values only, [B or 1, m, width].
+        rows: The method's keys and values, each [heads, t, head_dim].
+
+    Returns:
+        [B, n, width].
     """
     q, k, v = split_heads(attn, attn.qkv(read))
     keys, values = [attn.k_norm(k)], [v]
@@ -123,15 +126,15 @@ def attend(attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows 
 def combine(
     attn: Any, read: Tensor, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: Rows | None
 ) -> Tensor:
-    """Return what an attention of timm makes of its queries, keys and values.
+    """Return the output of a timm attention from its queries, keys and values.
 
     Args:
-        attn: Its `scale`, `norm`, `gate`, `proj` and `proj_drop` are used.
-        read: The normed tokens that ask, [B, n, width].
-        q: Their queries, [B, heads, n, head_dim].
-        keys: In any number of parts, each [B or 1, heads, m, head_dim].
-        values: Likewise.
-        rows: The method's.
+        attn: The attention; its `scale`, `norm`, `gate`, `proj` and `proj_drop` are used.
+        read: The normed tokens of the queries, [B, n, width].
+        q: Queries, [B, heads, n, head_dim].
+        keys: Keys in any number of parts, each [B or 1, heads, m, head_dim].
+        values: Values in the same parts.
+        rows: The method's keys and values, each [heads, t, head_dim].
 
     Returns:
         [B, n, width].
@@ -150,9 +153,9 @@ def combine(
 
 
 def _keys_values(attn: Attention, x: Tensor) -> tuple[Tensor, ...]:
-    """Return keys and values of normed tokens that ask nothing, each [B, heads, n, head_dim]."""
+    """Return keys and values of normed tokens without queries, each [B, heads, n, head_dim]."""
     if type(attn.qkv) is not nn.Linear:
         return split_heads(attn, attn.qkv(x))[1:]
-    # rows [width:] of the joint projection are those of the keys and the values
+    # the joint projection's rows are those of queries, keys and values, attn_dim each
     bias = None if attn.qkv.bias is None else attn.qkv.bias[attn.attn_dim :]
     return split_heads(attn, F.linear(x, attn.qkv.weight[attn.attn_dim :], bias))

@@ -1,11 +1,11 @@
 """Convolutional networks of timm.
 
-ConvNeXt with its second version, and ResNet with ResNeXt, SE-ResNet and deep stems.
+ConvNeXt (both versions), and ResNet with ResNeXt, SE-ResNet and deep stems.
 
-Their blocks take maps [B, channels, height, width], which no token can join: methods enter through the
-pixels, the layers and the weights. timm's own blocks run one after the other, so that what comes before the
-tuned ones can be computed once. Frozen batch norm keeps its statistics, because a frozen backbone stays in
-evaluation mode.
+Their blocks take maps [B, channels, height, width], which cannot hold prompt tokens: methods enter through
+the pixels, the layers and the weights. timm's blocks run one after the other, so that the output of blocks
+before the tuned ones can be computed once. A frozen backbone stays in evaluation mode, so its batch norms
+keep their statistics.
 """
 
 from typing import Any, cast
@@ -24,12 +24,12 @@ class ConvNet(Family):
     """A timm convolutional network without its head.
 
     Args:
-        model: A model of exactly `model_class`. It takes images of any size; its own is `input_size` in its
-            `pretrained_cfg`, else 224.
-        exact: Changes nothing: there are no prompt tokens to carry.
+        model: A model of exactly `model_class`. It takes images of any size; its own size is `input_size` in
+            its `pretrained_cfg`, else 224.
+        exact: No effect: there are no prompt tokens.
 
     Raises:
-        UserError: The model is of another class, or pools nothing.
+        UserError: The model is of another class, or has no pooling.
     """
 
     any_size = True
@@ -50,65 +50,64 @@ class ConvNet(Family):
         self._measure()
 
     def _order(self) -> dict[str, str | None]:
-        """Return each block's name, and that of what stands between it and the one before."""
+        """Return each block's name, mapped to that of the module between it and the block before, or None."""
         raise NotImplementedError
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """Read widths and grids off a run on tensors without values."""
-        maps: list[torch.Size] = []
+        """Set widths and grids from a forward on meta tensors, which have shapes but no values."""
+        shapes: list[torch.Size] = []
         hooks = [
-            block.register_forward_hook(lambda *call: maps.append(call[2].shape)) for block in self.blocks
+            block.register_forward_hook(lambda *call: shapes.append(call[2].shape)) for block in self.blocks
         ]
         tensors = {name: t.to("meta") for name, t in (*self.named_parameters(), *self.named_buffers())}
         like = next(iter(tensors.values()))
-        images = like.new_empty(
-            2, 3, self.image_size, self.image_size
-        )  # two: batch statistics need more than one
+        # two images: batch statistics need more than one
+        images = like.new_empty(2, 3, self.image_size, self.image_size)
         features: Tensor = functional_call(self, tensors, (images, Method(self)))
         for hook in hooks:
             hook.remove()
         if features.ndim != 2:
-            raise UserError("the backbone pools nothing: set backbone.global_pool to avg, avgmax or max")
+            raise UserError("the backbone has no pooling: set backbone.global_pool to avg, avgmax or max")
         self.width = features.shape[1]
-        self.widths = tuple(shape[1] for shape in maps)
-        self.grids = tuple((shape[2], shape[3]) for shape in maps)
+        self.widths = tuple(shape[1] for shape in shapes)
+        self.grids = tuple((shape[2], shape[3]) for shape in shapes)
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
         """Return maps [B, channels, height, width] of images [B, 3, H, W], before the first block."""
         raise NotImplementedError
 
     def pool(self, x: Tensor) -> Tensor:
-        """Return features [B, width] of the last block's maps, as the model's own classifier would get them."""
+        """Return features [B, width] from the last block's maps, as the model's classifier would get them."""
         return cast(Tensor, cast(Any, self.model).forward_head(x, pre_logits=True))
 
     def pooling(self, pool: str | None) -> str:
-        """Timm's own word: there are no tokens to choose from."""
+        """Return timm's word for the pooling; `pool`, which chooses tokens, has no effect here."""
         return str(cast(Any, getattr(self.model, "head", self.model)).global_pool.pool_type)
 
     def to_block(self, stop: int, images: Tensor, method: Method) -> Tensor:
-        """Flat maps [B, channels, height * width] before block `stop`, at or below the method's `first_block`.
+        """Return flat maps [B, channels, height * width] before block `stop`; see `Family.to_block`.
 
         Raises:
-            UserError: Images that are not square: `from_block` could not tell height from width.
+            UserError: The images are not square, so `from_block` could not restore height and width.
         """
         x = self._through(self.embed(images, method), 0, stop)
         flat = x.flatten(2)
         if x.shape[2] != x.shape[3]:
             raise UserError(
-                f"the first blocks are computed once for all epochs, for square images alone, and these are "
-                f"{images.shape[-2]} x {images.shape[-1]}: crop or resize them"
+                f"the first blocks are computed once for all epochs, which needs square images, and these "
+                f"are {images.shape[-2]} x {images.shape[-1]}: crop or resize them"
             )
         return flat
 
     def from_block(self, start: int, x: Tensor, method: Method) -> Tensor:
-        """Pooled features [B, width] of what `to_block` gave, or of maps that are not flat."""
+        """Return pooled features [B, width] of the flat maps of `to_block`, or of maps before flattening."""
         if x.ndim == 3:
             x = x.unflatten(2, side_of(x.shape[2], self.grids[start]))
         return self.pool(self._through(x, start, self.num_blocks))
 
     def _through(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Return maps before block `stop` of those before block `start`."""
+        """Run blocks `start` to `stop` - 1, and what is between them, on the maps before block `start`."""
         for i in range(start, stop):
             x = self.model.get_submodule(self.block_names[i])(x)
             between = self.between_names[i + 1] if i + 1 < self.num_blocks else None
@@ -120,14 +119,14 @@ class ConvNet(Family):
 class ConvNeXt(ConvNet):
     """A timm `ConvNeXt` without its head.
 
-    Any stem, linear or convolutional MLPs, norm before or behind the pooling.
+    Any stem, linear or convolutional MLPs, norm before or after the pooling.
 
     Args:
         model: The model; it takes images of any size.
-        exact: Changes nothing: there are no prompt tokens to carry.
+        exact: No effect: there are no prompt tokens.
 
     Raises:
-        UserError: The model is of another class, pools nothing, or has a stage without blocks.
+        UserError: The model is of another class, has no pooling, or has a stage without blocks.
     """
 
     model_class = convnext.ConvNeXt
@@ -152,30 +151,27 @@ class ConvNeXt(ConvNet):
         return order
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """Return maps [B, channels, height, width] before the first block.
-
-        The first stage's downsampling belongs to them.
-        """
+        """Return maps [B, channels, height, width] before the first block, after the first downsampling."""
         self.check_size(images, method)
         maps = self.model.stem(method.pixels(images))
         return cast(Tensor, cast(Any, self.model.stages[0]).downsample(maps))
 
     def pool(self, x: Tensor) -> Tensor:
-        """Return features [B, width] of the last block's maps."""
+        """Return features [B, width] from the last block's maps."""
         return super().pool(self.model.norm_pre(x))
 
 
 class ResNet(ConvNet):
     """A timm `ResNet` without its head: basic blocks or bottlenecks, any stem.
 
-    No norm stands behind the last block.
+    There is no norm after the last block.
 
     Args:
         model: The model; it takes images of any size.
-        exact: Changes nothing: there are no prompt tokens to carry.
+        exact: No effect: there are no prompt tokens.
 
     Raises:
-        UserError: The model is of another class, or pools nothing.
+        UserError: The model is of another class, or has no pooling.
     """
 
     model_class = resnet.ResNet

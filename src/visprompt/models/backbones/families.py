@@ -1,4 +1,4 @@
-"""Which family drives a model of timm."""
+"""The families of backbones, and the choice of the one that drives a timm model."""
 
 from torch import nn
 
@@ -13,23 +13,23 @@ FAMILIES: tuple[type[Family], ...] = (ViT, EVA, Swin, ConvNeXt, ResNet)
 
 
 def family(model: nn.Module, exact: bool = True) -> Family:
-    """Wrap a model of timm into the family that drives it, in evaluation mode.
+    """Wrap a timm model in the family that drives it, in evaluation mode.
 
     Args:
-        model: The model; its head is taken off.
-        exact: False carries the prompt tokens through every block, for comparison.
+        model: The model; its head is removed.
+        exact: False computes the prompt tokens' outputs in every block, for comparison.
 
     Returns:
         The family's module.
 
     Raises:
-        UserError: No family drives its class.
+        UserError: No family supports the model's class.
     """
     for cls in FAMILIES:
-        if type(model) is cls.model_class:  # a subclass may compute something else
-            # eval first: in training mode, dropout in its attention keeps blocks off the exact path
+        if type(model) is cls.model_class:  # not a subclass, which may compute something else
+            # eval() comes first: blocks with attention dropout are not proven in training mode
             return cls(model.eval(), exact).eval()
     known = ", ".join(cls.model_class.__name__ for cls in FAMILIES)
     raise UserError(
-        f"backbone class {type(model).__name__} is driven by no family: choose a model of one of {known}"
+        f"backbone class {type(model).__name__} is not supported: choose a model of one of {known}"
     )

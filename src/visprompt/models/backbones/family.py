@@ -1,20 +1,19 @@
-"""What all families of backbones have in common, and the drive of those that are made of tokens.
+"""The base of all families of backbones, and the forward of those made of tokens.
 
-A family is a file: it says where a method may enter (its sites), names the model's parts, and drives timm's
-own modules block by block. Never compute what the loss cannot see: outputs that nobody reads are left out by
-block classes that are re-driven exactly (`is_proven`), each tested against timm's own forward. Other blocks
-carry the tokens.
+A family is one file: it says where a method may enter (its sites), names the model's parts, and runs timm's
+modules block by block. Outputs that the loss does not depend on are not computed, if the block's class is
+"proven" (`is_proven`): re-implemented exactly, and tested against timm's forward. Other blocks run timm's
+forward on all tokens ("carry" them).
 
-From images to logits (here, `models/classifier.py` and `block.py`; a method is asked, and never calls):
+From images to logits (here, in `models/classifier.py` and in `block.py`; the backbone calls the method):
 
     x = embed(method.pixels(images))                     # [B, n, width]: class token, patches
     for i, block in enumerate(blocks):                   # from_block
         x = method.shift(i, x)
-        if flow[i] enters or mixes:                      # method.token_flow()
-            entering = method.tokens(i, x)               # [1 or B, p, width], in place of the last block's
-        read = the rows of x whose outputs are read      # the next block drops prompts; the pooling reads few
-        tokens
-        queries = LN(x[read]);  context = LN(the other rows), LN(entering)                    # run_block
+        if flow[i] is ENTER or MIX:                      # method.token_flow()
+            entering = method.tokens(i, x)               # [1 or B, p, width], replaces the last block's
+        read = rows of x whose outputs are read          # not prompts that the next block drops, for example
+        queries = LN(x[read]);  context = LN(other rows), LN(entering)                        # run_block
         keys, values = those of queries, context and method.keys_values(i)                    # attend
         x = x[read] + Attention(queries, keys, values) + method.branch(ATTENTION) [+ ...]
         x = x + MLP(LN(x)) + method.branch(MLP) [+ ...]
@@ -39,11 +38,12 @@ class Family(nn.Module):
 
     Args:
         model: The model.
-        exact: False carries the prompt tokens through every block, as the papers' codes do; for comparison.
+        exact: False computes the prompt tokens' outputs in every block, as the papers' codes do; for
+            comparison.
 
     Attributes:
-        mean: Per channel, of pixels in 0..1: what its images are normalised with; None where nothing says it.
-        std: The standard deviation likewise.
+        mean: Channel means that its images (pixels in 0..1) are normalised with; None if unknown.
+        std: Channel standard deviations, likewise.
     """
 
     model_class: ClassVar[type[nn.Module]]
@@ -77,7 +77,7 @@ class Family(nn.Module):
         tokens).
 
         Raises:
-            UserError: It is of another class.
+            UserError: The model is of another class.
         """
         if type(model) is not cls.model_class:
             raise UserError(
@@ -97,62 +97,61 @@ class Family(nn.Module):
 
     @property
     def own_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images it was built for."""
+        """Height and width in pixels of the images that the model was built for."""
         return self.image_size, self.image_size
 
     def carried_blocks(self) -> list[int]:
-        """Return indices of the blocks that carry prompt tokens in full.
-
-        Their class is not proven, or `exact` is off.
-        """
+        """Return the indices of blocks that compute the outputs of all prompt tokens."""
         return []
 
     def pooling(self, pool: str | None) -> str:
-        """Return what the features are pooled of, in words for a record.
-
-        A method's `pool`, or else timm's own word.
-        """
+        """Return a word for records that says what the features are pooled from: `pool`, else timm's word."""
         return pool or str(getattr(self.model, "global_pool", "avg"))
 
     def forward(self, images: Tensor, method: Method) -> Tensor:
-        """Pooled features of a batch.
+        """Return the pooled features of a batch.
 
         Args:
             images: Normalised images [B, 3, H, W].
-            method: Enters where it likes, see `methods.base`.
+            method: The method, called where it enters; see `models.contract`.
 
         Returns:
-            Features [B, width] as the model's own head would get them.
+            Features [B, width] as the model's head would get them.
         """
         return self.from_block(0, self.embed(images, method), method)
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """Return what the first block gets of images [B, 3, H, W].
+        """Return the first block's input: tokens [B, n, width], or maps [B, channels, height, width].
 
-        Tokens [B, n, width], or maps [B, channels, h, w].
+        Args:
+            images: Normalised images [B, 3, H, W].
+            method: The method; it may change the pixels.
         """
         raise NotImplementedError
 
     def to_block(self, stop: int, images: Tensor, method: Method) -> Tensor:
-        """Return the same, maps flat, before block `stop`, at or below the method's `first_block`.
+        """Return the input of block `stop`: tokens [B, n, width], or flat maps [B, channels, height * width].
 
-        Nothing tuned is in it.
+        Args:
+            stop: At most the method's `first_block`, so that nothing tuned affects the result.
+            images: Normalised images [B, 3, H, W].
+            method: The method.
         """
         raise NotImplementedError
 
     def from_block(self, start: int, x: Tensor, method: Method) -> Tensor:
-        """Pooled features [B, width] of what `to_block` gave."""
+        """Return pooled features [B, width] of what `to_block` returned for block `start`."""
         raise NotImplementedError
 
     def check_size(self, images: Tensor, method: Method) -> None:
-        """Refuse images of other channels, or of another size than the backbone's own where a method needs that one.
+        """Refuse images without 3 channels, or of a size that the method does not support.
 
         Raises:
-            UserError: They have others.
+            UserError: The images have another number of channels or another size.
         """
         if images.shape[1] != 3:
             raise UserError(
-                f"images are [B, 3, height, width], and these have the shape {tuple(images.shape)}"
+                f"images must be [B, 3, height, width], and these have the shape {tuple(images.shape)}"
             )
         height, width = self.own_size
         if method.fixed_size and images.shape[-2:] != (height, width):
@@ -163,12 +162,12 @@ class Family(nn.Module):
 
 
 class TokenFamily(Family):
-    """A family whose blocks take tokens; image tokens stand first, prompts behind them."""
+    """A family whose blocks take tokens: image tokens first, then prompts."""
 
     def carried_blocks(self) -> list[int]:
-        """Return indices of the blocks that carry prompt tokens in full.
+        """Return the indices of blocks that compute the outputs of all prompt tokens.
 
-        Their class is not proven, or `exact` is off.
+        These are blocks of a class that is not proven, or all blocks if `exact` is off.
         """
         return [i for i, block in enumerate(self.blocks) if not (self.exact and self.is_proven(block))]
 
@@ -179,20 +178,20 @@ class TokenFamily(Family):
     def drive(
         self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
     ) -> Tensor:
-        """Run a proven block so that a method can enter it and only what is read is computed.
+        """Run a proven block, with the method in it, and compute only the outputs that are read.
 
         Tokens that are not read give keys and values only.
 
         Args:
-            index: Of the block.
-            x: Image tokens, behind them the prompts that flowed on, [B, n, width].
+            index: Index of the block.
+            x: Image tokens, then the prompts that flowed on, [B, n, width].
             num_image: Number of image tokens.
-            rows: Those of x whose outputs are read, from 0 <= start < stop <= n.
-            entering: Prompts whose outputs nobody reads, [B or 1, p, width].
-            method: Asked for rows of keys and values and for branches.
+            rows: The rows of x whose outputs are read, 0 <= start < stop <= n.
+            entering: Prompts whose outputs are not read, [B or 1, p, width].
+            method: Gives keys, values and branches.
 
         Returns:
-            The block's outputs of `rows`.
+            The block's outputs for `rows`.
         """
         parts = [x[:, : rows.start], x[:, rows.stop :], *([] if entering is None else [entering])]
         context = [part for part in parts if part.shape[1]]
@@ -210,61 +209,63 @@ class TokenFamily(Family):
         raise NotImplementedError
 
     def between(self, index: int, x: Tensor, num_image: int) -> tuple[Tensor, int]:
-        """Take image tokens, and prompts that flow on, to block `index`.
+        """Apply what is between block `index - 1` and block `index`, such as a patch merging.
 
-        Returns the image tokens' new number too.
+        Args:
+            index: Index of the block that comes next.
+            x: Image tokens, then prompts that flow on, [B, n, width].
+            num_image: Number of image tokens.
+
+        Returns:
+            The tokens, and the new number of image tokens.
         """
         return x, num_image
 
     def pooled_rows(self, num_image: int, pool: str | None) -> tuple[slice, bool]:
-        """Return rows of the last block's output that the pooling reads, and whether prompts are among them."""
+        """Return the rows of the last block's output that are pooled, and whether they include prompts."""
         raise NotImplementedError
 
     def pool(self, x: Tensor, pool: str | None) -> Tensor:
-        """Norm and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
+        """Apply the final norm to the rows chosen by `pooled_rows`, and pool them, as timm does."""
         raise NotImplementedError
 
     def states(self, images: Tensor) -> list[Tensor]:
-        """Return tokens [B, n, width] of images before each block and behind the last, without any method."""
-        like, nobody = next(self.parameters()), Method(self)
-        states = [self.embed(images.to(like.device, like.dtype), nobody)]
+        """Return the tokens [B, n, width] before each block and after the last, without any method."""
+        like, no_method = next(self.parameters()), Method(self)
+        states = [self.embed(images.to(like.device, like.dtype), no_method)]
         for i in range(self.num_blocks):
             states.append(self._plain(i, states[-1]))
         return states
 
     def to_block(self, stop: int, images: Tensor, method: Method) -> Tensor:
-        """Image tokens before block `stop`, at or below the method's `first_block`.
-
-        Nothing tuned is in them.
-        """
+        """Return image tokens [B, n, width] before block `stop`; see `Family.to_block`."""
         x = self.embed(images, method)
         for i in range(stop):
             x = self._plain(i, x)
         return x
 
     def _plain(self, index: int, x: Tensor) -> Tensor:
-        """Return a block on image tokens, and what stands behind it."""
+        """Run a block on image tokens, and what is between it and the next block."""
         x = self.carry(index, x, x.shape[1])
         return self.between(index + 1, x, x.shape[1])[0] if index + 1 < self.num_blocks else x
 
     def from_block(self, start: int, x: Tensor, method: Method) -> Tensor:
-        """Pooled features [B, width] of image tokens [B, n, width] before block `start`."""
+        """Return pooled features [B, width] of image tokens [B, n, width] before block `start`."""
         flow, num_image = method.token_flow(), x.shape[1]
-        entered = x[:, num_image:]
+        entered = x[:, num_image:]  # prompts that last entered a block
         for i in range(start, self.num_blocks):
-            out = x[:, num_image:]
+            prompt_outputs = x[:, num_image:]
             if flow[i] is not Flow.KEEP:
                 x = x[:, :num_image]
-            if flow[i] is Flow.KEEP and out.shape[1]:
-                x = torch.cat([method.shift(i, x[:, :num_image]), out], dim=1)
+            if flow[i] is Flow.KEEP and prompt_outputs.shape[1]:
+                x = torch.cat([method.shift(i, x[:, :num_image]), prompt_outputs], dim=1)
             else:
                 x = method.shift(i, x)
             entering = None
             if flow[i] in (Flow.ENTER, Flow.MIX):
-                last = (entered, out) if flow[i] is Flow.MIX else None
-                entering = entered = method.tokens(i, x, last).to(
-                    x.dtype
-                )  # a backbone may be in 16 bits throughout
+                last = (entered, prompt_outputs) if flow[i] is Flow.MIX else None
+                # cast: the whole backbone may be in a 16-bit dtype
+                entering = entered = method.tokens(i, x, last).to(x.dtype)
             if i + 1 == self.num_blocks:
                 rows, with_prompts = self.pooled_rows(num_image, method.pool)
             else:
@@ -280,34 +281,33 @@ class TokenFamily(Family):
     def _run_block(
         self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
     ) -> Tensor:
-        """Run one block on the tokens x [B, n, width] and those entering.
+        """Run one block on the tokens x [B, n, width] and those entering, and return the outputs of `rows`.
 
-        Returns the outputs of `rows` of x.
+        The block is driven (`drive`) if the method enters it, or if outputs can be left out; else carried.
         """
         start, stop, _ = rows.indices(x.shape[1])
-        asks = bool(method.places) or method.keys_values(index) is not None
+        enters = bool(method.places) or method.keys_values(index) is not None
         all_read = entering is None and (start, stop) == (0, x.shape[1])
-        driven = asks or (self.exact and not all_read and self.is_proven(self._block(index)))
+        driven = enters or (self.exact and not all_read and self.is_proven(self._block(index)))
         if entering is not None and not (driven and self.exact):
             x, entering = torch.cat([x, entering.expand(len(x), -1, -1)], dim=1), None
         if not driven:
             return self.carry(index, x, num_image)[:, start:stop]
-        # not exact: every output is computed; and a branch that looks at its neighbours needs all patches, if
-        # any
+        # all outputs are computed if `exact` is off, and if patches are read and a branch needs all of them
         if not self.exact or (not method.tokenwise and stop > self.num_prefix):
             return self.drive(index, x, num_image, slice(0, x.shape[1]), entering, method)[:, start:stop]
         return self.drive(index, x, num_image, slice(start, stop), entering, method)
 
 
 def side_of(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a grid of positions.
+    """Return height and width of a grid, inferred from its number of positions.
 
     Args:
-        num_tokens: How many there are.
-        grid: What they are for images of the backbone's own size.
+        num_tokens: Number of positions.
+        grid: Height and width for images of the backbone's own size; any other grid must be square.
 
     Raises:
-        UserError: There are others, and they fill no square.
+        UserError: The number is neither that of `grid` nor a square.
     """
     if math.prod(grid) == num_tokens:
         return grid

@@ -1,7 +1,7 @@
 """Plain vision transformers of timm: supervised ViT, MAE, MoCo v3, DINO, DINOv2, DeiT III, CLIP, SigLIP.
 
-`block.run_block` leaves out the outputs that nobody reads. It is taken for the block classes in
-`block.is_proven`.
+Blocks of the classes in `block.is_proven` are run by `block.run_block`, which does not compute outputs that
+nothing reads.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,12 @@ class ViT(TokenFamily):
 
     Args:
         model: Any `VisionTransformer`: class token or not, register tokens, any pooling, dynamic image size.
-        exact: False carries the prompt tokens through every block, as the papers' codes do; for comparison.
+        exact: False computes the prompt tokens' outputs in every block, as the papers' codes do; for
+            comparison.
 
     Raises:
-        UserError: The model is of another class, pools nothing, or its side is no multiple of the patch's.
+        UserError: The model is of another class, has no pooling, or its side is not a multiple of the patch
+            size.
     """
 
     model_class: ClassVar[type[nn.Module]] = VisionTransformer
@@ -38,7 +40,7 @@ class ViT(TokenFamily):
         model = cast(VisionTransformer, model)
         if model.attn_pool is None and not model.global_pool:
             raise UserError(
-                "the backbone pools nothing: set backbone.global_pool to token, avg, avgmax or max"
+                "the backbone has no pooling: set backbone.global_pool to token, avg, avgmax or max"
             )
         _check_sides(model)
         model.reset_classifier(0)
@@ -47,7 +49,7 @@ class ViT(TokenFamily):
         self.between_names = (None,) * self.num_blocks
         self.width = model.num_features
         self.widths = (self.width,) * self.num_blocks
-        # 0 for blocks of other classes, whose attentions no method may enter
+        # 0 for blocks of other classes: no method may enter their attention
         self.heads = tuple(getattr(getattr(block, "attn", None), "num_heads", 0) for block in model.blocks)
         self.grids = (model.patch_embed.grid_size,) * self.num_blocks
         self.patch_size = model.patch_embed.patch_size[0]
@@ -60,30 +62,30 @@ class ViT(TokenFamily):
 
     @property
     def own_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images it was built for; a model may be oblong."""
+        """Height and width in pixels of the images that the model was built for; they may differ."""
         height, width = self.model.patch_embed.img_size
         return height, width
 
     def check_size(self, images: Tensor, method: Method) -> None:
-        """Refuse, too, images of a size that the patch embedding does not take.
+        """Refuse images of a size that the method or the patch embedding does not support.
 
         Raises:
-            UserError: Of another than the backbone's own or, where it takes any, of a side that no patches
-                fill.
+            UserError: The size is not the backbone's own or, if it takes any size, is not a multiple of the
+                patch size.
         """
         super().check_size(images, method)
         (height, width), embed = images.shape[-2:], self.model.patch_embed
         if not self.any_size:
             if (height, width) != self.own_size:
-                own = " x ".join(map(str, self.own_size))
+                expected = " x ".join(map(str, self.own_size))
                 raise UserError(
-                    f"this backbone takes images of its own size {own} and got {height} x {width}: resize "
+                    f"this backbone takes images of size {expected} only and got {height} x {width}: resize "
                     "them, or set backbone.image_size"
                 )
         elif not embed.dynamic_img_pad and (height % embed.patch_size[0] or width % embed.patch_size[1]):
             raise UserError(
-                f"images of {height} x {width} do not fit, their sides are no multiples of the patch size "
-                f"{self.patch_size}: crop or resize them"
+                f"images of {height} x {width} do not fit, because their sides are not multiples of the "
+                f"patch size {self.patch_size}: crop or resize them"
             )
 
     def is_proven(self, block: nn.Module) -> bool:
@@ -91,14 +93,14 @@ class ViT(TokenFamily):
         return is_proven(block)
 
     def embed(self, images: Tensor, method: Method) -> Tensor:
-        """Image tokens [B, n, width] before the first block; class and register tokens stand first."""
+        """Return image tokens [B, n, width] before the first block; class and register tokens come first."""
         self.check_size(images, method)
         model = self.model
         tokens = model._pos_embed(model.patch_embed(method.pixels(images)))
         return cast(Tensor, model.norm_pre(model.patch_drop(tokens)))
 
     def attend(self, attn: Any, read: Tensor, context: Sequence[Tensor], rows: Rows | None) -> Tensor:
-        """Return timm's plain attention of normed tokens [B, n, width] over themselves, context and rows."""
+        """Return timm's plain attention of `read` [B, n, width] over itself, the context and `rows`."""
         return attend(attn, read, context, rows)
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
@@ -106,7 +108,7 @@ class ViT(TokenFamily):
         return cast(Tensor, self.model.blocks[index](x))
 
     def pooled_rows(self, num_image: int, pool: str | None) -> tuple[slice, bool]:
-        """Return rows of the last block's output that the pooling reads, and whether prompts are among them."""
+        """Return the rows of the last block's output that are pooled, and whether they include prompts."""
         model = self.model
         if pool is not None:
             rows = {
@@ -125,7 +127,7 @@ class ViT(TokenFamily):
         return self.model.pool_include_prefix
 
     def pool(self, x: Tensor, pool: str | None) -> Tensor:
-        """Norm and pools the rows chosen by `pooled_rows` as timm does before its classifier."""
+        """Apply the final norm to the rows chosen by `pooled_rows`, and pool them, as timm does."""
         model = self.model
         x = model.norm(x)
         if pool is not None:
@@ -138,10 +140,12 @@ class ViT(TokenFamily):
 
 
 def _check_sides(model: VisionTransformer) -> None:
-    """Refuse a side whose last pixels no patch reads, unless the model was pre-trained so, as one SigLIP was."""
+    """Refuse a side that patches do not fill, unless the model was pre-trained with it, as one SigLIP was."""
     embed, config = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}
     if tuple(config.get("input_size", ())[1:]) == embed.img_size or getattr(embed, "dynamic_img_pad", False):
         return
     for side, patch in zip(embed.img_size, embed.patch_size, strict=True):
         if side % patch:
-            raise UserError(f"backbone.image_size={side} is no multiple of the patch size {patch}: give one")
+            raise UserError(
+                f"backbone.image_size={side} is not a multiple of the patch size {patch}: give a multiple"
+            )

@@ -66,9 +66,11 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 
 
 LARGEST = 65536
-"""Of a number among a method's options, on the command line as in a tuned state."""
+"""Largest absolute value of a number among a method's options, on the command line and in a tuned state."""
 
-_KINDS: Mapping[Any, tuple[type, str]] = {  # of an option, by its annotation; the first that a value is
+# by an option's annotation: the class of its values and the words for messages. A value is of the first kind
+# that it is an instance of, so `bool` comes before `int`
+_KINDS: Mapping[Any, tuple[type, str]] = {
     bool: (bool, "true or false"),
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
@@ -79,22 +81,21 @@ _KINDS: Mapping[Any, tuple[type, str]] = {  # of an option, by its annotation; t
 
 
 def option_kinds(name: str) -> dict[str, Any]:
-    """Return the annotation of each option of a method.
+    """Return the annotation of each option of a method, for example {"num_tokens": int, "dropout": float}.
 
     Raises:
         UserError: The name is unknown.
     """
     if not isinstance(name, str) or name not in METHODS:
         raise unknown("method", name, METHODS)
-    return {
-        p: one.annotation for p, one in inspect.signature(METHODS[name]).parameters.items() if p != "backbone"
-    }
+    parameters = inspect.signature(METHODS[name]).parameters.values()
+    return {parameter.name: parameter.annotation for parameter in parameters if parameter.name != "backbone"}
 
 
 def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a method's name and all its options, those not given at their defaults, as records keep them.
+    """Return a method's name and all its options as records keep them.
 
-    Of a file of weights the content's hash is kept.
+    Options that are not given have their defaults; a path to a file of weights becomes the hash of the file.
     """
     parameters = inspect.signature(METHODS[name]).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.name != "backbone"}
@@ -102,7 +103,7 @@ def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hashed_file(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options of a method with the hash of a file of weights in place of its path."""
+    """Return the options of a method, with the hash of a file of weights in place of its path."""
     if (file := options.get("weights")) and Path(file).expanduser().is_file():
         return options | {"weights": f"sha256:{sha256(Path(file).expanduser().read_bytes()).hexdigest()}"}
     return options
@@ -130,7 +131,7 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
     if missing:
         raise UserError(
             f"method {name} cannot work on this backbone: it needs the site {', '.join(sorted(missing))}, "
-            f"and the backbone offers {', '.join(sorted(backbone.sites))}"
+            f"and the backbone offers {', '.join(sorted(backbone.sites))}; choose another method or backbone"
         )
     try:
         return factory(backbone, **options)
@@ -139,7 +140,7 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise unless a method of this name takes these options, each of its kind.
+    """Raise unless a method of this name takes these options with values of the right kinds.
 
     Raises:
         UserError: The name or an option is unknown, or an option is of the wrong kind.
@@ -147,22 +148,22 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     valid = option_kinds(name)
     for option, value in options.items():
         if option not in valid:
-            raise unknown(f"option of method {name}", option, valid or ["(it has none)"])
+            raise unknown(f"option of method {name}", option, valid or ["(it has no options)"])
         _check_kind(option, value, valid[option])
 
 
 def _check_kind(option: str, value: Any, annotation: Any) -> None:
-    """Refuse a value that its annotation does not name.
+    """Refuse a value whose class its annotation does not name.
 
-    "no" is a word, and a word that is not empty counts as true.
+    Without this check the word "no" would pass for a flag, and count as true because it is not empty.
 
     Raises:
-        UserError: It says what to give.
+        UserError: The value is of another kind or too large; the message says what to give.
     """
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     wanted = [get_origin(kind) or kind for kind in kinds]
-    found = next((kind for kind, (types, _) in _KINDS.items() if isinstance(value, types)), None)
-    fits = found in wanted or (found is int and float in wanted)
+    given = next((kind for kind, (cls, _) in _KINDS.items() if isinstance(value, cls)), None)
+    fits = given in wanted or (given is int and float in wanted)
     if not fits and all(kind in _KINDS for kind in wanted):
         words = " or ".join(_KINDS[kind][1] for kind in wanted)
         value = "null" if value is None else value

@@ -1,21 +1,18 @@
-"""Adapters: a small bottleneck in every block, on, beside or behind its MLP.
+"""Adapters: a small bottleneck in every block, on the output of its MLP, parallel to it, or after the block.
 
-Adapter      y + Up(GELU(Down(y))) on the output y of the MLP, before it is added to the stream. Pfeiffer et
-al.,
-             AdapterFusion, EACL 2021; the baseline of Jia et al., Visual Prompt Tuning, ECCV 2022, section
-             4.1.
-AdaptFormer  x + MLP(LN(x)) + s * Up(ReLU(Down(x))). Chen et al., AdaptFormer, NeurIPS 2022, equations 2 and
-3.
-Adapter+     x + g * Up(GELU(Down(x))) behind the block, g one number per channel. Steitz and Roth, Adapters
-Strike
-             Back, CVPR 2024, section 3.
+Adapter      y + Up(GELU(Down(y))) on the output y of the MLP, before it is added to the residual stream.
+             Pfeiffer et al., AdapterFusion, EACL 2021; the baseline of Jia et al., Visual Prompt Tuning,
+             ECCV 2022, section 4.1.
+AdaptFormer  x + MLP(LN(x)) + s * Up(ReLU(Down(x))). Chen et al., AdaptFormer, NeurIPS 2022, eq. 2, 3.
+Adapter+     x + g * Up(GELU(Down(x))) after the block, with g one number per channel. Steitz and Roth,
+             Adapters Strike Back, CVPR 2024, section 3.
 
-Each starts equal to the backbone, because Up starts at zero; only Adapter+ with init=houlsby draws Up, too.
+With Up at zero the tuned model starts equal to the backbone; only Adapter+ with init=houlsby draws Up.
 
-Different from the released codes. VPT's zeroes Down and Up alike: with both at zero neither ever gets a
-gradient, and all that its adapter trains is the bias of Up; here Down is drawn. AdaptFormer's paper norms the
-input of the branch; its code does not, and neither does this. Adapter+ draws Up as it draws Down
-(init=houlsby does so here) and keeps weight decay off biases and scales.
+Different from the released codes: VPT's code sets both Down and Up to zero, so neither ever gets a gradient
+and its adapter trains the bias of Up alone; here Down is drawn at random. AdaptFormer's paper normalises the
+input of the branch; its code does not, and neither does this one. Adapter+'s code draws Up like Down
+(init=houlsby here) and applies no weight decay to biases and scales, as here.
 """
 
 import math
@@ -26,14 +23,15 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visprompt.errors import UserError, unknown
+from visprompt.errors import unknown
 from visprompt.models.contract import Geometry, Method, Place, per_block
+from visprompt.models.methods.checks import check_probability, check_scale, check_size
 
 _STD = 0.01  # of Adapter+'s truncated normal, which is cut at two of them
 
 
 class Bottleneck(Method):
-    """One bottleneck in every block: Down, an activation, Up; where it stands is for its subclasses to say.
+    """One bottleneck in every block: Down, an activation, Up; a subclass decides where its output is added.
 
     Args:
         backbone: The backbone whose width and number of blocks shape the bottlenecks.
@@ -43,8 +41,9 @@ class Bottleneck(Method):
         down: [blocks, width, bottleneck], as PyTorch draws a linear layer: U(-1, 1) / sqrt(width).
         down_bias: [blocks, bottleneck], zero at first.
         up: [blocks, bottleneck, width], zero at first.
-        up_bias: [blocks, width], zero at first. Where the blocks' widths differ, each is a list over the
-            blocks.
+        up_bias: [blocks, width], zero at first.
+
+    Where the blocks' widths differ, each attribute is a list over the blocks.
 
     Raises:
         UserError: The bottleneck is smaller than 1.
@@ -62,7 +61,7 @@ class Bottleneck(Method):
         self.up_bias = per_block([(width,) for width, _ in sizes], nn.init.zeros_)
 
     def squeeze(self, block: int, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        """Up(activation(Down(x))) of a block's tokens [B, n, width]."""
+        """Return Up(activation(Down(x))) of a block's tokens [B, n, width]."""
         hidden = activation(F.linear(x, self.down[block].T, self.down_bias[block]))
         return F.linear(hidden, self.up[block].T, self.up_bias[block])
 
@@ -76,7 +75,7 @@ class Adapter(Bottleneck):
             256.
 
     Attributes:
-        down: See `Bottleneck`, as for `down_bias`, `up` and `up_bias`.
+        down, down_bias, up, up_bias: See `Bottleneck`.
 
     Raises:
         UserError: The bottleneck is smaller than 1.
@@ -88,21 +87,21 @@ class Adapter(Bottleneck):
         super().__init__(backbone, bottleneck)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Up(GELU(Down(x))) of the MLP's output x [B, n, width]."""
+        """Return Up(GELU(Down(x))) of the MLP's output x [B, n, width]."""
         return self.squeeze(block, x, F.gelu)
 
 
 class AdaptFormer(Bottleneck):
-    """A scaled bottleneck beside every MLP, on the stream before the norm.
+    """A scaled bottleneck parallel to every MLP, on the residual stream before the norm.
 
     Args:
         backbone: The backbone whose width and number of blocks shape the bottlenecks.
         bottleneck: Width of a bottleneck (r).
-        scale: Of the branch (s).
-        dropout: Dropout behind the activation (the released code's).
+        scale: Factor on the branch's output (s).
+        dropout: Dropout after the activation, as in the released code.
 
     Attributes:
-        down: See `Bottleneck`, as for `down_bias`, `up` and `up_bias`.
+        down, down_bias, up, up_bias: See `Bottleneck`.
 
     Raises:
         UserError: A number lies outside its range.
@@ -120,12 +119,12 @@ class AdaptFormer(Bottleneck):
         self.dropout = nn.Dropout(dropout)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Return the scaled bottleneck of the stream x [B, n, width]."""
+        """Return the scaled bottleneck of the residual stream x [B, n, width]."""
         return self.scale * self.squeeze(block, x, lambda hidden: self.dropout(F.relu(hidden)))
 
 
 class AdapterPlus(Bottleneck):
-    """A bottleneck with a learned scale per channel behind every block, and stochastic depth of its own.
+    """A bottleneck with a learned scale per channel after every block, with its stochastic depth.
 
     Args:
         backbone: The backbone whose width and number of blocks shape the bottlenecks.
@@ -146,9 +145,8 @@ class AdapterPlus(Bottleneck):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({Place.AFTER})
-    undecayed: ClassVar[frozenset[str]] = frozenset(
-        {"down_bias", "up_bias", "scale"}
-    )  # as in the released code
+    # as in the released code
+    undecayed: ClassVar[frozenset[str]] = frozenset({"down_bias", "up_bias", "scale"})
 
     def __init__(
         self, backbone: Geometry, bottleneck: int = 8, drop_path: float = 0.1, init: str = "zero"
@@ -164,40 +162,17 @@ class AdapterPlus(Bottleneck):
                 nn.init.trunc_normal_(weight, std=_STD, a=-2 * _STD, b=2 * _STD)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Return the scaled bottleneck of the stream x [B, n, width], zero for the images that skip it."""
+        """Return the scaled bottleneck of the residual stream x [B, n, width]; zero for skipped images."""
         out: Tensor = self.drop_path(self.squeeze(block, x, F.gelu))
         return out * self.scale[block].to(out.dtype)  # under autocast the branch stays in its precision
 
 
 def draw_linear(weight: Tensor, inputs: int = -2) -> None:
-    """Draw [..., inputs, outputs], or with its inputs along another axis, from U(-1, 1) / sqrt(inputs), as PyTorch."""
+    """Draw a weight in place from U(-1, 1) / sqrt(inputs), as PyTorch draws a linear layer.
+
+    Args:
+        weight: [..., inputs, outputs], or any order of the axes.
+        inputs: The axis of the inputs.
+    """
     bound = 1 / math.sqrt(weight.shape[inputs])
     weight.uniform_(-bound, bound)
-
-
-def check_size(name: str, value: int) -> None:
-    """Raise a UserError unless an option's value is 1 or more."""
-    if value < 1:
-        raise UserError(f"method.{name}={value} is too small: give at least 1, or use method=linear")
-
-
-def check_rank(value: int, width: int) -> None:
-    """Raise a UserError unless the rank of an update is one that layers of a width can have."""
-    check_size("rank", value)
-    if value > width:
-        raise UserError(
-            f"method.rank={value} is beyond the width {width} of the layers, whose updates have no higher "
-            f"rank: give 1 to {width}"
-        )
-
-
-def check_scale(value: float) -> None:
-    """Raise a UserError unless `scale` is a positive number."""
-    if not (math.isfinite(value) and value > 0):
-        raise UserError(f"method.scale={value} cannot scale what is tuned: give a number above 0")
-
-
-def check_probability(name: str, value: float) -> None:
-    """Raise a UserError unless an option's value lies in [0, 1)."""
-    if not 0 <= value < 1:
-        raise UserError(f"method.{name}={value} is not a probability: give a number from 0 to below 1")

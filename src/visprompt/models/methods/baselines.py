@@ -1,15 +1,13 @@
-"""What prompt tuning is compared with. Jia et al., Visual Prompt Tuning, ECCV 2022, section 4.1.
+"""The baselines of prompt tuning. Jia et al., Visual Prompt Tuning, ECCV 2022, section 4.1.
 
 Linear:    a linear head on frozen features.
 Mlp-k:     a head of k linear layers; every hidden one is followed by ReLU, batch norm and dropout.
-Partial-k: the last k residual blocks and the final norm. The released code counts stages on a ResNet; here
-blocks,
-           everywhere.
-Full:      everything.
+Partial-k: the last k residual blocks and the final norm. The released code counts stages on a ResNet; this
+           code counts blocks on every backbone.
+Full:      every parameter.
 
-The paper says no more of Mlp-k than "k layers". That k counts the last layer too follows from its table 1:
-Mlp-3 with two hidden layers of width d gives the 1.35 x total parameters stated there; three would give 1.52
-x.
+The paper describes Mlp-k only as "k layers". Its table 1 shows that k counts the last layer too: Mlp-3 with
+two hidden layers of width d has the 1.35 x total parameters stated there; three would give 1.52 x.
 """
 
 import operator
@@ -21,7 +19,7 @@ from torch.nn import functional as F
 
 from visprompt.errors import UserError
 from visprompt.models.contract import Geometry, Method, init_linear
-from visprompt.models.methods.adapters import check_probability
+from visprompt.models.methods.checks import check_probability
 
 
 class Linear(Method):
@@ -31,7 +29,7 @@ class Linear(Method):
 
     @property
     def first_block(self) -> int:
-        """Behind the last block: no block sees anything tuned."""
+        """The number of blocks: no block reads anything tuned."""
         return self.num_blocks
 
 
@@ -41,7 +39,7 @@ class MLP(Linear):
     Args:
         backbone: The backbone whose features it reads.
         num_layers: Linear layers of the head (k), the last one included.
-        dropout: Dropout behind every hidden layer.
+        dropout: Dropout after every hidden layer.
 
     Raises:
         UserError: A number lies outside its range.
@@ -64,19 +62,20 @@ class MLP(Linear):
 
 
 class MLPHead(nn.Linear):
-    """A classifier's last layer with hidden ones before it.
+    """A classifier's last layer, with hidden layers before it.
 
-    It is the last layer, so that `weight` and `bias` mean in every head the same: the bias is not decayed.
+    The class derives from the last layer, so `head.weight` and `head.bias` mean the same as in a linear head;
+    weight decay leaves out `head.bias` by that name.
 
     Args:
-        width: Of the features and of every hidden layer (d).
+        width: Width of the features and of every hidden layer (d).
         num_classes: Number of logits (C).
         num_hidden: Number of hidden layers.
-        dropout: Dropout behind every hidden layer.
-        init: Initialisation of the last layer.
+        dropout: Dropout after every hidden layer.
+        init: Initialisation of the last layer, one of `HEAD_INITS`.
 
     Attributes:
-        hidden: The hidden layers, weights [d, d] kaiming fan-out (the released code's).
+        hidden: The hidden layers; weights [d, d], Kaiming-normal by fan-out as in the released code.
         weight: [C, d].
         bias: [C].
     """
@@ -97,10 +96,7 @@ class MLPHead(nn.Linear):
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Batch norm that takes a batch of one image by its running statistics.
-
-    The last batch may be that short.
-    """
+    """Batch norm that uses its running statistics for a training batch of one image (the last may be one)."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and len(input) == 1:
@@ -111,14 +107,14 @@ class _BatchNorm(nn.BatchNorm1d):
 
 
 class Partial(Method):
-    """Tunes the last blocks, what joins them, and the norm behind them, before or after the pooling.
+    """Tunes the last blocks, the downsampling between them, and the norms after them, also after the pooling.
 
     Args:
         backbone: The backbone that is tuned.
         num_blocks: Number of residual blocks (k), counted from the end through all stages.
 
     Raises:
-        UserError: There are not as many blocks.
+        UserError: The backbone has fewer blocks.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"weights"})
@@ -132,7 +128,7 @@ class Partial(Method):
                 "blocks"
             )
         self._first = first = self.num_blocks - operator.index(num_blocks)
-        # what stands between two stages is tuned where both of its neighbours are
+        # a downsampling between two stages is tuned if the blocks on both sides of it are
         between = [name for name in backbone.between_names[first + 1 :] if name is not None]
         self._names = (*backbone.block_names[first:], *between, *backbone.final_names)
 
@@ -151,14 +147,14 @@ class Partial(Method):
 class Full(Method):
     """Tunes every parameter, with stochastic depth or dropout on.
 
-    VPT's released code has no stochastic depth on ViT-B, and dropout of 0.1 behind the position embedding and
-    behind both layers of every MLP: `drop_path=0, dropout=0.1`.
+    VPT's released code uses no stochastic depth on ViT-B, but dropout of 0.1 after the position embedding and
+    after both layers of every MLP: give `drop_path=0, dropout=0.1` for that.
 
     Args:
         backbone: The backbone that is tuned.
         drop_path: Probability that the last block's branches are skipped for an image; it grows linearly from
             0 at the first block.
-        dropout: Dropout behind the position embedding and in the MLPs of a transformer.
+        dropout: Dropout after the position embedding and in the MLPs of a transformer.
 
     Raises:
         UserError: A number is not a probability, or the backbone has no MLPs with dropout.
@@ -175,29 +171,29 @@ class Full(Method):
         self.drop_path, self.dropout = drop_path, dropout
 
     def attach(self, backbone: Geometry) -> None:
-        """Set the stochastic depth of every residual branch that has one, and the dropout."""
+        """Set the dropout, and the stochastic depth of every residual branch that has a place for it."""
         if self.dropout:
-            self._drop(backbone)
+            self._set_dropout(backbone)
         for i, block in enumerate(backbone.blocks):
             rate = self.drop_path * i / max(1, self.num_blocks - 1)
             for module in list(block.modules()):
                 for name in [name for name in vars(module) | module._modules if name.startswith("drop_path")]:
                     setattr(module, name, DropPath(rate) if rate else nn.Identity())
 
-    def _drop(self, backbone: Geometry) -> None:
-        """Set the dropout; a GRN or gated MLP of timm has one or both of the two places."""
-        places = [getattr(backbone.model, "pos_drop", None)]
-        found = [(block, getattr(block, "mlp", None)) for block in backbone.blocks]
-        if any(not isinstance(getattr(mlp, "drop2", None), nn.Dropout) for _, mlp in found):
+    def _set_dropout(self, backbone: Geometry) -> None:
+        """Set the rate of the model's dropout layers; timm's MLPs have `drop2` and most also `drop1`."""
+        mlps = [getattr(block, "mlp", None) for block in backbone.blocks]
+        if any(not isinstance(getattr(mlp, "drop2", None), nn.Dropout) for mlp in mlps):
             raise UserError(
-                f"method.dropout={self.dropout} is of the MLPs of transformers, and this backbone has none "
-                "with dropout: give method.dropout=0"
+                f"method.dropout={self.dropout} needs transformer MLPs with dropout layers, which this "
+                "backbone does not have: give method.dropout=0"
             )
-        places += [getattr(mlp, name, None) for _, mlp in found for name in ("drop1", "drop2")]
-        for place in places:
-            if isinstance(place, nn.Dropout):
-                place.p = self.dropout
+        layers = [getattr(backbone.model, "pos_drop", None)]
+        layers += [getattr(mlp, name, None) for mlp in mlps for name in ("drop1", "drop2")]
+        for layer in layers:
+            if isinstance(layer, nn.Dropout):
+                layer.p = self.dropout
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """Return every parameter."""
+        """Return the names of all parameters."""
         return frozenset(name for name, _ in classifier.named_parameters())

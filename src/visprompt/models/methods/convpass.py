@@ -2,14 +2,15 @@
 
 Jie and Deng, Convolutional Bypasses Are Better Vision Transformer Adapters, 2022.
 
-x + Attention(LN(x)) + s * Bypass(LN(x)), then x + MLP(LN(x)) + s * Bypass'(LN(x)), with
-Bypass(z) = Up(GELU(Conv(GELU(Down(z))))): Down and Up work token by token (1x1), Conv is 3x3 over the grid of
-patches; the class token goes through it alone, as an image of one pixel (of the 3x3 kernel only the centre
-meets it).
+    x <- x + Attention(LN(x)) + s * Bypass(LN(x));    x <- x + MLP(LN(x)) + s * Bypass'(LN(x))
+    Bypass(z) = Up(GELU(Conv(GELU(Down(z)))))
 
-Each bypass starts at zero, because Up does. Different from the released code: GELU as the paper says, where
-the code approximates it by x * sigmoid(1.702 x); register tokens are treated as the class token is; any grid
-and bottleneck.
+Down and Up are linear per token (1x1). Conv is a 3x3 convolution over the grid of patches; the class token is
+convolved as an image of one pixel, so only the centre of the kernel multiplies it.
+
+Each bypass outputs zero at first, because Up starts at zero. Different from the released code: GELU as the
+paper says, where the code approximates it by x * sigmoid(1.702 x); register tokens are treated as the class
+token is; any grid and bottleneck are possible.
 """
 
 import math
@@ -21,23 +22,23 @@ from torch.nn import functional as F
 
 from visprompt.errors import unknown
 from visprompt.models.contract import Geometry, Method, Place
-from visprompt.models.methods.adapters import check_probability, check_scale, check_size
+from visprompt.models.methods.checks import check_probability, check_scale, check_size
 
-_ORDER = (Place.ATTENTION, Place.MLP)  # of the bypasses of a block in the stacked parameters
+_ORDER = (Place.ATTENTION, Place.MLP)  # order of a block's two bypasses in the stacked parameters
 
 
 class Convpass(Method):
-    """Two convolutional bypasses in every block, beside its attention and beside its MLP.
+    """Two convolutional bypasses in every block, parallel to its attention and to its MLP.
 
     Args:
         backbone: The backbone whose width, grid and number of blocks shape the bypasses.
         bottleneck: Channels of the convolution (r).
-        scale: Of both bypasses (s); the released code chooses 0.01 to 100 per task.
+        scale: Factor on the output of both bypasses (s); the released code chooses 0.01 to 100 per task.
         dropout: Dropout before Up.
-        init: Of the convolution: "identity", which passes every channel on as it is, or "xavier".
+        init: Initialisation of the convolution: "identity" (each channel passes unchanged) or "xavier".
 
     Attributes:
-        down: [blocks, 2, width, bottleneck], xavier; the second axis is attention, MLP.
+        down: [blocks, 2, width, bottleneck], Xavier-uniform; the second axis is attention, MLP.
         down_bias: [blocks, 2, bottleneck], zero at first.
         conv: [blocks, 2, bottleneck, bottleneck, 3, 3].
         conv_bias: [blocks, 2, bottleneck], zero at first.
@@ -80,24 +81,24 @@ class Convpass(Method):
         self.up_bias = nn.Parameter(torch.zeros(*stack, width))
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Return the scaled bypass of normed image tokens [B, n, width], all or those before the patches."""
-        assert normed is not None  # both places have one
-        at = (block, _ORDER.index(place))
-        hidden = F.gelu(F.linear(normed, self.down[at].T, self.down_bias[at]))
-        hidden = F.gelu(self._convolve(hidden, self.conv[at], self.conv_bias[at]))
-        return self.scale * F.linear(self.dropout(hidden), self.up[at].T, self.up_bias[at])
+        """Return the scaled bypass of normed image tokens [B, n, width]: all, or those before the patches."""
+        assert normed is not None  # both places have a norm
+        index = (block, _ORDER.index(place))
+        hidden = F.gelu(F.linear(normed, self.down[index].T, self.down_bias[index]))
+        hidden = F.gelu(self._convolve(hidden, self.conv[index], self.conv_bias[index]))
+        return self.scale * F.linear(self.dropout(hidden), self.up[index].T, self.up_bias[index])
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-        """Return the convolution [r, r, 3, 3] of tokens [B, n, r].
+        """Convolve tokens [B, n, r] with a kernel [r, r, 3, 3].
 
-        Of all patches or none together, of each other alone.
+        Patches are convolved over their grid. Class and register tokens each see only the kernel's centre.
         """
-        alone, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        alone = F.linear(alone, kernel[:, :, 1, 1], bias)
-        if not patches.shape[1]:  # the last block's, where the pooling reads none
-            return alone
+        prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
+        prefix = F.linear(prefix, kernel[:, :, 1, 1], bias)
+        if not patches.shape[1]:  # in the last block, if the pooling reads no patches
+            return prefix
         patches = F.conv2d(patches.transpose(1, 2).unflatten(2, self.grid), kernel, bias, padding=1)
-        return torch.cat([alone, patches.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _kernel(channels: int, init: str, stack: tuple[int, int]) -> Tensor:

@@ -1,13 +1,13 @@
 """Cross visual prompt tuning. Huang et al., CVPT: Cross Visual Prompt Tuning, ICCV 2025.
 
-Between the attention and the MLP of block i: x <- x + CA(x, P_i), where the queries come from the image
-tokens x, keys and values from the prompts P_i. Prompts never enter the sequence, so a token's cost is linear
-in their number. CA's projections are copies of that block's attention and stay frozen ("weight sharing");
-only the prompts and the head are tuned. There is no norm before CA and nothing that starts at zero: it does
-not start equal to the backbone.
+Between the attention and the MLP of block i, cross-attention (CA) is added: x <- x + CA(x, P_i), with queries
+from the image tokens x, and keys and values from the prompts P_i. Prompts never enter the sequence, so the
+cost per token is linear in their number. CA uses the frozen weights of that block's attention ("weight
+sharing"); only the prompts and the head are tuned. There is no norm before CA and nothing starts at zero, so
+the tuned model does not start equal to the backbone.
 
-Different from the released code: the copies are the attention itself, which holds the same numbers once; a
-block's query and key norm apply where there are any; the frozen backbone's stochastic depth (0.1 there) is
+Different from the released code: it copies the attention's weights, here the attention itself is used; norms
+of queries and keys are applied if the block has them; the frozen backbone's stochastic depth (0.1 there) is
 off.
 """
 
@@ -18,13 +18,12 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visprompt.errors import UserError
 from visprompt.models.contract import Geometry, Method, Place, drop, split_heads
-from visprompt.models.methods.adapters import check_probability
+from visprompt.models.methods.checks import check_probability, check_size, plain_attentions
 
 
 class CVPT(Method):
-    """Image tokens read a block's prompts through a copy of its attention.
+    """Image tokens attend to a block's prompts through the weights of its attention.
 
     Args:
         backbone: The backbone whose width and number of blocks shape the prompts.
@@ -32,8 +31,8 @@ class CVPT(Method):
         dropout: Dropout on prompt values, drawn for every image anew.
 
     Attributes:
-        prompts: [blocks, num_tokens, width], U(-v, v) with v = sqrt(6 / ((blocks + num_tokens) * width)) (the
-            released code's: Xavier's rule on the tensor of all blocks).
+        prompts: [blocks, num_tokens, width], U(-v, v) with v = sqrt(6 / ((blocks + num_tokens) * width)):
+            Xavier's rule on the tensor of all blocks, as in the released code.
 
     Raises:
         UserError: A number lies outside its range.
@@ -44,34 +43,22 @@ class CVPT(Method):
 
     def __init__(self, backbone: Geometry, num_tokens: int = 10, dropout: float = 0.1) -> None:
         super().__init__(backbone)
-        if num_tokens < 1:
-            raise UserError(
-                f"method.num_tokens={num_tokens} is too small: give at least 1, or use method=linear"
-            )
+        check_size("num_tokens", num_tokens)
         check_probability("dropout", dropout)
         self.dropout = nn.Dropout(dropout)
         self.prompts = nn.Parameter(torch.empty(self.num_blocks, num_tokens, backbone.width))
         nn.init.xavier_uniform_(self.prompts)
-        self._attentions: tuple[
-            Attention, ...
-        ] = ()  # in a tuple, so that their parameters stay the backbone's alone
+        # in a tuple, so that torch does not register the backbone's parameters as this method's
+        self._attentions: tuple[Attention, ...] = ()
 
     def attach(self, backbone: Geometry) -> None:
         """Keep every block's attention, whose frozen weights the prompts are read through."""
-        attentions = [getattr(block, "attn", None) for block in backbone.blocks]
-        if any(type(attention) is not Attention for attention in attentions):
-            raise UserError(
-                "method cvpt cannot work on this backbone: it reads its prompts through timm's plain "
-                "attention, and "
-                f"these blocks, of class {type(backbone.blocks[0]).__name__}, have another; choose a plain "
-                "ViT"
-            )
-        self._attentions = tuple(cast(list[Attention], attentions))
+        self._attentions = plain_attentions(backbone, "cvpt", "it reads its prompts through")
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """CA(x, P_i) of the stream x [B, n, width] behind the attention of a block."""
+        """Return CA(x, P_i) of the residual stream x [B, n, width] after the attention of a block."""
         attn, prompts = self._attentions[block], drop(self.dropout, self.prompts[block].unsqueeze(0), len(x))
-        # rows of the joint projection: first the queries', then those of the keys and the values
+        # rows of the joint projection: those of the queries come first, then those of the keys and the values
         sizes = [attn.attn_dim, 2 * attn.attn_dim]
         q_weight, kv_weight = attn.qkv.weight.split(sizes)
         q_bias, kv_bias = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split(sizes)

@@ -1,4 +1,4 @@
-"""docs/methods-by-backbones.md, made by trying every pair: `make docs`."""
+"""Write docs/methods-by-backbones.md by trying every pair of method and backbone: `make docs`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,29 +25,29 @@ MEMBERS: Mapping[str, tuple[str, dict[str, Any]]] = {  # a small random member o
     "ResNet": ("resnet50", {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}),
 }
 _CLASSES = 3
-_PIXELS = {"depth": 1, "dropout": 0.0}  # what prompts of pixels ask of a method for many blocks
+_PIXELS = {"depth": 1, "dropout": 0.0}  # options that prompts of pixels need in a method with deep prompts
 _HEAD = """# Methods by backbones
 
-Made by `make docs`, which builds every pair with a small random backbone and takes a training step; a test
-compares this page with the result. A number leads to the sentence that refuses the pair. Words say which
-`method.location` works instead of the default one, and with which other options. The configs of
-vpt_shallow_bias and vpt_deep_bias do not have location and depth: a `+` adds them, as in
+Written by `make docs`, which builds every pair with a small random backbone and takes a training step; a test
+checks that this page is up to date. A number refers to the sentence that the pair is refused with. Words say
+which `method.location` works instead of the default, and with which other options. The configs of
+vpt_shallow_bias and vpt_deep_bias do not name location and depth: a `+` adds them, as in
 `+method.location=pad`.
 
 - ViT: timm's `VisionTransformer`: supervised ViT, DeiT III, MAE, MoCo v3, DINO, DINOv2, CLIP, SigLIP
 - DINOv3, EVA-02: two members of timm's `Eva`, with rotary positions
 - Swin: `SwinTransformer`. ConvNeXt: `ConvNeXt`. ResNet: `ResNet`
 
-Blocks are residual blocks, counted through all stages; `depth` and `num_blocks` of `partial` count them. A
-method enters at sites (`src/visprompt/models/contract.py`): `weights`, the backbone's own parameters;
-`modules`, its layers, to be wrapped; `pixels`; `tokens`, prompts before a block; `keys_values`, rows of an
-attention; `branches` of a block; `stream`, one sequence of one width that every attention sees whole: neither
-windows nor convolutions have it.
+Blocks are residual blocks, counted through all stages; `depth` and partial's `num_blocks` count them. A
+method enters at sites (`src/visprompt/models/contract.py`): `weights`, parameters of the backbone that may be
+tuned; `modules`, layers that may be wrapped; `pixels`, the input images; `tokens`, prompts before a block;
+`keys_values`, prompts in an attention; `branches`, terms added in a block; `stream`, one sequence of one
+width that every attention sees whole, which neither windows nor convolutions have.
 """
 
 
 def member(family: str) -> torch.nn.Module:
-    """Return a small random model of a family of `MEMBERS`, made from seed 0."""
+    """Build a small random model of a family of `MEMBERS`, with seed 0."""
     name, options = MEMBERS[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -55,12 +55,12 @@ def member(family: str) -> torch.nn.Module:
 
 
 def attempt(method: str, family: str, **options: Any) -> Classifier:
-    """Build a pair and takes one training step's gradients.
+    """Build a pair and compute the gradients of one training step.
 
     Args:
         method: A name of `METHODS`.
         family: A name of `MEMBERS`.
-        **options: The method's own.
+        **options: Options of the method.
 
     Returns:
         The classifier, with gradients.
@@ -79,7 +79,7 @@ def attempt(method: str, family: str, **options: Any) -> Classifier:
 
 
 def refusal(method: str, family: str, **options: Any) -> str | None:
-    """Return the sentence that a pair is refused with; None where it works."""
+    """Return the sentence that a pair is refused with; None if the pair works."""
     try:
         attempt(method, family, **options)
     except UserError as error:
@@ -88,7 +88,7 @@ def refusal(method: str, family: str, **options: Any) -> str | None:
 
 
 def markdown() -> str:
-    """Return the page."""
+    """Return the page as Markdown."""
     reasons: list[str] = []
     lines = [_HEAD, *_table("method", [(name, name, {}) for name in METHODS], reasons), ""]
     lines += [
@@ -110,15 +110,15 @@ def _table(title: str, rows: list[tuple[str, str, dict[str, Any]]], reasons: lis
 
 
 def _cell(method: str, family: str, options: dict[str, Any], reasons: list[str]) -> str:
-    """Return the word yes, the locations that work and what they ask for, or the number of the reason why not."""
+    """Return a cell of the table: "yes", the locations that work with options, or a reason's number."""
     reason = refusal(method, family, **options)
     if reason is None:
         return "yes"
     if method.startswith("vpt_") and not options and "method.location" in reason:
         deep = {} if "shallow" in method else _PIXELS
         places = [place for place in LOCATIONS if refusal(method, family, location=place, **deep) is None]
-        asked = ", ".join(f"{option}={value:g}" for option, value in deep.items())
-        return ", ".join(places) + (f" with {asked}" if asked else "")
+        needed = ", ".join(f"{option}={value:g}" for option, value in deep.items())
+        return ", ".join(places) + (f" with {needed}" if needed else "")
     if reason not in reasons:
         reasons.append(reason)
     return f"[{reasons.index(reason) + 1}]"

@@ -1,18 +1,18 @@
-"""Factor-tuning. Jie and Deng, FacT.
+"""Factor-tuning.
 
-Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023, 3.2.
+Jie and Deng, FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023, 3.2.
 
-All matrices of all blocks are seen as one tensor of width x width slices: q, k, v and the output projection
-of the attention, and the MLP's two layers as hidden / width slices each. Its update is factored, with U [d,
-r] and V [r, d] shared by all slices and blocks:
+The weight matrices of all blocks are stacked into one tensor of [width, width] slices: four for the
+attention's q, k, v and output projection, and hidden / width for each of the MLP's two layers. The update of
+a slice is factored, with U [d, r] and V [r, d] shared by all slices and blocks:
 
-    tt: s * U Sigma V, Sigma [r, r] for every slice (tensor train, equation 6)
-    tk: the same, but each Sigma is a sum of r shared matrices: sum_p mix_p core_p (Tucker, equation 7)
+    tt: s * U Sigma V, with one Sigma [r, r] per slice (tensor train, equation 6)
+    tk: the same, with Sigma = sum_p mix_p core_p of r shared matrices core_p [r, r] (Tucker, equation 7)
 
-V starts at zero, so the start is the backbone. Different from the released code: the update is written once
-for any width and any hidden / width that divides; the slices of tk's two MLP layers are not interleaved (the
-values are learned, so only their order differs). As there, it is applied to the activations: no gradient of a
-full matrix.
+V starts at zero, so the tuned model starts equal to the backbone. Different from the released code: one
+implementation serves every width and every hidden width that is a multiple of it; the slices of tk's two MLP
+layers are not interleaved (they are learned, so only their order differs). As in that code the update is
+applied to the activations, so the gradient of a full matrix is never computed.
 """
 
 import math
@@ -23,30 +23,30 @@ from torch import Tensor, nn
 
 from visprompt.errors import UserError, unknown
 from visprompt.models.contract import Geometry, Method
-from visprompt.models.methods.adapters import check_probability, check_rank, check_scale
+from visprompt.models.methods.checks import check_probability, check_rank, check_scale
 from visprompt.models.methods.lora import Updated, find_linears
 
 _LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 class FacT(Method):
-    """Low-rank updates of every linear layer from factors that all blocks share; mergeable.
+    """Low-rank updates of every linear layer, from factors that all blocks share; mergeable.
 
     Args:
-        backbone: The backbone whose width and number of blocks shape the factors; its MLP's hidden width does
-            too, so those that depend on it are drawn in `attach`.
-        rank: Of every factor (r).
+        backbone: The backbone whose width and number of blocks shape the factors. `sigma` and `mix` also
+            depend on the MLP's hidden width and are drawn in `attach`.
+        rank: Rank of every factor (r).
         form: "tt", tensor train, or "tk", Tucker.
-        scale: Of the update (s); the released code chooses 0.01 to 100 per task.
+        scale: Factor on the update (s); the released code chooses 0.01 to 100 per task.
         dropout: Dropout before V.
 
     Attributes:
         u: [width, rank], as PyTorch draws a linear layer: U(-1, 1) / sqrt(width).
         v: [rank, width], zero at first.
-        sigma: tt: [blocks, slices, rank, rank], U(-1, 1) / sqrt(inputs); the slices are q, k, v, the output
-            projection, those of the MLP's first and those of its second layer: 12 where hidden is 4 * width.
-        core: tk: [rank, rank, rank], xavier.
-        mix: tk: [blocks, slices, rank], xavier.
+        sigma: Only tt: [blocks, slices, rank, rank], U(-1, 1) / sqrt(inputs). The slices are q, k, v, the
+            output projection, the MLP's first layer, its second: 4 + 4 + 4 if the hidden width is 4 * width.
+        core: Only tk: [rank, rank, rank], Xavier-uniform.
+        mix: Only tk: [blocks, slices, rank], Xavier-uniform.
 
     Raises:
         UserError: A number lies outside its range, or the form is unknown.
@@ -74,10 +74,10 @@ class FacT(Method):
             self.core = nn.Parameter(_uniform(math.sqrt(3) / rank, rank, rank, rank))
 
     def attach(self, backbone: Geometry) -> None:
-        """Draw what depends on the MLP and wraps the four linear layers of every block.
+        """Draw `sigma` or `mix`, and wrap the four linear layers of every block.
 
         Raises:
-            UserError: A block has other layers, or the MLP's hidden width is no multiple of the width.
+            UserError: A block has other layers, or the MLP's hidden width is not a multiple of the width.
         """
         blocks = find_linears(backbone, _LAYERS, "fact")
         slices = self._slices(blocks[0])
@@ -88,18 +88,19 @@ class FacT(Method):
                 block.set_submodule(path, Updated(layer, self, i, first, last))
 
     def update(self, x: Tensor, *where: int) -> Tensor:
-        """Update [..., out] of a layer from its input x [..., in].
+        """Return the update [..., out] of a layer's output.
 
         Args:
-            x: The layer's input.
-            where: Block, and the layer's first slice and the one behind its last.
+            x: The layer's input [..., in].
+            where: Block, first slice of the layer, first slice after it; (2, 0, 3) is the qkv of block 2.
         """
         block, first, last = where
         sigma = self._sigma(block, first, last)
         width = self.u.shape[0]
-        if x.shape[-1] == width:  # one input, a piece of the output from every slice
+        if x.shape[-1] == width:  # each slice reads the whole input and gives a part of the output
             middle = torch.einsum("...r,mrs->...ms", x @ self.u, sigma)
             return (self.scale * self.dropout(middle) @ self.v).flatten(-2)
+        # each slice reads a part of the input, and the outputs of all slices add up
         middle = torch.einsum("...mr,mrs->...s", x.unflatten(-1, (-1, width)) @ self.u, sigma)
         return self.scale * self.dropout(middle) @ self.v
 
@@ -110,18 +111,18 @@ class FacT(Method):
         return torch.einsum("mp,prs->mrs", self.mix[block, first:last], self.core)
 
     def _draw(self, slices: dict[str, tuple[int, int]]) -> None:
-        """Draw sigma or mix."""
+        """Draw `sigma` (tt) or `mix` (tk)."""
         first, count = slices["mlp.fc2"]
         if self.form == "tk":
             bound = math.sqrt(6 / (self.num_blocks * count + self.rank))
             self.mix = nn.Parameter(_uniform(bound, self.num_blocks, count, self.rank))
             return
         sigma = _uniform(1 / math.sqrt(self.rank), self.num_blocks, count, self.rank, self.rank)
-        sigma[:, first:] /= math.sqrt(count - first)  # a linear layer of as many inputs
+        sigma[:, first:] /= math.sqrt(count - first)  # fc2 has (count - first) * rank inputs
         self.sigma = nn.Parameter(sigma)
 
     def _slices(self, block: nn.Module) -> dict[str, tuple[int, int]]:
-        """First slice of each layer and the one behind its last."""
+        """Return the first slice of each layer and the first after it, such as {"attn.qkv": (0, 3), ...}."""
         width, first, slices = self.u.shape[0], 0, {}
         for path in _LAYERS:
             layer: nn.Linear = block.get_submodule(path)  # type: ignore[assignment]  # found as one
@@ -130,9 +131,8 @@ class FacT(Method):
             if min(shape) != width or size % width or (path == "attn.qkv" and size != 3 * width):
                 raise UserError(
                     f"method fact cannot work on this backbone: {path} maps {shape[0]} to {shape[1]}, which "
-                    "slices of "
-                    f"width {width} do not fill; choose a backbone whose hidden width is a multiple of its "
-                    "width"
+                    f"slices of width {width} do not fill; choose a backbone whose hidden width is a "
+                    "multiple of its width"
                 )
             slices[path] = (first, first + size // width)
             first += size // width

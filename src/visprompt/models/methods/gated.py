@@ -1,16 +1,20 @@
-"""Gated prompt tuning. Yoo et al., Improving Visual Prompt Tuning for Self-supervised Vision Transformers, ICML 2023.
+"""Gated prompt tuning.
 
-Prompts enter before the first block. Between blocks, what comes out of a block is mixed with what went into
-it:
-    P_{i+1} = g_i * Z_i + (1 - g_i) * P_i,  g_i = sigmoid(gamma_i),  Z_i: the prompt outputs of block i,
-and every attention has a temperature: softmax(q k^T / (sqrt(d_h) * t_i)). g = 1 is VPT-shallow; g = 0 is
-VPT-deep with one set of prompts for all blocks.
+Yoo et al., Improving Visual Prompt Tuning for Self-supervised Vision Transformers, ICML 2023.
 
-As in the released code there are L - 1 gates, gamma starts low (the prompts start nearly as g = 0) and the
-temperature at 1, kept from 0.01 to 10. Different from it: a temperature outside that range is not written
-back but used as the range's end, with the gradient let through, so that a forward changes no parameter; the
-last block's prompt outputs are not computed unless the pooling reads them (with `pool: image_prompt`, which
-is that code's, but for a norm behind the mean instead of before it).
+Prompts enter before the first block. Between blocks, the prompt outputs of a block are mixed with the prompts
+that entered it, and every attention has a temperature:
+
+    P_{i+1} = g_i * Z_i + (1 - g_i) * P_i,  g_i = sigmoid(gamma_i),  Z_i: the prompt outputs of block i
+    attention weights of block i: softmax(q k^T / (sqrt(d_h) * t_i))
+
+g = 1 is VPT-shallow; g = 0 is VPT-deep with one set of prompts for all blocks.
+
+As in the released code there are L - 1 gates, gamma starts low (so g is nearly 0), and temperatures start at
+1 and are clamped to 0.01 to 10. Different from it: the clamp is applied in the forward and not written to the
+parameter, with a straight-through gradient; the last block's prompt outputs are computed only if the pooling
+reads them (`pool=image_prompt`, the released code's pooling, except that it normalises after the mean and
+this code before it).
 """
 
 from typing import ClassVar
@@ -31,20 +35,18 @@ class GatedVPT(VPT):
     Args:
         backbone: The backbone whose width, patch size and number of blocks (L) shape the parameters.
         num_tokens: Prompt tokens (p).
-        gate_init: What every gamma starts at; -5 is g = 0.7 %.
+        gate_init: Initial value of every gamma; -5 is g = 0.7 %.
         temperature: Whether the attentions' temperatures are tuned.
         dropout: Dropout on prompt values where they enter, drawn for every image anew.
-        pool: Which outputs of the last block are pooled, one of `base.POOLS`; None for the backbone's own
-            pooling.
+        pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's pooling.
 
     Attributes:
         prompts: [1, num_tokens, width], drawn as VPT's.
         gates: [L - 1], the gammas.
-        temperatures: [L], from one; only where `temperature` is set.
+        temperatures: [L], one at first; None unless `temperature` is true.
 
     Raises:
-        UserError: A number lies outside its range, or the backbone has attentions without a place for a
-            temperature.
+        UserError: A number lies outside its range, or (`attach`) an attention has no query norm to wrap.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "stream"})
@@ -62,7 +64,10 @@ class GatedVPT(VPT):
             backbone, num_tokens=num_tokens, depth=1, carry_over=True, dropout=dropout, pool=pool
         )
         if self.num_blocks < 2:
-            raise UserError("method vpt_gated has its gates between blocks: the backbone has only one block")
+            raise UserError(
+                "method vpt_gated cannot work on this backbone: its gates are between blocks, and there is "
+                "only one; choose a backbone with more blocks"
+            )
         if not -20 <= gate_init <= 20:
             raise UserError(
                 f"method.gate_init={gate_init} leaves a gate that cannot move: give a number from -20 to 20"
@@ -71,7 +76,7 @@ class GatedVPT(VPT):
         self.temperatures = nn.Parameter(torch.ones(self.num_blocks)) if temperature else None
 
     def attach(self, backbone: Geometry) -> None:
-        """Divide every attention's queries by its temperature."""
+        """Wrap every attention's query norm so that its output is divided by the temperature."""
         if self.temperatures is None:
             return
         for i, block in enumerate(backbone.blocks):
@@ -84,32 +89,30 @@ class GatedVPT(VPT):
             attention.q_norm = _Tempered(attention.get_submodule("q_norm"), self, i)
 
     def token_flow(self) -> tuple[Flow, ...]:
-        """Return prompts enter before the first block and are mixed before every other."""
+        """Return `ENTER` for the first block and `MIX` for all others."""
         return (Flow.ENTER, *(Flow.MIX,) * (self.num_blocks - 1))
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Return prompts [B, p, width] of a block; of the first [1, p, width] unless dropout is active."""
+        """Return a block's prompts [B, p, width]; those of the first are [1, p, width] without dropout."""
         if last is None:
             return super().tokens(block, x)
         (entered, left), gate = last, self.gates[block - 1].sigmoid()
         return gate * left + (1 - gate) * entered
 
     def temperature(self, block: int) -> Tensor:
-        """Return a block's temperature within its range; the gradient passes as if there were none."""
+        """Return a block's temperature, clamped to its range with a straight-through gradient."""
         assert self.temperatures is not None
         free = self.temperatures[block]
         return free + (free.clamp(_COLDEST, _HOTTEST) - free).detach()
 
 
 class _Tempered(Wrapped):
-    """Queries [B, heads, n, head_dim] over a temperature, behind the attention's own query norm."""
+    """An attention's query norm whose output [B, heads, n, head_dim] is divided by a temperature."""
 
     def __init__(self, base: nn.Module, method: GatedVPT, block: int) -> None:
         super().__init__(base)
-        self._method, self._block = (
-            (method,),
-            block,
-        )  # in a tuple, so that the parameter stays the method's alone
+        self._method = (method,)  # in a tuple, so that torch does not register its parameters here too
+        self._block = block
 
     def forward(self, q: Tensor) -> Tensor:
         normed: Tensor = self.base(q)

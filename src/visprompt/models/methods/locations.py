@@ -3,17 +3,14 @@
 prepend         [x, P, E]          tokens before a block
 add             [x, E + P]         one vector for each patch position
 add_one         [x, E + 1 p^T]     one vector for all patch positions
-prepend_pixel   [x, Conv(P), E]    patches of pixels, through the frozen patch convolution, before the first
-block
-pad             E = Conv(pad(I))   pixels around the image; U[0, 1], normalised by ImageNet's mean and
-deviation
-concat_channel  E = Conv(I) + W P  further input channels with a patch embedding of their own (the code's
-`below`)
+prepend_pixel   [x, Conv(P), E]    pixel patches, through the frozen patch convolution, before the first block
+pad             E = Conv(pad(I))   pixels around the image; U[0, 1], normalised by ImageNet's mean and std
+concat_channel  E = Conv(I) + W P  further input channels P, patch embedding W tuned (the code's `below`)
 
-Different from the released code: `add` and `add_one` leave class and register tokens alone, as the paper's
-text has it; beside further channels, the three channels' own patch embedding (and a ResNet's first norm)
-stays frozen, with its pre-trained values; further channels start in U(-v, v) on every backbone, where the
-code's ResNet has U[0, 1].
+Different from the released code: `add` and `add_one` leave class and register tokens unchanged, as in the
+paper's text; with `concat_channel` the pre-trained patch embedding of the three image channels (and a
+ResNet's first norm) stays frozen, and the further channels start in U(-v, v) on every backbone, where that
+code uses U[0, 1] on a ResNet.
 """
 
 import math
@@ -29,23 +26,19 @@ from visprompt.errors import UserError
 from visprompt.models.contract import Geometry
 
 LOCATIONS = ("prepend", "add", "add_one", "prepend_pixel", "pad", "concat_channel")
-VECTORS = (
-    "prepend",
-    "add",
-    "add_one",
-)  # prompts are vectors, before any block; elsewhere pixels, before the first
-_SITES = {"pad": "pixels", "concat_channel": "pixels"}
+VECTORS = ("prepend", "add", "add_one")  # prompts are vectors, before any block; the others are pixels
+_SITES = {"pad": "pixels", "concat_channel": "pixels"}  # all others need "tokens"
 
 
 def check_sites(location: str, backbone: Geometry) -> None:
-    """Refuse a location that the backbone has no site for.
+    """Refuse a location whose site the backbone does not offer.
 
     Raises:
-        UserError: It names the site.
+        UserError: The message names the site, and the locations that work.
     """
     site = _SITES.get(location, "tokens")
     if site not in backbone.sites:
-        fitting = [one for one in LOCATIONS if _SITES.get(one, "tokens") in backbone.sites]
+        fitting = [name for name in LOCATIONS if _SITES.get(name, "tokens") in backbone.sites]
         advice = f"give method.location={' or '.join(fitting)}" if fitting else "choose another backbone"
         raise UserError(
             f"method.location={location} cannot work on this backbone: it needs the site {site}, and the "
@@ -54,10 +47,7 @@ def check_sites(location: str, backbone: Geometry) -> None:
 
 
 def tokens_at(location: str, num_tokens: int, backbone: Geometry, block: int) -> int:
-    """Return the number of vectors before a block.
-
-    `num_tokens` where they are prepended, else as many as the location has.
-    """
+    """Return the number of a block's prompts: one for each patch (add), 1 (add_one), or `num_tokens`."""
     if location == "add":
         return math.prod(backbone.grids[block])
     return 1 if location == "add_one" else num_tokens
@@ -72,14 +62,16 @@ def draw_pixels(location: str, num_tokens: int, backbone: Geometry, pad_resize: 
     """Draw prompts that are pixels.
 
     Args:
-        location: A location that is not one of `VECTORS`.
-        num_tokens: Number of patches, of pixels on each side, or of channels (p).
+        location: A location that is not in `VECTORS`.
+        num_tokens: Number of patches (prepend_pixel), of pixels on each side (pad), or of channels
+            (concat_channel); p below.
         backbone: The backbone they are for.
-        pad_resize: Whether the padded image has the side of the image before.
+        pad_resize: Whether images shrink before padding, so that the padded image keeps their side.
 
     Returns:
-        [p, 3, patch, patch] or [p, side, side] from U(-v, v) with `vpt_bound`; [4, 3, p, side - p] from U(0,
-        1).
+        prepend_pixel: [p, 3, patch, patch] from U(-v, v), v by `vpt_bound`.
+        concat_channel: [p, side, side], likewise.
+        pad: [4, 3, p, side - p] from U(0, 1), where side is that of the padded image; see `pad`.
 
     Raises:
         UserError: The padding leaves nothing of the image, or the image is not square.
@@ -102,13 +94,13 @@ def draw_pixels(location: str, num_tokens: int, backbone: Geometry, pad_resize: 
 
 
 def check_padded_side(backbone: Geometry, num_pixels: int) -> None:
-    """Refuse an image that grows beyond what a backbone takes.
+    """Refuse padding that makes images larger than the backbone takes.
 
-    A plain timm ViT takes images of its own side alone. Padding grows them to side + 2p, of which the patch
-    embedding drops the remainder: below half a patch the side stays.
+    A plain timm ViT takes images of one side only. Padding grows them to side + 2p, which is then cut to a
+    multiple of the patch size, so the side does not change while 2p is less than a patch.
 
     Raises:
-        UserError: The side becomes another one, and the model was not built for that.
+        UserError: The side changes, and the model was not built for other sizes.
     """
     side, patch = backbone.image_size, backbone.patch_size
     if (side + 2 * num_pixels) // patch != side // patch and not backbone.any_size:
@@ -124,11 +116,12 @@ def pad(images: Tensor, prompts: Tensor, resize: bool, patch_size: int) -> Tenso
 
     Args:
         images: Normalised images [B, 3, H, H].
-        prompts: The frame, in 0..1: [4, 3, p, side - p], the strip above the image without the corner at its
-            right, and the same of the image turned by 90, 180 and 270 degrees. The four cover the frame once.
-        resize: Shrink the images by 2p first, so that the side stays H; else it grows to H + 2p.
-        patch_size: What is left of a side that it does not divide is dropped, right and below, as by the
-            patch embedding of the released code; timm's refuses it. 1 drops nothing.
+        prompts: The frame, in 0..1: [4, 3, p, side - p]. The first is the strip above the image, without the
+            corner at its right; the others are the same strip of the image turned by 90, 180 and 270
+            degrees. Together they cover the frame once.
+        resize: Whether to shrink the images by 2p first, so that the side stays H; else it grows to H + 2p.
+        patch_size: A side that grew is cut at the right and below to a multiple of this, as the released
+            code's patch embedding does; timm's refuses such a side. 1 cuts nothing.
 
     Returns:
         [B, 3, side, side].
@@ -137,33 +130,33 @@ def pad(images: Tensor, prompts: Tensor, resize: bool, patch_size: int) -> Tenso
     side = prompts.shape[3] + width
     if resize:
         small = F.interpolate(images.float(), size=(side - 2 * width,) * 2, mode="bilinear", antialias=True)
-        images = small.to(images.dtype)  # float: there is no such kernel for 16 bits on every device
+        images = small.to(images.dtype)  # resized in float32: not every device has a 16-bit kernel
     mean, std = (
         prompts.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
     strips = F.pad((prompts - mean) / std, (0, width, 0, side - width))
-    # counter-clockwise: strip k of the turned image stands where k quarter turns bring the first
+    # strip k is at the top at first; k counter-clockwise quarter turns move it to its side of the frame
     frame = torch.stack([torch.rot90(strip, turns, (1, 2)) for turns, strip in enumerate(strips)]).sum(0)
-    kept = side if resize else side // patch_size * patch_size
-    return (F.pad(images, (width,) * 4) + frame)[..., :kept, :kept]
+    cut = side if resize else side // patch_size * patch_size
+    return (F.pad(images, (width,) * 4) + frame)[..., :cut, :cut]
 
 
 def patch_tokens(patch_embed: nn.Module, prompts: Tensor) -> Tensor:
-    """Return tokens [1, p, width] of patches [p, 3, patch, patch], by the backbone's patch convolution and its norm."""
+    """Embed patches [p, 3, patch, patch] by the backbone's patch convolution and norm, as [1, p, width]."""
     proj, norm = patch_embed.get_submodule("proj"), patch_embed.get_submodule("norm")
     return cast(Tensor, norm(proj(prompts).flatten(1)))[None]
 
 
 class MoreChannels(nn.Module):
-    """A patch convolution that sees further channels, the same for every image.
+    """A patch convolution with further input channels, which are the same for every image.
 
-    They enter here and not as a shift before the first block, because a model may normalise its patch
-    embedding (`patch_embed.norm`, `norm_pre`): the further channels are part of what is normalised. They are
-    convolved once for the batch.
+    Their term is added here and not as a shift before the first block, because a model may normalise its
+    patch embedding (`patch_embed.norm`, `norm_pre`), and the further channels are part of what is normalised.
+    They are convolved once for the whole batch.
 
     Args:
         base: The patch convolution.
-        term: Gives what the further channels add, [1, width, grid, grid].
+        term: Computes what the further channels add, [1, width, grid, grid].
     """
 
     def __init__(self, base: nn.Module, term: Callable[[], Tensor]) -> None:
@@ -171,5 +164,5 @@ class MoreChannels(nn.Module):
         self.base, self.term = base, term
 
     def forward(self, images: Tensor) -> Tensor:
-        """Patch [B, width, grid, grid] of images [B, 3, H, W]."""
+        """Return the patch embeddings [B, width, grid, grid] of images [B, 3, H, W]."""
         return cast(Tensor, self.base(images)) + self.term()

@@ -1,13 +1,13 @@
 """Low-rank updates of the attention's projections. Hu et al., LoRA, ICLR 2022, section 4.1, equation 3.
 
-W x + (alpha / r) B A x for each of the matrices W_q, W_k, W_v of every block, A [r, d] and B [d, r]; B starts
-at zero, so the start is the backbone. After training W + (alpha / r) B A takes W's place and nothing more is
-computed.
+W x + (alpha / r) B A x for each of the matrices W_q, W_k, W_v of every block, with A [r, d] and B [d, r]. B
+starts at zero, so the tuned model starts equal to the backbone. After training, W + (alpha / r) B A replaces
+W, and inference costs nothing extra.
 
-Different from the paper, which updates W_q and W_v of language models: all three by default, `targets=qv`
-gives the paper's choice. Different from layers that add B A to W in every step: the update is applied to the
-activations, so no gradient of the size of W is ever computed. Each of the three has an A of its own, as in
-the released code.
+Different from the paper, which updates W_q and W_v of language models: all three are updated by default;
+`targets=qv` is the paper's choice. The update is applied to the activations and not added to W in every
+step, so a gradient of the size of W is never computed. Each of the three has a separate A, as in the released
+code.
 """
 
 import copy
@@ -22,11 +22,12 @@ from torch.nn import functional as F
 
 from visprompt.errors import UserError
 from visprompt.models.contract import Geometry, Method, Wrapped, per_block
-from visprompt.models.methods.adapters import check_probability, check_rank, draw_linear
+from visprompt.models.methods.adapters import draw_linear
+from visprompt.models.methods.checks import check_probability, check_rank
 
 
 class _Updates(Protocol):
-    """A method that updates linear layers: `update` is linear in x where nothing is dropped."""
+    """A method that updates linear layers; without dropout its `update` is linear in x."""
 
     training: bool
 
@@ -40,8 +41,8 @@ class Updated(Wrapped):
 
     Args:
         base: The layer, which stays as it is.
-        method: Whose `update(x, *where)` is added; it keeps the parameters.
-        where: Which of its updates.
+        method: Holds the parameters; its `update(x, *where)` is added.
+        where: Which of the method's updates, for example the index of the block.
     """
 
     base: nn.Linear
@@ -52,13 +53,13 @@ class Updated(Wrapped):
         self._where = where
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return tokens [..., in] -> [..., out]."""
+        """Map tokens [..., in] to [..., out]."""
         out: Tensor = self.base(x)
         return out + self._method[0].update(x, *self._where)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """Return a plain layer that computes the same."""
+        """Return a plain linear layer that computes the same."""
         layer, (method,) = copy.deepcopy(self.base), self._method
         training = method.training
         method.train(False)  # no dropout
@@ -72,18 +73,19 @@ class LoRA(Method):
 
     Args:
         backbone: The backbone whose width and number of blocks shape the updates.
-        rank: Of an update (r).
-        alpha: The update is scaled by alpha / rank; None means rank, so by 1.
-        targets: Which matrices: letters of "qkv".
-        dropout: Dropout on what the update reads.
+        rank: Rank of an update (r).
+        alpha: The update is scaled by alpha / rank; None means alpha = rank, a scale of 1.
+        targets: Matrices that are updated: one or more letters of "qkv".
+        dropout: Dropout on the input of the update.
 
     Attributes:
         a: [blocks, targets, rank, width], as PyTorch draws a linear layer: U(-1, 1) / sqrt(width).
-        b: [blocks, targets, width, rank], zero at first. Both are lists over the blocks where their widths
-            differ.
+        b: [blocks, targets, width, rank], zero at first.
+
+    If the blocks' widths differ, both are lists over the blocks.
 
     Raises:
-        UserError: A number lies outside its range, or a target is none.
+        UserError: A number lies outside its range, or a target is not one of the three letters.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"modules"})
@@ -102,11 +104,13 @@ class LoRA(Method):
         check_probability("dropout", dropout)
         if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
             raise UserError(
-                f"method.alpha={alpha} cannot scale what is tuned: give a number above 0, or null for rank"
+                f"method.alpha={alpha} is not a positive finite number: give a number above 0, or null for "
+                "rank"
             )
         if not targets or set(targets) - set("qkv") or len(set(targets)) < len(targets):
             raise UserError(
-                f"method.targets={targets!r} names no matrices: give letters of qkv, such as qv, each once"
+                f"method.targets={targets!r} does not name matrices: give letters of qkv, such as qv, each "
+                "once"
             )
         self.rank, self.targets = rank, targets
         self.scale = 1.0 if alpha is None else alpha / rank
@@ -120,7 +124,8 @@ class LoRA(Method):
         """Wrap the joint projection of every attention.
 
         Raises:
-            UserError: There is none, or it gives queries, keys and values of another width than the tokens'.
+            UserError: An attention has no joint projection, or one whose queries, keys and values do not have
+                the width of the tokens.
         """
         for i, block in enumerate(find_linears(backbone, ["attn.qkv"], "lora")):
             layer: nn.Linear = block.get_submodule("attn.qkv")  # type: ignore[assignment]  # found as one
@@ -133,26 +138,30 @@ class LoRA(Method):
             block.set_submodule("attn.qkv", Updated(layer, self, i))
 
     def update(self, x: Tensor, *where: int) -> Tensor:
-        """Update [..., 3 * width] of a block's joint queries, keys and values, from normed tokens x [..., width]."""
+        """Return the update [..., 3 * width] of a block's queries, keys and values.
+
+        Args:
+            x: Normed tokens [..., width].
+            where: Index of the block.
+        """
         (block,) = where
-        low = self.scale * F.linear(
-            self.dropout(x), self.a[block].flatten(0, 1)
-        )  # of all targets in one product
+        # the A of all targets in one product: [..., targets * rank]
+        low = self.scale * F.linear(self.dropout(x), self.a[block].flatten(0, 1))
         parts = {
             target: F.linear(part, self.b[block][i])
             for i, (target, part) in enumerate(zip(self.targets, low.split(self.rank, dim=-1), strict=True))
         }
-        nothing = torch.zeros_like(parts[self.targets[0]]) if len(parts) < 3 else None
-        return torch.cat([parts.get(name, nothing) for name in "qkv"], dim=-1)  # type: ignore[misc]  # None only if unused
+        zeros = torch.zeros_like(parts[self.targets[0]]) if len(parts) < 3 else None
+        return torch.cat([parts.get(name, zeros) for name in "qkv"], dim=-1)  # type: ignore[misc]  # None only if unused
 
 
 def find_linears(backbone: Geometry, paths: Sequence[str], method: str) -> list[nn.Module]:
-    """Return the blocks of a backbone, each of which has plain linear layers at some paths.
+    """Return the blocks of a backbone; refuse it unless every block has plain linear layers at these paths.
 
     Args:
-        backbone: Any.
-        paths: Of the layers in a block, such as "attn.qkv".
-        method: For the message.
+        backbone: Any backbone.
+        paths: Paths of the layers in a block, such as "attn.qkv".
+        method: The method's name, for the message.
 
     Returns:
         The blocks in their order.

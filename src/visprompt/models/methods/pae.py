@@ -1,31 +1,31 @@
 """Prompt-agnostic evolution ("PAE"). Wang et al., Visual Prompt-Agnostic Evolution, ICLR 2026.
 
-Deep prompts that start from what the backbone recognises classes by ("MPA"), and a loss that ties the prompts
-of each block to those of the last one ("KLD"). Prediction is VPT-deep's.
+Deep prompts that start from the image frequencies by which the backbone recognises classes ("MPA"), and a
+loss that ties each block's prompts to those of the block before ("KLD"). Prediction is VPT-deep's.
 
 MPA. A window of w x w frequencies slides with stride r over the centred spectrum of one batch of training
-images. For each window the batch is made of its frequencies alone and classified with all prompts at zero.
-The p windows of the least cross-entropy each give a prompt of the first block: t = sum of |e|^2 e / sum of
-|e|^2, over the patch tokens e of all these images. The prompts of block i + 1 are what block i makes of its
-own alone.
+images. For each window the batch is reconstructed from the window's frequencies alone and classified with all
+prompts at zero. Each of the p windows with the lowest cross-entropy gives a prompt of the first block:
+t = sum of |e|^2 e / sum of |e|^2, over the patch tokens e of all images reconstructed from that window. The
+prompts of block i + 1 are the outputs of block i for its prompts alone, without image tokens.
 
 KLD. With z_i = P_i C of the prompts P_i of block i, C [width, k] and one operator K [k, k] for all blocks,
 
     Koopman:  sum over i of mean((z_i K - z_{i+1})^2)
     Lyapunov: sum over i of 10 tanh(mean over tokens of softplus(V(z_i K) - V(z_i)) / 10)
 
-where V(z) = z~ Q z~^T, Q = L^T L / |L^T L|_2 and z~ = z / max(1, |z|). Both, times their weights, are added
-to the cross-entropy. C, K and L are tuned with the prompts, their gradient clipped at a norm of 10; a
-prediction does not read them.
+where V(z) = z~ Q z~^T, Q = L^T L / |L^T L|_2 and z~ = z / max(1, |z|). Both terms, times their weights, are
+added to the cross-entropy. C, K and L are tuned together with the prompts, with their gradient clipped at a
+norm of 10; prediction does not use them.
 
-All this is the released code's; its README has max(0, V(z_{i+1}) - V(z_i)) in place of the second. As there:
-- The windows are scored by the head before it is trained, with the random weights that it starts from. A head
-  of zeros would give all of them one loss, and is refused.
-- The pairs are of the second block's prompts and those behind: the first block's are in none.
+All this follows the released code; its README has max(0, V(z_{i+1}) - V(z_i)) as the second term. As there:
+- The head scores the windows before it is trained, with its random initial weights. A head of zeros would
+  give the same loss for all windows, and is refused.
+- The sums run over pairs of neighbouring blocks from the second block on: no pair holds the first block.
 
-Different from the released code: the images of the one batch are not augmented as in training; not there are
-a matrix back from k to the width, which no loss reads, and an operator for each pair of blocks (KOOPMAN_MOD
-layerwise), in place of the one that the paper is about.
+Different from the released code: the images of the one batch are not augmented; two of its parts are left
+out, a matrix from k back to the width, which no loss reads, and the option of an operator for each pair of
+blocks (KOOPMAN_MOD layerwise), where the paper has one operator.
 """
 
 from collections.abc import Iterable
@@ -37,41 +37,42 @@ from torch.nn import functional as F
 
 from visprompt.errors import UserError, unknown
 from visprompt.models.contract import Geometry, Method, TokenBackbone
+from visprompt.models.methods.checks import check_least
 from visprompt.models.methods.vpt import VPT
 
 INITS = ("frequency", "random")
-IMAGES = 128  # of the one batch: the released code's batch size
-_SATURATION = 10.0  # of the Lyapunov term of a pair
+IMAGES = 128  # images in the one batch: the released code's batch size
+_SATURATION = 10.0  # upper bound of a pair's Lyapunov term
 _CLIP = 10.0  # norm of the gradient of C, K and L together
 
 
 class PAE(VPT):
-    """VPT-deep with first values from windows of frequencies, and a loss that ties the prompts of blocks.
+    """VPT-deep with initial prompts from windows of frequencies, and a loss that ties the prompts of blocks.
 
     Args:
         backbone: The backbone whose width and number of blocks shape the prompts.
         num_tokens: Prompt tokens of a block (p).
-        dropout: Dropout on prompt values, drawn for every image anew; the loss sees them without it.
+        dropout: Dropout on prompt values, drawn for every image anew; the added loss reads them without it.
         init: "frequency", or "random" for prompts drawn as VPT's.
         window: Side of a window of frequencies (w), in pixels of the spectrum.
-        stride: From one window to the next (r).
-        koopman_dim: Width that the operator works in (k).
-        koopman_weight: Of the Koopman term.
-        lyapunov_weight: Of the Lyapunov term; with both weights 0, or with fewer than three blocks and so no
-            pair, there is no operator.
+        stride: Step from one window to the next (r).
+        koopman_dim: Width of the space that the operator acts on (k).
+        koopman_weight: Weight of the Koopman term.
+        lyapunov_weight: Weight of the Lyapunov term. If both weights are 0, or the backbone has fewer than
+            three blocks and so no pair, there is no operator.
 
     Attributes:
-        prompts: [blocks, num_tokens, width]; drawn as VPT's until `see_classes`.
-        koopman_in: Linear(width -> k) without bias (C), drawn as PyTorch draws it.
-        koopman: [k, k], from the identity (K).
-        lyapunov: [k, k], from the identity (L); only with a weight of its term.
+        prompts: [blocks, num_tokens, width]; drawn as VPT's until `see_classes` is called.
+        koopman_in: Linear(width -> k) without bias (C), as PyTorch draws it.
+        koopman: [k, k], the identity at first (K).
+        lyapunov: [k, k], the identity at first (L); only if its term has a weight above 0.
 
     Raises:
         UserError: A number lies outside its range, or a word is unknown.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "stream"})
-    images_per_class: ClassVar[int | None] = IMAGES  # no more can be among the first images
+    images_per_class: ClassVar[int | None] = IMAGES  # all images of the batch may be of one class
 
     def __init__(
         self,
@@ -88,13 +89,8 @@ class PAE(VPT):
         super().__init__(backbone, num_tokens=num_tokens, dropout=dropout)
         if init not in INITS:
             raise unknown("method.init", init, INITS)
-        least: dict[str, tuple[float, int]] = {
-            **{"window": (window, 1), "stride": (stride, 1), "koopman_dim": (koopman_dim, 1)},
-            **{"koopman_weight": (koopman_weight, 0), "lyapunov_weight": (lyapunov_weight, 0)},
-        }
-        for option, (value, lowest) in least.items():
-            if value < lowest:
-                raise UserError(f"method.{option}={value} is too small: give at least {lowest}")
+        check_least(1, window=window, stride=stride, koopman_dim=koopman_dim)
+        check_least(0, koopman_weight=koopman_weight, lyapunov_weight=lyapunov_weight)
         self.by_frequency, self.window, self.stride = init == "frequency", window, stride
         self.koopman_weight, self.lyapunov_weight = koopman_weight, lyapunov_weight
         self.evolves = self.num_blocks > 2 and (koopman_weight > 0 or lyapunov_weight > 0)
@@ -103,19 +99,21 @@ class PAE(VPT):
             self.koopman = nn.Parameter(torch.eye(koopman_dim))
             if lyapunov_weight > 0:
                 self.lyapunov = nn.Parameter(torch.eye(koopman_dim))
-        self._head: tuple[Any, ...] = ()  # in a tuple, so that its parameters stay the classifier's alone
+        # in a tuple, so that torch does not register the classifier's parameters as this method's
+        self._head: tuple[Any, ...] = ()
 
     @property
     def needs_images(self) -> bool:
-        """Whether prompts are made of windows of frequencies."""
+        """Whether prompts are computed from windows of frequencies."""
         return self.by_frequency
 
     def make_head(self, width: int, num_classes: int, init: str) -> nn.Module:
-        """Build a linear head, and keeps it to score windows."""
+        """Build a linear head, and keep it to score windows."""
         if self.by_frequency and init == "zeros":
             raise UserError(
                 "method.init=frequency compares windows by the loss of the head before training, and with "
-                "recipe.head_init=zeros all have the same: give recipe.head_init=vpt, or method.init=random"
+                "recipe.head_init=zeros all windows have the same: give recipe.head_init=vpt, or "
+                "method.init=random"
             )
         head = super().make_head(width, num_classes, init)
         self._head = (head,)
@@ -123,7 +121,7 @@ class PAE(VPT):
 
     @torch.no_grad()
     def see_classes(self, backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
-        """Make the prompts of all blocks of the first images; nothing is drawn."""
+        """Compute the prompts of all blocks from the first `IMAGES` images; `seed` is not used."""
         tokens, like = cast(TokenBackbone, backbone), next(backbone.parameters())
         images, labels = _first(batches)
         spectrum = fft.fftshift(fft.fft2(images.to(like.device).float()), dim=(-2, -1))
@@ -137,15 +135,15 @@ class PAE(VPT):
         self.train(training)
         best = torch.stack(losses).argsort(stable=True)[: self.num_tokens].tolist()
         plain = Method(tokens)
-        made = [tokens.embed(self._filtered(spectrum, windows[i]).to(like.dtype), plain) for i in best]
-        x = torch.stack([_by_energy(patches[:, tokens.num_prefix :].float()) for patches in made])[None]
+        embedded = [tokens.embed(self._filtered(spectrum, windows[i]).to(like.dtype), plain) for i in best]
+        x = torch.stack([_by_energy(patches[:, tokens.num_prefix :].float()) for patches in embedded])[None]
         prompts[0].copy_(x[0])
         for block in range(self.num_blocks - 1):
             x = tokens.carry(block, x.to(like.dtype), 0)
             prompts[block + 1].copy_(x[0])
 
     def _windows(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Top left corners of all windows in a spectrum."""
+        """Return the (top, left) corners of all windows in a spectrum."""
         side = self.window
         corners = [
             (top, left)
@@ -161,14 +159,14 @@ class PAE(VPT):
         return corners
 
     def _filtered(self, spectrum: Tensor, corner: tuple[int, int]) -> Tensor:
-        """Return images [B, 3, H, W] of the frequencies of one window alone."""
+        """Reconstruct images [B, 3, H, W] from the frequencies of one window alone."""
         rows, columns = (slice(start, start + self.window) for start in corner)
-        kept = torch.zeros_like(spectrum)
-        kept[..., rows, columns] = spectrum[..., rows, columns]
-        return fft.ifft2(fft.ifftshift(kept, dim=(-2, -1))).real
+        filtered = torch.zeros_like(spectrum)
+        filtered[..., rows, columns] = spectrum[..., rows, columns]
+        return fft.ifft2(fft.ifftshift(filtered, dim=(-2, -1))).real
 
     def _score(self, backbone: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of images."""
+        """Return the mean cross-entropy of images by the head before training."""
         head = self._head[0]
         return F.cross_entropy(head(backbone(images, self).to(head.weight.dtype)).float(), labels)
 
@@ -177,25 +175,33 @@ class PAE(VPT):
         return task_loss + self._evolution() if self.evolves else task_loss
 
     def _evolution(self) -> Tensor:
-        """Both terms, weighted; the gradient of C, K and L together is at most `_CLIP` long."""
+        """Return the weighted sum of both terms; clip the gradient of C, K and L to a norm of `_CLIP`."""
         prompts = cast(Tensor, self.prompts)[1:]
         operators: list[Tensor] = [p for name, p in self.named_parameters() if name != "prompts"]
         if torch.is_grad_enabled():
-            # by the gradient of the whole term, so that parts of a batch, each with its share, add up to it
+            # clipped by the gradient of the whole term, so that under gradient accumulation the parts of a
+            # batch, each with its share of the term, add up to the same
             gradients = torch.autograd.grad(self._terms(prompts.detach(), *operators), operators)
             norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-            share = (_CLIP / (norm + 1e-6)).clamp(max=1.0)
-            operators = [p.detach() + share * (p - p.detach()) for p in operators]
+            factor = (_CLIP / (norm + 1e-6)).clamp(max=1.0)
+            operators = [p.detach() + factor * (p - p.detach()) for p in operators]  # scales gradients only
         return self._terms(prompts, *operators)
 
     def _terms(self, prompts: Tensor, koopman: Tensor, *others: Tensor) -> Tensor:
-        """Both terms of prompts [n, p, width]; K, L where there is one, and C as [k, width]."""
+        """Return the weighted sum of both terms.
+
+        Args:
+            prompts: [n, p, width] of the blocks from the second on.
+            koopman: K [k, k].
+            others: L [k, k] if the Lyapunov term has a weight, then the weight of C [k, width].
+        """
         z = prompts @ others[-1].T
         evolved = z[:-1] @ koopman
         term: Tensor = self.koopman_weight * (evolved - z[1:]).square().mean(dim=(1, 2)).sum()
         if self.lyapunov_weight:
             q = others[0].T @ others[0]
-            q = q / (torch.linalg.eigvalsh(q).amax() + 1e-8)  # symmetric: its largest eigenvalue is its norm
+            # q is symmetric and positive, so its largest eigenvalue is its spectral norm
+            q = q / (torch.linalg.eigvalsh(q).amax() + 1e-8)
             growth = F.softplus(_energy(evolved, q) - _energy(z[:-1], q)).mean(dim=1)
             term = term + self.lyapunov_weight * _SATURATION * (growth / _SATURATION).tanh().sum()
         return term
@@ -205,21 +211,21 @@ def _first(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return the first `IMAGES` images, and their labels."""
     images: list[Tensor] = []
     labels: list[Tensor] = []
-    for some, of_some in batches:
-        images.append(some)
-        labels.append(of_some)
+    for batch_images, batch_labels in batches:
+        images.append(batch_images)
+        labels.append(batch_labels)
         if sum(map(len, labels)) >= IMAGES:
             break
     return torch.cat(images)[:IMAGES], torch.cat(labels)[:IMAGES]
 
 
 def _by_energy(patches: Tensor) -> Tensor:
-    """Return mean [d] of all tokens [B, n, d], each with its squared length as its weight."""
+    """Return the mean [d] of all tokens [B, n, d], weighted by their squared norms."""
     energies = patches.square().sum(dim=-1, keepdim=True)
     return (energies / energies.sum() * patches).sum(dim=(0, 1))
 
 
 def _energy(z: Tensor, q: Tensor) -> Tensor:
-    """V of vectors [..., k], those longer than 1 at length 1."""
+    """Return V of vectors [..., k], after scaling those with a norm above 1 to norm 1."""
     z = z / (z.norm(dim=-1, keepdim=True) + 1e-8).clamp(min=1.0)
     return (z @ q * z).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""What a loss over a global batch needs of the other devices: their rows, differentiably."""
+"""Collectives for a loss over the global batch: a differentiable all-gather, and a sum over ranks."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from torch import distributed as dist
 
 
 def is_spread() -> bool:
-    """Return whether several processes train together."""
+    """Return whether several processes train together (torch.distributed with more than one rank)."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """Return the rows of all ranks, [N, ...], of this rank's [n, ...], whose number may differ between ranks.
+    """Return the rows of all ranks, [N, ...], from this rank's rows [n, ...]; n may differ between ranks.
 
-    Every rank must call it, and every rank's loss of the result must be the same function: its gradient is
-    summed over the ranks, so that the mean over ranks that DDP takes is that of one device with all rows.
+    Every rank must call it, and every rank must compute the same loss from the result. The backward sums the
+    gradients over ranks, so that after DDP's mean over ranks they equal those of one device with all rows.
     """
     if not is_spread():
         return rows
@@ -28,7 +28,7 @@ def gathered(rows: Tensor) -> Tensor:
 
 
 class _Gathered(torch.autograd.Function):
-    """Rows of all ranks; backwards the sum over ranks of the gradient of this rank's."""
+    """All-gather of rows; the backward returns the sum over ranks of the gradient of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
@@ -47,7 +47,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def summed(values: Tensor) -> Tensor:
-    """Return the sum over ranks of values of one shape."""
+    """Return the sum over ranks of a tensor that has the same shape on all of them."""
     if is_spread():
         values = values.clone()
         dist.all_reduce(values)

@@ -2,64 +2,69 @@
 
 Pei et al., SA2VP: Spatially Aligned-and-Adapted Visual Prompt, AAAI 2024.
 
-A second sequence P of as many tokens as the image's (one for each patch, one for the class token) runs
-through the same frozen blocks L_i beside the image's sequence X; in every block one of the two reads the
-other:
+A second sequence P, with as many tokens as the image's sequence X (one for each patch, one for the class
+token), runs through the same frozen blocks L_i. In every block, one of the two attends to the other:
 
-    P_0 = A W + b + positions                                 A [n, r], W [r, d]
-    blocks 0, 4, 8, ...:  P_{i+1} = L_i(P_i) [+ g_i * L_i(A_i W_i + b_i), not in block 0] + scale * F_i(P_i,
-    X_i)
-                          X_{i+1} = L_i(X_i)
-    other blocks:         X_{i+1} = L_i(X_i) + scale * F_i(X_i, P_i);    P_{i+1} = L_i(P_i)
+    P_0 = A W + b + positions                                        A [n, r], W [r, d]
+    blocks 0, 4, 8, ...:  P_{i+1} = L_i(P_i) + D_i + scale * F_i(P_i, X_i);    X_{i+1} = L_i(X_i)
+                          D_0 = 0, else D_i = g_i * L_i(A_i W_i + b_i)
+    other blocks:         X_{i+1} = L_i(X_i) + scale * F_i(X_i, P_i);          P_{i+1} = L_i(P_i)
     F_i(a, b) = MLP_i(LN_i(a + CA_i(LN1_i(a), LN1_i(b))))            MLP_i: d -> r, GELU, r -> d
 
-LN1_i and the projections of CA_i are the block's own norm and attention, frozen. In CA_i a patch of a attends
-to the 3 x 3 patches of b around its own place (fewer at the border), the class token to all tokens of b. A,
-A_i, W, W_i, b, b_i, g_i [d], LN_i, MLP_i and the head are tuned. With probabilities of the head on X's class
-token and on P's,
+LN1_i and the projections of the cross-attention CA_i are the block's frozen norm and attention. In CA_i a
+patch of a attends to the 3 x 3 patches of b around its position (fewer at the border), the class token to all
+tokens of b. A, A_i, W, W_i, b, b_i, g_i [d], LN_i, MLP_i and the head are tuned. The head classifies both the
+features of X and those of P:
 
-    loss = (1 - prompt_weight) * cross-entropy(X) + prompt_weight * cross-entropy(P);   a prediction reads X
-    alone.
+    loss = (1 - prompt_weight) * cross-entropy(X) + prompt_weight * cross-entropy(P)
 
-Taken from the released code's slower form (`vit_tinypara`, the one that its script trains); its faster one
-gives the cross attention one head and lets patches at the border attend to zeros. Different from both: the
-frozen blocks' own dropout (0.1 there, in training) is off, as everywhere here; the projections are the
-attention itself, which holds the same numbers once. Own choice where the released code has no such backbone:
-register tokens are as class tokens, more than 12 blocks go on with every fourth, P_0 passes a norm before the
-blocks as X_0 does, and other poolings read P as they read X.
+Prediction uses X alone.
+
+Taken from the slower form of the released code (`vit_tinypara`, which its script trains); its faster form has
+one head in the cross-attention and lets patches at the border attend to zeros. Different from both: the
+dropout of the frozen blocks (0.1 there, in training) is off, as everywhere here; the projections are not
+copied from the attention, the attention itself is used. Where the released code supports no such backbone,
+this is our choice: register tokens are treated like class tokens; with more than 12 blocks every fourth goes
+on reading X; P_0 passes a norm before the blocks if X_0 does; and other poolings read P as they read X.
 """
 
 from typing import Any, ClassVar, cast
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
 from visprompt.models.contract import Geometry, Method, Place, drop, split_heads
-from visprompt.models.methods.adapters import check_probability
+from visprompt.models.methods.checks import (
+    check_least,
+    check_probability,
+    check_scale,
+    check_share,
+    plain_attentions,
+)
 
-EVERY = 4  # blocks from one in which the prompts read the image to the next
+EVERY = 4  # in every fourth block the prompts read the image; in the others the image reads the prompts
 
 
 class SA2VP(Method):
-    """A map of prompts that runs beside the image, each reading the other.
+    """A second sequence of prompts, one for each image token; image and prompts attend to each other.
 
     Args:
         backbone: The backbone whose grid, width and number of blocks shape the prompts.
         inner: Width of the stored map and of the small MLPs (r).
-        scale: Factor on what one sequence reads of the other.
+        scale: Factor on what one sequence adds to the other (F_i).
         prompt_weight: Share of the prompts' cross-entropy in the loss.
-        dropout: Dropout on P_0, in the small MLPs and behind the cross attention.
+        dropout: Dropout on P_0, in the small MLPs and after the cross-attention.
 
     Attributes:
-        maps: [1 + deep, tokens, inner], N(0, 0.02^2), cut at +-2; A, then the A_i.
+        maps: [1 + deep, tokens, inner], N(0, 0.02^2), truncated at +-2; A, then the A_i of blocks 4, 8, ....
         lift: [1 + deep, width, inner], Xavier-uniform, and `lift_bias`, N(0, 1e-6^2); W and b.
-        gates: [deep, width], N(0, 0.02^2); g. None where there is no block 4.
-        norm_weight: [blocks, width], 1, and `norm_bias`, 0; LN_i.
+        gates: [deep, width], N(0, 0.02^2); g. None if there is no block 4.
+        norm_weight: [blocks, width], 1 at first, and `norm_bias`, 0 at first; LN_i.
         down: [blocks, inner, width] and `up` [blocks, width, inner], Xavier-uniform; `down_bias`, `up_bias`,
             N(0, 1e-6^2); MLP_i.
+        near: Which token attends to which in the cross-attention, bool [tokens, tokens].
 
     Raises:
         UserError: A number lies outside its range, or (`attach`) the blocks have no plain attention.
@@ -81,18 +86,15 @@ class SA2VP(Method):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(backbone)
-        if inner < 1:
-            raise UserError(f"method.inner={inner} is no width: give at least 1")
-        if scale <= 0:
-            raise UserError(f"method.scale={scale} does not fit: give a number above 0")
-        if not 0 <= prompt_weight <= 1:
-            raise UserError(f"method.prompt_weight={prompt_weight} is not a share: give a number from 0 to 1")
+        check_least(1, inner=inner)
+        check_scale(scale)
+        check_share("prompt_weight", prompt_weight)
         check_probability("dropout", dropout)
         if self.num_blocks % EVERY == 1:
             raise UserError(
-                f"method sa2vp cannot work on this backbone: of its {self.num_blocks} blocks the last would "
-                "have the "
-                "prompts read the image, and nothing the prompts; choose a backbone of another depth"
+                f"method sa2vp cannot work on this backbone: in the last of its {self.num_blocks} blocks the "
+                "prompts would read the image, and no block after it would read the prompts; choose a "
+                "backbone of another depth"
             )
         self.scale, self.prompt_weight, self.dropout = scale, prompt_weight, nn.Dropout(dropout)
         blocks, width, height = self.num_blocks, backbone.width, backbone.grids[0][0]
@@ -106,24 +108,18 @@ class SA2VP(Method):
         self.down, self.down_bias = _linears(blocks, width, inner)
         self.up, self.up_bias = _linears(blocks, inner, width)
         self.register_buffer("near", _neighbours(backbone.num_prefix, *backbone.grids[0]), persistent=False)
-        self._backbone: tuple[Any, ...] = ()  # in a tuple, so that its parameters stay the backbone's alone
-        self._state: dict[
-            str, Tensor
-        ] = {}  # of the forward that runs: the prompts, and what the image reads of them
+        # in a tuple, so that torch does not register the backbone's parameters as this method's
+        self._backbone: tuple[Any, ...] = ()
+        # of the current forward: "prompts" P_i, and "read", what the image gets from them in this block
+        self._state: dict[str, Tensor] = {}
 
     def attach(self, backbone: Geometry) -> None:
-        """Keep the backbone, whose blocks the prompts run through."""
-        if any(type(getattr(block, "attn", None)) is not Attention for block in backbone.blocks):
-            raise UserError(
-                "method sa2vp cannot work on this backbone: image and prompts read each other through "
-                "timm's plain "
-                f"attention, and these blocks, of class {type(backbone.blocks[0]).__name__}, have another; "
-                "choose a plain ViT"
-            )
+        """Keep the backbone: the prompts run through its blocks."""
+        plain_attentions(backbone, "sa2vp", "image and prompts read each other through")
         self._backbone = (backbone,)
 
     def shift(self, block: int, x: Tensor) -> Tensor:
-        """Take the prompts through this block too; the image's tokens [B, n, width] stay as they are."""
+        """Run the prompts through this block too; return the image's tokens [B, n, width] unchanged."""
         if not block:
             (backbone,) = self._backbone
             first = backbone.model.norm_pre(self._lifted(0) + self._positions())
@@ -136,23 +132,19 @@ class SA2VP(Method):
         return x
 
     def _next(self, block: int, x: Tensor, prompts: Tensor) -> Tensor:
-        """P_{i+1} of X_i and P_i."""
+        """Return P_{i+1} from X_i and P_i."""
         (backbone,) = self._backbone
         out: Tensor = backbone.carry(block, prompts, prompts.shape[1])
         if block % EVERY:
             return out
         if block:
             deep = self._lifted(block // EVERY).to(x.dtype)
-            out = out + cast(Tensor, self.gates)[block // EVERY - 1] * backbone.carry(
-                block, deep, deep.shape[1]
-            )
+            gate = cast(Tensor, self.gates)[block // EVERY - 1]
+            out = out + gate * backbone.carry(block, deep, deep.shape[1])
         return out + self.scale * self._read(block, prompts, x)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Return what the image reads of the prompts, [B, n, width].
-
-        X holds all its tokens, or those before the patches.
-        """
+        """Return scale * F_i(X_i, P_i) [B, n, width] for x: all image tokens, or those before the patches."""
         read = self._state.pop("read", None)
         return torch.zeros_like(x) if read is None else read[:, : x.shape[1]]
 
@@ -164,34 +156,31 @@ class SA2VP(Method):
         (backbone,) = self._backbone
         rows, _ = backbone.pooled_rows(prompts.shape[1], None)
         dtype = next(backbone.parameters()).dtype
-        logits = head(
-            backbone.pool(prompts[:, rows].to(dtype), None).to(next(head.parameters()).dtype)
-        ).float()
-        own = F.cross_entropy(logits.expand(len(labels), -1), labels, reduction="none")
-        return (1 - self.prompt_weight) * task_loss + self.prompt_weight * own
+        features = backbone.pool(prompts[:, rows].to(dtype), None)
+        logits = head(features.to(next(head.parameters()).dtype)).float()
+        prompt_loss = F.cross_entropy(logits.expand(len(labels), -1), labels, reduction="none")
+        return (1 - self.prompt_weight) * task_loss + self.prompt_weight * prompt_loss
 
     @property
     def _scores_prompts(self) -> bool:
-        """Whether the loss of the forward that runs reads the prompts behind the last block."""
+        """Whether the loss of the current forward reads the prompts after the last block."""
         return self.training and torch.is_grad_enabled() and self.prompt_weight > 0
 
     def _lifted(self, index: int) -> Tensor:
-        """Return a map of prompts, [1, n, width]."""
+        """Return a map of prompts A W + b, [1, n, width]."""
         return F.linear(self.maps[index], self.lift[index], self.lift_bias[index])[None]
 
     def _positions(self) -> Tensor:
-        """Position embeddings of all tokens, [1, n, width]; zero for tokens that have none."""
+        """Return the position embeddings of all tokens, [1, n, width]; zero for tokens without one."""
         (backbone,) = self._backbone
         model = backbone.model
         if model.pos_embed is None:
             return self.maps.new_zeros(())
-        missing = (
-            self.maps.shape[1] - model.pos_embed.shape[1]
-        )  # of class or register tokens without positions
+        missing = self.maps.shape[1] - model.pos_embed.shape[1]  # class or register tokens without positions
         return F.pad(model.pos_embed, (0, 0, missing, 0))
 
     def _read(self, index: int, reader: Tensor, source: Tensor) -> Tensor:
-        """F_i of the tokens that read and those that are read, [1 or B, n, width] each."""
+        """Return F_i(reader, source) of block `index`, where both are [1 or B, n, width]."""
         (backbone,) = self._backbone
         block = backbone.blocks[index]
         attn, (q_in, kv_in) = block.attn, (block.norm1(reader), block.norm1(source))
@@ -203,7 +192,7 @@ class SA2VP(Method):
         out = attn.norm(out.transpose(1, 2).flatten(2))
         if attn.gate is not None:
             out = out * attn.gate(q_in).sigmoid()
-        # not by the layer itself: whoever records what a block projects means the block's own attention
+        # F.linear and not attn.proj: hooks on that layer should see the block's attention only
         out = reader + self.dropout(F.linear(out, attn.proj.weight, attn.proj.bias))
         scale, shift = (parameter[index].to(out.dtype) for parameter in (self.norm_weight, self.norm_bias))
         out = F.layer_norm(out, out.shape[-1:], scale, shift, 1e-6)
@@ -212,23 +201,20 @@ class SA2VP(Method):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return x W^T + b, in the type of x where the backbone is in 16 bits throughout."""
+    """Return x W^T + b in the dtype of x, which is a 16-bit one if the whole backbone is."""
     return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
 def _linears(count: int, width: int, out: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return weights [count, out, width], each by Xavier's rule, and biases [count, out] that are nearly zero."""
-    weight = torch.empty(count, out, width)
-    for one in weight:
-        nn.init.xavier_uniform_(one)
-    return nn.Parameter(weight), nn.Parameter(1e-6 * torch.randn(count, out))
+    """Draw weights [count, out, width], each by Xavier's rule, and biases [count, out] from N(0, 1e-6^2)."""
+    weights = torch.empty(count, out, width)
+    for weight in weights:
+        nn.init.xavier_uniform_(weight)
+    return nn.Parameter(weights), nn.Parameter(1e-6 * torch.randn(count, out))
 
 
 def _neighbours(prefix: int, height: int, width: int) -> Tensor:
-    """Return which tokens [n] a token [n] reads.
-
-    The patches around its own place, or all before the patches.
-    """
+    """Return which token attends to which, bool [n, n]: a patch to the 3 x 3 around it, others to all."""
     rows, columns = (torch.arange(height * width) // width, torch.arange(height * width) % width)
     close = ((rows[:, None] - rows).abs() <= 1) & ((columns[:, None] - columns).abs() <= 1)
     return F.pad(F.pad(close, (prefix, 0)), (0, 0, prefix, 0), value=True)

@@ -1,13 +1,15 @@
-"""Side-tuning. Zhang et al., Side-Tuning, ECCV 2020, as it stands in Jia et al., Visual Prompt Tuning, ECCV 2022, 4.1.
+"""Side-tuning.
 
-features = a * B(x) + (1 - a) * W S(x),  a = sigmoid(alpha),  alpha = 0 at the start
+Zhang et al., Side-Tuning, ECCV 2020, in the form of Jia et al., Visual Prompt Tuning, ECCV 2022, section 4.1.
+
+    features = a * B(x) + (1 - a) * W S(x),  a = sigmoid(alpha),  alpha = 0 at the start
 
 B is the frozen backbone, S torchvision's AlexNet up to its pooling (256 maps of 6 x 6 for images of every
-size), W a linear layer from those 9216 numbers to the backbone's width, without bias. S, W and alpha are
-tuned. As in the released code, S sees the images normalised as they are for the backbone.
+size), W a linear layer without bias from those 9216 numbers to the backbone's width. S, W and alpha are
+tuned. As in the released code, S reads images normalised for the backbone.
 
 Different from the released code: nothing is downloaded, the pre-trained S comes from a file that the user
-names; and images too small for S (its poolings leave nothing of sides below 63) are enlarged to that side.
+names; and images with a side below 63, too small for the poolings of S, are enlarged to that side.
 """
 
 import math
@@ -22,11 +24,11 @@ from visprompt.models.contract import Geometry, Method
 
 RANDOM = "random"
 _CHANNELS, _POOLED = 256, 6
-_SMALLEST = 63  # side of the smallest image of which AlexNet's last pooling leaves one position
+_SMALLEST = 63  # side of the smallest image for which AlexNet's last pooling has an output
 
 
 class SideTune(Method):
-    """Mixes the frozen features with those of a small trained network beside the backbone.
+    """Mixes the frozen features with those of a small side network that is trained.
 
     Args:
         backbone: The backbone whose width is that of the side network's features.
@@ -53,7 +55,7 @@ class SideTune(Method):
 
     @property
     def first_block(self) -> int:
-        """Behind the last: the backbone's features are the same in every epoch."""
+        """The number of blocks: the backbone's features are the same in every epoch."""
         return self.num_blocks
 
     def stored(self, pooled: Tensor, images: Tensor) -> Tensor:
@@ -62,12 +64,12 @@ class SideTune(Method):
         return torch.cat([pooled, images.flatten(1)], dim=1)
 
     def resumed(self, stored: Tensor) -> Tensor:
-        """Return the mixture [B, width] of what `stored` made of images of the last size that it saw."""
+        """Return the mixed features [B, width] from rows that `stored` returned for images of one size."""
         pooled, pixels = stored.split([self.projection.out_features, math.prod(self._shape)], dim=1)
         return self.features(pooled, pixels.unflatten(1, self._shape))
 
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
-        """Return the mixture [B, width] of the backbone's features [B, width] and those of images [B, 3, H, W]."""
+        """Mix the backbone's features [B, width] with the side network's of images [B, 3, H, W]."""
         share = self.alpha.sigmoid()
         return share * pooled + (1 - share) * self._side_features(images)
 
@@ -82,7 +84,7 @@ class SideTune(Method):
 
 
 def alexnet_features() -> nn.Sequential:
-    """AlexNet's convolutions as torchvision has them, whose own class also draws a head of 59 million weights."""
+    """Build AlexNet's convolutions as in torchvision, whose class also draws a head of 59 million weights."""
     return nn.Sequential(
         nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
         nn.ReLU(inplace=True),
@@ -101,7 +103,7 @@ def alexnet_features() -> nn.Sequential:
 
 
 def _load(side: nn.Sequential, file: Path) -> None:
-    """Load the convolutions of a file of AlexNet's weights; its classifier is left out."""
+    """Load the convolutions from a file of AlexNet's weights; its classifier is ignored."""
     if not file.is_file():
         raise UserError(
             f"there is no file of AlexNet weights at {file}: correct method.weights=..., or give {RANDOM}"
@@ -112,7 +114,7 @@ def _load(side: nn.Sequential, file: Path) -> None:
         side.load_state_dict(
             {rest: tensor for (first, _, rest), tensor in parts.items() if first == "features"}
         )
-    except Exception as error:  # torch's readers raise of every kind
+    except Exception as error:  # torch's readers raise many kinds of exceptions
         raise UserError(
             f"{file} does not hold the weights of torchvision's AlexNet ({type(error).__name__}): "
             f"correct method.weights=..., or give {RANDOM}"

@@ -1,15 +1,16 @@
 """Visual adaptive prompt tuning. Le et al., Revisit Visual Prompt Tuning, ICLR 2026.
 
-The first block has plain prompts. Before block i = 2..L the prompts are made of the image's own patch tokens
-X:
-    G   = W_i vec(k_i * map(LN_i(X))) + b_i     k_i: one 2x2 kernel for all channels; W_i: positions -> p,
-    from zero
-    P_i = G + U ReLU(D G)                       U, D: a bottleneck that all blocks share, without biases
-so that every image has its own prompts. They start at zero. LN_i is the method's own, one for each block.
+The first block has plain prompts. Before block i = 2..L the prompts are computed from the image's patch
+tokens X, so they differ from image to image:
 
-Different from the released code: convolution and W_i are both linear over positions and the same in every
-channel, so they are multiplied into one [p, positions] matrix, which is then applied once; dropping a channel
-of the map (its Dropout2d) commutes with it. Its three dropout rates are one option; its default is theirs.
+    G   = W_i vec(k_i * map(LN_i(X))) + b_i     k_i: a 2x2 kernel for all channels; W_i: positions -> p
+    P_i = G + U ReLU(D G)                       U, D: a bottleneck without biases that all blocks share
+
+W_i and b_i start at zero, so these prompts do too. LN_i is a tuned norm, one for each block.
+
+Different from the released code: the convolution and W_i are both linear over positions and the same in every
+channel, so they are multiplied into one [p, positions] matrix that is applied once; dropping a channel of the
+map (its Dropout2d) commutes with that. Its three dropout rates are one option here, with the same default.
 """
 
 import math
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from visprompt.errors import UserError
 from visprompt.models.contract import Flow, Geometry
+from visprompt.models.methods.checks import check_least
 from visprompt.models.methods.vpt import VPT
 
 _KERNEL = 2
@@ -32,16 +34,16 @@ class VAPT(VPT):
     Args:
         backbone: The backbone whose width, grid and number of blocks (L) shape the parameters.
         num_tokens: Prompt tokens of a block (p).
-        bottleneck: Width of the shared projector's middle (r).
-        dropout: On the values of the first block's prompts, on whole channels of the map, and in the
+        bottleneck: Hidden width of the shared bottleneck (r).
+        dropout: Dropout on the values of the first block's prompts, on whole channels of the map, and in the
             bottleneck.
 
     Attributes:
         prompts: [1, num_tokens, width] of the first block, drawn as VPT's.
-        norm_weight: [L - 1, width] from one, and `norm_bias`, [L - 1, width] from zero.
+        norm_weight: [L - 1, width], one at first, and `norm_bias`, [L - 1, width], zero at first.
         conv: [L - 1, 2, 2], N(0, 1).
-        mix_weight: [L - 1, num_tokens, positions] and `mix_bias`, [L - 1, num_tokens], from zero; positions
-            are (height - 1) * (width - 1) of the grid.
+        mix_weight: [L - 1, num_tokens, positions] and `mix_bias`, [L - 1, num_tokens], zero at first; there
+            are (height - 1) * (width - 1) positions for a grid of [height, width].
         down: [width, bottleneck] and `up`, [bottleneck, width], U(-v, v) with v = 1 / sqrt(inputs).
 
     Raises:
@@ -49,7 +51,7 @@ class VAPT(VPT):
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "stream"})
-    fixed_size = True  # every layer mixes a grid of that many patches
+    fixed_size = True  # the shape of `mix_weight` depends on the grid of patches
 
     def __init__(
         self, backbone: Geometry, num_tokens: int = 10, bottleneck: int = 8, dropout: float = 0.1
@@ -57,18 +59,17 @@ class VAPT(VPT):
         super().__init__(backbone, num_tokens=num_tokens, depth=1, dropout=dropout)
         if self.num_blocks < 2:
             raise UserError(
-                "method vapt has prompts of the image from the second block on: the backbone has only one"
+                "method vapt cannot work on this backbone: it computes prompts from the second block on, and "
+                "there is only one; choose a backbone with more blocks"
             )
-        if bottleneck < 1:
-            raise UserError(f"method.bottleneck={bottleneck} is too small: give at least 1")
+        check_least(1, bottleneck=bottleneck)
         if min(backbone.grids[0]) < _KERNEL:
             raise UserError(
-                f"method vapt needs a grid of at least 2x2 patches: this one is {backbone.grids[0]}"
+                f"method vapt needs a grid of at least 2x2 patches, and this backbone has "
+                f"{backbone.grids[0]}: choose larger images or smaller patches"
             )
         self._num_prefix, width, adaptive = backbone.num_prefix, backbone.width, self.num_blocks - 1
-        self._mixed = tuple(
-            side - _KERNEL + 1 for side in backbone.grids[0]
-        )  # the map's sides behind the convolution
+        self._mixed = tuple(side - _KERNEL + 1 for side in backbone.grids[0])  # sides after the convolution
         self.norm_weight = nn.Parameter(torch.ones(adaptive, width))
         self.norm_bias = nn.Parameter(torch.zeros(adaptive, width))
         self.conv = nn.Parameter(torch.randn(adaptive, _KERNEL, _KERNEL))
@@ -78,11 +79,11 @@ class VAPT(VPT):
         self.up = nn.Parameter(torch.empty(bottleneck, width).uniform_(-(bottleneck**-0.5), bottleneck**-0.5))
 
     def token_flow(self) -> tuple[Flow, ...]:
-        """Return prompts enter before every block."""
+        """Return `ENTER` for every block."""
         return (Flow.ENTER,) * self.num_blocks
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Return prompts of a block: plain ones of the first, then [B, p, width] made of the image tokens x."""
+        """Return a block's prompts: plain ones for the first, then [B, p, width] from the image tokens x."""
         if block == 0:
             return super().tokens(block, x, last)
         i, width = block - 1, x.shape[-1]
@@ -94,9 +95,9 @@ class VAPT(VPT):
         return mixed + self.dropout(F.relu(mixed @ self.down)) @ self.up
 
     def _mixer(self, i: int) -> Tensor:
-        """Convolution and positions -> p as one matrix [p, patches].
+        """Return convolution and W_i as one matrix [p, patches].
 
-        What the convolution read is written back.
+        The transposed convolution of the rows of W_i is W_i times the matrix of the convolution.
         """
         weights = self.mix_weight[i].unflatten(1, (1, *self._mixed))
         return F.conv_transpose2d(weights, self.conv[i][None, None]).flatten(1)

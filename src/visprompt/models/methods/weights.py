@@ -1,19 +1,17 @@
-"""Tuning a few of the backbone's own numbers, alone or together with prompts.
+"""Tuning of some of the backbone's parameters, alone or together with prompts.
 
 Bias:       every bias. Ben Zaken et al., BitFit, ACL 2022; Cai et al., TinyTL, NeurIPS 2020; the "Bias" of
-Jia et al.,
-            Visual Prompt Tuning, ECCV 2022, section 4.1. That of the keys is among them, though softmax
-            cannot see it: it lies in one tensor with those of queries and values.
+            Jia et al., Visual Prompt Tuning, ECCV 2022, section 4.1. The bias of the keys is included: the
+            softmax is invariant to it, but it is stored in one tensor with those of queries and values.
 VPT + bias: the same with prompts, shallow or deep (Jia et al., appendix).
 LayerNorm:  scale and shift of every layer norm, on a ResNet of every batch norm. De Min et al., On the
-Effectiveness of
-            LayerNorm Tuning for Continual Learning in Vision Transformers, ICCV workshops 2023; Frankle et
-            al., Training BatchNorm and Only BatchNorm, ICLR 2021.
+            Effectiveness of LayerNorm Tuning for Continual Learning in Vision Transformers, ICCV workshops
+            2023; Frankle et al., Training BatchNorm and Only BatchNorm, ICLR 2021.
 
-The released VPT code takes every parameter that has "bias" somewhere in its name; here the last part of the
-name decides, which on a plain ViT is the same set. On Swin that code takes the tables of relative positions
-too, which are no biases in this sense: `relative_positions=true` of Bias. On its conv nets it trains the head
-alone, here the biases of norms and convolutions as well.
+The released VPT code tunes every parameter with "bias" anywhere in its name; here the last part of the name
+decides, which is the same set on a plain ViT. On Swin that code also tunes the tables of relative position
+biases; here they are an option of Bias, `relative_positions=true`. On convolutional networks it trains only
+the head; here the biases of norms and convolutions are tuned too.
 """
 
 from typing import ClassVar
@@ -35,7 +33,7 @@ class Bias(Method):
         relative_positions: Whether Swin's tables of relative positions are tuned too.
 
     Raises:
-        UserError: `attach` finds no bias, or no table.
+        UserError: The backbone has no bias, or no such table (raised by `attach`).
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"weights"})
@@ -46,13 +44,13 @@ class Bias(Method):
         self.relative_positions = relative_positions
 
     def attach(self, backbone: Geometry) -> None:
-        """Change nothing; refuses a backbone without what is to be tuned."""
+        """Refuse a backbone without the parameters that are to be tuned; change nothing."""
         _require(bias_names(backbone.model), "biases")
         if self.relative_positions:
             _require(table_names(backbone.model), "tables of relative positions")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """Return the head, every bias of the backbone and, where asked for, its tables of relative positions."""
+        """Return the names of the head, the backbone's biases and, if asked for, its tables of positions."""
         backbone = classifier.get_submodule("backbone")
         tables = table_names(backbone) if self.relative_positions else frozenset()
         return super().tuned_names(classifier) | _of_backbone(bias_names(backbone) | tables)
@@ -62,14 +60,14 @@ class VPTBias(VPT):
     """VPT that tunes every bias of the backbone as well; options and attributes are those of `VPT`.
 
     Raises:
-        UserError: As `VPT`, or `attach` finds no bias.
+        UserError: As `VPT`, or the backbone has no bias (raised by `attach`).
     """
 
     sites: ClassVar[frozenset[str]] = VPT.sites | {"weights"}
 
     @property
     def first_block(self) -> int:
-        """0, whichever blocks have prompts: the biases below them are tuned too."""
+        """0, whichever blocks have prompts: biases are tuned from the first block on."""
         return 0
 
     def attach(self, backbone: Geometry) -> None:
@@ -78,56 +76,55 @@ class VPTBias(VPT):
         _require(bias_names(backbone.model), "biases")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """Return the head, the prompts and every bias of the backbone.
+        """Return the names of the head, the prompts and the backbone's biases.
 
-        Not those of its attention pooling under a `pool`.
+        The biases of an attention pooling are left out if `pool` replaces that pooling.
         """
         names = bias_names(classifier.get_submodule("backbone"))
-        if self.pool is not None:  # it takes that one's place
+        if self.pool is not None:
             names = frozenset(name for name in names if not name.startswith("model.attn_pool."))
         return super().tuned_names(classifier) | _of_backbone(names)
 
 
 class LayerNorm(Method):
-    """Tunes scale and shift of every layer norm of the backbone, those inside an attention included, or batch norm.
+    """Tunes scale and shift of every layer norm and batch norm of the backbone.
 
-    The statistics of a batch norm stay those of the pre-training.
+    Layer norms inside attentions are included. A batch norm keeps its pre-trained statistics.
 
     Raises:
-        UserError: `attach` finds no such norm (others, such as the root-mean-square one, are not tuned).
+        UserError: The backbone has no such norm (raised by `attach`); others, such as RmsNorm, are not tuned.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"weights"})
     can_merge: ClassVar[bool] = True
 
     def attach(self, backbone: Geometry) -> None:
-        """Change nothing; refuses a backbone without any layer norm."""
+        """Refuse a backbone without any layer norm or batch norm; change nothing."""
         _require(norm_names(backbone.model), "layer or batch norms")
 
     def tuned_names(self, classifier: nn.Module) -> frozenset[str]:
-        """Return the head and the parameters of every layer norm and batch norm of the backbone."""
-        return super().tuned_names(classifier) | _of_backbone(
-            norm_names(classifier.get_submodule("backbone"))
-        )
+        """Return the names of the head and of the parameters of every layer norm and batch norm."""
+        names = norm_names(classifier.get_submodule("backbone"))
+        return super().tuned_names(classifier) | _of_backbone(names)
 
 
 def bias_names(module: nn.Module) -> frozenset[str]:
-    """Return names of all biases in a module, those of EVA's queries and values (q_bias, v_bias) among them."""
-    last = ((name, name.rpartition(".")[2]) for name, _ in module.named_parameters())
-    return frozenset(name for name, own in last if own == "bias" or own.endswith("_bias"))
+    """Return the names of all biases in a module, including `q_bias` and `v_bias` of EVA's attention."""
+    pairs = ((name, name.rpartition(".")[2]) for name, _ in module.named_parameters())
+    return frozenset(name for name, last in pairs if last == "bias" or last.endswith("_bias"))
 
 
 def table_names(module: nn.Module) -> frozenset[str]:
-    """Return names of the tables of relative positions in a module."""
+    """Return the names of Swin's tables of relative position biases in a module."""
     names = (name for name, _ in module.named_parameters())
     return frozenset(name for name in names if name.endswith("relative_position_bias_table"))
 
 
 def norm_names(module: nn.Module) -> frozenset[str]:
-    """Return names of the parameters of all layer norms and batch norms in a module."""
+    """Return the names of the parameters of all layer norms and batch norms in a module."""
     norms = [(name, norm) for name, norm in module.named_modules() if isinstance(norm, _NORMS)]
     return frozenset(
-        f"{name}.{own}" for name, norm in norms for own, _ in norm.named_parameters(recurse=False)
+        f"{name}.{parameter}" for name, norm in norms for parameter, _ in norm.named_parameters(recurse=False)
     )
 
 

@@ -1,1 +1,1 @@
-"""Read the weights that others published."""
+"""Read published weights of backbones."""

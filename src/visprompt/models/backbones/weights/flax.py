@@ -1,14 +1,14 @@
-"""Google's `.npz` files of vision transformers (JAX, flax), as tensors under timm's names.
+"""Read Google's `.npz` files of vision transformers (JAX, Flax) as tensors under timm's names.
 
-The layout is that of Dosovitskiy et al.'s release (`orig_in21k`, `augreg`) and of its successor big_vision,
-whose layers are numbered otherwise and may be stacked. Flax keeps a linear layer as [in, out] and the
-projections of an attention by head: query, key and value as [in, heads, head_dim], the output as [heads,
-head_dim, out].
+Two layouts are read: that of Dosovitskiy et al.'s release (`orig_in21k`, `augreg`), and that of its successor
+big_vision, which numbers layers differently and may stack the layers of all blocks. Flax stores a linear
+layer as [in, out], and the projections of an attention by head: query, key and value as [in, heads,
+head_dim], the output as [heads, head_dim, out].
 
 timm's reader (`load_pretrained`) is not used: it resizes position tables and patch embeddings without the
 antialiasing of timm's filter for all other files, writes into the model before it knows that the file fits,
-broadcasts arrays of a wrong shape, reads stacked blocks beyond the model's depth without a word, and stops at
-the first name that is missing.
+broadcasts arrays of a wrong shape, ignores stacked blocks beyond the model's depth, and stops at the first
+name that is missing.
 """
 
 import re
@@ -54,28 +54,28 @@ def read_npz(file: Path) -> dict[str, Tensor]:
     """Read a file of weights.
 
     Args:
-        file: The `.npz`; nothing pickled in it is read.
+        file: The `.npz`; pickled objects in it are refused.
 
     Returns:
-        Its tensors under timm's names; what has no place in a plain vision transformer keeps its own name.
+        Its tensors under timm's names; those that a plain vision transformer does not have keep their names.
 
     Raises:
-        ValueError: It holds no vision transformer, or pickled objects.
-        OSError: It cannot be read.
+        ValueError: The file does not hold a vision transformer, or holds pickled objects.
+        OSError: The file cannot be read.
     """
     with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    start = next((prefix for prefix in _PREFIXES if f"{prefix}embedding/kernel" in arrays), None)
-    if start is None:
+    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embedding/kernel" in arrays), None)
+    if prefix is None:
         raise ValueError(
             f"it holds {', '.join(sorted(arrays)[:3]) or 'nothing'}, but no embedding/kernel of a ViT"
         )
-    inside = {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
-    return _joined(dict(_renamed(name, array) for name, array in _unstacked(inside)))
+    model = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    return _joined(dict(_renamed(name, array) for name, array in _unstacked(model)))
 
 
 def _unstacked(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Return names and arrays, where big_vision stacked the layers of all blocks those of each block."""
+    """Yield names and arrays; split an array that big_vision stacked over all blocks into one per block."""
     for name, array in arrays.items():
         if "/encoderblock/" not in name:
             yield name, array
@@ -85,7 +85,7 @@ def _unstacked(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarr
 
 
 def _renamed(name: str, array: np.ndarray) -> tuple[str, Tensor]:
-    """Return an array's name in timm, and its tensor as PyTorch lays it out."""
+    """Return an array's name in timm, and its tensor in PyTorch's layout."""
     tensor = torch.from_numpy(array)
     if name in _WHOLE:
         return _WHOLE[name], tensor
@@ -106,7 +106,7 @@ def _laid_out(layer: str, leaf: str, tensor: Tensor) -> Tensor:
 
 
 def _joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same with the projections of each attention joined as timm joins them, where none is missing."""
+    """Join the projections of each attention as timm does, unless one of them is missing."""
     for joint, (first, *others) in _JOINT.items():
         for name in [name for name in tensors if first in name]:
             names = [name, *(name.replace(first, other) for other in others)]

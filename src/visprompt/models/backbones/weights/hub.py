@@ -1,4 +1,4 @@
-"""Weights that timm names: in a cache of this machine, or fetched from where they are published."""
+"""Pre-trained weights that timm names: from a local cache, else downloaded from the hub."""
 
 from pathlib import Path
 from urllib.error import HTTPError
@@ -14,17 +14,17 @@ from timm.models import PretrainedCfg
 from visprompt.errors import UserError
 
 _TIMEOUT = 3.0  # seconds; the hub's own client retries for a minute
-_NAMES = ("model.safetensors", "pytorch_model.bin")  # of hubs that do not say, best first
+_NAMES = ("model.safetensors", "pytorch_model.bin")  # tried in order, if timm's config names no file
 
 
 def hub_file(name: str) -> Path:
-    """Find the file of a timm model's pre-trained weights; looks at the network only where no cache holds it.
+    """Find the file of a timm model's pre-trained weights; download it if no local cache holds it.
 
     Args:
         name: The model's name, with or without a pre-training tag.
 
     Raises:
-        UserError: timm knows no weights for it, or they are not here and cannot be fetched; says what to do.
+        UserError: timm has no weights for it, or they cannot be downloaded; the message says what to do.
     """
     config = timm.get_pretrained_cfg(name)
     if config is None or not (config.hf_hub_id or config.url):
@@ -41,27 +41,24 @@ def hub_file(name: str) -> Path:
         )
         if isinstance(cached, str) and Path(cached).is_file():
             return Path(cached)
-    url = (
-        f"{constants.ENDPOINT}/{config.hf_hub_id}/resolve/main/{names[0]}"
-        if config.hf_hub_id
-        else _address(config)
-    )
+    url = _address(config)
+    if config.hf_hub_id:
+        url = f"{constants.ENDPOINT}/{config.hf_hub_id}/resolve/main/{names[0]}"
     if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT if config.hf_hub_id else url):
         raise _missing(name, url, "the hub cannot be reached")
     try:
         return _fetch(config, names)
-    except Exception as error:  # of the network, the disk or the hub
+    except Exception as error:  # network, disk and hub raise many kinds of exceptions
         raise _missing(name, url, f"could not be fetched ({' '.join(str(error).split())[:200]})") from error
 
 
 def _address(config: PretrainedCfg) -> str:
-    return (
-        config.url if isinstance(config.url, str) else (config.url or ("",))[0]
-    )  # some come with a file's name
+    # some configs have a pair of a URL and a file's name
+    return config.url if isinstance(config.url, str) else (config.url or ("",))[0]
 
 
 def _downloaded(config: PretrainedCfg) -> Path:
-    """Return where PyTorch's own hub keeps a file of a plain address."""
+    """Return the path at which torch.hub caches the file of a plain URL."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(_address(config)).path).name
 
 
@@ -75,7 +72,7 @@ def _fetch(config: PretrainedCfg, names: tuple[str, ...]) -> Path:
         try:
             return Path(hf_hub_download(config.hf_hub_id, name))
         except EntryNotFoundError:
-            continue  # an older hub without safetensors
+            continue  # an older repository without safetensors
     return Path(hf_hub_download(config.hf_hub_id, names[-1]))
 
 
@@ -88,7 +85,7 @@ def _missing(name: str, url: str, why: str) -> UserError:
 
 
 def _answers(address: str) -> bool:
-    """Return whether a hub or its mirror (HF_ENDPOINT) answers, through a proxy where one is set."""
+    """Return whether a server answers at an address, through a proxy if one is set."""
     try:
         urlopen(address, timeout=_TIMEOUT).close()
     except HTTPError:

@@ -1,7 +1,7 @@
-"""Vision transformers as Hugging Face's transformers names them, under timm's names.
+"""Convert vision transformers from the names of Hugging Face's transformers to timm's names.
 
 ViT (also in ViTForImageClassification and ViT-MAE), DINOv2 with and without registers, and CLIP's image
-tower, in the names that their files have and those that transformers 5 has in memory.
+tower, under the names in their files and under those that transformers 5 has in memory.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from visprompt.errors import UserError
 
-# one of them is in every file of these layouts, and in no file of another
+# every file of these layouts has one of these names, and no file of another layout does
 _MARKS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight")
 _BLOCK = r"(?:encoder\.)?layers?\.(\d+)\."
 _NAMES = (
@@ -44,17 +44,15 @@ _NAMES = (
     (_BLOCK + r"(?:output\.dense|mlp\.weights_out|mlp\.down_proj)\.", r"blocks.\1.mlp.fc2."),
 )
 _JOINT = {"attn.qkv.": ("attn.q.", "attn.k.", "attn.v."), "mlp.fc1.": ("mlp.gate_proj.", "mlp.up_proj.")}
-_POOLERS = ("pooler.", "classifier.")  # behind the class token; timm's models have no such layer
+_POOLERS = ("pooler.", "classifier.")  # layers after the class token that timm's models do not have
 
 
 def to_timm(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tensors under timm's names where they are a vision transformer of transformers.
-
-    Others as they are.
+    """Rename the tensors of a transformers model to timm's names; return all others unchanged.
 
     Args:
         tensors: For example `encoder.layer.0.attention.attention.query.weight`, `.key.weight` and
-            `.value.weight`, which timm has as one `blocks.0.attn.qkv.weight`.
+            `.value.weight`, which timm joins to `blocks.0.attn.qkv.weight`.
     """
     if not any(mark in tensors for mark in _MARKS):
         return dict(tensors)
@@ -67,7 +65,7 @@ def to_timm(tensors: Mapping[str, Any]) -> dict[str, Any]:
     for name, ndim in (("cls_token", 3), ("pos_embed", 3)):  # CLIP's are [width] and [tokens, width]
         while isinstance(renamed.get(name), Tensor) and renamed[name].ndim < ndim:
             renamed[name] = renamed[name][None]
-    if "register_tokens" in renamed:  # by its mask token timm knows DINOv2, whose registers it converts
+    if "register_tokens" in renamed:  # timm's filter detects DINOv2, and its registers, by the mask token
         renamed.setdefault("mask_token", renamed["register_tokens"][0, :1])
     return renamed
 
@@ -80,10 +78,10 @@ def _renamed(name: str) -> str:
 
 
 def check_activation(file: Path, tensors: Mapping[str, Any], model: nn.Module) -> None:
-    """Raise where the `config.json` in a file's folder names QuickGELU and the model has GELU, or the reverse.
+    """Refuse weights trained with QuickGELU for a model with GELU, and the reverse.
 
-    Weights of both have the same names and shapes, so that the features would be wrong in silence, OpenAI's
-    CLIP's too.
+    The `config.json` in the file's folder says which it is. Names and shapes of the weights are the same, so
+    without this check the features would be wrong silently, for OpenAI's CLIP for example.
     """
     if not any(name.endswith(_MARKS) for name in tensors):
         return
@@ -97,11 +95,9 @@ def check_activation(file: Path, tensors: Mapping[str, Any], model: nn.Module) -
         return
     name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture"))
     other = name.replace("_quickgelu", "") if quick else name.replace("_clip_", "_clip_quickgelu_")
-    remedy = (
-        f"set backbone.name={other}"
-        if other != name and timm.is_model(other)
-        else "choose another backbone.name"
-    )
+    remedy = "choose another backbone.name"
+    if other != name and timm.is_model(other):
+        remedy = f"set backbone.name={other}"
     raise UserError(
         f"{file} was trained with the activation {named} (config.json in its folder) and {name} has "
         f"{'quick_gelu' if quick else 'gelu'}: {remedy}"
