@@ -7,7 +7,7 @@ from torch import nn
 
 from helpers.tiny import NUM_CLASSES, built, images, relative_error, tiny_model
 from visprompt.errors import UserError
-from visprompt.models.contract import Wrapped
+from visprompt.models.layers import Wrapped
 from visprompt.models.merge import merge
 from visprompt.models.methods import Method
 from visprompt.models.methods.baselines import MLP, Full, Linear, Partial

@@ -15,7 +15,7 @@ from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.families import family
 from visprompt.models.backbones.family import Family
 from visprompt.models.classifier import Classifier, Origin
-from visprompt.models.contract import Wrapped
+from visprompt.models.layers import Wrapped
 from visprompt.models.methods import build_method, recorded_options
 from visprompt.models.methods.locations import MoreChannels
 from visprompt.models.methods.sidetune import RANDOM

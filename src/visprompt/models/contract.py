@@ -15,16 +15,14 @@ calls there:
 From the results of these functions alone the backbone decides what it has to compute.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from enum import Enum
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from visprompt.errors import UserError, unknown
-from visprompt.models.recipe import HEAD_INITS
+from visprompt.models.layers import init_linear
 
 POOLS = ("cls", "image", "prompt", "image_prompt")
 
@@ -326,75 +324,3 @@ class Method(nn.Module):
     def resumed(self, stored: Tensor) -> Tensor:
         """Return the features [B, width] from rows that `stored` returned."""
         return stored
-
-
-class Wrapped(nn.Module):
-    """A layer that a method wraps around a layer of the backbone; it must treat each token separately.
-
-    Attributes:
-        base: The wrapped layer.
-    """
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-
-def drop(dropout: nn.Dropout, prompts: Tensor, batch_size: int) -> Tensor:
-    """Apply dropout to prompts [1, p, width], drawn anew for each image.
-
-    Returns:
-        [batch_size, p, width] while dropout is active, else [1, p, width].
-    """
-    if dropout.training and dropout.p > 0:
-        prompts = prompts.expand(batch_size, -1, -1)
-    dropped: Tensor = dropout(prompts)
-    return dropped
-
-
-def per_block(
-    shapes: Sequence[tuple[int, ...]], draw: Callable[[Tensor], object]
-) -> nn.Parameter | nn.ParameterList:
-    """Make parameters of all blocks: one stacked tensor if their shapes are equal, else a list.
-
-    Args:
-        shapes: Shape of each block's parameter.
-        draw: Fills a tensor in place: the stacked [blocks, *shape], or each [*shape] of the list.
-
-    Returns:
-        A parameter or list; `[i]` is block i's part. It is saved as `name` or as `name.0`, `name.1`, ....
-    """
-    if len(set(shapes)) == 1:
-        stacked = torch.empty(len(shapes), *shapes[0])
-        draw(stacked)
-        return nn.Parameter(stacked)
-    parts = [torch.empty(shape) for shape in shapes]
-    for part in parts:
-        draw(part)
-    return nn.ParameterList(parts)
-
-
-def split_heads(attn: Any, projected: Tensor) -> tuple[Tensor, ...]:
-    """Split projected tokens [B, n, parts * width] into parts [B, heads, n, head_dim], as timm does."""
-    return projected.unflatten(-1, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def init_linear(layer: nn.Linear, how: str) -> nn.Linear:
-    """Initialise a head's last layer in place and return it.
-
-    Args:
-        layer: The layer.
-        how: "zeros", or "vpt" as in VPT's released code: Kaiming-normal by fan-out, and a bias of -log(99),
-            a probability of 1 % whatever the number of classes.
-
-    Raises:
-        UserError: The word is unknown.
-    """
-    if how not in HEAD_INITS:
-        raise unknown("head_init", how, HEAD_INITS)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    if how == "vpt":
-        nn.init.kaiming_normal_(layer.weight, mode="fan_out")
-        nn.init.constant_(layer.bias, -math.log(99))
-    return layer

@@ -7,7 +7,7 @@ from torch import nn
 
 from visprompt.errors import UserError
 from visprompt.models.classifier import Classifier
-from visprompt.models.contract import Wrapped
+from visprompt.models.layers import Wrapped
 
 
 def merge(classifier: Classifier) -> nn.Module:

@@ -19,7 +19,7 @@ from visprompt.errors import UserError
 from visprompt.models.backbones import DEMO
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
-from visprompt.models.contract import Wrapped
+from visprompt.models.layers import Wrapped
 from visprompt.models.merge import merge
 from visprompt.models.methods import METHODS, build_method
 from visprompt.models.tuned_state import TunedState, load_state, save_state

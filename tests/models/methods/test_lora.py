@@ -22,7 +22,7 @@ from helpers.tiny import (
 from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
-from visprompt.models.contract import Wrapped
+from visprompt.models.layers import Wrapped
 from visprompt.models.methods.lora import LoRA
 
 VIT_B = geometry(**VIT_B_SIZE)

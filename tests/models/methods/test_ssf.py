@@ -14,7 +14,7 @@ from helpers.tiny import NUM_CLASSES, geometry, images, measured, relative_error
 from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
-from visprompt.models.contract import Wrapped
+from visprompt.models.layers import Wrapped
 from visprompt.models.methods import build_method
 from visprompt.models.methods.ssf import SSF
 

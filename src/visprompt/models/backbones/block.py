@@ -16,7 +16,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visprompt.models.contract import Method, Place, Wrapped, split_heads
+from visprompt.models.contract import Method, Place
+from visprompt.models.layers import Wrapped, split_heads
 
 _TOKENWISE_NORMS = (nn.LayerNorm, LayerNorm, RmsNorm)
 _TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)

@@ -23,7 +23,8 @@ from visprompt.errors import UserError
 from visprompt.models.backbones.block import Rows, combine, is_proven, run_block
 from visprompt.models.backbones.family import side_of
 from visprompt.models.backbones.vit import ViT
-from visprompt.models.contract import Method, split_heads
+from visprompt.models.contract import Method
+from visprompt.models.layers import split_heads
 
 
 class EVA(ViT):

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import unknown
-from visprompt.models.contract import Geometry, Method, Place, per_block
+from visprompt.models.contract import Geometry, Method, Place
+from visprompt.models.layers import per_block
 from visprompt.models.methods.checks import check_probability, check_scale, check_size
 
 _STD = 0.01  # of Adapter+'s truncated normal, which is cut at two of them

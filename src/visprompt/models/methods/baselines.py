@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
-from visprompt.models.contract import Geometry, Method, init_linear
+from visprompt.models.contract import Geometry, Method
+from visprompt.models.layers import init_linear
 from visprompt.models.methods.checks import check_probability
 
 

@@ -18,7 +18,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visprompt.models.contract import Geometry, Method, Place, drop, split_heads
+from visprompt.models.contract import Geometry, Method, Place
+from visprompt.models.layers import drop, split_heads
 from visprompt.models.methods.checks import check_probability, check_size, plain_attentions
 
 

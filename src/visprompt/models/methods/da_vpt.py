@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError, unknown
-from visprompt.models.contract import Flow, Geometry, Method, Wrapped
+from visprompt.models.contract import Flow, Geometry, Method
+from visprompt.models.layers import Wrapped
 from visprompt.models.methods.checks import check_least, check_scale, plain_attentions
 from visprompt.models.methods.ranks import gathered, summed
 

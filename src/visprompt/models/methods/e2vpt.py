@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from visprompt.errors import UserError, unknown
-from visprompt.models.contract import Flow, Geometry, Method, drop, per_block
+from visprompt.models.contract import Flow, Geometry, Method
+from visprompt.models.layers import drop, per_block
 from visprompt.models.methods.checks import check_least, check_probability
 from visprompt.models.methods.locations import vpt_bound
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from visprompt.errors import UserError
-from visprompt.models.contract import Flow, Geometry, Wrapped
+from visprompt.models.contract import Flow, Geometry
+from visprompt.models.layers import Wrapped
 from visprompt.models.methods.vpt import VPT
 
 _COLDEST, _HOTTEST = 0.01, 10.0

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
-from visprompt.models.contract import Geometry, Method, Wrapped, per_block
+from visprompt.models.contract import Geometry, Method
+from visprompt.models.layers import Wrapped, per_block
 from visprompt.models.methods.adapters import draw_linear
 from visprompt.models.methods.checks import check_probability, check_rank
 

@@ -33,10 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from visprompt.errors import UserError, unknown
-from visprompt.models.contract import Geometry, TokenBackbone, drop, per_block
+from visprompt.models.contract import Geometry, TokenBackbone
+from visprompt.models.layers import Buffers, drop, per_block
 from visprompt.models.methods.checks import check_plain_blocks
 from visprompt.models.methods.inits import Means
-from visprompt.models.methods.vpt import VPT, Buffers
+from visprompt.models.methods.vpt import VPT
 
 WHITENINGS = ("none", "frozen", "tuned")
 

@@ -19,7 +19,8 @@ from timm.layers import LayerNorm2d, LayerNorm2dFp32, RmsNorm, RmsNorm2d
 from torch import Tensor, nn
 
 from visprompt.errors import UserError
-from visprompt.models.contract import Geometry, Method, Wrapped, per_block
+from visprompt.models.contract import Geometry, Method
+from visprompt.models.layers import Wrapped, per_block
 
 _STD = 0.02
 _NORMS_2D = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, LayerNorm2d, LayerNorm2dFp32, RmsNorm2d)

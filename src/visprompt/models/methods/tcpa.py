@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
-from visprompt.models.contract import Flow, Geometry, Method, Place, drop, split_heads
+from visprompt.models.contract import Flow, Geometry, Method, Place
+from visprompt.models.layers import drop, split_heads
 from visprompt.models.methods.checks import check_least, check_probability, plain_attentions
 
 

@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
-from visprompt.models.contract import Geometry, Method, TokenBackbone, split_heads
+from visprompt.models.contract import Geometry, Method, TokenBackbone
+from visprompt.models.layers import split_heads
 from visprompt.models.methods.checks import check_least, check_plain_blocks, check_share
 from visprompt.models.methods.inits import Means
 from visprompt.models.methods.locations import vpt_bound

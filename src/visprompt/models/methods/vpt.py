@@ -19,28 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError, unknown
-from visprompt.models.contract import Flow, Geometry, Method, TokenBackbone, drop, per_block
+from visprompt.models.contract import Flow, Geometry, Method, TokenBackbone
+from visprompt.models.layers import Buffers, drop, per_block
 from visprompt.models.methods import locations, vipamin
 from visprompt.models.methods.checks import check_probability, check_size
 from visprompt.models.methods.inits import features
 
 SHARED = ("none", "intra", "inter", "all")
 INITS = ("random", "cls", "cls_layer", "patch_sample", "patch_pool", "patch_kmeans", "vipamin")
-
-
-class Buffers(nn.Module):
-    """A list of buffers: tensors of different shapes that are saved and never tuned."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        for i, tensor in enumerate(tensors):
-            self.register_buffer(str(i), tensor.detach())
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.get_buffer(str(index))
 
 
 class VPT(Method):
