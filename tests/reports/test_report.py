@@ -200,7 +200,8 @@ def test_what_nothing_can_be_tested_against_is_said_before_any_run_is_opened(log
         made(folder, tmp_path / "report", "against=linear", "inspect=nowhere")
     write(tmp_path / "tried", result(split="tune"))
     with pytest.raises(
-        UserError, match=r"^against=linear needs runs of split=final, and here is none: leave it out, or "
+        UserError,
+        match=r"^against=linear needs runs of split=final, and found no such run: leave it out, or ",
     ):
         made(tmp_path / "tried", tmp_path / "report", "against=linear")
 

@@ -200,7 +200,7 @@ def test_wins_are_tasks_above_full_and_a_tie_is_none():
     mine, base = made(*over(tasks, scores=better), *over(tasks, "full", scores=full))
     assert wins(mine, base)["vtab_specialized"].value == 2
     shown = entries(tables.wins_over_full([mine, base]), "linear")
-    assert (shown["vtab_specialized"], shown[FLAT], shown["held against"]) == (
+    assert (shown["vtab_specialized"], shown[FLAT], shown["compared with"]) == (
         "2 of 4",
         "missing (4 of 19)",
         "full",
@@ -221,7 +221,7 @@ def test_wins_are_missing_where_full_is_or_stands_under_another_protocol():
     assert shown == {
         "vtab_specialized": "no full row of the same protocol",
         FLAT: "no full row of the same protocol",
-        "held against": "none",
+        "compared with": "none",
     }
 
 

@@ -25,7 +25,7 @@ from visprompt.text import visible
 _IMAGES = 4  # whose attention is drawn
 _TOLD = 3  # pairs of classes that the words for a confusion matrix name
 _LONGEST = 22  # characters of a class name that are shown
-_SHORT = 11  # characters of a class name, of which four stand beside each other
+_SHORT = 11  # characters of a class name, of which four fit next to each other
 _MOST_NAMED = 24  # classes beside which there is room for a name
 _MOST_COUNTED = 16  # classes in whose fields there is room for a number
 _YELLOW = (

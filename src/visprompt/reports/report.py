@@ -91,7 +91,7 @@ def _check_against(against: str, made: Sequence[Row]) -> None:
     """Raise `UserError` for a method that no other can be tested against."""
     if not made:
         raise UserError(
-            f"against={against} needs runs of split=final, and here is none: leave it out, or train some"
+            f"against={against} needs runs of split=final, and found no such run: leave it out, or train some"
         )
     for protocol, reference in references(protocols(made), against):
         others = [row for row in protocol.rows if row is not reference]

@@ -270,7 +270,7 @@ def _is_shared(key: str, families: Collection[str]) -> bool:
 
 
 def full_of(row: Row, rows: Iterable[Row]) -> Row | None:
-    """Return the row of full fine-tuning that a row may be compared with; None where there is none."""
+    """Return the row of full fine-tuning that a row may be compared with, or None."""
     alike = (other for other in rows if other.method == "full" and same_protocol(row, other))
     return max(alike, key=lambda other: len(other.cells.keys() & row.cells.keys()), default=None)
 

@@ -95,7 +95,7 @@ def wins_over_full(rows: Sequence[Row]) -> Table:
     for row, full in held:
         won = wins(row, full) if full else {}
         lines.append((row.label, *(_count(won.get(name)) for name in names), full.label if full else "none"))
-    header = ("method", *names, "held against")
+    header = ("method", *names, "compared with")
     return Table("Tasks with a mean accuracy above that of full fine-tuning", header, tuple(lines))
 
 

@@ -28,7 +28,7 @@ class Number:
     Attributes:
         value: What a CSV holds and what numbers are compared by.
         shown: What is read everywhere else, without its spread.
-        spread: Standard deviation, in the unit of `value`; None where there is none.
+        spread: Standard deviation, in the unit of `value`; None for a single value.
         shown_spread: What is read of it.
     """
 

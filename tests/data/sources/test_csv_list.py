@@ -210,7 +210,7 @@ def test_what_to_do_about_other_names(tmp_path, text, options, sentence):
 
 def test_columns_without_a_csv_are_refused(tmp_path):
     with pytest.raises(
-        UserError, match=r"^data.csv_columns names columns of a CSV, and there is none: give data.csv="
+        UserError, match=r"^data.csv_columns names columns of a CSV, and no CSV is given: give data.csv="
     ):
         find(write_folder(tmp_path, ("a", "b"), 3), columns={"split": "fold"})
 

@@ -93,7 +93,7 @@ _KITTI = _structured(
     class_names=("vehicle within 8 m", "vehicle at 8 to 20 m", "vehicle beyond 20 m", "no vehicle"),
     official={"train": 6_347, "validation": 423, "test": 711},
     label_rule="the smallest forward distance (location z) of a Car, Van or Truck: up to 8 m, up to 20 m, "
-    "beyond; 3 where there is none",
+    "beyond; 3 without a vehicle",
     notes="The 7,481 labelled images are split by video with the devkit's mapping, so that no video is in "
     "two splits.",
     files=(

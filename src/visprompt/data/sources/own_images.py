@@ -136,7 +136,9 @@ def find(
             f"data.root={root} is not a folder: give the folder that holds one folder of images per class"
         )
     if columns is not None and not table:
-        raise UserError("data.csv_columns names columns of a CSV, and there is none: give data.csv=FILE too")
+        raise UserError(
+            "data.csv_columns names columns of a CSV, and no CSV is given: give data.csv=FILE too"
+        )
     left_out: Counter[str] = Counter()
     unread: list[str] = []
     if table:

@@ -148,7 +148,7 @@ def find(plan: Plan) -> SquareStore | RaggedStore | None:
 
 
 def load(plan: Plan) -> SquareStore | RaggedStore | None:
-    """Open a task's store; return None where there is none, or an FGVC store that was made from other lists.
+    """Open a task's store; return None if it is missing, or an FGVC store made from other lists.
 
     Raises:
         DamagedRecord: The store is damaged.
