@@ -99,7 +99,7 @@ def test_counts_that_give_another_score_than_the_record_are_refused(opened):
     recorded, found = f"{100 * metrics['test/acc']:.2f} %", f"{100 * one.result.score:.2f} %"
     message = f"^{one.folder} recorded {recorded} on test, and this machine finds {found}: use the kind of device it "
     with pytest.raises(UserError, match=message + r"ran on \(cpu\), and the versions it names$"):
-        inspection.confusion(replace(one, result=replace(one.result, metrics=metrics)))
+        inspection.confusion(replace(one, result=one.result.model_copy(update={"metrics": metrics})))
 
 
 @pytest.mark.parametrize("name", ["vpt_deep", "full", "sidetune", "tune"])

@@ -188,6 +188,7 @@ def test_processes_that_this_one_cannot_start_are_refused(monkeypatch):
         engine.check_alone(SLURM, 2, 1)
 
 
+@pytest.mark.slow
 def test_a_rank_reads_its_job_from_a_file_and_imports_what_its_parent_imports(tmp_path, monkeypatch):
     content = tiny_job(tmp_path).content() | {"lightning_module": {"_target_": "mine.Module"}}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))

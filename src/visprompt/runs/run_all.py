@@ -125,7 +125,8 @@ def run_all(jobs: Iterable[Job], wait: bool = True) -> list[Outcome]:
                 outcomes[number] = Outcome(job.name, None, str(error))
                 continue
             waiting[number] = job, error.folder
-            console.print(f"{job.name}: {error.who} is working on it: waiting until later", highlight=False)
+            said = f"{job.name}: {error.who} is working on it: waiting until later"
+            console.print(said, highlight=False, soft_wrap=True)
     while waiting:
         for number, (job, folder) in list(waiting.items()):
             if not is_free(folder):

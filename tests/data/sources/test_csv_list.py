@@ -244,6 +244,7 @@ _LINES = st.lists(st.lists(_CELLS | st.text(max_size=6), max_size=4).map(",".joi
 
 
 @settings(max_examples=150, deadline=None)
+@pytest.mark.slow
 @given(
     content=st.binary(max_size=60)
     | st.builds("{}\n{}".format, st.just("path,label,split"), _LINES).map(str.encode)

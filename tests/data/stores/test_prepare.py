@@ -553,6 +553,7 @@ def test_a_store_that_lacks_the_task_is_made_again(written):
 # ---- unpacked by hand
 
 
+@pytest.mark.slow
 def test_eyes_unpacked_by_hand(written):
     folder = written("diabetic_retinopathy")
     before = prepare_square(plan("diabetic_retinopathy", folder, store_dir=folder / "other"))

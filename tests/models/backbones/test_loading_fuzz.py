@@ -15,6 +15,8 @@ from helpers.damage import bounded, damages, outcome, spoil
 from helpers.tiny import tiny_model
 from visprompt.models.backbones.weights.loading import load_file
 
+pytestmark = pytest.mark.slow  # drawn files, 40 s in all
+
 SMALL = {"depth": 1}
 WRITERS = {
     "safetensors": lambda model, file: save_file(model.state_dict(), file),
