@@ -166,7 +166,7 @@ def test_few_images_have_a_place_too(count):
 def test_equal_images_have_one_place_and_three_have_none():
     assert not inspection.embed(np.ones((9, 6), np.float32)).any()
     with pytest.raises(
-        UserError, match=r"^t-SNE places no less than 4 images, and there are 3: take a larger set$"
+        UserError, match=r"^t-SNE needs at least 4 images, and there are 3: take a larger set$"
     ):
         inspection.embed(np.zeros((3, 6), np.float32))
 

@@ -1,10 +1,10 @@
-"""What the pooled tokens attend to in the last block of a ViT, read off the model while it scores.
+"""The attention weights of the pooled tokens in the last block of a ViT, recorded during a forward pass.
 
-The queries and keys are those that the block hands to its attention, with prompts, rows of keys, query-key
-norms and rotations in them. Given one-hot values in place of its own, the same function returns the weights
-themselves:
+The queries and keys are those that the block passes to `scaled_dot_product_attention`, including prompts,
+added keys, query-key norms and rotary embeddings. Called with the identity matrix I instead of the values,
+the same function returns the weights:
 
-    softmax(q k^T * scale) 1 = softmax(q k^T * scale)
+    softmax(q k^T * scale) I = softmax(q k^T * scale)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,17 +27,17 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]  # positional and named arguments
 
 @dataclass(frozen=True)
 class Weights:
-    """Attention weights of a batch; over all tokens together those of an image and a head sum to 1.
+    """Attention weights of a batch; the weights of an image and a head sum to 1 over all tokens.
 
     Attributes:
-        asking: The token whose weights they are, in words, or the tokens whose weights were averaged.
+        asking: The query in words: the class token, or the pooled tokens whose weights were averaged.
         block: Index of the block.
         prefix: To class and register tokens, [B, heads, prefix].
         patches: To patches, [B, heads, height, width] of their grid.
-        prompts: To prompt tokens of the sequence, [B, heads, p]; p is 0 where the block has none.
-        keys_values: To rows that a method put beside the keys and values, [B, heads, t]; t is 0 where there
-            are none.
-        logits: What the classifier made of the images, [B, C].
+        prompts: To prompt tokens of the sequence, [B, heads, p]; p is 0 if the block has no prompts.
+        keys_values: To rows that a method added to the keys and values, [B, heads, t]; t is 0 if it added
+            no rows.
+        logits: The classifier's logits of the images, [B, C].
     """
 
     asking: str
@@ -51,14 +51,14 @@ class Weights:
 
 @torch.no_grad()
 def last_attention(classifier: Classifier, images: Tensor) -> Weights:
-    """Return the class token's weights in the last block or, where others are pooled, the mean of theirs.
+    """Return the class token's weights in the last block, or the mean over the pooled tokens if others are.
 
     Args:
         classifier: On a plain ViT or an EVA, in evaluation mode.
         images: Normalised images [B, 3, H, W].
 
     Raises:
-        UserError: The backbone has no such attention.
+        UserError: The backbone is neither a plain ViT nor an EVA, or its attention is not the fused one.
     """
     family, method = classifier.backbone, classifier.method
     if not isinstance(family, ViT):
@@ -74,7 +74,7 @@ def last_attention(classifier: Classifier, images: Tensor) -> Weights:
     start, stop, _ = family.pooled_rows(num_image, method.pool)[0].indices(num_tokens)
     if (
         weights.shape[-2] == stop - start
-    ):  # only those that are pooled ask: their keys stand first, then the others'
+    ):  # only the pooled tokens are queries: their keys come first, then those of the others
         order = [
             *range(start, stop),
             *range(start),
@@ -100,7 +100,7 @@ def last_attention(classifier: Classifier, images: Tensor) -> Weights:
 
 
 class _Latest(TorchFunctionMode):
-    """Keeps the arguments of the latest attention, whoever computes it."""
+    """Keeps the arguments of the latest call of `scaled_dot_product_attention`, whoever makes it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class _Latest(TorchFunctionMode):
 
 @contextmanager
 def _recording(block: nn.Module) -> Iterator[list[Call]]:
-    """Collect the arguments of the attentions whose outcome a block projects; its own comes first.
+    """Collect the arguments of each attention whose output the block's `proj` gets; the block's own is first.
 
     Raises:
         UserError: The block has another kind of attention.
@@ -135,7 +135,7 @@ def _recording(block: nn.Module) -> Iterator[list[Call]]:
 
 
 def _weights(call: Call) -> Tensor:
-    """Return the weights [B, heads, queries, keys] of an attention, in float32 whatever it ran in."""
+    """Return the weights [B, heads, queries, keys] of an attention, computed in float32."""
     (query, key, *_), options = call
     one_hot = torch.eye(key.shape[-2], device=key.device, dtype=torch.float32).expand(*key.shape[:-2], -1, -1)
     with torch.autocast(key.device.type, enabled=False):

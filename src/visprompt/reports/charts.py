@@ -1,4 +1,4 @@
-"""Charts as numbers: lines of points, what the axes are, and the same in words for who cannot see it."""
+"""Charts as numbers: lines of points, labels of the axes, and the alternative text."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,9 +28,9 @@ class Point:
     """A point of a line.
 
     Attributes:
-        x: Where it stands.
-        y: Its height.
-        spread: Sample standard deviation of `y` over seeds; None of a single seed.
+        x: Position along the horizontal axis.
+        y: Position along the vertical axis.
+        spread: Sample standard deviation of `y` over seeds; None for a single seed.
     """
 
     x: float
@@ -43,7 +43,7 @@ class Line:
     """Points that belong together.
 
     Attributes:
-        label: What the legend says of it.
+        label: Its label in the legend.
         points: In the order of `x`.
     """
 
@@ -56,16 +56,16 @@ class Chart:
     """Lines over one axis.
 
     Attributes:
-        name: Of its files, without an ending.
+        name: Name of its files, without an extension.
         title: What it shows.
-        x_label: What the horizontal axis is, with its unit.
-        y_label: What the vertical axis is, with its unit.
-        caption: What is to be known of it, in whole sentences.
+        x_label: Label of the horizontal axis, with its unit.
+        y_label: Label of the vertical axis, with its unit.
+        caption: What to know about it, in whole sentences.
         lines: What is drawn.
-        x_scale: "linear", "log", or "symlog": logarithmic with a place for 0.
+        x_scale: "linear", "log", or "symlog": logarithmic, but with a 0.
         y_scale: "linear" or "log".
-        front: Whether the lines are single points, of which those are marked that no other point beats: none
-            is higher with as small an `x`.
+        front: Whether each line is a single point and the Pareto front is marked: the points for which no
+            other point with the same or a smaller `x` has a higher `y`.
     """
 
     name: str
@@ -80,14 +80,14 @@ class Chart:
 
     @property
     def alt(self) -> str:
-        """Return the chart in words, with its numbers as far as they can be listened to."""
+        """Return the alternative text, with as many of the numbers as can be listened to."""
         said = "; ".join(_told(line) for line in self.lines)
         best = f" On the front: {', '.join(line.label for line in front(self.lines))}." if self.front else ""
         return f"{self.y_label} against {self.x_label}. {said}.{best}"
 
     @property
     def values(self) -> Table:
-        """Return its numbers."""
+        """Return its numbers as a table."""
         rows = tuple(
             (line.label, Number(p.x, f"{p.x:g}"), Number(p.y, f"{p.y:g}", p.spread, f"{p.spread or 0:g}"))
             for line in self.lines
@@ -97,7 +97,7 @@ class Chart:
 
 
 def front(lines: Iterable[Line]) -> list[Line]:
-    """Return the Pareto front: of lines of one point those that no other beats, from the smallest `x` on."""
+    """Return the Pareto front of lines of one point, in the order of `x`; see `Chart.front`."""
     ordered = sorted(lines, key=lambda line: (line.points[0].x, -line.points[0].y))
     found: list[Line] = []
     for line in ordered:
@@ -112,7 +112,7 @@ def _told(line: Line) -> str:
 
 
 def in_parts(chart: Chart) -> list[Chart]:
-    """Divide a chart of many lines into charts with as few as can be told apart, about as many in each."""
+    """Divide a chart into charts of at most `MOST_LINES` lines, about as many in each."""
     if len(chart.lines) <= MOST_LINES:
         return [chart]
     size = ceil(len(chart.lines) / ceil(len(chart.lines) / MOST_LINES))
@@ -124,7 +124,7 @@ def in_parts(chart: Chart) -> list[Chart]:
 
 
 def file_name(*words: str) -> str:
-    """Return words as the name of a file, without an ending; cut where a file system would refuse it."""
+    """Return words as the name of a file, without an extension, and short enough for a file system."""
     return re.sub(r"[^a-z0-9]+", "_", " ".join(words).lower()).strip("_")[:150]
 
 
@@ -133,14 +133,14 @@ def spread_scale(values: Sequence[float]) -> str:
     return "log" if min(values) > 0 and max(values) > 10 * min(values) else "linear"
 
 
-# of a table's rows, in per cent
+# charts of a table's rows, in per cent
 
 
 def by_parameters(rows: Sequence[Row]) -> list[Chart]:
     """Return charts of accuracy against tuned parameters with the Pareto front, one protocol in each.
 
-    For each protocol there is a chart of the mean over each group of which two rows have all tasks, and one
-    of each task on which other rows stand than in the chart of its group.
+    For each protocol and group of tasks there is a chart of the mean over the group, of the rows that have
+    all its tasks (if there are two). A task has a chart as well if more rows have it than are in that chart.
     """
     charts = []
     for protocol in protocols(rows):
@@ -179,7 +179,7 @@ def _scatter(protocol: Protocol, rows: Sequence[Row], tasks: Sequence[str], of: 
 
 
 def _point(row: Row, tasks: Sequence[str]) -> Point:
-    """Return a row's mean over tasks; the spread over seeds is that of a single task."""
+    """Return a row's mean over tasks; only the point of a single task has a spread over seeds."""
     cells = [row.cells[task] for task in tasks]
     spread = 100 * cells[0].std if len(cells) == 1 and len(cells[0].scores) > 1 else None
     parameters = [fmean(row.runs["parameters"][row.runs["task"] == task]) for task in tasks]
@@ -187,11 +187,12 @@ def _point(row: Row, tasks: Sequence[str]) -> Point:
 
 
 def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
-    """Return up to three charts for each task of loss and accuracy by epoch, as far as metrics.csv is there.
+    """Return up to three charts of loss and accuracy by epoch for each task, of runs that have a metrics.csv.
 
     Args:
-        rows: Their runs of `split=final` are drawn, averaged over seeds.
-        grids: The runs that validation chose are drawn with their accuracy on the validation images.
+        rows: Rows, of whose final runs loss and accuracy on the training images are drawn, averaged over
+            seeds.
+        grids: Grids, of whose chosen runs the accuracy on the validation images is drawn.
     """
     averaged = "Final runs, mean over seeds."
     of_one = (
@@ -217,7 +218,7 @@ def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
 def _curves(
     title: str, runs: Mapping[str, pd.DataFrame], metric: str, y_label: str, caption: str
 ) -> list[Chart]:
-    """Return a chart of one metric, or several where the lines are many; none where no run recorded it."""
+    """Return a chart of one metric, or several if there are many lines; no chart if no run recorded it."""
     is_loss = metric.endswith("loss")
     lines, partial = [], []
     for label, own in runs.items():

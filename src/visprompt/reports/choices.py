@@ -1,4 +1,4 @@
-"""Groups runs of `split=tune` into grids: how many points each has, and which of them validation chooses."""
+"""Groups runs of `split=tune` into grids, and finds the point of each grid that validation chooses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ class Grid:
     """Runs among which validation chooses.
 
     Attributes:
-        label: The method, and what tells this grid from its others on the task.
-        method: Its name.
-        task: The task.
-        pruning: Whether they are the points of a chain's prune grid, after everything else was chosen.
-        runs: The runs, of each point one for each seed.
-        chosen: A run of the point that validation chooses, see `chosen`; None where all diverged.
-        choice: What it has that others have not, in words.
-        used: What the final runs of the same protocol have, in words; the choice itself, unless the points
-            are of more than one grid, or final runs took something that validation did not choose.
+        label: The method, and what distinguishes this grid from the method's other grids on the task.
+        method: Name of the method.
+        task: Id of the task.
+        pruning: Whether the points are prunings of one chain, tried after everything else was chosen.
+        runs: The runs, one for each point and seed.
+        chosen: A run of the point that validation chooses, see `chosen`; None if all diverged.
+        choice: The settings that distinguish the chosen point from the others, in words.
+        used: The same settings of the final runs of this protocol, in words. This is the choice alone, unless
+            the points are of several grids, or final runs used what validation did not choose.
     """
 
     label: str
@@ -52,19 +52,19 @@ class Grid:
 
     @property
     def diverged(self) -> int:
-        """Return the number of points of which a run's loss was not finite."""
+        """Return the number of points that have a diverged run."""
         return sum(_judged(point).status == "diverged" for point in self.points)
 
     @property
     def score(self) -> float | None:
-        """Return the chosen point's validation accuracy, its mean over seeds; None where all diverged."""
+        """Return the chosen point's validation accuracy, averaged over seeds; None if all points diverged."""
         if self.chosen is None:
             return None
         return _judged(self.runs[self.runs["point"] == self.chosen["point"]]).score
 
 
 def grids(runs: pd.DataFrame) -> list[Grid]:
-    """Return the grids, in the order of methods and tasks, those of settings before those of pruning."""
+    """Return the grids in the order of methods and tasks, grids of settings before those of prunings."""
     finals = runs[runs["split"] == "final"]
     made: list[Grid] = []
     for tried in groups(runs[runs["split"] == "tune"], ["method", "task"]):
@@ -78,12 +78,12 @@ def grids(runs: pd.DataFrame) -> list[Grid]:
 def chosen(runs: pd.DataFrame, finals: pd.DataFrame) -> pd.Series | None:
     """Return a run of the point that validation chooses by the rule of `result.choose`, or None.
 
-    A point is judged by its mean over seeds. Where the rule leaves a tie, the point with fewer tokens and
-    parameters is taken in a prune grid. In another the first point of the grid was taken, which no record
-    tells: the one that has final runs or, where that does not tell either, the one of smaller values.
+    A point is judged by its mean over seeds. Among equally good prunings the one with fewer tokens and
+    parameters is chosen. Among equally good settings the run took the first in the order of its grid, which
+    is not recorded: here it is the point that has final runs, or else the one with the smaller values.
 
     Args:
-        runs: Of `split=tune`, of one method.
+        runs: Runs of one method with `split=tune`.
         finals: Final runs of the same protocol; their scores are not read.
     """
     taken = {*finals["choice"]}
@@ -94,7 +94,7 @@ def chosen(runs: pd.DataFrame, finals: pd.DataFrame) -> pd.Series | None:
 
 
 def _judged(point: pd.DataFrame) -> Result:
-    """Return what stands for a point: its mean over seeds, or a run that diverged."""
+    """Return one result for a point: with the mean score over seeds, or that of a diverged run."""
     worst: Result = min(point["result"], key=lambda result: result.score)
     mean = fmean(result.score for result in point["result"])
     return (

@@ -1,4 +1,4 @@
-"""Some runs seen closely, with the model: confusion matrix, t-SNE before and after, attention, latency."""
+"""Close-ups of some runs, which need the model: confusion matrix, t-SNE, attention and latency."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from visprompt.reports.rows import Row, protocols
 from visprompt.reports.writers import Entry, Table, decimal
 from visprompt.text import visible
 
-_IMAGES = 4  # whose attention is drawn
-_TOLD = 3  # pairs of classes that the words for a confusion matrix name
+_IMAGES = 4  # images whose attention is drawn
+_TOLD = 3  # pairs of classes that the caption of a confusion matrix names
 _LONGEST = 22  # characters of a class name that are shown
 _SHORT = 11  # characters of a class name, of which four fit next to each other
-_MOST_NAMED = 24  # classes beside which there is room for a name
-_MOST_COUNTED = 16  # classes in whose fields there is room for a number
+_MOST_NAMED = 24  # classes, at most, for whose names there is room
+_MOST_COUNTED = 16  # classes, at most, for whose numbers there is room in the fields
 _YELLOW = (
     240 / 255,
     228 / 255,
@@ -37,11 +37,11 @@ _YELLOW = (
 
 @dataclass(frozen=True, eq=False)
 class Closeups:
-    """What was seen of some runs.
+    """Figures and a table of some runs.
 
     Attributes:
-        plots: Figures, those of a run together.
-        latency: Latency and throughput; None where no run could be opened.
+        plots: Figures, grouped by run.
+        latency: Latency and throughput; None if no run could be measured.
         left_out: What could not be shown, and why.
     """
 
@@ -51,7 +51,7 @@ class Closeups:
 
 
 def typical(rows: Sequence[Row]) -> list[Path]:
-    """Return one run of every row, each once, all on the task and under the protocol where these are most."""
+    """Return a run of each row of one protocol on one task: those for which there are most such runs."""
     shared = [
         dict.fromkeys(
             row.runs["folder"][row.runs["task"] == task].iat[0] for row in protocol.rows if task in row.cells
@@ -71,20 +71,20 @@ def look(
     data_dir: str | None,
     weights: str | None,
 ) -> Closeups:
-    """Open runs one after another and show what can be shown of each.
+    """Open runs one after another and draw and measure what is possible for each.
 
     Args:
-        folders: Of finished runs.
-        names: What to call runs that stand in rows of a table, by their resolved folders; others get those as
-            names.
-        device: See `inspect.open_run`, as for the two others.
-        data_dir: This machine's folder of data.
-        weights: A file of backbone weights.
+        folders: Folders of finished runs.
+        names: Labels of runs in the rows of tables, by resolved folder; other runs are called by method and
+            folder.
+        device: See `inspection.open_run`.
+        data_dir: See `inspection.open_run`.
+        weights: See `inspection.open_run`.
     """
     plots: list[Plot] = []
     measured: list[tuple[str, Latency]] = []
     left_out: list[LeftOut] = []
-    placed: dict[bytes, np.ndarray] = {}  # runs on one backbone and task have the same features before
+    placed: dict[bytes, np.ndarray] = {}  # before tuning, runs on one backbone and task have equal features
 
     def attempt(what: str, show: Callable[..., list[Any]], opened: Opened, *arguments: Any) -> list[Any]:
         try:
@@ -219,12 +219,12 @@ def _latency_table(measured: Sequence[tuple[str, Latency]]) -> Table:
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], theme: Theme) -> Figure:
-    """Draw a confusion matrix: shades are shares of a true class, figures are numbers of images.
+    """Draw a confusion matrix: shades are shares of the true class, numbers are counts of images.
 
     Args:
         counts: int [C, C], a row for every true class.
-        names: Of the classes.
-        theme: The page.
+        names: Names of the classes.
+        theme: Colours of the page.
     """
     number = len(names)
     figure = Figure(figsize=(WIDTH, WIDTH * 0.9), layout="constrained")
@@ -249,13 +249,13 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], theme: Theme) -> Fi
 
 
 def draw_map(places: np.ndarray, labels: np.ndarray, names: Sequence[str], theme: Theme) -> Figure:
-    """Draw images as points in the plane, a colour and a shape for each class; many classes share some.
+    """Draw images as points in the plane, with a colour and marker by class; many classes share some.
 
     Args:
         places: float [N, 2].
         labels: int [N].
-        names: Of the classes; there is a legend where they are few.
-        theme: The page.
+        names: Names of the classes; there is a legend if there are few.
+        theme: Colours of the page.
     """
     named = len(names) <= _MOST_NAMED
     columns = 4 if max(map(len, names)) <= _SHORT else 2
@@ -293,14 +293,14 @@ def draw_attention(
     titles: Sequence[str],
     theme: Theme,
 ) -> Figure:
-    """Draw images, the attention to their patches over them, and that to other tokens as bars.
+    """Draw images, the attention to their patches as an overlay, and that to other tokens as bars.
 
     Args:
         images: float [N, H, W, 3], 0..1.
         patches: float [N, h, w], weights.
-        bars: Names of other tokens and their weights, float [N, number].
-        titles: Of the images.
-        theme: The page.
+        bars: Names of other kinds of tokens and their weights, float [N, number].
+        titles: Titles of the images.
+        theme: Colours of the page.
     """
     figure = Figure(figsize=(WIDTH, 1.75 * len(images)), layout="constrained")
     grid = figure.subplots(len(images), 3, squeeze=False, width_ratios=(1, 1, 1.9))
@@ -317,7 +317,7 @@ def draw_attention(
 
 
 def _lit(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return a dimmed gray image, yellow where the attention lies; the most attended patch is all yellow.
+    """Return the image in dimmed grey, the yellower the more attention a patch gets.
 
     Args:
         image: float [H, W, 3], 0..1.

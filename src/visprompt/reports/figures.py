@@ -1,8 +1,8 @@
-"""Draws charts with matplotlib, for light and for dark pages, the same bytes for the same numbers.
+"""Draws charts with matplotlib, for light and for dark pages; the same numbers give the same bytes.
 
-Colours are those of Okabe and Ito, which colour-blind readers tell apart; every line has a marker and a dash
-of its own as well, so that a print in black and white can be read; where lines are so many that these repeat
-in a chart, they are numbered. matplotlib's global state is left as it was.
+Colours are those of Okabe and Ito, which colour-blind readers can distinguish. Lines also differ in marker
+and dash, so that a print in black and white can be read; if a chart has so many lines that these repeat, the
+lines are numbered. matplotlib's global state is not changed.
 """
 
 import io
@@ -29,9 +29,9 @@ from visprompt.text import visible
 WIDTH = 5.0  # inches
 _HEIGHT = 3.1
 _LEGEND_ROW = 0.2
-_HALF_A_LINE = 34  # characters of a legend's line that leave room for another beside it
-_MOST_LABELLED, _LONGEST = 14, 24  # points that are labelled where they stand, and the characters of a label
-_MOST_TICKS = 8  # values that are all written at their axis
+_HALF_A_LINE = 34  # characters of a label, at most, in a legend of two columns
+_MOST_LABELLED, _LONGEST = 14, 24  # points, at most, that are labelled directly, and characters of a label
+_MOST_TICKS = 8  # values, at most, that each get a tick
 MARKERS = "osD^vPX<>phd*"
 _OTHER_SCRIPTS = (
     *(
@@ -76,11 +76,11 @@ class Theme:
 
     Attributes:
         name: "light" or "dark".
-        ink: Of text and axes.
-        faint: Of the grid.
-        paper: Of the page, which a figure leaves transparent.
-        colours: Of lines: Okabe and Ito's without their yellow, which is lost on white.
-        shades: From nothing to all, in steps of lightness that a print in black and white keeps.
+        ink: Colour of text and axes.
+        faint: Colour of the grid.
+        paper: Colour of the page; the background of a figure is transparent.
+        colours: Colours of lines: Okabe and Ito's without their yellow, which is hard to see on white.
+        shades: Colours of a colour map from 0 to 1, which differ in lightness also in black and white.
     """
 
     name: str
@@ -115,12 +115,12 @@ class Plot:
     """A figure of the report.
 
     Attributes:
-        name: Of its files, without an ending.
+        name: Name of its files, without an extension.
         title: What it shows.
-        caption: What is to be known of it, in whole sentences.
-        alt: The same for those who cannot see it, with its numbers.
-        draw: Draws it in the colours of a page.
-        values: Its numbers; None where they are too many to be a table.
+        caption: What to know about it, in whole sentences.
+        alt: Alternative text for those who cannot see it, with numbers.
+        draw: Draws it in the colours of a theme.
+        values: Its numbers as a table; None if they are too many.
     """
 
     name: str
@@ -132,7 +132,7 @@ class Plot:
 
 
 def plots(charts: Sequence[Chart]) -> list[Plot]:
-    """Return charts as figures, in which the same label looks the same everywhere."""
+    """Return charts as figures; lines with the same label look the same in all of them."""
     places: dict[str, int] = {}
     for label in (line.label for chart in charts for line in chart.lines):
         places.setdefault(label, len(places))
@@ -143,17 +143,17 @@ def plots(charts: Sequence[Chart]) -> list[Plot]:
 
 
 def svg(plot: Plot, theme: Theme) -> str:
-    """Return a figure as SVG, transparent, text as outlines."""
+    """Return a figure as SVG, with a transparent background and text as paths."""
     return _saved(plot, theme, "svg", transparent=True).decode()
 
 
 def png(plot: Plot) -> bytes:
-    """Return a figure as PNG on white, at 200 pixels to the inch."""
+    """Return a figure as PNG on white, at 200 dpi."""
     return _saved(plot, LIGHT, "png", dpi=200, facecolor=LIGHT.paper)
 
 
 def plain(text: str, most: int = 60) -> str:
-    """Return text as matplotlib is to write it: no mathematics, never left out of legends, not too long."""
+    """Return text for matplotlib: without math mode, shown in legends despite a leading "_", not too long."""
     text = visible(text)
     shown = text if len(text) <= most else text[: most - 1] + "…"
     return ("\u200b" if shown.startswith("_") else "") + shown.replace("$", r"\$")
@@ -175,7 +175,7 @@ def _fonts() -> list[str]:
 
 @contextmanager
 def _styled(theme: Theme) -> Iterator[None]:
-    """Set matplotlib's own defaults and this file's style, whatever the user's settings say."""
+    """Set matplotlib's defaults and this file's style, whatever the user's matplotlibrc says."""
     named = (
         "text.color",
         "axes.labelcolor",
@@ -195,7 +195,7 @@ def _styled(theme: Theme) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", r"Glyph \d+ .* missing from font"
-            )  # a box; the words below it say the name
+            )  # it is drawn as a box; the name is in the text next to the figure
             yield
 
 
@@ -203,9 +203,9 @@ def draw(chart: Chart, places: Mapping[str, int], theme: Theme) -> Figure:
     """Draw a chart.
 
     Args:
-        chart: What to draw.
-        places: A number for every label, which decides how it looks.
-        theme: The page.
+        chart: The chart.
+        places: A number for every label, which decides colour, marker and dash.
+        theme: Colours of the page.
     """
     longest = max(len(line.label) for line in chart.lines)
     columns = 1 if longest > _HALF_A_LINE else 2
@@ -241,7 +241,7 @@ def draw(chart: Chart, places: Mapping[str, int], theme: Theme) -> Figure:
 
 
 def _draw_line(axes: Axes, line: Line, place: int, theme: Theme, hollow: bool) -> tuple[str, Any, bool]:
-    """Draw a line and return what can be seen of it without its colour."""
+    """Draw a line; return what distinguishes it without colour: marker, dash, whether it is hollow."""
     colour = theme.colours[place % len(theme.colours)]
     marker = MARKERS[place % len(MARKERS)]
     dash = _DASHES[(place + place // len(theme.colours)) % len(_DASHES)] if len(line.points) > 1 else ""
@@ -268,7 +268,7 @@ def _draw_line(axes: Axes, line: Line, place: int, theme: Theme, hollow: bool) -
 def _label_points(
     figure: Figure, axes: Axes, lines: Sequence[Line], texts: Sequence[str], best: Sequence[Line]
 ) -> None:
-    """Write a text next to each line's first point, where it covers least of points, texts and the front."""
+    """Label the first point of each line where it overlaps least with points, labels and the front."""
     figure.draw_without_rendering()  # only now it is known where the axes are
     unit, frame = figure.dpi / 72, axes.get_window_extent()
     taken = [_around(axes, line.points[0], 5 * unit) for line in lines]
@@ -290,13 +290,13 @@ def _label_points(
 
 
 def _around(axes: Axes, point: Point, reach: float) -> Bbox:
-    """Return what a point and the bar of its spread cover, in pixels."""
+    """Return the bounding box of a point and its error bar, in pixels."""
     spread = point.spread or 0.0
     return _between(axes, Point(point.x, point.y - spread), Point(point.x, point.y + spread), reach)
 
 
 def _between(axes: Axes, one: Point, other: Point, reach: float) -> Bbox:
-    """Return what a level or upright line between two points covers, in pixels."""
+    """Return the bounding box of a horizontal or vertical line between two points, in pixels."""
     (x0, y0), (x1, y1) = axes.transData.transform([(one.x, one.y), (other.x, other.y)])
     return Bbox.from_extents(x0 - reach, min(y0, y1) - reach, x1 + reach, max(y0, y1) + reach)
 
@@ -315,7 +315,7 @@ def _area(box: Bbox) -> float:
 
 
 def _scale(axes: Axes, chart: Chart) -> None:
-    """Set scales and ticks: where values are few, those values themselves."""
+    """Set scales and ticks; if there are few values along `x`, each gets a tick."""
     values = sorted({point.x for line in chart.lines for point in line.points})
     axes.set_yscale(chart.y_scale)
     if chart.y_scale == "log":
@@ -338,7 +338,7 @@ def _scale(axes: Axes, chart: Chart) -> None:
 
 
 def _scale_with_zero(axes: Axes, values: Sequence[float]) -> None:
-    """Set a scale of powers of ten with a place for 0."""
+    """Set a scale of powers of ten that also has a 0."""
     positive = [value for value in values if value > 0] or [1.0]
     low, high = floor(log10(min(positive))), ceil(log10(max(positive)))
     axes.set_xscale("symlog", linthresh=10.0**low, linscale=0.5)

@@ -1,6 +1,6 @@
-"""What a report needs the model for: a finished run's confusion matrix, features, attention and latency.
+"""What a report needs the model for: the confusion matrix, features, attention and latency of a finished run.
 
-Everything runs as scoring does: the run's data, precision and batches, without a tuned or frozen value
+Everything is computed as scoring does it, with the run's data, precision and batches. No parameter is
 changed.
 """
 
@@ -39,17 +39,17 @@ _LEAST_REPEATS = 3
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A finished run, ready to be asked.
+    """A finished run, restored with its data.
 
     Attributes:
-        folder: Where it lies.
-        result: What it recorded.
-        classifier: Tuned, in evaluation mode, on `device`.
-        backbone: As it was before the run; shared by all runs of this process, copy its module before moving
-            it.
+        folder: The run's folder.
+        result: The run's record.
+        classifier: The tuned classifier, in evaluation mode, on `device`.
+        backbone: The backbone before tuning. All runs of this process share it: copy its module before you
+            move it.
         datamodule: The run's data.
-        device: Where the classifier is.
-        precision: Lightning's, of the run.
+        device: The device of the classifier.
+        precision: Lightning's precision plugin for the run.
     """
 
     folder: Path
@@ -62,16 +62,16 @@ class Opened:
 
     @property
     def set_name(self) -> str:
-        """Return the split set that the run was scored on: test, or in `split=tune` the validation set."""
+        """Return the split set that the run was scored on: test, or under `split=tune` the validation set."""
         return "test" if self.result.split == "final" else self.datamodule.val_set
 
     @property
     def dataset(self) -> TicketDataset:
-        """Return the images of that set."""
+        """Return the images that the run was scored on."""
         return self.datamodule.test_dataset if self.result.split == "final" else self.datamodule.val_dataset
 
     def batches(self, dataset: TicketDataset) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images [B, 3, H, W] on the device and labels [B], in the batches of scoring."""
+        """Yield normalised images [B, 3, H, W] on the device and labels [B], in the batches of one rank."""
         like = next(self.classifier.parameters())
         for batch in self.datamodule.feature_dataloader(dataset):
             moved = self.datamodule.on_after_batch_transfer(
@@ -80,7 +80,7 @@ class Opened:
             yield moved.images.to(like.dtype), batch.labels
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what a function makes of its arguments in the run's precision, without gradients."""
+        """Call a function in the run's precision and without gradients."""
         with torch.no_grad(), self.precision.forward_context():
             return function(*arguments)
 
@@ -91,13 +91,13 @@ def open_run(
     """Restore a finished run with its data.
 
     Args:
-        folder: The run's, logs/<task>/<method>/<hash>; nothing is written into it.
+        folder: The run's folder, logs/<task>/<method>/<hash>.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
-        data_dir: This machine's folder of data; None takes that of configs/paths and configs/local.
-        weights: A file of backbone weights, where the run's own path is not on this machine.
+        data_dir: This machine's folder of data; by default that of configs/paths and configs/local.
+        weights: A file of backbone weights, if the path that the run recorded is not on this machine.
 
     Raises:
-        UserError: The folder holds no finished run, or its data or backbone are not there or have changed.
+        UserError: The folder holds no finished run, or its data or backbone are missing or have changed.
     """
     tidy(folder)
     result, state = open_result(folder), load_state(folder)
@@ -119,7 +119,7 @@ class Confusion:
 
     Attributes:
         counts: int64 [C, C], a row for every true class, a column for every predicted one.
-        class_names: In the order of both.
+        class_names: The classes, in the order of rows and columns.
         set_name: The split set that was scored.
     """
 
@@ -129,10 +129,10 @@ class Confusion:
 
 
 def confusion(opened: Opened) -> Confusion:
-    """Count which classes a run's scored set is taken for.
+    """Count the true and predicted classes of the images that a run was scored on.
 
     Raises:
-        UserError: They do not give the score that the run recorded.
+        UserError: The counts do not give the score that the run recorded.
     """
     names = opened.datamodule.class_names
     counts = torch.zeros(len(names) ** 2, dtype=torch.int64)
@@ -152,13 +152,13 @@ def confusion(opened: Opened) -> Confusion:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What the head reads, and what the frozen backbone makes of the same images.
+    """The features of the same images after and before tuning.
 
     Attributes:
-        after: float32 [N, width], of the tuned classifier.
-        before: float32 [N, width], of the backbone as it was before the run, without method or prompts.
+        after: float32 [N, width], of the tuned classifier; its head reads these.
+        before: float32 [N, width], of the backbone before tuning, without method or prompts.
         labels: int64 [N].
-        rows: int64 [N], positions in the scored set.
+        rows: int64 [N], positions in `Opened.dataset`.
     """
 
     after: np.ndarray
@@ -168,12 +168,12 @@ class Features:
 
 
 def features(opened: Opened, limit: int = 1000, seed: int = 0) -> Features:
-    """Compute the features of a run's scored set before and after tuning.
+    """Compute features before and after tuning, of images that the run was scored on.
 
     Args:
         opened: The run.
-        limit: Number of images at most (N).
-        seed: Which of more images are drawn.
+        limit: Maximum number of images (N).
+        seed: Seed of the choice of images, if there are more.
     """
     dataset = opened.dataset
     rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:limit])
@@ -188,45 +188,43 @@ def features(opened: Opened, limit: int = 1000, seed: int = 0) -> Features:
 
 
 def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Place images in the plane by t-SNE; the same for the same features and seed.
+    """Place images in the plane by t-SNE; the same features and seed give the same places.
 
     Args:
         features: float32 [N, width].
-        seed: Of the random numbers in its start by principal components.
+        seed: Seed of the initialisation, which computes principal components with random numbers.
 
     Returns:
         float32 [N, 2].
 
     Raises:
-        UserError: There are less than four images.
+        UserError: There are fewer than four images.
     """
     if len(features) < 4:
-        raise UserError(
-            f"t-SNE places no less than 4 images, and there are {len(features)}: take a larger set"
-        )
+        raise UserError(f"t-SNE needs at least 4 images, and there are {len(features)}: take a larger set")
     if not np.ptp(features, axis=0).any():
-        return np.zeros((len(features), 2), np.float32)  # principal components of equal rows cannot be scaled
+        return np.zeros((len(features), 2), np.float32)  # t-SNE cannot scale the components of equal rows
     perplexity = min(30.0, (len(features) - 1) / 3)
-    with threadpool_limits(1):  # sums of several threads come in any order
+    with threadpool_limits(1):  # the order of sums over several threads varies
         placed = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)
     return np.asarray(placed, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """What the last block's pooled tokens attend to; an image's and a head's weights sum to 1.
+    """Attention of the pooled tokens in the last block; the weights of an image and a head sum to 1.
 
     Attributes:
-        asking: The token whose weights they are, in words, or the tokens whose weights were averaged.
+        asking: The query in words: the class token, or the pooled tokens whose weights were averaged.
         block: Index of the block.
         images: float32 [N, H, W, 3], RGB in 0..1, as the backbone saw them.
         labels: int64 [N].
         predicted: int64 [N].
         prefix: To class and register tokens, float32 [N, heads, prefix].
         patches: To patches, float32 [N, heads, h, w] of their grid.
-        prompts: To prompt tokens of the sequence, float32 [N, heads, p]; p is 0 where the block has none.
-        keys_values: To rows that the method put beside keys and values, float32 [N, heads, t]; t is 0 where
-            there are none.
+        prompts: To prompt tokens of the sequence, float32 [N, heads, p]; p is 0 if the block has no prompts.
+        keys_values: To rows that the method added to the keys and values, float32 [N, heads, t]; t is 0 if it
+            added no rows.
     """
 
     asking: str
@@ -241,14 +239,14 @@ class Attention:
 
 
 def attention(opened: Opened, rows: Sequence[int]) -> Attention:
-    """Compute the attention of some images, one at a time, in the last block.
+    """Compute the attention in the last block for some images, one at a time.
 
     Args:
         opened: A run on a plain ViT or an EVA.
-        rows: Positions in the scored set.
+        rows: Positions in `opened.dataset`.
 
     Raises:
-        UserError: There is no such image, or the backbone has no such attention.
+        UserError: There is no such image, or see `last_attention`.
     """
     dataset, data = opened.dataset, opened.datamodule
     wrong = next((row for row in rows if not 0 <= row < len(dataset)), None)
@@ -282,12 +280,12 @@ class Latency:
     Attributes:
         batch_size: Images at a time.
         seconds: Median over the repetitions, per image.
-        low: Lower quartile.
-        high: Upper quartile.
+        low: Lower quartile, per image.
+        high: Upper quartile, per image.
         repeats: Number of repetitions.
-        device: The GPU's name, or "cpu".
-        threads: PyTorch's, on the CPU.
-        precision: Lightning's word.
+        device: The GPU's name, or the type of another device, such as "cpu".
+        threads: Number of PyTorch's CPU threads.
+        precision: Lightning's precision, such as "32-true".
     """
 
     batch_size: int
@@ -303,13 +301,13 @@ class Latency:
 def latency(
     opened: Opened, batch_sizes: Sequence[int] = (1, 64), repeats: int = 20, seconds: float = 0.2
 ) -> list[Latency]:
-    """Measure a run's classifier, not compiled, after one unmeasured batch of each size.
+    """Measure a run's classifier, not compiled, after a warm-up batch of each size.
 
     Args:
         opened: The run.
         batch_sizes: Images at a time.
-        repeats: Repetitions of each size at most.
-        seconds: After so long no repetition of a size is begun, once there are three.
+        repeats: Maximum number of repetitions of each size.
+        seconds: Time for each size, after which no further repetition starts, once there are three.
     """
     cuda = opened.device.type == "cuda"
     device = torch.cuda.get_device_name(opened.device) if cuda else opened.device.type
@@ -323,7 +321,7 @@ def latency(
 
 
 def _times(opened: Opened, batch_size: int, repeats: int, seconds: float) -> list[float]:
-    """Return the seconds of each repetition."""
+    """Return the time of each repetition in seconds."""
     side, like = opened.datamodule.image_size, next(opened.classifier.parameters())
     images = torch.zeros(batch_size, 3, side, side, device=opened.device, dtype=like.dtype)
     times: list[float] = []
@@ -338,6 +336,6 @@ def _times(opened: Opened, batch_size: int, repeats: int, seconds: float) -> lis
 
 
 def _wait(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
