@@ -1,7 +1,7 @@
-"""Loads runs: from folders to one DataFrame, a row for each run and a column for each setting and figure.
+"""Loads runs from folders into one DataFrame, with a row for each run and a column for each setting and cost.
 
-Every column is of dtype object: pandas would infer Arrow strings, which refuse the name of a folder that is
-not UTF-8.
+Every column has dtype object: pandas would infer Arrow strings, which cannot hold a folder's name that is not
+UTF-8.
 """
 
 import csv
@@ -42,7 +42,7 @@ _FACTS = (
 _HASH = re.compile(r"[0-9a-f]{12}")  # what a run's folder is called
 _CHAIN = frozenset(
     {"initial.json", "importance.json", "masks.json"}
-)  # in the folder of a pruning chain, not a run's
+)  # files in the folder of a pruning chain, which is not a run's
 _DAMAGED = (
     "damaged, or of another version of visprompt: result.json or the tuned state beside it is not whole; run "
     "the same command again"
@@ -68,7 +68,7 @@ _OPTIONAL = frozenset(
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A folder that takes no part in the report, and the reason in words."""
+    """A folder that is not in the report, and the reason in words."""
 
     folder: Path
     why: str
@@ -76,11 +76,11 @@ class LeftOut:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """All that was found below some folders.
+    """All runs below some folders.
 
     Attributes:
-        runs: Finished runs, each once, diverged ones among them; see `frame`.
-        left_out: Every other folder of a run.
+        runs: Finished runs, including diverged ones, each once; see `frame`.
+        left_out: All other folders of runs.
     """
 
     runs: pd.DataFrame
@@ -88,10 +88,10 @@ class Survey:
 
 
 def survey(folders: Sequence[Path]) -> Survey:
-    """Load all runs below some folders, at any depth and through links; of two copies the first is taken.
+    """Load all runs below some folders, at any depth and through links; of copies the last attempt is taken.
 
     Raises:
-        UserError: One of them is not a folder.
+        UserError: One of the paths is not a folder.
     """
     loaded: list[dict[str, Any]] = []
     left_out: list[LeftOut] = []
@@ -108,29 +108,31 @@ def survey(folders: Sequence[Path]) -> Survey:
 
 
 def read_runs(folders: Sequence[Path]) -> pd.DataFrame:
-    """Return the runs of `survey` alone."""
+    """Return only the runs of `survey`."""
     return survey(folders).runs
 
 
 def frame(results: Iterable[tuple[Path, Result]]) -> pd.DataFrame:
     """Build the table of runs.
 
-    Besides one for each setting ("recipe.lr", see `settings`) and each of `FIGURES`, the columns are:
+    There is a column for each setting (such as "recipe.lr", see `settings`) and for each of `FIGURES`, and:
 
     - folder, result, task, method, family, split, status, seed, attempt, options: As recorded.
-    - pruning: "of seed 42" for a link of a pruning chain, else "none".
-    - shared, base: What a final run shares with the points of its grid, all that was not chosen for the task:
-      a dict of settings, and a text that is the same for the same method, task and settings.
-    - choice: What a recipe's row or a grid chose for the task, without pruning.
-    - grid, point: The grid that a run of `split=tune` is a point of, and the point, which seeds share.
+    - pruning: "of seed 42" for a run of a pruning chain, else "none".
+    - shared: The settings that were not chosen for the task, as a dict: a final run has these in common with
+      the points of its grid.
+    - base: Task, method and `shared` as one text, to group by.
+    - choice: The settings that a recipe's row or a grid chose for the task, without pruning, as one text.
+    - grid, point: A text for the grid that a run of `split=tune` belongs to, and one for the point in the
+      grid; seeds of a point share it.
     """
     return _frame([_record(folder, result) for folder, result in results])
 
 
 def groups(runs: pd.DataFrame, keys: Sequence[str]) -> list[pd.DataFrame]:
-    """Divide runs by their values in some columns, in the order in which the groups' first runs stand.
+    """Divide runs by their values in some columns; groups are in the order of their first runs.
 
-    DataFrame.groupby would make Arrow strings of the values, and sort them.
+    DataFrame.groupby would convert the values to Arrow strings, and sort them.
     """
     places: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for place, (_, *values) in enumerate(zip(runs.index, *(runs[key] for key in keys), strict=True)):
@@ -139,19 +141,19 @@ def groups(runs: pd.DataFrame, keys: Sequence[str]) -> list[pd.DataFrame]:
 
 
 def columns(runs: pd.DataFrame, *reaches: str) -> list[str]:
-    """Return the settings of some scopes ("row", "family", "task", "chosen"); the runs are of one method."""
+    """Return the columns of settings of some scopes (see `settings.scope`); the runs are of one method."""
     method = runs["method"].iat[0] if len(runs) else ""
     return [key for key in runs.columns if _is_setting(key) and scope(key, method) in reaches]
 
 
 def differing(runs: pd.DataFrame, keys: Sequence[str]) -> list[str]:
-    """Return those of some columns in which runs differ, sorted."""
+    """Return the columns, out of some, in which runs differ; sorted."""
     counts = [runs[key].nunique(dropna=False) for key in keys]
     return sorted(key for key, count in zip(keys, counts, strict=True) if count > 1)
 
 
 def recorded(runs: pd.DataFrame, keys: Sequence[str]) -> list[str]:
-    """Return those of some settings that any of the runs recorded."""
+    """Return the settings, out of some, that at least one of the runs recorded."""
     return [key for key in keys if (runs[key] != UNRECORDED).any()]
 
 
@@ -161,11 +163,12 @@ def at(runs: pd.DataFrame, keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def held(parts: Sequence[pd.DataFrame]) -> list[dict[str, str]]:
-    """Return the settings that hold for all runs of each part, and what these do not record while others do.
+    """Return the settings that all runs of a part share, for each part.
 
-    Others are runs of any part for settings of the protocol, of the same method for its settings, of the same
-    family of tasks for the family's, which stand under "key (family)". A part's runs are of one method and
-    share all settings of the scopes "row" and "family".
+    These are the settings of the scope "row" by key, and those of the scope "family" under "key (family)". A
+    part's runs are of one method and share both. A setting that no run of a part recorded is `UNRECORDED` if
+    it was recorded elsewhere: a setting of the protocol in any part, a method's setting in a part of the same
+    method, a family's setting by runs of the same family. Otherwise it is left out.
     """
     if not parts:
         return []
@@ -186,11 +189,11 @@ def held(parts: Sequence[pd.DataFrame]) -> list[dict[str, str]]:
 
 
 def history(folder: Path, result: Result, metric: str) -> dict[int, float]:
-    """Return a figure that a run logged after each epoch.
+    """Return the values of a metric that a run logged after each epoch.
 
     Returns:
-        Finite values by epoch, the first epoch being 1; empty where the folder has no metrics.csv, or not the
-        one whose sha256 the result recorded (older results recorded none).
+        Finite values by epoch, counted from 1. Empty if the folder has no metrics.csv, or one whose sha256 is
+        not that which the result recorded (older results recorded none).
     """
     values: dict[int, float] = {}
     try:
@@ -222,7 +225,7 @@ def _record(folder: Path, result: Result) -> dict[str, Any]:
     method, task, found = str(result.method["name"]), result.task, settings(result)
     prunes = (
         result.method.get("initial") is not None
-    )  # a link of a chain names the initial values it starts from
+    )  # a run of a chain names the initial values that it starts from
     reach = {key: scope(key, method) for key in found}
     shared = {key: value for key, value in found.items() if reach[key] in ("row", "family")}
     shared = before_the_choice(shared) | {"data.fingerprint": found.get("data.fingerprint", UNRECORDED)}
@@ -233,15 +236,15 @@ def _record(folder: Path, result: Result) -> dict[str, Any]:
         **{"folder": folder, "result": result, "task": task, "method": method, "family": family(task)},
         **{"split": result.split, "status": result.status, "seed": result.seed, "attempt": result.attempt},
         **{"options": options, "pruning": pruning, "shared": shared, "base": base, "choice": choice},
-        "grid": text([base, pruning, choice if prunes else ""]),  # a chain prunes when all else is chosen
-        "point": options if prunes else choice,  # a chain belongs to a seed: every link is a point
+        "grid": text([base, pruning, choice if prunes else ""]),  # a chain prunes after all else was chosen
+        "point": options if prunes else choice,  # a chain is of one seed: every run of it is a point
     }
     figures = {name: result.tuned.get(name) for name in FIGURES} | {"train_s": result.time.get("train_s")}
     return facts | figures | found
 
 
 def _walk(top: Path, seen: set[str]) -> Iterator[dict[str, Any] | LeftOut]:
-    """Walk a folder and its links, each true folder once."""
+    """Walk a folder and follow links; each real folder is visited once."""
     refused: list[OSError] = []
     for path, folders, files in os.walk(top, followlinks=True, onerror=refused.append):
         here, true = Path(path), os.path.realpath(path)
@@ -255,7 +258,7 @@ def _walk(top: Path, seen: set[str]) -> Iterator[dict[str, Any] | LeftOut]:
             tidy(here)
             names = {path.name for path in here.iterdir()}
         if "result.json" in names:
-            folders.clear()  # what a run keeps below belongs to it
+            folders.clear()  # folders inside a run's folder belong to the run
             yield _load(here)
         elif "resume" in names or (_HASH.fullmatch(here.name) and "lock" in files and not names & _CHAIN):
             folders.clear()
@@ -266,7 +269,7 @@ def _walk(top: Path, seen: set[str]) -> Iterator[dict[str, Any] | LeftOut]:
 
 def _load(folder: Path) -> dict[str, Any] | LeftOut:
     """Load a run whose folder holds a result.json."""
-    result = read_result(folder, hashed=False)  # of thousands of runs: header and size say whose state it is
+    result = read_result(folder, hashed=False)  # hashing thousands of states would be slow
     try:
         if (
             result is None
@@ -281,7 +284,7 @@ def _load(folder: Path) -> dict[str, Any] | LeftOut:
 
 
 def _read(result: Result) -> Iterator[tuple[Any, type | tuple[type, ...]]]:
-    """Yield what the report reads of a result, each with the kind that it should have."""
+    """Yield the values of a result that the report reads, each with the type that it should have."""
     prunes = result.method.get("initial") is not None
     for part, kinds in _READ.items():
         for name, kind in kinds.items():
@@ -293,23 +296,23 @@ def _read(result: Result) -> Iterator[tuple[Any, type | tuple[type, ...]]]:
 
 
 def _is_of(value: Any, kind: type | tuple[type, ...]) -> bool:
-    """Return whether a value is of a kind; a number must be finite, and True is not a number."""
+    """Return whether a value is of a type; a number must be finite, and bool is not a number."""
     if isinstance(value, int | float) and (isinstance(value, bool) or not isfinite(value)):
         return False
     return isinstance(value, kind)
 
 
 def _each_once(runs: pd.DataFrame, left_out: list[LeftOut]) -> pd.DataFrame:
-    """Return each run once; where it is not clear which of several is meant, none of them.
+    """Return each run once; of runs with the same settings but contradicting scores, none.
 
-    Many prunings of a seed are tried, so a run of `split=tune` is told by its options too; one is the final
-    run.
+    Runs of `split=tune` are identified by the method's options too: many prunings of a seed are tried, but
+    only one of them is the final run.
     """
     told = runs.assign(options=runs["options"].where(runs["split"] == "tune", ""))
     keys = ["task", "method", "split", "seed", "options", *filter(_is_setting, runs.columns)]
     taken = []
     for alike in groups(told, keys):
-        first, *others = sorted(alike.index, key=lambda i: -alike["attempt"][i])  # the last attempt stands
+        first, *others = sorted(alike.index, key=lambda i: -alike["attempt"][i])  # the last attempt counts
         contradicting = [other for other in others if not _same(runs.loc[first], runs.loc[other])]
         if contradicting:
             for one in (first, *others):
@@ -325,7 +328,7 @@ def _each_once(runs: pd.DataFrame, left_out: list[LeftOut]) -> pd.DataFrame:
 
 
 def _same(one: pd.Series, other: pd.Series) -> bool:
-    """Return whether two runs that are recorded alike are copies, or repetitions that came to the same."""
+    """Return whether two runs of the same settings are copies, or repetitions with the same scores."""
     is_copy = one["folder"].name == other["folder"].name and _HASH.fullmatch(one["folder"].name)
     return bool(is_copy) or _scores(one) == _scores(other)
 
@@ -335,7 +338,7 @@ def _scores(run: pd.Series) -> object:
 
 
 def _counted(first: pd.Series, other: pd.Series) -> str:
-    """Return why a run that is counted elsewhere is not counted here."""
+    """Return why `other`, which is the same run as `first`, is not counted."""
     attempts = (first["attempt"], other["attempt"])
     said = "" if attempts[0] == attempts[1] else f" (attempt {attempts[0]}; here is attempt {attempts[1]})"
     scores = "" if _scores(first) == _scores(other) else ", though its scores differ"

@@ -1,4 +1,4 @@
-"""What a report says, and its form as one HTML page that loads nothing and runs no script."""
+"""The contents of a report, and the HTML page, which loads nothing and runs no script."""
 
 import re
 from base64 import b64encode
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from visprompt.reports.closeups import Closeups
 
 Facts = tuple[tuple[str, tuple[str, ...]], ...]
-"""Terms and what is said of each, a sentence or a list's entry at a time."""
-_MOST_OPEN = 12  # figures of one kind; more are folded
+"""Terms, each with its sentences or list entries."""
+_MOST_OPEN = 12  # figures of a section; if there are more, the section is folded
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 _MEASURED = (
     "Test accuracies are of runs of split=final, after their last epoch; choices are made by the accuracy of "
@@ -43,11 +43,11 @@ class Section:
     """A part of a report under a heading.
 
     Attributes:
-        name: Of its place in the page.
+        name: Its id in the page.
         title: The heading.
-        tables: By the names of their files.
+        tables: Tables by the names of their files.
         plots: Figures.
-        folded: Whether figures are shown on demand only, since they are many.
+        folded: Whether the figures are shown only on demand, because there are many.
     """
 
     name: str
@@ -79,11 +79,11 @@ def contents(
 
     Args:
         found: All runs.
-        folders: Where they were looked for.
-        made: When this is.
+        folders: The folders that were searched for them.
+        made: The date and time of the report.
         against: Name of the method that others are tested against, see `references`.
         paper: The paper to compare with, see `published`.
-        closeups: What was seen of some runs with the model.
+        closeups: Figures and latency of some runs, which needed the model.
 
     Raises:
         UserError: No row is of the method `against`.
@@ -111,7 +111,7 @@ def contents(
 
 
 def _with_different_names(sections: Sequence[Section]) -> Iterator[Section]:
-    """Yield sections in which no two figures have the same name, and so the same files."""
+    """Yield sections with figures renamed so that no two have the same name, and so the same files."""
     taken: set[str] = set()
     for section in sections:
         named = []
@@ -138,7 +138,7 @@ def _accuracy(made: Sequence[Row], paper: str | None) -> dict[str, Table | None]
 
 
 def _tests(under: Sequence[Protocol], made: Sequence[Row], against: str | None) -> dict[str, Table | None]:
-    """Return tests and ranks, of each protocol by itself; a test needs two tasks at least."""
+    """Return tests and ranks, separately for each protocol; a test needs at least two tasks."""
     found: dict[str, Table | None] = {}
     pairs = [
         (one, row)
@@ -154,7 +154,7 @@ def _tests(under: Sequence[Protocol], made: Sequence[Row], against: str | None) 
 
 
 def _figures(runs: pd.DataFrame, made: Sequence[Row], made_grids: Sequence[Grid]) -> list[Section]:
-    """Return sections of charts; a label looks the same in all of them."""
+    """Return sections of charts; lines with the same label look the same in all of them."""
     axes = (sweeps.LENGTH, sweeps.DEPTH, sweeps.FRACTION)
     by_setting = [chart for axis in axes for chart in sweeps.along(runs, axis)]
     kinds: dict[str, tuple[str, list[Chart]]] = {
@@ -180,7 +180,7 @@ def facts(
     folders: Sequence[Path],
     made: datetime,
 ) -> Facts:
-    """Return what was run, and on what, in words."""
+    """Return what was run, on which data and on which machines, in words."""
     runs, results = found.runs, list(found.runs["result"])
     listed = (
         ("Tasks", sorted({*runs["task"]}, key=task_place)),
@@ -245,19 +245,19 @@ def _counted(names: Iterable[str] | Counter[str]) -> tuple[str, ...]:
     )
 
 
-# as HTML
+# the HTML page
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a page shows it: its SVG for light pages, and that for dark ones."""
+    """A figure in the page: its SVG for the light theme and that for the dark theme."""
 
     light: str
     dark: str
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return width and height in CSS pixels, which an SVG of matplotlib gives in points."""
+        """Return width and height in CSS pixels; matplotlib's SVG states them in points."""
         found = dict(
             re.findall(r' (width|height)="([\d.]+)pt"', self.light[: self.light.index("<metadata>")])
         )
@@ -284,10 +284,10 @@ def page(report: Contents, pictures: Mapping[str, Picture]) -> str:
 
 
 def _visible(value: object) -> object:
-    """Return text of the report without control characters; what is HTML already is as it is."""
+    """Return text without control characters; HTML is returned unchanged."""
     return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _table_html(table: Table) -> str:
-    """Return a table without its notes, which stand outside the box that it scrolls in."""
+    """Return a table as HTML without its notes, which are outside the box in which it scrolls."""
     return html(replace(table, notes=()))

@@ -1,4 +1,4 @@
-"""The papers' own figures, read from published.yaml, which names their sources."""
+"""The papers' own accuracies, read from published.yaml, which names their sources."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +20,7 @@ GROUPS = ("vtab_natural", "vtab_specialized", "vtab_structured")
 FLAT = "vtab, mean of 19 tasks"
 GROUPED = "vtab, mean of 3 groups"
 _FILE = Path(__file__).with_name("published.yaml")
-_THE_PAPERS: Mapping[
-    str, tuple[str, ...]
-] = {  # what a row must not contradict to stand next to a paper's figures
+_THE_PAPERS: Mapping[str, tuple[str, ...]] = {  # a row that recorded other values is not compared with papers
     "data.fraction": ("1.0",),
     "backbone.image_size": ("null", "224"),
     "backbone.pretrained": ("true",),
@@ -33,28 +31,28 @@ _THE_PAPERS: Mapping[
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What a paper gives for one method on one backbone. Accuracies are in per cent.
+    """What a paper reports for one method on one backbone. Accuracies are in per cent.
 
     Attributes:
         paper: Short name of the paper, for example "vpt".
         source: The paper and its venue.
         name: The method's name in the paper.
-        method: Its name here.
-        options: Options of the method that a run must not contradict to be the same method; a list names
+        method: The method's name in this project; None if this project does not have it.
+        options: Options that a run must have to be the same method, if it recorded them; a list names
             alternatives.
-        unlike: Options that make a run another method.
-        backbone: Name of our config of the backbone.
-        weights: Name of the backbone's weights in timm; None where timm has none.
+        unlike: Options that make a run a different method.
+        backbone: Name of this project's config of the backbone.
+        weights: Name of the backbone's weights in timm; None if timm does not have them.
         global_pools: Values of a run's backbone.global_pool that pool as the paper does; None is the model's
-            own.
+            default.
         final_norm: Value of a run's backbone.final_norm that normalises features as the paper does.
-        tasks: Accuracy by task, those of `unreliable` groups included; empty where the paper's are not known.
+        tasks: Accuracy by task, including tasks of `unreliable` groups; empty if the paper's are not known.
         means: Mean accuracy by group: "vtab_natural", "vtab_specialized", "vtab_structured", "fgvc".
-        printed_mean: Mean of VTAB-1k's three group means; None where the paper does not print it.
-        printed_flat_mean: Mean over VTAB-1k's 19 tasks; None where the paper does not print it.
-        params: Of 24 tasks, one backbone included, as a multiple of one backbone; None where it is not known.
+        printed_mean: Mean of VTAB-1k's three group means; None if the paper does not print it.
+        printed_flat_mean: Mean over VTAB-1k's 19 tasks; None if the paper does not print it.
+        params: Parameters of a backbone and 24 tuned tasks, as a multiple of the backbone; None if unknown.
         unreliable: Groups whose accuracies by task do not agree with the paper's own group means.
-        caution: What to know before comparing with it; "" where there is nothing.
+        caution: What to know before comparing with it; "" if there is nothing.
     """
 
     paper: str
@@ -77,7 +75,7 @@ class Published:
 
     @property
     def flat_mean(self) -> float | None:
-        """Return the mean over the 19 tasks of VTAB-1k; None where one is unknown or unreliable."""
+        """Return the mean over the 19 tasks of VTAB-1k; None if an accuracy is unknown or unreliable."""
         if self.printed_flat_mean is not None:
             return self.printed_flat_mean
         tasks = SUITES["vtab_all"]
@@ -86,7 +84,7 @@ class Published:
 
     @property
     def mean_of_groups(self) -> float | None:
-        """Return the mean of VTAB-1k's three group means; None where one is unknown."""
+        """Return the mean of VTAB-1k's three group means; None if one is unknown."""
         if self.printed_mean is not None:
             return self.printed_mean
         return (
@@ -97,18 +95,18 @@ class Published:
 
     @property
     def all_means(self) -> dict[str, float]:
-        """Return means by group, under `FLAT` and under `GROUPED`, in per cent, as far as they are known."""
+        """Return all known means in per cent: by group, and the overall means under `FLAT` and `GROUPED`."""
         overall = {FLAT: self.flat_mean, GROUPED: self.mean_of_groups}
         return dict(self.means) | {name: value for name, value in overall.items() if value is not None}
 
     @property
     def worked_out(self) -> tuple[str, ...]:
-        """Return the names of the means that the paper does not print: they follow from its other figures."""
+        """Return the names of means that the paper does not print, computed here from its other numbers."""
         printed = {FLAT: self.printed_flat_mean, GROUPED: self.printed_mean}
         return tuple(name for name, value in printed.items() if value is None and name in self.all_means)
 
     def fits(self, options: Mapping[str, Any]) -> bool:
-        """Return whether a run's options are those of the paper; an option that is not recorded fits."""
+        """Return whether a run's options are those of the paper, as far as the run recorded them."""
         same = all(options[name] in _listed(value) for name, value in self.options.items() if name in options)
         return same and not any(
             options[name] == value for name, value in self.unlike.items() if name in options
@@ -118,16 +116,17 @@ class Published:
 def published(
     method: str, backbone: str, paper: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Published | None:
-    """Return a paper's figures.
+    """Return a paper's accuracies.
 
     Args:
-        method: Our name of the method.
-        backbone: Name of our config, "swin_b" for example, or of the weights in timm.
-        paper: Short name of a paper; by default the first that has the pair, and that is the method's own.
-        options: Options of the run that is compared; a method that is the same in name only is not found.
+        method: This project's name of the method.
+        backbone: Name of this project's config, "swin_b" for example, or of the weights in timm.
+        paper: Short name of a paper; by default the first in published.yaml that has method and backbone,
+            which is the method's own paper if that is among them.
+        options: Options of the run that is compared; they must fit, see `Published.fits`.
 
     Returns:
-        The figures, or None where no paper has them.
+        The accuracies, or None if no paper has them.
     """
     for found in all_published():
         known = found.method == method and backbone in (found.backbone, found.weights)
@@ -137,10 +136,10 @@ def published(
 
 
 def published_of(row: "Row", paper: str | None = None) -> Published | None:
-    """Return a paper's figures for a row's method and backbone; None where only the name is the same.
+    """Return a paper's accuracies for a row's method and backbone; None if the row is not comparable.
 
-    A row of a fraction of the data, of another image size or pooling, of a backbone that was changed or has
-    random weights, or of a trainer that was not left as it is, has none.
+    That is so for a fraction of the data, another image size, pooling or final norm, a backbone with other
+    options or random weights, trainer settings that change the numbers, and options of another method.
     """
     if any(row.told.get(key, UNRECORDED) not in (*values, UNRECORDED) for key, values in _THE_PAPERS.items()):
         return None
@@ -156,13 +155,13 @@ def published_of(row: "Row", paper: str | None = None) -> Published | None:
 
 @cache
 def all_published() -> tuple[Published, ...]:
-    """Return all figures, in the order of published.yaml."""
+    """Return the accuracies of all papers, in the order of published.yaml."""
     return tuple(_records(contents()))
 
 
 @cache
 def contents() -> dict[str, Any]:
-    """Load all of published.yaml, with what `Published` leaves out: prompt lengths, rates, memory."""
+    """Load all of published.yaml, including what `Published` leaves out: prompt lengths, rates, memory."""
     read: Any = OmegaConf.to_container(OmegaConf.load(_FILE))
     return dict(read)
 
@@ -207,7 +206,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _on_backbone(ours: Mapping[str, Any], blocks: int | None, pools: list[str | None]) -> dict[str, Any]:
-    """Return a method with what its nulls mean on a backbone: all blocks, and the paper's pooling."""
+    """Return a method with its null options replaced: depth by all blocks, pool by the paper's pooling."""
     options = dict(ours.get("options", {}))
     for name, meant in {"depth": [None, blocks], "pool": pools}.items():
         if name in options and options[name] is None:
@@ -227,7 +226,7 @@ def _caution(about: Mapping[str, Any], unreliable: tuple[str, ...], own: str | N
     return "; ".join(parts)
 
 
-# next to a row's figures
+# lines next to a row of a table
 
 
 def beside(
@@ -237,7 +236,7 @@ def beside(
     theirs: Sequence[float | None],
     digits: int = 1,
 ) -> Iterator[tuple[Entry, ...]]:
-    """Yield two lines below a row: the paper's figures in per cent, and the row's (shares) minus them."""
+    """Yield two lines to show below a row: the paper's accuracies in per cent, and the row's minus them."""
     yield (f"{row.label}: {found.source}", *(Missing("") if one is None else _exact(one) for one in theirs))
     pairs = zip(ours, theirs, strict=True)
     differences = [None if one is None or other is None else 100 * one - other for one, other in pairs]
@@ -248,12 +247,12 @@ def beside(
 
 
 def _exact(figure: float) -> Number:
-    """Return a published figure with the paper's own one or two decimals."""
+    """Return a published number with one or two decimals, as the paper prints it."""
     return decimal(figure, 1 if round(figure, 1) == figure else 2)
 
 
 def worked_out_notes(compared: Mapping[tuple[str, str], Published], names: Sequence[str]) -> tuple[str, ...]:
-    """Return which of the means that are shown each paper does not print."""
+    """Return notes that name the means that are shown but that a paper does not print."""
     by_source: dict[str, dict[str, None]] = {}
     for (source, _), found in compared.items():
         by_source.setdefault(source, {}).update(
@@ -264,7 +263,7 @@ def worked_out_notes(compared: Mapping[tuple[str, str], Published], names: Seque
 
 
 def cautions(compared: Mapping[tuple[str, str], Published]) -> tuple[str, ...]:
-    """Return what to know before comparing with each paper, where there is something."""
+    """Return notes on what to know before comparing with a paper."""
     return tuple(
         f"{source}, {name}: {one.caution}." for (source, name), one in compared.items() if one.caution
     )
