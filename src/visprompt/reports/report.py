@@ -39,8 +39,8 @@ def report(cfg: DictConfig) -> Path:
         The folder it was written to.
 
     Raises:
-        UserError: There is no run, a word is unknown, or the folder holds something else or cannot be
-            written.
+        UserError: There is no run, an argument has an unknown value, or the output folder holds something
+            else or cannot be written.
     """
     folders, (output, *_) = _paths(cfg.runs, "runs"), _paths(cfg.output, "output")
     if cfg.paper is not None and cfg.paper not in (papers := {one.paper for one in all_published()}):
@@ -88,7 +88,7 @@ def _formats(given: Any) -> tuple[str, ...]:
 
 
 def _check_against(against: str, made: Sequence[Row]) -> None:
-    """Raise `UserError` for a method that no other can be tested against."""
+    """Raise `UserError` if no other row can be tested against a method."""
     if not made:
         raise UserError(
             f"against={against} needs runs of split=final, and found no such run: leave it out, or train some"
@@ -104,7 +104,7 @@ def _check_against(against: str, made: Sequence[Row]) -> None:
 
 
 def _closeups(cfg: DictConfig, made: Sequence[Row]) -> "Closeups | None":
-    """Return what `inspect` asks for: nothing, runs typical of their rows, or runs by their folders."""
+    """Return what `inspect` asks for: nothing, one typical run of each row, or the runs of some folders."""
     if cfg.inspect is None:
         return None
     from visprompt.reports.closeups import look, typical
@@ -112,7 +112,7 @@ def _closeups(cfg: DictConfig, made: Sequence[Row]) -> "Closeups | None":
     names = {folder.resolve(): row.label for row in made for folder in row.runs["folder"]}
     folders = typical(made) if cfg.inspect == "auto" else list(dict.fromkeys(_paths(cfg.inspect, "inspect")))
     for folder in folders:
-        open_result(folder)  # what was asked for by name is there, before any of it is opened
+        open_result(folder)  # raises if a folder is wrong, before any run is opened
     seen = look(folders, names, cfg.device, data_dir=cfg.data_dir or cfg.paths.data_dir, weights=cfg.weights)
     for one in seen.left_out:
         _say(f"{one.folder}: {one.why}")
@@ -120,25 +120,25 @@ def _closeups(cfg: DictConfig, made: Sequence[Row]) -> "Closeups | None":
 
 
 def write(told: Contents, output: Path, formats: Collection[str] = FORMATS) -> None:
-    """Write a report into its folder, in the place of an older one.
+    """Write a report into its folder, and replace an older one there.
 
     Args:
-        told: What it says.
-        output: The folder; it is not there yet, is empty, or holds a report.
+        told: The contents.
+        output: The folder; it does not exist, is empty, or holds a report.
         formats: Some of `FORMATS`.
 
     Raises:
-        UserError: The folder holds something else, or the file system refuses; an older report still stands.
+        UserError: The folder holds something else or cannot be written; an older report is still there.
     """
     check_place(output)
     _replace(output, lambda folder: _fill(told, folder, formats))
 
 
 def check_place(output: Path) -> None:
-    """Raise `UserError` for a place where a report would replace something else.
+    """Check that a report would replace nothing but a report.
 
     Raises:
-        UserError: It is a file, or a folder with anything that is not of a report.
+        UserError: The path is a file, or a folder that holds anything else than a report.
     """
     others = sorted({path.name for path in output.iterdir()} - _OURS) if output.is_dir() else []
     if others or (output.exists() and not output.is_dir()):
@@ -147,7 +147,7 @@ def check_place(output: Path) -> None:
 
 
 def _replace(output: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder next to another and put it in that one's place once it is complete."""
+    """Fill a temporary folder next to the output, and replace the output with it once it is complete."""
     beside: Path | None = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def _replace(output: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _fill(told: Contents, folder: Path, formats: Collection[str]) -> None:
-    """Write all files."""
+    """Write all files into a folder."""
     plots = [plot for section in told.sections for plot in section.plots]
     listed = [(name, table) for section in told.sections for name, table in section.tables.items()]
     files: dict[str, str | bytes] = {}

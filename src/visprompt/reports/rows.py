@@ -1,10 +1,10 @@
-"""Puts final runs into the rows of a table: which runs are averaged, which are not, and which rows compare.
+"""Puts final runs into the rows of a table: which runs are averaged, and which rows are comparable.
 
 A row is a method with its options on a backbone, with one preprocessing, source and form of the data,
 precision and fraction. From task to task it may differ in what a recipe's row or a grid chose for the task:
-learning rate, weight decay, epochs, number of prompts and the like. Within a task nothing differs but the
-seed (`result.cell` refuses it). Where the runs of a task differ in more, they stand in several rows; if the
-recorded grid of `split=tune` says which of them validation chose, that one stands in the row of the other
+learning rate, weight decay, epochs, number of prompts and the like. Within a task only the seed differs
+(`result.cell` refuses anything else). If the runs of a task differ in more, they are put into several rows;
+if the recorded grid of `split=tune` shows which of them validation chose, that one is in the row of the other
 tasks as well.
 """
 
@@ -43,17 +43,17 @@ _NO_SCORE = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
-    """Runs of one method that may stand side by side.
+    """A row of a table: runs of one method that belong together.
 
     Attributes:
-        label: The method, and what tells this row from its others.
-        method: Its name.
+        label: The method, and what distinguishes this row from other rows of the method.
+        method: Name of the method.
         backbone: Name of the backbone.
         cells: Test accuracies by task.
-        why: What makes it a row apart, and how its tasks are trained differently; "" for the only row of a
-            method where they are trained alike.
+        why: Why it is a separate row, and what differs in training between its tasks; "" if it is the only
+            row of the method and nothing differs.
         runs: Its runs, all of `split=final` and with a test score.
-        told: Settings of all its runs by key, those of a family under "key (family)".
+        told: Settings that all its runs share by key, those of a family under "key (family)".
     """
 
     label: str
@@ -67,7 +67,7 @@ class Row:
 
 @dataclass
 class _Part:
-    """A row in the making: its runs, what divisions say of all of them, and what they left behind."""
+    """A row in the making: its runs, settings by which `_divide` separated it, and remarks for `Row.why`."""
 
     runs: pd.DataFrame
     told: dict[str, str] = field(default_factory=dict)
@@ -75,9 +75,9 @@ class _Part:
 
 
 def rows(runs: pd.DataFrame) -> list[Row]:
-    """Return rows in the order of `METHODS`; runs of `split=tune` settle which runs are the chosen ones.
+    """Return rows in the order of `METHODS`; runs of `split=tune` decide which runs are the chosen ones.
 
-    A run may stand in two rows: in that of its setting, and in that of what was chosen.
+    A run may be in two rows: in that of its settings, and in that of what was chosen for each task.
     """
     finals = runs[(runs["split"] == "final") & (runs["status"] == "finished")]
     tried = runs[(runs["split"] == "tune") & (runs["pruning"] == UNPRUNED)]
@@ -89,7 +89,7 @@ def rows(runs: pd.DataFrame) -> list[Row]:
 
 
 def without_score(runs: pd.DataFrame) -> list[LeftOut]:
-    """Return final runs without a test score: their seeds are in no mean."""
+    """Return the final runs without a test score, which no mean includes."""
     found = runs[(runs["split"] == "final") & runs["status"].isin(_NO_SCORE)]
     pairs = zip(found["folder"], found["result"], strict=True)
     return [
@@ -98,10 +98,10 @@ def without_score(runs: pd.DataFrame) -> list[LeftOut]:
 
 
 def _divided(runs: pd.DataFrame, tried: pd.DataFrame) -> list[_Part]:
-    """Divide runs that share all settings of a row: by family, by the facts of a task, by what was chosen."""
+    """Divide runs with the same settings of scope "row" by the other scopes; see `settings.scope`."""
 
     def settle(own: pd.DataFrame) -> pd.DataFrame:
-        """Return those of a task's runs that validation chose; none where that is not known."""
+        """Return the runs of a task that validation chose; no runs if that is not known."""
         best = chosen(tried[tried["base"] == own["base"].iat[0]], own)
         variants = groups(own, columns(own, "chosen"))
         found = [part for part in variants if best is not None and part["choice"].iat[0] == best["choice"]]
@@ -115,17 +115,21 @@ def _divided(runs: pd.DataFrame, tried: pd.DataFrame) -> list[_Part]:
 def _divide(
     part: _Part, reach: str, unit: str, settle: Callable[[pd.DataFrame], pd.DataFrame] = lambda own: own[:0]
 ) -> list[_Part]:
-    """Divide a part of which a unit (a task, or a family) has runs with different settings.
+    """Divide a part so that the runs of each unit (a task, or a family) in it have the same settings.
+
+    For example, digits was trained with rate 0.1 only, and digits_loc with 0.1 and 0.4, of which validation
+    chose 0.4. The result is a part with digits and with digits_loc at 0.4, then one with digits_loc at 0.1.
 
     Args:
-        part: Runs.
+        part: The part to divide.
         reach: The scope of the settings that should be the same within a unit.
-        unit: The column that names the unit.
-        settle: Returns those of a unit's runs that were chosen, none where that is not known.
+        unit: The column that names the unit, "task" or "family".
+        settle: Returns the runs of a unit that were chosen; no runs if that is not known.
 
     Returns:
-        A part with the units that have one setting and with the chosen runs of the others; and for each value
-        of the settings that differ a part with all runs of those other units that have it.
+        A part with all units that have the same settings throughout and the chosen runs of the other units;
+        then, for each combination of values of the differing settings, a part with the runs of the other
+        units that have it, unless they are all in the first part.
     """
     units = {own[unit].iat[0]: own for own in groups(part.runs, [unit])}
     by_unit = {name: differing(own, columns(own, reach)) for name, own in units.items()}
@@ -136,13 +140,13 @@ def _divide(
     settled = {name: settle(units[name]) for name in torn}
     main = pd.concat([settled.get(name, own) for name, own in units.items()])
     variants = groups(pd.concat([units[name] for name in torn]), keys)
-    if len(main) and not differing(main, keys):  # the same everywhere: it joins the variant that has it
+    if len(main) and not differing(main, keys):  # main has one combination of values: it joins that variant
         same = [at(variant, keys) == at(main, keys) for variant in variants]
         if any(same):
             joined = pd.concat([variants[same.index(True)], main])
             variants[same.index(True)] = joined[~joined.index.duplicated()]
             main = main[:0]
-    told = [] if reach == "family" else keys  # a family's are told of every row
+    told = [] if reach == "family" else keys  # `held` returns those of a family for every row
     parts = []
     if len(main):
         remarks = (*part.remarks, *_remarks(settled, keys))
@@ -156,7 +160,7 @@ def _divide(
 
 
 def _remarks(settled: Mapping[str, pd.DataFrame], keys: Sequence[str]) -> Iterable[str]:
-    """Yield what a row that stands between others has to say of the units that have several settings."""
+    """Yield remarks on the units of which a row has only the chosen runs, or no runs."""
     named = ", ".join(map(words, keys))
     if known := [unit for unit, runs in settled.items() if len(runs)]:
         yield f"runs of {', '.join(known)} differ in {named}: here stand those that validation chose"
@@ -166,7 +170,7 @@ def _remarks(settled: Mapping[str, pd.DataFrame], keys: Sequence[str]) -> Iterab
 
 
 def _labelled(parts: Sequence[_Part]) -> list[Row]:
-    """Return rows whose labels tell all rows' protocols apart, and then the rows of a method."""
+    """Return rows whose labels distinguish the protocols of all rows, and then the rows of a method."""
     told = [known | part.told for part, known in zip(parts, held([part.runs for part in parts]), strict=True)]
     methods = [part.runs["method"].iat[0] for part in parts]
     names = [
@@ -186,7 +190,7 @@ def _labelled(parts: Sequence[_Part]) -> list[Row]:
 
 
 def _training(part: _Part) -> Iterable[str]:
-    """Yield what a row has to say of how its tasks are trained."""
+    """Yield a remark if tasks of a row are trained differently."""
     different = differing(part.runs, [key for key in TRAINING if key not in part.told])
     if different:
         yield f"different from task to task: {', '.join(words(key) for key in TRAINING if key in different)}"
@@ -204,7 +208,7 @@ def _row(part: _Part, label: str, why: str, told: Mapping[str, str]) -> Row:
     return Row(label=label, method=method, backbone=backbone, cells=cells, why=why, runs=runs, told=told)
 
 
-# which rows compare
+# which rows are comparable
 
 
 @dataclass(frozen=True)
@@ -212,26 +216,25 @@ class Protocol:
     """Rows with the same backbone, data, preprocessing and precision.
 
     Attributes:
-        words: What the labels of all of them say, so that it need not be said of each; "" where that is
-            nothing.
-        rows: In their order.
+        words: The phrases that the labels of all its rows have in common; "" if there are none in common.
+        rows: The rows, in the given order.
     """
 
     words: str
     rows: tuple[Row, ...]
 
     def name(self, row: Row) -> str:
-        """Return a row's label without what is said of all."""
+        """Return a row's label without the phrases that all rows of the protocol have."""
         said = _phrases(self.words)
         return ", ".join(part for part in _phrases(row.label) if part not in said)
 
     def titled(self, title: str) -> str:
-        """Return a title that says which protocol it is of."""
+        """Return a title with the words of the protocol."""
         return f"{title}, {self.words}" if self.words else title
 
 
 def protocols(rows: Sequence[Row]) -> list[Protocol]:
-    """Divide rows by protocol, in the order in which their first rows stand."""
+    """Group rows by protocol, in the order of the first row of each."""
     found: list[list[Row]] = []
     for row in rows:
         alike = next((one for one in found if all(same_protocol(row, other) for other in one)), None)
@@ -243,7 +246,7 @@ def protocols(rows: Sequence[Row]) -> list[Protocol]:
 
 
 def _shared_words(labels: Sequence[str]) -> str:
-    """Return what all labels say after the name of the method."""
+    """Return the phrases that all labels have after the name of the method."""
     others = [set(_phrases(label)[1:]) for label in labels]
     return ", ".join(part for part in _phrases(labels[0])[1:] if all(part in said for said in others))
 
@@ -253,7 +256,7 @@ def _phrases(label: str) -> list[str]:
 
 
 def same_protocol(one: Row, other: Row) -> bool:
-    """Return whether two rows have the same backbone, data, preprocessing and precision, so compare."""
+    """Return whether two rows are comparable: with the same backbone, data, preprocessing and precision."""
     shared = {f"({family(task)})" for task in one.cells} & {f"({family(task)})" for task in other.cells}
     keys = {key for key in one.told.keys() | other.told.keys() if _is_shared(key, shared)}
     alike = all(one.told.get(key, UNRECORDED) == other.told.get(key, UNRECORDED) for key in keys)
@@ -264,26 +267,26 @@ def same_protocol(one: Row, other: Row) -> bool:
 
 
 def _is_shared(key: str, families: Collection[str]) -> bool:
-    """Return whether a setting is of the protocol of all tasks, or of those of some families."""
+    """Return whether a setting belongs to the protocol of all tasks or of the tasks of some families."""
     name, _, bracket = key.partition(" ")
     return is_protocol(name) and scope(name, "") != "task" and (not bracket or bracket in families)
 
 
 def full_of(row: Row, rows: Iterable[Row]) -> Row | None:
-    """Return the row of full fine-tuning that a row may be compared with, or None."""
+    """Return the row of full fine-tuning with the same protocol and most common tasks, or None."""
     alike = (other for other in rows if other.method == "full" and same_protocol(row, other))
     return max(alike, key=lambda other: len(other.cells.keys() & row.cells.keys()), default=None)
 
 
 def references(found: Sequence[Protocol], against: str | None) -> list[tuple[Protocol, Row]]:
-    """Return the row of each protocol that its others are compared with: of its method that of most tasks.
+    """Return each protocol with its reference, the row of the method `against` with most tasks.
 
     Args:
-        found: Protocols; those without a row of the method, or with no other, have no reference.
-        against: Name of a method. None: full fine-tuning or, where a protocol has none, linear probing.
+        found: Protocols; one that has a single row, or no row of the method, is left out.
+        against: Name of a method. None: full fine-tuning or, in a protocol without it, linear probing.
 
     Raises:
-        UserError: No row is of the method that was named.
+        UserError: No row is of the method `against`.
     """
     methods = {row.method for protocol in found for row in protocol.rows}
     if against is not None and against not in methods:

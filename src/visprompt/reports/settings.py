@@ -1,4 +1,4 @@
-"""What a run was run with, setting by setting, and the words for what tells runs apart."""
+"""The settings of runs, as text by dotted key, and the words by which labels distinguish runs."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,16 +11,16 @@ from visprompt.runs.recipe_rows import row_options
 from visprompt.runs.result import Result
 
 UNRECORDED = "not recorded"
-NEUTRAL = "neutral"  # a trainer without settings that bear on the figures
+NEUTRAL = "neutral"  # a trainer without settings that change the numbers
 OF_EACH_TASK = "of each task"
 OWN_IMAGES = "own images"
 TRAINING = tuple(f"recipe.{name}" for name in ("optimizer", "epochs", "batch_size", "head_init"))
-# read by name, so the table has these columns even where no run recorded one
+# read by name, so the table has these columns even if no run recorded them
 FIXED_COLUMNS = frozenset(
     {"method.num_tokens", "method.depth", *TRAINING}
     | {f"data.{name}" for name in ("source", "form", "fraction", "fingerprint", "preprocessing.size")}
 )
-# facts of a task's images, and what follows from the method: different from task to task, one within a task
+# facts of a task's images, and what follows from the method: may differ between tasks, not within one
 _OF_TASK = frozenset(
     {"data.fingerprint", "data.sizes", "data.preprocessing.decode", "data.preprocessing.native"}
     | {"backbone.carried_blocks"}
@@ -29,19 +29,17 @@ _OF_TASK = frozenset(
 _OF_FAMILY = frozenset({"data.source", "data.form"}) | {
     f"data.preprocessing.{name}" for name in ("resize", "short_side", "crop", "flip", "resampling")
 }
-_OF_A_SEED = frozenset({"token_mask", "segment_mask", "initial"})  # what a seed's own chain of pruning found
+_OF_A_SEED = frozenset({"token_mask", "segment_mask", "initial"})  # each seed prunes separately
 _PRUNING = frozenset(
     {"method.prune", "method.prune_tokens", "method.prune_segments"}
-)  # not yet while a grid is tried
+)  # set only after the grid of settings
 _NAMES = {
     **{"backbone.name": "backbone", "backbone.sha256": "weights"},
     **{"data.fraction": "fraction", "precision": "precision"},
 }
-_NO_SETTINGS = frozenset(
-    {"backbone.pooling", "data.summary"}
-)  # they follow from the method, and from the data
+_NO_SETTINGS = frozenset({"backbone.pooling", "data.summary"})  # determined by the method, and by the data
 _HASHES = frozenset({"backbone.sha256", "data.fingerprint"})
-# in the order in which they tell rows apart
+# beginnings of keys, in the order in which labels prefer them
 _FIRST = (
     "backbone.name",
     "method.",
@@ -55,11 +53,11 @@ _FIRST = (
 
 
 def settings(result: Result) -> dict[str, str]:
-    """Return all that a run was run with except task, method, split and seed, as text by dotted key.
+    """Return all settings of a run except task, method, split and seed, as text by dotted key.
 
-    Example: {"recipe.lr": "1.0", "data.preprocessing.size": "224", ...}. What follows from the seed is left
-    out, as in `result.cell`: what pruning found, and the hash of random weights. A depth is the number of
-    blocks that were built.
+    Example: {"recipe.lr": "1.0", "data.preprocessing.size": "224", ...}. What depends on the seed is left
+    out, as in `result.cell`: the masks of pruning, and the hash of random weights. A depth of null is
+    replaced by the number of blocks.
     """
     trainer = "; ".join(f"{name}={text(value)}" for name, value in sorted(result.trainer.items())) or NEUTRAL
     found = {"precision": text(result.precision), "trainer": trainer}
@@ -80,14 +78,14 @@ def settings(result: Result) -> dict[str, str]:
 
 
 def built(result: Result) -> Result:
-    """Return a result with its method's depth as the number of blocks, where it is null for all."""
+    """Return a result with the method's depth as a number of blocks if it was null, which means all."""
     if result.method.get("depth", 0) is not None or "depth" not in result.tuned:
         return result
     return result.model_copy(update={"method": result.method | {"depth": result.tuned["depth"]}})
 
 
 def before_the_choice(found: Mapping[str, str]) -> dict[str, str]:
-    """Return a final run's settings as the runs of its grid have them: unpruned, not trained on val."""
+    """Return a final run's settings as its grid's runs have them: without pruning, not trained on val."""
     left = {key: value for key, value in found.items() if key not in _PRUNING}
     if "data.source" in left:
         left["data.source"] = left["data.source"].removesuffix(":train+val")
@@ -96,11 +94,11 @@ def before_the_choice(found: Mapping[str, str]) -> dict[str, str]:
 
 @cache
 def scope(key: str, method: str) -> str:
-    """Return how far a setting reaches within a row of a table.
+    """Return for which runs of a row a setting must be the same.
 
     Returns:
-        "row": the same in all of it. "family": in all tasks of a family. "task": in a task, of which it is a
-        fact. "chosen": in a task, for which a grid or a recipe's row chose it.
+        "row": for all. "family": for those on the tasks of a family. "task": for those on a task; it is a
+        fact about the task. "chosen": for those on a task; a grid or a recipe's row chose it for the task.
     """
     part, _, option = key.partition(".")
     if part == "recipe" or (part == "method" and option in row_options(method)):
@@ -111,7 +109,7 @@ def scope(key: str, method: str) -> str:
 
 
 def is_protocol(key: str) -> bool:
-    """Return whether a setting is of backbone, data or precision, so that methods must share it."""
+    """Return whether comparable methods must share a setting: those of backbone, data and precision."""
     return not key.startswith(("method.", "recipe."))
 
 
@@ -141,7 +139,7 @@ def text(value: Any) -> str:
 
 
 def words(key: str, value: str = "") -> str:
-    """Return a setting in words, "weights e08e28ad" for example; a family in brackets is kept."""
+    """Return a setting in words, "weights e08e28ad" for example; of "key (family)" the family is kept."""
     name, _, bracket = key.partition(" ")
     plain = _NAMES.get(name) or name.removeprefix("method.").removeprefix("recipe.").replace(".", " ")
     return " ".join(part for part in (plain, bracket, _shown(name, value)) if part)
@@ -154,13 +152,13 @@ def _shown(name: str, value: str) -> str:
 
 
 def telling(things: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
-    """Return what tells things apart, in words: no more of the settings that differ than are needed for it.
+    """Return words that distinguish things; a setting that distinguishes no further things is left out.
 
     Args:
-        things: Settings of each. A key that one of them lacks says nothing about it.
+        things: The settings of each thing. If a thing lacks a key, its words do not mention it.
 
     Returns:
-        The words for each; "older record" where others record a setting and this one does not.
+        The words for each; "older record" if others recorded a setting and this one did not.
     """
     values = _values(things)
     needed: list[str] = []
@@ -179,7 +177,7 @@ def _told(thing: Mapping[str, str], needed: Iterable[str], values: Mapping[str, 
 
 
 def differences(things: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return all settings in which things differ, in words with those of the others; "" for none."""
+    """Return all settings in which things differ, in words, with the others' values; "" if there are none."""
     values = {key: found for key, found in _values(things).items() if len(found) > 1}
 
     def said(key: str, value: str) -> str:
@@ -190,7 +188,7 @@ def differences(things: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def labels(names: Sequence[Sequence[str]]) -> list[str]:
-    """Join words, each word once; labels that are the same nevertheless are numbered."""
+    """Join words, each word once; labels that are still the same are numbered."""
     joined = [", ".join(dict.fromkeys(name)) for name in names]
     return [
         label if joined.count(label) == 1 else f"{label} ({1 + joined[:i].count(label)})"
@@ -209,5 +207,5 @@ def _kinds(things: Iterable[Mapping[str, str]], keys: Sequence[str]) -> int:
 
 def _rank(key: str) -> tuple[int, str]:
     if key == "backbone.sha256":
-        return len(_FIRST) + 1, key  # follows from most other differences of a backbone
+        return len(_FIRST) + 1, key  # last: most other differences of a backbone imply it
     return next((i for i, start in enumerate(_FIRST) if key.startswith(start)), len(_FIRST)), key
