@@ -127,7 +127,7 @@ def test_a_table_without_rows_is_a_table_all_the_same():
 
 
 def test_a_row_that_does_not_fit_its_header_is_a_mistake():
-    with pytest.raises(ValueError, match="table 't': a row has not the 2 entries of its header"):
+    with pytest.raises(ValueError, match="table 't': a row does not have the 2 entries of its header"):
         Table("t", ("m", "a"), (("x",),))
 
 

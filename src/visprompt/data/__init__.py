@@ -1,1 +1,1 @@
-"""Tasks: the catalog of their facts, readers, datasets, batches, and the Lightning data modules on top."""
+"""Tasks: the catalog of records, readers of their files, datasets, samplers and Lightning data modules."""

@@ -1,4 +1,4 @@
-"""The base of all data modules: split sets, data loaders and the transfer to the device."""
+"""The base class of all data modules: split sets, data loaders and the transfer to the device."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
@@ -30,16 +30,16 @@ def no_images(task: str, split_set: str) -> UserError:
 
 
 class TaskDataModule(L.LightningDataModule, ABC):
-    """The data of one task under one split; subclasses open the images, this class builds the data loaders.
+    """The data of one task under one split; subclasses open the images, this class builds data loaders.
 
     `split=tune` trains on the training set and scores the validation set; it has no test loader.
     `split=final` has no validation images and scores the test set.
 
     Attributes:
         task: Id of the task.
-        kind: What the task asks of an image: a name of `models.kind.KINDS`.
-        source: Where the data comes from, as results record it.
-        form: "lossless" where the images are those of the original files, "lossy" where they were re-encoded.
+        kind: The kind of the task's labels, a name of `models.kind.KINDS`.
+        source: Where the data come from, as results record it.
+        form: "lossless" for the images of the original files, "lossy" if they were re-encoded.
         augments: Whether training images are augmented at random.
         train_sets: Split -> the split sets that it trains on.
         val_set: The split set that `split=tune` scores.
@@ -54,7 +54,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
     val_set: str
 
     def __init_subclass__(cls) -> None:
-        """Document the class of a catalogued task by its record."""
+        """Take the docstring of the class of a catalogued task from its record."""
         super().__init_subclass__()
         if spec := TASKS.get(vars(cls).get("task", "")):
             cls.__doc__ = f"{spec.description}\n\n{spec.num_classes} classes; {spec.source}."
@@ -116,13 +116,13 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     @property
     def images_key(self) -> Hashable:
-        """Return the key under which runs share images on the device: the same key, the same images."""
+        """Return the key by which runs share images on the device: equal keys mean equal images."""
         return self.fingerprint, self.split
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return the sha256 (hex) of the data, whatever its size in pixels."""
+        """Return the sha256 (hex) of the data, which does not depend on the size of the stored images."""
 
     @property
     @abstractmethod
@@ -131,20 +131,20 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Return what results record about own images beyond `sizes`; empty for the tasks of the catalog."""
+        """Return what results record about the user's own images besides `sizes`; empty for other tasks."""
         return {}
 
     @property
     def described(self) -> list[str]:
-        """Return the lines to print about own images before training; empty for the tasks of the catalog."""
+        """Return the lines to print about the user's own images before training; empty for other tasks."""
         return []
 
     @abstractmethod
     def open_sets(self, sets: tuple[str, ...]) -> TicketDataset:
-        """Return the images of some split sets, concatenated into one dataset."""
+        """Return the images of some split sets as one dataset."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Switch validation off under `split=final`; images are opened when they are first used."""
+        """Turn validation off under `split=final`; images are opened when they are first used."""
         if self.trainer is not None and self.split == "final":
             self.trainer.limit_val_batches = 0  # or Lightning warns about a validation without data loaders
 
@@ -167,7 +167,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Return the steps from file to input as plain JSON values; `transforms.to_input` follows them."""
+        """Return the steps from file to input as JSON values; `transforms.to_input` applies them."""
         return {
             "size": self.image_size,
             "resize": "squash",
@@ -200,7 +200,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Return the test images.
 
         Raises:
-            UserError: The split is `tune`: a choice must not see the test set.
+            UserError: The split is `tune`, which must not see the test set.
         """
         if self.split == "tune":
             raise UserError(
@@ -226,7 +226,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         return self._loader(self.test_dataset)
 
     def feature_dataloader(self, dataset: TicketDataset) -> DataLoader[Batch]:
-        """Return a loader of all images in order, on every rank, unaugmented: for cached features."""
+        """Return a loader of all images in order, unaugmented and on every rank, to cache features."""
         return self._loader(dataset, everywhere=True)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

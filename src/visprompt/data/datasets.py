@@ -1,4 +1,7 @@
-"""Decoded images as tensors: map-style datasets that return a whole batch for a list of tickets."""
+"""Decoded images as tensors: map-style datasets that return a whole batch for a list of tickets.
+
+The batch sampler (`sampler.GlobalBatches`) yields lists of tickets: rows with an epoch and a weight.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -36,8 +39,8 @@ class Ticket(NamedTuple):
 
     Attributes:
         row: Position in the dataset.
-        epoch: Training epoch, which seeds the augmentation together with the row; None in evaluation.
-        weight: Copied to `Batch.weights`.
+        epoch: Training epoch, which with the row seeds the augmentation; None in evaluation.
+        weight: The image's entry in `Batch.weights`.
     """
 
     row: int
@@ -46,13 +49,13 @@ class Ticket(NamedTuple):
 
 
 class TicketDataset(Dataset[Batch], ABC):
-    """A dataset that returns a `Batch` for tickets; torch passes a whole batch of them to `__getitems__`."""
+    """A dataset that returns a `Batch` for a list of tickets, which torch passes to `__getitems__`."""
 
     labels: Tensor
-    """int64 [n], the label of every row"""
+    """int64 [n], the label of each row"""
 
     keys: Sequence[str]
-    """The key of every row, the same on every machine"""
+    """The key of each row, the same on every machine"""
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -31,7 +31,7 @@ class DemoDataModule(TaskDataModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return the sha256 (hex) of names, keys, labels and pixels of all split sets."""
+        """Return the sha256 (hex) of the names, keys, labels and pixels of all split sets."""
         digest = sha256()
         for split_set in self.sizes:
             images, labels, keys = compose(self.task, split_set)

@@ -27,17 +27,17 @@ class FGVCDataModule(RaggedDataModule):
         """Check the options; no data is read yet.
 
         Args:
-            data_dir: See `Plan`, also for the following.
-            store_dir: Folder of the decoded images.
+            data_dir: Folder of the original files, see `Plan`.
+            store_dir: Folder of the stores of decoded images.
             source: "raw".
-            root: Folder with the dataset's unpacked files, where it is not below `data_dir`.
+            root: Folder with the dataset's unpacked files, if it is not below `data_dir`.
             download: Whether missing files may be downloaded.
             **cropping: The arguments of `RaggedDataModule`.
 
         Raises:
             UserError: A value is not valid.
         """
-        super().__init__(**cropping | {"resampling": "pillow"})  # Pillow resizes, whatever the preset says
+        super().__init__(**cropping | {"resampling": "pillow"})  # whatever preprocessing= says
         self.plan = Plan(
             spec=TASKS[self.task],
             data_dir=Path(data_dir),
@@ -52,12 +52,12 @@ class FGVCDataModule(RaggedDataModule):
 
     @property
     def origin(self) -> str:
-        """Return "raw:json" (split files of the VPT authors) or "raw:lists" (official lists)."""
+        """Return "raw:json" (the VPT authors' split files) or "raw:lists" (the datasets' official lists)."""
         return f"raw:{self.store.origin}"
 
     @cached_property
     def store(self) -> RaggedStore:
-        """Return the store of decoded images; it is written first where it is missing."""
+        """Return the store of decoded images, which is written first if it is missing."""
         return prepare_ragged(self.plan)
 
 

@@ -39,13 +39,13 @@ class FolderDataModule(RaggedDataModule):
         """Check the options; no data is read yet.
 
         Args:
-            root: See `own_images.find`.
-            store_dir: Folder of the decoded images.
+            root: Folder of the images, see `own_images.find`.
+            store_dir: Folder of the stores of decoded images.
             name: Name of the task; by default the name of the root folder.
-            csv: See `own_images.find`.
+            csv: CSV file of paths and labels, see `own_images.find`.
             skip_bad: Skip files that cannot be read instead of raising.
-            split_names: Names of the splits, where they are not train, val and test.
-            csv_columns: Names of the CSV's columns, where they are not path, label and split.
+            split_names: Names of the splits, if they are not train, val and test.
+            csv_columns: Names of the CSV's columns, if they are not path, label and split.
             white_level: Value of white in grey images of 16 or 32 bits; 65535 by default.
             max_pixels: Images of more pixels are refused before they are decoded.
             test: "required", or "none" for data without test images, on which `split=final` trains and scores
@@ -91,7 +91,7 @@ class FolderDataModule(RaggedDataModule):
 
     @property
     def store_folder(self) -> Path:
-        """Return the folder of the store, whether it exists yet or not."""
+        """Return the folder of the store, which may not exist yet."""
         how = self.interpolation + {"pillow": "", "tf1": "-tf1", "tf2": "-tf"}[self.resampling]
         white = "" if self.white_level is None else f"-white{self.white_level}"
         white += "" if self.max_pixels == MAX_PIXELS else f"-max{self.max_pixels}"
@@ -99,7 +99,7 @@ class FolderDataModule(RaggedDataModule):
 
     @cached_property
     def store(self) -> RaggedStore:
-        """Return the store of decoded images; it is written first where it is missing."""
+        """Return the store of decoded images, which is written first if it is missing."""
         store = open_store(
             self.images,
             self.store_folder,
@@ -115,21 +115,21 @@ class FolderDataModule(RaggedDataModule):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Return what `RaggedDataModule` says, with white level and pixel limit where they are set."""
+        """Return that of `RaggedDataModule`, with white level and pixel limit if they are set."""
         white = {} if self.white_level is None else {"white_level": self.white_level}
         white |= {} if self.max_pixels == MAX_PIXELS else {"max_pixels": self.max_pixels}
         return super().preprocessing | white
 
     @property
     def is_scored(self) -> bool:
-        """Return whether this split has images to score; `split=final` with data.test=none has none."""
+        """Return whether this split has images to score, which `split=final` with data.test=none lacks."""
         return self.split == "tune" or self.test == "required"
 
     def check_sets(self) -> None:
         """Check that every split that the run trains on or scores has images.
 
         Raises:
-            UserError: A split has none, or there are test images in spite of data.test=none.
+            UserError: A split has no images, or there are test images in spite of data.test=none.
         """
         splits = {item.split for item in self.images.items}
         for needed in (
@@ -156,7 +156,7 @@ class FolderDataModule(RaggedDataModule):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Return `summary.summarise`; it names unreadable files only after the store has been opened."""
+        """Return `summary.summarise`; it includes unreadable files once the store has been opened."""
         if "store" not in vars(self):
             return summarise(self.images, self.root)
         return summarise(self.images, self.root, [key for key, _ in self.store.bad], self.store.notes)

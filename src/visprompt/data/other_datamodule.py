@@ -1,6 +1,6 @@
-"""Datasets outside the papers' benchmarks, one named data module each.
+"""Data modules of datasets outside the papers' benchmarks, one class for each.
 
-Docs/add-a-dataset.md says how to add one.
+See docs/add-a-dataset.md for how to add one.
 """
 
 from visprompt.data.vtab_datamodule import VTABDataModule

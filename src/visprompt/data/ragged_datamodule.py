@@ -1,4 +1,4 @@
-"""The base of the data modules whose images differ in size: FGVC and own images."""
+"""The base class of data modules whose images differ in size: FGVC and the user's own images."""
 
 from abc import abstractmethod
 from typing import Any
@@ -58,13 +58,13 @@ class RaggedDataModule(TaskDataModule):
 
     @property
     def source(self) -> str:  # type: ignore[override]  # a property here
-        """Return the origin as results record it, which also says whether val is trained on."""
+        """Return the origin as results record it, with ":train+val" if validation images are trained on."""
         return self.origin + (":train+val" if self.split == "final" and self.final != "train" else "")
 
     @property
     @abstractmethod
     def store(self) -> RaggedStore:
-        """Return the store of decoded images; it is written first where it is missing."""
+        """Return the store of decoded images, which is written first if it is missing."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -73,18 +73,18 @@ class RaggedDataModule(TaskDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Return the sha256 (hex) of relative path, size in bytes, class and split of all files."""
+        """Return the sha256 (hex) of relative path, bytes (not content), class and split of all files."""
         return self.store.fingerprint
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return the number of readable images of each split that has any."""
+        """Return the number of readable images of each split; splits without images are left out."""
         counts = {split: int((self.store.splits == split).sum()) for split in SPLITS}
         return {split: count for split, count in counts.items() if count}
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Return what `TaskDataModule` says, with the short side and the crop."""
+        """Return the preprocessing of `TaskDataModule`, with the short side and the crop."""
         view = {"resize": "short_side", "short_side": self.short_side}
         return {
             **super().preprocessing,
@@ -94,7 +94,7 @@ class RaggedDataModule(TaskDataModule):
         }
 
     def prepare_data(self) -> None:
-        """Write the store where it is missing; Lightning calls this on one rank of each machine."""
+        """Write the store if it is missing; Lightning calls this on one rank of each machine."""
         _ = self.store
 
     def open_sets(self, sets: tuple[str, ...]) -> RaggedDataset:

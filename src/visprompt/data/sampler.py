@@ -1,4 +1,4 @@
-"""The batch sampler: deal each global batch to devices and accumulation steps."""
+"""The batch sampler: divides each global batch among devices and accumulation steps."""
 
 from collections.abc import Callable, Iterator
 
@@ -36,7 +36,7 @@ class GlobalBatches(Sampler[list[Ticket]]):
         epoch: Callable[[], int] = lambda: 0,
         training: bool,
     ) -> None:
-        """Check that a global batch can be dealt.
+        """Check that a global batch can be divided.
 
         Args:
             num_rows: Rows of the dataset.
@@ -50,7 +50,7 @@ class GlobalBatches(Sampler[list[Ticket]]):
             training: Whether rows are shuffled for training, or scored in order.
 
         Raises:
-            UserError: A training batch cannot be dealt evenly.
+            UserError: A training batch cannot be divided evenly.
         """
         shares = world * accumulate
         if training and (batch_size < 1 or batch_size % shares):

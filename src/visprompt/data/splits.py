@@ -1,4 +1,4 @@
-"""Splits without a seed: keys are ordered by their md5 values, as in TensorFlow Datasets."""
+"""Deterministic splits: keys are ordered by their md5 values, as in TensorFlow Datasets."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -29,7 +29,7 @@ NORMALISATIONS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]] | None]
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "model": None,
 }
-"""Name -> mean and standard deviation of pixels in 0..1; None stands for those of the backbone"""
+"""Name -> mean and standard deviation of pixels in 0..1; None means those of the backbone"""
 
 RESAMPLINGS = ("pillow", "tf1", "tf2")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -37,10 +37,10 @@ _FIXED = 22  # fractional bits of Pillow's 8-bit filters: 32 - 8 - 2
 
 
 def check_resizing(interpolation: str, resampling: str) -> None:
-    """Check that there is such a way of resizing.
+    """Check an interpolation and a resampling.
 
     Raises:
-        UserError: There is not; the message names the choices.
+        UserError: A name is unknown, or the two cannot be combined; the message says what to give.
     """
     if interpolation not in _FILTERS:
         raise unknown("interpolation", interpolation, _FILTERS)

@@ -33,12 +33,12 @@ class VTABDataModule(TaskDataModule):
         """Check the options; no data is read yet.
 
         Args:
-            data_dir: See `Plan`, also for the following.
-            store_dir: Folder of the decoded images.
+            data_dir: Folder of the original files, see `Plan`.
+            store_dir: Folder of the stores of decoded images.
             source: "raw", "prepared" or "hf".
-            root: Folder with the source's files, where it is not below `data_dir`.
+            root: Folder with the source's files, if it is not below `data_dir`.
             download: Whether missing files may be downloaded.
-            revision: Commit of the mirror that source "hf" reads; "" for that of the record.
+            revision: Commit of the mirror that source "hf" reads; "" for the commit in the record.
             **feeding: The arguments of `TaskDataModule`.
 
         Raises:
@@ -66,7 +66,7 @@ class VTABDataModule(TaskDataModule):
         return store
 
     @property
-    def form(self) -> str:  # type: ignore[override]  # of this source, known when its store is open
+    def form(self) -> str:  # type: ignore[override]  # of this source, read from its store
         """Return "lossless" for images of the original files, "lossy" for re-encoded ones."""
         return str(self._store.record["form"])
 
@@ -87,7 +87,7 @@ class VTABDataModule(TaskDataModule):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Return what `TaskDataModule` says, with the decoder and the side of unresized images."""
+        """Return the preprocessing of `TaskDataModule`, with the decoder and the side of unresized images."""
         spec = TASKS[self.task]
         return {
             **super().preprocessing,
@@ -96,7 +96,7 @@ class VTABDataModule(TaskDataModule):
         }
 
     def prepare_data(self) -> None:
-        """Write the store where it is missing; Lightning calls this on one rank of each machine."""
+        """Write the store if it is missing; Lightning calls this on one rank of each machine."""
         _ = self._store
 
     def open_sets(self, sets: tuple[str, ...]) -> SquareDataset:

@@ -1,8 +1,8 @@
 """Whether one row is better than another: paired tests over common tasks, ranks, bootstrap intervals.
 
-The pairs are the tasks, each with its mean over seeds; every task counts alike. Wilcoxon's signed-rank test
-is two-sided here; the one-sided one ("greater") beside it is what the VPT paper reports. With few tasks no
-p-value can be small: of n pairs the exact two-sided test reaches 2 / 2^n at best.
+Two rows are paired by task; a task counts once, with its mean over seeds. Wilcoxon's signed-rank test is
+two-sided here; the one-sided test ("greater"), which the VPT paper reports, is given as well. With few tasks
+no p-value can be small: with n pairs the exact two-sided test reaches 2 / 2^n at best.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,27 +15,25 @@ from visprompt.errors import UserError
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-_LEAST = (
-    4  # tasks: of three, the same one is drawn three times in 1 of 27 resamples, and they give their range
-)
-_DIGITS = 9  # differences that are equal but for the rounding of float64 are ties
+_LEAST = 4  # tasks; with three, 1 of 27 resamples (over 2.5 %) is one task thrice: the interval is the range
+_DIGITS = 9  # differences that are equal up to the rounding of float64 are ties
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """One row against another, over the tasks that both have.
+    """One row compared with another, over the tasks that both have.
 
     Attributes:
-        tasks: Those tasks.
+        tasks: The tasks that both have.
         difference: Mean difference, the first row's accuracy minus the other's, as a share.
-        interval: Bootstrap confidence interval of it over the tasks; None below four tasks.
+        interval: Bootstrap confidence interval of it over the tasks; None for fewer than four tasks.
         better: Tasks on which the first row is better.
         equal: Tasks on which they are equal, which the signed-rank test leaves out.
         worse: Tasks on which it is worse.
-        wilcoxon: Two-sided p-value of the signed-rank test; None below two unequal tasks.
-        greater: Its one-sided p-value, the alternative being that the first row is better.
-        t: Two-sided p-value of the paired t-test; None where the differences are all the same.
-        smallest: The smallest p-value that the two-sided signed-rank test reaches with so many unequal tasks.
+        wilcoxon: Two-sided p-value of the signed-rank test; None for fewer than two unequal tasks.
+        greater: Its one-sided p-value, for the alternative that the first row is better.
+        t: Two-sided p-value of the paired t-test; None if all differences are the same.
+        smallest: The smallest p-value of the two-sided signed-rank test with so many unequal tasks.
     """
 
     tasks: tuple[str, ...]
@@ -51,12 +49,12 @@ class Paired:
 
 
 def smallest_p(pairs: int) -> float:
-    """Return the smallest p-value of the exact two-sided test: two of 2^pairs patterns of signs."""
+    """Return the smallest p-value of the exact two-sided test: 2 of the 2^pairs patterns of signs."""
     return min(1.0, 2 / 2**pairs)
 
 
 def gap(one: float, other: float) -> float:
-    """Return one accuracy minus another, 0 where they are equal but for the rounding of float64."""
+    """Return one accuracy minus another; 0 if they are equal up to the rounding of float64."""
     return round(one - other, _DIGITS)
 
 
@@ -96,13 +94,13 @@ def compare(one: Mapping[str, float], other: Mapping[str, float]) -> Paired:
 
 
 def signed_rank(differences: Sequence[float]) -> tuple[float, float]:
-    """Return exact p-values of Wilcoxon's signed-rank test, with ties too, where scipy approximates.
+    """Return exact p-values of Wilcoxon's signed-rank test, also with ties, for which scipy approximates.
 
     Args:
-        differences: None of them 0.
+        differences: Differences other than 0.
 
     Returns:
-        Two-sided, and one-sided with the alternative that they are greater than 0.
+        The two-sided p-value, and the one-sided one for the alternative that differences are greater than 0.
     """
     values = np.asarray(differences)
     ranks = np.rint(2 * stats.rankdata(np.abs(values))).astype(int)  # doubled: mean ranks of ties are halves
@@ -122,7 +120,7 @@ def average_ranks(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         rows: Accuracies by task, by row.
 
     Returns:
-        Mean rank by row; empty where there is no common task.
+        Mean rank by row; empty if there is no common task.
     """
     tasks = common_tasks(rows.values())
     if not tasks:
@@ -143,7 +141,7 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 
     Args:
         values: Differences by task, or the scores of a cell's seeds.
-        seed: Of the resampling; the same values give the same interval.
+        seed: Seed of the resampling; the same values and seed give the same interval.
 
     Returns:
         The ends of the 95 % interval, from 10,000 resamples.
@@ -159,5 +157,5 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 
 
 def seed_interval(scores: Sequence[float]) -> tuple[float, float] | None:
-    """Return the bootstrap interval of a mean over seeds; None below three, of which it would say nothing."""
+    """Return the bootstrap interval of a mean over seeds; None for fewer than three."""
     return bootstrap(scores) if len(scores) >= 3 else None

@@ -1,4 +1,4 @@
-"""A row in few numbers: means over groups of tasks, wins over full fine-tuning, and cost."""
+"""A row summarised: means over groups of tasks, wins over full fine-tuning, and cost."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ _TASKS: Mapping[str, tuple[str, ...]] = {FLAT: SUITES["vtab_all"]} | {
 
 @dataclass(frozen=True)
 class Total:
-    """A mean or a count over a group of tasks, which is missing while one of its tasks is.
+    """A mean or a count over a group of tasks; it is missing if one of the tasks is.
 
     Attributes:
-        value: The figure; None where tasks are missing.
-        found: Number of tasks that are there.
+        value: The mean or count; None if tasks are missing.
+        found: Number of tasks that are not missing.
         of: Number of tasks of the group.
     """
 
@@ -35,7 +35,7 @@ class Total:
 
     @property
     def missing(self) -> str:
-        """Return what stands in place of the figure."""
+        """Return the text to show instead of a missing value."""
         return f"missing ({self.found} of {self.of})"
 
 
@@ -59,7 +59,7 @@ def wins(row: Row, full: Row) -> dict[str, Total]:
 
     Args:
         row: A row.
-        full: The row of full fine-tuning under the same protocol, see `full_of`. A tie is not a win.
+        full: The row of full fine-tuning under the same protocol, see `rows.full_of`. A tie is not a win.
     """
     found = {}
     for name, tasks in _TASKS.items():
@@ -71,24 +71,23 @@ def wins(row: Row, full: Row) -> dict[str, Total]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a row costs. Where tasks or seeds differ, the mean over the tasks of the means over their seeds.
+    """What a row costs. Values that differ are averaged over the seeds of a task, then over tasks.
 
     Attributes:
         tasks: Number of tasks.
         tuned: Tuned parameters of a task without the head.
-        least: Of the task with the fewest.
-        most: Of the task with the most.
-        share: Tuned parameters over the backbone's.
+        least: Tuned parameters of the task with the fewest.
+        most: Tuned parameters of the task with the most.
+        share: Tuned parameters divided by the backbone's parameters.
         head: Parameters of a head.
-        total: What all tasks need, the backbone counted once, as a multiple of the backbone; None where the
-            backbone's size is not known. Full fine-tuning keeps a whole backbone for every task and shares
-            none.
+        total: Parameters of all tasks and of one backbone that they share, as a multiple of the backbone;
+            None if the backbone's size is unknown. Full fine-tuning shares no backbone: each task has one.
         bytes: Size of a task's file.
-        seconds: Of training a task.
-        devices: What was trained on.
-        memory: Peak of all runs, bytes.
-        memory_of: What was measured.
-        macs: Pairs of a multiplication and an addition for one image; None where it was not recorded.
+        seconds: Training time of a task.
+        devices: The devices that were trained on.
+        memory: Peak memory of all runs in bytes.
+        memory_of: What was measured as memory.
+        macs: Multiply-accumulate operations for one image; None if they were not recorded.
     """
 
     tasks: int
@@ -107,7 +106,7 @@ class Cost:
 
 
 def cost(row: Row, sizes: Mapping[str, int]) -> Cost:
-    """Return what a row costs, given `backbone_sizes`, which linear probing alone does not tell."""
+    """Return what a row costs, given the `backbone_sizes` of all rows."""
     results: list[Result] = list(row.runs["result"])
     known = [name for name in FIGURES if row.runs[name].notna().all()]
     by_task = pd.DataFrame([own[known].apply(fmean) for own in groups(row.runs, ["task"])])
@@ -131,7 +130,11 @@ def cost(row: Row, sizes: Mapping[str, int]) -> Cost:
 
 
 def backbone_sizes(rows: Iterable[Row]) -> dict[str, int]:
-    """Return backbones' parameters by the hash of their weights, from the shares that runs recorded."""
+    """Return the backbones' numbers of parameters by the hash of their weights.
+
+    They are computed from the shares that runs recorded, so a backbone with linear probing only (a share of
+    0) is missing.
+    """
     results = [result for row in rows for result in row.runs["result"] if result.tuned["share"] > 0]
     return {
         result.backbone["sha256"]: round(result.tuned["parameters"] / result.tuned["share"])
@@ -140,7 +143,7 @@ def backbone_sizes(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def device_of(result: Result) -> str:
-    """Return a device in words: how many of what, and the threads where it is the CPU."""
+    """Return a run's devices in words, such as "2 x NVIDIA A100" or "cpu (8 threads)"."""
     machine = result.machine
     count = f"{machine['devices']} x " if machine["devices"] > 1 else ""
     threads = machine.get("threads") if machine["device"] == "cpu" else None

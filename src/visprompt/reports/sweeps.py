@@ -1,8 +1,8 @@
 """Charts of accuracy along one setting: prompt length, prompt depth, share of the training data.
 
-A line holds runs that differ in this setting alone, apart from what is chosen on validation at each of its
-values: learning rate, weight decay and the like. It is of test accuracies of `split=final` or, where a sweep
-of `split=tune` has more points, of validation accuracies; the two never stand in one chart.
+The runs of a line differ only in this setting, and in what validation chooses for each of its values:
+learning rate, weight decay and the like. A line shows test accuracies of `split=final` or, if a sweep of
+`split=tune` has more points, validation accuracies; a chart shows only one of the two.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from visprompt.reports.load import UNPRUNED, groups
 from visprompt.reports.settings import UNRECORDED, built, labels, scope, task_place, telling, text
 from visprompt.runs.result import Cell, Result, cell
 
-# follow from the share of the data, and from the depth
+# determined by the share of the data, and by the depth
 _FOLLOWING = frozenset({"data.sizes", "backbone.carried_blocks"})
 
 
@@ -28,11 +28,11 @@ class Axis:
 
     Attributes:
         name: Its name in titles.
-        key: The setting.
-        label: What the axis says.
-        value: Its value for a run; None where a run has none.
-        beside: Settings that tell lines apart although a grid may choose them: what is varied together with
-            this one.
+        key: Dotted key of the setting.
+        label: Label of the axis.
+        value: Returns the value of a run; None if the run does not have the setting.
+        beside: Settings that separate lines although a grid may choose them, because sweeps vary them
+            together with this one.
     """
 
     name: str
@@ -47,7 +47,7 @@ def _length(result: Result) -> float | None:
 
 
 def _depth(result: Result) -> float | None:
-    """Return the number of blocks with prompts: what was built, since null means all of them."""
+    """Return the number of blocks with prompts, as it was built: the option may be null, which means all."""
     return _number(result.tuned.get("depth", result.method["depth"])) if "depth" in result.method else None
 
 
@@ -73,8 +73,8 @@ class _Sweep:
 
     Attributes:
         method: Name of the method.
-        base: What runs of its grids have in common with its final runs, but for the axis.
-        settings: What tells it from other lines.
+        base: The settings that final runs share with the runs of their grids, without the axis, as one text.
+        settings: The settings that distinguish it from other lines.
         points: In the order of the axis.
     """
 
@@ -88,8 +88,8 @@ def along(runs: pd.DataFrame, axis: Axis) -> list[Chart]:
     """Return charts of accuracy against a setting, for each task that has a line of two points or more.
 
     Returns:
-        Charts in the order of the catalog; of a task with lines of test and of validation accuracies one of
-        each.
+        Charts in the order of the catalog. A task that has lines of test accuracies and lines of validation
+        accuracies has a chart of each.
     """
     runs = runs.assign(x=[axis.value(result) for result in runs["result"]])
     runs = _with_lines(runs[runs["x"].notna()], axis)
@@ -111,12 +111,12 @@ def along(runs: pd.DataFrame, axis: Axis) -> list[Chart]:
 
 
 def _with_lines(runs: pd.DataFrame, axis: Axis) -> pd.DataFrame:
-    """Add what lines are made by, as dicts of settings without the axis, and the same as texts.
+    """Add columns to group runs into lines: dicts of settings without the axis, and the same as texts.
 
     Columns:
         before, before_line: What a final run shares with its grid, for lines of validation accuracies.
-        recorded, recorded_line: All that was not chosen and does not follow from the axis, for test
-        accuracies.
+        recorded, recorded_line: All settings that were neither chosen nor determined by the axis, for lines
+        of test accuracies.
     """
     before, recorded = [], []
     for run in runs.to_dict("records"):
@@ -153,7 +153,7 @@ def _sweeps(runs: pd.DataFrame, by: str, settle: Callable[[pd.DataFrame], Cell |
 
 
 def _tested(runs: pd.DataFrame, tried: pd.DataFrame, axis: Axis) -> Cell | None:
-    """Return test accuracies at one value, of the recipe that validation chose; None where nothing chose."""
+    """Return the test accuracies at one value, of the recipe that validation chose; None if it is unknown."""
     keys = [
         key for key in runs.columns if "." in key and scope(key, runs["method"].iat[0]) in ("chosen", "task")
     ]
@@ -166,7 +166,7 @@ def _tested(runs: pd.DataFrame, tried: pd.DataFrame, axis: Axis) -> Cell | None:
 
 
 def _validated(runs: pd.DataFrame) -> Cell | None:
-    """Return validation accuracies at one value, of the recipe that they choose; None where all diverged."""
+    """Return the validation accuracies at one value, of the best recipe; None if all runs diverged."""
     best = chosen(runs, runs[:0])
     if best is None:
         return None
@@ -181,7 +181,7 @@ def _val_set(runs: pd.DataFrame) -> str:
 
 
 def _chart(task: str, axis: Axis, sweeps: Sequence[_Sweep], val_set: str) -> list[Chart]:
-    """Return a chart, or several where lines are many; `val_set` is "" for test accuracies."""
+    """Return a chart, or several if there are many lines; `val_set` is "" for test accuracies."""
     if not sweeps:
         return []
     told = telling([sweep.settings for sweep in sweeps])

@@ -1,4 +1,4 @@
-"""The report's tables, made of rows."""
+"""The report's tables, built from rows."""
 
 from collections.abc import Iterator, Sequence
 
@@ -24,7 +24,7 @@ _LEVELS = (0.05, 0.01)
 
 
 def task_groups(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-    """Return the groups of tasks of which rows have any: VTAB-1k's, "fgvc", "demo", own images."""
+    """Return the groups of tasks on which rows have runs: those of VTAB-1k, "fgvc", "demo", own images."""
     own = tuple(dict.fromkeys(task for row in rows for task in row.cells if task not in TASKS))
     named = {name: SUITES[name] for name in (*GROUPS, "fgvc", "demo")} | {OWN_IMAGES: own}
     return {
@@ -35,16 +35,19 @@ def task_groups(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
 
 
 def suites(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-    """Return `task_groups` with all of VTAB-1k as one: what tests and ranks are made over."""
+    """Return `task_groups` with all of VTAB-1k as one group, for tests and ranks."""
     found = task_groups(rows)
     vtab = {"vtab_all": SUITES["vtab_all"]} if found.keys() & set(GROUPS) else {}
     return vtab | {name: tasks for name, tasks in found.items() if name not in GROUPS}
 
 
 def accuracy(rows: Sequence[Row], group: str, paper: str | None = None) -> Table:
-    """Build the test accuracies by task of one group; below a row the paper's figures and the difference.
+    """Build the table of test accuracies by task; below each row are the paper's and the difference.
 
-    Rows without a task of the group, a name of `task_groups`, are left out; `paper` is that to compare with.
+    Args:
+        rows: Rows; those without a task of the group are left out.
+        group: A name of `task_groups`.
+        paper: The paper to compare with, see `published`.
     """
     tasks = task_groups(rows)[group]
     shown = [row for row in rows if any(task in row.cells for task in tasks)]
@@ -66,9 +69,9 @@ def accuracy(rows: Sequence[Row], group: str, paper: str | None = None) -> Table
 
 
 def aggregates(rows: Sequence[Row], paper: str | None = None) -> Table:
-    """Build the means over groups of tasks; below a row the paper's and the difference.
+    """Build the table of means over groups of tasks; below each row are the paper's and the difference.
 
-    Rows of the user's own images only are left out, and so is a mean while one of its tasks is missing.
+    Rows that only have the user's own images are left out. A mean is missing if one of its tasks is.
     """
     names = [name for name in SUMMED if any(means(row)[name].found for row in rows)]
     lines: list[tuple[Entry, ...]] = []
@@ -100,7 +103,7 @@ def wins_over_full(rows: Sequence[Row]) -> Table:
 
 
 def costs(rows: Sequence[Row]) -> Table:
-    """Build what each row tunes, stores and took."""
+    """Build the table of costs: what each row tunes and stores, its training time and memory."""
     sizes = backbone_sizes(rows)
     header = (
         *("method", "tasks", "tuned parameters", "share (%)", "head parameters", "all tasks (backbones)"),
@@ -195,7 +198,7 @@ def _test_line(found: Paired) -> tuple[Entry, ...]:
 
 
 def _out_of_reach(pairs: Sequence[Paired]) -> Iterator[str]:
-    """Yield which levels no result could have reached, since too few tasks differ."""
+    """Yield notes on significance levels that cannot be reached, because too few tasks differ."""
     for count in sorted({found.better + found.worse for found in pairs}):
         levels = [f"{level}" for level in _LEVELS if smallest_p(count) > level]
         if count > 1 and levels:
@@ -207,10 +210,10 @@ def _out_of_reach(pairs: Sequence[Paired]) -> Iterator[str]:
 
 
 def ranks(rows: Sequence[Row]) -> Table:
-    """Build average ranks over tasks, 1 being the best, among the rows that have all tasks.
+    """Build the table of average ranks over tasks, 1 being the best, among the rows that have all tasks.
 
-    Where fewer than two rows have all, they are taken among all rows over the tasks that they have in common.
-    The rows are under one protocol.
+    If fewer than two rows have all tasks, all rows are ranked over the tasks that they have in common. The
+    rows are of one protocol.
     """
     found = suites(rows)
     ranked: dict[str, dict[str, float]] = {}
@@ -234,7 +237,7 @@ def ranks(rows: Sequence[Row]) -> Table:
 
 
 def seed_intervals(rows: Sequence[Row]) -> Table:
-    """Build bootstrap intervals of accuracies over seeds, of those cells that have three or more."""
+    """Build the table of bootstrap intervals over seeds, for cells with three seeds or more."""
     lines: list[tuple[Entry, ...]] = []
     for row in rows:
         for task, found in row.cells.items():
@@ -250,7 +253,7 @@ def seed_intervals(rows: Sequence[Row]) -> Table:
 
 
 def own_rows(rows: Sequence[Row]) -> Table:
-    """Say why some methods have several rows, and of which the tasks are trained differently."""
+    """Build the table of why methods have several rows, and of which tasks are trained differently."""
     lines = tuple((row.label, ", ".join(row.cells), row.why) for row in rows if row.why)
     return Table(
         "What tells rows apart, which are never averaged, and what differs within one",
@@ -260,7 +263,7 @@ def own_rows(rows: Sequence[Row]) -> Table:
 
 
 def choices(grids: Sequence[Grid]) -> Table:
-    """Say what was tried on the validation images, what they chose, and what the final runs took."""
+    """Build the table of what was tried and chosen on validation images, and of what final runs used."""
     header = (
         *("method", "task", "grid of", "points", "diverged", "validation accuracy (%)"),
         *("chosen on validation", "final runs"),
@@ -287,7 +290,7 @@ def _choice_line(grid: Grid) -> tuple[Entry, ...]:
 
 
 def left_out(survey: Survey) -> Table:
-    """List folders that are in no other table, and why."""
+    """Build the table of folders that are in no other table, and why."""
     found = [*survey.left_out, *without_score(survey.runs)]
     return Table("Left out", ("folder", "why"), tuple((str(one.folder), one.why) for one in found))
 
@@ -322,7 +325,7 @@ def _count(found: Total | None) -> Entry:
 
 
 def _seeds(rows: Sequence[Row], tasks: Sequence[str]) -> str:
-    """Say over how many seeds the means are: what most cells have once, the others by name."""
+    """Return a note on the number of seeds: that of most cells, then the cells that have another number."""
     counts = {
         (row.label, task): len(row.cells[task].scores) for row in rows for task in tasks if task in row.cells
     }

@@ -1,4 +1,4 @@
-"""One structure for every table of the report, and its four forms: Markdown, CSV, LaTeX, HTML."""
+"""The structure of all tables of the report, and its four formats: Markdown, CSV, LaTeX, HTML."""
 
 import csv
 import html as html_escapes
@@ -18,7 +18,7 @@ _LATEX |= {"±": r"$\pm$", "\u00d7": r"$\times$", "<": r"$<$", ">": r"$>$", "|":
 
 LATEX_PACKAGES = r"\usepackage{array, booktabs, graphicx}"
 _MOST_IN_LINE, _PARAGRAPH = 36, r">{\raggedright\arraybackslash}p{16em}"  # longer text is broken into lines
-_MOST_ACROSS = 72  # characters of a row for which a page of LaTeX has room
+_MOST_ACROSS = 72  # characters of a row, at most, for which a page of LaTeX has room
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Number:
     """A number in a table.
 
     Attributes:
-        value: What a CSV holds and what numbers are compared by.
-        shown: What is read everywhere else, without its spread.
+        value: The number in a CSV and in comparisons.
+        shown: The number as text in the other formats, without the spread.
         spread: Standard deviation, in the unit of `value`; None for a single value.
-        shown_spread: What is read of it.
+        shown_spread: The spread as text in the other formats.
     """
 
     value: float
@@ -43,10 +43,10 @@ class Number:
 
 @dataclass(frozen=True)
 class Missing:
-    """A number that is not there; empty in a CSV.
+    """A missing number; empty in a CSV.
 
     Attributes:
-        said: What is read instead of it.
+        said: The text in the other formats.
     """
 
     said: str = "missing"
@@ -63,13 +63,13 @@ class Table:
     """A table of the report.
 
     Attributes:
-        title: What it shows, in plain text as everything in it.
+        title: What it shows; plain text, like all texts of the table.
         header: Names of the columns.
-        rows: Entries, as many in each row as there are columns; the first is the row's name.
-        notes: What is to be known of it, one sentence each.
+        rows: Rows of one entry for each column; the first entry is the row's name.
+        notes: What to know about it, in whole sentences.
 
     Raises:
-        ValueError: A row has another number of entries.
+        ValueError: A row does not have one entry for each column.
     """
 
     title: str
@@ -80,16 +80,16 @@ class Table:
     def __post_init__(self) -> None:
         if any(len(row) != len(self.header) for row in self.rows):
             raise ValueError(
-                f"table {self.title!r}: a row has not the {len(self.header)} entries of its header"
+                f"table {self.title!r}: a row does not have the {len(self.header)} entries of its header"
             )
 
     def is_numeric(self, column: int) -> bool:
-        """Return whether a column holds numbers, which stand at the right."""
+        """Return whether a column holds numbers, which are right-aligned."""
         return column > 0 and bool(self.rows) and not any(isinstance(row[column], str) for row in self.rows)
 
 
 def decimal(value: float, digits: int = 1, spread: float | None = None, sign: bool = False) -> Number:
-    """Return a number with fixed decimals and thousands separators, `sign` with a plus above 0."""
+    """Return a number with fixed decimals and thousands separators, and with `sign` a plus above 0."""
     shown_spread = "" if spread is None else f"{spread:,.{digits}f}"
     shown = round(value, digits) + 0.0  # not "-0.0"
     return Number(value, f"{shown:{'+' if sign and shown else ''},.{digits}f}", spread, shown_spread)
@@ -188,7 +188,7 @@ def html(table: Table, bold: Collection[int] = ()) -> str:
 def _texts(
     table: Table, bold: Collection[int], escape: Callable[[str], str], strong: str
 ) -> Iterator[list[str]]:
-    """Yield entries as escaped text, the largest numbers of some columns set off, and what reads the same."""
+    """Yield entries as escaped text; in the columns `bold` the largest number, as it is shown, is bold."""
     best = {}
     for column in bold:
         numbers = [entry for row in table.rows if isinstance(entry := row[column], Number)]
