@@ -68,8 +68,8 @@ def test_what_is_no_finished_run_is_named_and_never_an_error(tmp_path):
     assert found.runs.empty
     said = {one.folder: one.why for one in found.left_out}
     damaged = (
-        "damaged, or of another version of visprompt: result.json or the tuned state beside it is not "
-        "whole; run the same command again"
+        "damaged, or of another version of visprompt: result.json or the tuned state is incomplete; "
+        "run the same command again"
     )
     assert said == {cut: damaged, stateless: damaged, half: "not finished", locked: "not finished"}
 

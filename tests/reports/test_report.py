@@ -142,7 +142,9 @@ def test_what_cannot_be_written_leaves_the_older_report(logs, tmp_path, monkeypa
 
 def test_a_folder_with_anything_else_is_not_replaced(logs, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"holds thesis\.tex, which is no part of a report: .* output=FOLDER"):
+    with pytest.raises(
+        UserError, match=r"holds thesis\.tex, which is not part of a report: .* output=FOLDER"
+    ):
         made(logs, tmp_path)
     with pytest.raises(UserError, match=r"thesis\.tex is a file: name another folder"):
         made(logs, tmp_path / "thesis.tex")

@@ -204,7 +204,7 @@ def test_a_family_with_two_preprocessings_leaves_the_other_families_alone():
 def test_other_images_under_the_same_name_are_another_row():
     made = rows(table(result("mine"), result("mine", data={"fingerprint": "f" * 64}), result("dtd")))
     assert [list(row.cells) for row in made] == [["dtd"], ["mine"], ["mine"]]
-    assert "and nothing chose: they have rows of their own" in made[0].why
+    assert "and no recorded grid chose one: they are in separate rows" in made[0].why
     assert "linear, data fingerprint ffffffff" in labels(made)
 
 
@@ -275,7 +275,7 @@ def test_where_nothing_chose_the_other_tasks_stay_together_and_say_what_they_lac
     }
     assert made[0].why == (
         "num_tokens of each task (others: 1, 10); "
-        "runs of cifar differ in num_tokens, and nothing chose: they have rows of their own"
+        "runs of cifar differ in num_tokens, and no recorded grid chose one: they are in separate rows"
     )
 
 

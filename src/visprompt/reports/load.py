@@ -44,7 +44,7 @@ _CHAIN = frozenset(
     {"initial.json", "importance.json", "masks.json"}
 )  # files in the folder of a pruning chain, which is not a run's
 _DAMAGED = (
-    "damaged, or of another version of visprompt: result.json or the tuned state beside it is not whole; run "
+    "damaged, or of another version of visprompt: result.json or the tuned state is incomplete; run "
     "the same command again"
 )
 _NUMBER = (int, float)

@@ -142,7 +142,7 @@ def check_place(output: Path) -> None:
     """
     others = sorted({path.name for path in output.iterdir()} - _OURS) if output.is_dir() else []
     if others or (output.exists() and not output.is_dir()):
-        held = f"holds {others[0]}, which is no part of a report" if others else "is a file"
+        held = f"holds {others[0]}, which is not part of a report" if others else "is a file"
         raise UserError(f"{output} {held}: name another folder with output=FOLDER")
 
 

@@ -166,7 +166,7 @@ def _remarks(settled: Mapping[str, pd.DataFrame], keys: Sequence[str]) -> Iterab
         yield f"runs of {', '.join(known)} differ in {named}: here stand those that validation chose"
     if unsettled := [unit for unit, runs in settled.items() if not len(runs)]:
         names = ", ".join(unsettled)
-        yield f"runs of {names} differ in {named}, and nothing chose: they have rows of their own"
+        yield f"runs of {names} differ in {named}, and no recorded grid chose one: they are in separate rows"
 
 
 def _labelled(parts: Sequence[_Part]) -> list[Row]:
