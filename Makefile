@@ -36,10 +36,10 @@ demo: $(STAMP)  ## tune a prompt on the embedded backbone and the bundled digits
 	$(RUN) src/train.py $(ARGS)
 
 test: $(STAMP)  ## the fast tests, on all cores
-	$(RUN) -m pytest -n auto -m "not slow and not endurance" $(ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile -m "not slow and not endurance" $(ARGS)
 
 test-slow: $(STAMP)  ## the slow tests only: several processes, killed runs, compiled models (these need a C++ compiler)
-	$(RUN) -m pytest -n auto -m "slow and not endurance" $(ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile -m "slow and not endurance" $(ARGS)
 
 check: $(STAMP)  ## ruff (lint and format) and mypy
 	$(RUN) -m ruff check
