@@ -238,7 +238,7 @@ def test_what_validation_chose_stands_in_the_row_of_the_other_tasks():
     assert made[0].cells["cifar"].scores == (0.5,)  # better on validation, worse on test
     assert made[0].why == (
         "num_tokens of each task (others: 10); "
-        "runs of cifar differ in num_tokens: here stand those that validation chose"
+        "runs of cifar differ in num_tokens: this row has those that validation chose"
     )
     assert made[1].why == "num_tokens 10 (others: of each task)"
 

@@ -19,7 +19,7 @@ from visprompt.reports.writers import Number, Table
 
 MOST_LINES = 8  # more in one chart cannot be told apart
 _LEAST = 2  # points or lines: fewer are read off the tables
-_FRONT = "Filled and joined: no other is as good with as few tuned parameters."
+_FRONT = "Filled and joined: the Pareto front; no other is as good with as few tuned parameters."
 _TOLD = 12  # points of a line that the words for it name; of a longer one its ends
 
 
@@ -195,9 +195,7 @@ def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
         grids: Grids, of whose chosen runs the accuracy on the validation images is drawn.
     """
     averaged = "Final runs, mean over seeds."
-    of_one = (
-        "For each grid the run that validation chose; the accuracy after the last epoch is what it chose by."
-    )
+    of_one = "For each grid the run that validation chose, by the accuracy after the last epoch."
     charts = []
     for task in sorted(
         {task for row in rows for task in row.cells} | {grid.task for grid in grids}, key=task_place

@@ -163,7 +163,7 @@ def _remarks(settled: Mapping[str, pd.DataFrame], keys: Sequence[str]) -> Iterab
     """Yield remarks on the units of which a row has only the chosen runs, or no runs."""
     named = ", ".join(map(words, keys))
     if known := [unit for unit, runs in settled.items() if len(runs)]:
-        yield f"runs of {', '.join(known)} differ in {named}: here stand those that validation chose"
+        yield f"runs of {', '.join(known)} differ in {named}: this row has those that validation chose"
     if unsettled := [unit for unit, runs in settled.items() if not len(runs)]:
         names = ", ".join(unsettled)
         yield f"runs of {names} differ in {named}, and no recorded grid chose one: they are in separate rows"

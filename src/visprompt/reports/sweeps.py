@@ -195,8 +195,8 @@ def _chart(task: str, axis: Axis, sweeps: Sequence[_Sweep], val_set: str) -> lis
         title=f"Accuracy by {axis.name}, {task}" + (f", on {val_set}" if val_set else ""),
         x_label=axis.label,
         y_label=f"validation accuracy, {val_set} (%)" if val_set else "test accuracy (%)",
-        caption=f"{measured}; of several recipes at one value that which validation chose. Bars, where there "
-        "are several seeds: sample standard deviation.",
+        caption=f"{measured}; if a value has several recipes, the one that validation chose. Bars: sample "
+        "standard deviation over seeds, if there are several.",
         lines=tuple(sorted(lines, key=lambda line: line.label)),
         x_scale=spread_scale([point.x for line in lines for point in line.points]),
     )
