@@ -7,7 +7,4 @@ from visprompt.data.vtab_datamodule import VTABDataModule
 
 
 class OtherDataModule(VTABDataModule):
-    """A dataset that is cut, stored and loaded as VTAB-1k is.
-
-    800 training, 200 validation and the test images.
-    """
+    """A dataset that is cut, stored and loaded as VTAB-1k: 800 training, 200 validation and test images."""
