@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from statistics import fmean, median
 from typing import Any
 
-from omegaconf import OmegaConf
+import hydra
 
 from measuring import added_mib, machine, milliseconds
 from visprompt.errors import UserError
@@ -90,12 +90,17 @@ def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def seeds_of(words: Sequence[str]) -> list[int]:
+    """Seeds of the final runs: those of the command line, else those of configs/tune.yaml."""
+    with compose.composing():
+        return list(hydra.compose("tune", list(words)).seeds)
+
+
 def score(method: str, words: Sequence[str]) -> tuple[list[str], Mapping[str, Any]]:
     """The first cells of a method's row, and the options of its first final run."""
     job = make_job(method, words)
     with contextlib.redirect_stdout(sys.stderr):
-        seeds = list(OmegaConf.load(compose.CONFIGS / "tune.yaml").seeds)
-        outcomes = tune_one(job, seeds, run_all)
+        outcomes = tune_one(job, seeds_of(words), run_all)
     if reasons := [outcome.reason for outcome in outcomes if outcome.reason]:
         raise UserError(f"{method}: {'; '.join(reasons)}")
     results = [outcome.result for outcome in outcomes if outcome.result]

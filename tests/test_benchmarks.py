@@ -193,6 +193,6 @@ def test_the_committed_table_of_methods_is_whole_and_its_counts_are_the_codes(me
         if method != "e2vpt":  # pruned
             with compose.composing():
                 job = compose.job("tune", ["experiment=demo_methods", "tasks=null", f"method={method}"])
-            options = {name: value for name, value in job.method.items() if name != "name"}
+            options = {name: value for name, value in job.method if name != "name"}
             counted = build("vit64_tiny_imagenet_100", method, 16, **options).summary()
             assert row["tuned parameters + head"] == f"{counted.tuned:,} + {counted.head:,}", method
