@@ -43,9 +43,8 @@ def added_mib(step: Callable[[], object], device: str) -> float:
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # what the first step freed would otherwise hide what the second one takes
+    # what the first step freed would otherwise hide what the second one takes
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, at the present size
     resident = _proc("self/status", "VmRSS")
     step()

@@ -59,9 +59,8 @@ def make_step(
     method: str, options: Mapping[str, Any], words: Sequence[str], device: str
 ) -> Callable[[], None]:
     """A training step of a method with options of a run."""
-    changes = {
-        f"method.{name}": value for name, value in options.items() if name != "weights"
-    }  # a hash, not a place
+    # a hash, not a place
+    changes = {f"method.{name}": value for name, value in options.items() if name != "weights"}
     job = make_job(method, words).vary(changes)
     run = prepare(job)
     classifier = build_classifier(job, run.backbone, run.datamodule.num_classes).to(device)

@@ -55,9 +55,8 @@ class Variant:
         return f"{self.length}, dropout {self.dropout}" if self.dropout else str(self.length)
 
 
-DROPOUT_ROW = Variant(
-    50, dropout=0.1
-)  # under dropout keys and values are made for every image, not once per step
+# under dropout keys and values are made for every image, not once per step
+DROPOUT_ROW = Variant(50, dropout=0.1)
 
 
 class Promptless(Linear):
@@ -108,9 +107,8 @@ def memory_rows(variants: Sequence[Variant], options: argparse.Namespace) -> lis
     def alone(variant: Variant) -> float:
         if options.device == "cuda":
             return step_mib(variant, options)
-        with ProcessPoolExecutor(
-            1, mp_context=get_context("fork")
-        ) as fresh:  # this process has built nothing so far
+        # this process has built nothing so far
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as fresh:
             return fresh.submit(step_mib, variant, options).result()
 
     none, rows = alone(Variant()), []
@@ -128,9 +126,8 @@ def memory_rows(variants: Sequence[Variant], options: argparse.Namespace) -> lis
 
 def time_rows(variants: Sequence[Variant], options: argparse.Namespace) -> list[list[str]]:
     shared, rows = make_vit(options), []
-    none = make_step(
-        Variant(), *make_vit(options), options
-    )  # on its own ViT: there a bias asks for a gradient
+    # on its own ViT: there a bias asks for a gradient
+    none = make_step(Variant(), *make_vit(options), options)
     for variant in variants:
         torch.compiler.reset()  # a cache holds only a few graphs of one forward
         ways = [*(make_step(replace(variant, exact=on), *shared, options) for on in (True, False)), none]

@@ -16,9 +16,8 @@ from visprompt.runs.paths import expand_paths
 def main(cfg: DictConfig) -> float:
     """Score the run, or the ensemble of runs, and return the test accuracy."""
     with one_sentence_errors():
-        from visprompt.runs import (
-            evaluate,
-        )  # imported late: typing errors are reported before torch is loaded
+        # imported late: typing errors are reported before torch is loaded
+        from visprompt.runs import evaluate
 
         signals.started()
         expand_paths(cfg)

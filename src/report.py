@@ -16,9 +16,8 @@ from visprompt.runs.paths import expand_paths
 def main(cfg: DictConfig) -> None:
     """Write the report."""
     with one_sentence_errors():
-        from visprompt.reports import (
-            report,
-        )  # imported late: typing errors are reported before torch is loaded
+        # imported late: typing errors are reported before torch is loaded
+        from visprompt.reports import report
 
         signals.started()
         expand_paths(cfg)

@@ -16,6 +16,7 @@ from visprompt.tuning import protocol
 from visprompt.tuning.protocol import grid_points
 
 CONFIGS = ROOT / "configs"
+# a method takes its recipe
 GROUPS = (
     "backbone",
     "callbacks",
@@ -24,7 +25,7 @@ GROUPS = (
     "logger",
     "method",
     "trainer",
-)  # a method takes its recipe
+)
 NEEDS = {"data/folder": ["data.root=x"], "backbone/timm": ["backbone.name=vit_tiny_patch16_224"]}
 PARTS = {"debug/base"}  # other files are built on them
 

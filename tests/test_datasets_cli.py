@@ -53,9 +53,8 @@ def test_an_epoch_on_each_kind_of_container(tmp_path):
         assert result["status"] == "finished"
         assert (result["data"]["source"], result["data"]["form"]) == ("raw", "lossless")
         assert result["data"]["sizes"]["train800"] == 24
-        kept = (
-            TASKS[task].native if (TASKS[task].native or 0) <= 64 else None
-        )  # the side that the tiny network reads
+        # the side that the tiny network reads
+        kept = TASKS[task].native if (TASKS[task].native or 0) <= 64 else None
         assert result["data"]["preprocessing"]["native"] == kept
         assert 0 <= result["metrics"]["test/acc"] <= 1
 

@@ -322,18 +322,16 @@ def test_a_suite_goes_on_where_it_was_killed_and_a_broken_task_stops_no_other(na
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: svhn/vpt_deep: ")
     assert error.endswith(" (1 of 7 runs failed)")
-    assert (
-        "train_32x32.mat" in error
-    )  # the reason: what the store could be made of anew is not SVHN's own file
+    # the reason: what the store could be made of anew is not SVHN's own file
+    assert "train_32x32.mat" in error
     assert set(finished(folder)) == set(SUITES["vtab_natural"]) - {"svhn"}
     accuracy, means, page = reported(folder)
     assert [task for task in SUITES["vtab_natural"] if not accuracy[task]] == ["svhn"]
     assert (accuracy["mean"], means["vtab_natural"]) == ("", "")
     assert page.count('<td style="text-align: right">missing (6 of 7)</td>') == 2
     shutil.copy(folder / "whole", pixels)
-    done = call(
-        "train", *arguments, "trainer=cpu", timeout=300
-    )  # what is finished is so for any number of devices
+    # what is finished is so for any number of devices
+    done = call("train", *arguments, "trainer=cpu", timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished before") == 6
     found = finished(folder)

@@ -45,9 +45,8 @@ def test_pip_installs_all_of_the_package(tmp_path, build):
     for step in steps:
         done = run(*step, env=environment, cwd=tmp_path)
         assert done.returncode == 0, f"pip could not install: it needs a package index. {done.stderr}"
-    environment["PYTHONPATH"] = sysconfig.get_path(
-        "purelib"
-    )  # the dependencies alone: no .pth file is read there
+    # the dependencies alone: no .pth file is read there
+    environment["PYTHONPATH"] = sysconfig.get_path("purelib")
     done = run(tmp_path / "env/bin/python", "-c", PROGRAM, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     shape, folder = done.stdout.splitlines()

@@ -73,9 +73,8 @@ def test_nothing_of_a_run_is_stored(name):
     assert stored["metadata"] == METADATA
     ids = [cell["id"] for cell in stored["cells"]]
     assert len(set(ids)) == len(ids)
-    assert all(
-        re.fullmatch(r"[a-z]+(-[a-z]+)*", id_) for id_ in ids
-    )  # words: an editor's own ids would change
+    # words: an editor's own ids would change
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", id_) for id_ in ids)
     for cell in stored["cells"]:
         assert cell["metadata"] == {}
         if cell["cell_type"] == "code":
@@ -135,10 +134,11 @@ def test_the_ablation(tmp_path):
 
 @pytest.mark.slow
 def test_the_results(tmp_path):
+    # no runs are there yet: some are made first, in their own place
     none, made = (
         tmp_path / "logs",
         tmp_path / "made",
-    )  # no runs are there yet: some are made first, in their own place
+    )
     results = Executed("results", made, LOGS=str(none), EXAMPLES=str(made))
     assert not none.exists()
     assert "6 runs; those of split=final make 2 rows" in results.printed("runs")

@@ -98,9 +98,8 @@ def test_patches_are_dropped_until_the_last_full_epochs(recipe, monkeypatch):
     pretrain(replace(recipe, epochs=3, full_epochs=1), progress=False)
 
     steps = [tokens for training, tokens in seen if training]
-    assert (
-        steps == [9] * 8 + [17] * 4
-    )  # 64 images in batches of 16; 16 patches, 8 of them kept, and the class token
+    # 64 images in batches of 16; 16 patches, 8 of them kept, and the class token
+    assert steps == [9] * 8 + [17] * 4
     assert {tokens for training, tokens in seen if not training} == {17}
 
 

@@ -14,9 +14,10 @@ __all__ = ["build", "load", "merge", "save"]
 _HOMES = dict.fromkeys(("build", "load", "save"), "models.api") | {"merge": "models.merge"}
 
 
+# torch and timm take seconds: entry points say a wrong word before they are loaded
 def __getattr__(
     name: str,
-) -> Any:  # torch and timm take seconds: entry points say a wrong word before they are loaded
+) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"visprompt.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 
 from visprompt.reports.load import frame
 from visprompt.runs.result import Result, write_result
@@ -74,6 +75,18 @@ def result(task: str = "cifar", method: str = "linear", score: float = 0.5, **ch
     return Result(**values)
 
 
+def deep(score: float, tokens: int = 10, split: str = "final", **changes: Any) -> Result:
+    """A finished run of VPT-deep on CIFAR-100, with the sizes of its split sets."""
+    options = {"num_tokens": tokens} | changes.pop("options", {})
+    data = {"sizes": {"train800": 800, "val200": 200, "test": 1000}} | changes.pop("data", {})
+    return result("cifar", "vpt_deep", score, options=options, split=split, data=data, **changes)
+
+
+def points(line: Any) -> list[tuple[Any, Any, Any]]:
+    """A chart's line as it compares with numbers."""
+    return [(p.x, pytest.approx(p.y), p.spread and pytest.approx(p.spread)) for p in line.points]
+
+
 def write(root: Path, record: Result, name: str | None = None) -> Path:
     """Writes a run's folder below a folder of logs, as `run.py` lays them out, and returns it."""
     content = json.dumps(
@@ -89,8 +102,8 @@ def write(root: Path, record: Result, name: str | None = None) -> Path:
 
 
 def changed(record: Result, **values: Any) -> Result:
-    """A record with other values in place of its own."""
-    return type(record)(**vars(record) | values)
+    """A record with other values in place of its own, checked like a new one."""
+    return Result(**vars(record) | values)
 
 
 def table(*records: Result) -> pd.DataFrame:

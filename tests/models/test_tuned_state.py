@@ -286,10 +286,11 @@ def test_a_state_for_something_else_is_refused(expected, message):
 
 
 def test_a_state_for_the_same_is_taken():
+    # the same weights, the same features
     elsewhere = BACKBONE | {
         "name": "vit_base_patch16_224",
         "exact": False,
-    }  # the same weights, the same features
+    }
     check_fits(tuned(), Path("a"), backbone=elsewhere, method=dict(METHOD), class_names=["cat", "dog"])
     check_fits(tuned(), Path("a"))
 

@@ -4,24 +4,11 @@ from hashlib import sha256
 
 import pytest
 
-from helpers.written_runs import changed, result, table, write
+from helpers.written_runs import changed, deep, points, result, table, write
 from visprompt.reports.charts import Chart, Line, Point, by_parameters, front, in_parts, training
 from visprompt.reports.choices import grids
 from visprompt.reports.load import frame, history
 from visprompt.reports.rows import rows
-
-SIZES = {"train800": 800, "val200": 200, "test": 1000}
-
-
-def deep(score, tokens=10, split="final", **changes):
-    options = {"num_tokens": tokens} | changes.pop("options", {})
-    data = {"sizes": SIZES} | changes.pop("data", {})
-    return result("cifar", "vpt_deep", score, options=options, split=split, data=data, **changes)
-
-
-def points(line):
-    return [(p.x, pytest.approx(p.y), p.spread and pytest.approx(p.spread)) for p in line.points]
-
 
 # by tuned parameters
 

@@ -56,9 +56,8 @@ def test_a_paper_can_be_named():
 def test_a_run_that_contradicts_the_papers_options_is_another_method():
     assert published("partial", "vit_b16_in21k", options={"num_blocks": 2}) is None
     assert published("vpt_deep", "vit_b16_in21k", options={"depth": 3, "location": "prepend"}) is None
-    assert (
-        published("vpt_deep", "vit_b16_in21k", options={"num_tokens": 5}) is not None
-    )  # unrecorded ones fit
+    # unrecorded ones fit
+    assert published("vpt_deep", "vit_b16_in21k", options={"num_tokens": 5}) is not None
     assert published("vpt_shallow", "resnet50", options={"location": "pad"}).name == "vpt_pad"
     assert published("vpt_shallow", "swin_b", options={"location": "pad"}) is None
 

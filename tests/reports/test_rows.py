@@ -194,10 +194,11 @@ def test_a_family_with_two_preprocessings_leaves_the_other_families_alone():
     made = rows(
         table(result("cifar"), result("dtd", data={"source": "prepared"}), result("cifar", seed=44), cub)
     )
+    # cub200's source is raw as well
     assert [list(row.cells) for row in made] == [
         ["cifar", "cub200"],
         ["dtd"],
-    ]  # cub200's source is raw as well
+    ]
     assert made[1].label == "linear, data source (vtab) prepared"
 
 

@@ -3,20 +3,8 @@
 import numpy as np
 import pytest
 
-from helpers.written_runs import result, table
+from helpers.written_runs import deep, points, result, table
 from visprompt.reports.sweeps import DEPTH, FRACTION, LENGTH, along
-
-SIZES = {"train800": 800, "val200": 200, "test": 1000}
-
-
-def deep(score, tokens=10, split="final", **changes):
-    options = {"num_tokens": tokens} | changes.pop("options", {})
-    data = {"sizes": SIZES} | changes.pop("data", {})
-    return result("cifar", "vpt_deep", score, options=options, split=split, data=data, **changes)
-
-
-def points(line):
-    return [(p.x, pytest.approx(p.y), p.spread and pytest.approx(p.spread)) for p in line.points]
 
 
 def test_test_accuracy_by_length_is_the_mean_over_seeds_with_their_spread():

@@ -10,6 +10,7 @@ from helpers.cli import composed
 from visprompt.data import catalog
 from visprompt.errors import UserError
 from visprompt.runs import cli, compose
+from visprompt.runs.paths import CONFIGS
 
 
 def jobs(*arguments, config="train", extra=()):
@@ -150,7 +151,7 @@ def test_what_has_no_default_is_asked_for(capsys, monkeypatch, script, key):
 
 @pytest.mark.parametrize("script", ["predict", "report"])
 def test_a_machine_s_file_that_chooses_a_group_is_one_sentence(tmp_path, capsys, monkeypatch, script):
-    shutil.copytree(compose.CONFIGS, tmp_path / "configs")
+    shutil.copytree(CONFIGS, tmp_path / "configs")
     monkeypatch.setattr(compose, "CONFIGS", tmp_path / "configs")
     file = tmp_path / "configs" / "local" / "default.yaml"
     file.write_text("# @package _global_\ndefaults: [override /trainer: gpu]\n")

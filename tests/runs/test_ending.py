@@ -83,9 +83,8 @@ def end(process, number, logs, temporary):
 def check_moment(tmp_path, moment, number, script="train", *more):
     condition, options = moment
     arguments = tiny(tmp_path / "logs", "callbacks=none", *options, *more)
-    arguments = [
-        a for a in arguments if script == "train" or not a.startswith("seed=")
-    ]  # tune.py sets seeds itself
+    # tune.py sets seeds itself
+    arguments = [a for a in arguments if script == "train" or not a.startswith("seed=")]
     process = started(script, arguments, tmp_path / "tmp")
     try:
         assert wait_for(lambda: process.poll() is not None or condition(tmp_path / "logs", process), 400)

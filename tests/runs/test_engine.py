@@ -150,9 +150,8 @@ def test_ranks_that_somebody_else_started_are_told_as_lightning_tells_them(monke
             patch.setenv("SLURM_NTASKS", "2")
             patch.setenv("SLURM_JOB_NAME", name)
             assert not engine.started_elsewhere()
-    monkeypatch.setenv(
-        "SLURM_PROCID", "0"
-    )  # as a batch script of SLURM has without srun, which starts no other rank
+    # as a batch script of SLURM has without srun, which starts no other rank
+    monkeypatch.setenv("SLURM_PROCID", "0")
     assert not engine.started_elsewhere()
     monkeypatch.setenv("SLURM_NTASKS", "1")  # a job of one task starts its ranks itself
     assert not engine.started_elsewhere()

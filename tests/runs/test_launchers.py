@@ -146,9 +146,8 @@ def test_a_point_that_another_process_works_on_comes_last_and_the_table_is_whole
     folder.mkdir(parents=True)
     (folder / "holder").write_text("process 7 on another-machine")
     with FileLock(folder / "lock") as other:
-        monkeypatch.setattr(
-            run_all, "time", SimpleNamespace(sleep=lambda seconds: other.release())
-        )  # it was killed
+        # it was killed
+        monkeypatch.setattr(run_all, "time", SimpleNamespace(sleep=lambda seconds: other.release()))
         tune(tmp_path)
     assert trained == [(42, 0.4), (42, 0.2), (1, trained[-1][1])], (
         "no final run before the choice from the whole grid"

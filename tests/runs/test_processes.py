@@ -53,10 +53,11 @@ def test_two_ranks_reach_the_result_of_one_process(tmp_path):
     assert (two.machine["devices"], one.machine["devices"]) == (2, 1)
     assert (two.metrics["test/count"], one.metrics["test/count"]) == (797, 797)
     ours, reference = (tensors(folder_of(tmp_path / name)) for name in ("two", "one"))
+    # sums in another order, which AdamW's division by small numbers enlarges
     for (
         name,
         tensor,
-    ) in reference.items():  # sums in another order, which AdamW's division by small numbers enlarges
+    ) in reference.items():
         assert (ours[name] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), name
     assert two.metrics["test/acc"] == pytest.approx(one.metrics["test/acc"], abs=2.5 / 797)
 

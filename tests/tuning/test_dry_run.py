@@ -202,9 +202,8 @@ def test_data_that_is_not_prepared_is_named_with_its_command(tmp_path, measured,
     )
     table, (_, disk, missing) = lines(capsys.readouterr().out)
     assert [key[0] for key in table] == list(SUITES["vtab_natural"])
-    assert {tuple(cells[2:4]) for cells in table.values()} == {
-        ("1, 0 done", "24")
-    }  # 3 epochs of 8 batches of 128
+    # 3 epochs of 8 batches of 128
+    assert {tuple(cells[2:4]) for cells in table.values()} == {("1, 0 done", "24")}
     specs = [TASKS[task] for task in SUITES["vtab_natural"]]
     stores = sum(3 * sum(spec.split_sizes.values()) * (spec.native or 224) ** 2 for spec in specs)
     files = {(spec.dataset, file.name): file for spec in specs for file in spec.files}

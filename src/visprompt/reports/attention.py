@@ -72,9 +72,8 @@ def last_attention(classifier: Classifier, images: Tensor) -> Weights:
     num_image = family.embed(images, method).shape[1]
     num_tokens = weights.shape[-1] - (0 if added is None else added[0].shape[-2])
     start, stop, _ = family.pooled_rows(num_image, method.pool)[0].indices(num_tokens)
-    if (
-        weights.shape[-2] == stop - start
-    ):  # only the pooled tokens are queries: their keys come first, then those of the others
+    # only the pooled tokens are queries: their keys come first, then those of the others
+    if weights.shape[-2] == stop - start:
         order = [
             *range(start, stop),
             *range(start),

@@ -28,11 +28,8 @@ _LONGEST = 22  # characters of a class name that are shown
 _SHORT = 11  # characters of a class name, of which four fit next to each other
 _MOST_NAMED = 24  # classes, at most, for whose names there is room
 _MOST_COUNTED = 16  # classes, at most, for whose numbers there is room in the fields
-_YELLOW = (
-    240 / 255,
-    228 / 255,
-    66 / 255,
-)  # Okabe and Ito's, brighter than a dimmed image in a gray print as well
+# Okabe and Ito's, brighter than a dimmed image in a gray print as well
+_YELLOW = (240 / 255, 228 / 255, 66 / 255)
 
 
 @dataclass(frozen=True, eq=False)

@@ -193,9 +193,8 @@ def _styled(theme: Theme) -> Iterator[None]:
         for name, value in (_STYLE | colours | {"font.family": _fonts()}).items():
             matplotlib.rcParams[name] = value  # type: ignore[index]  # names are text
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", r"Glyph \d+ .* missing from font"
-            )  # it is drawn as a box; the name is in the text next to the figure
+            # it is drawn as a box; the name is in the text next to the figure
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
             yield
 
 

@@ -40,9 +40,8 @@ _FACTS = (
     *("options", "pruning", "shared", "base", "choice", "grid", "point", *FIGURES),
 )
 _HASH = re.compile(r"[0-9a-f]{12}")  # what a run's folder is called
-_CHAIN = frozenset(
-    {"initial.json", "importance.json", "masks.json"}
-)  # files in the folder of a pruning chain, which is not a run's
+# files in the folder of a pruning chain, which is not a run's
+_CHAIN = frozenset({"initial.json", "importance.json", "masks.json"})
 _DAMAGED = (
     "damaged, or of another version of visprompt: result.json or the tuned state is incomplete; run "
     "the same command again"
@@ -61,9 +60,8 @@ _READ: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "peak_memory": {"bytes": int, "of": str},
     "machine": {"device": str, "devices": int, "threads": int},
 }
-_OPTIONAL = frozenset(
-    {"num_tokens", "macs", "depth", "kept_tokens", "threads"}
-)  # counts that a record may lack
+# counts that a record may lack
+_OPTIONAL = frozenset({"num_tokens", "macs", "depth", "kept_tokens", "threads"})
 
 
 @dataclass(frozen=True)
@@ -223,9 +221,8 @@ def _frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def _record(folder: Path, result: Result) -> dict[str, Any]:
     """Return a row of the table."""
     method, task, found = str(result.method["name"]), result.task, settings(result)
-    prunes = (
-        result.method.get("initial") is not None
-    )  # a run of a chain names the initial values that it starts from
+    # a run of a chain names the initial values that it starts from
+    prunes = result.method.get("initial") is not None
     reach = {key: scope(key, method) for key in found}
     shared = {key: value for key, value in found.items() if reach[key] in ("row", "family")}
     shared = before_the_choice(shared) | {"data.fingerprint": found.get("data.fingerprint", UNRECORDED)}
@@ -271,11 +268,7 @@ def _load(folder: Path) -> dict[str, Any] | LeftOut:
     """Load a run whose folder holds a result.json."""
     result = read_result(folder, hashed=False)  # hashing thousands of states would be slow
     try:
-        if (
-            result is None
-            or result.split not in ("tune", "final")
-            or not all(_is_of(*one) for one in _read(result))
-        ):
+        if result is None or not all(_is_of(*value) for value in _read(result)):
             return LeftOut(folder, _DAMAGED)
         record = _record(folder, result)
     except (AttributeError, KeyError, TypeError):
@@ -290,7 +283,6 @@ def _read(result: Result) -> Iterator[tuple[Any, type | tuple[type, ...]]]:
         for name, kind in kinds.items():
             needed = name not in _OPTIONAL or (prunes and name == "kept_tokens")
             yield getattr(result, part).get(name, None if needed else 0), kind
-    yield from ((result.task, str), (result.seed, int), (result.attempt, int), (result.versions, Mapping))
     if result.status == "finished":
         yield result.score, _NUMBER
 

@@ -30,9 +30,8 @@ _OF_FAMILY = frozenset({"data.source", "data.form"}) | {
     f"data.preprocessing.{name}" for name in ("resize", "short_side", "crop", "flip", "resampling")
 }
 _OF_A_SEED = frozenset({"token_mask", "segment_mask", "initial"})  # each seed prunes separately
-_PRUNING = frozenset(
-    {"method.prune", "method.prune_tokens", "method.prune_segments"}
-)  # set only after the grid of settings
+# set only after the grid of settings
+_PRUNING = frozenset({"method.prune", "method.prune_tokens", "method.prune_segments"})
 _NAMES = {
     **{"backbone.name": "backbone", "backbone.sha256": "weights"},
     **{"data.fraction": "fraction", "precision": "precision"},

@@ -211,9 +211,8 @@ def _plain(entry: Entry) -> tuple[str, str]:
 
 def _latex(text: str) -> str:
     escaped = "".join(_LATEX.get(character, character) for character in visible(text))
-    return re.sub(
-        r"-(?=-)", "-{}", re.sub(r"(?<![\w.-])-(?=\d)", "$-$", escaped)
-    )  # two would be one longer dash
+    # two would be one longer dash
+    return re.sub(r"-(?=-)", "-{}", re.sub(r"(?<![\w.-])-(?=\d)", "$-$", escaped))
 
 
 def _html(text: str) -> str:

@@ -24,12 +24,10 @@ from visprompt.data import catalog
 from visprompt.errors import UserError, in_one_line
 from visprompt.runs import paths, recipe_rows, settings
 from visprompt.runs.job import Job, check_effect
+from visprompt.runs.paths import CONFIGS, ROOT
 
 if TYPE_CHECKING:
     from visprompt.data.stores.plan import Plan
-
-ROOT = Path(__file__).resolve().parents[3]
-CONFIGS = ROOT / "configs"
 
 
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT))
@@ -80,9 +78,8 @@ def check_values(cfg: DictConfig, to_run: bool = True) -> None:
     except InterpolationKeyError as error:
         key = error.full_key
         raise UserError(f"{key}={_as_written(cfg, key)} refers to a key that does not exist") from error
-    except (
-        OmegaConfBaseException
-    ) as error:  # a resolver failed, for example because a value is of a wrong type
+    # a resolver failed, for example because a value is of a wrong type
+    except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0].rpartition("resolving interpolation: ")[2]) from error
     if missing and to_run:
         raise UserError(f"{missing[0]} has no default: give {missing[0]}=...")

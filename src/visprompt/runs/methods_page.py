@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from visprompt.models.methods import METHODS
-from visprompt.runs.compose import CONFIGS
+from visprompt.runs.paths import CONFIGS
 
 _HEAD = """# Methods
 

@@ -10,6 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = ROOT / "configs"
+
 PATHS = (
     *("paths.root_dir", "paths.data_dir", "paths.log_dir", "data_dir", "store_dir", "root"),
     *(

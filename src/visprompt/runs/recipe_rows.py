@@ -12,10 +12,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from visprompt.data import catalog
 from visprompt.errors import UserError, is_finite
 from visprompt.runs import recipe_table
+from visprompt.runs.paths import CONFIGS
 
 log = logging.getLogger(__name__)
-
-_METHODS = Path(__file__).resolve().parents[3] / "configs" / "method"
 
 
 def _row(key: str, *, _root_: DictConfig) -> Any:
@@ -48,7 +47,7 @@ def row_options(method: str) -> frozenset[str]:
     Returns:
         For example {"num_tokens", "dropout"} of "vpt_deep".
     """
-    file = _METHODS / f"{method}.yaml"
+    file = CONFIGS / "method" / f"{method}.yaml"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     return frozenset(re.findall(r"^(\w+): \$\{row:", text, re.MULTILINE))
 

@@ -29,8 +29,9 @@ from visprompt.errors import UserError
 from visprompt.models import state_schema
 from visprompt.models.recipe import Recipe
 from visprompt.models.tuned_state import TunedState
-from visprompt.runs.compose import CONFIGS, composing
+from visprompt.runs.compose import composing
 from visprompt.runs.job import Job
+from visprompt.runs.paths import CONFIGS
 from visprompt.runs.result import Result
 from visprompt.text import Terminal, visible
 

@@ -68,9 +68,8 @@ def tune(cfg: DictConfig) -> float:
         try:
             if len(results) == len(seeds):
                 cells[job.method.name, results[0].task] = cell(results)
-        except (
-            UserError
-        ) as error:  # an older run recorded its settings otherwise; other cells are not affected
+        # an older run recorded its settings otherwise; other cells are not affected
+        except UserError as error:
             failed.append(f"{job.name}: {error}")
     if cells:
         table = _table(cells)

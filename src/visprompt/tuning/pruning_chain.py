@@ -87,9 +87,8 @@ def run(job: Job, run_one: RunOne) -> Result:
     if not prunes(job):
         return run_one(job)
     prepare(job)  # finds errors before anything is trained
-    silent = (
-        without_wandb(job) if under_agent() else job
-    )  # else all runs would log to the agent's one W&B run
+    # else all runs would log to the agent's one W&B run
+    silent = without_wandb(job) if under_agent() else job
     tune = silent.vary({"split": "tune", "rerun": bool(job.rerun and job.split == "tune")})
     folder = prepare(tune).folder
     choice = stored(folder / "masks.json")

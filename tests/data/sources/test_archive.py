@@ -100,6 +100,7 @@ def test_backslashes_of_windows_and_leading_dots(tmp_path):
     assert contents(write(tmp_path, tar({"./a\\b.txt": b"1"}))) == {"a/b.txt": b"1"}
 
 
+# in headers, contents, and between files
 PLAIN_CUTS = [
     1,
     600,
@@ -107,7 +108,7 @@ PLAIN_CUTS = [
     512 * 3 + 100,
     512 * 5 + 7,
     512 * 14,
-]  # in headers, contents, and between files
+]
 
 
 @pytest.mark.parametrize("length", PLAIN_CUTS)

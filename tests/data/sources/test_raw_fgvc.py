@@ -137,9 +137,8 @@ def test_json_files_are_the_splits_where_they_are(tmp_path, name):
     unpacked(name, tmp_path)
     spec = record(name, class_names=tuple("abcd"))
     official = fgvc(tmp_path, spec)
-    items = [
-        item for item in official.items if item.split != "train" or item.label
-    ]  # class 0 has no train image left
+    # class 0 has no train image left
+    items = [item for item in official.items if item.split != "train" or item.label]
     moved = [
         item._replace(split="train") if item.label == 0 and item.split == "val" else item for item in items
     ]

@@ -136,9 +136,8 @@ def test_an_image_that_only_the_list_has_is_left_out(tmp_path, dataset):
 
 
 def test_cifar_rows(tmp_path):
-    images = np.random.default_rng(5).integers(
-        0, 256, (2500, 32, 32, 3), np.uint8
-    )  # more than are read at once
+    # more than are read at once
+    images = np.random.default_rng(5).integers(0, 256, (2500, 32, 32, 3), np.uint8)
     rows = b"".join(
         bytes([7, row % 100]) + image.transpose(2, 0, 1).tobytes() for row, image in enumerate(images)
     )
@@ -388,9 +387,8 @@ def test_sun397_is_shrunk_to_120000_pixels(height, width, expected):
     assert decoded.shape == (*expected, 3)
     assert expected[0] * expected[1] <= 120_000
     reference = np.asarray(Image.fromarray(image).resize(expected[::-1], Image.Resampling.BILINEAR), np.int64)
-    assert (
-        np.abs(decoded - reference).max() <= 7
-    )  # the JPEG's loss on a smooth picture; red and blue are in place
+    # the JPEG's loss on a smooth picture; red and blue are in place
+    assert np.abs(decoded - reference).max() <= 7
 
 
 def test_sun397_is_encoded_once_more_at_opencvs_default_quality():
@@ -408,9 +406,8 @@ def test_sun397_grey_transparent_and_gif_files():
     clear = raw.decode_sun397(synthetic.encoded(np.full((20, 30, 4), (200, 100, 50, 0), np.uint8), "PNG"))
     assert np.abs(clear.astype(int) - (200, 100, 50)).max() <= 2
     gif = raw.decode_sun397(synthetic.encoded(np.full((20, 30, 3), (200, 100, 50), np.uint8), "GIF"))
-    assert (
-        np.abs(gif.astype(int) - (50, 100, 200)).max() <= 2
-    )  # as in the official task: red and blue swapped
+    # as in the official task: red and blue swapped
+    assert np.abs(gif.astype(int) - (50, 100, 200)).max() <= 2
     with pytest.raises(BadImage, match="not an image of a known format"):
         raw.decode_sun397(b"no image")
     with pytest.raises(BadImage, match="cannot be decoded"):

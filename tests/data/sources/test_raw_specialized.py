@@ -309,9 +309,8 @@ def eye(height, width, radius, seed=0):
 
 def test_retina_against_a_plain_implementation():
     image = eye(640, 700, 300)
-    image[320] = np.where(
-        (np.abs(np.arange(700) - 349.5) < 300)[:, None], 120, 0
-    )  # 600 bright pixels: scale 1
+    # 600 bright pixels: scale 1
+    image[320] = np.where((np.abs(np.arange(700) - 349.5) < 300)[:, None], 120, 0)
     blurred = gaussian_filter(image.astype(float), (10, 10, 0), mode="mirror", truncate=3)
     expected = (4 * image.astype(float) - 4 * blurred + 128).clip(0, 255)[
         320 - 270 : 320 + 270, 350 - 270 : 350 + 270

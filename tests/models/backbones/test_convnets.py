@@ -268,9 +268,8 @@ def test_scaled_layers_have_scaled_weights(name):
     for path, layer in layers.items():
         block = next((b for b in classifier.backbone.block_names if path.startswith(f"{b}.")), None)
         key = path.removeprefix(f"{block}.").removeprefix("mlp.").replace(".", "_")
-        key = (
-            f"stem_{key}" if path in ("conv1", "bn1") else key
-        )  # of a ResNet, whose blocks have such names too
+        # of a ResNet, whose blocks have such names too
+        key = f"stem_{key}" if path in ("conv1", "bn1") else key
         gamma, beta = classifier.method.gamma[key], classifier.method.beta[key]
         if block is not None:
             gamma, beta = gamma[seen[key]], beta[seen[key]]

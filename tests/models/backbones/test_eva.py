@@ -230,9 +230,8 @@ def test_images_that_it_does_not_take_are_refused():
 
 
 # The battery: members in which methods meet another projection, norm, MLP or attention.
-PLAIN_ONLY = set(METHODS) - working(
-    "DINOv3"
-)  # such as those that read the projections of timm's plain attention
+# such as those that read the projections of timm's plain attention
+PLAIN_ONLY = set(METHODS) - working("DINOv3")
 BATTERY = {
     "vit_base_patch16_dinov3": {*PLAIN_ONLY},
     "eva02_tiny_patch14_224": {*PLAIN_ONLY, "fact"},
@@ -284,9 +283,8 @@ def test_every_method_tunes_what_it_names_and_is_restored(method, name):
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @each_working_pair
 def test_every_method_is_near_itself_in_bfloat16_and_without_the_exact_path(method, name):
-    options = (
-        {"gate_init": 0.0} if method == "vpt_gated" else {}
-    )  # by default a gate's gradient is in float32's noise
+    # by default a gate's gradient is in float32's noise
+    options = {"gate_init": 0.0} if method == "vpt_gated" else {}
     exact, carried = (classifier_on(tiny_eva(name), method, way, **options).eval() for way in (True, False))
     x = images(3)
     expected = exact(x)
@@ -390,9 +388,8 @@ def test_what_nobody_reads_is_not_computed():
                 n * 2 * d * d + q * (2 * d * d + 2 * d * hidden) + 2 * q * (n + 6) * d for q in (n, n, 1)
             )
             of_images = batch * (16 * 3 * 64 * d + d * NUM_CLASSES + blocks)
-            assert flops(batch, **options) == 2 * (
-                of_images + 3 * 6 * 2 * d * d
-            )  # prompts: once, whatever the batch
+            # prompts: once, whatever the batch
+            assert flops(batch, **options) == 2 * (of_images + 3 * 6 * 2 * d * d)
 
 
 @pytest.mark.slow

@@ -102,9 +102,10 @@ def naive_bias(attn):
     """The table's entry for the distance of two positions, row by row, then column by column."""
     rows, columns = attn.window_size
     places = [(y, x) for y in range(rows) for x in range(columns)]
+    # (y, x) asks, (v, u) is asked
     index = [
         [(y - v + rows - 1) * (2 * columns - 1) + (x - u + columns - 1) for v, u in places] for y, x in places
-    ]  # (y, x) asks, (v, u) is asked
+    ]
     return attn.relative_position_bias_table[torch.tensor(index)].permute(2, 0, 1)
 
 

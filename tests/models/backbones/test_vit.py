@@ -335,9 +335,8 @@ def expected_flops(batch, p, own_blocks, queries_last, dim=32, hidden=128, n=NUM
     total = batch * (16 * 3 * 64 * dim + dim * 5)
     for i in range(4):
         q = queries_last if i == 3 else n
-        total += batch * (
-            n * 2 * dim * dim + q * (2 * dim * dim + 2 * dim * hidden)
-        )  # keys and values; the rest
+        # keys and values; the rest
+        total += batch * (n * 2 * dim * dim + q * (2 * dim * dim + 2 * dim * hidden))
         total += batch * 2 * q * (n + (p if i < own_blocks else 0)) * dim  # attention
     return 2 * (total + own_blocks * p * 2 * dim * dim)  # prompts' keys and values: once, whatever the batch
 

@@ -149,9 +149,8 @@ def test_down_is_drawn_as_stated():
     plus, houlsby = AdapterPlus(VIT_B), AdapterPlus(VIT_B, init="houlsby")
     for weight in (plus.down, houlsby.down, houlsby.up):
         assert 0.0195 < weight.abs().max() <= 0.02
-        assert weight.std().item() == pytest.approx(
-            0.0088, rel=0.02
-        )  # of a normal cut at two standard deviations
+        # of a normal cut at two standard deviations
+        assert weight.std().item() == pytest.approx(0.0088, rel=0.02)
     assert not plus.up.any()
 
 

@@ -23,11 +23,12 @@ from visprompt.runs import run
 
 TINY, VIT_B = geometry(), geometry(**VIT_B_SIZE)
 LABELS = torch.tensor([0, 3, 1, 0, 4, 2])
+# far from where exp(32 * ...) hides all but one pair
 SMALL = {
     "num_tokens": 3,
     "guided_tokens": 2,
     "scale": 0.3,
-}  # far from where exp(32 * ...) hides all but one pair
+}
 EVEN = torch.full((6,), 1 / 6)
 
 

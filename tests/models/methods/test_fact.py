@@ -124,9 +124,8 @@ def test_initial_values():
     method = build(random=False, rank=16).method
     assert method.u.abs().max().item() == pytest.approx(32**-0.5, rel=0.02)
     assert method.sigma[:, :8].abs().max().item() == pytest.approx(1 / 4, rel=0.01)
-    assert method.sigma[:, 8:].abs().max().item() == pytest.approx(
-        1 / 8, rel=0.01
-    )  # a layer of four times the inputs
+    # a layer of four times the inputs
+    assert method.sigma[:, 8:].abs().max().item() == pytest.approx(1 / 8, rel=0.01)
     method = build(random=False, rank=16, form="tk").method
     assert method.core.abs().max().item() == pytest.approx(3**0.5 / 16, rel=0.01)
     assert method.mix.abs().max().item() == pytest.approx((6 / (4 * 12 + 16)) ** 0.5, rel=0.02)

@@ -89,9 +89,8 @@ def test_merged_equals_unmerged(options, beside):
         if isinstance(module, Wrapped):
             merged.set_submodule(name, module.merged())
     added = merged.backbone.model.state_dict().keys() - model.state_dict().keys()
-    assert added == (
-        {"patch_embed.proj.bias"} if "pre_norm" in options else set()
-    )  # timm leaves that bias out there
+    # timm leaves that bias out there
+    assert added == ({"patch_embed.proj.bias"} if "pre_norm" in options else set())
     assert [type(m) for m in merged.backbone.model.modules()] == [type(m) for m in model.modules()]
     assert relative_error(merged(x), classifier(x)) < 1e-5
     assert relative_error(merged.head(merged.backbone.model(x)), classifier(x)) < 1e-5
@@ -119,9 +118,8 @@ def test_a_scale_of_one_and_a_shift_of_zero_is_the_backbone():
     model, x = tiny_model(), images(3)
     plain = model(x)
     classifier = build(random=False, model=model)
-    assert not torch.allclose(
-        classifier.features(x), plain, atol=1e-2
-    )  # the paper's start is drawn around it
+    # the paper's start is drawn around it
+    assert not torch.allclose(classifier.features(x), plain, atol=1e-2)
     with torch.no_grad():
         for name, parameter in classifier.method.named_parameters():
             parameter.fill_(1.0 if name.startswith("gamma") else 0.0)

@@ -83,9 +83,8 @@ def test_deep_prompts_replace_the_outputs_of_those_before():
 def test_shallow_prompts_enter_once_and_their_outputs_flow_on(exact):
     classifier = tiny_classifier("vpt_shallow", exact=exact, num_tokens=3)
     passed = seen(classifier, images())
-    assert len(passed) == (
-        3 if exact else 4
-    )  # the exact path reads one token of the last block, without calling it
+    # the exact path reads one token of the last block, without calling it
+    assert len(passed) == (3 if exact else 4)
     assert torch.equal(passed[0][0][:, NUM_IMAGE:], classifier.method.prompts[0].detach().expand(2, -1, -1))
     for (_, before), (entering, _) in pairwise(passed):
         assert torch.equal(entering, before)

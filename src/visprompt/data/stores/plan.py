@@ -13,11 +13,12 @@ from visprompt.errors import UserError, unknown
 
 SOURCES = ("raw", "prepared", "hf")
 _ASPECT = 4 / 3  # long side over short side of a photograph, where it is not known
+# of the stores' folders
 _SUFFIXES = {
     "pillow": "-antialias",
     "tf1": "-tf1",
     "tf2": "",
-}  # of the stores' folders
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,10 +69,8 @@ def is_whole(key: str) -> bool:
 
 @cache
 def _whole_options() -> frozenset[str]:
-    from visprompt.models.methods import (
-        METHODS,
-        option_kinds,
-    )  # imports torch, which most command lines do without
+    # imports torch, which most command lines do without
+    from visprompt.models.methods import METHODS, option_kinds
 
     kinds = (pair for method in METHODS for pair in option_kinds(method).items())
     return frozenset(option for option, kind in kinds if _is_of_whole_numbers(kind))

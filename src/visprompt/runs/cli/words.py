@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from visprompt.errors import UserError, in_one_line, unknown
 from visprompt.runs import compose
+from visprompt.runs.paths import CONFIGS
 from visprompt.runs.settings import no_trainer_key
 
 SCRIPTS = ("train", "tune", "eval", "predict", "prepare", "report")
@@ -104,7 +105,7 @@ def _choices(settings: Sequence[str]) -> list[str]:
 def _unknown_option(error: MissingConfigException) -> UserError:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     top = group.split("/")[0]
-    folder = compose.CONFIGS / top
+    folder = CONFIGS / top
     if not error.options or not group:
         return UserError(in_one_line(error))
     if top == "hydra" or not folder.is_dir():
@@ -167,7 +168,7 @@ def _of_another_script(config_name: str, key: str) -> UserError | None:
 
 def _top_keys(config_name: str) -> set[str]:
     """Return the top-level keys and config groups of a primary config, read from its file, which is fast."""
-    cfg = OmegaConf.load(compose.CONFIGS / f"{config_name}.yaml")
+    cfg = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
     names = {str(key) for key in cfg} - {"defaults"}
     for entry in OmegaConf.select(cfg, "defaults", default=()):
         if OmegaConf.is_dict(entry):
@@ -186,14 +187,12 @@ def _of_another_option(key: str, chosen: dict[str, str], keys: set[str]) -> User
     group, _, name = key.partition(".")
     if group not in chosen or not _is_group(group):
         return None
-    folder = compose.CONFIGS / group
+    folder = CONFIGS / group
     files = {
         path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))
     }
     owners = [
-        option
-        for option, path in files.items()
-        if name in _names(path.relative_to(compose.CONFIGS).as_posix())
+        option for option, path in files.items() if name in _names(path.relative_to(CONFIGS).as_posix())
     ]
     if not owners:
         return None
@@ -208,7 +207,7 @@ def _of_another_option(key: str, chosen: dict[str, str], keys: set[str]) -> User
 
 def _names(file: str) -> set[str]:
     """Return the top-level keys of a config file and of the files that its defaults list includes."""
-    cfg = OmegaConf.load(compose.CONFIGS / file)
+    cfg = OmegaConf.load(CONFIGS / file)
     if not isinstance(cfg, DictConfig):
         return set()
     names = {str(key) for key in cfg} - {"defaults"}

@@ -17,8 +17,8 @@ from visprompt.data.splits import SPLITS
 from visprompt.data.stores.plan import Plan, find, photographs
 from visprompt.errors import UserError
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
-from visprompt.runs.compose import ROOT
 from visprompt.runs.job import Job
+from visprompt.runs.paths import ROOT
 from visprompt.runs.run import build_data, load_backbone
 
 
