@@ -47,6 +47,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_configs():
+    """Compositions that begin with the same files share what Hydra makes of these."""
+    from helpers import quick_configs  # late: it imports the libraries
+
+    quick_configs.install()
+
+
 @pytest.fixture
 def begun(monkeypatch):
     """The W&B runs that were begun, with what they were begun with and how they ended."""

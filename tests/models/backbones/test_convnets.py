@@ -17,6 +17,7 @@ from torchvision.transforms.functional import resize
 
 from helpers.pairs import options, working
 from helpers.tiny import NUM_CLASSES, RECORD, images, measured, relative_error, worst_error
+from helpers.wide import case, star
 from visprompt.errors import UserError
 from visprompt.models.backbones import BackboneSpec, build_backbone
 from visprompt.models.backbones.convnet import ConvNeXt as ConvNeXtFamily
@@ -69,15 +70,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 PAIRS += [("sidetune", "resnet"), ("sidetune", "convnext")]  # 40 M operations an image: twice is enough
 every_pair = pytest.mark.parametrize(
     ("method", "name"),
-    [
-        pytest.param(
-            m,
-            n,
-            id=f"{m}, {n}",
-            marks=[] if n in ("resnet", "convnext") and m != "sidetune" else pytest.mark.slow,
-        )
-        for m, n in PAIRS
-    ],
+    [case(m, n, id=f"{m}, {n}", fast=n in ("resnet", "convnext") and m != "sidetune") for m, n in PAIRS],
 )
 
 
@@ -170,8 +163,9 @@ def test_a_named_backbone_has_the_size_that_was_asked_for(name, size, own):
     assert (backbone.image_size, backbone.module.grids[0]) == (own, (own // 4, own // 4))
 
 
-@every_model
-@pytest.mark.parametrize("method", ["linear", "mlp", "partial", "full", "bias", "layernorm"])
+@pytest.mark.parametrize(
+    ("name", "method"), star([*MODELS], ["full", "linear", "mlp", "partial", "bias", "layernorm"])
+)
 def test_tuned_weights_get_the_gradients_of_timms_own_forward(method, name):
     if method == "layernorm" and name in NO_LAYER_NORM:
         with pytest.raises(
@@ -204,8 +198,10 @@ def test_full_tuning_draws_stochastic_depth_and_trains_batch_norm_as_timm_does(n
         assert torch.equal(one.features(x), own_features(one.backbone.model, x))
 
 
-@pytest.mark.parametrize("method", METHOD_OPTIONS)
-@pytest.mark.parametrize("name", ["resnet", "deep stem, squeeze"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    star(["full", *(m for m in METHOD_OPTIONS if m != "full")], ["resnet", "deep stem, squeeze"]),
+)
 def test_only_full_tuning_changes_batch_statistics_and_they_are_saved(method, name):
     classifier = built(method, name)
     statistics = {n: t.clone() for n, t in classifier.backbone.named_buffers()}
@@ -234,8 +230,7 @@ def test_sidetuning_mixes_timms_own_features_with_those_of_the_side_network(name
     assert equal_ways(classifier, share * own_features(classifier.backbone.model, x) + side, x)
 
 
-@every_model
-@pytest.mark.parametrize("method", ["pad", "grown", "pad, bias"])
+@pytest.mark.parametrize(("name", "method"), star([*MODELS], ["pad", "grown", "pad, bias"]))
 def test_a_padded_image_is_the_image_in_a_frame(method, name):
     classifier, x = built(method, name), images(2, SIDE)
     prompts = classifier.method.prompts
@@ -244,8 +239,7 @@ def test_a_padded_image_is_the_image_in_a_frame(method, name):
     assert equal_ways(classifier, own_features(classifier.backbone.model, framed(inside, prompts)), x)
 
 
-@every_model
-@pytest.mark.parametrize("method", ["channels", "channels, bias"])
+@pytest.mark.parametrize(("name", "method"), star([*MODELS], ["channels", "channels, bias"]))
 def test_further_channels_are_convolved_by_one_kernel_with_the_three(method, name):
     classifier, x = built(method, name), images(2, SIDE)
     path, plain = classifier.backbone.stem, tiny(name, in_chans=6)
@@ -372,9 +366,12 @@ def test_counts_on_the_papers_backbones(name, stem):
     assert channels.prompts.numel() + channels.channel_embed.numel() == 2 * 224**2 + stem
 
 
-@pytest.mark.parametrize("name", ["resnet", "convnext"])
 @pytest.mark.parametrize(
-    "method", sorted(METHODS.keys() - {m for m in working("ResNet") if not options(m, "ResNet")})
+    ("method", "name"),
+    star(
+        sorted(METHODS.keys() - {m for m in working("ResNet") if not options(m, "ResNet")}),
+        ["resnet", "convnext"],
+    ),
 )
 def test_a_method_that_cannot_enter_says_so(method, name):
     needed = {"lora": "has no linear layer attn.qkv"}.get(

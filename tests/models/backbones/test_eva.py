@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import visprompt
 from helpers.pairs import working
 from helpers.tiny import NUM_CLASSES, images, mean_loss, measured, relative_error, worst_error
+from helpers.wide import REPRESENTATIVES, case, plain_class, star
 from visprompt.errors import UserError
 from visprompt.models.backbones.eva import EVA
 from visprompt.models.backbones.families import family
@@ -90,10 +91,6 @@ def classifier_on(model, method="vpt_deep", exact=True, **options):
     return classifier
 
 
-def plain_class(method):
-    return getattr(METHODS[method], "func", METHODS[method])
-
-
 def naive_logits(classifier, model, x):
     """Logits by way of timm's own blocks.
 
@@ -129,10 +126,18 @@ def test_without_prompts_features_are_timms_own(name):
 
 
 @pytest.mark.parametrize(
-    "flow",
-    [(3, "first", False), (1, "first", True), (2, "first", True), (2, "first", False), (1, "last", False)],
+    ("name", "flow"),
+    star(
+        [*MEMBERS, *OTHERS, POST_NORM],
+        [
+            (3, "first", False),
+            (1, "first", True),
+            (2, "first", True),
+            (2, "first", False),
+            (1, "last", False),
+        ],
+    ),
 )
-@pytest.mark.parametrize("name", [*MEMBERS, *OTHERS, POST_NORM])
 def test_prompts_are_as_in_timms_blocks(name, flow):
     model, x = tiny_eva(name), images()
     options = dict(zip(("depth", "depth_from", "carry_over"), flow, strict=True), num_tokens=3, dropout=0.0)
@@ -152,9 +157,10 @@ def test_rotations_are_seen_by_the_tests_above(name):
     )
 
 
-@pytest.mark.parametrize("size", [(24, 24), (48, 48), (48, 24), (16, 64)])
-@pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow"])
-@pytest.mark.parametrize("name", RESIZED)
+@pytest.mark.parametrize(
+    ("name", "method", "size"),
+    star(RESIZED, ["vpt_deep", "vpt_shallow"], [(48, 24), (24, 24), (48, 48), (16, 64)]),
+)
 def test_a_dynamic_model_takes_images_of_another_size(name, method, size):
     model = tiny_eva(name, dynamic_img_size=True)
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
@@ -254,12 +260,15 @@ WORKING.append(("sidetune", "vit_base_patch16_dinov3"))  # 40 M operations an im
 RMS_NORM = ("ssf", "vit_base_patch16_sapiens2")  # which cannot shift
 MERGING = [(m, n) for m, n in WORKING if plain_class(m).can_merge and (m, n) != RMS_NORM]
 QUICK = ("vit_base_patch16_dinov3", MIXED)
+
+
+def quick(method, name):
+    """Whether a pair is fast: every method on the first, on the other one a method of each set of sites."""
+    return method != "sidetune" and (name == QUICK[0] or (name == QUICK[1] and method in REPRESENTATIVES))
+
+
 each_working_pair = pytest.mark.parametrize(
-    ("method", "name"),
-    [
-        pytest.param(m, n, id=f"{m}, {n}", marks=[] if n in QUICK and m != "sidetune" else pytest.mark.slow)
-        for m, n in WORKING
-    ],
+    ("method", "name"), [case(m, n, id=f"{m}, {n}", fast=quick(m, n)) for m, n in WORKING]
 )
 
 
@@ -293,7 +302,9 @@ def test_every_method_is_near_itself_in_bfloat16_and_without_the_exact_path(meth
         assert max(relative_error(classifier(x), expected) for classifier in (exact, carried)) < 0.2
 
 
-@pytest.mark.parametrize(("method", "name"), MERGING)
+@pytest.mark.parametrize(
+    ("method", "name"), [case(m, n, id=f"{m}, {n}", fast=n == QUICK[0] or m == "full") for m, n in MERGING]
+)
 def test_what_merges_is_a_plain_eva(method, name):
     classifier = classifier_on(tiny_eva(name), method).eval()
     merged = merge(classifier)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import visprompt
 from helpers.pairs import works
 from helpers.tiny import NUM_CLASSES, images, measured, relative_error, worst_error
+from helpers.wide import REPRESENTATIVES, case, star
 from visprompt.errors import UserError
 from visprompt.models.backbones.families import family
 from visprompt.models.backbones.swin import Swin
@@ -51,9 +52,9 @@ MODELS = {
 }
 # (depth, from, carry over): every distinct way in which prompts can flow through four blocks
 FLOWS = [
+    (4, "first", False),
     *((depth, "first", carry) for depth in (1, 2, 3) for carry in (False, True)),
     *((depth, "last", False) for depth in (1, 2, 3)),
-    (4, "first", False),
 ]
 
 
@@ -297,10 +298,9 @@ def test_dropout_of_the_attention_is_drawn_in_training_alone():
 # --- with prompts
 
 
-@pytest.mark.parametrize(("depth", "depth_from", "carry_over"), FLOWS)
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
-def test_the_exact_path_equals_carrying_prompts_through_every_window(options, depth, depth_from, carry_over):
-    model = tiny_swin(**options)
+@pytest.mark.parametrize(("options", "flow"), star(MODELS, FLOWS))
+def test_the_exact_path_equals_carrying_prompts_through_every_window(options, flow):
+    model, (depth, depth_from, carry_over) = tiny_swin(**options), flow
     assert_equal_ways(model, num_tokens=3, depth=depth, depth_from=depth_from, carry_over=carry_over)
 
 
@@ -518,8 +518,10 @@ def test_what_needs_one_sequence_of_one_width_says_so():
                 build_method(name, backbone)
 
 
-@pytest.mark.parametrize("side", [32, 44])
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [case(n, s, fast=s == 32 or n in REPRESENTATIVES, id=f"{n}, {s}") for n in FITTING for s in (32, 44)],
+)
 def test_every_method_trains_and_is_restored(name, side):
     model = tiny_swin()
     classifier, x = classifier_on(model, name), images(2, side)
@@ -597,8 +599,13 @@ def test_partial_tunes_the_merging_between_tuned_blocks(num_blocks, between):
     assert own == {name for name, _ in classifier.named_parameters() if name.startswith(starts)}
 
 
-@pytest.mark.parametrize("name", ["linear", "full", "partial", "bias", "layernorm", "lora", "ssf"])
-@pytest.mark.parametrize("which", ["even", "filled up", "odd", "three stages"])
+@pytest.mark.parametrize(
+    ("which", "name"),
+    star(
+        ["even", "filled up", "odd", "three stages"],
+        ["full", "linear", "partial", "bias", "layernorm", "lora", "ssf"],
+    ),
+)
 def test_merged_is_a_plain_swin_with_equal_logits(which, name):
     model = tiny_swin(**MODELS[which])
     classifier = classifier_on(model, name).eval()

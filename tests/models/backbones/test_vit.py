@@ -28,6 +28,7 @@ from helpers.tiny import (
     tiny_model,
     worst_error,
 )
+from helpers.wide import star
 from visprompt.errors import UserError
 from visprompt.models.backbones.block import is_proven
 from visprompt.models.backbones.vit import ViT
@@ -88,9 +89,9 @@ CARRIED = {
 
 # (depth, from, carry over): every distinct way in which prompts can flow through four blocks
 FLOWS = [
+    (4, "first", False),
     *((depth, "first", carry) for depth in (1, 2, 3) for carry in (False, True)),
     *((depth, "last", False) for depth in (1, 2, 3)),
-    (4, "first", False),
 ]
 
 
@@ -227,10 +228,9 @@ def assert_equal_ways(*arguments, **options):
     assert worst_error(double, naive) < FLOAT64
 
 
-@pytest.mark.parametrize(("depth", "depth_from", "carry_over"), FLOWS)
-@pytest.mark.parametrize("options", PROVEN.values(), ids=PROVEN)
-def test_the_exact_path_equals_carrying_the_tokens_at_every_depth(options, depth, depth_from, carry_over):
-    model = tiny_model(**options)
+@pytest.mark.parametrize(("options", "flow"), star(PROVEN, FLOWS))
+def test_the_exact_path_equals_carrying_the_tokens_at_every_depth(options, flow):
+    model, (depth, depth_from, carry_over) = tiny_model(**options), flow
     assert_equal_ways(model, num_tokens=3, depth=depth, depth_from=depth_from, carry_over=carry_over)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 import visprompt
 from helpers.goldens import SHAPES, shapes
 from helpers.tiny import NUM_CLASSES, RECORD, images, mean_loss, relative_error, tiny_classifier, tiny_model
+from helpers.wide import REPRESENTATIVES, case, plain_class
 from visprompt.errors import UserError
 from visprompt.models.backbones import DEMO
 from visprompt.models.backbones.vit import ViT
@@ -37,8 +38,7 @@ SLOW_STARTERS = {"sidetune"}  # 40 M operations an image: once is enough
 
 
 def needs(name):
-    factory = METHODS[name]
-    return getattr(factory, "func", factory).sites
+    return plain_class(name).sites
 
 
 def fits(name, backbone):
@@ -52,7 +52,11 @@ PAIRS = [
     if fits(n, b) and not (n in SLOW_STARTERS and b != "class token")
 ]
 every_method = pytest.mark.parametrize("name", METHODS)
-every_pair = pytest.mark.parametrize(("name", "backbone"), PAIRS, ids=[f"{n}, {b}" for n, b in PAIRS])
+# fast: every method on the first backbone, on the others one method of each set of sites
+every_pair = pytest.mark.parametrize(
+    ("name", "backbone"),
+    [case(n, b, fast=b == "class token" or n in REPRESENTATIVES, id=f"{n}, {b}") for n, b in PAIRS],
+)
 
 
 def built(name, backbone="class token", **options):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from helpers.pairs import options, works
 from helpers.tiny import relative_error
+from helpers.wide import REPRESENTATIVES, case
 from visprompt.models.merge import merge
 from visprompt.models.methods import METHODS
 from visprompt.models.methods.describe import MEMBERS, attempt, refusal
@@ -24,8 +25,11 @@ def test_every_method_works_on_a_plain_vit(method):
     assert works(method, "ViT")
 
 
-@pytest.mark.parametrize("family", MEMBERS)
-@pytest.mark.parametrize("method", METHODS)
+# fast: every family with one method of each set of sites (`make docs` writes the page of all pairs)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [case(m, f, fast=m in REPRESENTATIVES, id=f"{m}, {f}") for m in METHODS for f in MEMBERS],
+)
 def test_a_pair_works_or_one_sentence_says_why_not(method, family):
     reason = refusal(method, family, **options(method, family))
     if works(method, family):
@@ -54,7 +58,10 @@ def test_exactly_what_is_tuned_gets_gradients_and_is_saved(method, family):
     assert counted.tuned + counted.head == sum(p.numel() for _, p in classifier.tuned_parameters())
 
 
-@pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{m}, {f}" for m, f in PAIRS])
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [case(m, f, fast=m in REPRESENTATIVES, id=f"{m}, {f}") for m, f in PAIRS],
+)
 def test_two_images_give_what_each_gives_alone_and_the_frozen_part_may_be_kept(method, family):
     classifier = attempt(method, family, **options(method, family)).eval()
     side = classifier.backbone.image_size
