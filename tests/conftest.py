@@ -4,6 +4,7 @@ Set here and not in the Makefile, so that a plain ``pytest`` runs under the same
 when they are imported: this file is loaded before any test and imports none of them.
 """
 
+import gc
 import os
 import signal
 import tempfile
@@ -45,6 +46,16 @@ for name in list(os.environ):
 # A shell starts what it puts into the background with Ctrl-C ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_heap():
+    """The loop over runs collects garbage after each, which looks at every object of every library: up to a second.
+
+    What is alive before a file's first test stays so, and need not be looked at again.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from helpers.cli import ROOT, composed, frozen, tiny
+from helpers.wide import case
+from test_experiments import BENCHMARKS, PAPERS
 from visprompt.data import catalog
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.models.methods import METHODS
@@ -38,7 +40,21 @@ def options(group):
     return [(group, option) for option in sorted(found) if f"{group}/{option}" not in PARTS]
 
 
-@pytest.mark.parametrize(("group", "option"), [pair for group in GROUPS for pair in options(group)])
+# Other fast tests compose every option of two groups: test_datamodules.py each task, test_backbone_configs.py
+# each backbone. Here those that they leave out are fast.
+ELSEWHERE = {("data", spec.config) for spec in TASKS.values()} | {
+    pair for pair in options("backbone") if pair[1] not in ("timm", "moco_v3_b16")
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        case(*pair, fast=pair not in ELSEWHERE, id="-".join(pair))
+        for group in GROUPS
+        for pair in options(group)
+    ],
+)
 def test_every_option_composes_into_a_job(group, option):
     with compose.composing():
         job = compose.job("train", [f"{group}={option}", *NEEDS.get(f"{group}/{option}", [])])
@@ -54,14 +70,30 @@ def test_lines_are_short(path):
 
 
 @pytest.mark.parametrize("option", [option for _, option in options("experiment")])
-def test_every_experiment_composes_and_is_short(option):
+def test_every_experiment_is_short(option):
     text = (CONFIGS / "experiment" / f"{option}.yaml").read_text()
     header = [line for line in text.splitlines() if line.startswith("#")]
     assert len(text.splitlines()) - len(header) <= 8
     assert header[0] == "# @package _global_"
     assert re.findall(r"^# (\w+):", text, re.MULTILINE) == ["command", "expected", "time"]
-    script = header[1].split("python src/")[1].split(".py")[0]
     assert f"experiment={option}" in header[1]
+
+
+# of benchmark and method: fast are all methods on one benchmark, and one method on all (helpers/wide.py)
+CROSSED = {
+    f"{benchmark}_{method}": benchmark == "vtab_natural" or method == "deep"
+    for benchmark in BENCHMARKS
+    for method in PAPERS
+}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [case(option, fast=CROSSED.get(option, True), id=option) for _, option in options("experiment")],
+)
+def test_every_experiment_composes(option):
+    text = (CONFIGS / "experiment" / f"{option}.yaml").read_text()
+    script = re.search(r"python src/(\w+)\.py", text)[1]
     first = catalog.resolve(yaml.safe_load(text)["tasks"])[0]  # one is enough
     with compose.composing():
         job = compose.job(script, [f"experiment={option}", f"data={first.config}", "tasks=null"])

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from helpers.goldens import IDENTITIES, demo_run, identity
+from helpers.wide import REPRESENTATIVES, case
 from visprompt.data.fgvc_datamodule import FGVCDataModule
 from visprompt.data.vtab_datamodule import VTABDataModule
 from visprompt.models.methods import METHODS
@@ -42,7 +43,14 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("words", [*DEMO, *VTAB, *FGVC, *OTHERS], ids=" ".join)
+# fast: of the methods on the demo one for each set of sites
+SLOW = {demo_run(method) for method in METHODS if method not in REPRESENTATIVES}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [case(words, fast=words not in SLOW, id=" ".join(words)) for words in (*DEMO, *VTAB, *FGVC, *OTHERS)],
+)
 def test_a_run_keeps_its_hash(words, monkeypatch):
     for kind in (VTABDataModule, FGVCDataModule):
         monkeypatch.setattr(kind, "fingerprint", "1" * 64)
