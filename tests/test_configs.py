@@ -40,8 +40,8 @@ def options(group):
     return [(group, option) for option in sorted(found) if f"{group}/{option}" not in PARTS]
 
 
-# Other fast tests compose every option of two groups: test_datamodules.py each task, test_backbone_configs.py
-# each backbone. Here those that they leave out are fast.
+# Of two groups other fast tests compose options: test_datamodules.py tasks of each family,
+# test_backbone_configs.py the backbones. Here those that they leave out are fast.
 ELSEWHERE = {("data", spec.config) for spec in TASKS.values()} | {
     pair for pair in options("backbone") if pair[1] not in ("timm", "moco_v3_b16")
 }

@@ -217,6 +217,7 @@ def is_shell(path):
     return inside in SHELL or inside.split("/")[0] in SHELL
 
 
+@pytest.mark.slow
 def test_the_core_imports_without_lightning_hydra_and_wandb():
     core = sorted(path for path in PACKAGE.rglob("*.py") if not is_shell(path))
     names = [".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__") for path in core]

@@ -30,6 +30,11 @@ def case(*values, fast, id=None):
     return pytest.param(*values, id=id, marks=[] if fast else pytest.mark.slow)
 
 
+def slow(*values):
+    """A case that is slow: it trains again what another case of its test trains in much the same way."""
+    return case(*values, fast=False)
+
+
 def star(*axes):
     """The product of axes, each a list of values or a dict of them by name; its fast part is the rule above."""
     named = [list(axis.items()) if isinstance(axis, dict) else [(str(v), v) for v in axis] for axis in axes]

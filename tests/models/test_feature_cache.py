@@ -7,6 +7,7 @@ import torch
 
 from helpers.cli import frozen as frozen_backbone
 from helpers.cli import tiny_run
+from helpers.wide import slow
 from visprompt.data.datasets import ArrayDataset, DeviceDataset, Ticket
 from visprompt.errors import UserError
 from visprompt.models import feature_cache
@@ -67,7 +68,7 @@ def test_only_the_last_two_sets_are_kept():
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("linear", ()), ("partial", ()), ("vpt_deep", ("method.depth=1", "method.depth_from=last"))],
+    [("linear", ()), slow("partial", ()), ("vpt_deep", ("method.depth=1", "method.depth_from=last"))],
 )
 def test_a_grid_computes_what_is_frozen_once(tmp_path, monkeypatch, method, options):
     seen, original = [], Classifier.frozen
@@ -134,7 +135,7 @@ def test_pixels_without_room_on_the_device_stay_where_they_are(monkeypatch):
     assert part.keys == own.keys == ["d", "c"]
 
 
-@pytest.mark.parametrize("method", ["partial", "vpt_deep"])
+@pytest.mark.parametrize("method", [slow("partial"), "vpt_deep"])
 def test_frozen_first_blocks_run_once_and_change_nothing(tmp_path, monkeypatch, method):
     """partial-1 on two blocks, and prompts in the last one: the first block sees each training image once."""
     options = [f"method={method}"] + (

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from helpers import miniatures
 from helpers.cli import equal, frozen, tensors, tiny_run
 from helpers.tiny import images, measured, tiny_classifier, worst_error
+from helpers.wide import case, slow
 from visprompt.data.datasets import Batch
 from visprompt.models import feature_cache as kept_outputs
 from visprompt.models.backbones.vit import ViT
@@ -121,7 +122,10 @@ def trained(folder, *options):
     return one, run.run_job(one)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+# fast: the first, the default of the demo; every case trains twice
+@pytest.mark.parametrize(
+    "options", [case(OPTIONS[name], fast=name == "prompts, AdamW", id=name) for name in OPTIONS]
+)
 def test_accumulation_changes_the_result_by_rounding_only(tmp_path, options, monkeypatch):
     micro = []
     original = TuningModule.training_step
@@ -157,7 +161,7 @@ def seen(monkeypatch):
     return images
 
 
-@pytest.mark.parametrize(("split", "trained_on", "scored"), [("final", 1000, 797), ("tune", 800, 200)])
+@pytest.mark.parametrize(("split", "trained_on", "scored"), [("final", 1000, 797), slow("tune", 800, 200)])
 def test_frozen_features_are_computed_once_and_change_nothing(
     tmp_path, monkeypatch, seen, split, trained_on, scored
 ):

@@ -13,6 +13,7 @@ from timm import create_model
 from helpers import miniatures
 from helpers.cli import NET, content, frozen, tiny_run
 from helpers.damage import rewrite
+from helpers.wide import case, slow
 from visprompt.data.sources import digits
 from visprompt.errors import UserError
 from visprompt.models.tensors import hash_tensors
@@ -64,7 +65,7 @@ def pixels(one):
     return torch.from_numpy(images) / 255, torch.from_numpy(np.asarray(labels))
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
+@pytest.mark.parametrize("name", [case(n, fast=n in QUICK) for n in RUNS])
 def test_counts_are_those_that_the_run_scored(opened, name):
     one = opened(name)
     found = inspection.confusion(one)
@@ -102,7 +103,7 @@ def test_counts_that_give_another_score_than_the_record_are_refused(opened):
         inspection.confusion(replace(one, result=one.result.model_copy(update={"metrics": metrics})))
 
 
-@pytest.mark.parametrize("name", ["vpt_deep", "full", "sidetune", "tune"])
+@pytest.mark.parametrize("name", ["vpt_deep", slow("full"), slow("sidetune"), "tune"])
 def test_features_are_those_the_head_reads_and_those_of_timms_own_model(opened, logs, name):
     one = opened(name)
     found = inspection.features(one)
@@ -171,7 +172,9 @@ def test_equal_images_have_one_place_and_three_have_none():
         inspection.embed(np.zeros((3, 6), np.float32))
 
 
-@pytest.mark.parametrize("name", ["vpt_deep", "vpt_shallow", "linear", "e2vpt", "tune", "mixed", "half"])
+@pytest.mark.parametrize(
+    "name", ["vpt_deep", "vpt_shallow", "linear", "e2vpt", "tune", slow("mixed"), slow("half")]
+)
 def test_attention_comes_with_its_images(opened, name):
     one = opened(name)
     rows = [150, 3, 3]

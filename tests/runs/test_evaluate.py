@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from helpers import miniatures
 from helpers.cli import composed, content, frozen, tiny_run
 from helpers.names import NASTY
+from helpers.wide import case
 from visprompt.data.sources import digits
 from visprompt.errors import UserError
 from visprompt.models.tensors import hash_tensors
@@ -70,7 +71,7 @@ def predict(logs, folder, images, output, *arguments):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [case(m, fast=m in ("vpt_deep", "full")) for m in METHODS])
 def test_eval_repeats_the_score_exactly_and_leaves_run_and_backbone_alone(logs, trained, method, capsys):
     folder, result = trained(*METHODS[method])
     before = content(folder)

@@ -186,6 +186,7 @@ def test_tune_is_no_point_of_a_sweep(tmp_path, monkeypatch):
 
 
 @frozen
+@pytest.mark.slow
 def test_chains_of_several_tasks_under_an_agent_are_one_wandb_run(tmp_path, begun):
     options = ("method=e2vpt", "method.num_tokens=4", "method.num_kv_tokens=2", "method.num_segments=8")
     masks = ("method.prune_tokens=[50]", "method.prune_segments=[50]")

@@ -7,6 +7,7 @@ import yaml
 from test_compose import said
 
 from helpers.cli import ROOT, composed
+from helpers.wide import slow
 from visprompt.runs import cli, compose
 from visprompt.runs.cli.words import SCRIPTS
 
@@ -212,7 +213,7 @@ def test_a_wrong_word_behind_any_flag_is_the_same_one_sentence(capsys, monkeypat
         ("-m", "recipe.lr=interval(0.1,1)"),  # of another sweeper
         ("-m", "method=glob(vpt_*)"),
         ("-m", "+trainer.limit_train_batches=2,3"),
-        ("-m", "seed=range(0,100000)"),
+        slow(("-m", "seed=range(0,100000)")),  # of which 200 are looked at
         ("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2"),
     ],
 )

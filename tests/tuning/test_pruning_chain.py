@@ -15,6 +15,7 @@ from PIL import Image
 
 from helpers.cli import composed, equal, frozen, tensors, tiny_job
 from helpers.damage import bounded, damages, rewrite, spoil
+from helpers.wide import slow
 from visprompt.errors import UserError
 from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import evaluate as inference
@@ -269,6 +270,7 @@ def test_layers_have_masks_of_their_own_and_eval_repeats_the_score(tmp_path, mon
     assert importances(tmp_path / "plain") == rows, "nothing pruned, and each layer's own importance"
 
 
+@pytest.mark.slow
 def test_masks_per_layer_of_one_prompted_layer_go_through_the_chain(tmp_path):
     last = go(
         tmp_path, "split=final", "method.depth=1", "method.mask_per_layer=true", "method.prune_segments=[50]"
@@ -312,7 +314,7 @@ def stops_after(count):
     return run_one
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, slow(3)])
 def test_an_interrupted_chain_goes_on_where_it_stopped(logs, final, tmp_path, monkeypatch, count):
     with pytest.raises(Stopped):
         go(tmp_path, "split=final", run_one=stops_after(count))
@@ -484,6 +486,7 @@ def begun(monkeypatch):
     return runs
 
 
+@pytest.mark.slow
 def test_every_link_is_a_wandb_run_of_its_own(logs, final, tmp_path, begun):
     shutil.copytree(logs, tmp_path, dirs_exist_ok=True)
     go(tmp_path, "split=tune", *WANDB)

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from helpers.tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, relative_error, tiny_model, worst_error
+from helpers.wide import star
 from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
@@ -82,9 +83,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("options", [{}, {"length": 3}, {"chosen": 5}])
+@pytest.mark.parametrize(
+    ("options", "kind", "exact"), star([{}, {"length": 3}, {"chosen": 5}], [*MODELS], [True, False])
+)
 def test_logits_loss_and_gradients_are_those_of_the_equations(kind, exact, options):
     model = classifier(tiny_model(**MODELS[kind]), exact, **options)
     logits = model(images(3))
