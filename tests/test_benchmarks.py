@@ -49,6 +49,7 @@ def options(**given):
     return argparse.Namespace(**defaults | given)
 
 
+@pytest.mark.slow
 def test_it_prints_time_and_memory_of_every_length_with_finite_ratios(step_time, capsys):
     step_time.main(TINY)
     out = capsys.readouterr().out

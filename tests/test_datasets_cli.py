@@ -92,6 +92,7 @@ def test_prepare_says_terms_first_and_does_not_stop_at_a_failure(tmp_path):
     assert "https://dl.allaboutbirds.org/nabirds" in error
 
 
+@pytest.mark.slow
 def test_verify_lists_what_is_missing_without_a_download(tmp_path):
     done = call("prepare", "tasks=vtab_all", "verify=true", f"paths.data_dir={tmp_path}")
     assert done.returncode == 0, done.stderr

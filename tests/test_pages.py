@@ -53,14 +53,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def trains():
-    """What trains; each takes a while, so that only the slow tests know of all but one."""
-    quick = [line for line in shown("python src/train.py") if "experiment=vtab_natural_deep" in line][:1]
-    for line in [*shown("python src/train.py"), *shown("python src/tune.py")]:
-        yield line if line in quick else pytest.param(line, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("line", list(trains()))
+# each takes a while, and tests/tuning/test_dry_run.py counts too
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [*shown("python src/train.py"), *shown("python src/tune.py")])
 def test_what_trains_composes_and_is_counted(line, folder, monkeypatch, capsys):
     monkeypatch.setattr(
         dry_run, "measure_pace", lambda *_: Pace(device="a machine", step=1.0, image=0.01, kept=0.01)

@@ -90,6 +90,7 @@ def test_a_grid_computes_what_is_frozen_once(tmp_path, monkeypatch, method, opti
     assert second.metrics == alone.metrics
 
 
+@pytest.mark.slow
 def test_pixels_that_lie_on_a_device_change_nothing(tmp_path, monkeypatch):
     """As on a GPU; here the device is the CPU."""
     given = ("method=vpt_deep", "split=tune", "recipe.epochs=1", "recipe.warmup_epochs=0")
@@ -185,6 +186,7 @@ def test_trained_batch_norm_is_refused_on_several_cpu_processes(tmp_path, monkey
         module._check_batch_norm()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_prompts_that_it_trained(tmp_path, monkeypatch):
     """Killed behind the last epoch, before the test set was read."""
     options = ("method.init=patch_pool", "recipe.epochs=2")

@@ -137,6 +137,7 @@ def test_the_protocol_trains_the_points_that_are_missing(tmp_path, trained):
     assert seed == 1
 
 
+@pytest.mark.slow
 def test_a_point_that_another_process_works_on_comes_last_and_the_table_is_whole(
     tmp_path, trained, monkeypatch, capsys
 ):

@@ -166,6 +166,7 @@ def test_a_task_that_failed_leaves_no_mean(tmp_path, begun, monkeypatch):
     assert "val/acc" not in one["logged"]
 
 
+@pytest.mark.slow
 @frozen
 def test_under_an_agent_a_diverged_run_is_a_point_of_the_grid(tmp_path, begun):
     wild = ("recipe.optimizer=sgd", "recipe.lr=1e30", "recipe.head_lr=null")

@@ -52,10 +52,16 @@ PAIRS = [
     if fits(n, b) and not (n in SLOW_STARTERS and b != "class token")
 ]
 every_method = pytest.mark.parametrize("name", METHODS)
-# fast: every method on the first backbone, on the others one method of each set of sites
+# fast: every method on the first backbone; on the others one method of each set of sites, and of tests that
+# build two classifiers or two forwards none
 every_pair = pytest.mark.parametrize(
     ("name", "backbone"),
     [case(n, b, fast=b == "class token" or n in REPRESENTATIVES, id=f"{n}, {b}") for n, b in PAIRS],
+)
+
+
+every_pair_slowly = pytest.mark.parametrize(
+    ("name", "backbone"), [case(n, b, fast=b == "class token", id=f"{n}, {b}") for n, b in PAIRS]
 )
 
 
@@ -126,7 +132,7 @@ def test_every_method_is_in_the_goldens():
     assert set(GOLDEN) == set(METHODS)
 
 
-@every_pair
+@every_pair_slowly
 def test_what_is_saved_restores_every_bit(tmp_path, name, backbone):
     """Through a file, into a classifier with other random values, on the same backbone."""
     classifier = built(name, backbone).eval()
@@ -144,7 +150,7 @@ def test_what_is_saved_restores_every_bit(tmp_path, name, backbone):
     assert torch.equal(restored(images()), classifier(images()))
 
 
-@every_pair
+@every_pair_slowly
 def test_the_frozen_part_may_be_computed_once(name, backbone):
     """Nothing below the first block is tuned, and going on from there gives the same logits."""
     classifier = built(name, backbone).eval()
@@ -194,7 +200,7 @@ def test_the_summary_counts_what_is_saved(name):
     assert summary.macs >= built("linear").summary().macs
 
 
-@every_pair
+@every_pair_slowly
 def test_bf16_stays_near_float32(name, backbone):
     classifier = built(name, backbone).eval()
     exact = classifier(images())
