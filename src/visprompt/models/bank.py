@@ -18,7 +18,9 @@ from visprompt.data.transforms import to_input
 from visprompt.errors import UserError, unknown
 from visprompt.models.api import copied, settings_of, untuned
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
+from visprompt.models.backbones.block import run_block
 from visprompt.models.backbones.family import Family
+from visprompt.models.backbones.token_family import TokenFamily
 from visprompt.models.mixed import features_of
 from visprompt.models.prepared import Prepared, bare, prepare
 from visprompt.models.sharing import Batch, Span, mix_layers, own_tuned_tensors, shared_copy
@@ -75,6 +77,8 @@ class Bank:
             request. Batches that run may hold more.
         device: Device of the backbone and the tasks.
         dtype: Type of all weights, such as torch.bfloat16; None leaves them as they are.
+        compile: Whether the blocks are compiled by `torch.compile`. The first batches compile; a new task
+            does not, nor another mixture.
 
     Raises:
         UserError: The backbone cannot be built.
@@ -88,6 +92,7 @@ class Bank:
         budget: int | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
         self._by_name = not isinstance(backbone, nn.Module)
         if isinstance(backbone, str):
@@ -95,6 +100,10 @@ class Bank:
         self._backbone = copied(backbone) if isinstance(backbone, nn.Module) else backbone
         self.budget = budget
         self._module = self._backbone.module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self._compiled = compile and isinstance(self._module, TokenFamily)
+        if self._compiled:
+            self._module = shared_copy(self._module)  # the classifiers of tasks are made of copies too
+            self._module.plain_step = torch.compile(run_block, dynamic=True)  # type: ignore[assignment]  # a function
         self._batch = Batch()
         self._mixing: Family | None = None  # its wrapped layers are mixtures
         self._loaded: OrderedDict[str, Task] = OrderedDict()  # the least recently used first
@@ -284,7 +293,8 @@ class Bank:
         shared = [part for part in parts if part[1].alone is None]
         out: list[Tensor] = []
         if shared:
-            features = features_of(self._mixed(shared), images[: shared[-1][0][1]], shared, self._batch)
+            own = images[: shared[-1][0][1]]
+            features = features_of(self._mixed(shared), own, shared, self._batch, self._compiled)
             for (start, stop), prepared in shared:
                 assert prepared.head is not None
                 out += prepared.head(features[start:stop])

@@ -32,10 +32,15 @@ class Mixed(Method):
     Args:
         backbone: The backbone.
         parts: For each span of the batch its task, in the order of the batch.
+        uniform: Whether rows are filled up and hidden in a batch of one task too, so that a compiled block
+            gets the same kinds of tensors whatever the batch.
     """
 
-    def __init__(self, backbone: Family, parts: Sequence[tuple[Span, Prepared]]) -> None:
+    def __init__(
+        self, backbone: Family, parts: Sequence[tuple[Span, Prepared]], uniform: bool = False
+    ) -> None:
         super().__init__(backbone)
+        self._uniform = uniform
         self._parts, self._device = parts, next(backbone.parameters()).device
         self._sizes = [stop - start for (start, stop), _ in parts]
         methods = [task.method for _, task in parts if task.method is not None]
@@ -102,12 +107,11 @@ class Mixed(Method):
         own = [part for part in rows if part is not None]
         if not own:
             return None
-        if len(rows) == 1:
+        if len(rows) == 1 and not self._uniform:
             k, v = own[0].permute(1, 2, 0, 3)
             return k, v
-        table = torch.cat(
-            [own[0].new_zeros(1, *own[0].shape[1:]), *own]
-        )  # the first row is for filled places
+        # row 0 is for the places that are filled up
+        table = torch.cat([own[0].new_zeros(1, *own[0].shape[1:]), *own])
         k, v = table[self._index([0 if part is None else len(part) for part in rows])].permute(2, 0, 3, 1, 4)
         return k, v
 
@@ -115,8 +119,10 @@ class Mixed(Method):
         """Return each image's rows [B, t] in a table of all parts' rows; row 0 fills the places left."""
         if (key := tuple(counts)) not in self._indices:
             index, first = [], 1
+            # torch.compile makes a graph of its own for a length of 1
+            length = max(2, *counts) if self._uniform and any(counts) else max(counts)
             for size, count in zip(self._sizes, counts, strict=True):
-                own = [*range(first, first + count), *[0] * (max(counts) - count)]
+                own = [*range(first, first + count), *[0] * (length - count)]
                 index += [own] * size
                 first += count
             self._indices[key] = torch.tensor(index, dtype=torch.long, device=self._device)
@@ -126,9 +132,11 @@ class Mixed(Method):
         """Return which prompts and which rows each image has; see `Method.present`."""
         counts = self._counts[block]
         rows = [0 if (own := task.rows[block]) is None else len(own) for _, task in self._parts]
-        if len(set(counts)) == 1 and len(set(rows)) == 1:
+        hidden = len(set(counts)) > 1 or len(set(rows)) > 1
+        if not hidden and not (self._uniform and any(rows)):
             return None
-        return self._index(counts) > 0, self._index(rows) > 0
+        prompts = self._index(counts)[:, : max(counts)]
+        return prompts > 0, self._index(rows) > 0
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
         """Return the terms of all images' tasks [B, n, width]; zero for prompts and for tasks without one."""
@@ -162,7 +170,11 @@ class Mixed(Method):
 
 
 def features_of(
-    backbone: Family, images: Tensor, parts: Sequence[tuple[Span, Prepared]], batch: Batch
+    backbone: Family,
+    images: Tensor,
+    parts: Sequence[tuple[Span, Prepared]],
+    batch: Batch,
+    uniform: bool = False,
 ) -> Tensor:
     """Return the features [B, width] of a batch in one pass of the backbone.
 
@@ -171,8 +183,9 @@ def features_of(
         images: Normalised images [B, 3, H, W], sorted by task.
         parts: For each span its task; all of them share a pass.
         batch: Read by the backbone's mixtures, if it has any.
+        uniform: See `Mixed`.
     """
-    method = Mixed(backbone, parts)
+    method = Mixed(backbone, parts, uniform)
     batch.layers = [(span, task.layers or {}) for span, task in parts]
     if not isinstance(backbone, TokenFamily):
         return method.features(backbone(images, method), images)

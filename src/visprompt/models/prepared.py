@@ -13,7 +13,7 @@ from visprompt.models.classifier import Classifier
 from visprompt.models.contract import Flow, Method
 from visprompt.models.layers import Wrapped
 from visprompt.models.methods.locations import MoreChannels
-from visprompt.models.sharing import wrapped_layers
+from visprompt.models.sharing import Shifted, shifted_layers, wrapped_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,7 @@ class Prepared:
         """Yield every tensor that the task has and the backbone has not."""
         yield from (rows for rows in self.rows if rows is not None)
         yield from (self.prompts or {}).values()
+        yield from (layer.shift for layer in (self.layers or {}).values() if isinstance(layer, Shifted))
         for module in filter(None, (self.head, self.method)):
             yield from module.parameters()
             yield from module.buffers()
@@ -76,9 +77,10 @@ def prepare(classifier: Classifier, shared: Family) -> Prepared:
     flow = method.token_flow()
     method.freeze()
     changes = _changes(backbone, method)
-    if not _mixes(classifier, changes):
+    shifted, wrapped = shifted_layers(classifier, shared), wrapped_layers(backbone)
+    if shifted is None or (shifted and wrapped) or not _mixes(classifier, changes):
         return Prepared(alone=classifier)
-    layers = wrapped_layers(backbone)
+    layers = shifted | wrapped
     rows: list[Tensor | None] = []
     prompts: dict[int, Tensor] = {}
     counts: list[int] = []
@@ -118,9 +120,8 @@ def prepare(classifier: Classifier, shared: Family) -> Prepared:
 def _mixes(classifier: Classifier, changes: frozenset[str]) -> bool:
     """Return whether images of a task may be in one pass with images of others."""
     backbone, method = classifier.backbone, classifier.method
-    own = any(name.startswith("backbone.") for name in classifier.tuned_tensor_names())
     foreign = any(isinstance(module, MoreChannels) for module in backbone.modules())
-    if own or foreign or not method.mixes or "size" in changes:
+    if foreign or not method.mixes or "size" in changes:
         return False
     enters = any(flow is not Flow.KEEP for flow in method.token_flow())
     if enters or any(method.keys_values(i) is not None for i in range(backbone.num_blocks)):  # type: ignore[arg-type]  # a number

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
+from timm.layers import LayerNorm2d, LayerNorm2dFp32
 from torch import Tensor, nn
 
 from visprompt.models.backbones.family import Family
@@ -13,6 +14,8 @@ from visprompt.models.classifier import Classifier
 from visprompt.models.layers import Wrapped
 
 Span = tuple[int, int]  # of images in a batch: start, stop
+_MAPS = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, LayerNorm2d, LayerNorm2dFp32)
+_BIASED = (nn.Linear, nn.LayerNorm, *_MAPS)
 
 
 def shared_copy(backbone: Family) -> Family:
@@ -37,6 +40,38 @@ def wrapped_layers(backbone: Family) -> dict[str, Wrapped]:
     """Return the layers that a method has wrapped, by their paths in the model."""
     modules = backbone.get_submodule("model").named_modules()
     return {name: module for name, module in modules if isinstance(module, Wrapped)}
+
+
+class Shifted(Wrapped):
+    """A layer whose tuned bias is added as its difference from the shared one.
+
+    Args:
+        base: The layer, with the shared bias.
+        shift: The difference, [channels].
+    """
+
+    def __init__(self, base: nn.Module, shift: Tensor) -> None:
+        super().__init__(base)
+        self.register_buffer("shift", shift)
+        self.shift: Tensor
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        """Add the difference to an output, whose channels are on the last axis, or on axis 1 of maps."""
+        return out + (self.shift[:, None, None] if isinstance(self.base, _MAPS) else self.shift)
+
+
+def shifted_layers(classifier: Classifier, shared: Family) -> dict[str, Wrapped] | None:
+    """Return the layers whose biases a classifier tunes, by path; None if it tunes other weights too."""
+    names = [name for name in classifier.tuned_tensor_names() if name.startswith("backbone.")]
+    found: dict[str, Wrapped] = {}
+    for name in names:
+        path, _, leaf = name.removeprefix("backbone.model.").rpartition(".")
+        layer = shared.get_submodule(f"model.{path}") if leaf == "bias" else None
+        if not isinstance(layer, _BIASED):
+            return None
+        shift = classifier.get_parameter(name) - shared.get_parameter(f"model.{path}.bias")
+        found[path] = Shifted(layer, shift.detach())
+    return found
 
 
 @dataclass

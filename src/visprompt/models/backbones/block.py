@@ -60,9 +60,10 @@ def run_block(
     read: Tensor,
     context: Sequence[Tensor],
     attend: Attend,
+    rows: Rows | None = None,
+    mask: Tensor | None = None,
     method: Method | None = None,
     index: int = 0,
-    mask: Tensor | None = None,
 ) -> Tensor:
     """Return the outputs of a block x + Attention(LN(x)), then + MLP(LN(x)), for some of its tokens.
 
@@ -72,12 +73,13 @@ def run_block(
         context: The other tokens of the sequence, in any number of parts [B or 1, m, width]; they give keys
             and values only.
         attend: The family's attention: (attn, normed read, normed context, rows, mask) -> [B, n, width].
-        method: Gives rows of keys and values, and branches; None for a plain block.
-        index: Index of the block, for the method.
+        rows: The method's keys and values.
         mask: Which keys an image has, bool [B, keys] in the order read, context, rows; None for all.
+        method: Gives branches; None for a block without any.
+        index: Index of the block, for the method.
 
     Returns:
-        The block's outputs for `read`, [B, n, width]; without a method equal to those of
+        The block's outputs for `read`, [B, n, width]; without rows, mask and method equal to those of
         `block(cat([read, *context]))[:, :n]`.
     """
     places = method.places if method else frozenset()
@@ -86,7 +88,6 @@ def run_block(
         return method.branch(place, index, x, normed) if method and place in places else 0.0
 
     normed = block.norm1(read)
-    rows = method.keys_values(index) if method else None
     attended = attend(block.attn, normed, [block.norm1(part) for part in context], rows, mask)
     read = read + block.drop_path1(_scaled(block, 1, attended)) + branch(Place.ATTENTION, read, normed)
     read = read + branch(Place.BETWEEN, read)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
-from visprompt.models.backbones.block import Rows, combine, is_proven, run_block
+from visprompt.models.backbones.block import Rows, combine, is_proven
 from visprompt.models.backbones.family import side_of
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.contract import Method
@@ -106,7 +106,7 @@ class EVA(ViT):
             context, context_rotations = [*context, entering], [*context_rotations, None]
         attend = partial(_attend, _select(rotations, rows), context_rotations)
         mask = self.mask(index, x, num_image, rows, entering, method)
-        return run_block(self.model.blocks[index], x[:, rows], context, attend, method, index, mask)
+        return self.step(index, x[:, rows], context, attend, mask, method)
 
     def keys_values(self, index: int, prompts: Tensor) -> Rows:
         """Return the keys and values, without positions, that prompts give in a block."""

@@ -131,7 +131,7 @@ class Swin(TokenFamily):
         context = [part for part in parts if part.shape[1]]
         attend = self._attention(index, num_image, rows.start == 0)
         mask = self.mask(index, x, num_image, rows, entering, method)
-        return driven.run_block(self._block(index), x[:, rows], context, attend, method, index, mask)
+        return self.step(index, x[:, rows], context, attend, mask, method)
 
     def keys_values(self, index: int, prompts: Tensor) -> driven.Rows:
         """Return the keys and values that prompts give in every window of a block."""

@@ -23,13 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visprompt.models.backbones.block import Rows, run_block
+from visprompt.models.backbones.block import Attend, Rows, run_block
 from visprompt.models.backbones.family import Family
 from visprompt.models.contract import Flow, Method
 
 
 class TokenFamily(Family):
-    """A family whose blocks take tokens: image tokens first, then prompts."""
+    """A family whose blocks take tokens: image tokens first, then prompts.
+
+    Attributes:
+        plain_step: `run_block`, or a compiled form of it for blocks without branches.
+    """
+
+    plain_step: Callable[..., Tensor] = staticmethod(run_block)
 
     def carried_blocks(self) -> list[int]:
         """Return the indices of blocks that compute the outputs of all prompt tokens.
@@ -63,7 +69,22 @@ class TokenFamily(Family):
         parts = [x[:, : rows.start], x[:, rows.stop :], *([] if entering is None else [entering])]
         context = [part for part in parts if part.shape[1]]
         mask = self.mask(index, x, num_image, rows, entering, method)
-        return run_block(self._block(index), x[:, rows], context, self.attend, method, index, mask)
+        return self.step(index, x[:, rows], context, self.attend, mask, method)
+
+    def step(
+        self,
+        index: int,
+        read: Tensor,
+        context: Sequence[Tensor],
+        attend: Attend,
+        mask: Tensor | None,
+        method: Method,
+    ) -> Tensor:
+        """Run a proven block, see `run_block`; the compiled function, if there is one and no branch."""
+        block, rows = self._block(index), method.keys_values(index)
+        if method.places:
+            return run_block(block, read, context, attend, rows, mask, method, index)
+        return self.plain_step(block, read, context, attend, rows, mask)
 
     def mask(
         self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
