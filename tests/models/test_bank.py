@@ -1,7 +1,9 @@
 """A batch that mixes tasks gives each image the logits of its own classifier."""
 
+import re
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,8 +44,7 @@ VARIANTS = {
     "vapt": [{"num_tokens": 2}, {"num_tokens": 5}],
     "vpt_gated": [{"num_tokens": 2, "pool": "image_prompt"}, {"num_tokens": 4, "temperature": False}],
 }
-# these have a pass of their own, as docs/bank.md says
-ALONE = {"full", "partial", "layernorm", "sa2vp", "tcpa", "vpt_shallow 2"}
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "bank.md"
 
 
 def backbone(family):
@@ -118,8 +119,19 @@ def test_every_method_in_one_batch(banks, family):
     names = [*sorted(alone), *sorted(alone, key=lambda name: name[::-1])]
     check(bank, alone, images(len(names), side), names)
     if family == "ViT":
-        own_pass = {name for name in alone if not bank.task(name).shares}
-        assert {name.removesuffix(" 0") for name in own_pass} == ALONE
+        # the last row of the page's table; and the variant with further channels
+        own_pass = {name.removesuffix(" 0") for name in alone if not bank.task(name).shares}
+        assert own_pass == {*methods_of_the_page()[-1], "vpt_shallow 2"}
+
+
+def methods_of_the_page():
+    """The methods of each row of the page's table."""
+    rows = [line.split("|")[1] for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    return [re.findall("`([a-z0-9_]+)`", row) for row in rows]
+
+
+def test_the_page_has_every_method_once():
+    assert sorted(method for row in methods_of_the_page() for method in row) == sorted(METHODS)
 
 
 @given(st.data())
@@ -382,3 +394,17 @@ def test_tasks_are_replaced_and_removed_while_others_compute(files):
         thread.join()
     assert not wrong
     assert bank.names == ["steady", "changing"]
+
+
+def test_a_merged_head_gives_the_logits_of_its_own():
+    _, classifier = tuned(backbone("ViT"), "mlp", 4)
+    head = classifier.head
+    with torch.no_grad():
+        for layer in head.hidden:
+            if isinstance(layer, torch.nn.BatchNorm1d):
+                layer.running_mean.normal_()
+                layer.running_var.uniform_(0.5, 2)
+    x = torch.randn(7, head.in_features)
+    with torch.no_grad():
+        assert relative_error(head.merged()(x), head(x)) < 1e-5
+    assert not any(isinstance(layer, torch.nn.BatchNorm1d) for layer in head.merged())

@@ -12,6 +12,7 @@ from visprompt.models.backbones.token_family import TokenFamily
 from visprompt.models.classifier import Classifier
 from visprompt.models.contract import Flow, Method
 from visprompt.models.layers import Wrapped
+from visprompt.models.methods.baselines import MLPHead
 from visprompt.models.methods.locations import MoreChannels
 from visprompt.models.sharing import Shifted, shifted_layers, wrapped_layers
 
@@ -104,8 +105,9 @@ def prepare(classifier: Classifier, shared: Family) -> Prepared:
         rows.append(torch.cat(own, dim=2).permute(2, 0, 1, 3).contiguous() if own else None)
     if not layers:
         method.attach(shared)  # so that nothing keeps the copy
+    head = classifier.head
     return Prepared(
-        classifier.head,
+        head.merged() if isinstance(head, MLPHead) else head,
         method if dynamic else None,
         method.pool,
         flow,
