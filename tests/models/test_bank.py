@@ -21,6 +21,7 @@ from helpers.tiny import RECORD, relative_error
 from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
 from visprompt.models.backbones import DEMO
+from visprompt.models.methods import METHODS
 from visprompt.models.methods.describe import MEMBERS, member
 from visprompt.models.tuned_state import TunedState
 
