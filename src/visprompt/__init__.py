@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visprompt.models.api import build, load, save
+    from visprompt.models.bank import Bank
     from visprompt.models.merge import merge
 
-__all__ = ["build", "load", "merge", "save"]
-_HOMES = dict.fromkeys(("build", "load", "save"), "models.api") | {"merge": "models.merge"}
+__all__ = ["Bank", "build", "load", "merge", "save"]
+_HOMES = dict.fromkeys(("build", "load", "save"), "models.api") | {
+    "merge": "models.merge",
+    "Bank": "models.bank",
+}
 
 
 # torch and timm take seconds: entry points say a wrong word before they are loaded

@@ -54,7 +54,8 @@ def build(
         built = build_backbone(BackboneSpec(name=backbone))
         module, record = built.module, built.record()
     else:
-        module, record = _copied(backbone)
+        given = copied(backbone)
+        module, record = given.module, given.record()
     classifier = Classifier(module, build_method(method, module, **options), num_classes, head_init)
     classifier.origin = Origin(recorded_options(method, options), record)
     return classifier
@@ -135,14 +136,17 @@ def load(
     state = load_state(Path(path))
     if backbone is None:
         return restore(state, Path(path), backbone_of(state, weights))
-    module, record = _copied(backbone)
-    # these are settings of a build, which a model that is given does not have: the state's are kept
+    given = copied(backbone)
+    return restore(state, Path(path), replace(given, spec=settings_of(given.spec, state)))
+
+
+def settings_of(spec: BackboneSpec, state: TunedState) -> BackboneSpec:
+    """Return the spec of a model that a user gave, with the settings of a state's backbone.
+
+    They are settings of a build, which a model that is given does not have.
+    """
     names = ("image_size", "global_pool", "final_norm", "exact", "kwargs")
-    record |= {name: state.backbone.get(name) for name in names}
-    known = {field.name for field in fields(BackboneSpec)}
-    spec = BackboneSpec(**{name: value for name, value in record.items() if name in known})
-    given = Backbone(module, spec, record["sha256"], module.image_size, (), ())
-    return restore(state, Path(path), given)
+    return replace(spec, **{name: state.backbone[name] for name in names if name in state.backbone})
 
 
 def restore(state: TunedState, path: Path, backbone: Backbone) -> Classifier:
@@ -160,15 +164,21 @@ def restore(state: TunedState, path: Path, backbone: Backbone) -> Classifier:
         UserError: The state was tuned on another backbone.
     """
     check_fits(state, path, backbone=backbone.record())
+    classifier = untuned(state, backbone.module)
+    classifier.load_tuned_state(state.tensors)
+    return classifier.eval()
+
+
+def untuned(state: TunedState, backbone: Family) -> Classifier:
+    """Build the classifier of a tuned state without loading its tensors."""
     options = dict(state.method)
     if "weights" in options:  # the hash of the side network's initial weights; the state has the tuned ones
         options["weights"] = RANDOM
-    method = build_method(options.pop("name"), backbone.module, **options)
-    classifier = Classifier(backbone.module, method, len(state.class_names))
-    classifier.load_tuned_state(state.tensors)
+    method = build_method(options.pop("name"), backbone, **options)
+    classifier = Classifier(backbone, method, len(state.class_names))
     classifier.origin = Origin(state.method, state.backbone)
     classifier.class_names = state.class_names
-    return classifier.eval()
+    return classifier
 
 
 def backbone_of(state: TunedState, weights: str | None) -> Backbone:
@@ -190,8 +200,8 @@ def backbone_of(state: TunedState, weights: str | None) -> Backbone:
         ) from error
 
 
-def _copied(backbone: nn.Module) -> tuple[Family, dict[str, Any]]:
-    """Return a copy of a user's model as a backbone, and its record for a tuned state."""
+def copied(backbone: nn.Module) -> Backbone:
+    """Return a copy of a user's timm model as a backbone."""
     _check_plain(backbone)
     model: Any = copy.deepcopy(backbone)
     module = model.eval() if isinstance(model, Family) else family(model)
@@ -203,7 +213,7 @@ def _copied(backbone: nn.Module) -> tuple[Family, dict[str, Any]]:
     head = {id(parameter) for parameter in plain.get_classifier().parameters()}
     tensors = {key: value for key, value in plain.state_dict(keep_vars=True).items() if id(value) not in head}
     spec = BackboneSpec(name=name)
-    return module, Backbone(module, spec, hash_tensors(tensors), module.image_size, (), ()).record()
+    return Backbone(module, spec, hash_tensors(tensors), module.image_size, (), ())
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -161,6 +161,10 @@ class Classifier(nn.Module):
         """Return the tuned parameters and the buffers of tuned modules, under the names in a tuned state."""
         return {name.removeprefix("method."): tensor.detach() for name, tensor in self._tuned_tensors()}
 
+    def tuned_tensor_names(self) -> frozenset[str]:
+        """Return the names of the tensors of `tuned_state` in `state_dict`."""
+        return frozenset(name for name, _ in self._tuned_tensors())
+
     def load_tuned_state(self, state: Mapping[str, Tensor]) -> None:
         """Load a result of `tuned_state`; load nothing if it does not fit.
 

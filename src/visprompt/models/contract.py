@@ -15,13 +15,13 @@ calls there:
 From the results of these functions alone the backbone decides what it has to compute.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from visprompt.errors import UserError, unknown
 from visprompt.models.layers import init_linear
 
 POOLS = ("cls", "image", "prompt", "image_prompt")
@@ -99,7 +99,7 @@ class Geometry(Protocol):
 
 
 class TokenBackbone(Geometry, Protocol):
-    """The functions of a frozen token backbone that a method may call; see `backbones.family.TokenFamily`."""
+    """The functions of a frozen token backbone that a method may call; see `backbones.token_family`."""
 
     def embed(self, images: Tensor, method: "Method") -> Tensor:
         """Return image tokens [B, n, width] before the first block."""
@@ -135,6 +135,9 @@ class Method(nn.Module):
         images_per_class: Number of images of each class that `see_classes` gets; None if the method does not
             implement it.
         pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's pooling.
+        reads_image: Whether the prompts that enter (`Flow.ENTER`) depend on the image.
+        mixes: Whether a pass of the backbone may hold images of other methods too; not if the functions pass
+            values to each other.
     """
 
     sites: ClassVar[frozenset[str]] = frozenset()
@@ -147,40 +150,12 @@ class Method(nn.Module):
     compares_images: ClassVar[bool] = False
     images_per_class: ClassVar[int | None] = None
     pool: str | None = None
+    reads_image: ClassVar[bool] = False
+    mixes: ClassVar[bool] = True
 
     def __init__(self, backbone: Geometry) -> None:
         super().__init__()
         self.num_blocks = backbone.num_blocks
-
-    def check_pool(self, backbone: Geometry) -> None:
-        """Refuse a `pool` whose tokens do not exist after the last block; needs the final `token_flow`.
-
-        Raises:
-            UserError: The word is unknown, or there are no such outputs after the last block.
-        """
-        if self.pool is None:
-            return
-        if self.pool not in POOLS:
-            raise unknown("method.pool", self.pool, POOLS)
-        if "tokens" not in backbone.sites:
-            raise UserError(
-                f"method.pool={self.pool} reads tokens, which this backbone does not have: give "
-                "method.pool=null"
-            )
-        if self.pool == "cls" and not backbone.has_class_token:
-            raise UserError(
-                "method.pool=cls needs a class token, which this backbone does not have: give another "
-                "method.pool, or null"
-            )
-        has_prompts = False  # after the last block
-        for flow in self.token_flow():
-            has_prompts = has_prompts if flow is Flow.KEEP else flow is not Flow.DROP
-        if self.pool in ("prompt", "image_prompt") and not has_prompts:
-            raise UserError(
-                f"method.pool={self.pool} reads prompts after the last block, which they do not reach: let "
-                "them enter or flow on to it (method.depth=null, depth_from=last or carry_over=true, and a "
-                "location that prepends)"
-            )
 
     @property
     def needs_images(self) -> bool:
@@ -271,7 +246,18 @@ class Method(nn.Module):
         return x
 
     def keys_values(self, block: int) -> tuple[Tensor, Tensor] | None:
-        """Return rows that join a block's keys and values, each [heads, t, width / heads], or None."""
+        """Return rows that join a block's keys and values, each [heads, t, width / heads], or None.
+
+        Rows that differ from image to image are [B, heads, t, width / heads].
+        """
+        return None
+
+    def present(self, block: int) -> tuple[Tensor, Tensor] | None:
+        """Return which prompts and which rows of `keys_values` each image has; None if each has all.
+
+        Returns:
+            bool [B, p] and bool [B, t].
+        """
         return None
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
@@ -287,6 +273,35 @@ class Method(nn.Module):
             [B, n, width].
         """
         raise LookupError(f"{type(self).__name__} has no branch at {place.value}")
+
+    @classmethod
+    def branches(
+        cls,
+        methods: Sequence[tuple["Method", int]],
+        place: Place,
+        block: int,
+        x: Tensor,
+        normed: Tensor | None,
+    ) -> Tensor:
+        """Return the terms of a batch in which several methods of this class have their images.
+
+        Args:
+            methods: Each method with its number of images, in the order of the batch.
+            place: As for `branch`.
+            block: As for `branch`.
+            x: Tokens of all images, [B, n, width].
+            normed: As for `branch`.
+
+        Returns:
+            [B, n, width].
+        """
+        sizes = [size for _, size in methods]
+        norms = [None] * len(sizes) if normed is None else normed.split(sizes)
+        parts = zip(methods, x.split(sizes), norms, strict=True)
+        return torch.cat([method.branch(place, block, part, own) for (method, _), part, own in parts])
+
+    def freeze(self) -> None:
+        """Compute what depends on the tuned values alone; called once they do not change any more."""
 
     def features(self, pooled: Tensor, images: Tensor) -> Tensor:
         """Return the features [B, width] that the head reads, from the pooled ones and the images."""

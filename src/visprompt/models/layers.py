@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from visprompt.errors import unknown
 from visprompt.models.recipe import HEAD_INITS
@@ -14,6 +15,9 @@ from visprompt.models.recipe import HEAD_INITS
 class Wrapped(nn.Module):
     """A layer that a method wraps around a layer of the backbone; it must treat each token separately.
 
+    What it adds is a function of the layer's input and output, so that one call of the layer serves a batch
+    in which other images have other methods (`visprompt.models.bank`).
+
     Attributes:
         base: The wrapped layer.
     """
@@ -21,6 +25,14 @@ class Wrapped(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output as the method changes it."""
+        return self.after(x, self.base(x))
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the method's output from the wrapped layer's input and output, the images on axis 0."""
+        raise NotImplementedError
 
 
 class Buffers(nn.Module):
@@ -75,6 +87,17 @@ def per_block(
 def split_heads(attn: Any, projected: Tensor) -> tuple[Tensor, ...]:
     """Split projected tokens [B, n, parts * width] into parts [B, heads, n, head_dim], as timm does."""
     return projected.unflatten(-1, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def keys_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values of normed tokens without queries, each [B, heads, n, head_dim]."""
+    if type(attn.qkv) is not nn.Linear:
+        _, k, v = split_heads(attn, attn.qkv(x))
+    else:
+        # the joint projection's rows are those of queries, keys and values, attn_dim each
+        bias = None if attn.qkv.bias is None else attn.qkv.bias[attn.attn_dim :]
+        k, v = split_heads(attn, F.linear(x, attn.qkv.weight[attn.attn_dim :], bias))
+    return attn.k_norm(k), v
 
 
 def init_linear(layer: nn.Linear, how: str) -> nn.Linear:

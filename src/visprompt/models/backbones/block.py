@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.models.contract import Method, Place
-from visprompt.models.layers import Wrapped, split_heads
+from visprompt.models.layers import Wrapped, keys_values, split_heads
 
 _TOKENWISE_NORMS = (nn.LayerNorm, LayerNorm, RmsNorm)
 _TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)
@@ -51,8 +51,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return _unwrapped(module.base) if isinstance(module, Wrapped) else module
 
 
-Rows = tuple[Tensor, Tensor]  # of keys and of values, each [heads, t, head_dim]
-Attend = Callable[[Any, Tensor, Sequence[Tensor], Rows | None], Tensor]
+Rows = tuple[Tensor, Tensor]  # of keys and of values, each [heads, t, head_dim] or [B, heads, t, head_dim]
+Attend = Callable[[Any, Tensor, Sequence[Tensor], Rows | None, Tensor | None], Tensor]
 
 
 def run_block(
@@ -60,6 +60,8 @@ def run_block(
     read: Tensor,
     context: Sequence[Tensor],
     attend: Attend,
+    rows: Rows | None = None,
+    mask: Tensor | None = None,
     method: Method | None = None,
     index: int = 0,
 ) -> Tensor:
@@ -70,12 +72,14 @@ def run_block(
         read: Tokens whose outputs are read, [B, n, width].
         context: The other tokens of the sequence, in any number of parts [B or 1, m, width]; they give keys
             and values only.
-        attend: The family's attention: (attn, normed read, normed context, rows) -> [B, n, width].
-        method: Gives rows of keys and values, and branches; None for a plain block.
+        attend: The family's attention: (attn, normed read, normed context, rows, mask) -> [B, n, width].
+        rows: The method's keys and values.
+        mask: Which keys an image has, bool [B, keys] in the order read, context, rows; None for all.
+        method: Gives branches; None for a block without any.
         index: Index of the block, for the method.
 
     Returns:
-        The block's outputs for `read`, [B, n, width]; without a method equal to those of
+        The block's outputs for `read`, [B, n, width]; without rows, mask and method equal to those of
         `block(cat([read, *context]))[:, :n]`.
     """
     places = method.places if method else frozenset()
@@ -84,8 +88,7 @@ def run_block(
         return method.branch(place, index, x, normed) if method and place in places else 0.0
 
     normed = block.norm1(read)
-    rows = method.keys_values(index) if method else None
-    attended = attend(block.attn, normed, [block.norm1(part) for part in context], rows)
+    attended = attend(block.attn, normed, [block.norm1(part) for part in context], rows, mask)
     read = read + block.drop_path1(_scaled(block, 1, attended)) + branch(Place.ATTENTION, read, normed)
     read = read + branch(Place.BETWEEN, read)
     normed = block.norm2(read)
@@ -103,14 +106,17 @@ def _scaled(block: Any, which: int, x: Tensor) -> Tensor:
     return x if gamma is None else gamma * x
 
 
-def attend(attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows | None) -> Tensor:
+def attend(
+    attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows | None, mask: Tensor | None = None
+) -> Tensor:
     """Return the attention of a plain ViT block.
 
     Args:
         attn: The block's attention.
         read: Normed tokens that give queries, keys and values, [B, n, width].
         context: Normed tokens that give keys and values only, [B or 1, m, width].
-        rows: The method's keys and values, each [heads, t, head_dim].
+        rows: The method's keys and values, each [heads, t, head_dim] or [B, heads, t, head_dim].
+        mask: Which keys an image has, bool [B, keys]; None for all.
 
     Returns:
         [B, n, width].
@@ -118,14 +124,20 @@ def attend(attn: Attention, read: Tensor, context: Sequence[Tensor], rows: Rows 
     q, k, v = split_heads(attn, attn.qkv(read))
     keys, values = [attn.k_norm(k)], [v]
     for part in context:
-        part_k, part_v = _keys_values(attn, part)
-        keys.append(attn.k_norm(part_k))
+        part_k, part_v = keys_values(attn, part)
+        keys.append(part_k)
         values.append(part_v)
-    return combine(attn, read, attn.q_norm(q), keys, values, rows)
+    return combine(attn, read, attn.q_norm(q), keys, values, rows, mask)
 
 
 def combine(
-    attn: Any, read: Tensor, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: Rows | None
+    attn: Any,
+    read: Tensor,
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    rows: Rows | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """Return the output of a timm attention from its queries, keys and values.
 
@@ -135,28 +147,26 @@ def combine(
         q: Queries, [B, heads, n, head_dim].
         keys: Keys in any number of parts, each [B or 1, heads, m, head_dim].
         values: Values in the same parts.
-        rows: The method's keys and values, each [heads, t, head_dim].
+        rows: The method's keys and values, each [heads, t, head_dim] or [B, heads, t, head_dim].
+        mask: Which keys an image has, bool [B, keys]; None for all.
 
     Returns:
         [B, n, width].
     """
     if rows:
-        keys, values = [*keys, rows[0][None]], [*values, rows[1][None]]
+        keys, values = [*keys, _for_images(rows[0])], [*values, _for_images(rows[1])]
     dtype, size = values[0].dtype, (len(read), -1, -1, -1)
     all_keys, all_values = (
         torch.cat([p.to(dtype).expand(size) for p in parts], 2) for parts in (keys, values)
     )
-    out = F.scaled_dot_product_attention(q, all_keys, all_values, scale=attn.scale)
+    shown = None if mask is None else mask[:, None, None]
+    out = F.scaled_dot_product_attention(q, all_keys, all_values, attn_mask=shown, scale=attn.scale)
     out = attn.norm(out.transpose(1, 2).flatten(2))
     if attn.gate is not None:
         out = out * attn.gate(read).sigmoid()
     return cast(Tensor, attn.proj_drop(attn.proj(out)))
 
 
-def _keys_values(attn: Attention, x: Tensor) -> tuple[Tensor, ...]:
-    """Return keys and values of normed tokens without queries, each [B, heads, n, head_dim]."""
-    if type(attn.qkv) is not nn.Linear:
-        return split_heads(attn, attn.qkv(x))[1:]
-    # the joint projection's rows are those of queries, keys and values, attn_dim each
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[attn.attn_dim :]
-    return split_heads(attn, F.linear(x, attn.qkv.weight[attn.attn_dim :], bias))
+def _for_images(rows: Tensor) -> Tensor:
+    """Return rows that all images share as [1, heads, t, head_dim]."""
+    return rows if rows.ndim == 4 else rows[None]

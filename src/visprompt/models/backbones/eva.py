@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.errors import UserError
-from visprompt.models.backbones.block import Rows, combine, is_proven, run_block
+from visprompt.models.backbones.block import Rows, combine, is_proven
 from visprompt.models.backbones.family import side_of
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.contract import Method
@@ -105,7 +105,13 @@ class EVA(ViT):
         if entering is not None:
             context, context_rotations = [*context, entering], [*context_rotations, None]
         attend = partial(_attend, _select(rotations, rows), context_rotations)
-        return run_block(self.model.blocks[index], x[:, rows], context, attend, method, index)
+        mask = self.mask(index, x, num_image, rows, entering, method)
+        return self.step(index, x[:, rows], context, attend, mask, method)
+
+    def keys_values(self, index: int, prompts: Tensor) -> Rows:
+        """Return the keys and values, without positions, that prompts give in a block."""
+        block: Any = self.model.blocks[index]
+        return _keys_values(block.attn, block.norm1(prompts))
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
         """Run timm's block on all tokens."""
@@ -182,6 +188,7 @@ def _attend(
     read: Tensor,
     context: Sequence[Tensor],
     rows: Rows | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """Return the attention of `read` over `read`, context and the method's rows, with rotary positions.
 
@@ -191,18 +198,26 @@ def _attend(
         attn: The block's attention.
         read: Normed tokens that give queries, [B, n, width].
         context: Normed tokens that give keys and values only, [B or 1, m, width].
-        rows: The method's keys and values, each [heads, t, head_dim].
+        rows: The method's keys and values, each [heads, t, head_dim] or [B, heads, t, head_dim].
+        mask: Which keys an image has, bool [B, keys]; None for all.
     """
-    bias = _separate_bias(attn)
-    q, *keys_values = _project(attn, read, bias, 3)
-    pairs = [keys_values, *(_project(attn, part, bias, 2) for part in context)]
-    groups = getattr(attn, "num_kv_groups", 1)
-    keys, values = [], []
-    for (k, v), rotations in zip(pairs, (read_rotations, *context_rotations), strict=True):
-        k = _rotated(attn, attn.k_norm(k), rotations, v)
-        keys.append(k.repeat_interleave(groups, dim=1) if groups > 1 else k)
-        values.append(v.repeat_interleave(groups, dim=1) if groups > 1 else v)
-    return combine(attn, read, _rotated(attn, attn.q_norm(q), read_rotations, q), keys, values, rows)
+    q, k, v = _project(attn, read, _separate_bias(attn), 3)
+    pairs = [_finished(attn, k, v, read_rotations)]
+    pairs += [_keys_values(attn, part, turn) for part, turn in zip(context, context_rotations, strict=True)]
+    keys, values = zip(*pairs, strict=True)
+    return combine(attn, read, _rotated(attn, attn.q_norm(q), read_rotations, q), keys, values, rows, mask)
+
+
+def _keys_values(attn: Any, x: Tensor, rotations: Tensor | None = None) -> Rows:
+    """Return keys and values [B, heads, n, head_dim] of normed tokens [B, n, width]."""
+    k, v = _project(attn, x, _separate_bias(attn), 2)
+    return _finished(attn, k, v, rotations)
+
+
+def _finished(attn: Any, k: Tensor, v: Tensor, rotations: Tensor | None) -> Rows:
+    """Normalise and rotate projected keys, and repeat keys and values for the heads that share them."""
+    k, groups = _rotated(attn, attn.k_norm(k), rotations, v), getattr(attn, "num_kv_groups", 1)
+    return (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)) if groups > 1 else (k, v)
 
 
 def _rotated(attn: Any, x: Tensor, rotations: Tensor | None, like: Tensor) -> Tensor:

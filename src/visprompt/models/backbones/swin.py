@@ -34,7 +34,8 @@ from torch.nn import functional as F
 
 from visprompt.errors import UserError
 from visprompt.models.backbones import block as driven
-from visprompt.models.backbones.family import TokenFamily, side_of
+from visprompt.models.backbones.family import side_of
+from visprompt.models.backbones.token_family import TokenFamily
 from visprompt.models.contract import Method
 
 
@@ -129,7 +130,14 @@ class Swin(TokenFamily):
         parts = [x[:, : rows.start], x[:, rows.stop :], *([] if entering is None else [entering])]
         context = [part for part in parts if part.shape[1]]
         attend = self._attention(index, num_image, rows.start == 0)
-        return driven.run_block(self._block(index), x[:, rows], context, attend, method, index)
+        mask = self.mask(index, x, num_image, rows, entering, method)
+        return self.step(index, x[:, rows], context, attend, mask, method)
+
+    def keys_values(self, index: int, prompts: Tensor) -> driven.Rows:
+        """Return the keys and values that prompts give in every window of a block."""
+        block = self._block(index)
+        k, v = _project(block.attn, block.norm1(prompts)[:, None], False)
+        return k.squeeze(1), v.squeeze(1)
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
         """Run a block on all tokens, with the prompts in every window."""
@@ -189,6 +197,7 @@ def _attend(
     read: Tensor,
     context: Sequence[Tensor],
     rows: driven.Rows | None,
+    present: Tensor | None,
 ) -> Tensor:
     """Return the attention within the windows of a block, with prompts in every window.
 
@@ -200,7 +209,8 @@ def _attend(
         read: Normed tokens whose outputs are read, [B, n, width]: image tokens first, then prompts.
         context: Normed tokens that give keys and values only, [B or 1, m, width]; the image tokens are the
             first part if they are not in `read`.
-        rows: The method's keys and values, each [heads, t, head_dim].
+        rows: The method's keys and values, each [heads, t, head_dim] or [B, heads, t, head_dim].
+        present: Which keys an image has, bool [B, keys], those of image tokens first; None for all.
 
     Returns:
         [B, n, width].
@@ -216,6 +226,13 @@ def _attend(
     mask = None
     if num_image:
         mask = _mask(block, size, num_windows, query.shape[-2], key.shape[-2]).to(query.dtype)
+    if present is not None:
+        # a window has the same prompts and rows as its image, after its own image tokens
+        before = 0 if num_image else read.shape[1]  # keys that come before those of the image tokens
+        others = torch.cat([present[:, :before], present[:, before + image.shape[1] :]], dim=1)
+        shown = F.pad(others, (windows.shape[2], 0), value=True)[:, None, None]
+        absent = torch.zeros_like(shown, dtype=query.dtype).masked_fill(~shown, float("-inf"))
+        mask = absent if mask is None else mask + absent
     rate = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate, scale=attn.scale)
     out = out.unflatten(1, (num_windows, -1)).transpose(2, 3).flatten(3)  # [B, windows, tokens, width]
@@ -249,8 +266,10 @@ def _join(
         keys.append(k)
         values.append(v)
     if rows:
-        keys.append(rows[0])
-        values.append(rows[1])
+        # of all images, or of each: [B, 1, heads, t, head_dim]
+        k, v = (part if part.ndim == 3 else part[:, None] for part in rows)
+        keys.append(k)
+        values.append(v)
     dtype, size = keys[0].dtype, (batch, num_windows, -1, -1, -1)
     joined = (torch.cat([p.to(dtype).expand(size) for p in part], dim=-2) for part in (queries, keys, values))
     return tuple(tensor.flatten(1, 2) for tensor in joined)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from visprompt.errors import UserError
 from visprompt.models.backbones.block import Rows, attend, is_proven
-from visprompt.models.backbones.family import TokenFamily
+from visprompt.models.backbones.token_family import TokenFamily
 from visprompt.models.contract import Method
+from visprompt.models.layers import keys_values
 
 
 class ViT(TokenFamily):
@@ -99,9 +100,16 @@ class ViT(TokenFamily):
         tokens = model._pos_embed(model.patch_embed(method.pixels(images)))
         return cast(Tensor, model.norm_pre(model.patch_drop(tokens)))
 
-    def attend(self, attn: Any, read: Tensor, context: Sequence[Tensor], rows: Rows | None) -> Tensor:
+    def attend(
+        self, attn: Any, read: Tensor, context: Sequence[Tensor], rows: Rows | None, mask: Tensor | None
+    ) -> Tensor:
         """Return timm's plain attention of `read` [B, n, width] over itself, the context and `rows`."""
-        return attend(attn, read, context, rows)
+        return attend(attn, read, context, rows, mask)
+
+    def keys_values(self, index: int, prompts: Tensor) -> Rows:
+        """Return the keys and values that prompts give in a block."""
+        block: Any = self.model.blocks[index]
+        return keys_values(block.attn, block.norm1(prompts))
 
     def carry(self, index: int, x: Tensor, num_image: int) -> Tensor:
         """Run timm's block on all tokens."""

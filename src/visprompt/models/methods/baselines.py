@@ -13,6 +13,7 @@ two hidden layers of width d has the 1.35 x total parameters stated there; three
 import operator
 from typing import ClassVar
 
+import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -94,6 +95,34 @@ class MLPHead(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return logits [B, C] of features [B, d]."""
         return super().forward(self.hidden(input))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Sequential:
+        """Return linear layers with the same logits in evaluation mode, the batch norms merged into them.
+
+        A norm y = a x + c before a layer W y + b gives (W a) x + (b + W c).
+        """
+        layers: list[nn.Module] = []
+        scale: Tensor | None = None
+        shift: Tensor | None = None
+        for layer in (*self.hidden, self):
+            if isinstance(layer, nn.Linear):
+                weight: Tensor = layer.weight
+                bias: Tensor = layer.bias
+                if scale is not None and shift is not None:
+                    weight, bias = weight * scale, bias + weight @ shift
+                merged = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+                merged.weight.copy_(weight)
+                merged.bias.copy_(bias)
+                layers.append(merged)
+            elif isinstance(layer, nn.ReLU):
+                layers.append(layer)
+            elif isinstance(layer, _BatchNorm):
+                assert layer.running_mean is not None
+                assert layer.running_var is not None
+                scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
+                shift = layer.bias - layer.running_mean * scale
+        return nn.Sequential(*layers)
 
 
 class _BatchNorm(nn.BatchNorm1d):

@@ -8,8 +8,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from visprompt.errors import UserError
-from visprompt.models.contract import Geometry
+from visprompt.errors import UserError, unknown
+from visprompt.models.contract import POOLS, Flow, Geometry, Method
 
 
 def check_least(least: int, **options: float) -> None:
@@ -113,3 +113,34 @@ def check_plain_blocks(backbone: Geometry, blocks: Sequence[int], option: str) -
                 f"class {type(block).__name__}, has another: give another {name} than {value}, or choose a "
                 "plain ViT"
             )
+
+
+def check_pool(method: Method, backbone: Geometry) -> None:
+    """Refuse a `Method.pool` whose tokens do not exist after the last block; needs the final `token_flow`.
+
+    Raises:
+        UserError: The word is unknown, or there are no such outputs after the last block.
+    """
+    if method.pool is None:
+        return
+    if method.pool not in POOLS:
+        raise unknown("method.pool", method.pool, POOLS)
+    if "tokens" not in backbone.sites:
+        raise UserError(
+            f"method.pool={method.pool} reads tokens, which this backbone does not have: give "
+            "method.pool=null"
+        )
+    if method.pool == "cls" and not backbone.has_class_token:
+        raise UserError(
+            "method.pool=cls needs a class token, which this backbone does not have: give another "
+            "method.pool, or null"
+        )
+    has_prompts = False  # after the last block
+    for flow in method.token_flow():
+        has_prompts = has_prompts if flow is Flow.KEEP else flow is not Flow.DROP
+    if method.pool in ("prompt", "image_prompt") and not has_prompts:
+        raise UserError(
+            f"method.pool={method.pool} reads prompts after the last block, which they do not reach: let "
+            "them enter or flow on to it (method.depth=null, depth_from=last or carry_over=true, and a "
+            "location that prepends)"
+        )

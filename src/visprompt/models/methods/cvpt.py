@@ -11,6 +11,7 @@ of queries and keys are applied if the block has them; the frozen backbone's sto
 off.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visprompt.models.contract import Geometry, Method, Place
-from visprompt.models.layers import drop, split_heads
+from visprompt.models.layers import drop, keys_values, split_heads
 from visprompt.models.methods.checks import check_probability, check_size, plain_attentions
 
 
@@ -51,22 +52,63 @@ class CVPT(Method):
         nn.init.xavier_uniform_(self.prompts)
         # in a tuple, so that torch does not register the backbone's parameters as this method's
         self._attentions: tuple[Attention, ...] = ()
+        self._rows: list[tuple[Tensor, Tensor]] = []  # keys and values of every block, once they are frozen
 
     def attach(self, backbone: Geometry) -> None:
         """Keep every block's attention, whose frozen weights the prompts are read through."""
         self._attentions = plain_attentions(backbone, "cvpt", "it reads its prompts through")
 
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Project the prompts of every block once."""
+        self._rows = [self._keys_values(block, 1) for block in range(self.num_blocks)]
+
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
         """Return CA(x, P_i) of the residual stream x [B, n, width] after the attention of a block."""
-        attn, prompts = self._attentions[block], drop(self.dropout, self.prompts[block].unsqueeze(0), len(x))
-        # rows of the joint projection: those of the queries come first, then those of the keys and the values
-        sizes = [attn.attn_dim, 2 * attn.attn_dim]
-        q_weight, kv_weight = attn.qkv.weight.split(sizes)
-        q_bias, kv_bias = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split(sizes)
-        (q,) = split_heads(attn, F.linear(x, q_weight, q_bias))
-        k, v = split_heads(attn, F.linear(prompts, kv_weight, kv_bias))
-        k, v = (part.to(v.dtype).expand(len(x), -1, -1, -1) for part in (attn.k_norm(k), v))
-        out = F.scaled_dot_product_attention(attn.q_norm(q), k, v, scale=attn.scale)
+        return self._attend(block, x, *self._keys_values(block, len(x)), None)
+
+    @classmethod
+    def branches(
+        cls,
+        methods: Sequence[tuple[Method, int]],
+        place: Place,
+        block: int,
+        x: Tensor,
+        normed: Tensor | None,
+    ) -> Tensor:
+        """Return CA(x, P_i) in one attention, in which the places that prompts do not fill are hidden."""
+        first = cast(CVPT, methods[0][0])
+        if len(methods) == 1:
+            return first.branch(place, block, x, normed)
+        rows = [cast(CVPT, method)._keys_values(block, 1) for method, _ in methods]
+        counts = [k.shape[2] for k, _ in rows]
+        sizes = torch.tensor([size for _, size in methods], device=x.device)
+        k, v = (
+            torch.cat(
+                [F.pad(part, (0, 0, 0, max(counts) - part.shape[2])) for part in parts]
+            ).repeat_interleave(sizes, dim=0)
+            for parts in zip(*rows, strict=True)
+        )
+        lengths = torch.tensor(counts, device=x.device).repeat_interleave(sizes)
+        present = torch.arange(max(counts), device=x.device) < lengths[:, None]
+        return first._attend(block, x, k, v, present[:, None, None])
+
+    def _keys_values(self, block: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a block's prompts, each [1 or B, heads, p, head_dim]."""
+        if self._rows:
+            return self._rows[block]
+        prompts = drop(self.dropout, self.prompts[block].unsqueeze(0), batch_size)
+        k, v = keys_values(self._attentions[block], prompts)
+        return k.to(v.dtype), v
+
+    def _attend(self, block: int, x: Tensor, k: Tensor, v: Tensor, present: Tensor | None) -> Tensor:
+        """Return what tokens x [B, n, width] read from keys and values through a block's attention."""
+        attn = self._attentions[block]
+        # the joint projection's first rows are those of the queries
+        bias = None if attn.qkv.bias is None else attn.qkv.bias[: attn.attn_dim]
+        (q,) = split_heads(attn, F.linear(x, attn.qkv.weight[: attn.attn_dim], bias))
+        k, v = (part.expand(len(x), -1, -1, -1) for part in (k, v))
+        out = F.scaled_dot_product_attention(attn.q_norm(q), k, v, attn_mask=present, scale=attn.scale)
         out = attn.norm(out.transpose(1, 2).flatten(2))
         if attn.gate is not None:
             out = out * attn.gate(x).sigmoid()

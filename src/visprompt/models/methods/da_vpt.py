@@ -57,9 +57,8 @@ class ValueBias(Wrapped):
         self._method = (method,)  # in a tuple, so that torch does not register its parameters here too
         self._block = block
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Project tokens [..., width] to [..., 3 * width]."""
-        out: Tensor = self.base(x)
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        """Add the bias to the values of a projection [..., 3 * width]."""
         bias = self._method[0].value_bias[self._block]
         return out + F.pad(bias, (out.shape[-1] - len(bias), 0))
 

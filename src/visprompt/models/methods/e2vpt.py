@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from visprompt.errors import UserError, unknown
 from visprompt.models.contract import Flow, Geometry, Method
 from visprompt.models.layers import drop, per_block
-from visprompt.models.methods.checks import check_least, check_probability
+from visprompt.models.methods.checks import check_least, check_pool, check_probability
 from visprompt.models.methods.locations import vpt_bound
 
 KV_BLOCKS = ("all", "first_half", "last_half", "every_other")
@@ -119,7 +119,7 @@ class E2VPT(Method):
         indices = _blocks(kv_blocks, self.num_blocks)  # checked even if there are no key-value prompts
         self.kv_blocks = indices if num_kv_tokens else ()
         self.pool = pool
-        self.check_pool(backbone)
+        check_pool(self, backbone)
         self.dropout = nn.Dropout(dropout)
         self.gates: Tensor | None = None
         self._set_masks(token_mask, segment_mask)

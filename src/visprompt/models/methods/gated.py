@@ -115,6 +115,5 @@ class _Tempered(Wrapped):
         self._method = (method,)  # in a tuple, so that torch does not register its parameters here too
         self._block = block
 
-    def forward(self, q: Tensor) -> Tensor:
-        normed: Tensor = self.base(q)
-        return normed / self._method[0].temperature(self._block).to(normed.dtype)
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        return out / self._method[0].temperature(self._block).to(out.dtype)

@@ -53,9 +53,8 @@ class Updated(Wrapped):
         self._method = (method,)  # in a tuple, so that its parameters are not registered here too
         self._where = where
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [..., in] to [..., out]."""
-        out: Tensor = self.base(x)
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        """Add the update of tokens x [..., in] to the layer's output [..., out]."""
         return out + self._method[0].update(x, *self._where)
 
     @torch.no_grad()

@@ -74,6 +74,7 @@ class SA2VP(Method):
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "branches", "stream"})
     places: ClassVar[frozenset[Place]] = frozenset({Place.AFTER})
     tokenwise: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
     fixed_size: bool = True
 
     near: Tensor

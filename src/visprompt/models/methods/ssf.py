@@ -44,9 +44,8 @@ class ScaledShifted(Wrapped):
         self._method = (method,)  # in a tuple, so that torch does not register its parameters here too
         self._name, self._row = name, row
 
-    def forward(self, x: Tensor) -> Tensor:
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
         """Return the layer's output, scaled and shifted."""
-        out: Tensor = self.base(x)
         # cast, so that under autocast the output keeps its precision
         gamma, beta = (values.to(out.dtype) for values in self._pair())
         if isinstance(self.base, _MAPS):

@@ -61,6 +61,7 @@ class TCPA(Method):
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "branches", "stream"})
     places: ClassVar[frozenset[Place]] = frozenset({Place.ATTENTION})
     tokenwise: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     epochs: Tensor
 

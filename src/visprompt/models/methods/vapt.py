@@ -51,6 +51,7 @@ class VAPT(VPT):
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "stream"})
+    reads_image: ClassVar[bool] = True
     fixed_size = True  # the shape of `mix_weight` depends on the grid of patches
 
     def __init__(
@@ -75,6 +76,7 @@ class VAPT(VPT):
         self.conv = nn.Parameter(torch.randn(adaptive, _KERNEL, _KERNEL))
         self.mix_weight = nn.Parameter(torch.zeros(adaptive, num_tokens, math.prod(self._mixed)))
         self.mix_bias = nn.Parameter(torch.zeros(adaptive, num_tokens))
+        self._mixers: list[Tensor] = []  # the results of `_mixer`, once the values are frozen
         self.down = nn.Parameter(torch.empty(width, bottleneck).uniform_(-(width**-0.5), width**-0.5))
         self.up = nn.Parameter(torch.empty(bottleneck, width).uniform_(-(bottleneck**-0.5), bottleneck**-0.5))
 
@@ -88,11 +90,16 @@ class VAPT(VPT):
             return super().tokens(block, x, last)
         i, width = block - 1, x.shape[-1]
         normed = F.layer_norm(x[:, self._num_prefix :], (width,), self.norm_weight[i], self.norm_bias[i])
-        mixed = self._mixer(i).to(normed.dtype) @ normed
+        mixer = self._mixers[i] if self._mixers else self._mixer(i)
+        mixed = mixer.to(normed.dtype) @ normed
         if self.training:
             mixed = mixed * self.dropout(mixed.new_ones(len(x), 1, width))
         mixed = mixed + self.mix_bias[i][:, None]
         return mixed + self.dropout(F.relu(mixed @ self.down)) @ self.up
+
+    def freeze(self) -> None:
+        """Multiply convolution and W_i once."""
+        self._mixers = [self._mixer(i).detach() for i in range(len(self.conv))]
 
     def _mixer(self, i: int) -> Tensor:
         """Return convolution and W_i as one matrix [p, patches].

@@ -22,7 +22,7 @@ from visprompt.errors import UserError, unknown
 from visprompt.models.contract import Flow, Geometry, Method, TokenBackbone
 from visprompt.models.layers import Buffers, drop, per_block
 from visprompt.models.methods import locations, vipamin
-from visprompt.models.methods.checks import check_probability, check_size
+from visprompt.models.methods.checks import check_pool, check_probability, check_size
 from visprompt.models.methods.inits import features
 
 SHARED = ("none", "intra", "inter", "all")
@@ -118,7 +118,7 @@ class VPT(Method):
         self._check_widths(backbone, shared, project)
         self._draw(backbone, shared, project)
         self.project = None if project is None else _projection(project, backbone.widths[self._first])
-        self.check_pool(backbone)
+        check_pool(self, backbone)
         self._prefix = backbone.num_prefix if location in ("add", "add_one") else 0
         # in a tuple, so that torch does not register the backbone's parameters as this method's
         self._patch_embed: tuple[nn.Module, ...] = ()

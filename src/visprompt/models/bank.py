@@ -1,0 +1,319 @@
+"""Many tuned states on one backbone: one pass for a batch of images of several tasks."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from os import PathLike
+from pathlib import Path
+from threading import Lock, RLock
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from visprompt.data.transforms import to_input
+from visprompt.errors import UserError, unknown
+from visprompt.models.api import copied, settings_of, untuned
+from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
+from visprompt.models.backbones.block import run_block
+from visprompt.models.backbones.family import Family
+from visprompt.models.backbones.token_family import TokenFamily
+from visprompt.models.mixed import features_of
+from visprompt.models.prepared import Prepared, bare, prepare
+from visprompt.models.sharing import Batch, Span, mix_layers, own_tuned_tensors, shared_copy
+from visprompt.models.tuned_state import TunedState, check_fits, load_state
+
+Picture = Tensor | np.ndarray | Image.Image
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A tuned state that a bank holds.
+
+    Attributes:
+        name: Its name in the bank.
+        class_names: Names of the classes, in the order of the logits.
+        preprocessing: How pictures become the backbone's input, as the state says.
+        method: The method's name and options.
+        nbytes: Memory of its tensors: what the task adds to the backbone.
+        prepared: Its tensors, and whether its images share a pass with those of other tasks.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    preprocessing: Mapping[str, Any]
+    method: Mapping[str, Any]
+    nbytes: int
+    prepared: Prepared
+
+    @property
+    def shares(self) -> bool:
+        """Whether its images share a pass of the backbone with those of other tasks."""
+        return self.prepared.alone is None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where an evicted task returns from, and whether it may be evicted."""
+
+    file: Path | None
+    pinned: bool
+
+
+class Bank:
+    """One backbone with any number of tuned states; a batch may mix their images.
+
+    Tasks can be added, replaced and removed in any thread while others compute. A batch computes with the
+    tasks that it began with; batches run one after the other.
+
+    Args:
+        backbone: The name of a backbone, a timm model (which is copied), or a built `Backbone`.
+        weights: A file of the weights of a backbone that is given by name.
+        budget: Bytes that the tasks may take; None for no limit. A task that would exceed it evicts those
+            that were not used for the longest time. What is evicted returns from its file with the next
+            request. Batches that run may hold more.
+        device: Device of the backbone and the tasks.
+        dtype: Type of all weights, such as torch.bfloat16; None leaves them as they are.
+        compile: Whether the blocks are compiled by `torch.compile`. The first batches compile; a new task
+            does not, nor another mixture.
+
+    Raises:
+        UserError: The backbone cannot be built.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module | Backbone,
+        *,
+        weights: str | None = None,
+        budget: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
+        self._by_name = not isinstance(backbone, nn.Module)
+        if isinstance(backbone, str):
+            backbone = build_backbone(BackboneSpec(name=backbone, weights=weights))
+        self._backbone = copied(backbone) if isinstance(backbone, nn.Module) else backbone
+        self.budget = budget
+        self._module = self._backbone.module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self._compiled = compile and isinstance(self._module, TokenFamily)
+        if self._compiled:
+            self._module = shared_copy(self._module)  # the classifiers of tasks are made of copies too
+            self._module.plain_step = torch.compile(run_block, dynamic=True)  # type: ignore[assignment]  # a function
+        self._batch = Batch()
+        self._mixing: Family | None = None  # its wrapped layers are mixtures
+        self._loaded: OrderedDict[str, Task] = OrderedDict()  # the least recently used first
+        self._sources: dict[str, _Source] = {}
+        self._lock = RLock()  # of the two tables above
+        self._loading = Lock()  # one state is loaded at a time
+        self._running = Lock()  # one batch computes at a time
+
+    @property
+    def module(self) -> Family:
+        """The backbone's module."""
+        return self._module
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tasks, also of those that are evicted at present, in the order in which they came."""
+        with self._lock:
+            return list(self._sources)
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the tasks that are in memory, the least recently used first."""
+        with self._lock:
+            return list(self._loaded)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tasks that are loaded, without the backbone."""
+        with self._lock:
+            return sum(task.nbytes for task in self._loaded.values())
+
+    def add(self, name: str, state: str | PathLike[str] | TunedState, *, pinned: bool = False) -> Task:
+        """Add a task, or replace the one of this name; batches that run go on with the old one.
+
+        Args:
+            name: The task's name in the bank.
+            state: The tuned state, or its file, or the folder of a finished run. A state that is given as an
+                object has no file to return from, so it is never evicted.
+            pinned: Whether the task is never evicted.
+
+        Returns:
+            The task.
+
+        Raises:
+            UserError: The state cannot be read, was tuned on another backbone, or does not fit in the budget.
+        """
+        file = None if isinstance(state, TunedState) else Path(state)
+        with self._loading:
+            task = self._load(name, state if isinstance(state, TunedState) else load_state(Path(state)), file)
+            self._keep(task, _Source(file, pinned or file is None))
+        return task
+
+    def remove(self, name: str) -> None:
+        """Remove a task; batches that run go on with it.
+
+        Raises:
+            UserError: There is no such task.
+        """
+        with self._lock:
+            if name not in self._sources:
+                raise unknown("task", name, self._sources)
+            del self._sources[name]
+            self._loaded.pop(name, None)
+
+    def task(self, name: str) -> Task:
+        """Return a task, loaded from its file if it was evicted; it counts as used.
+
+        Raises:
+            UserError: There is no such task, or its file cannot be read any more.
+        """
+        if (task := self._used(name)) is not None:
+            return task
+        with self._loading:
+            if (task := self._used(name)) is not None:  # another thread has loaded it
+                return task
+            source = self._sources.get(name)
+            if source is None or source.file is None:
+                raise unknown("task", name, self.names)
+            task = self._load(name, load_state(source.file), source.file)
+            self._keep(task, source)
+        return task
+
+    def __call__(self, images: Tensor | Sequence[Picture], tasks: str | Sequence[str | None]) -> list[Tensor]:
+        """Return the logits of each image by its task.
+
+        Args:
+            images: Normalised images [B, 3, H, W], or a sequence of images: each a normalised tensor
+                [3, H, W], or a picture (of Pillow, or uint8 [h, w, 3]) that is prepared as its task says.
+                Images of another size are computed in a pass of their own.
+            tasks: Name of each image's task, or one name for all. None gives the backbone's features.
+
+        Returns:
+            For each image its logits [C], or features [width].
+
+        Raises:
+            UserError: There is no such task, an image does not fit, or there are more tasks than images or
+                fewer.
+        """
+        names = [tasks] * len(images) if isinstance(tasks, str) else list(tasks)
+        if len(names) != len(images):
+            raise UserError(f"{len(names)} tasks for {len(images)} images: give each image its task")
+        found = {name: None if name is None else self.task(name) for name in dict.fromkeys(names)}
+        inputs = [self._input(image, found[name]) for image, name in zip(images, names, strict=True)]
+        out: list[Tensor | None] = [None] * len(inputs)
+        # equal sizes together, then equal tasks; tasks of one method stand side by side
+        keys = [(tuple(x.shape), *_rank(found[name])) for x, name in zip(inputs, names, strict=True)]
+        order = sorted(range(len(inputs)), key=keys.__getitem__)
+        with torch.inference_mode(), self._running:
+            for _, group in groupby(order, lambda i: keys[i][0]):
+                rows = list(group)
+                batch = torch.stack([inputs[i] for i in rows])
+                for i, logits in zip(rows, self._logits(batch, [found[names[i]] for i in rows]), strict=True):
+                    out[i] = logits
+        return [logits for logits in out if logits is not None]
+
+    def _used(self, name: str) -> Task | None:
+        """Return a task that is in memory, as the most recently used; None if it was evicted."""
+        with self._lock:
+            if name not in self._sources:
+                raise unknown("task", name, self._sources)
+            if name in self._loaded:
+                self._loaded.move_to_end(name)
+            return self._loaded.get(name)
+
+    def _load(self, name: str, state: TunedState, file: Path | None) -> Task:
+        """Prepare a tuned state on the shared weights; refuse one of another backbone."""
+        given = self._backbone
+        if not self._by_name:
+            given = replace(given, spec=settings_of(given.spec, state))
+        check_fits(state, file or Path(name), backbone=given.record())
+        classifier = untuned(state, shared_copy(self._module))
+        own_tuned_tensors(classifier)
+        self._module.requires_grad_(False)  # the classifier has marked what it would tune
+        classifier.load_tuned_state(state.tensors)
+        like = next(self._module.parameters())
+        for module in (classifier.method, classifier.head):
+            module.to(like.device, like.dtype)
+        prepared = prepare(classifier.eval(), self._module)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in prepared.tensors()}
+        return Task(
+            name, state.class_names, state.preprocessing, state.method, sum(storages.values()), prepared
+        )
+
+    def _keep(self, task: Task, source: _Source) -> None:
+        """Put a task into the tables, and evict others until the budget holds."""
+        with self._lock:
+            others = [name for name in self._loaded if name != task.name]
+            evictable = [name for name in others if not self._sources[name].pinned]
+            over = sum(self._loaded[name].nbytes for name in others) + task.nbytes - (self.budget or 0)
+            evicted = []
+            while self.budget is not None and over > 0:
+                if not evictable:
+                    raise UserError(
+                        f"task {task.name!r} takes {task.nbytes:,} bytes, and the budget of {self.budget:,} "
+                        "has no room beside what is pinned: give a larger budget, or remove tasks"
+                    )
+                evicted.append(evictable.pop(0))
+                over -= self._loaded[evicted[-1]].nbytes
+            for name in evicted:
+                del self._loaded[name]
+            self._loaded[task.name] = task
+            self._loaded.move_to_end(task.name)
+            self._sources[task.name] = source
+
+    def _input(self, image: Picture, task: Task | None) -> Tensor:
+        """Return an image as the backbone's input [3, H, W]."""
+        like = next(self._module.parameters())
+        if isinstance(image, Tensor):
+            if image.ndim != 3:
+                raise UserError(
+                    "images must be [B, 3, height, width], and one of these has the shape "
+                    f"{tuple(image.shape)}"
+                )
+            return image.to(like.device, like.dtype)
+        if task is None:
+            raise UserError("a picture without a task cannot be prepared: give a normalised tensor [3, H, W]")
+        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        return to_input(pixels, task.preprocessing).to(like.device, like.dtype)
+
+    def _logits(self, images: Tensor, tasks: Sequence[Task | None]) -> list[Tensor]:
+        """Return the logits of images of one size, sorted by task."""
+        parts: list[tuple[Span, Prepared]] = []
+        for task, group in groupby(tasks):
+            start = parts[-1][0][1] if parts else 0
+            prepared = bare(self._module) if task is None else task.prepared
+            parts.append(((start, start + len(list(group))), prepared))
+        shared = [part for part in parts if part[1].alone is None]
+        out: list[Tensor] = []
+        if shared:
+            own = images[: shared[-1][0][1]]
+            features = features_of(self._mixed(shared), own, shared, self._batch, self._compiled)
+            for (start, stop), prepared in shared:
+                assert prepared.head is not None
+                out += prepared.head(features[start:stop])
+        for (start, stop), prepared in parts[len(shared) :]:
+            assert prepared.alone is not None
+            out += prepared.alone(images[start:stop])
+        return out
+
+    def _mixed(self, parts: Sequence[tuple[Span, Prepared]]) -> Family:
+        """Return the backbone, with mixtures in place of the layers that a task of the batch has wrapped."""
+        paths = {path for _, prepared in parts for path in prepared.layers or ()}
+        if not paths:
+            return self._module
+        if self._mixing is None:
+            self._mixing = shared_copy(self._module)
+        mix_layers(self._mixing, sorted(paths), self._batch)
+        return self._mixing
+
+
+def _rank(task: Task | None) -> tuple[bool, str, str]:
+    """Return the place of a task in a batch: those that share a pass first, equal methods side by side."""
+    return (False, "", "") if task is None else (not task.shares, str(task.method["name"]), task.name)
