@@ -1,6 +1,7 @@
-"""Score finished runs on their test set: one run, or several as an ensemble."""
+"""Score finished runs on their test set: one run, several as an ensemble, or each of several."""
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError
 from visprompt.models.api import restore
+from visprompt.models.bank import Bank
 from visprompt.models.classifier import Classifier
 from visprompt.models.ensemble import Ensemble
+from visprompt.models.kind import KINDS
 from visprompt.models.tuned_state import TunedState, check_fits, load_state
 from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import memory, run, run_folder
+from visprompt.runs.job import Job
 from visprompt.runs.recorded import job_of, own_data
 from visprompt.runs.result import Result, open_result
+from visprompt.runs.score_each import Finished, ScoreEach, by_test_set
 from visprompt.runs.trainer import build_trainer
 from visprompt.text import Terminal
 
@@ -28,10 +33,11 @@ def evaluate(cfg: DictConfig) -> float:
     """Score runs on their test set, several as one ensemble; print the new score and the recorded scores.
 
     Args:
-        cfg: The config of `src/eval.py`; its `run` is the folder of a run, or a list of folders.
+        cfg: The config of `src/eval.py`; its `run` is the folder of a run, or a list of folders, and
+            `average` says whether these are an ensemble.
 
     Returns:
-        The test accuracy.
+        The test accuracy; the mean of all if `average` is false.
 
     Raises:
         UserError: A folder holds no finished run, or a run without a test set, or the runs cannot be
@@ -44,12 +50,9 @@ def evaluate(cfg: DictConfig) -> float:
         )
     results = [_scored(folder) for folder in folders]
     states = [load_state(folder) for folder in folders]
-    where: Any = {"data_dir": cfg.paths.data_dir, "weights": cfg.weights, "data": own_data(cfg)}
-    job = job_of(folders[0], states[0], results[0], **where)
-    trainer, callbacks = (
-        OmegaConf.to_container(cfg[name], resolve=True) for name in ("trainer", "callbacks")
-    )
-    job = job.vary({"trainer": trainer, "callbacks": callbacks, "precision": cfg.precision or job.precision})
+    if not cfg.average:
+        return _each([Finished(*one) for one in zip(folders, states, results, strict=True)], cfg)
+    job = _job(cfg, folders[0], states[0], results[0])
     prepared = run.prepare(job)
     for folder, state, result in zip(folders, states, results, strict=True):
         if state.method.get("initial") is not None and len(folders) > 1:
@@ -78,6 +81,42 @@ def evaluate(cfg: DictConfig) -> float:
         + ", ".join(f"test/{name} {100 * module.scores[f'test/{name}']:.2f} %" for name in others)
     )
     return score
+
+
+def _job(cfg: DictConfig, folder: Path, state: TunedState, result: Result) -> Job:
+    """Return the job of a finished run, with the trainer and the precision that the command asks for."""
+    where: Any = {"data_dir": cfg.paths.data_dir, "weights": cfg.weights, "data": own_data(cfg)}
+    job = job_of(folder, state, result, **where)
+    trainer, callbacks = (
+        OmegaConf.to_container(cfg[name], resolve=True) for name in ("trainer", "callbacks")
+    )
+    return job.vary({"trainer": trainer, "callbacks": callbacks, "precision": cfg.precision or job.precision})
+
+
+def _each(runs: Sequence[Finished], cfg: DictConfig) -> float:
+    """Score each run, those of one test set in one pass; print the scores and return their mean."""
+    scores: list[float] = []
+    for group in by_test_set(runs):
+        first = group[0]
+        job = _job(cfg, first.folder, first.state, first.result)
+        prepared = run.prepare(job)
+        for one in group:
+            of_its_own = replace(prepared, identity={**prepared.identity, "method": dict(one.state.method)})
+            check_prepared(of_its_own, one.state, one.result, one.folder, first.folder)
+        trainer = build_trainer(job)
+        backbone = replace(prepared.backbone, module=deepcopy(prepared.backbone.module))
+        kind = KINDS[prepared.datamodule.kind]
+        module = ScoreEach(Bank(backbone, device=trainer.strategy.root_device), group, kind)
+        trainer.test(module, datamodule=prepared.datamodule, verbose=False)
+        name = kind.shares[0]
+        for one, figures in zip(group, module.scores, strict=True):
+            scores.append(figures[name])
+            console.print(
+                f"{one.folder}: test/{name} {100 * figures[name]:.2f} % on {figures['count']:.0f} images "
+                f"(the run itself: {100 * one.result.score:.2f} %)",
+                soft_wrap=True,
+            )
+    return sum(scores) / len(scores)
 
 
 def _scored(folder: Path) -> Result:

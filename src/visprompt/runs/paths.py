@@ -29,7 +29,7 @@ PATHS = (
 )
 """Keys of all entry points whose values are paths; `paths.*` are first, because others refer to them."""
 
-LISTS = ("run", "runs", "inspect")
+LISTS = ("run", "runs", "inspect", "state")
 """Keys whose values may be a list of paths."""
 
 TEXTS = (*PATHS, "data.name")

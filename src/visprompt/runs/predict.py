@@ -1,12 +1,15 @@
-"""Label a folder of images with a tuned state; without Lightning and Hydra, whose imports take seconds."""
+"""Label a folder of images with tuned states; without Lightning and Hydra, whose imports take seconds."""
 
 import csv
 import io
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from visprompt.data.sources.decoders import decoder_of
 from visprompt.data.sources.images import MAX_PIXELS, BadImage
@@ -16,6 +19,7 @@ from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
 from visprompt.files import write_atomically
 from visprompt.models.api import backbone_of, restore
+from visprompt.models.bank import Bank
 from visprompt.models.tuned_state import TunedState
 from visprompt.runs import memory
 from visprompt.runs.result import open_state
@@ -27,7 +31,7 @@ console = Terminal()
 
 @memory.explained(lambda: "give a smaller batch_size=..., or device=cpu")
 def predict(
-    state: str,
+    state: str | Sequence[str],
     images: str,
     *,
     output: str,
@@ -43,10 +47,12 @@ def predict(
     with characters that cannot be shown are escaped, see `text.visible`.
 
     Args:
-        state: A run's folder, or its tuned.safetensors.
+        state: A run's folder, or its tuned.safetensors; or several of one backbone, by which each image is
+            labelled in one pass.
         images: An image, or a folder that is searched with all its subfolders.
         output: The CSV file to write. Its columns are path, class, probability, and one for each class:
-            `a.jpg,cat,0.900000,0.900000,0.100000`.
+            `a.jpg,cat,0.900000,0.900000,0.100000`. With several states they are path, task, class and
+            probability, and an image has a row for each state.
         batch_size: Number of images in a batch.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         weights: A file of backbone weights; None if the backbone is embedded or timm's.
@@ -54,9 +60,13 @@ def predict(
         max_pixels: Images with more pixels are left out, before they are decoded.
 
     Raises:
-        UserError: The state cannot be read, no image can be read, or the CSV file exists.
+        UserError: A state cannot be read or is of another backbone, no image can be read, or the CSV file
+            exists.
     """
-    path, place, csv_file = Path(state), Path(images), Path(output)
+    paths = [Path(one) for one in ([state] if isinstance(state, str) else state)]
+    place, csv_file = Path(images), Path(output)
+    if len(set(paths)) < max(1, len(paths)):
+        raise UserError("state=[...] is empty or names a state twice: give each state once")
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(
             f"batch_size={batch_size} is not a number of images: give a whole number of 1 or more"
@@ -67,26 +77,31 @@ def predict(
         raise UserError(
             f"output={output} exists: give overwrite=true to replace it, or the name of a new CSV file"
         )
-    tidy(path if path.is_dir() else path.parent)
-    tuned = open_state(path)
+    for path in paths:
+        tidy(path if path.is_dir() else path.parent)
+    tasks = _tasks(paths)
     left_out: Counter[str] = Counter()
     files, folder = _files(place, left_out)
-    classifier = restore(tuned, path, backbone_of(tuned, weights))
-    where = find_device(device)
-    classifier.to(where)
+    shares_of = _model(tasks, weights, find_device(device))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(csv_cell, ["path", "class", "probability", *tuned.class_names]))
+    several = len(tasks) > 1
+    columns = (
+        ["task", "class", "probability"] if several else ["class", "probability", *tasks[0].state.class_names]
+    )
+    writer.writerow(map(csv_cell, ["path", *columns]))
     count = 0
-    for names, batch in _batches(files, folder, tuned, batch_size, max_pixels):
-        with torch.inference_mode():
-            shares = classifier(batch.to(where)).float().softmax(1).cpu()
-        if not shares.isfinite().all():
-            raise UserError(f"{path} gives no finite probabilities for {names[0]}: tune it again")
-        for name, row in zip(names, shares, strict=True):
-            best = int(row.argmax())
-            figures = [f"{share:.6f}" for share in (row[best], *row)]
-            writer.writerow([csv_cell(name), csv_cell(tuned.class_names[best]), *figures])
+    for names, batch in _batches(files, folder, tasks, batch_size, max_pixels):
+        for name, rows in zip(names, shares_of(batch), strict=True):
+            for task, row in zip(tasks, rows, strict=True):
+                if not row.isfinite().all():
+                    raise UserError(f"{task.path} gives no finite probabilities for {name}: tune it again")
+                best = int(row.argmax())
+                cells = [csv_cell(task.state.class_names[best]), f"{row[best]:.6f}"]
+                cells = (
+                    [csv_cell(task.name), *cells] if several else [*cells, *(f"{share:.6f}" for share in row)]
+                )
+                writer.writerow([csv_cell(name), *cells])
         count += len(names)
     if not count:
         raise UserError(f"{place} has no image that can be read: give an image or a folder of images")
@@ -95,6 +110,53 @@ def predict(
     if left_out:
         listed = ", ".join(f"{what} ({number})" for what, number in sorted(left_out.items()))
         console.print(f"left out: {listed}", soft_wrap=True)
+
+
+class _Task(NamedTuple):
+    """A tuned state, with its name in the CSV file and its path."""
+
+    name: str
+    path: Path
+    state: TunedState
+
+
+Shares = Callable[[Sequence[Sequence[Tensor]]], Sequence[Sequence[Tensor]]]
+
+
+def _tasks(paths: Sequence[Path]) -> list[_Task]:
+    """Read tuned states; one whose task another has too is named by its path."""
+    states = [open_state(path) for path in paths]
+    counts = Counter(state.task for state in states)
+    return [
+        _Task(state.task if counts[state.task] == 1 else str(path), path, state)
+        for path, state in zip(paths, states, strict=True)
+    ]
+
+
+def _model(tasks: Sequence[_Task], weights: str | None, device: torch.device) -> Shares:
+    """Return a function from the inputs of each image, one for each task, to its probabilities by task."""
+    first = tasks[0]
+    backbone = backbone_of(first.state, weights)
+    if len(tasks) == 1:
+        classifier = restore(first.state, first.path, backbone).to(device)
+
+        @torch.inference_mode()
+        def one(images: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+            batch = torch.stack([inputs for (inputs,) in images])
+            return [[row] for row in classifier(batch.to(device)).float().softmax(1).cpu()]
+
+        return one
+    bank = Bank(backbone, device=device)
+    for task in tasks:
+        bank.add(task.name, task.path)
+
+    def several(images: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+        names = [task.name for task in tasks]
+        logits = bank([x for inputs in images for x in inputs], names * len(images))
+        shares = [row.float().softmax(0).cpu() for row in logits]
+        return [shares[i : i + len(names)] for i in range(0, len(shares), len(names))]
+
+    return several
 
 
 def _files(place: Path, left_out: Counter[str]) -> tuple[list[Path], Path]:
@@ -125,21 +187,28 @@ def find_device(name: str) -> torch.device:
 
 
 def _batches(
-    files: Sequence[Path], root: Path, state: TunedState, size: int, max_pixels: int
-) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Yield batches of paths and images [B, 3, H, W]; print and leave out files that cannot be read."""
-    decode = decoder_of(state.preprocessing, max_pixels)
+    files: Sequence[Path], root: Path, tasks: Sequence[_Task], size: int, max_pixels: int
+) -> Iterator[tuple[list[str], list[list[Tensor]]]]:
+    """Yield batches of paths and, for each image, its inputs [3, H, W] by task.
+
+    Files that cannot be read are printed and left out.
+    """
+    # tasks with the same preprocessing share an input
+    keys = [json.dumps(dict(task.state.preprocessing), sort_keys=True) for task in tasks]
+    preparations = {key: task.state.preprocessing for key, task in zip(keys, tasks, strict=True)}
+    decoders = {key: decoder_of(how, max_pixels) for key, how in preparations.items()}
     names: list[str] = []
-    inputs: list[torch.Tensor] = []
+    images: list[list[Tensor]] = []
     for file in files:
         try:
-            inputs.append(to_input(decode(file), state.preprocessing))
+            inputs = {key: to_input(decode(file), preparations[key]) for key, decode in decoders.items()}
         except BadImage as error:
             console.print(f"left out: {file}: {error}", soft_wrap=True)
             continue
+        images.append([inputs[key] for key in keys])
         names.append(file.relative_to(root).as_posix())
         if len(names) == size:
-            yield names, torch.stack(inputs)
-            names, inputs = [], []
+            yield names, images
+            names, images = [], []
     if names:
-        yield names, torch.stack(inputs)
+        yield names, images

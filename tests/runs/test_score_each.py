@@ -1,0 +1,101 @@
+"""Several states of one backbone: each run's score from one pass over the test set, one CSV file of all."""
+
+import csv
+
+import pytest
+
+from helpers import miniatures
+from helpers.cli import composed, frozen, tiny_run
+from visprompt.errors import UserError
+from visprompt.runs import evaluate, predict, run
+from visprompt.runs.score_each import Finished, by_test_set
+
+pytestmark = frozen
+RUNS = {
+    "deep": (),
+    "linear": ("method=linear", "recipe.lr=0.4"),
+    "other seed": ("seed=1",),
+    "other task": ("data=demo/digits_loc",),
+    "full": ("method=full", "recipe.lr=0.02"),
+}
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def trained(logs):
+    """The folder and the result of every run."""
+    jobs = {name: tiny_run(logs, "recipe.epochs=2", *options) for name, options in RUNS.items()}
+    return {name: (job.folder, run.run_job(job)) for name, job in jobs.items()}
+
+
+def score(trained, names, *arguments):
+    folders = ",".join(str(trained[name][0]) for name in names)
+    with composed(
+        "eval", f"run=[{folders}]", "average=false", "trainer=cpu", "callbacks=none", *arguments
+    ) as cfg:
+        return evaluate.evaluate(cfg)
+
+
+def test_each_run_has_the_score_that_it_had_alone(trained, capsys, monkeypatch):
+    prepared, original = [], run.prepare
+    monkeypatch.setattr(evaluate.run, "prepare", lambda job: prepared.append(job.task) or original(job))
+    mean = score(trained, RUNS)
+    own = [result.score for _, result in trained.values()]
+    assert mean == pytest.approx(sum(own) / len(own), abs=1e-6)
+    lines = capsys.readouterr().out.splitlines()
+    # those of one test set first, in the order given
+    order = ["deep", "linear", "other seed", "full", "other task"]
+    found = [line for line in lines if ": test/acc " in line]
+    for line, name in zip(found, order, strict=True):
+        folder, result = trained[name]
+        share = f"{100 * result.score:.2f} %"
+        assert line == f"{folder}: test/acc {share} on 797 images (the run itself: {share})"
+    assert len(prepared) == 2, "one pass over each test set"
+
+
+def test_runs_of_one_test_set_are_one_group(trained):
+    runs = [Finished(folder, evaluate.load_state(folder), result) for folder, result in trained.values()]
+    groups = [[one.folder for one in group] for group in by_test_set(runs)]
+    own = {name: folder for name, (folder, _) in trained.items()}
+    assert groups == [[own[n] for n in ("deep", "linear", "other seed", "full")], [own["other task"]]]
+
+
+def rows(logs, trained, names, images, output, *arguments):
+    folders = ",".join(str(trained[name][0]) for name in names)
+    given = (f"state=[{folders}]", f"images={images}", f"output={output}", "device=cpu", *arguments)
+    with composed("predict", f"weights={logs / 'weights.safetensors'}", *given) as cfg:
+        chosen = ("output", "batch_size", "device", "weights", "overwrite", "max_pixels")
+        predict.predict(cfg.state, cfg.images, **{name: cfg[name] for name in chosen})
+    with output.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_csv_file_of_several_states(logs, trained, tmp_path):
+    images = miniatures.write_folder(tmp_path / "images", ("a", "b"), 2)
+    names = ["deep", "other task", "full"]
+    found = rows(logs, trained, names, images, tmp_path / "all.csv", "batch_size=3")
+    alone = {name: rows(logs, trained, [name], images, tmp_path / f"{name}.csv") for name in names}
+    # two states of one task are named by their folders
+    shown = {"deep": str(trained["deep"][0]), "other task": "digits_loc", "full": str(trained["full"][0])}
+    expected = [
+        {"path": one["path"], "task": shown[name], "class": one["class"], "probability": one["probability"]}
+        for i in range(4)
+        for name in names
+        for one in [alone[name][i]]
+    ]
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert float(row.pop("probability")) == pytest.approx(float(other.pop("probability")), abs=2e-6)
+        assert row == other
+
+
+@pytest.mark.parametrize("chosen", [[], ["deep", "deep"]])
+def test_no_state_and_one_state_twice_are_refused(logs, trained, tmp_path, chosen):
+    with pytest.raises(
+        UserError, match=r"^state=\[\.\.\.\] is empty or names a state twice: give each state once$"
+    ):
+        rows(logs, trained, chosen, tmp_path, tmp_path / "out.csv")
