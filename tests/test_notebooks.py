@@ -15,7 +15,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
-NAMES = ("ablation", "results", "tour")
+NAMES = ("ablation", "own_folder", "results", "tour")
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -62,7 +62,7 @@ def number(text):
     return float(text.replace(",", ""))
 
 
-def test_there_are_three():
+def test_there_are_four():
     assert tuple(sorted(path.stem for path in FOLDER.glob("*.ipynb"))) == NAMES
 
 
@@ -118,6 +118,15 @@ def test_the_tour(tmp_path):
     assert len(tour.figures("attention")) == 1
     assert len(tour.figures("tsne")) == 2
     assert [run.parts[:2] for run in tour.runs] == [("digits", method) for method in sorted(tuned)]
+
+
+@pytest.mark.slow
+def test_the_own_folder(tmp_path):
+    own = Executed("own_folder", tmp_path, EPOCHS="2", FRACTION="0.2")
+    assert "287 images to train on, 72 held out, 10 classes" in own.printed("data")
+    # ten classes: one in ten is right by chance
+    assert number(re.search(r"held out: (\d+\.\d) %", own.printed("tune"))[1]) > 20
+    assert re.match(r"\d+ kB\nlabels: (\d, ){4}\d; folders: (\d, ){4}\d\n", own.printed("label"))
 
 
 @pytest.mark.slow

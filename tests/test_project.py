@@ -35,6 +35,7 @@ TOP_LEVEL = {
 SHELL = {
     *(
         "models/tuning_module.py",
+        "models/fit.py",
         "data/datamodule.py",
         "data/ragged_datamodule.py",
         "data/vtab_datamodule.py",

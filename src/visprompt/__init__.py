@@ -1,6 +1,6 @@
 """Visual prompt tuning of frozen vision backbones.
 
-Build a classifier, save what was tuned, load it, merge it.
+Build a classifier, tune it, save what was tuned, load it, merge it, serve many on one backbone.
 """
 
 from importlib import import_module
@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from visprompt.models.api import build, load, save
     from visprompt.models.bank import Bank
+    from visprompt.models.fit import fit
     from visprompt.models.merge import merge
+    from visprompt.models.recipe import Recipe
 
-__all__ = ["Bank", "build", "load", "merge", "save"]
-_HOMES = dict.fromkeys(("build", "load", "save"), "models.api") | {
-    "merge": "models.merge",
+__all__ = ["Bank", "Recipe", "build", "fit", "load", "merge", "save"]
+_HOMES = {
+    **dict.fromkeys(("build", "load", "save"), "models.api"),
     "Bank": "models.bank",
+    "Recipe": "models.recipe",
+    "fit": "models.fit",
+    "merge": "models.merge",
 }
 
 

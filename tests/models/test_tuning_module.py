@@ -15,9 +15,9 @@ from helpers.wide import case, slow
 from visprompt.data.datasets import Batch
 from visprompt.models import feature_cache as kept_outputs
 from visprompt.models.backbones.vit import ViT
-from visprompt.models.kind import accuracies
+from visprompt.models.kind import Mean, accuracies
 from visprompt.models.recipe import Recipe
-from visprompt.models.tuning_module import Mean, TuningModule
+from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import run
 
 pytestmark = frozen

@@ -38,6 +38,27 @@ class TaskKind:
     figures: Callable[[int], Metric]
 
 
+class Mean(Metric):
+    """Weighted mean over all ranks; NaN and infinity stay in it (torchmetrics' mean drops NaN)."""
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weights: Tensor) -> None:
+        """Add values [n] with their weights [n]."""
+        self.total = self.total + (values * weights).sum()
+        self.weight = self.weight + weights.sum()
+
+    def compute(self) -> Tensor:
+        """Return the mean so far."""
+        return self.total / self.weight
+
+
 class Accuracies(MulticlassConfusionMatrix):
     """Accuracy over images and over classes, summed over all ranks."""
 

@@ -112,7 +112,9 @@ class Mixed(Method):
             return k, v
         # row 0 is for the places that are filled up
         table = torch.cat([own[0].new_zeros(1, *own[0].shape[1:]), *own])
-        k, v = table[self._index([0 if part is None else len(part) for part in rows])].permute(2, 0, 3, 1, 4)
+        index = self._index([0 if part is None else len(part) for part in rows])
+        found = table.index_select(0, index.flatten()).unflatten(0, index.shape)
+        k, v = found.permute(2, 0, 3, 1, 4)
         return k, v
 
     def _index(self, counts: Sequence[int]) -> Tensor:

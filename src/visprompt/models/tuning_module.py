@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -19,6 +20,7 @@ from visprompt.errors import UserError
 from visprompt.models.classifier import Classifier
 from visprompt.models.contract import TokenBackbone
 from visprompt.models.feature_cache import has_own_memory, keep, on_device
+from visprompt.models.kind import Mean
 from visprompt.models.methods.inits import MAX_IMAGES, initialise
 from visprompt.models.optim import Recipe, build_optimizer
 
@@ -37,29 +39,11 @@ class Diverged(Exception):
         self.step = step
 
 
-class Mean(Metric):
-    """Weighted mean over all ranks; NaN and infinity stay in it (torchmetrics' mean drops NaN)."""
-
-    total: Tensor
-    weight: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor, weights: Tensor) -> None:
-        """Add values [n] with their weights [n]."""
-        self.total = self.total + (values * weights).sum()
-        self.weight = self.weight + weights.sum()
-
-    def compute(self) -> Tensor:
-        """Return the mean so far."""
-        return self.total / self.weight
-
-
 class TuningModule(L.LightningModule):
     """Tunes a classifier by a recipe.
+
+    Data come from a `TaskDataModule`, or from plain loaders of pairs (normalised images [B, 3, H, W], labels
+    [B]), each of which is one optimiser step.
 
     A checkpoint's `state_dict` is the tuned state alone. Every epoch seeds torch anew from (seed, epoch,
     rank), so a run that is resumed at an epoch draws the same dropout, and checkpoints need no state of the
@@ -117,8 +101,11 @@ class TuningModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the recipe's optimiser with its schedule, stepped after every optimiser step."""
-        # Lightning's estimate of the steps would load the data before frozen features replace it
-        steps = math.ceil(len(self._datamodule.train_dataset) / self.recipe.batch_size)
+        if self._is_plain:
+            steps = math.ceil(self.trainer.estimated_stepping_batches / self.recipe.epochs)
+        else:
+            # Lightning's estimate of the steps would load the data before frozen features replace it
+            steps = math.ceil(len(self._datamodule.train_dataset) / self.recipe.batch_size)
         optimizer, schedule = build_optimizer(
             self.classifier.tuned_parameters(), self.recipe, steps, self.classifier.method.undecayed
         )
@@ -135,22 +122,30 @@ class TuningModule(L.LightningModule):
         # `_resumed`, because Lightning restores the modules before this hook, but the step only after it
         if self.classifier.method.needs_images and not self._resumed:
             self._initialise()
-        if not datamodule.augments:
+        if not self._is_plain and not datamodule.augments:
             datamodule.train_dataset = self._cached(datamodule.train_dataset)
             if datamodule.split == "tune":
                 datamodule.val_dataset = self._cached(datamodule.val_dataset)
 
     def _initialise(self) -> None:
         """Compute the method's initial values from training images, the same on every rank."""
+        method = self.classifier.method
+        if self._is_plain:
+            self._initialise_from(plain_batches(self.trainer, method.images_per_class))
+            return
         dataset = self._datamodule.train_dataset
-        method, backbone = self.classifier.method, self.classifier.backbone
         rows = np.random.default_rng(self.seed).permutation(len(dataset))
         if method.images_per_class is None:
             rows = rows[:MAX_IMAGES]
         else:
             rows = first_of_each(dataset.labels.numpy(), rows, method.images_per_class)
         dataloader = self._datamodule.feature_dataloader(dataset.subset(rows))
-        batches = (self._apply_batch_transfer_handler(batch) for batch in dataloader)
+        self._initialise_from(dataloader)
+
+    def _initialise_from(self, loaded: Iterable[Any]) -> None:
+        """Compute the method's initial values from batches of a loader."""
+        method, backbone = self.classifier.method, self.classifier.backbone
+        batches = (self._apply_batch_transfer_handler(batch) for batch in loaded)
         if method.images_per_class is None:
             images = (batch.images for batch in batches)
             initialise(method, cast(TokenBackbone, backbone), images, self.seed)
@@ -176,6 +171,8 @@ class TuningModule(L.LightningModule):
                 "batch norm is trained here, and cannot be synchronised over CPU processes: set "
                 "trainer.devices=1"
             )
+        if self._is_plain:
+            return
         short = len(self._datamodule.train_dataset) % self.recipe.batch_size
         if 0 < short < self.trainer.world_size:
             raise UserError(
@@ -221,7 +218,7 @@ class TuningModule(L.LightningModule):
         self.log("train/loss", self.train_loss, prog_bar=True)
         self.log(f"train/{self.kind.score}", self.train_score, prog_bar=True)
         self.log("lr", self._lr)
-        if self._leaks and self._datamodule.split == "final":
+        if self._leaks and not self._is_plain and self._datamodule.split == "final":
             self.log(f"leak/test_{self.kind.score}", self._leak())
 
     @torch.no_grad()
@@ -268,6 +265,20 @@ class TuningModule(L.LightningModule):
         self.scored_step, self.scored_loss = self.trainer.global_step, float(loss.compute())
         self.log_dict(self.scores, prog_bar=True)
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Return a pair of a plain loader as a batch; a `TaskDataModule` has a hook of its own."""
+        if isinstance(batch, Batch):
+            return batch
+        images, labels = batch
+        weight = 1 / len(labels) if self.trainer.training else 1.0  # the loss is their mean
+        weights = torch.full((len(labels),), weight, device=labels.device)
+        return Batch(images, labels, torch.arange(len(labels), device=labels.device), weights)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the data come from plain loaders."""
+        return not isinstance(self._datamodule, TaskDataModule)
+
     @property
     def _datamodule(self) -> TaskDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
@@ -299,6 +310,23 @@ class TuningModule(L.LightningModule):
             with self.trainer.precision_plugin.forward_context():
                 part = self.classifier.frozen(moved.images.to(self.dtype))
             yield part.float().cpu()
+
+
+def plain_batches(trainer: L.Trainer, per_class: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of a plain training loader, at most `MAX_IMAGES` images, or `per_class` of each class."""
+    trainer.fit_loop.setup_data()
+    loader = cast(Iterable[tuple[Tensor, Tensor]], trainer.train_dataloader)
+    seen: Counter[int] = Counter()
+    for images, labels in loader:
+        if per_class is None and seen.total() >= MAX_IMAGES:
+            return
+        kept = []
+        for i, label in enumerate(labels.tolist()):
+            if seen.total() < MAX_IMAGES if per_class is None else seen[label] < per_class:
+                kept.append(i)
+                seen[label] += 1
+        if kept:
+            yield images[kept], labels[kept]
 
 
 def first_of_each(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:

@@ -13,9 +13,8 @@ from torch import nn
 from visprompt.data.datasets import Batch
 from visprompt.errors import UserError
 from visprompt.models.bank import Bank
-from visprompt.models.kind import TaskKind
+from visprompt.models.kind import Mean, TaskKind
 from visprompt.models.tuned_state import TunedState
-from visprompt.models.tuning_module import Mean
 from visprompt.runs.result import Result
 
 

@@ -1,0 +1,57 @@
+"""Tune a classifier on one's own data loaders, through Lightning and without Hydra."""
+
+from typing import Any
+
+import lightning.pytorch as L
+from torch.utils.data import DataLoader
+
+from visprompt.errors import UserError
+from visprompt.models.classifier import Classifier
+from visprompt.models.recipe import Recipe
+from visprompt.models.tuning_module import TuningModule
+
+
+def fit(
+    classifier: Classifier,
+    train: DataLoader[Any],
+    val: DataLoader[Any] | None,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    **trainer: Any,
+) -> dict[str, float]:
+    """Tune a classifier.
+
+    Its `head_init` was chosen when it was built; that of the recipe is not read. Runs from configs also
+    compute frozen features once, resume bit for bit, and write results: `python src/train.py data=folder`.
+
+    Args:
+        classifier: A classifier from `visprompt.build`; tuned in place, and in evaluation mode afterwards.
+        train: A loader of pairs: images [B, 3, H, W], normalised with `classifier.backbone.mean` and `.std`,
+            and labels [B], int64.
+        val: A loader of images that are scored after every epoch, in the same form; None for none.
+        recipe: The settings of training; its `batch_size` is the loader's.
+        seed: Seed of dropout and of what is computed from training images. The loader draws its own order.
+        **trainer: Options of Lightning's `Trainer`, such as `accelerator="gpu"`, `precision="bf16-mixed"`,
+            `callbacks` or `logger`.
+
+    Returns:
+        The figures of the last epoch on `val`, such as "val/acc" and "val/loss"; empty without `val`.
+
+    Raises:
+        UserError: The recipe's batch size is not the loader's.
+        Diverged: The loss is not finite.
+    """
+    if train.batch_size not in (None, recipe.batch_size):
+        raise UserError(
+            f"the recipe's batch_size={recipe.batch_size} is not the loader's {train.batch_size}, by which "
+            "the learning rate is scaled: give equal ones"
+        )
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    if val is None:  # or Lightning warns about a validation without a loader
+        quiet["limit_val_batches"] = 0
+    options: dict[str, Any] = {**quiet, "num_sanity_val_steps": 0, "max_epochs": recipe.epochs, **trainer}
+    module = TuningModule(classifier, recipe, seed)
+    L.Trainer(**options).fit(module, train, val)
+    classifier.eval()
+    return dict(module.scores)

@@ -1,0 +1,123 @@
+"""Training on plain loaders is training as the equations of its recipe read."""
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import visprompt
+from helpers.tiny import images, relative_error, tiny_model
+from visprompt.errors import UserError
+from visprompt.models.tuning_module import TuningModule, plain_batches
+
+# Lightning's hints to use worker processes
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+RECIPE = {
+    "optimizer": "sgd",
+    "lr": 12.8,
+    "weight_decay": 0.0,
+    "batch_size": 4,
+    "epochs": 2,
+    "warmup_epochs": 0,
+}
+
+
+def loader(count=10, batch_size=4, classes=3):
+    labels = torch.arange(count) % classes
+    return DataLoader(TensorDataset(images(count), labels), batch_size=batch_size)
+
+
+def built(method="vpt_deep", **options):
+    torch.manual_seed(0)
+    return visprompt.build(tiny_model(), method, 3, **{"num_tokens": 2, "dropout": 0.0} | options)
+
+
+def fitted(classifier, train, val=None, **changed):
+    return visprompt.fit(classifier, train, val, visprompt.Recipe(**RECIPE | changed), **QUIET)
+
+
+def test_it_is_sgd_on_the_mean_loss_of_each_batch_with_a_cosine():
+    """Ten images in batches of 4, 4 and 2, twice: lr = 12.8 * 4 / 256 = 0.2 at first, momentum 0.9."""
+    classifier, naive = built(), built()
+    fitted(classifier, loader())
+    tuned = dict(naive.tuned_parameters())
+    momentum = {name: torch.zeros_like(value) for name, value in tuned.items()}
+    step = 0
+    for _ in range(2):
+        for x, labels in loader():
+            loss = F.cross_entropy(naive(x), labels)
+            gradients = dict(zip(tuned, torch.autograd.grad(loss, list(tuned.values())), strict=True))
+            rate = 0.2 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / 6)))
+            with torch.no_grad():
+                for name, value in tuned.items():
+                    momentum[name] = 0.9 * momentum[name] + gradients[name]
+                    value -= rate * momentum[name]
+            step += 1
+    for name, value in classifier.tuned_parameters():
+        assert relative_error(value, tuned[name]) < 1e-5, name
+    assert not classifier.training
+
+
+def test_the_figures_are_those_of_the_last_epoch_on_all_images_of_the_validation_loader():
+    classifier, val = built(), loader(7, batch_size=3)
+    scores = fitted(classifier, loader(), val)
+    with torch.no_grad():
+        logits, labels = classifier(val.dataset.tensors[0]), val.dataset.tensors[1]
+    assert scores["val/acc"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert scores["val/loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    assert scores["val/count"] == 7
+    assert fitted(built(), loader()) == {}
+
+
+def test_a_trainer_of_one_s_own_does_the_same():
+    one, other = built(), built()
+    fitted(one, loader())
+    trainer = L.Trainer(
+        max_epochs=2, logger=False, enable_checkpointing=False, enable_model_summary=False, **QUIET
+    )
+    trainer.fit(TuningModule(other, visprompt.Recipe(**RECIPE), seed=0), loader())
+    for (name, value), (_, expected) in zip(one.tuned_parameters(), other.tuned_parameters(), strict=True):
+        assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("vpt_deep", {"init": "patch_sample"}),
+        ("da_vpt", {"num_tokens": 1, "guided_tokens": 2, "dropout": None}),
+    ],
+)
+def test_initial_values_come_from_the_training_loader(method, options):
+    options = {name: value for name, value in options.items() if value is not None}
+    torch.manual_seed(0)
+    classifier = visprompt.build(tiny_model(), method, 3, **options)
+    before = {name: value.clone() for name, value in classifier.tuned_state().items()}
+    fitted(classifier, loader(), lr=0.0)
+    changed = {
+        name for name, value in classifier.tuned_state().items() if not torch.equal(value, before[name])
+    }
+    assert changed == ({"prompts"} if method == "vpt_deep" else {"mapping", "centres"} & changed)
+    assert changed
+
+
+def test_images_of_each_class_are_as_many_as_the_method_sees():
+    trainer = L.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False, **QUIET
+    )
+    found = []
+    classifier = built()
+    module = TuningModule(classifier, visprompt.Recipe(**RECIPE), seed=0)
+    module.on_train_start = lambda: found.extend(plain_batches(trainer, 2))
+    trainer.fit(module, loader())
+    labels = torch.cat([labels for _, labels in found])
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert torch.equal(torch.cat([x for x, _ in found]), images(10)[:6])
+
+
+def test_a_batch_size_that_is_not_the_loader_s_is_refused():
+    with pytest.raises(
+        UserError, match=r"batch_size=4 is not the loader's 5, by which the learning rate is scaled"
+    ):
+        fitted(built(), loader(batch_size=5))
