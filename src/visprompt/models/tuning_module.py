@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -145,7 +145,7 @@ class TuningModule(L.LightningModule):
     def _initialise_from(self, loaded: Iterable[Any]) -> None:
         """Compute the method's initial values from batches of a loader."""
         method, backbone = self.classifier.method, self.classifier.backbone
-        batches = (self._apply_batch_transfer_handler(batch) for batch in loaded)
+        batches = (self._as_batch(self._apply_batch_transfer_handler(batch)) for batch in loaded)
         if method.images_per_class is None:
             images = (batch.images for batch in batches)
             initialise(method, cast(TokenBackbone, backbone), images, self.seed)
@@ -195,6 +195,7 @@ class TuningModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the losses, whose weights make it the mean over the global batch."""
+        batch = self._as_batch(batch)
         logits = self(batch.images).float()
         losses = self.classifier.losses(logits, batch.labels, batch.weights)
         loss = (losses * batch.weights).sum()
@@ -235,6 +236,7 @@ class TuningModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch of validation images."""
+        batch = self._as_batch(batch)
         logits = self(batch.images).float()
         self.val_loss.update(self.kind.loss(logits, batch.labels), batch.weights)
         self.val_figures.update(logits, batch.labels, batch.weights)
@@ -247,6 +249,7 @@ class TuningModule(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch of test images; runs once, after the last epoch of a final run."""
+        batch = self._as_batch(batch)
         logits = self(batch.images).float()
         self.test_loss.update(self.kind.loss(logits, batch.labels), batch.weights)
         self.test_figures.update(logits, batch.labels, batch.weights)
@@ -265,11 +268,11 @@ class TuningModule(L.LightningModule):
         self.scored_step, self.scored_loss = self.trainer.global_step, float(loss.compute())
         self.log_dict(self.scores, prog_bar=True)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
-        """Return a pair of a plain loader as a batch; a `TaskDataModule` has a hook of its own."""
-        if isinstance(batch, Batch):
-            return batch
-        images, labels = batch
+    def _as_batch(self, loaded: Batch | Sequence[Tensor]) -> Batch:
+        """Return a pair of a plain loader as a batch."""
+        if isinstance(loaded, Batch):
+            return loaded
+        images, labels = loaded
         weight = 1 / len(labels) if self.trainer.training else 1.0  # the loss is their mean
         weights = torch.full((len(labels),), weight, device=labels.device)
         return Batch(images, labels, torch.arange(len(labels), device=labels.device), weights)
