@@ -28,6 +28,7 @@ from visprompt.errors import UserError
 from visprompt.models.backbones import DEMO, Backbone, BackboneSpec, build_backbone
 from visprompt.models.bank import Bank
 from visprompt.models.classifier import Classifier
+from visprompt.models.contract import Method
 from visprompt.models.methods import build_method
 from visprompt.models.tuned_state import TunedState
 
@@ -61,7 +62,7 @@ def state(backbone: Backbone, length: int, classes: int) -> TunedState:
     )
 
 
-def method(backbone: Backbone, length: int):  # noqa: ANN201  # a method
+def method(backbone: Backbone, length: int) -> Method:
     """Return VPT-deep, or linear probing for length 0."""
     if not length:
         return build_method("linear", backbone.module)
@@ -69,7 +70,7 @@ def method(backbone: Backbone, length: int):  # noqa: ANN201  # a method
 
 
 def classifier(backbone: Backbone, length: int, options: argparse.Namespace) -> Callable[[Tensor], Tensor]:
-    """Return a classifier of the mean number of classes."""
+    """Return a classifier in evaluation mode, of the mean number of classes."""
     made = Classifier(backbone.module, method(backbone, length), (LEAST_CLASSES + MOST_CLASSES) // 2)
     return made.to(options.device, options.dtype).eval()
 

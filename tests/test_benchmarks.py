@@ -197,3 +197,50 @@ def test_the_committed_table_of_methods_is_whole_and_its_counts_are_the_codes(me
             options = {name: value for name, value in job.method if name != "name"}
             counted = build("vit64_tiny_imagenet_100", method, 16, **options).summary()
             assert row["tuned parameters + head"] == f"{counted.tuned:,} + {counted.head:,}", method
+
+
+@pytest.fixture
+def bank(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("bank")
+
+
+def test_the_bank_is_compared_with_a_single_classifier_of_the_same_mean_length(bank, capsys):
+    bank.main(
+        [
+            "--backbone",
+            "test_vit",
+            "--batch",
+            "6",
+            "--tasks",
+            "1",
+            "3",
+            "--longest",
+            "9",
+            "--rounds",
+            "1",
+            "--states",
+            "4",
+        ]
+    )
+    text = capsys.readouterr().out
+    assert text.startswith("test_vit on cpu, batch 6, torch.float32, 1 rounds; ")
+    (table,) = tables(text)
+    assert list(table) == ["single", "promptless", "bank 1", "bank 3", "passes 3"]
+    for row in table.values():
+        figures = [float(number) for cell in row.values() for number in re.findall(r"[\d.]+", cell)]
+        assert all(math.isfinite(number) and number > 0 for number in figures)
+    assert table["single"]["throughput / single"] == "1.000 [1.000, 1.000]"
+    # lengths 1, 4, 6, 9 and classes 397, 265, 134, 2 in 4 bytes a number: keys, values, and the head
+    backbone = bank.built(argparse.Namespace(backbone="test_vit"))
+    width, blocks = backbone.module.width, backbone.module.num_blocks
+    own = 4 * (2 * blocks * width * (1 + 4 + 6 + 9) + (width + 1) * (397 + 265 + 134 + 2)) / 4 / 1e6
+    assert f"4 states: {own:.2f} MB each in the bank" in text
+
+
+def test_lengths_and_classes_are_spread_evenly(bank):
+    assert bank.spread(1, 100, 1) == [50]
+    assert bank.spread(1, 100, 4) == [1, 34, 67, 100]
+    lengths = bank.spread(1, 100, 64)
+    assert (lengths[0], lengths[-1], len(lengths)) == (1, 100, 64)
+    assert sum(lengths) / 64 == pytest.approx(50.5, abs=0.01)
