@@ -179,11 +179,16 @@ class Bank:
         with self._loading:
             if (task := self._used(name)) is not None:  # another thread has loaded it
                 return task
-            source = self._sources.get(name)
+            with self._lock:
+                source = self._sources.get(name)
             if source is None or source.file is None:
                 raise unknown("task", name, self.names)
             task = self._load(name, load_state(source.file), source.file)
-            self._keep(task, source)
+            with self._lock:
+                if (
+                    self._sources.get(name) is source
+                ):  # else it was removed meanwhile: this request has it still
+                    self._keep(task, source)
         return task
 
     def __call__(self, images: Tensor | Sequence[Picture], tasks: str | Sequence[str | None]) -> list[Tensor]:
