@@ -191,14 +191,18 @@ class Bank:
                     self._keep(task, source)
         return task
 
-    def __call__(self, images: Tensor | Sequence[Picture], tasks: str | Sequence[str | None]) -> list[Tensor]:
+    def __call__(
+        self, images: Tensor | Sequence[Picture], tasks: str | Task | Sequence[str | Task | None]
+    ) -> list[Tensor]:
         """Return the logits of each image by its task.
 
         Args:
             images: Normalised images [B, 3, H, W], or a sequence of images: each a normalised tensor
                 [3, H, W], or a picture (of Pillow, or uint8 [h, w, 3]) that is prepared as its task says.
                 Images of another size are computed in a pass of their own.
-            tasks: Name of each image's task, or one name for all. None gives the backbone's features.
+            tasks: Name of each image's task, or one name for all. None gives the backbone's features. A
+                `Task` in place of a name is computed as it is, also after it was replaced or removed, so
+                that a caller can pair the logits with its class names.
 
         Returns:
             For each image its logits [C], or features [width].
@@ -207,10 +211,10 @@ class Bank:
             UserError: There is no such task, an image does not fit, or there are more tasks than images or
                 fewer.
         """
-        names = [tasks] * len(images) if isinstance(tasks, str) else list(tasks)
+        names = [tasks] * len(images) if isinstance(tasks, str | Task) else list(tasks)
         if len(names) != len(images):
             raise UserError(f"{len(names)} tasks for {len(images)} images: give each image its task")
-        found = {name: None if name is None else self.task(name) for name in dict.fromkeys(names)}
+        found = {name: self.task(name) if isinstance(name, str) else name for name in dict.fromkeys(names)}
         inputs = [self._input(image, found[name]) for image, name in zip(images, names, strict=True)]
         out: list[Tensor | None] = [None] * len(inputs)
         # equal sizes together, then equal tasks; tasks of one method stand side by side

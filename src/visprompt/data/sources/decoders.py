@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,38 @@ from visprompt.data.sources.specialized import decode_retina
 from visprompt.errors import UserError
 
 
-def _checked(path: Path, max_pixels: int) -> bytes:
+def _content(source: Path | bytes) -> bytes:
+    return source if isinstance(source, bytes) else source.read_bytes()
+
+
+def _opened(source: Path | bytes) -> Path | BytesIO:
+    return BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _checked(source: Path | bytes, max_pixels: int) -> bytes:
     """Return a file's bytes after checking, before OpenCV decodes it, its format and its number of pixels."""
     with decoding():
-        open_image(path, max_pixels).close()
-        return path.read_bytes()
+        open_image(_opened(source), max_pixels).close()
+        return _content(source)
+
+
+def _upright(source: Path | bytes, **options: Any) -> np.ndarray:
+    return decode(_opened(source), **options)
 
 
 DECODERS: dict[str, Callable[..., np.ndarray]] = {
-    "upright": decode,
-    "rgb": lambda path, max_pixels=MAX_PIXELS: decode_rgb(path.read_bytes(), max_pixels),
-    "sun397": lambda path, max_pixels=MAX_PIXELS: decode_sun397(_checked(path, max_pixels)),
-    "retina": lambda path, max_pixels=MAX_PIXELS: decode_retina(_checked(path, max_pixels)),
+    "upright": _upright,
+    "rgb": lambda source, max_pixels=MAX_PIXELS: decode_rgb(_content(source), max_pixels),
+    "sun397": lambda source, max_pixels=MAX_PIXELS: decode_sun397(_checked(source, max_pixels)),
+    "retina": lambda source, max_pixels=MAX_PIXELS: decode_retina(_checked(source, max_pixels)),
 }
-"""Name -> function of a path and `max_pixels` that returns uint8 [h, w, 3] or raises `BadImage`"""
+"""Name -> function of a path or content and `max_pixels`; it returns uint8 [h, w, 3] or raises `BadImage`"""
 
 
 def decoder_of(
     preprocessing: Mapping[str, Any], max_pixels: int = MAX_PIXELS
-) -> Callable[[Path], np.ndarray]:
-    """Return the function that decodes a file as the images of a run were decoded.
+) -> Callable[[Path | bytes], np.ndarray]:
+    """Return the function that decodes a file, or its content, as the images of a run were decoded.
 
     Args:
         preprocessing: A data module's `preprocessing`, as the tuned state stores it.
@@ -49,4 +62,4 @@ def decoder_of(
         )
     white_level = preprocessing.get("white_level")
     options = {} if white_level is None else {"white_level": white_level}
-    return partial(found if white_level is None else decode, max_pixels=max_pixels, **options)
+    return partial(found if white_level is None else _upright, max_pixels=max_pixels, **options)

@@ -32,6 +32,10 @@ class BadImage(UserError):
     """A file that cannot be used as an image; the message is the reason, without the file's name."""
 
 
+class TooLarge(BadImage):
+    """An image of more pixels than are decoded."""
+
+
 def open_image(source: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open an image file of a supported format and limited size; its pixels are not decoded yet.
 
@@ -43,7 +47,7 @@ def open_image(source: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> 
         Pillow's image, to be used in a `with`.
 
     Raises:
-        BadImage: The image has more pixels.
+        TooLarge: The image has more pixels.
         Exception: Pillow cannot read it; see `decoding`.
     """
     with _PILLOW, warnings.catch_warnings():
@@ -55,7 +59,7 @@ def open_image(source: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> 
             Image.MAX_IMAGE_PIXELS = pillows
     if image.width * image.height > max_pixels:
         image.close()
-        raise BadImage(
+        raise TooLarge(
             f"is {image.width} x {image.height} pixels, more than the {max_pixels} that are decoded: if it "
             "is meant to be so large, raise data.max_pixels, or for src/predict.py max_pixels"
         )
