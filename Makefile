@@ -66,7 +66,7 @@ setup: $(STAMP)  ## only the environment, .venv, from the hashes in uv.lock; uv 
 
 $(STAMP): pyproject.toml uv.lock .uv/.installed $(if $(STALE),FORCE)
 	@$(FIND_PYTHON); rm -f $@; \
-	$(UV) sync --frozen --python "$$python" \
+	$(UV) sync --frozen --all-extras --python "$$python" \
 	  || $(call FAIL,the environment could not be made from uv.lock for the reason above: it needs a network and some 8 GB of disk.)
 	@pwd -P > $@
 

@@ -58,10 +58,30 @@ def git(*arguments):
 
 
 def requirements():
-    """Every requirement of pyproject.toml: [build-system], the dependencies, and the groups."""
+    """Every requirement of pyproject.toml: [build-system], the dependencies, the extras, and the groups."""
     groups = (entry for group in PYPROJECT["dependency-groups"].values() for entry in group)
-    listed = [*PYPROJECT["build-system"]["requires"], *PYPROJECT["project"]["dependencies"], *groups]
+    listed = [
+        *PYPROJECT["build-system"]["requires"],
+        *PYPROJECT["project"]["dependencies"],
+        *extras(),
+        *groups,
+    ]
     return [entry for entry in listed if isinstance(entry, str)]
+
+
+def extras():
+    """Every requirement of the extras, which users choose and `make setup` installs."""
+    return [
+        entry for extra in PYPROJECT["project"].get("optional-dependencies", {}).values() for entry in extra
+    ]
+
+
+def locked(entries):
+    """Requirements as pyproject.toml writes them: `tritonclient[http]>=2.60,<3`."""
+    return {
+        entry["name"] + (f"[{','.join(entry['extras'])}]" if "extras" in entry else "") + entry["specifier"]
+        for entry in entries
+    }
 
 
 def pinned_uv():
@@ -74,7 +94,7 @@ def version_tuple(text):
 
 @pytest.mark.parametrize("requirement", requirements())
 def test_every_dependency_is_bounded_once_with_its_reason_beside_it(requirement):
-    assert re.fullmatch(r"[a-z0-9_-]+>=[\d.]+,<[\d.]+", requirement)
+    assert re.fullmatch(r"[a-z0-9_-]+(\[[a-z]+\])?>=[\d.]+,<[\d.]+", requirement)
     lines = [
         line for line in (ROOT / "pyproject.toml").read_text().splitlines() if f'"{requirement}"' in line
     ]
@@ -91,7 +111,8 @@ def test_every_package_that_is_imported_is_declared():
         "opencv-python-headless": "cv2",
         "hydra-core": "hydra",
     }
-    declared = {re.split(r"[><]", entry)[0] for entry in PYPROJECT["project"]["dependencies"]}
+    listed = [*PYPROJECT["project"]["dependencies"], *extras()]
+    declared = {re.split(r"[><]", entry)[0] for entry in listed}
     known = (
         {module.get(name, name.replace("-", "_")) for name in declared}
         | {"visprompt"}
@@ -107,10 +128,10 @@ def test_every_package_that_is_imported_is_declared():
 def test_the_lock_is_of_these_dependencies_and_hashed():
     (ours,) = (package for package in LOCK["package"] if package["name"] == PYPROJECT["project"]["name"])
     assert LOCK["requires-python"].replace(" ", "") == PYPROJECT["project"]["requires-python"]
-    held = {entry["name"] + entry["specifier"] for entry in ours["metadata"]["requires-dist"]}
-    assert held == set(PYPROJECT["project"]["dependencies"])
+    held = locked(ours["metadata"]["requires-dist"])
+    assert held == {*PYPROJECT["project"]["dependencies"], *extras()}
     for group in PYPROJECT["dependency-groups"]:
-        held = {entry["name"] + entry["specifier"] for entry in ours["metadata"]["requires-dev"][group]}
+        held = locked(ours["metadata"]["requires-dev"][group])
         assert {entry for entry in PYPROJECT["dependency-groups"][group] if isinstance(entry, str)} <= held
     files = [
         file
