@@ -23,6 +23,7 @@ from visprompt.reports import report
 from visprompt.runs import compose, evaluate, predict, run, run_all, settings
 from visprompt.runs.compose import composing
 from visprompt.runs.trainer import build_trainer
+from visprompt.serving.run import serve
 from visprompt.tuning import protocol
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # thousands of values
@@ -189,6 +190,11 @@ def no_state(cfg, key):
     predict.predict(cfg.state, cfg.images, **options)
 
 
+def no_states(cfg, key):
+    compose.check_values(cfg)
+    serve(**{name: value for name, value in compose.plain(cfg).items() if name != "paths"})
+
+
 def no_runs(cfg, key):
     compose.check_values(cfg)
     report.report(cfg)
@@ -205,6 +211,7 @@ def prepared(cfg, key):
         ("eval", ("run=none", "trainer=cpu", "callbacks=none"), no_run),
         ("predict", ("state=none", "images=none"), no_state),
         ("report", ("runs=none", "output=none"), no_runs),
+        ("serve", ("states=none",), no_states),
         ("prepare", ("tasks=vtab_natural",), prepared),
     ],
 )

@@ -30,7 +30,12 @@ def shown(capsys, monkeypatch, script, *arguments):
     return printed.out
 
 
-NEEDED = {"eval": ("run=x",), "predict": ("state=x", "images=y"), "prepare": ("tasks=dtd",)}
+NEEDED = {
+    "eval": ("run=x",),
+    "predict": ("state=x", "images=y"),
+    "prepare": ("tasks=dtd",),
+    "serve": ("states=x",),
+}
 FLAGS = [
     (("-c", "hydra"), "--cfg=hydra"),
     (("--cfg=all",), "--cfg=all"),

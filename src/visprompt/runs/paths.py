@@ -24,12 +24,12 @@ PATHS = (
         "method.weights",
         "recipe.table",
     ),
-    *("run", "state", "images", "output", "weights", "runs", "inspect", "table"),
+    *("run", "state", "states", "images", "output", "weights", "runs", "inspect", "table"),
     *("trainer.profiler.dirpath",),
 )
 """Keys of all entry points whose values are paths; `paths.*` are first, because others refer to them."""
 
-LISTS = ("run", "runs", "inspect", "state")
+LISTS = ("run", "runs", "inspect", "state", "states")
 """Keys whose values may be a list of paths."""
 
 TEXTS = (*PATHS, "data.name")

@@ -58,6 +58,21 @@ _ALLOWED: dict[str, Allowed] = {
     **dict.fromkeys(
         ("paths.root_dir", "paths.data_dir", "paths.log_dir", "table", "output", "state", "images"), PATH
     ),
+    "states": _PATHS,
+    **dict.fromkeys(("host", "dtype"), TEXT),
+    "port": whole(0, 65535),
+    "budget": whole(1, 2**50) | NULL,
+    "watch_seconds": number("a number above 0", lambda value: value > 0),
+    **{
+        f"limits.{name}": whole(1, 2**40)
+        for name in ("image_bytes", "image_pixels", "images", "batch", "queue")
+    },
+    **{f"limits.{name}": whole(1, 2**50) for name in ("request_bytes", "held_bytes")},
+    **{
+        f"limits.{name}": number("a number above 0", lambda value: value > 0)
+        for name in ("seconds", "drain_seconds")
+    },
+    "limits.batch_wait_ms": number("a number of 0 or more", lambda value: value >= 0),
     **dict.fromkeys(("data_dir", "root", "weights", "recipe.table"), PATH | NULL),
     **dict.fromkeys(("run", "runs"), _PATHS),
     "inspect": _PATHS | NULL,
@@ -102,7 +117,17 @@ _ALLOWED: dict[str, Allowed] = {
 # Two programs differ, and are recognised by one of their keys: eval.py (`weights`) may leave out the
 # precision, which is then the run's; prepare.py (`verify`) needs a data_dir.
 _IN_ONE_PROGRAM = (("weights", "precision", _PRECISION | NULL), ("verify", "data_dir", PATH))
-_GROUPS = ("data", "backbone", "method", "recipe", "trainer", "paths", "preprocessing", "diagnostics")
+_GROUPS = (
+    "data",
+    "backbone",
+    "method",
+    "recipe",
+    "trainer",
+    "paths",
+    "preprocessing",
+    "diagnostics",
+    "limits",
+)
 
 # settings of Lightning's trainer that this project sets itself, with what to give instead
 _SET_BY_PROJECT = {

@@ -34,6 +34,9 @@ WHOLE = frozenset(
         ),
         *(f"trainer.{name}" for name in ("devices", "num_nodes", "accumulate_grad_batches")),
         *("trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"),
+        *("port", "budget"),
+        *(f"limits.{name}" for name in ("image_bytes", "image_pixels", "images", "batch", "queue")),
+        *("limits.request_bytes", "limits.held_bytes"),
     )
 )
 """Keys whose values are whole numbers, beside options of methods: W&B's agents write some of them as 2.0."""

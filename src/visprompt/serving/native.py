@@ -1,0 +1,183 @@
+"""The service's own endpoints: predict, and list, load and unload tasks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from torch import Tensor
+
+from visprompt.models.bank import Task
+from visprompt.serving.access import Tokens
+from visprompt.serving.reading import TOP_K, PredictRequest, read
+from visprompt.serving.refused import Refused
+from visprompt.serving.service import Service
+from visprompt.serving.states import Entry
+
+
+class ClassProbability(BaseModel):
+    """A class and its probability."""
+
+    name: str
+    probability: float
+
+
+class Prediction(BaseModel):
+    """What an image was found to be: classes, or an error with its status."""
+
+    classes: list[ClassProbability] | None = None
+    error: str | None = None
+    status: int | None = None
+
+
+class PredictAnswer(BaseModel):
+    """The predictions of one request, in the order of its images."""
+
+    task: str
+    predictions: list[Prediction]
+
+
+class TaskAnswer(BaseModel):
+    """A task of the service."""
+
+    name: str
+    ready: bool
+    in_memory: bool
+    """Whether its tensors are in memory; a task that was evicted is loaded again by the next request."""
+    reason: str | None = None
+    """Why it is not ready."""
+    classes: list[str] | None = None
+    """In the order of the model's outputs; only where one task is asked for."""
+    method: dict[str, Any] | None = None
+    bytes: int | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """Any error: one sentence."""
+
+    error: str
+
+
+def _file(kind: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": kind}
+
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": _file(
+                    {
+                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                        "top_k": {"type": "integer", "minimum": 1, "default": TOP_K},
+                    }
+                )
+            },
+            "application/json": {"schema": PredictRequest.model_json_schema()},
+        },
+    }
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "No image of the request can be decoded"},
+    404: {"model": ErrorAnswer, "description": "There is no such task"},
+    413: {"model": ErrorAnswer, "description": "An image or the request is too large"},
+    429: {"model": ErrorAnswer, "description": "The service is full: try again after Retry-After seconds"},
+    504: {"model": ErrorAnswer, "description": "The request took too long"},
+}
+
+
+def router(service: Service, tokens: Tokens) -> APIRouter:
+    """Return the endpoints below /v1."""
+    routes = APIRouter(prefix="/v1", tags=["tasks"])
+    user, administrator = [Depends(tokens.user())], [Depends(tokens.administrator())]
+
+    @routes.post(
+        "/tasks/{task}/predict",
+        dependencies=user,
+        openapi_extra=_BODY,
+        responses={
+            200: {"model": PredictAnswer},
+            207: {"model": PredictAnswer, "description": "Some images of the request are bad"},
+            **_ERRORS,
+        },
+    )
+    async def predict(task: str, request: Request) -> JSONResponse:
+        """Return the most probable classes of each image, sent as files or in base64."""
+        async with service.request() as ticket:
+            asked = await service.task(task)
+            given = await read(request, ticket, service)
+            outcomes = await service.predict(asked, given.images)
+        return _answer(asked, outcomes, given.top_k)
+
+    @routes.get("/tasks", dependencies=user, response_model_exclude_none=True)
+    def tasks() -> list[TaskAnswer]:
+        """List all tasks."""
+        loaded = {*service.bank.loaded}
+        return [_described(entry, loaded) for entry in service.states.entries]
+
+    @routes.get(
+        "/tasks/{task}",
+        dependencies=user,
+        response_model_exclude_none=True,
+        responses={404: _ERRORS[404]},
+    )
+    def task(task: str) -> TaskAnswer:
+        """Return a task with its classes."""
+        entry = service.states.entry(task)
+        return _described(entry, {*service.bank.loaded}, service.states.task(task) if entry.ready else None)
+
+    @routes.post(
+        "/tasks/{task}/load",
+        dependencies=administrator,
+        response_model_exclude_none=True,
+        responses={404: _ERRORS[404]},
+    )
+    def load(task: str) -> TaskAnswer:
+        """Load a task from its file in the folder of states, again if it is loaded."""
+        loaded = service.states.load(task)
+        return _described(service.states.entry(task), {task}, loaded)
+
+    @routes.post(
+        "/tasks/{task}/unload",
+        dependencies=administrator,
+        response_model_exclude_none=True,
+        responses={404: _ERRORS[404]},
+    )
+    def unload(task: str) -> TaskAnswer:
+        """Free a task, until it is loaded again; requests that have begun are answered."""
+        service.states.unload(task)
+        return _described(service.states.entry(task), set())
+
+    return routes
+
+
+def _answer(task: Task, outcomes: Sequence[Tensor | Refused], top_k: int) -> JSONResponse:
+    """Return 200; 207 if some images are bad; the error of the first if all are."""
+    bad = [outcome for outcome in outcomes if isinstance(outcome, Refused)]
+    if len(bad) == len(outcomes):
+        raise bad[0]
+    predictions = [
+        {"error": str(outcome), "status": outcome.status}
+        if isinstance(outcome, Refused)
+        else {"classes": _top(outcome, task.class_names, top_k)}
+        for outcome in outcomes
+    ]
+    return JSONResponse({"task": task.name, "predictions": predictions}, 207 if bad else 200)
+
+
+def _top(shares: Tensor, names: Sequence[str], top_k: int) -> list[dict[str, Any]]:
+    values, places = shares.topk(min(top_k, len(names)))
+    return [
+        {"name": names[place], "probability": value}
+        for value, place in zip(values.tolist(), places.tolist(), strict=True)
+    ]
+
+
+def _described(entry: Entry, loaded: set[str], task: Task | None = None) -> TaskAnswer:
+    reason = "it is unloaded" if entry.unloaded else entry.reason
+    answer = TaskAnswer(name=entry.name, ready=entry.ready, in_memory=entry.name in loaded, reason=reason)
+    if task is not None:
+        answer.classes, answer.method, answer.bytes = [*task.class_names], dict(task.method), task.nbytes
+    return answer

@@ -1,0 +1,130 @@
+"""The service behind all endpoints: from the images of a request to probabilities."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from visprompt.models.bank import Bank, Task
+from visprompt.serving.batching import Batcher, probabilities
+from visprompt.serving.limits import Admission, Limits, Ticket
+from visprompt.serving.metrics import Metrics
+from visprompt.serving.pictures import Content, prepare
+from visprompt.serving.refused import Refused
+from visprompt.serving.states import States
+
+_T = TypeVar("_T")
+
+
+class Service:
+    """Decodes images in threads, computes them in batches that mix all tasks, and bounds both.
+
+    Args:
+        bank: The tasks.
+        states: What keeps the bank equal to the files.
+        limits: The limits.
+    """
+
+    def __init__(self, bank: Bank, states: States, limits: Limits) -> None:
+        self.bank = bank
+        self.states = states
+        self.limits = limits
+        self.metrics = Metrics()
+        self.draining = False
+        self._batcher = Batcher(
+            partial(probabilities, bank),
+            size=limits.batch,
+            wait=limits.batch_wait_ms / 1000,
+            metrics=self.metrics,
+        )
+        self._pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1), thread_name_prefix="decode")
+        self._admission = Admission(limits, lambda: self._batcher.seconds_per_image)
+        self.metrics.admitted.set_function(lambda: self._admission.images)
+        self.metrics.held.set_function(lambda: self._admission.bytes)
+        self.metrics.waiting.set_function(lambda: len(self._batcher))
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests should be sent here."""
+        return self._batcher.alive and not self.draining
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[Ticket]:
+        """Admit a request and limit its time.
+
+        Raises:
+            Refused: The service is full, or the time is over.
+        """
+        seconds = self.limits.seconds
+        with self._admission.enter() as ticket:
+            try:
+                async with asyncio.timeout(seconds):
+                    yield ticket
+            except TimeoutError:
+                raise Refused(
+                    504, f"the request was not answered within {seconds:g} seconds: try again"
+                ) from None
+
+    async def task(self, name: str) -> Task:
+        """Return a task, loaded if it was evicted.
+
+        Raises:
+            Refused: It does not answer.
+        """
+        return await self.in_thread(self.states.task, name)
+
+    async def predict(self, task: Task, contents: Sequence[Content | Refused]) -> list[Tensor | Refused]:
+        """Return each image's probabilities [C], float32, or why it has none.
+
+        Args:
+            task: The task, as it is now: an answer never mixes the logits of one state with the classes of
+                another that replaces it meanwhile.
+            contents: The images; what could not even be read stays refused.
+        """
+        return list(await asyncio.gather(*(self._one(task, c, i + 1) for i, c in enumerate(contents))))
+
+    async def in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Call a function that takes long, in a thread of the pool."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def close(self) -> None:
+        """End all threads, after what is in the queue."""
+        self.states.close()
+        self._pool.shutdown()
+        self._batcher.close()
+
+    async def _one(self, task: Task, content: Content | Refused, number: int) -> Tensor | Refused:
+        outcome: Tensor | Refused
+        if isinstance(content, Refused):
+            outcome = content
+        else:
+            outcome = await self.in_thread(self._prepared, content, number, task)
+        if isinstance(outcome, Refused):
+            self.metrics.images.labels(task.name, "failed" if outcome.status >= 500 else "bad").inc()
+            return outcome
+        try:
+            shares = await asyncio.wrap_future(self._batcher.submit(outcome, task))
+        except Exception:  # the thread has logged it
+            shares = None
+        if shares is None or not shares.isfinite().all():
+            self.metrics.images.labels(task.name, "failed").inc()
+            why = (
+                "failed: the log of the service says why"
+                if shares is None
+                else "gave no finite probabilities"
+            )
+            return Refused(500, f"image {number} {why}")
+        self.metrics.images.labels(task.name, "ok").inc()
+        return shares
+
+    def _prepared(self, content: Content, number: int, task: Task) -> Tensor | Refused:
+        started = time.monotonic()
+        outcome = prepare(content, number, task, self.limits)
+        self.metrics.decoding.observe(time.monotonic() - started)
+        return outcome
