@@ -20,6 +20,7 @@ def main(cfg: DictConfig) -> None:
         # imported late: typing errors are reported before torch is loaded
         from visprompt.serving.run import serve
 
+        signals.started()
         expand_paths(cfg)
         serve(**{name: value for name, value in plain(cfg).items() if name != "paths"})
 

@@ -11,6 +11,9 @@ from visprompt.data.sources.decoders import decoder_of
 from visprompt.data.transforms import to_input
 from visprompt.models.tuned_state import load_state
 
+# a second service to start; the fast tests have one
+pytestmark = pytest.mark.slow
+
 PICTURES = [picture(seed, kind="JPEG") for seed in range(3)]
 
 
