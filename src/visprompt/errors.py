@@ -37,6 +37,8 @@ def unknown(what: str, word: object, choices: Iterable[str]) -> UserError:
         are more than 40.
     """
     word, names = str(word), sorted(set(choices))
+    if not names:
+        return UserError(f"unknown {what} {word!r}: there is none yet")
     near = get_close_matches(word.lower(), names, n=3, cutoff=0.5)
     listed = ", ".join(names[:_LISTED]) + (f" or {len(names) - _LISTED} more" if len(names) > _LISTED else "")
     if near:

@@ -1,7 +1,9 @@
 """A batch that mixes tasks gives each image the logits of its own classifier."""
 
+import gc
 import re
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 import visprompt
 from helpers.pairs import options, working
 from helpers.tiny import RECORD, relative_error
+from visprompt.data.sources.decoders import decoder_of
 from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
 from visprompt.models.backbones import DEMO
@@ -243,6 +246,72 @@ def test_pictures_are_prepared_as_their_task_says(banks):
     assert not torch.equal(out[0], out[1])
 
 
+def test_a_file_is_decoded_as_its_task_says(banks, tmp_path):
+    _, alone = banks("ViT")
+    state = _state_of(alone["vpt_deep 0"])
+    bank = visprompt.Bank(backbone("ViT"))
+    bank.add("a", state)
+    noise = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    Image.fromarray(noise).save(tmp_path / "a.jpg", exif=turned)
+    expected = to_input(decoder_of(state.preprocessing)(tmp_path / "a.jpg"), state.preprocessing)
+    path, content = tmp_path / "a.jpg", (tmp_path / "a.jpg").read_bytes()
+    out = bank([path, content, Image.open(path), expected], "a")
+    assert all(torch.equal(logits, out[-1]) for logits in out[:-1])
+
+
+def test_a_norm_with_an_activation_behind_its_bias_keeps_it_there():
+    torch.manual_seed(0)
+    model = timm.create_model("skresnet18", num_classes=0).eval()
+    state, classifier = tuned(model, "bias")
+    bank = visprompt.Bank(model)
+    assert not bank.add("a", state).shares
+    x = images(2, 64)
+    with torch.inference_mode():
+        assert relative_error(torch.stack(bank(x, "a")), classifier(x)) < 1e-5
+
+
+def test_rectangles_on_a_backbone_with_rotary_positions():
+    name, how = MEMBERS["DINOv3"]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0, **how | {"dynamic_img_size": True}).eval()
+    state, classifier = tuned(model, "vpt_deep", num_tokens=2)
+    bank = visprompt.Bank(model)
+    bank.add("a", state)
+    side = int(classifier.backbone.image_size)
+    x = torch.randn(2, 3, side, 2 * side, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert relative_error(torch.stack(bank(x, "a")), classifier(x)) < 1e-5
+
+
+@pytest.mark.parametrize(("method", "extra"), [("cvpt", 2 * 4), ("vapt", 0)])
+def test_what_is_computed_once_counts_as_memory(method, extra):
+    model = backbone("ViT")
+    state, classifier = tuned(model, method, 3, num_tokens=4)
+    task = visprompt.Bank(model).add("a", state)
+    geometry = classifier.backbone
+    stored = sum(tensor.nbytes for tensor in state.tensors.values())
+    # cvpt: keys and values of 4 prompts in each block; vapt: a matrix [4, patches] in each block but the first
+    frozen = extra * geometry.width * geometry.num_blocks
+    if method == "vapt":
+        frozen = (
+            4 * 16 * (geometry.num_blocks - 1) + 2 * 4 * geometry.width
+        )  # and the first block's keys, values
+    assert abs(task.nbytes - stored - 4 * frozen) <= 8 * 4 * geometry.width
+
+
+def test_nothing_keeps_a_task_that_was_removed(banks):
+    _, alone = banks("ViT")
+    bank = visprompt.Bank(backbone("ViT"))
+    bank.add("a", _state_of(alone["lora 0"]))
+    bank(images(1), "a")
+    kept = weakref.ref(bank.task("a").prepared.method)
+    bank.remove("a")
+    gc.collect()
+    assert kept() is None
+
+
 def test_images_of_another_size_have_a_pass_of_their_own():
     name, how = MEMBERS["ViT"]
     torch.manual_seed(0)
@@ -278,6 +347,12 @@ def test_a_new_task_compiles_nothing(files):
     assert graphs > 0
     for names in (["n", "five5"], ["n", "n", "n"], ["long" * 10, "n", "ten" * 3], ["five5", "five5"]):
         assert both(names) == graphs
+    torch.manual_seed(0)
+    classifier = visprompt.build(DEMO, "lora", 3)
+    visprompt.save(classifier, files["a"][0].parent / "lora", class_names=("x", "y", "z"))
+    for bank in (plain, compiled):
+        bank.add("lora", files["a"][0].parent / "lora")
+    assert both(["lora", "n"]) == graphs, "wrapped layers are not compiled"
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +409,33 @@ def test_a_file_that_is_gone_is_one_sentence(files, tmp_path):
         bank(images(1, 64), "gone")
 
 
+def test_a_file_that_changed_meanwhile_is_not_taken_for_the_old_one(files, tmp_path, monkeypatch):
+    bank, path = visprompt.Bank(DEMO), tmp_path / "a.safetensors"
+    path.write_bytes(files["a"][0].read_bytes())
+    monkeypatch.chdir(tmp_path)
+    bank.budget = bank.add("a", "a.safetensors").nbytes
+    monkeypatch.chdir(tmp_path.parent)
+    bank.add("b", files["b"][0])
+    check(bank, {"a": files["a"][1]}, images(1, 64), ["a"])  # the path that was given was relative
+    bank.task("b")
+    path.write_bytes(files["c"][0].read_bytes())
+    with pytest.raises(
+        UserError, match=r"a\.safetensors has changed since task 'a' was added: add it again$"
+    ):
+        bank(images(1, 64), "a")
+    bank.add("a", path)
+    check(bank, {"a": files["c"][1]}, images(1, 64), ["a"])
+
+
+def test_adding_draws_nothing_from_the_generator_of_others(files):
+    bank = visprompt.Bank(DEMO)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    bank.add("a", files["a"][0])
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_state_of_another_backbone_is_refused(files):
     state, _ = tuned(backbone("ViT"), "vpt_deep")
     with pytest.raises(UserError, match=r"^other was tuned on backbone "):
@@ -345,9 +447,21 @@ def test_wrong_requests_are_one_sentence(banks):
     for x, tasks, sentence in [
         (images(1), ["vpt_deap 0"], r"unknown task 'vpt_deap 0': did you mean vpt_deep 0"),
         (images(2), ["vpt_deep 0"], r"^1 tasks for 2 images: give each image its task"),
-        ([images(1)], ["vpt_deep 0"], r"one of these has the shape \(1, 3, 32, 32\)"),
+        ([images(1)], ["vpt_deep 0"], r"one of these is torch\.float32 of the shape \(1, 3, 32, 32\)"),
         ([np.zeros((9, 9, 3), np.uint8)], [None], r"a picture without a task cannot be prepared"),
         (images(1, 40), ["vpt_deep 0"], r"takes images of size 32 x 32 only"),
+        (images(1).byte(), ["vpt_deep 0"], r"one of these is torch\.uint8 of the shape \(3, 32, 32\)"),
+        (
+            [np.zeros((9, 9), np.uint8)],
+            ["vpt_deep 0"],
+            r"must be uint8 \[height, width, 3\], and one .* \(9, 9\)",
+        ),
+        ([np.zeros((9, 9, 3))], ["vpt_deep 0"], r"one of these is float64 of the shape \(9, 9, 3\)"),
+        (
+            [Image.new("I;16", (9, 9))],
+            ["vpt_deep 0"],
+            r"mode I;16 has more than 8 bits: give the path of its file",
+        ),
     ]:
         with pytest.raises(UserError, match=sentence):
             bank(x, tasks)

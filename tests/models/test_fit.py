@@ -116,8 +116,22 @@ def test_images_of_each_class_are_as_many_as_the_method_sees():
     assert torch.equal(torch.cat([x for x, _ in found]), images(10)[:6])
 
 
-def test_a_batch_size_that_is_not_the_loader_s_is_refused():
+@pytest.mark.parametrize(("size", "accumulated"), [(5, 1), (4, 2)])
+def test_a_batch_size_that_is_not_that_of_a_step_is_refused(size, accumulated):
+    recipe = visprompt.Recipe(**RECIPE)
     with pytest.raises(
-        UserError, match=r"batch_size=4 is not the loader's 5, by which the learning rate is scaled"
+        UserError, match=rf"batch_size=4, .* optimiser step, {size * accumulated}: give the loader's"
     ):
-        fitted(built(), loader(batch_size=5))
+        visprompt.fit(
+            built(), loader(batch_size=size), None, recipe, accumulate_grad_batches=accumulated, **QUIET
+        )
+    half = DataLoader(loader().dataset, batch_size=2)
+    visprompt.fit(built(), half, None, recipe, accumulate_grad_batches=2, **QUIET)
+
+
+def test_a_loader_without_a_batch_is_refused():
+    empty = DataLoader(loader(3).dataset, batch_size=4, drop_last=True)
+    with pytest.raises(
+        UserError, match=r"the training loader has no batch: give more images, or drop_last=False"
+    ):
+        fitted(built(), empty)

@@ -1,6 +1,7 @@
 """Several states of one backbone: each run's score from one pass over the test set, one CSV file of all."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 
@@ -79,8 +80,8 @@ def test_one_csv_file_of_several_states(logs, trained, tmp_path):
     names = ["deep", "other task", "full"]
     found = rows(logs, trained, names, images, tmp_path / "all.csv", "batch_size=3")
     alone = {name: rows(logs, trained, [name], images, tmp_path / f"{name}.csv") for name in names}
-    # two states of one task are named by their folders
-    shown = {"deep": str(trained["deep"][0]), "other task": "digits_loc", "full": str(trained["full"][0])}
+    # two states are of one task: all are named by their folders
+    shown = {name: str(trained[name][0]) for name in names}
     expected = [
         {"path": one["path"], "task": shown[name], "class": one["class"], "probability": one["probability"]}
         for i in range(4)
@@ -91,6 +92,21 @@ def test_one_csv_file_of_several_states(logs, trained, tmp_path):
     for row, other in zip(found, expected, strict=True):
         assert float(row.pop("probability")) == pytest.approx(float(other.pop("probability")), abs=2e-6)
         assert row == other
+
+
+def test_states_of_different_tasks_are_named_by_them(logs, trained, tmp_path):
+    images = miniatures.write_folder(tmp_path / "images", ("a", "b"), 1)
+    found = rows(logs, trained, ["deep", "other task"], images, tmp_path / "all.csv")
+    assert [row["task"] for row in found] == ["digits", "digits_loc"] * 2
+
+
+def test_runs_of_another_precision_are_scored_in_their_own(trained):
+    runs = [Finished(folder, evaluate.load_state(folder), result) for folder, result in trained.values()]
+    half = replace(runs[0], result=runs[0].result.model_copy(update={"precision": "bf16-mixed"}))
+    assert [len(group) for group in by_test_set([*runs, half])] == [4, 1, 1]
+    assert [len(group) for group in by_test_set([*runs, half], "32-true")] == [5, 1]
+    with pytest.raises(UserError, match=r"^run=\[\.\.\.\] names a run twice: give each run once$"):
+        score(trained, ["deep", "deep"])
 
 
 @pytest.mark.parametrize("chosen", [[], ["deep", "deep"]])

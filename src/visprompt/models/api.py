@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from visprompt.errors import UserError
@@ -123,7 +124,8 @@ def load(
 
     Args:
         path: The file, or the folder of a finished run.
-        backbone: A timm model with the weights that the state was tuned on; it is copied. None builds the
+        backbone: A timm model with the weights that the state was tuned on; it is copied. Its name and its
+            weights are compared with the state's, its options (heads, pooling) are not. None builds the
             backbone by its name.
         weights: A file of these weights; None for the embedded backbone or timm's weights.
 
@@ -174,8 +176,9 @@ def untuned(state: TunedState, backbone: Family) -> Classifier:
     options = dict(state.method)
     if "weights" in options:  # the hash of the side network's initial weights; the state has the tuned ones
         options["weights"] = RANDOM
-    method = build_method(options.pop("name"), backbone, **options)
-    classifier = Classifier(backbone, method, len(state.class_names))
+    with torch.random.fork_rng(devices=[]):  # the values that are drawn are replaced by the state's
+        method = build_method(options.pop("name"), backbone, **options)
+        classifier = Classifier(backbone, method, len(state.class_names))
     classifier.origin = Origin(state.method, state.backbone)
     classifier.class_names = state.class_names
     return classifier

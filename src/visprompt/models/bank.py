@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from visprompt.data.sources.decoders import decoder_of
 from visprompt.data.transforms import to_input
 from visprompt.errors import UserError, unknown
 from visprompt.models.api import copied, settings_of, untuned
@@ -22,11 +23,11 @@ from visprompt.models.backbones.block import run_block
 from visprompt.models.backbones.family import Family
 from visprompt.models.backbones.token_family import TokenFamily
 from visprompt.models.mixed import features_of
-from visprompt.models.prepared import Prepared, bare, prepare
-from visprompt.models.sharing import Batch, Span, mix_layers, own_tuned_tensors, shared_copy
-from visprompt.models.tuned_state import TunedState, check_fits, load_state
+from visprompt.models.prepared import Prepared, backbone_only, prepare
+from visprompt.models.sharing import Batch, Span, make_per_task, own_tuned_tensors, shared_copy
+from visprompt.models.tuned_state import TunedState, check_fits, load_state, read_checksum
 
-Picture = Tensor | np.ndarray | Image.Image
+Picture = Tensor | np.ndarray | Image.Image | Path | bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +58,10 @@ class Task:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where an evicted task returns from, and whether it may be evicted."""
+    """Where an evicted task returns from, with the file's checksum, and whether it may be evicted."""
 
     file: Path | None
+    checksum: str | None
     pinned: bool
 
 
@@ -70,15 +72,17 @@ class Bank:
     tasks that it began with; batches run one after the other.
 
     Args:
-        backbone: The name of a backbone, a timm model (which is copied), or a built `Backbone`.
+        backbone: The name of a backbone, a timm model (which is copied), or a built `Backbone`, whose module
+            becomes the bank's own.
         weights: A file of the weights of a backbone that is given by name.
         budget: Bytes that the tasks may take; None for no limit. A task that would exceed it evicts those
             that were not used for the longest time. What is evicted returns from its file with the next
             request. Batches that run may hold more.
         device: Device of the backbone and the tasks.
         dtype: Type of all weights, such as torch.bfloat16; None leaves them as they are.
-        compile: Whether the blocks are compiled by `torch.compile`. The first batches compile; a new task
-            does not, nor another mixture.
+        compile: Whether the blocks are compiled by `torch.compile`. The first batches compile; a new task of
+            prompts does not, nor another mixture. Batches with tasks whose method wraps layers or adds
+            branches are not compiled.
 
     Raises:
         UserError: The backbone cannot be built.
@@ -105,7 +109,8 @@ class Bank:
             self._module = shared_copy(self._module)  # the classifiers of tasks are made of copies too
             self._module.plain_step = torch.compile(run_block, dynamic=True)  # type: ignore[assignment]  # a function
         self._batch = Batch()
-        self._mixing: Family | None = None  # its wrapped layers are mixtures
+        # a copy with the same tensors whose layers work task by task; built when a task has wrapped layers
+        self._per_task: Family | None = None
         self._loaded: OrderedDict[str, Task] = OrderedDict()  # the least recently used first
         self._sources: dict[str, _Source] = {}
         self._lock = RLock()  # of the two tables above
@@ -142,7 +147,7 @@ class Bank:
             name: The task's name in the bank.
             state: The tuned state, or its file, or the folder of a finished run. A state that is given as an
                 object has no file to return from, so it is never evicted.
-            pinned: Whether the task is never evicted.
+            pinned: Whether the task is never evicted; replacing a task decides it anew.
 
         Returns:
             The task.
@@ -150,10 +155,19 @@ class Bank:
         Raises:
             UserError: The state cannot be read, was tuned on another backbone, or does not fit in the budget.
         """
-        file = None if isinstance(state, TunedState) else Path(state)
+        if isinstance(state, TunedState):
+            source = _Source(None, None, pinned=True)
+        else:
+            path = Path(state).resolve()
+            file = path / "tuned.safetensors" if path.is_dir() else path
+            source = _Source(file, None, pinned)
         with self._loading:
-            task = self._load(name, state if isinstance(state, TunedState) else load_state(Path(state)), file)
-            self._keep(task, _Source(file, pinned or file is None))
+            if source.file is not None:
+                state = load_state(source.file)
+                source = replace(source, checksum=read_checksum(source.file, hashed=False))
+            assert isinstance(state, TunedState)
+            task = self._load(name, state, source.file)
+            self._keep(task, source)
         return task
 
     def remove(self, name: str) -> None:
@@ -172,7 +186,8 @@ class Bank:
         """Return a task, loaded from its file if it was evicted; it counts as used.
 
         Raises:
-            UserError: There is no such task, or its file cannot be read any more.
+            UserError: There is no such task, or its file cannot be read any more or has changed, or the task
+                does not fit in the budget beside what is pinned.
         """
         if (task := self._used(name)) is not None:
             return task
@@ -183,7 +198,10 @@ class Bank:
                 source = self._sources.get(name)
             if source is None or source.file is None:
                 raise unknown("task", name, self.names)
-            task = self._load(name, load_state(source.file), source.file)
+            state = load_state(source.file)
+            if read_checksum(source.file, hashed=False) != source.checksum:
+                raise UserError(f"{source.file} has changed since task {name!r} was added: add it again")
+            task = self._load(name, state, source.file)
             with self._lock:
                 if (
                     self._sources.get(name) is source
@@ -197,9 +215,10 @@ class Bank:
         """Return the logits of each image by its task.
 
         Args:
-            images: Normalised images [B, 3, H, W], or a sequence of images: each a normalised tensor
-                [3, H, W], or a picture (of Pillow, or uint8 [h, w, 3]) that is prepared as its task says.
-                Images of another size are computed in a pass of their own.
+            images: Normalised images [B, 3, H, W], or a sequence of images. Each is a normalised tensor
+                [3, H, W]; or the path or the content of an image file, decoded and prepared as its task says;
+                or a decoded picture, of Pillow or uint8 [h, w, 3], that is only prepared (Pillow's is rotated
+                by its EXIF orientation). Images of another size are computed in a pass of their own.
             tasks: Name of each image's task, or one name for all. None gives the backbone's features. A
                 `Task` in place of a name is computed as it is, also after it was replaced or removed, so
                 that a caller can pair the logits with its class names.
@@ -281,15 +300,29 @@ class Bank:
         """Return an image as the backbone's input [3, H, W]."""
         like = next(self._module.parameters())
         if isinstance(image, Tensor):
-            if image.ndim != 3:
+            if image.ndim != 3 or not image.is_floating_point():
                 raise UserError(
-                    "images must be [B, 3, height, width], and one of these has the shape "
-                    f"{tuple(image.shape)}"
+                    "images must be normalised tensors [B, 3, height, width], and one of these is "
+                    f"{image.dtype} of the shape {tuple(image.shape)}"
                 )
             return image.to(like.device, like.dtype)
         if task is None:
             raise UserError("a picture without a task cannot be prepared: give a normalised tensor [3, H, W]")
-        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        if isinstance(image, Path | bytes):
+            pixels = decoder_of(task.preprocessing)(image)
+        elif isinstance(image, Image.Image):
+            if image.mode[0] in "IF":
+                raise UserError(
+                    f"a picture of Pillow's mode {image.mode} has more than 8 bits: give the path of its file"
+                )
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        else:
+            pixels = image
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise UserError(
+                f"an array must be uint8 [height, width, 3], and one of these is {pixels.dtype} of the shape "
+                f"{pixels.shape}"
+            )
         return to_input(pixels, task.preprocessing).to(like.device, like.dtype)
 
     def _logits(self, images: Tensor, tasks: Sequence[Task | None]) -> list[Tensor]:
@@ -297,13 +330,18 @@ class Bank:
         parts: list[tuple[Span, Prepared]] = []
         for task, group in groupby(tasks):
             start = parts[-1][0][1] if parts else 0
-            prepared = bare(self._module) if task is None else task.prepared
+            prepared = backbone_only(self._module) if task is None else task.prepared
             parts.append(((start, start + len(list(group))), prepared))
         shared = [part for part in parts if part[1].alone is None]
         out: list[Tensor] = []
         if shared:
             own = images[: shared[-1][0][1]]
-            features = features_of(self._mixed(shared), own, shared, self._batch, self._compiled)
+            backbone = self._mixed(shared)
+            pad_always = self._compiled and backbone is self._module
+            try:
+                features = features_of(backbone, own, shared, self._batch, pad_always)
+            finally:
+                self._batch.layers = ()  # or it would keep layers of tasks that are removed
             for (start, stop), prepared in shared:
                 assert prepared.head is not None
                 out += prepared.head(features[start:stop])
@@ -313,14 +351,15 @@ class Bank:
         return out
 
     def _mixed(self, parts: Sequence[tuple[Span, Prepared]]) -> Family:
-        """Return the backbone, with mixtures in place of the layers that a task of the batch has wrapped."""
+        """Return the backbone, or its copy whose layers work task by task if a task has wrapped layers."""
         paths = {path for _, prepared in parts for path in prepared.layers or ()}
         if not paths:
             return self._module
-        if self._mixing is None:
-            self._mixing = shared_copy(self._module)
-        mix_layers(self._mixing, sorted(paths), self._batch)
-        return self._mixing
+        if self._per_task is None:
+            self._per_task = shared_copy(self._module)
+            self._per_task.__dict__.pop("plain_step", None)  # each layer would be compiled by itself
+        make_per_task(self._per_task, sorted(paths), self._batch)
+        return self._per_task
 
 
 def _rank(task: Task | None) -> tuple[bool, str, str]:

@@ -30,28 +30,34 @@ def fit(
         train: A loader of pairs: images [B, 3, H, W], normalised with `classifier.backbone.mean` and `.std`,
             and labels [B], int64.
         val: A loader of images that are scored after every epoch, in the same form; None for none.
-        recipe: The settings of training; its `batch_size` is the loader's.
+        recipe: The settings of training; its `batch_size` is the loader's, times accumulated batches and
+            devices.
         seed: Seed of dropout and of what is computed from training images. The loader draws its own order.
         **trainer: Options of Lightning's `Trainer`, such as `accelerator="gpu"`, `precision="bf16-mixed"`,
             `callbacks` or `logger`.
 
     Returns:
-        The figures of the last epoch on `val`, such as "val/acc" and "val/loss"; empty without `val`.
+        The figures of the last validation, such as "val/acc" and "val/loss"; empty without `val`.
 
     Raises:
-        UserError: The recipe's batch size is not the loader's.
+        UserError: The recipe's batch size is not that of the steps, or there is no batch.
         Diverged: The loss is not finite.
     """
-    if train.batch_size not in (None, recipe.batch_size):
-        raise UserError(
-            f"the recipe's batch_size={recipe.batch_size} is not the loader's {train.batch_size}, by which "
-            "the learning rate is scaled: give equal ones"
-        )
+    if not len(train):
+        raise UserError("the training loader has no batch: give more images, or drop_last=False")
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     if val is None:  # or Lightning warns about a validation without a loader
         quiet["limit_val_batches"] = 0
     options: dict[str, Any] = {**quiet, "num_sanity_val_steps": 0, "max_epochs": recipe.epochs, **trainer}
     module = TuningModule(classifier, recipe, seed)
-    L.Trainer(**options).fit(module, train, val)
+    fitting = L.Trainer(**options)
+    loaded = train.batch_size or getattr(train.batch_sampler, "batch_size", None)
+    whole = (loaded or 0) * fitting.accumulate_grad_batches * fitting.world_size
+    if whole not in (0, recipe.batch_size):
+        raise UserError(
+            f"recipe.batch_size={recipe.batch_size}, by which the learning rate is scaled, is not the number "
+            f"of images of an optimiser step, {whole}: give the loader's, times accumulated batches and devices"
+        )
+    fitting.fit(module, train, val)
     classifier.eval()
     return dict(module.scores)

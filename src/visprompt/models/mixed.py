@@ -32,15 +32,15 @@ class Mixed(Method):
     Args:
         backbone: The backbone.
         parts: For each span of the batch its task, in the order of the batch.
-        uniform: Whether rows are filled up and hidden in a batch of one task too, so that a compiled block
-            gets the same kinds of tensors whatever the batch.
+        pad_always: Whether rows are padded and masked in a batch of one task too, so that compiled blocks get
+            the same kinds of inputs whatever the batch.
     """
 
     def __init__(
-        self, backbone: Family, parts: Sequence[tuple[Span, Prepared]], uniform: bool = False
+        self, backbone: Family, parts: Sequence[tuple[Span, Prepared]], pad_always: bool = False
     ) -> None:
         super().__init__(backbone)
-        self._uniform = uniform
+        self._pad_always = pad_always
         self._parts, self._device = parts, next(backbone.parameters()).device
         self._sizes = [stop - start for (start, stop), _ in parts]
         methods = [task.method for _, task in parts if task.method is not None]
@@ -54,7 +54,7 @@ class Mixed(Method):
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return the images [B, 3, H, W], each changed by its task."""
-        return self._each("pixels", images)
+        return self._each("pixels", images, lambda method, part, _: method.pixels(part))
 
     def shift(self, block: int, x: Tensor) -> Tensor:
         """Return the image tokens [B, n, width], each image's changed by its task."""
@@ -107,7 +107,7 @@ class Mixed(Method):
         own = [part for part in rows if part is not None]
         if not own:
             return None
-        if len(rows) == 1 and not self._uniform:
+        if len(rows) == 1 and not self._pad_always:
             k, v = own[0].permute(1, 2, 0, 3)
             return k, v
         # row 0 is for the places that are filled up
@@ -122,7 +122,7 @@ class Mixed(Method):
         if (key := tuple(counts)) not in self._indices:
             index, first = [], 1
             # torch.compile makes a graph of its own for a length of 1
-            length = max(2, *counts) if self._uniform and any(counts) else max(counts)
+            length = max(2, *counts) if self._pad_always and any(counts) else max(counts)
             for size, count in zip(self._sizes, counts, strict=True):
                 own = [*range(first, first + count), *[0] * (length - count)]
                 index += [own] * size
@@ -135,7 +135,7 @@ class Mixed(Method):
         counts = self._counts[block]
         rows = [0 if (own := task.rows[block]) is None else len(own) for _, task in self._parts]
         hidden = len(set(counts)) > 1 or len(set(rows)) > 1
-        if not hidden and not (self._uniform and any(rows)):
+        if not hidden and not (self._pad_always and any(rows)):
             return None
         prompts = self._index(counts)[:, : max(counts)]
         return prompts > 0, self._index(rows) > 0
@@ -158,7 +158,7 @@ class Mixed(Method):
         self,
         name: str,
         x: Tensor,
-        call: Callable[[Method, Tensor, slice], Tensor] = lambda method, part, _: method.pixels(part),
+        call: Callable[[Method, Tensor, slice], Tensor],
     ) -> Tensor:
         """Call a function of the tasks that change something there; other images stay as they are."""
         if not any(name in task.changes for _, task in self._parts):
@@ -176,7 +176,7 @@ def features_of(
     images: Tensor,
     parts: Sequence[tuple[Span, Prepared]],
     batch: Batch,
-    uniform: bool = False,
+    pad_always: bool = False,
 ) -> Tensor:
     """Return the features [B, width] of a batch in one pass of the backbone.
 
@@ -184,10 +184,10 @@ def features_of(
         backbone: The backbone.
         images: Normalised images [B, 3, H, W], sorted by task.
         parts: For each span its task; all of them share a pass.
-        batch: Read by the backbone's mixtures, if it has any.
-        uniform: See `Mixed`.
+        batch: Read by the backbone's `PerTaskLayer`s, if it has any.
+        pad_always: See `Mixed`.
     """
-    method = Mixed(backbone, parts, uniform)
+    method = Mixed(backbone, parts, pad_always)
     batch.layers = [(span, task.layers or {}) for span, task in parts]
     if not isinstance(backbone, TokenFamily):
         return method.features(backbone(images, method), images)
@@ -202,7 +202,7 @@ def features_of(
         first, last = min(rows.start for rows, _ in found), None if None in stops else max(stops)
         return slice(first, last), any(with_prompts for _, with_prompts in found)
 
-    x = backbone.through(0, backbone.embed(images, method), method, pooled)
+    x = backbone.run(images, method, pooled)
     first = min(rows.start for rows, _ in found)
     features = []
     reads = []

@@ -14,7 +14,7 @@ from visprompt.models.contract import Flow, Method
 from visprompt.models.layers import Wrapped
 from visprompt.models.methods.baselines import MLPHead
 from visprompt.models.methods.locations import MoreChannels
-from visprompt.models.sharing import Shifted, shifted_layers, wrapped_layers
+from visprompt.models.sharing import Rebiased, rebiased_layers, wrapped_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Prepared:
         method: The method, if it computes something for each image.
         pool: Which outputs of the last block are pooled, see `Method.pool`.
         flow: What happens to the task's prompts before each block.
-        rows: For each block keys and values that all images share, [t, 2, heads, head_dim], or None.
+        rows: For each block pairs of keys and values that all images share, [t, 2, heads, head_dim], or None.
         prompts: By block, prompts [p, width] that enter the sequence there and are the same for all images.
         counts: Number of the task's prompts in the sequence of each block.
         changes: Names of the functions among `pixels`, `shift` and `features` that change something.
@@ -46,19 +46,21 @@ class Prepared:
     alone: Classifier | None = None
 
     def tensors(self) -> Iterable[Tensor]:
-        """Yield every tensor that the task has and the backbone has not."""
+        """Yield the tensors that the task owns."""
         yield from (rows for rows in self.rows if rows is not None)
         yield from (self.prompts or {}).values()
-        yield from (layer.shift for layer in (self.layers or {}).values() if isinstance(layer, Shifted))
-        for module in filter(None, (self.head, self.method)):
-            yield from module.parameters()
-            yield from module.buffers()
-        if self.alone is not None:
-            own = self.alone.tuned_tensor_names()
-            yield from (tensor for name, tensor in self.alone.state_dict().items() if name in own)
+        yield from (layer.bias_delta for layer in (self.layers or {}).values() if isinstance(layer, Rebiased))
+        alone = self.alone
+        for module in (self.head, self.method, alone and alone.head, alone and alone.method):
+            if module is not None:
+                yield from module.parameters()
+                yield from module.buffers()
+        if alone is not None:
+            names = [name for name in alone.tuned_tensor_names() if name.startswith("backbone.")]
+            yield from (tensor for name, tensor in alone.state_dict().items() if name in names)
 
 
-def bare(backbone: Family) -> Prepared:
+def backbone_only(backbone: Family) -> Prepared:
     """Return a task without prompts and head, whose logits are the backbone's features."""
     blocks = backbone.num_blocks
     flow = (Flow.KEEP,) * blocks
@@ -78,10 +80,10 @@ def prepare(classifier: Classifier, shared: Family) -> Prepared:
     flow = method.token_flow()
     method.freeze()
     changes = _changes(backbone, method)
-    shifted, wrapped = shifted_layers(classifier, shared), wrapped_layers(backbone)
-    if shifted is None or (shifted and wrapped) or not _mixes(classifier, changes):
+    rebiased, wrapped = rebiased_layers(classifier, shared), wrapped_layers(backbone)
+    if rebiased is None or (rebiased and wrapped) or not _mixes(classifier, changes):
         return Prepared(alone=classifier)
-    layers = shifted | wrapped
+    layers = rebiased | wrapped
     rows: list[Tensor | None] = []
     prompts: dict[int, Tensor] = {}
     counts: list[int] = []

@@ -4,9 +4,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import cast
 
 import torch
-from timm.layers import LayerNorm2d, LayerNorm2dFp32
+from timm.layers import LayerNorm, LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
 from torch import Tensor, nn
 
 from visprompt.models.backbones.family import Family
@@ -14,8 +15,9 @@ from visprompt.models.classifier import Classifier
 from visprompt.models.layers import Wrapped
 
 Span = tuple[int, int]  # of images in a batch: start, stop
-_MAPS = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, LayerNorm2d, LayerNorm2dFp32)
-_BIASED = (nn.Linear, nn.LayerNorm, *_MAPS)
+# exact classes: timm's BatchNormAct2d is a batch norm with an activation behind the bias
+_MAPS = (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, LayerNorm2d, LayerNorm2dFp32)
+_BIASED = (nn.Linear, nn.LayerNorm, LayerNorm, LayerNormFp32, *_MAPS)
 
 
 def shared_copy(backbone: Family) -> Family:
@@ -42,35 +44,36 @@ def wrapped_layers(backbone: Family) -> dict[str, Wrapped]:
     return {name: module for name, module in modules if isinstance(module, Wrapped)}
 
 
-class Shifted(Wrapped):
+class Rebiased(Wrapped):
     """A layer whose tuned bias is added as its difference from the shared one.
 
     Args:
         base: The layer, with the shared bias.
-        shift: The difference, [channels].
+        bias_delta: The difference, [channels].
     """
 
-    def __init__(self, base: nn.Module, shift: Tensor) -> None:
+    bias_delta: Tensor
+
+    def __init__(self, base: nn.Module, bias_delta: Tensor) -> None:
         super().__init__(base)
-        self.register_buffer("shift", shift)
-        self.shift: Tensor
+        self.register_buffer("bias_delta", bias_delta)
 
     def after(self, x: Tensor, out: Tensor) -> Tensor:
         """Add the difference to an output, whose channels are on the last axis, or on axis 1 of maps."""
-        return out + (self.shift[:, None, None] if isinstance(self.base, _MAPS) else self.shift)
+        return out + (self.bias_delta[:, None, None] if type(self.base) in _MAPS else self.bias_delta)
 
 
-def shifted_layers(classifier: Classifier, shared: Family) -> dict[str, Wrapped] | None:
+def rebiased_layers(classifier: Classifier, shared: Family) -> dict[str, Wrapped] | None:
     """Return the layers whose biases a classifier tunes, by path; None if it tunes other weights too."""
     names = [name for name in classifier.tuned_tensor_names() if name.startswith("backbone.")]
     found: dict[str, Wrapped] = {}
     for name in names:
         path, _, leaf = name.removeprefix("backbone.model.").rpartition(".")
         layer = shared.get_submodule(f"model.{path}") if leaf == "bias" else None
-        if not isinstance(layer, _BIASED):
+        if type(layer) not in _BIASED:
             return None
-        shift = classifier.get_parameter(name) - shared.get_parameter(f"model.{path}.bias")
-        found[path] = Shifted(layer, shift.detach())
+        delta = classifier.get_parameter(name) - shared.get_parameter(f"model.{path}.bias")
+        found[path] = Rebiased(cast(nn.Module, layer), delta.detach())
     return found
 
 
@@ -85,7 +88,7 @@ class Batch:
     layers: Sequence[tuple[Span, Mapping[str, Wrapped]]] = field(default=())
 
 
-class Mixture(Wrapped):
+class PerTaskLayer(Wrapped):
     """A layer of the backbone whose outputs change as the method of each image says.
 
     Args:
@@ -110,10 +113,10 @@ class Mixture(Wrapped):
         return torch.cat(parts)
 
 
-def mix_layers(backbone: Family, paths: Sequence[str], batch: Batch) -> None:
-    """Replace layers of a shared copy by mixtures, those that are not mixtures yet."""
+def make_per_task(backbone: Family, paths: Sequence[str], batch: Batch) -> None:
+    """Replace layers of a shared copy by `PerTaskLayer`s."""
     model = backbone.get_submodule("model")
     for path in paths:
         layer = model.get_submodule(path)
-        if not isinstance(layer, Mixture):
-            model.set_submodule(path, Mixture(layer, path, batch))
+        if not isinstance(layer, PerTaskLayer):
+            model.set_submodule(path, PerTaskLayer(layer, path, batch))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError
@@ -96,7 +97,9 @@ def _job(cfg: DictConfig, folder: Path, state: TunedState, result: Result) -> Jo
 def _each(runs: Sequence[Finished], cfg: DictConfig) -> float:
     """Score each run, those of one test set in one pass; print the scores and return their mean."""
     scores: list[float] = []
-    for group in by_test_set(runs):
+    if len({run.folder.resolve() for run in runs}) < len(runs):
+        raise UserError("run=[...] names a run twice: give each run once")
+    for group in by_test_set(runs, cfg.precision):
         first = group[0]
         job = _job(cfg, first.folder, first.state, first.result)
         prepared = run.prepare(job)
@@ -106,7 +109,9 @@ def _each(runs: Sequence[Finished], cfg: DictConfig) -> float:
         trainer = build_trainer(job)
         backbone = replace(prepared.backbone, module=deepcopy(prepared.backbone.module))
         kind = KINDS[prepared.datamodule.kind]
-        module = ScoreEach(Bank(backbone, device=trainer.strategy.root_device), group, kind)
+        dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(job.precision)
+        bank = Bank(backbone, device=trainer.strategy.root_device, dtype=dtype)
+        module = ScoreEach(bank, group, kind)
         trainer.test(module, datamodule=prepared.datamodule, verbose=False)
         name = kind.shares[0]
         for one, figures in zip(group, module.scores, strict=True):

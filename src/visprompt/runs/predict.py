@@ -20,7 +20,7 @@ from visprompt.errors import UserError
 from visprompt.files import write_atomically
 from visprompt.models.api import backbone_of, restore
 from visprompt.models.bank import Bank
-from visprompt.models.tuned_state import TunedState
+from visprompt.models.tuned_state import TunedState, check_fits
 from visprompt.runs import memory
 from visprompt.runs.result import open_state
 from visprompt.runs.run_folder import tidy
@@ -53,7 +53,7 @@ def predict(
         output: The CSV file to write. Its columns are path, class, probability, and one for each class:
             `a.jpg,cat,0.900000,0.900000,0.100000`. With several states they are path, task, class and
             probability, and an image has a row for each state.
-        batch_size: Number of images in a batch.
+        batch_size: Number of images in a batch, each of which is computed for every state.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         weights: A file of backbone weights; None if the backbone is embedded or timm's.
         overwrite: Whether an existing CSV file may be replaced.
@@ -124,13 +124,12 @@ Shares = Callable[[Sequence[Sequence[Tensor]]], Sequence[Sequence[Tensor]]]
 
 
 def _tasks(paths: Sequence[Path]) -> list[_Task]:
-    """Read tuned states; one whose task another has too is named by its path."""
+    """Read tuned states, named by their tasks, or by their paths if two are of one task."""
     states = [open_state(path) for path in paths]
-    counts = Counter(state.task for state in states)
-    return [
-        _Task(state.task if counts[state.task] == 1 else str(path), path, state)
-        for path, state in zip(paths, states, strict=True)
-    ]
+    names = [state.task for state in states]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return [_Task(name, path, state) for name, path, state in zip(names, paths, states, strict=True)]
 
 
 def _model(tasks: Sequence[_Task], weights: str | None, device: torch.device) -> Shares:
@@ -148,7 +147,8 @@ def _model(tasks: Sequence[_Task], weights: str | None, device: torch.device) ->
         return one
     bank = Bank(backbone, device=device)
     for task in tasks:
-        bank.add(task.name, task.path)
+        check_fits(task.state, task.path, backbone=backbone.record())
+        bank.add(task.name, task.state)
 
     def several(images: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
         names = [task.name for task in tasks]

@@ -33,11 +33,17 @@ class Finished:
     result: Result
 
 
-def by_test_set(runs: Sequence[Finished]) -> list[list[Finished]]:
-    """Return the runs in groups whose test images and preprocessing are the same, in the order given."""
+def by_test_set(runs: Sequence[Finished], precision: str | None = None) -> list[list[Finished]]:
+    """Return the runs in groups with the same test images, preprocessing and precision, in the order given.
+
+    Args:
+        runs: The runs.
+        precision: The precision of all; None for that of each run.
+    """
     groups: dict[tuple[Any, ...], list[Finished]] = {}
     for run in runs:
-        key = (run.result.data["fingerprint"], run.state.class_names, repr(dict(run.state.preprocessing)))
+        images = (run.result.data["fingerprint"], run.state.class_names, repr(dict(run.state.preprocessing)))
+        key = (precision or run.result.precision, *images)
         groups.setdefault(key, []).append(run)
     return list(groups.values())
 

@@ -61,6 +61,11 @@ class EVA(ViT):
         x, rotations, _ = self._begin(images, method)
         return self._with_rotations(rotations, partial(super().from_block, 0, x, method))
 
+    def run(self, images: Tensor, method: Method, pooled: Callable[[int], tuple[slice, bool]]) -> Tensor:
+        """Run all blocks on normalised images [B, 3, H, W]; see `through`."""
+        x, rotations, _ = self._begin(images, method)
+        return self._with_rotations(rotations, partial(self.through, 0, x, method, pooled))
+
     def embed(self, images: Tensor, method: Method) -> Tensor:
         """Return image tokens [B, n, width] before the first block; class and register tokens come first.
 

@@ -168,6 +168,10 @@ class TokenFamily(Family):
         pooled = partial(self.pooled_rows, pool=method.pool)
         return self.pool(self.through(start, x, method, pooled), method.pool)
 
+    def run(self, images: Tensor, method: Method, pooled: Callable[[int], tuple[slice, bool]]) -> Tensor:
+        """Run all blocks on normalised images [B, 3, H, W]; see `through`."""
+        return self.through(0, self.embed(images, method), method, pooled)
+
     def through(
         self, start: int, x: Tensor, method: Method, pooled: Callable[[int], tuple[slice, bool]]
     ) -> Tensor:

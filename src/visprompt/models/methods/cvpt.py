@@ -52,7 +52,8 @@ class CVPT(Method):
         nn.init.xavier_uniform_(self.prompts)
         # in a tuple, so that torch does not register the backbone's parameters as this method's
         self._attentions: tuple[Attention, ...] = ()
-        self._rows: list[tuple[Tensor, Tensor]] = []  # keys and values of every block, once they are frozen
+        self.frozen_rows: Tensor | None
+        self.register_buffer("frozen_rows", None, persistent=False)
 
     def attach(self, backbone: Geometry) -> None:
         """Keep every block's attention, whose frozen weights the prompts are read through."""
@@ -61,7 +62,8 @@ class CVPT(Method):
     @torch.no_grad()
     def freeze(self) -> None:
         """Project the prompts of every block once."""
-        self._rows = [self._keys_values(block, 1) for block in range(self.num_blocks)]
+        rows = [torch.stack(self._keys_values(block, 1)) for block in range(self.num_blocks)]
+        self.frozen_rows = torch.stack(rows)
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
         """Return CA(x, P_i) of the residual stream x [B, n, width] after the attention of a block."""
@@ -95,8 +97,9 @@ class CVPT(Method):
 
     def _keys_values(self, block: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a block's prompts, each [1 or B, heads, p, head_dim]."""
-        if self._rows:
-            return self._rows[block]
+        if self.frozen_rows is not None:
+            k, v = self.frozen_rows[block]
+            return k, v
         prompts = drop(self.dropout, self.prompts[block].unsqueeze(0), batch_size)
         k, v = keys_values(self._attentions[block], prompts)
         return k.to(v.dtype), v

@@ -76,7 +76,8 @@ class VAPT(VPT):
         self.conv = nn.Parameter(torch.randn(adaptive, _KERNEL, _KERNEL))
         self.mix_weight = nn.Parameter(torch.zeros(adaptive, num_tokens, math.prod(self._mixed)))
         self.mix_bias = nn.Parameter(torch.zeros(adaptive, num_tokens))
-        self._mixers: list[Tensor] = []  # the results of `_mixer`, once the values are frozen
+        self.frozen_mixers: Tensor | None
+        self.register_buffer("frozen_mixers", None, persistent=False)
         self.down = nn.Parameter(torch.empty(width, bottleneck).uniform_(-(width**-0.5), width**-0.5))
         self.up = nn.Parameter(torch.empty(bottleneck, width).uniform_(-(bottleneck**-0.5), bottleneck**-0.5))
 
@@ -90,7 +91,7 @@ class VAPT(VPT):
             return super().tokens(block, x, last)
         i, width = block - 1, x.shape[-1]
         normed = F.layer_norm(x[:, self._num_prefix :], (width,), self.norm_weight[i], self.norm_bias[i])
-        mixer = self._mixers[i] if self._mixers else self._mixer(i)
+        mixer = self._mixer(i) if self.frozen_mixers is None else self.frozen_mixers[i]
         mixed = mixer.to(normed.dtype) @ normed
         if self.training:
             mixed = mixed * self.dropout(mixed.new_ones(len(x), 1, width))
@@ -99,7 +100,7 @@ class VAPT(VPT):
 
     def freeze(self) -> None:
         """Multiply convolution and W_i once."""
-        self._mixers = [self._mixer(i).detach() for i in range(len(self.conv))]
+        self.frozen_mixers = torch.stack([self._mixer(i).detach() for i in range(len(self.conv))])
 
     def _mixer(self, i: int) -> Tensor:
         """Return convolution and W_i as one matrix [p, patches].
