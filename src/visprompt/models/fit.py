@@ -56,7 +56,8 @@ def fit(
     if whole not in (0, recipe.batch_size):
         raise UserError(
             f"recipe.batch_size={recipe.batch_size}, by which the learning rate is scaled, is not the number "
-            f"of images of an optimiser step, {whole}: give the loader's, times accumulated batches and devices"
+            f"of images of an optimiser step, {whole}: give the loader's, times accumulated batches and "
+            "devices"
         )
     fitting.fit(module, train, val)
     classifier.eval()
