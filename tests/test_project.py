@@ -45,7 +45,7 @@ SHELL = {
         "data/folder_datamodule.py",
         "data/digits_datamodule.py",
     ),
-    *("runs", "tuning", "reports"),
+    *("runs", "tuning", "reports", "export/command.py", "export/pictures.py"),
 }
 BLOCKED = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb")
 
@@ -57,8 +57,9 @@ def git(*arguments):
 
 
 def requirements():
-    """Every requirement of pyproject.toml: [build-system], the dependencies, and the groups."""
-    groups = (entry for group in PYPROJECT["dependency-groups"].values() for entry in group)
+    """Every requirement of pyproject.toml: [build-system], the dependencies, the extras and the groups."""
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    groups = (entry for group in (*extras, *PYPROJECT["dependency-groups"].values()) for entry in group)
     listed = [*PYPROJECT["build-system"]["requires"], *PYPROJECT["project"]["dependencies"], *groups]
     return [entry for entry in listed if isinstance(entry, str)]
 
@@ -90,7 +91,9 @@ def test_every_package_that_is_imported_is_declared():
         "opencv-python-headless": "cv2",
         "hydra-core": "hydra",
     }
-    declared = {re.split(r"[><]", entry)[0] for entry in PYPROJECT["project"]["dependencies"]}
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    entries = [*PYPROJECT["project"]["dependencies"], *(entry for extra in extras for entry in extra)]
+    declared = {re.split(r"[><]", entry)[0] for entry in entries}
     known = (
         {module.get(name, name.replace("-", "_")) for name in declared}
         | {"visprompt"}
@@ -106,8 +109,16 @@ def test_every_package_that_is_imported_is_declared():
 def test_the_lock_is_of_these_dependencies_and_hashed():
     (ours,) = (package for package in LOCK["package"] if package["name"] == PYPROJECT["project"]["name"])
     assert LOCK["requires-python"].replace(" ", "") == PYPROJECT["project"]["requires-python"]
-    held = {entry["name"] + entry["specifier"] for entry in ours["metadata"]["requires-dist"]}
-    assert held == set(PYPROJECT["project"]["dependencies"])
+    held = {
+        entry["name"] + entry["specifier"] + entry.get("marker", "")
+        for entry in ours["metadata"]["requires-dist"]
+    }
+    extras = {
+        entry + f"extra == '{extra}'"
+        for extra, entries in PYPROJECT["project"]["optional-dependencies"].items()
+        for entry in entries
+    }
+    assert held == set(PYPROJECT["project"]["dependencies"]) | extras
     for group in PYPROJECT["dependency-groups"]:
         held = {entry["name"] + entry["specifier"] for entry in ours["metadata"]["requires-dev"][group]}
         assert {entry for entry in PYPROJECT["dependency-groups"][group] if isinstance(entry, str)} <= held
