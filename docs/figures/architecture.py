@@ -12,11 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "visprompt"
 SAYS = {
-    "entry points": "train, tune, eval, predict, prepare, report",
+    "entry points": "train, tune, eval, predict, report, export ...",
     "runs.cli": "flags, words, hints",
     "tuning": "grid, choice, seeds; pruning; dry runs",
     "runs": "job, identity, run, result; engine, trainer",
     "reports": "tables, tests, figures, page",
+    "export": "ONNX, torch.export, timm; the hub",
     "data": "a data module per dataset; sampler",
     "data.stores": "decoded images on disk",
     "data.sources": "downloads, archives, readers",
@@ -27,7 +28,7 @@ SAYS = {
 }
 ROWS = (
     ("entry points",),
-    ("runs.cli", "tuning", "reports"),
+    ("runs.cli", "tuning", "reports", "export"),
     ("runs",),
     ("data", "models"),
     ("data.stores", "models.methods", "models.backbones"),

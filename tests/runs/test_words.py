@@ -29,7 +29,12 @@ def shown(capsys, monkeypatch, script, *arguments):
     return printed.out
 
 
-NEEDED = {"eval": ("run=x",), "predict": ("state=x", "images=y"), "prepare": ("tasks=dtd",)}
+NEEDED = {
+    "eval": ("run=x",),
+    "predict": ("state=x", "images=y"),
+    "prepare": ("tasks=dtd",),
+    "export": ("run=x", "output=y"),
+}
 FLAGS = [
     (("-c", "hydra"), "--cfg=hydra"),
     (("--cfg=all",), "--cfg=all"),
