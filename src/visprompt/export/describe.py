@@ -104,26 +104,38 @@ def _problem(classifier: Classifier, to: str, program: ExportedProgram | None) -
     return None
 
 
-def cell(method: str, family: str) -> str:
-    """Return a cell of the table: the formats that work, or a dash for a pair that does not work itself.
+def cell(method: str, family: str, reasons: list[str]) -> str:
+    """Return a cell of the table: the formats that work and numbers of reasons why others do not.
 
     Args:
         method: A name of `METHODS`.
         family: A name of `methods.describe.MEMBERS`.
+        reasons: The sentences that are listed below the table; new ones are added.
+
+    Returns:
+        For example "onnx, torch [1]", with "(pad)" for prompts of pixels; "-" for a pair that does not work
+        itself.
     """
     options = options_of(method, family)
     if options is None:
         return "-"
     found = problems(classifier_of(method, family, **options))
-    works = [to for to in FORMATS if found[to] is None]
-    return (", ".join(works) or "none") + (" (pad)" if options else "")
+    works = [to for to in FORMATS if found[to] is None] or ["none"]
+    numbers = []
+    for reason in filter(None, found.values()):
+        if reason not in reasons:
+            reasons.append(reason)
+        numbers.append(f" [{reasons.index(reason) + 1}]")
+    return ", ".join(works) + "".join(dict.fromkeys(numbers)) + (" (pad)" if options else "")
 
 
 def table() -> str:
-    """Return the table as Markdown."""
+    """Return the table, and the reasons below it, as Markdown."""
+    reasons: list[str] = []
     lines = [f"| method | {' | '.join(FAMILIES)} |", f"|---|{'---|' * len(FAMILIES)}"]
     for method in METHODS:
-        lines.append(f"| {' | '.join([method, *(cell(method, family) for family in FAMILIES)])} |")
+        lines.append(f"| {' | '.join([method, *(cell(method, family, reasons) for family in FAMILIES)])} |")
+    lines += ["", "Refused with:", "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))]
     return "\n".join(lines) + "\n"
 
 
