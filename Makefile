@@ -54,12 +54,13 @@ report: $(STAMP)  ## the protocol and an ablation on the demo, then a page of ta
 	$(RUN) src/train.py -m experiment=demo_ablation method.num_tokens=1,10,50 method.depth=1,3,6
 	$(RUN) src/report.py inspect=auto $(ARGS)
 
-docs: $(STAMP)  ## the generated pages (datasets, methods, methods by backbones, result.json), golden values of new methods
+docs: $(STAMP)  ## the generated pages (datasets, methods, result.json, exports: half an hour), golden values of new methods
 	$(RUN) -m visprompt.data.catalog.describe > docs/datasets.md
 	$(RUN) -m visprompt.runs.methods_page > docs/methods.md
 	$(RUN) -m visprompt.runs.result_page > docs/result.md
 	$(RUN) -m visprompt.models.methods.describe > docs/methods-by-backbones.md
 	$(RUN) tests/helpers/goldens.py
+	$(RUN) -m visprompt.export.describe docs/export.md
 
 setup: $(STAMP)  ## only the environment, .venv, from the hashes in uv.lock; uv itself goes to .uv
 	@:

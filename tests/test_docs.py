@@ -50,7 +50,9 @@ def test_the_page_of_results_is_made_of_their_schema():
     assert (ROOT / "docs" / "result.md").read_text() == result_page.markdown(), "run make docs"
 
 
-@pytest.mark.parametrize("script", ["train", "tune", "eval", "predict", "prepare", "report", "serve"])
+@pytest.mark.parametrize(
+    "script", ["train", "tune", "eval", "predict", "prepare", "report", "export", "serve"]
+)
 def test_help_says_where_the_keys_are_explained(script):
     with composing():
         shown = OmegaConf.to_container(compose(script, return_hydra_config=True).hydra.help, resolve=False)

@@ -82,15 +82,22 @@ def test_what_reads_a_run_runs(folder):
     done = call("train", *tiny(logs, "callbacks=none", "recipe.epochs=1", "recipe.warmup_epochs=0"))
     assert done.returncode == 0, done.stderr
     (run,) = (path.parent for path in logs.rglob("result.json"))
-    lines = [line for start in ("eval", "predict", "report") for line in shown(f"python src/{start}.py")]
+    lines = [
+        line for start in ("eval", "predict", "report", "export") for line in shown(f"python src/{start}.py")
+    ]
     assert len(lines) >= 3
     for line in lines:
         script = line.split("/")[1].partition(".py")[0]
         words = [re.sub(r"=logs/\S*HASH$|=\[A,B,C\]$", f"={run}", word) for word in line.split()[2:]]
+        if script == "export":  # onto a new folder; no hub is reached, and deep prompts cannot be merged
+            words = [word.replace("=FOLDER", f"={folder / 'exported'}") for word in words]
+            words = [word for word in words if not word.startswith("push=")]
+            words = ["to=torch" if word == "to=timm" else word for word in words]
         words = [word.replace("=FOLDER", f"={folder / 'images'}") for word in words]
         extra = {
             "predict": [f"output={folder / 'labels.csv'}", "overwrite=true"],
             "report": [f"paths.log_dir={logs}", "formats=[html]"],
+            "export": [f"paths.log_dir={logs}", "overwrite=true"],
         }
         state = [f"weights={logs / 'weights.safetensors'}"] if script != "report" else []
         ran = call(script, *words, *extra.get(script, []), *state)

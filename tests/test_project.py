@@ -46,7 +46,7 @@ SHELL = {
         "data/folder_datamodule.py",
         "data/digits_datamodule.py",
     ),
-    *("runs", "tuning", "reports"),
+    *("runs", "tuning", "reports", "export/command.py", "export/pictures.py"),
 }
 BLOCKED = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb")
 

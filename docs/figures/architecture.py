@@ -12,12 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "visprompt"
 SAYS = {
-    "entry points": "train, tune, eval, predict, report, serve, ...",
+    "entry points": "train, tune, eval, predict, report, export, serve, ...",
     "runs.cli": "flags, words, hints",
     "tuning": "grid, choice, seeds; pruning; dry runs",
     "runs": "job, identity, run, result; engine, trainer",
     "reports": "tables, tests, figures, page",
     "serving": "endpoints, batches, states of a folder",
+    "export": "ONNX, torch.export, timm; the hub",
     "data": "a data module per dataset; sampler",
     "data.stores": "decoded images on disk",
     "data.sources": "downloads, archives, readers",
@@ -28,7 +29,7 @@ SAYS = {
 }
 ROWS = (
     ("entry points",),
-    ("runs.cli", "tuning", "reports", "serving"),
+    ("runs.cli", "tuning", "reports", "export", "serving"),
     ("runs",),
     ("data", "models"),
     ("data.stores", "models.methods", "models.backbones"),

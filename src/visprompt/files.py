@@ -192,15 +192,12 @@ def publish(
 
 def explained(error: OSError, place: Path, option: str = "store_dir") -> UserError:
     """Build the error that says why a folder cannot be written to, and which option chooses another one."""
+    key = f"{option} (data.{option} in training)" if option in ("store_dir", "data_dir") else option
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"the disk of {place} is full: free space there, "
-            f"or set {option} (data.{option} in training) to another disk"
-        )
+        return UserError(f"the disk of {place} is full: free space there, or set {key} to another disk")
     where = f", {error.filename}" if error.filename and not str(error.filename).startswith(str(place)) else ""
     return UserError(
-        f"cannot write to {place} ({error.strerror or error}{where}): "
-        f"set {option} (data.{option} in training) to another folder"
+        f"cannot write to {place} ({error.strerror or error}{where}): set {key} to another folder"
     )
 
 

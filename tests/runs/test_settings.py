@@ -145,7 +145,7 @@ def test_a_table_of_settings_needs_every_key_that_is_documented():
         "hydra.",
     )
     with composing():
-        for program in ("train", "tune", "eval", "predict", "report", "prepare", "serve"):
+        for program in ("train", "tune", "eval", "predict", "report", "prepare", "export", "serve"):
             trains = program in ("train", "tune")
             for data in ("demo/digits", "vtab/cifar", "fgvc/cub200", "folder") if trains else ("",):
                 cfg = compose(program, [f"data={data}"] if data else [])

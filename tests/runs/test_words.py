@@ -35,6 +35,7 @@ NEEDED = {
     "predict": ("state=x", "images=y"),
     "prepare": ("tasks=dtd",),
     "serve": ("states=x",),
+    "export": ("run=x", "output=y"),
 }
 FLAGS = [
     (("-c", "hydra"), "--cfg=hydra"),

@@ -16,6 +16,7 @@ from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.families import family
 from visprompt.models.backbones.family import Family
 from visprompt.models.classifier import Classifier, Origin
+from visprompt.models.hub_state import state_path
 from visprompt.models.layers import Wrapped
 from visprompt.models.methods import build_method, recorded_options
 from visprompt.models.methods.locations import MoreChannels
@@ -123,7 +124,8 @@ def load(
     """Build the classifier of a tuned state.
 
     Args:
-        path: The file, or the folder of a finished run.
+        path: The file; a folder that holds it (of a finished run, or from the hub); or "hf-hub:user/name" for
+            a repository of the Hugging Face hub, with "@revision" for another revision than `main`.
         backbone: A timm model with the weights that the state was tuned on; it is copied. Its name and its
             weights are compared with the state's, its options (heads, pooling) are not. None builds the
             backbone by its name.
@@ -133,13 +135,14 @@ def load(
         The classifier, in evaluation mode, with its `class_names`.
 
     Raises:
-        UserError: The file is not a tuned state, or was tuned on another backbone.
+        UserError: The file is not a tuned state, was tuned on another backbone, or cannot be downloaded.
     """
-    state = load_state(Path(path))
+    file = state_path(path)
+    state = load_state(file)
     if backbone is None:
-        return restore(state, Path(path), backbone_of(state, weights))
+        return restore(state, file, backbone_of(state, weights))
     given = copied(backbone)
-    return restore(state, Path(path), replace(given, spec=settings_of(given.spec, state)))
+    return restore(state, file, replace(given, spec=settings_of(given.spec, state)))
 
 
 def settings_of(spec: BackboneSpec, state: TunedState) -> BackboneSpec:

@@ -47,6 +47,9 @@ _ALLOWED: dict[str, Allowed] = {
     **dict.fromkeys(
         ("compile", "dry_run", "rerun", "overwrite", "diagnostics.best_on_test", "verify", "download"), SWITCH
     ),
+    **dict.fromkeys(("include_preprocessing", "private"), SWITCH),
+    "to": TEXT,
+    **dict.fromkeys(("quantize", "license", "push"), TEXT | NULL),
     "resume_every_n_epochs": whole(1, _MOST),
     "split": TEXT,
     "tags": WORDS,

@@ -84,7 +84,7 @@ def test_weights_that_lie_outside_the_hub_are_fetched_once(monkeypatch, tmp_path
         fetched.append(url)
         tmp_path.joinpath(file).write_bytes(b"weights")
 
-    monkeypatch.setattr(hub, "_answers", lambda address: address.startswith("https://dl.fbaipublicfiles.com"))
+    monkeypatch.setattr(hub, "answers", lambda address: address.startswith("https://dl.fbaipublicfiles.com"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     file = tmp_path / "torch" / "checkpoints" / "IN22K-vit.g.16-600e.pth.tar"
     assert [hub_file(IJEPA), hub_file(IJEPA)] == [file, file]
@@ -116,7 +116,7 @@ def test_a_mirror_that_answers_but_cannot_give_the_file_is_one_sentence(monkeypa
         raise OSError("403 Client Error:\nForbidden")
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert hub._answers(hub.constants.ENDPOINT)
+    assert hub.answers(hub.constants.ENDPOINT)
     with pytest.raises(UserError) as error:
         build_backbone(BackboneSpec(name=HUB))
     expected = MISSING.replace(

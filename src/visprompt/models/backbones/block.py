@@ -155,7 +155,7 @@ def combine(
     """
     if rows:
         keys, values = [*keys, _for_images(rows[0])], [*values, _for_images(rows[1])]
-    dtype, size = values[0].dtype, (len(read), -1, -1, -1)
+    dtype, size = values[0].dtype, (read.shape[0], -1, -1, -1)
     all_keys, all_values = (
         torch.cat([p.to(dtype).expand(size) for p in parts], 2) for parts in (keys, values)
     )

@@ -222,7 +222,7 @@ def _attend(
     if read_prompts.shape[1]:
         parts.insert(1, (read_prompts.unsqueeze(1), True))  # queries in the order of `read`
     num_windows, area = windows.shape[1:3]
-    query, key, value = _join(attn, parts, rows, len(read), num_windows)
+    query, key, value = _join(attn, parts, rows, read.shape[0], num_windows)
     mask = None
     if num_image:
         mask = _mask(block, size, num_windows, query.shape[-2], key.shape[-2]).to(query.dtype)
@@ -281,7 +281,7 @@ def _windows(block: Any, maps: Tensor) -> Tensor:
     x = maps.roll((-down, -right), (1, 2)) if down or right else maps
     height, width = _padded_size(block, (maps.shape[1], maps.shape[2]))
     x = F.pad(x, (0, 0, 0, width - maps.shape[2], 0, height - maps.shape[1]))
-    return window_partition(x, block.window_size).view(len(maps), -1, block.window_area, maps.shape[-1])
+    return window_partition(x, block.window_size).view(maps.shape[0], -1, block.window_area, maps.shape[-1])
 
 
 def _put_back(block: Any, windows: Tensor, size: tuple[int, int]) -> Tensor:

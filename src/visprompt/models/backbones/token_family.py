@@ -97,7 +97,7 @@ class TokenFamily(Family):
         if has is None:
             return None
         prompts, own_rows = has
-        tokens = torch.cat([prompts.new_ones(len(x), num_image), prompts], dim=1)[:, : x.shape[1]]
+        tokens = torch.cat([prompts.new_ones(x.shape[0], num_image), prompts], dim=1)[:, : x.shape[1]]
         parts = [tokens[:, rows], tokens[:, : rows.start], tokens[:, rows.stop :]]
         return torch.cat([*parts, *([] if entering is None else [prompts]), own_rows], dim=1)
 
@@ -207,7 +207,7 @@ class TokenFamily(Family):
                 with_prompts = flow[i + 1] in (Flow.KEEP, Flow.MIX)
                 rows = slice(0, None if with_prompts else num_image)
             if entering is not None and with_prompts:
-                x, entering = torch.cat([x, entering.expand(len(x), -1, -1)], dim=1), None
+                x, entering = torch.cat([x, entering.expand(x.shape[0], -1, -1)], dim=1), None
             x = self._run_block(i, x, num_image, rows, entering, method)
             if i + 1 < self.num_blocks:
                 x, num_image = self.between(i + 1, x, num_image)
@@ -226,7 +226,7 @@ class TokenFamily(Family):
         all_read = entering is None and (start, stop) == (0, x.shape[1])
         driven = enters or (self.exact and not all_read and self.is_proven(self._block(index)))
         if entering is not None and not (driven and self.exact):
-            x, entering = torch.cat([x, entering.expand(len(x), -1, -1)], dim=1), None
+            x, entering = torch.cat([x, entering.expand(x.shape[0], -1, -1)], dim=1), None
         if not driven:
             return self.carry(index, x, num_image)[:, start:stop]
         # all outputs are computed if `exact` is off, and if patches are read and a branch needs all of them

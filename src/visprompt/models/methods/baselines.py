@@ -129,7 +129,7 @@ class _BatchNorm(nn.BatchNorm1d):
     """Batch norm that uses its running statistics for a training batch of one image (the last may be one)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and len(input) == 1:
+        if self.training and input.shape[0] == 1:
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )

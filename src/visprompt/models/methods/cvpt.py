@@ -67,7 +67,7 @@ class CVPT(Method):
 
     def branch(self, place: Place, block: int, x: Tensor, normed: Tensor | None) -> Tensor:
         """Return CA(x, P_i) of the residual stream x [B, n, width] after the attention of a block."""
-        return self._attend(block, x, *self._keys_values(block, len(x)), None)
+        return self._attend(block, x, *self._keys_values(block, x.shape[0]), None)
 
     @classmethod
     def branches(
@@ -110,7 +110,7 @@ class CVPT(Method):
         # the joint projection's first rows are those of the queries
         bias = None if attn.qkv.bias is None else attn.qkv.bias[: attn.attn_dim]
         (q,) = split_heads(attn, F.linear(x, attn.qkv.weight[: attn.attn_dim], bias))
-        k, v = (part.expand(len(x), -1, -1, -1) for part in (k, v))
+        k, v = (part.expand(x.shape[0], -1, -1, -1) for part in (k, v))
         out = F.scaled_dot_product_attention(attn.q_norm(q), k, v, attn_mask=present, scale=attn.scale)
         out = attn.norm(out.transpose(1, 2).flatten(2))
         if attn.gate is not None:

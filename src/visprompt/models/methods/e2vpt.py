@@ -164,7 +164,7 @@ class E2VPT(Method):
         if self.gates is not None:
             parts = prompts.unflatten(-1, (self.num_segments, -1))
             prompts = (parts * self.gates[:, block].unsqueeze(-1)).flatten(-2)
-        return drop(self.dropout, prompts, len(x))
+        return drop(self.dropout, prompts, x.shape[0])
 
     def keys_values(self, block: int) -> tuple[Tensor, Tensor] | None:
         """Return the key-value prompts of a block, each [heads, T, width / heads]."""

@@ -135,7 +135,7 @@ class LowRankVPT(VPT):
         """Return a block's prompts, [1, p, width], or [B, p, width] while dropout is active."""
         layer = block - self.first_block
         prompts = (self.left[layer] @ self.right[layer]).unsqueeze(0)
-        return drop(self.dropout, prompts, len(x))
+        return drop(self.dropout, prompts, x.shape[0])
 
 
 def _draw_right(right: Tensor) -> None:

@@ -125,7 +125,7 @@ class SA2VP(Method):
         if not block:
             (backbone,) = self._backbone
             first = backbone.model.norm_pre(self._lifted(0) + self._positions())
-            self._state = {"prompts": drop(self.dropout, first, len(x))}
+            self._state = {"prompts": drop(self.dropout, first, x.shape[0])}
         prompts = self._state.pop("prompts").to(x.dtype)
         if block % EVERY:
             self._state["read"] = self.scale * self._read(block, x, prompts)
@@ -188,7 +188,7 @@ class SA2VP(Method):
         attn, (q_in, kv_in) = block.attn, (block.norm1(reader), block.norm1(source))
         q, _, _ = split_heads(attn, attn.qkv(q_in))
         _, k, v = split_heads(attn, attn.qkv(kv_in))
-        batch = max(len(reader), len(source))
+        batch = max(reader.shape[0], source.shape[0])
         q, k, v = (part.to(v.dtype).expand(batch, -1, -1, -1) for part in (attn.q_norm(q), attn.k_norm(k), v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.near, scale=attn.scale)
         out = attn.norm(out.transpose(1, 2).flatten(2))

@@ -135,7 +135,7 @@ class TCPA(Method):
 
     def tokens(self, block: int, x: Tensor, last: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the prompts of both pools, [1, p, width], or [B, p, width] while dropout is active."""
-        prompts = drop(self.dropout, self.prompts[block].flatten(0, 2)[None], len(x))
+        prompts = drop(self.dropout, self.prompts[block].flatten(0, 2)[None], x.shape[0])
         # in float32: not every device has a 16-bit FFT
         self._state["prompts"] = torch.fft.fft2(prompts.float()).real.to(x.dtype)
         return self._state["prompts"]
@@ -152,7 +152,7 @@ class TCPA(Method):
         q, k, _ = split_heads(attn, attn.qkv(image))
         _, prompt_k, prompt_v = split_heads(attn, attn.qkv(module.norm1(prompts)))
         q = attn.q_norm(q[:, :, :count])
-        keys = [attn.k_norm(part).expand(len(q), -1, -1, -1) for part in (k, prompt_k)]
+        keys = [attn.k_norm(part).expand(q.shape[0], -1, -1, -1) for part in (k, prompt_k)]
         weights = (attn.scale * q @ torch.cat(keys, dim=2).mT).softmax(dim=-1)[..., num_image:]
         out = (weights * hidden[:, None, :count]).to(prompt_v.dtype) @ prompt_v
         out = out.transpose(1, 2).flatten(2)

@@ -94,7 +94,7 @@ class VAPT(VPT):
         mixer = self._mixer(i) if self.frozen_mixers is None else self.frozen_mixers[i]
         mixed = mixer.to(normed.dtype) @ normed
         if self.training:
-            mixed = mixed * self.dropout(mixed.new_ones(len(x), 1, width))
+            mixed = mixed * self.dropout(mixed.new_ones(x.shape[0], 1, width))
         mixed = mixed + self.mix_bias[i][:, None]
         return mixed + self.dropout(F.relu(mixed @ self.down)) @ self.up
 

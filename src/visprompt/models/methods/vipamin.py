@@ -136,7 +136,7 @@ def _read_keys(
         if index not in blocks:
             x = backbone.carry(index, x, num_image)
             continue
-        random_prompts = drawn[index - blocks[0]].to(x.dtype).expand(len(x), -1, -1)
+        random_prompts = drawn[index - blocks[0]].to(x.dtype).expand(x.shape[0], -1, -1)
         means.add(("patches", index), x[:, patches])
         x = torch.cat([x, random_prompts], dim=1)
         block: Any = backbone.blocks[index]

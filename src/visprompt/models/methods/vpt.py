@@ -244,13 +244,13 @@ class VPT(Method):
         """Return a block's prompts, [1, p, width], or [B, p, width] while dropout is active."""
         if self.location == "prepend_pixel":
             return locations.patch_tokens(self._patch_embed[0], self.prompts)  # type: ignore[arg-type]  # one tensor here
-        return self._vectors(block, len(x))
+        return self._vectors(block, x.shape[0])
 
     def shift(self, block: int, x: Tensor) -> Tensor:
         """Add a prompted block's vectors to the patch tokens of x [B, n, width], not to the prefix tokens."""
         if self.location not in ("add", "add_one") or block not in self.prompted_blocks:
             return x
-        vectors = self._vectors(block, len(x))
+        vectors = self._vectors(block, x.shape[0])
         vectors = vectors.expand(-1, x.shape[1] - self._prefix, -1) if self.location == "add_one" else vectors
         return x + F.pad(vectors, (0, 0, self._prefix, 0))
 

@@ -13,7 +13,7 @@ from visprompt.runs import compose
 from visprompt.runs.paths import CONFIGS
 from visprompt.runs.settings import no_trainer_key
 
-SCRIPTS = ("train", "tune", "eval", "predict", "prepare", "report", "serve")
+SCRIPTS = ("train", "tune", "eval", "predict", "prepare", "report", "export", "serve")
 """The entry points, which are also the names of their configs; the one with the most keys is first."""
 _OF_TEMPLATES = {
     "ckpt_path": "a run that was stopped goes on by its own command again, and src/eval.py takes run=FOLDER",

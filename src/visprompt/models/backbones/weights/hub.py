@@ -44,7 +44,7 @@ def hub_file(name: str) -> Path:
     url = _address(config)
     if config.hf_hub_id:
         url = f"{constants.ENDPOINT}/{config.hf_hub_id}/resolve/main/{names[0]}"
-    if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT if config.hf_hub_id else url):
+    if constants.HF_HUB_OFFLINE or not answers(constants.ENDPOINT if config.hf_hub_id else url):
         raise _missing(name, url, "the hub cannot be reached")
     try:
         return _fetch(config, names)
@@ -84,7 +84,7 @@ def _missing(name: str, url: str, why: str) -> UserError:
     )
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
     """Return whether a server answers at an address, through a proxy if one is set."""
     try:
         urlopen(address, timeout=_TIMEOUT).close()

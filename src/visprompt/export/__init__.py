@@ -1,0 +1,1 @@
+"""Write a tuned classifier for other programs: ONNX, `torch.export`, plain timm, the Hugging Face hub."""
