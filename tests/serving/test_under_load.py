@@ -248,3 +248,5 @@ def test_after_sigterm_an_upload_that_had_begun_is_answered_and_one_that_never_e
         assert upload.finish() == 200
         assert service.process.wait(30) == 0
         endless.socket.close()
+        assert "a request was cut off" in service.log.read_text()
+        assert "Traceback" not in service.log.read_text()

@@ -1,5 +1,6 @@
 """The web application: all endpoints, one form of error, and a count of every request."""
 
+import asyncio
 import logging
 import time
 from collections.abc import MutableMapping
@@ -97,6 +98,7 @@ class Counted:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
+        self._service = service
         self._metrics = service.metrics
         self.accepted = self.answered = 0
 
@@ -120,6 +122,10 @@ class Counted:
         self._metrics.open.inc()
         try:
             await self._app(scope, receive, counted_send)
+        except asyncio.CancelledError:
+            if not self._service.draining:
+                raise
+            _log.warning("a request was cut off: it was not answered before the service ended")
         finally:
             self._metrics.open.dec()
             route = getattr(

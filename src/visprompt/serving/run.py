@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -123,7 +124,7 @@ async def _until_signal(service: Service, tokens: Tokens, listener: socket.socke
             access_log=False,  # /metrics counts; a line for each request would be most of the log
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=int(service.limits.drain_seconds),
+            timeout_graceful_shutdown=math.ceil(service.limits.drain_seconds),
             timeout_keep_alive=30,
             lifespan="off",
         )
