@@ -189,7 +189,10 @@ def test_the_version_is_hydras(capsys, monkeypatch):
             ("-sc", "seed=1"),
             "-sc takes one of install=bash, uninstall=bash and query=bash, or another shell's name\n",
         ),
-        (("-cn", "trian"), "unknown config 'trian': did you mean train? (all: eval, predict, prepare, "),
+        (
+            ("-cn", "trian"),
+            "unknown config 'trian': did you mean train? (all: eval, export, predict, prepare, ",
+        ),
         (("-cd", "/nix"), "--config-dir=/nix is not a folder: give one with configs in it\n"),
         (
             ("--cfg", "job", "-p", "recip"),

@@ -9,13 +9,10 @@ from pathlib import Path
 from threading import Lock, RLock
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from visprompt.data.sources.decoders import decoder_of
-from visprompt.data.transforms import to_input
+from visprompt.data.inputs import Picture, as_input
 from visprompt.errors import UserError, unknown
 from visprompt.models.api import copied, settings_of, untuned
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
@@ -26,8 +23,6 @@ from visprompt.models.mixed import features_of
 from visprompt.models.prepared import Prepared, backbone_only, prepare
 from visprompt.models.sharing import Batch, Span, make_per_task, own_tuned_tensors, shared_copy
 from visprompt.models.tuned_state import TunedState, check_fits, load_state, read_checksum
-
-Picture = Tensor | np.ndarray | Image.Image | Path | bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +229,12 @@ class Bank:
         if len(names) != len(images):
             raise UserError(f"{len(names)} tasks for {len(images)} images: give each image its task")
         found = {name: self.task(name) if isinstance(name, str) else name for name in dict.fromkeys(names)}
-        inputs = [self._input(image, found[name]) for image, name in zip(images, names, strict=True)]
+        like = next(self._module.parameters())
+        inputs = []
+        for image, name in zip(images, names, strict=True):
+            task = found[name]
+            made = as_input(image, None if task is None else task.preprocessing)
+            inputs.append(made.to(like.device, like.dtype))
         out: list[Tensor | None] = [None] * len(inputs)
         # equal sizes together, then equal tasks; tasks of one method stand side by side
         keys = [(tuple(x.shape), *_rank(found[name])) for x, name in zip(inputs, names, strict=True)]
@@ -295,35 +295,6 @@ class Bank:
             self._loaded[task.name] = task
             self._loaded.move_to_end(task.name)
             self._sources[task.name] = source
-
-    def _input(self, image: Picture, task: Task | None) -> Tensor:
-        """Return an image as the backbone's input [3, H, W]."""
-        like = next(self._module.parameters())
-        if isinstance(image, Tensor):
-            if image.ndim != 3 or not image.is_floating_point():
-                raise UserError(
-                    "images must be normalised tensors [B, 3, height, width], and one of these is "
-                    f"{image.dtype} of the shape {tuple(image.shape)}"
-                )
-            return image.to(like.device, like.dtype)
-        if task is None:
-            raise UserError("a picture without a task cannot be prepared: give a normalised tensor [3, H, W]")
-        if isinstance(image, Path | bytes):
-            pixels = decoder_of(task.preprocessing)(image)
-        elif isinstance(image, Image.Image):
-            if image.mode[0] in "IF":
-                raise UserError(
-                    f"a picture of Pillow's mode {image.mode} has more than 8 bits: give the path of its file"
-                )
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        else:
-            pixels = image
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise UserError(
-                f"an array must be uint8 [height, width, 3], and one of these is {pixels.dtype} of the shape "
-                f"{pixels.shape}"
-            )
-        return to_input(pixels, task.preprocessing).to(like.device, like.dtype)
 
     def _logits(self, images: Tensor, tasks: Sequence[Task | None]) -> list[Tensor]:
         """Return the logits of images of one size, sorted by task."""

@@ -45,7 +45,17 @@ _ALLOWED: dict[str, Allowed] = {
     | Allowed("the word released", lambda value: value == "released"),
     "precision": _PRECISION,
     **dict.fromkeys(
-        ("compile", "dry_run", "rerun", "overwrite", "diagnostics.best_on_test", "verify", "download"), SWITCH
+        (
+            "average",
+            "compile",
+            "dry_run",
+            "rerun",
+            "overwrite",
+            "diagnostics.best_on_test",
+            "verify",
+            "download",
+        ),
+        SWITCH,
     ),
     **dict.fromkeys(("include_preprocessing", "private"), SWITCH),
     "to": TEXT,
@@ -58,9 +68,7 @@ _ALLOWED: dict[str, Allowed] = {
     **dict.fromkeys(
         ("preprocessing.interpolation", "preprocessing.resampling", "preprocessing.normalisation"), TEXT
     ),
-    **dict.fromkeys(
-        ("paths.root_dir", "paths.data_dir", "paths.log_dir", "table", "output", "state", "images"), PATH
-    ),
+    **dict.fromkeys(("paths.root_dir", "paths.data_dir", "paths.log_dir", "table", "output", "images"), PATH),
     "states": _PATHS,
     **dict.fromkeys(("host", "dtype"), TEXT),
     "port": whole(0, 65535),
@@ -77,7 +85,7 @@ _ALLOWED: dict[str, Allowed] = {
     },
     "limits.batch_wait_ms": number("a number of 0 or more", lambda value: value >= 0),
     **dict.fromkeys(("data_dir", "root", "weights", "recipe.table"), PATH | NULL),
-    **dict.fromkeys(("run", "runs"), _PATHS),
+    **dict.fromkeys(("run", "runs", "state"), _PATHS),
     "inspect": _PATHS | NULL,
     "store_dir": PATH,
     **dict.fromkeys(("source", "revision", "device"), TEXT),
