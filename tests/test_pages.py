@@ -88,7 +88,7 @@ def test_what_reads_a_run_runs(folder):
     assert len(lines) >= 3
     for line in lines:
         script = line.split("/")[1].partition(".py")[0]
-        words = [re.sub(r"=logs/\S*HASH$|=\[A,B,C\]$", f"={run}", word) for word in line.split()[2:]]
+        words = [re.sub(r"=logs/\S*HASH$|='?\[A,B,C\]'?$", f"={run}", word) for word in line.split()[2:]]
         if script == "export":  # onto a new folder; no hub is reached, and deep prompts cannot be merged
             words = [word.replace("=FOLDER", f"={folder / 'exported'}") for word in words]
             words = [word for word in words if not word.startswith("push=")]

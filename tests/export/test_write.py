@@ -149,7 +149,10 @@ def test_int8_is_measured_and_leaves_prompts_and_head_as_they_are(tmp_path):
     kinds = [node.op_type for node in model.graph.node]
     # two blocks: qkv, proj and two layers of the MLP; the last block's queries and keys apart
     assert kinds.count("MatMulInteger") == measured["matrices"] == 9
-    assert "Gemm" in kinds, "the head"
+    # the head stays as it was: one product, which ONNX Runtime may write as two nodes
+    made = {node.output[0]: node for node in model.graph.node}
+    (last,) = [node for node in model.graph.node if "classifier.head.bias" in node.input]
+    assert last.op_type == "Gemm" or made[last.input[0]].op_type == "MatMul"
     with pytest.raises(UserError, match="and this backbone has none: leave it out"):
         onnx_file.quantise(tmp_path, [])
 
