@@ -67,10 +67,7 @@ def tuned(model, method, classes=3, seed=0, **chosen):
     with torch.no_grad():
         for _, parameter in classifier.tuned_parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    named = {"method": classifier.origin.method, "backbone": classifier.origin.backbone}
-    named |= {"class_names": tuple(f"c{i}" for i in range(classes))}
-    tensors = {name: tensor.clone() for name, tensor in classifier.tuned_state().items()}
-    return TunedState(**RECORD | named, tensors=tensors), classifier.eval()
+    return _state_of(classifier), classifier.eval()
 
 
 def images(count, side=32, seed=3):
@@ -202,7 +199,7 @@ def test_bfloat16_comes_close(banks):
         "bias 0",
     ):
         classifier = alone[name]
-        state = replace(_state_of(classifier), method=classifier.origin.method)
+        state = _state_of(classifier)
         bank.add(name, state)
         names.append(name)
     x = images(2 * len(names))
@@ -216,7 +213,9 @@ def test_bfloat16_comes_close(banks):
 def _state_of(classifier):
     named = {"method": classifier.origin.method, "backbone": classifier.origin.backbone}
     named |= {"class_names": tuple(f"c{i}" for i in range(classifier.num_classes))}
-    return TunedState(**RECORD | named, tensors=classifier.tuned_state())
+    return TunedState(
+        **RECORD | named, tensors={name: tensor.clone() for name, tensor in classifier.tuned_state().items()}
+    )
 
 
 def test_none_is_the_bare_backbone(banks):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from visprompt.errors import UserError
 from visprompt.export.check import compare
 from visprompt.export.model_card import model_card
@@ -66,9 +68,12 @@ def check(folder: Path, classifier: Classifier, weights: str | None = None) -> N
     loaded = load(folder, weights=weights)
     size = classifier.backbone.image_size
     preprocessing = {"size": size}
-    agreement = compare(
-        classifier.eval(), lambda x: (loaded(x), loaded(x).softmax(1)), preprocessing, in_graph=False
-    )
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        logits = loaded(images)
+        return logits, logits.softmax(1)
+
+    agreement = compare(classifier.eval(), run, preprocessing, in_graph=False)
     if agreement.error != 0:
         raise UserError(
             f"{folder} answers differently from the run (relative error {agreement.error:.1e}): it is not "

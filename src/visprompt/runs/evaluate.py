@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError
 from visprompt.models.api import restore
+from visprompt.models.backbones import Backbone
 from visprompt.models.bank import Bank
 from visprompt.models.classifier import Classifier
 from visprompt.models.ensemble import Ensemble
@@ -107,7 +108,7 @@ def _each(runs: Sequence[Finished], cfg: DictConfig) -> float:
             of_its_own = replace(prepared, identity={**prepared.identity, "method": dict(one.state.method)})
             check_prepared(of_its_own, one.state, one.result, one.folder, first.folder)
         trainer = build_trainer(job)
-        backbone = replace(prepared.backbone, module=deepcopy(prepared.backbone.module))
+        backbone = own_backbone(prepared)
         kind = KINDS[prepared.datamodule.kind]
         dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(job.precision)
         bank = Bank(backbone, device=trainer.strategy.root_device, dtype=dtype)
@@ -164,4 +165,9 @@ def check_prepared(prepared: run.Run, state: TunedState, result: Result, folder:
 
 def restore_on(prepared: run.Run, state: TunedState, path: Path) -> Classifier:
     """Return the classifier of a tuned state, on a copy of the backbone, which later runs share."""
-    return restore(state, path, replace(prepared.backbone, module=deepcopy(prepared.backbone.module)))
+    return restore(state, path, own_backbone(prepared))
+
+
+def own_backbone(prepared: run.Run) -> Backbone:
+    """Return a copy of a prepared run's backbone, which later runs share."""
+    return replace(prepared.backbone, module=deepcopy(prepared.backbone.module))
