@@ -23,7 +23,7 @@ import torch
 from timm.layers import set_fused_attn
 from torch import Tensor
 
-from measuring import machine, milliseconds
+from measuring import machine, milliseconds, parser_of
 from visprompt.errors import UserError
 from visprompt.models.backbones import DEMO, Backbone, BackboneSpec, build_backbone
 from visprompt.models.bank import Bank
@@ -142,13 +142,7 @@ def memory_lines(backbone: Backbone, options: argparse.Namespace) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--backbone", default=DEMO, help="the embedded one, or a timm ViT with random weights"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = parser_of(__doc__)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 4, 16, 64])

@@ -1,5 +1,6 @@
 """The clock and the scale of the benchmarks, and the machine they ran on."""
 
+import argparse
 import ctypes
 import os
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from visprompt.models.backbones import DEMO
 from visprompt.runs.environment import git_commit, versions
 
 
@@ -49,6 +51,18 @@ def added_mib(step: Callable[[], object], device: str) -> float:
     resident = _proc("self/status", "VmRSS")
     step()
     return (int(_proc("self/status", "VmHWM").split()[0]) - int(resident.split()[0])) / 1024  # "1234 kB"
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark of a backbone: which, and on which device."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--backbone", default=DEMO, help="the embedded one, or a timm ViT with random weights"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser
 
 
 def machine() -> str:

@@ -30,7 +30,7 @@ from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from measuring import added_mib, machine, milliseconds
+from measuring import added_mib, machine, milliseconds, parser_of
 from visprompt.errors import UserError
 from visprompt.models.backbones import DEMO, BackboneSpec, build_backbone
 from visprompt.models.backbones.vit import ViT
@@ -150,13 +150,7 @@ def table(unit: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--backbone", default=DEMO, help="the embedded one, or a timm ViT with random weights"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = parser_of(__doc__)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
     parser.add_argument("--batch", type=int, help="64, or 4 for a timm ViT on the CPU")
     parser.add_argument(

@@ -77,7 +77,7 @@ def test_what_prompts_alone_decide_is_constant_in_the_graph(tmp_path):
         targets = [str(node.target) for node in program.graph.nodes]
         counts[method] = [targets.count(f"aten.{name}.default") for name in ("linear", "layer_norm")]
         assert {name for name in program.state_dict if "prompts" in name} == set()
-    # without prompts timm's own first block runs, whose last outputs are computed alike
+    # without prompts timm's own block runs, which computes all outputs
     assert counts["vpt_deep"] == counts["linear"]
 
 

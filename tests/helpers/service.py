@@ -1,4 +1,4 @@
-"""The service of src/serve.py in a process of its own, and tuned states on the demo backbone to serve."""
+"""Start src/serve.py as a separate process, and make tuned states on the demo backbone for it."""
 
 import http.client
 import io

@@ -22,7 +22,7 @@ def as_input(image: Picture, preprocessing: Mapping[str, Any] | None) -> Tensor:
         image: A normalised tensor [3, H, W], returned as it is; or the path or the content of an image file,
             decoded as `preprocessing` says; or a decoded picture, of Pillow (rotated by its EXIF orientation)
             or uint8 [h, w, 3].
-        preprocessing: A tuned state's `preprocessing`; None if there is none.
+        preprocessing: A tuned state's `preprocessing`; None for an image without a task.
 
     Raises:
         UserError: The image is not of one of these forms, or cannot be decoded.

@@ -33,7 +33,7 @@ def validation(
         A function that returns the pictures, and what a card says about them.
 
     Raises:
-        UserError: There are none on this machine, or they are not those of the run.
+        UserError: The validation images are not on this machine, or are not those of the run.
     """
     prepared = run.prepare(job_of(folder, state, result, **places))
     check_prepared(prepared, state, result, folder, folder)

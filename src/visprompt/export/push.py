@@ -24,7 +24,7 @@ def check_repository(name: str) -> None:
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
-    """Create a model repository, if there is none of this name, and upload a folder to it as one commit.
+    """Upload a folder as one commit to a model repository, which is created if it does not exist.
 
     Args:
         folder: A result of `to=hub_folder`.

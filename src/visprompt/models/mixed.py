@@ -121,7 +121,7 @@ class Mixed(Method):
         """Return each image's rows [B, t] in a table of all parts' rows; row 0 fills the places left."""
         if (key := tuple(counts)) not in self._indices:
             index, first = [], 1
-            # torch.compile makes a graph of its own for a length of 1
+            # torch.compile would compile again for a length of 1
             length = max(2, *counts) if self._pad_always and any(counts) else max(counts)
             for size, count in zip(self._sizes, counts, strict=True):
                 own = [*range(first, first + count), *[0] * (length - count)]

@@ -99,7 +99,7 @@ class Ticket:
         """Take room for more images and bytes.
 
         Raises:
-            Refused: There is none.
+            Refused: The limit of images or bytes is reached.
         """
         self._admission.check(images, size)
         self.images += images

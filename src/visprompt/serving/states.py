@@ -150,7 +150,7 @@ class States:
         """Return what is known of a state.
 
         Raises:
-            Refused: There is none of this name.
+            Refused: No state has this name.
         """
         with self._lock:
             if name not in self._entries:
@@ -178,7 +178,7 @@ class States:
         """Free a task, until it is loaded again; requests that have begun are answered.
 
         Raises:
-            Refused: There is none of this name.
+            Refused: No state has this name.
         """
         with self._lock:
             entry = self.entry(name)
