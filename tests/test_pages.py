@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from helpers.cli import ROOT, call, composed, frozen, tiny
+from helpers.cli import ROOT, call, call_all, composed, frozen, tiny
 from visprompt.runs import compose
 from visprompt.tuning import dry_run
 from visprompt.tuning.dry_run.pace import Pace
@@ -86,6 +86,7 @@ def test_what_reads_a_run_runs(folder):
         line for start in ("eval", "predict", "report", "export") for line in shown(f"python src/{start}.py")
     ]
     assert len(lines) >= 3
+    calls = []
     for line in lines:
         script = line.split("/")[1].partition(".py")[0]
         words = [re.sub(r"=logs/\S*HASH$|='?\[A,B,C\]'?$", f"={run}", word) for word in line.split()[2:]]
@@ -100,8 +101,10 @@ def test_what_reads_a_run_runs(folder):
             "export": [f"paths.log_dir={logs}", "overwrite=true"],
         }
         state = [f"weights={logs / 'weights.safetensors'}"] if script != "report" else []
-        ran = call(script, *words, *extra.get(script, []), *state)
-        assert ran.returncode == 0, (line, ran.stderr)
+        calls.append((script, [*words, *extra.get(script, []), *state]))
+    ran = call_all(calls)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("\n# ") + ran.stderr.startswith("# ") == len(calls)
 
 
 @pytest.mark.parametrize("line", shown("make "))
