@@ -188,7 +188,9 @@ class TaskDataModule(L.LightningDataModule, ABC):
         dataset = self.open_sets(self.train_sets[self.split])
         if self.fraction == 1:
             return dataset
-        return dataset.subset(np.array(share(dataset.keys, dataset.labels.tolist(), self.fraction)))
+        # multi-label images have no one class: a share of all of them
+        classes = dataset.labels.tolist() if dataset.labels.ndim == 1 else [0] * len(dataset)
+        return dataset.subset(np.array(share(dataset.keys, classes, self.fraction)))
 
     @cached_property
     def val_dataset(self) -> TicketDataset:

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     Attributes:
         images: uint8 [b, c, h, w] from the loader, with 1 or 3 channels; float32 [b, 3, h, w], normalised,
             after the transfer to the device. Cached features are float32 [b, ...] from the loader on.
-        labels: int64 [b].
+        labels: int64 [b], or [b, C] of 0 and 1 for multi-label data.
         rows: int64 [b], positions in the dataset.
         weights: float32 [b], the factor of each image's loss (see `GlobalBatches`); 0 for padding.
     """
@@ -52,7 +52,7 @@ class TicketDataset(Dataset[Batch], ABC):
     """A dataset that returns a `Batch` for a list of tickets, which torch passes to `__getitems__`."""
 
     labels: Tensor
-    """int64 [n], the label of each row"""
+    """int64 [n], the label of each row, or [n, C] of 0 and 1 for multi-label data"""
 
     keys: Sequence[str]
     """The key of each row, the same on every machine"""
@@ -161,7 +161,15 @@ class RaggedDataset(TicketDataset):
     """
 
     def __init__(
-        self, store: RaggedStore, rows: np.ndarray, *, size: int, seed: int, random_crop: bool, flip: float
+        self,
+        store: RaggedStore,
+        rows: np.ndarray,
+        *,
+        size: int,
+        seed: int,
+        random_crop: bool,
+        flip: float,
+        labels: np.ndarray | None = None,
     ) -> None:
         """Select rows of a store.
 
@@ -172,11 +180,13 @@ class RaggedDataset(TicketDataset):
             seed: Seed of crops and flips.
             random_crop: Whether training crops are random; otherwise they are central.
             flip: Probability of a horizontal flip in training.
+            labels: int64 [rows of the store, ...], if they are not the store's.
         """
         self.store, self.rows, self.size, self.seed = store, rows, size, seed
         self.random_crop, self.flip = random_crop, flip
         self.keys = [store.keys[row] for row in rows]
-        self.labels = torch.from_numpy(np.asarray(store.labels[rows], np.int64))
+        self.all_labels = store.labels if labels is None else labels
+        self.labels = torch.from_numpy(np.asarray(self.all_labels[rows], np.int64))
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
         """Return the cropped images."""
@@ -187,7 +197,7 @@ class RaggedDataset(TicketDataset):
     def subset(self, rows: np.ndarray) -> Self:
         """Return a dataset of some of these rows; each keeps its crops and flips."""
         options = {"size": self.size, "seed": self.seed, "random_crop": self.random_crop, "flip": self.flip}
-        return type(self)(self.store, self.rows[rows], **options)  # type: ignore[arg-type]  # one type per option
+        return type(self)(self.store, self.rows[rows], labels=self.all_labels, **options)  # type: ignore[arg-type]  # one type per option
 
     def _view(self, row: int, epoch: int | None) -> np.ndarray:
         image = self.store.image(row)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.models.backbones import Backbone
+from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.methods import hashed_file, option_kinds
 from visprompt.runs.job import DEFAULT_MODULE, Job
 
@@ -39,11 +40,12 @@ def identity_of(job: Job, backbone: Backbone, datamodule: TaskDataModule) -> dic
     Returns:
         Values for JSON: {"task": "dtd", "data": {...}, "backbone": {...}, "method": {...}, ...}.
     """
+    data = {
+        name: getattr(datamodule, name) for name in ("source", "fingerprint", "fraction", "preprocessing")
+    }
     return {
         "task": datamodule.task,
-        "data": {
-            name: getattr(datamodule, name) for name in ("source", "fingerprint", "fraction", "preprocessing")
-        },
+        "data": data | ({} if datamodule.kind == SINGLE_LABEL.name else {"kind": datamodule.kind}),
         "backbone": backbone.record(),
         "method": _method_record(dict(job.method), backbone.module.num_blocks),
         "recipe": job.recipe.model_dump(),

@@ -72,6 +72,7 @@ class PAE(VPT):
     """
 
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "stream"})
+    needs_one_class: ClassVar[bool] = True
     images_per_class: ClassVar[int | None] = IMAGES  # all images of the batch may be of one class
 
     def __init__(

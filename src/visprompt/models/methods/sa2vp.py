@@ -73,6 +73,7 @@ class SA2VP(Method):
 
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "branches", "stream"})
     places: ClassVar[frozenset[Place]] = frozenset({Place.AFTER})
+    needs_one_class: ClassVar[bool] = True
     tokenwise: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     fixed_size: bool = True
