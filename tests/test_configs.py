@@ -28,7 +28,11 @@ GROUPS = (
     "method",
     "trainer",
 )
-NEEDS = {"data/folder": ["data.root=x"], "backbone/timm": ["backbone.name=vit_tiny_patch16_224"]}
+NEEDS = {
+    "data/folder": ["data.root=x"],
+    "data/hf": ["data.dataset=x/y"],
+    "backbone/timm": ["backbone.name=vit_tiny_patch16_224"],
+}
 PARTS = {"debug/base"}  # other files are built on them
 
 
@@ -127,7 +131,7 @@ def test_every_task_of_the_catalog_has_a_config_and_no_config_is_without_a_task(
         path.relative_to(CONFIGS / "data").with_suffix("").as_posix()
         for path in (CONFIGS / "data").rglob("*.yaml")
     }
-    assert found == {spec.config for spec in TASKS.values()} | {"folder"}
+    assert found == {spec.config for spec in TASKS.values()} | {"folder", "hf"}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

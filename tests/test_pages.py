@@ -27,6 +27,7 @@ SHOWN = [
 ]
 # of the pages that add a method and a dataset, which tests/test_walkthroughs.py follows
 OTHERS = {"method=vpt_residual", "tasks=tf_flowers", "data=other/tf_flowers"}
+OTHERS |= {"data.dataset=USER/NAME"}  # which would be downloaded; see tests/data/sources/test_hf_own.py
 
 
 def shown(start):

@@ -44,6 +44,7 @@ SHELL = {
         "data/other_datamodule.py",
         "data/fgvc_datamodule.py",
         "data/folder_datamodule.py",
+        "data/hf_datamodule.py",
         "data/digits_datamodule.py",
     ),
     *("runs", "tuning", "reports", "export/command.py", "export/pictures.py"),

@@ -218,8 +218,9 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Return the training images of this split, or the share of each class that `fraction` asks for."""
         dataset = self.open_sets(self.train_sets[self.split])
         if self.fraction < 1:
-            rows = np.array(share(dataset.keys, dataset.labels.tolist(), self.fraction))
-            dataset = dataset.subset(rows)
+            # multi-label images have no one class: a share of all of them
+            classes = dataset.labels.tolist() if dataset.labels.ndim == 1 else [0] * len(dataset)
+            dataset = dataset.subset(np.array(share(dataset.keys, classes, self.fraction)))
         if self.augmentation is None or isinstance(dataset, RaggedDataset):  # which augments by itself
             return dataset
         return AugmentedDataset(dataset, self.augmentation, self.seed)

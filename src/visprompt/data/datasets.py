@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     Attributes:
         images: uint8 [b, c, h, w] from the loader, with 1 or 3 channels; float32 [b, 3, h, w], normalised,
             after the transfer to the device. Cached features are float32 [b, ...] from the loader on.
-        labels: int64 [b].
+        labels: int64 [b], or [b, C] of 0 and 1 for multi-label data.
         rows: int64 [b], positions in the dataset.
         weights: float32 [b], the factor of each image's loss (see `GlobalBatches`); 0 for padding.
         scales: float32 [b], the factor of the task's part of that loss under class weights (see
@@ -73,7 +73,7 @@ class TicketDataset(Dataset[Batch], ABC):
     """A dataset that returns a `Batch` for a list of tickets, which torch passes to `__getitems__`."""
 
     labels: Tensor
-    """int64 [n], the label of each row"""
+    """int64 [n], the label of each row, or [n, C] of 0 and 1 for multi-label data"""
 
     keys: Sequence[str]
     """The key of each row, the same on every machine"""
@@ -230,6 +230,7 @@ class RaggedDataset(TicketDataset):
         random_crop: bool,
         flip: float,
         augmentation: Augmentation | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
         """Select rows of a store.
 
@@ -241,11 +242,13 @@ class RaggedDataset(TicketDataset):
             random_crop: Whether training crops are random; otherwise they are central.
             flip: Probability of a horizontal flip in training.
             augmentation: What else is changed in training, and how large random crops are; None for no more.
+            labels: int64 [rows of the store, ...], if they are not the store's.
         """
         self.store, self.rows, self.size, self.seed = store, rows, size, seed
         self.random_crop, self.flip, self.augmentation = random_crop, flip, augmentation
         self.keys = [store.keys[row] for row in rows]
-        self.labels = torch.from_numpy(np.asarray(store.labels[rows], np.int64))
+        self.all_labels = store.labels if labels is None else labels
+        self.labels = torch.from_numpy(np.asarray(self.all_labels[rows], np.int64))
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
         """Return the cropped images."""
@@ -263,6 +266,7 @@ class RaggedDataset(TicketDataset):
             random_crop=self.random_crop,
             flip=self.flip,
             augmentation=self.augmentation,
+            labels=self.all_labels,
         )
 
     def _view(self, ticket: Ticket) -> np.ndarray:

@@ -7,15 +7,20 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from visprompt.data.catalog.task import own_name
 from visprompt.data.datamodule import no_images
 from visprompt.data.ragged_datamodule import RaggedDataModule
 from visprompt.data.sources.images import MAX_PIXELS
+from visprompt.data.sources.label_sets import targets
 from visprompt.data.sources.own_images import OwnImages, find
 from visprompt.data.sources.summary import sentences, summarise
 from visprompt.data.stores.ragged import RaggedStore, open_store
 from visprompt.errors import UserError, unknown
 from visprompt.text import has_control
+
+_KINDS = ("single_label", "multi_label")
 
 
 class FolderDataModule(RaggedDataModule):
@@ -34,6 +39,7 @@ class FolderDataModule(RaggedDataModule):
         white_level: int | None = None,
         max_pixels: int = MAX_PIXELS,
         test: str = "required",
+        kind: str = "single_label",
         **cropping: Any,
     ) -> None:
         """Check the options; no data is read yet.
@@ -42,7 +48,7 @@ class FolderDataModule(RaggedDataModule):
             root: Folder of the images, see `own_images.find`.
             store_dir: Folder of the stores of decoded images.
             name: Name of the task; by default the name of the root folder.
-            csv: CSV file of paths and labels, see `own_images.find`.
+            csv: CSV or Parquet file of paths and labels, see `own_images.find`.
             skip_bad: Skip files that cannot be read instead of raising.
             split_names: Names of the splits, if they are not train, val and test.
             csv_columns: Names of the CSV's columns, if they are not path, label and split.
@@ -50,6 +56,7 @@ class FolderDataModule(RaggedDataModule):
             max_pixels: Images of more pixels are refused before they are decoded.
             test: "required", or "none" for data without test images, on which `split=final` trains and scores
                 nothing.
+            kind: "single_label", or "multi_label" if an image may have several classes, or none.
             **cropping: The arguments of `RaggedDataModule`.
 
         Raises:
@@ -64,6 +71,9 @@ class FolderDataModule(RaggedDataModule):
         )
         if test not in ("required", "none"):
             raise unknown("data.test", test, ("required", "none"))
+        if kind not in _KINDS:
+            raise unknown("data.kind", kind, _KINDS)
+        self.kind = kind
         self.split_names, self.csv_columns, self.white_level, self.test = (
             split_names,
             csv_columns,
@@ -87,7 +97,13 @@ class FolderDataModule(RaggedDataModule):
         place = sha256(os.fsencode(self.root.absolute())).hexdigest()[:20]
         memory = self.store_dir / "checksums" / f"{place}.json"
         names = self.split_names, self.csv_columns
-        return find(self.root, self.csv, self.skip_bad, *names, memory, self.white_level, self.max_pixels)
+        multi_label, limits = self.kind == "multi_label", (self.white_level, self.max_pixels)
+        return find(self.root, self.csv, self.skip_bad, *names, memory, *limits, multi_label)
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Return which classes each label of the store stands for in multi-label data; see `label_sets`."""
+        return targets(self.store.class_names, self.class_names) if self.images.multi_label else None
 
     @property
     def store_folder(self) -> Path:
@@ -163,8 +179,8 @@ class FolderDataModule(RaggedDataModule):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Return the sorted names of the class folders or labels."""
-        return self.images.class_names
+        """Return the sorted names of the classes: of folders or labels."""
+        return self.images.classes
 
     @property
     def fingerprint(self) -> str:

@@ -67,6 +67,11 @@ class RaggedDataModule(TaskDataModule):
         """Return the store of decoded images, which is written first if it is missing."""
 
     @property
+    def targets(self) -> np.ndarray | None:
+        """Return the classes that each label of the store stands for, int64 [labels, C]; None: itself."""
+        return None
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the classes, in the order of the labels."""
         return self.store.class_names
@@ -110,11 +115,15 @@ class RaggedDataModule(TaskDataModule):
         for split in sets:
             if not (store.splits == split).any():
                 raise no_images(self.task, split)
-        if "train" in sets and (missing := set(range(self.num_classes)) - set(store.labels[rows].tolist())):
+        labels = store.labels if self.targets is None else self.targets[store.labels]
+        seen = np.unique(labels[rows]) if labels.ndim == 1 else np.flatnonzero(labels[rows].any(0))
+        if "train" in sets and (missing := set(range(self.num_classes)) - set(seen.tolist())):
             lost = self.class_names[min(missing)]
             raise UserError(
                 f"no training image of class {lost!r} can be read: repair its images or remove the class"
             )
+        if not len(seen):
+            raise UserError(f"no {sets[0]} image of {self.task} has a class: add images that have one")
         return RaggedDataset(
             store,
             rows,
@@ -123,4 +132,5 @@ class RaggedDataModule(TaskDataModule):
             random_crop=self.crop,
             flip=self.flip,
             augmentation=self.augmentation,
+            labels=labels,
         )

@@ -69,11 +69,12 @@ def compare(
         worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
     images_seen, same, hits, hits_of_classifier = 0, 0, 0, 0
     for inputs, images, labels in _batches(pictures, preprocessing, in_graph):
-        got, expected = run(inputs)[1].argmax(1), classifier(images).argmax(1)
+        kind = classifier.kind
+        got, expected = kind.decide(run(inputs)[1]), kind.decide(kind.probabilities(classifier(images)))
         images_seen += labels.shape[0]
-        same += int((got == expected).sum())
-        hits += int((got == labels).sum())
-        hits_of_classifier += int((expected == labels).sum())
+        same += int(kind.agree(got, expected).sum())
+        hits += int(kind.agree(got, labels).sum())
+        hits_of_classifier += int(kind.agree(expected, labels).sum())
     generated = sum(_BATCHES) if not in_graph else len(_SIDES)
     if not images_seen:
         return Agreement(generated, worst)

@@ -71,7 +71,7 @@ def check(folder: Path, classifier: Classifier, weights: str | None = None) -> N
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
         logits = loaded(images)
-        return logits, logits.softmax(1)
+        return logits, classifier.kind.probabilities(logits)
 
     agreement = compare(classifier.eval(), run, preprocessing, in_graph=False)
     if agreement.error != 0:

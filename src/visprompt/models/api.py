@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from visprompt.errors import UserError
+from visprompt.errors import UserError, unknown
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.families import family
 from visprompt.models.backbones.family import Family
 from visprompt.models.classifier import Classifier, Origin
 from visprompt.models.hub_state import state_path
+from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.models.layers import Wrapped
 from visprompt.models.methods import build_method, recorded_options
 from visprompt.models.methods.locations import MoreChannels
@@ -27,7 +28,13 @@ from visprompt.models.tuned_state import TunedState, check_fits, load_state, sav
 
 
 def build(
-    backbone: str | nn.Module, method: str, num_classes: int, *, head_init: str = "vpt", **options: Any
+    backbone: str | nn.Module,
+    method: str,
+    num_classes: int,
+    *,
+    head_init: str = "vpt",
+    kind: str = SINGLE_LABEL.name,
+    **options: Any,
 ) -> Classifier:
     """Build a classifier whose method and head are drawn from torch's global generator.
 
@@ -38,6 +45,8 @@ def build(
         method: A name of `visprompt.models.methods.METHODS`.
         num_classes: Number of classes, the width of the head (C).
         head_init: "vpt", as in the released VPT code, or "zeros".
+        kind: "single_label", or "multi_label" if an image may have several classes: its labels are [B, C] of
+            0 and 1.
         **options: Options of the method, such as num_tokens. If initial values are computed from training
             images (`init=...`, `whitening=...`), call `visprompt.models.methods.inits.initialise` before
             training.
@@ -58,7 +67,10 @@ def build(
     else:
         given = copied(backbone)
         module, record = given.module, given.record()
-    classifier = Classifier(module, build_method(method, module, **options), num_classes, head_init)
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    built_method = build_method(method, module, **options)
+    classifier = Classifier(module, built_method, num_classes, head_init, KINDS[kind])
     classifier.origin = Origin(recorded_options(method, options), record)
     return classifier
 
@@ -112,6 +124,7 @@ def save(
         preprocessing=images | dict(preprocessing or {}),
         backbone=classifier.origin.backbone,
         versions={name: version(name) for name in ("torch", "timm", "visprompt")},
+        kind=classifier.kind.name,
     )
     about = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"}
     check_record(about, "this state", "it could not be read again")
@@ -181,7 +194,7 @@ def untuned(state: TunedState, backbone: Family) -> Classifier:
         options["weights"] = RANDOM
     with torch.random.fork_rng(devices=[]):  # the values that are drawn are replaced by the state's
         method = build_method(options.pop("name"), backbone, **options)
-        classifier = Classifier(backbone, method, len(state.class_names))
+        classifier = Classifier(backbone, method, len(state.class_names), kind=KINDS[state.kind])
     classifier.origin = Origin(state.method, state.backbone)
     classifier.class_names = state.class_names
     return classifier

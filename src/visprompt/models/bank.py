@@ -19,6 +19,7 @@ from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.block import run_block
 from visprompt.models.backbones.family import Family
 from visprompt.models.backbones.token_family import TokenFamily
+from visprompt.models.kind import TaskKind
 from visprompt.models.mixed import features_of
 from visprompt.models.prepared import Prepared, backbone_only, prepare
 from visprompt.models.sharing import Batch, Span, make_per_task, own_tuned_tensors, shared_copy
@@ -34,6 +35,7 @@ class Task:
         class_names: Names of the classes, in the order of the logits.
         preprocessing: How pictures become the backbone's input, as the state says.
         method: The method's name and options.
+        kind: The kind of the labels.
         nbytes: Memory of its tensors: what the task adds to the backbone.
         prepared: Its tensors, and whether its images share a pass with those of other tasks.
     """
@@ -42,6 +44,7 @@ class Task:
     class_names: tuple[str, ...]
     preprocessing: Mapping[str, Any]
     method: Mapping[str, Any]
+    kind: TaskKind
     nbytes: int
     prepared: Prepared
 
@@ -271,9 +274,8 @@ class Bank:
             module.to(like.device, like.dtype)
         prepared = prepare(classifier.eval(), self._module)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in prepared.tensors()}
-        return Task(
-            name, state.class_names, state.preprocessing, state.method, sum(storages.values()), prepared
-        )
+        about = state.class_names, state.preprocessing, state.method, classifier.kind
+        return Task(name, *about, sum(storages.values()), prepared)
 
     def _keep(self, task: Task, source: _Source) -> None:
         """Put a task into the tables, and evict others until the budget holds."""

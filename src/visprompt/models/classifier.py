@@ -65,8 +65,8 @@ class Classifier(nn.Module):
         kind: The kind of task.
 
     Raises:
-        UserError: `num_classes` is not a whole number of 1 or more, `head_init` is unknown, or method and
-            backbone do not fit.
+        UserError: `num_classes` is not a whole number of 1 or more, `head_init` is unknown, method and
+            backbone do not fit, or the method needs one class for each image and `kind` does not.
     """
 
     def __init__(
@@ -82,6 +82,15 @@ class Classifier(nn.Module):
         if not whole or num_classes < 1:
             raise UserError(
                 f"num_classes={num_classes} is not a number of classes: give a whole number of 1 or more"
+            )
+        if (method.reads_labels or method.images_per_class) and kind.name != SINGLE_LABEL.name:
+            raise UserError(
+                "this method reads one class for each image from the labels, and multi-label images may have "
+                "several: choose another method, such as vpt_deep"
+            )
+        if num_classes < 2 and kind.name != SINGLE_LABEL.name:
+            raise UserError(
+                "num_classes=1 is one decision for each image: give kind=single_label and two classes"
             )
         # counted before the method adds layers
         self._backbone_size = sum(p.numel() for p in backbone.parameters())

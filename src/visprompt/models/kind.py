@@ -3,15 +3,19 @@
 A data module names its kind; the classifier, the LightningModule, results and reports read all else from it.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassConfusionMatrix, MultilabelAveragePrecision
+from torchmetrics.functional.classification import multilabel_exact_match, multilabel_f1_score
+from torchmetrics.utilities.data import dim_zero_cat
 
 
 class Loss(Protocol):
@@ -29,8 +33,8 @@ class Loss(Protocol):
 
         Args:
             logits: [B, C].
-            labels: [B].
-            smoothing: Share of the target that is spread over all classes; only in training.
+            labels: [B], or [B, C] of 0 and 1.
+            smoothing: Share of the target that is spread over all classes, or over 0 and 1; only in training.
             class_weights: [C]; the loss is multiplied by them. Only in training.
         """
 
@@ -40,15 +44,17 @@ class TaskKind:
     """A kind of task.
 
     Attributes:
-        name: Name in results, such as "single_label".
+        name: Name in results, such as "single_label". Labels are [B], or [B, C] of 0 and 1 if an image may
+            have several classes.
         score: Name of the figure that runs are compared by, logged as `val/<score>` and `test/<score>`.
         shares: Names of the figures between 0 and 1, shown in per cent; the score is the first.
-        loss: Function of logits [B, C] and labels [B] that returns the loss of each image [B], see `Loss`.
-        weights: Function of labels [n] and class weights [C] that returns the weight by which class weights
+        hit: Name of the share of images whose labels are predicted, logged for training images.
+        loss: Function of logits [B, C] and labels that returns the loss of each image [B], see `Loss`.
+        weights: Function of labels and class weights [C] that returns the weight by which class weights
             multiply the loss of each image [n]; a weighted mean is divided by their sum.
-        counts: Function of labels [n] and the number of classes that returns the images of each class [C].
-        correct: Function of logits [B, C] and labels [B] that returns 1.0 for each correctly predicted image,
-            else 0.0, [B].
+        counts: Function of labels and the number of classes that returns the images of each class [C].
+        probabilities: Function of logits [..., C] that returns probabilities [..., C].
+        decide: Function of probabilities [B, C] that returns the predicted labels, in the form of the labels.
         figures: Function of the number of classes that returns a metric. The metric's `update` takes logits
             [B, C], labels [B] and weights [B], where 0 marks a filler image; `compute` returns figures by
             name, including `per_class` (a list) and `count`.
@@ -57,11 +63,21 @@ class TaskKind:
     name: str
     score: str
     shares: tuple[str, ...]
+    hit: str
     loss: Loss
     weights: Callable[[Tensor, Tensor], Tensor]
     counts: Callable[[Tensor, int], Tensor]
-    correct: Callable[[Tensor, Tensor], Tensor]
+    probabilities: Callable[[Tensor], Tensor]
+    decide: Callable[[Tensor], Tensor]
     figures: Callable[[int], Metric]
+
+    def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return 1.0 for each image [B] whose labels are predicted, all of them, else 0.0."""
+        return self.agree(self.decide(self.probabilities(logits)), labels).float()
+
+    def agree(self, labels: Tensor, others: Tensor) -> Tensor:
+        """Return for which images [B] two labels are the same."""
+        return (labels == others).flatten(1).all(1) if labels.ndim > 1 else labels == others
 
 
 class Mean(Metric):
@@ -134,12 +150,80 @@ SINGLE_LABEL = TaskKind(
     name="single_label",
     score="acc",
     shares=("acc", "balanced_acc"),
+    hit="acc",
     loss=_cross_entropy,
     weights=lambda labels, class_weights: class_weights[labels],
     counts=lambda labels, classes: torch.bincount(labels, minlength=classes),
-    correct=lambda logits, labels: (logits.argmax(1) == labels).float(),
+    probabilities=lambda logits: logits.softmax(-1),
+    decide=lambda probabilities: probabilities.argmax(1),
     figures=Accuracies,
 )
 """One class for each image."""
 
-KINDS: Mapping[str, TaskKind] = {kind.name: kind for kind in (SINGLE_LABEL,)}
+
+class Precisions(MultilabelAveragePrecision):
+    """Average precision and F1 of classes of which an image may have several, over all ranks.
+
+    The F1 counts a class as predicted where its probability is above 0.5.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average=None)
+
+    def update(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:  # type: ignore[override]  # with weights
+        """Add a batch; see `TaskKind.figures`."""
+        real = weights > 0
+        # probabilities, because torchmetrics takes logits for them if all lie between 0 and 1; in float64, in
+        # which large logits stay in their order
+        super().update(logits[real].double().sigmoid(), labels[real])
+
+    def compute(self) -> dict[str, Any]:  # type: ignore[override]  # all figures
+        """Return the figures so far.
+
+        Returns:
+            map (mean of the average precisions of classes that have images), f1 (mean over these classes),
+            f1_micro (over all decisions), exact (share of images whose classes are all right), per_class
+            (average precision of each class, None for a class without images), count (number of images).
+        """
+        shares, labels = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        present = labels.sum(0) > 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of classes without images, which are left out
+            precisions = super().compute()
+        each = [float(value) if has else None for value, has in zip(precisions, present, strict=True)]
+        f1 = partial(multilabel_f1_score, shares, labels, num_labels=self.num_labels)
+        return {
+            "map": float(precisions[present].double().mean()),
+            "f1": float(f1(average="none")[present].mean()),
+            "f1_micro": float(f1(average="micro")),
+            "exact": float(multilabel_exact_match(shares, labels, num_labels=self.num_labels)),
+            "per_class": each,
+            "count": len(labels),
+        }
+
+
+def _binary_cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, class_weights: Tensor | None = None, /
+) -> Tensor:
+    with torch.autocast(logits.device.type, enabled=False):
+        target = labels * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(
+            logits.float(), target.float(), class_weights, reduction="none"
+        ).mean(1)
+
+
+MULTI_LABEL = TaskKind(
+    name="multi_label",
+    score="map",
+    shares=("map", "f1", "f1_micro", "exact"),
+    hit="exact",
+    loss=_binary_cross_entropy,
+    weights=lambda labels, class_weights: class_weights.mean().expand(len(labels)),
+    counts=lambda labels, classes: labels.sum(0),
+    probabilities=lambda logits: logits.sigmoid(),
+    decide=lambda probabilities: (probabilities > 0.5).long(),
+    figures=Precisions,
+)
+"""Any number of classes for each image: binary cross-entropy, and the mean average precision as the score."""
+
+KINDS: Mapping[str, TaskKind] = {kind.name: kind for kind in (SINGLE_LABEL, MULTI_LABEL)}

@@ -17,7 +17,7 @@ from torch import Tensor
 from visprompt.data.datasets import Batch
 from visprompt.errors import UserError
 from visprompt.models.contract import Method
-from visprompt.models.kind import TaskKind
+from visprompt.models.kind import SINGLE_LABEL, TaskKind
 from visprompt.models.recipe import Recipe
 
 _STREAM = 2**31 - 1  # tells the draws from those of augmentation, whose third number is a row
@@ -77,10 +77,16 @@ class Objective:
         """Take the settings of a recipe.
 
         Raises:
-            UserError: The recipe has more or fewer class weights than there are classes.
+            UserError: The recipe has more or fewer class weights than there are classes, or balances classes
+                by sampling, which multi-label images cannot be.
         """
         self.recipe, self.kind, self.num_classes, self.seed = recipe, kind, num_classes, seed
         self.class_weights: Tensor | None = None
+        if recipe.sampling == "balanced" and kind.name != SINGLE_LABEL.name:
+            raise UserError(
+                "recipe.sampling=balanced draws each class equally often, and multi-label images have several: "
+                "give recipe.class_weights=balanced"
+            )
         given = recipe.class_weights
         if isinstance(given, list):
             if len(given) != num_classes:

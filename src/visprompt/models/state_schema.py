@@ -101,6 +101,7 @@ class _State(Closed):
     preprocessing: _Preprocessing
     backbone: _Backbone
     versions: dict[Word, Text | None]
+    kind: Literal["single_label", "multi_label"] = "single_label"
 
 
 def read(model: type[_Model], values: Any, source: Path | str, mend: str) -> _Model:

@@ -20,6 +20,7 @@ from torch import Tensor
 from visprompt.data.transforms import in_present_words
 from visprompt.errors import UserError
 from visprompt.files import write_atomically
+from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.tensors import hash_tensors
 
 SCHEMA = 1
@@ -41,6 +42,7 @@ class TunedState:
         preprocessing: How images become the backbone's input.
         backbone: The backbone's id, weights' hash and options.
         versions: Versions of the libraries that wrote it.
+        kind: The kind of the task's labels, a name of `models.kind.KINDS`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -50,6 +52,7 @@ class TunedState:
     preprocessing: Mapping[str, Any]
     backbone: Mapping[str, Any]
     versions: Mapping[str, str]
+    kind: str = SINGLE_LABEL.name
 
 
 def save_state(path: Path, state: TunedState) -> str:
@@ -65,6 +68,8 @@ def save_state(path: Path, state: TunedState) -> str:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     meta = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"}
     meta |= {"schema": SCHEMA, "class_names": _join(state.class_names)}
+    if state.kind == SINGLE_LABEL.name:
+        del meta["kind"]  # as in states of earlier versions
     # a folder's name may have bytes that are not Unicode; Python escapes them as JSON does
     text = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace").decode()
     checksum = hash_tensors(tensors, also=text)

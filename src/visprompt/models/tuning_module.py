@@ -225,10 +225,10 @@ class TuningModule(L.LightningModule):
             raise Diverged(bad_step)
         self.classifier.method.end_epoch(self.current_epoch)
         self.log("train/loss", self.train_loss, prog_bar=True)
-        self.log(f"train/{self.kind.score}", self.train_score, prog_bar=True)
+        self.log(f"train/{self.kind.hit}", self.train_score, prog_bar=True)
         self.log("lr", self._lr)
         if self._leaks and not self._is_plain and self._datamodule.split == "final":
-            self.log(f"leak/test_{self.kind.score}", self._leak())
+            self.log(f"leak/test_{self.kind.hit}", self._leak())
 
     @torch.no_grad()
     def _leak(self) -> float:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.models.backbones import Backbone
+from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.methods import hashed_file, option_kinds
 from visprompt.runs.job import DEFAULT_MODULE, Job
 
@@ -39,12 +40,12 @@ def identity_of(job: Job, backbone: Backbone, datamodule: TaskDataModule) -> dic
     Returns:
         Values for JSON: {"task": "dtd", "data": {...}, "backbone": {...}, "method": {...}, ...}.
     """
+    data = {
+        name: getattr(datamodule, name) for name in ("source", "fingerprint", "fraction", "preprocessing")
+    }
     return {
         "task": datamodule.task,
-        "data": {
-            name: getattr(datamodule, name) for name in ("source", "fingerprint", "fraction", "preprocessing")
-        }
-        | _augment_record(job),
+        "data": data | _kind_record(datamodule) | _augment_record(job),
         "backbone": backbone.record(),
         "method": _method_record(dict(job.method), backbone.module.num_blocks),
         "recipe": job.recipe.record(),
@@ -53,6 +54,11 @@ def identity_of(job: Job, backbone: Backbone, datamodule: TaskDataModule) -> dic
         "precision": job.precision,
         "trainer": _trainer_record(job),
     }
+
+
+def _kind_record(datamodule: TaskDataModule) -> dict[str, Any]:
+    """Return the kind of the labels, if it is not the usual one, which records of older versions lack."""
+    return {} if datamodule.kind == SINGLE_LABEL.name else {"kind": datamodule.kind}
 
 
 def _augment_record(job: Job) -> dict[str, Any]:

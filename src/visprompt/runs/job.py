@@ -79,7 +79,7 @@ class Job(BaseModel):
     """All settings of one run.
 
     Attributes:
-        task: Name of the data's config: a task id, or "folder".
+        task: Name of the data's config: a task id, or "folder" or "hf" for the user's own images.
         split: "tune" or "final".
         seed: Seed of the run.
         precision: Lightning's precision, in full: "32-true".
@@ -147,8 +147,15 @@ class Job(BaseModel):
     @property
     def name(self) -> str:
         """Name of the job in messages, such as `dtd/vpt_deep`; own images have their name for the task."""
-        task = own_name(self.data.root, self.data.name) if self.task == "folder" else self.task
+        task = self.task
+        if self.has_own_images:
+            task = own_name(self.data.get("dataset") or self.data.root, self.data.name)
         return f"{task}/{self.method.name}"
+
+    @property
+    def has_own_images(self) -> bool:
+        """Whether the data are the user's own images, not those of a catalogued task."""
+        return self.task in ("folder", "hf")
 
     def content(self) -> dict[str, Any]:
         """Return a copy of the settings as plain dicts and lists; `Job(**content)` builds the job again."""

@@ -152,7 +152,7 @@ def _compose(task: str, source: Path, data_dir: str | None) -> dict[str, Any]:
     """Compose this project's configs for a task, resolved for this machine.
 
     Args:
-        task: Name of a data config: a task's id, or "folder".
+        task: Name of a data config: a task's id, "folder" or "hf".
         source: The file that names the task, for messages.
         data_dir: This machine's folder of data; None uses that of the configs.
 

@@ -227,7 +227,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             raise UserError(
                 "nothing was scored: trainer.limit_val_batches and trainer.limit_test_batches must not be 0"
             )
-        metrics = _last_row(resume, f"leak/test_{module.kind.score}") | module.scores
+        metrics = _last_row(resume, f"leak/test_{module.kind.hit}") | module.scores
         figures = [*metrics.values()] if unscored else [module.scored_loss, *metrics.values()]
         if diverged is None and not all(map(math.isfinite, figures)):
             diverged = trainer.global_step  # the parameters are finite, but the loss or a figure is not
@@ -301,6 +301,7 @@ def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
                 preprocessing=run.datamodule.preprocessing,
                 backbone=run.backbone.record(),
                 versions=environment.versions(),
+                kind=run.datamodule.kind,
             ),
         )
         size = (folder / "tuned.safetensors").stat().st_size

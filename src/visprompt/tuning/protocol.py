@@ -107,7 +107,7 @@ def asked(cfg: DictConfig) -> tuple[list[Job], list[int]]:
         if method not in METHODS:
             raise unknown("method", method, METHODS)
     jobs = [job for method in methods for job in compose.jobs(cfg, [f"method={method}"])]
-    if any(job.task == "folder" and job.data.test == "none" for job in jobs):
+    if any(job.has_own_images and job.data.test == "none" for job in jobs):
         raise UserError(
             "src/tune.py makes a table of test accuracies, but data.test=none has no test set: leave it out"
         )
@@ -120,7 +120,7 @@ def _check_sets(job: Job) -> None:
     Raises:
         UserError: A set is missing or empty.
     """
-    for split in ("tune", "final") if job.task == "folder" else ():
+    for split in ("tune", "final") if job.has_own_images else ():
         prepare(job.vary({"split": split}))
 
 

@@ -1,23 +1,27 @@
-"""Read a CSV that lists own images: path, label and, optionally, split."""
+"""Read a table that lists own images (CSV or Parquet): path, label and, optionally, split."""
 
 import csv
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from visprompt.data.sources.label_sets import SEPARATOR, name_of
 from visprompt.data.sources.split_folders import as_argument, guess_splits, named_splits, split_of, words_of
 from visprompt.data.splits import SPLITS
 from visprompt.errors import UserError, unknown
 
 COLUMNS = ("path", "label", "split")
+_FALSE, _TRUE = frozenset({"", "0", "0.0", "false", "no"}), frozenset({"1", "1.0", "true", "yes"})
 _SPLIT_COLUMNS = frozenset(
     {"split", "splits", "fold", "folds", "subset", "set", "dataset", "phase", "partition", "usage"}
 )
 _MOST_SPLITS = 20  # a column with more different values is not taken for splits or folds
 
 Row = dict[str, str | None]
+_Columns = dict[str, str | list[str] | None]
 
 
 class Found(NamedTuple):
@@ -26,7 +30,7 @@ class Found(NamedTuple):
     Attributes:
         path: Path of the file.
         key: POSIX path relative to the data (Unicode NFC), the same on every machine.
-        name: Name of its class (Unicode NFC).
+        name: Name of its class (Unicode NFC), or of its set of classes (see `label_sets`).
         split: "train", "val" or "test"; "" where no split is given.
     """
 
@@ -45,16 +49,22 @@ class _Line(NamedTuple):
 
 
 def read_csv(
-    root: Path, table: Path, columns: Mapping[str, Any] | None, split_names: Mapping[str, Any] | str | None
+    root: Path,
+    table: Path,
+    columns: Mapping[str, Any] | None,
+    split_names: Mapping[str, Any] | str | None,
+    multi_label: bool = False,
 ) -> tuple[list[Found], list[str]]:
-    """Read the images that a CSV lists.
+    """Read the images that a table lists.
 
     Args:
-        root: Folder that paths are relative to; they may be relative to the CSV or absolute, too.
-        table: The CSV, relative to the working directory or to the root.
+        root: Folder that paths are relative to; they may be relative to the table or absolute, too.
+        table: The CSV or Parquet file, relative to the working directory or to the root.
         columns: Names of the columns: `{path: file, label: class, split: fold}`; `split: null` reads no
-            splits.
+            splits. For multi-label data `label` may be a list of columns, each a class, that hold 0 or 1.
         split_names: Names of the splits: `{train: Training, test: Testing}`.
+        multi_label: Whether an image may have several classes, or no class: "beach;sea" in the column
+            `label`, or a list in Parquet.
 
     Returns:
         The images, and the names of the columns that were not read.
@@ -72,21 +82,26 @@ def read_csv(
             "data.split_names=none is for folders: give 'data.csv_columns={split: null}' to read no splits "
             "from the CSV"
         )
-    names = _column_names(columns)
-    rows, header = _rows(table)
-    if names["path"] not in header or names["label"] not in header:
+    names = _column_names(columns, multi_label)
+    is_parquet = table.suffix.lower() == ".parquet"
+    rows, header = _parquet_rows(table) if is_parquet else _rows(table)
+    labels = names["label"]
+    read = [str(names["path"]), *(labels if isinstance(labels, list) else [str(labels)])]
+    if not set(read) <= set(header):
         raise UserError(
-            f"data.csv={table} has no columns named {names['path']} and {names['label']}, only "
+            f"data.csv={table} has no columns named {', '.join(read[:-1])} and {read[-1]}, only "
             f"{', '.join(header)}: "
             "give 'data.csv_columns={path: NAME, label: NAME}' or write path,label[,split] as first line"
         )
-    unread = [name for name in header if name not in names.values()]
-    has_splits = any(_cell(row, names["split"]) for row in rows)
+    split_column = None if names["split"] is None else str(names["split"])
+    unread = [name for name in header if name not in (*read, split_column)]
+    has_splits = any(_cell(row, split_column) for row in rows)
     if not has_splits and "split" not in (columns or {}):
         for name in unread:
             _refuse_splits(table, name, {_cell(row, name) for row in rows} - {""})
     called = named_splits(split_names) if split_names is not None else dict(zip(SPLITS, SPLITS, strict=True))
-    lines = [_line(root, table, number, row, names, called) for number, row in enumerate(rows, start=2)]
+    parse = partial(_line, root, table, names=names, called=called, multi_label=multi_label)
+    lines = [parse(number, row) for number, row in enumerate(rows, start=1 if is_parquet else 2)]
     if odd := [line for line in lines if bool(line.split) != bool(lines[0].split)]:
         raise UserError(f"data.csv={table}, line {odd[0].number}: give a split for all images or for none")
     keys = _keys(root, [line.path for line in lines])
@@ -95,8 +110,8 @@ def read_csv(
     return found, unread
 
 
-def _column_names(columns: Mapping[str, Any] | None) -> dict[str, str | None]:
-    names: dict[str, str | None] = dict(zip(COLUMNS, COLUMNS, strict=True))
+def _column_names(columns: Mapping[str, Any] | None, multi_label: bool) -> _Columns:
+    names: _Columns = dict(zip(COLUMNS, COLUMNS, strict=True))
     if columns is not None and not isinstance(columns, Mapping):
         raise UserError(
             f"data.csv_columns={columns} names no columns: give 'data.csv_columns={{split: NAME}}'"
@@ -106,8 +121,36 @@ def _column_names(columns: Mapping[str, Any] | None) -> dict[str, str | None]:
             raise unknown("column in data.csv_columns", column, COLUMNS)
         if name is None and column != "split":
             raise UserError(f"data.csv_columns.{column}=null: the CSV must have it, give its name")
-        names[column] = None if name is None else str(name)
+        listed = isinstance(name, Sequence) and not isinstance(name, str)
+        if listed and not (multi_label and column == "label"):
+            raise UserError(
+                f"data.csv_columns.{column}={list(name)} names several columns: give one, or for several "
+                "classes of an image data.kind=multi_label and a list of label columns"
+            )
+        names[column] = None if name is None else [*map(str, name)] if listed else str(name)
     return names
+
+
+def _parquet_rows(table: Path) -> tuple[list[Row], list[str]]:
+    """Read a Parquet file as text; lists become names of label sets."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        content = parquet.read_table(table)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"data.csv={table} is not a Parquet file ({reason}): save it again") from error
+    rows = [{name: _as_text(value) for name, value in row.items()} for row in content.to_pylist()]
+    if not rows:
+        raise UserError(f"data.csv={table} lists no images: it needs one row per image, with path and label")
+    return rows, list(content.column_names)
+
+
+def _as_text(value: Any) -> str | None:
+    if isinstance(value, list):
+        return name_of(map(str, value))
+    return None if value is None else str(value)
 
 
 def _rows(table: Path) -> tuple[list[Row], list[str]]:
@@ -146,11 +189,19 @@ def _refuse_splits(table: Path, column: str, values: set[str]) -> None:
 
 
 def _line(
-    root: Path, table: Path, number: int, row: Row, names: Mapping[str, str | None], called: Mapping[str, str]
+    root: Path,
+    table: Path,
+    number: int,
+    row: Row,
+    names: _Columns,
+    called: Mapping[str, str],
+    multi_label: bool,
 ) -> _Line:
     where = f"data.csv={table}, line {number}"
-    given, label, split = (_cell(row, names[column]) for column in COLUMNS)
-    if not given or not label:
+    given = _cell(row, str(names["path"]))
+    split = "" if names["split"] is None else _cell(row, str(names["split"]))
+    label = _label_set(row, names["label"], where) if multi_label else _cell(row, str(names["label"]))
+    if not given or not (label or multi_label):
         raise UserError(f"{where}: the path or the label is empty, fill it in or remove the line")
     if split and split not in called:
         if split_of(split):
@@ -160,6 +211,21 @@ def _line(
     if path is None:
         raise UserError(f"{where}: there is no file {given}, neither below {root} nor next to the CSV")
     return _Line(number, given, path, unicodedata.normalize("NFC", label), called[split] if split else "")
+
+
+def _label_set(row: Row, columns: str | list[str] | None, where: str) -> str:
+    """Return the name of an image's set of classes."""
+    if not isinstance(columns, list):
+        return name_of(_cell(row, str(columns)).split(SEPARATOR))
+    chosen = []
+    for column in columns:
+        value = _cell(row, column).lower()
+        if value not in _FALSE | _TRUE:
+            raise UserError(f"{where}: the column {column!r} holds {value!r}: give 1 or 0")
+        if SEPARATOR in column:
+            raise UserError(f"{where}: the column {column!r} names a class with a {SEPARATOR!r}: rename it")
+        chosen += [column] * (value in _TRUE)
+    return name_of(chosen)
 
 
 def _example(split: str) -> str:

@@ -17,7 +17,7 @@ _LOSSLESS_ORIGINALS = frozenset(
     {"cifar", "svhn", "clevr", "dsprites", "kitti", "smallnorb", "patch_camelyon"}
 )
 _JPEG = b"\xff\xd8\xff"
-_ADVICE = "check the network and the name, or give the folder of a local clone"
+ADVICE = "check the network and the name, or give the folder of a local clone"
 
 
 def hub(spec: TaskSpec, root: Path | None, revision: str) -> tuple[Content, str]:
@@ -51,7 +51,8 @@ def hub(spec: TaskSpec, root: Path | None, revision: str) -> tuple[Content, str]
     return Content(parts, partial(_read, mirror, images, parts), lossy=lossy), revision
 
 
-def _unreadable(what: str, error: Exception, advice: str) -> UserError:
+def unreadable(what: str, error: Exception, advice: str) -> UserError:
+    """Return the error of a data set that a library could not read, with the first line of its reason."""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return UserError(f"{what} cannot be read ({reason}): {advice}")
 
@@ -62,7 +63,7 @@ def _newest(mirror: Mirror) -> str:
     try:
         return HfApi().dataset_info(mirror.repo).sha or ""
     except Exception as error:  # of the HTTP library, the hub or the system
-        raise _unreadable(f"the Hugging Face dataset {mirror.repo}", error, _ADVICE) from error
+        raise unreadable(f"the Hugging Face dataset {mirror.repo}", error, ADVICE) from error
 
 
 def _tables(mirror: Mirror, root: Path | None, revision: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _tables(mirror: Mirror, root: Path | None, revision: str) -> dict[str, Any]:
             str(root or mirror.repo), mirror.config, revision=None if root else revision, **fresh
         )
     except Exception as error:  # of pyarrow, fsspec, the HTTP library, the hub or the system
-        raise _unreadable(what, error, "get it again" if root else _ADVICE) from error
+        raise unreadable(what, error, "get it again" if root else ADVICE) from error
     if missing := [name for name in mirror.splits.values() if name not in found]:
         raise UserError(
             f"{what} has no split {missing[0]!r} (it has {', '.join(found)}): it is not the right one"

@@ -1,10 +1,10 @@
 """Own images: find the files, their classes and splits.
 
-Layouts: `root/<class>/...`; `root/{train,val,test}/<class>/...`; or a CSV of path,label[,split]. Without
+Layouts: `root/<class>/...`; `root/{train,val,test}/<class>/...`; or a table of path,label[,split]. Without
 given splits every class is cut 80/10/10 (`splits.stratified`) in md5 order of the POSIX paths relative to the
-root. Given splits are used unchanged: nothing is cut from train where val or test is missing. Hidden files
-and folders (a leading dot), images next to the class folders, and system files (see `walk`) are left out and
-counted.
+root; multi-label images are cut as if they were of one class. Given splits are used unchanged: nothing is cut
+from train where val or test is missing. Hidden files and folders (a leading dot), images next to the class
+folders, and system files (see `walk`) are left out and counted.
 """
 
 import logging
@@ -23,6 +23,7 @@ import numpy as np
 from visprompt.data.sources.checksums import UNREADABLE, Checksums
 from visprompt.data.sources.csv_list import Found, read_csv
 from visprompt.data.sources.images import EXTENSIONS, MAX_PIXELS, WIDE_WHITE, ImageFolder, Item, decode
+from visprompt.data.sources.label_sets import all_classes, classes_in
 from visprompt.data.sources.split_folders import class_parents
 from visprompt.data.sources.walk import entries, files_below, folders_in
 from visprompt.data.splits import SPLITS, stratified
@@ -43,6 +44,7 @@ class OwnImages(ImageFolder):
         known: The stored checksums of the files.
         white_level: See `images.decode`.
         max_pixels: See `images.open_image`.
+        multi_label: Whether `class_names` are names of sets of classes (see `label_sets`).
     """
 
     cut: bool = False
@@ -51,7 +53,18 @@ class OwnImages(ImageFolder):
     known: Checksums = field(default_factory=Checksums)
     white_level: int | None = None
     max_pixels: int = MAX_PIXELS
+    multi_label: bool = False
     _tops: list[int] = field(default_factory=list)  # highest value of each grey image of 16 or 32 bits
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Return the sorted names of the classes."""
+        return all_classes(self.class_names) if self.multi_label else self.class_names
+
+    def classes_of(self, item: Item) -> list[str]:
+        """Return the classes of an image."""
+        name = self.class_names[item.label]
+        return classes_in(name) if self.multi_label else [name]
 
     @cached_property
     def checksums(self) -> tuple[str, ...]:
@@ -111,18 +124,20 @@ def find(
     memory: Path | None = None,
     white_level: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    multi_label: bool = False,
 ) -> OwnImages:
     """List the images of a folder or of a CSV.
 
     Args:
         root: Folder with class folders or split folders, or the folder that the CSV's paths are relative to.
-        table: A CSV with the columns path, label and, optionally, split: see `read_csv`.
+        table: A CSV or Parquet file with the columns path, label and, optionally, split: see `read_csv`.
         skip_bad: Skip files of unsupported formats instead of raising.
         split_names: Names of the splits: see `split_folders.class_parents` and `read_csv`.
         columns: Names of the CSV's columns: see `read_csv`.
         memory: File in which checksums are stored.
         white_level: See `images.decode`.
         max_pixels: See `images.open_image`.
+        multi_label: Whether an image may have several classes; only tables can say so.
 
     Returns:
         All images with their classes and splits.
@@ -139,27 +154,34 @@ def find(
         raise UserError(
             "data.csv_columns names columns of a CSV, and no CSV is given: give data.csv=FILE too"
         )
+    if multi_label and not table:
+        raise UserError(
+            "data.kind=multi_label needs a table of labels, because a folder gives an image one class: give "
+            "data.csv=FILE"
+        )
     left_out: Counter[str] = Counter()
     unread: list[str] = []
     if table:
-        found, unread = read_csv(root, Path(table).expanduser(), columns, split_names)
+        found, unread = read_csv(root, Path(table).expanduser(), columns, split_names, multi_label)
     else:
         found = list(_read_folders(root, split_names, left_out))
     images = _supported(root, found, skip_bad, left_out)
     names = sorted({image.name for image in found})
-    _check_classes(root, names, images)
+    _check_classes(root, names, images, multi_label)
     images.sort(key=lambda image: image.key)
     splits = [image.split for image in images]
     cut = not any(splits)
     if cut:
-        splits = stratified([image.key for image in images], [image.name for image in images])
+        classes = ["(of all images)" if multi_label else image.name for image in images]
+        splits = stratified([image.key for image in images], classes)
     label_of = {name: label for label, name in enumerate(names)}
     items = tuple(
         Item(i.path, i.key, label_of[i.name], split) for i, split in zip(images, splits, strict=True)
     )
     left = {what: left_out[what] for what in sorted(left_out)}
+    known, unread_columns = Checksums(memory), tuple(unread)
     return OwnImages(
-        tuple(names), items, cut, left, tuple(unread), Checksums(memory), white_level, max_pixels
+        tuple(names), items, cut, left, unread_columns, known, white_level, max_pixels, multi_label
     )
 
 
@@ -218,7 +240,10 @@ def _supported(root: Path, found: list[Found], skip_bad: bool, left_out: Counter
     return [file for file in found if is_supported(file.path)]
 
 
-def _check_classes(root: Path, names: list[str], images: list[Found]) -> None:
+def _check_classes(root: Path, names: list[str], images: list[Found], multi_label: bool) -> None:
+    trained = {image.name for image in images if image.split in ("", "train")}
+    if multi_label:
+        names, trained = list(all_classes(names)), set(all_classes(trained))
     if len(names) < 2:
         only = f"only one class ({names[0]!r})" if names else "no classes"
         raise UserError(
@@ -228,6 +253,5 @@ def _check_classes(root: Path, names: list[str], images: list[Found]) -> None:
         raise UserError(
             f"the class {visible(unseen[0])} in {root} has control characters in its name: rename it"
         )
-    trained = {image.name for image in images if image.split in ("", "train")}
     if missing := [name for name in names if name not in trained]:
         raise UserError(f"class {missing[0]!r} in {root} has no training image: add some or remove the class")

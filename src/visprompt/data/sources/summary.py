@@ -31,20 +31,22 @@ def summarise(
     lost = set(unreadable)
     items = [item for item in images.items if item.key not in lost]
     counts = Counter(item.split for item in items)
-    trained = Counter(dict.fromkeys(range(len(images.class_names)), 0))
-    trained.update(item.label for item in items if item.split == "train")
-    label, smallest = min(trained.items(), key=lambda pair: (pair[1], pair[0]))
+    trained = Counter(dict.fromkeys(images.classes, 0))
+    for item in items:
+        trained.update(images.classes_of(item) if item.split == "train" else ())
+    smallest_class, smallest = min(trained.items(), key=lambda pair: (pair[1], pair[0]))
     left_out = dict(images.left_out) | ({"files that cannot be read": len(lost)} if lost else {})
     return {
         "root": str(root.absolute()),
-        "classes": len(images.class_names),
+        "classes": len(images.classes),
         "images": {split: counts[split] for split in SPLITS if counts[split]},
         "cut": images.cut,
-        "smallest_class": images.class_names[label],
+        "smallest_class": smallest_class,
         "smallest": smallest,
         "left_out": left_out,
         "unread_columns": list(images.unread),
         "repeated": images.repeated,
+        **({"multi_label": True} if images.multi_label else {}),
         **(notes or {}),
     }
 
@@ -61,6 +63,7 @@ def sentences(task: str, class_names: Sequence[str], summary: Mapping[str, Any])
     names = f" ({', '.join(class_names)})" if len(class_names) <= _NAMED else ""
     counts = ", ".join(f"{split} {count:,}" for split, count in images.items())
     cut = " (no splits were given: every class was cut 80/10/10)" if summary["cut"] else ""
+    cut = cut.replace("every class was", "images were") if summary.get("multi_label") else cut
     smallest = f"smallest class: {summary['smallest_class']} with {summary['smallest']:,} training images"
     lines = [
         f"data: {task} in {summary['root']}: {summary['classes']:,} classes{names}; images: {counts}{cut}; "
