@@ -84,7 +84,7 @@ class Objective:
         self.class_weights: Tensor | None = None
         if recipe.sampling == "balanced" and kind.name != SINGLE_LABEL.name:
             raise UserError(
-                "recipe.sampling=balanced draws each class equally often, and multi-label images have several: "
+                "recipe.sampling=balanced draws each class equally often, and multi-label images have more: "
                 "give recipe.class_weights=balanced"
             )
         given = recipe.class_weights
