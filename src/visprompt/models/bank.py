@@ -15,40 +15,15 @@ from torch import Tensor, nn
 from visprompt.data.inputs import Picture, as_input
 from visprompt.errors import UserError, unknown
 from visprompt.models.api import copied, settings_of, untuned
+from visprompt.models.attention import Weights, last_attention, task_attention
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.block import run_block
 from visprompt.models.backbones.family import Family
 from visprompt.models.backbones.token_family import TokenFamily
 from visprompt.models.mixed import features_of
-from visprompt.models.prepared import Prepared, backbone_only, prepare
+from visprompt.models.prepared import Prepared, Task, backbone_only, prepare
 from visprompt.models.sharing import Batch, Span, make_per_task, own_tuned_tensors, shared_copy
 from visprompt.models.tuned_state import TunedState, check_fits, load_state, read_checksum
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A tuned state that a bank holds.
-
-    Attributes:
-        name: Its name in the bank.
-        class_names: Names of the classes, in the order of the logits.
-        preprocessing: How pictures become the backbone's input, as the state says.
-        method: The method's name and options.
-        nbytes: Memory of its tensors: what the task adds to the backbone.
-        prepared: Its tensors, and whether its images share a pass with those of other tasks.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    preprocessing: Mapping[str, Any]
-    method: Mapping[str, Any]
-    nbytes: int
-    prepared: Prepared
-
-    @property
-    def shares(self) -> bool:
-        """Whether its images share a pass of the backbone with those of other tasks."""
-        return self.prepared.alone is None
 
 
 @dataclass(frozen=True)
@@ -246,6 +221,29 @@ class Bank:
                 for i, logits in zip(rows, self._logits(batch, [found[names[i]] for i in rows]), strict=True):
                     out[i] = logits
         return [logits for logits in out if logits is not None]
+
+    @torch.inference_mode()
+    def attention(self, image: Tensor, task: Task) -> Weights:
+        """Return the attention of a task's pooled tokens in the last block; see `models/attention.py`.
+
+        Args:
+            image: A normalised image [3, H, W].
+            task: Its task.
+
+        Raises:
+            UserError: The backbone is neither a plain ViT nor an EVA, or its attention is not the fused one.
+        """
+        like, alone = next(self._module.parameters()), task.prepared.alone
+        images = image[None].to(like.device, like.dtype)
+        with self._running:
+            if alone is not None:
+                return last_attention(alone, images)
+            mixed = self._mixed([((0, 1), task.prepared)])
+            backbone = self._backbone.module if mixed is self._module else mixed  # the one not compiled
+            try:
+                return task_attention(backbone, images, task.prepared, self._batch)
+            finally:
+                self._batch.layers = ()
 
     def _used(self, name: str) -> Task | None:
         """Return a task that is in memory, as the most recently used; None if it was evicted."""

@@ -60,6 +60,32 @@ class Prepared:
             yield from (tensor for name, tensor in alone.state_dict().items() if name in names)
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A tuned state that a bank holds.
+
+    Attributes:
+        name: Its name in the bank.
+        class_names: Names of the classes, in the order of the logits.
+        preprocessing: How pictures become the backbone's input, as the state says.
+        method: The method's name and options.
+        nbytes: Memory of its tensors: what the task adds to the backbone.
+        prepared: Its tensors, and whether its images share a pass with those of other tasks.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    preprocessing: Mapping[str, Any]
+    method: Mapping[str, Any]
+    nbytes: int
+    prepared: Prepared
+
+    @property
+    def shares(self) -> bool:
+        """Whether its images share a pass of the backbone with those of other tasks."""
+        return self.prepared.alone is None
+
+
 def backbone_only(backbone: Family) -> Prepared:
     """Return a task without prompts and head, whose logits are the backbone's features."""
     blocks = backbone.num_blocks

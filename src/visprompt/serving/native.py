@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from torch import Tensor
 
-from visprompt.models.bank import Task
+from visprompt.models.prepared import Task
 from visprompt.serving.access import Tokens
 from visprompt.serving.reading import TOP_K, PredictRequest, read
 from visprompt.serving.refused import Refused

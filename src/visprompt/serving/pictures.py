@@ -10,7 +10,7 @@ from visprompt.data.sources.decoders import decoder_of
 from visprompt.data.sources.images import BadImage, TooLarge
 from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
-from visprompt.models.bank import Task
+from visprompt.models.prepared import Task
 from visprompt.serving.limits import Limits
 from visprompt.serving.refused import Refused
 

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from visprompt.models.bank import Bank, Task
+from visprompt.models.bank import Bank
+from visprompt.models.prepared import Task
 from visprompt.serving.batching import Batcher, probabilities
 from visprompt.serving.limits import Admission, Limits, Ticket
 from visprompt.serving.metrics import Metrics

@@ -10,7 +10,8 @@ from pathlib import Path
 from threading import Event, RLock, Thread
 
 from visprompt.errors import UserError, unknown
-from visprompt.models.bank import Bank, Task
+from visprompt.models.bank import Bank
+from visprompt.models.prepared import Task
 from visprompt.models.tuned_state import load_state
 from visprompt.serving.refused import Refused
 

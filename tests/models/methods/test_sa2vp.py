@@ -9,7 +9,7 @@ from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
 from visprompt.models.methods.sa2vp import SA2VP
-from visprompt.reports.attention import last_attention
+from visprompt.models.attention import last_attention
 
 TINY, VIT_B = geometry(), geometry(**VIT_B_SIZE)
 LABELS = torch.tensor([0, 3, 1])

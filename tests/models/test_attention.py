@@ -13,7 +13,7 @@ from visprompt.errors import UserError
 from visprompt.models.backbones.families import family
 from visprompt.models.classifier import Classifier
 from visprompt.models.methods import build_method
-from visprompt.reports.attention import last_attention
+from visprompt.models.attention import last_attention
 
 FLOAT32 = 1e-5
 CLASS, MEAN = "the class token", "the mean over the {} tokens that are pooled"
