@@ -93,6 +93,11 @@ class Bank:
         return self._module
 
     @property
+    def backbone_name(self) -> str:
+        """The backbone's name, of timm or of this project."""
+        return self._backbone.spec.name
+
+    @property
     def names(self) -> list[str]:
         """Names of all tasks, also of those that are evicted at present, in the order in which they came."""
         with self._lock:
