@@ -41,7 +41,9 @@ def the_run_with(words):
 def make_serve():
     """The two commands of `make serve`."""
     recipe = re.search(r"^serve: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1]
-    return [shlex.split(line.replace("$(RUN)", "python").replace("$(ARGS)", "")) for line in recipe.splitlines()]
+    return [
+        shlex.split(line.replace("$(RUN)", "python").replace("$(ARGS)", "")) for line in recipe.splitlines()
+    ]
 
 
 def test_what_is_copied_exists_and_nothing_else_is_sent_to_docker():
@@ -70,7 +72,9 @@ def test_it_serves_what_make_serve_does_for_others_too_and_not_as_root():
 def test_one_argument_chooses_the_build_of_torch(tmp_path, torch):
     uv = tmp_path / ".uv" / "bin" / "uv"
     uv.parent.mkdir(parents=True)
-    listed = "".join(f"{name}=={version} ; sys_platform == 'linux'\n    # via x\n" for name, version in LOCK.items())
+    listed = "".join(
+        f"{name}=={version} ; sys_platform == 'linux'\n    # via x\n" for name, version in LOCK.items()
+    )
     (tmp_path / "listed").write_text(listed)
     uv.write_text('#!/bin/sh\nif [ "$1" = export ]; then cat listed; else echo "$@" >> asked; fi\n')
     uv.chmod(0o755)
@@ -95,7 +99,9 @@ def test_one_argument_chooses_the_build_of_torch(tmp_path, torch):
         assert (rest, left_out) == ([], set())
     else:
         assert left_out == {
-            name for name in LOCK if name in ("torch", "torchvision", "triton") or name.startswith(("nvidia-", "cuda-"))
+            name
+            for name in LOCK
+            if name in ("torch", "torchvision", "triton") or name.startswith(("nvidia-", "cuda-"))
         }
         versions = f"torch=={LOCK['torch']} torchvision=={LOCK['torchvision']}"
         assert rest == [f"pip install --no-deps --torch-backend cpu {versions}"]
@@ -127,8 +133,14 @@ def test_what_is_copied_is_enough_to_serve(tmp_path):
         port = re.search(r"http://0\.0\.0\.0:(\d+),", said())[1]
         words = given("HEALTHCHECK")[0].partition("CMD ")[2].replace("8000", port)
         assert subprocess.run([sys.executable, *json.loads(words)[1:]], check=False).returncode == 0
-        assert requests.get(f"http://127.0.0.1:{port}/", timeout=60).headers["content-type"].startswith("text/html")
-        assert [task["name"] for task in requests.get(f"http://127.0.0.1:{port}/v1/tasks", timeout=60).json()] == ["digits"]
+        assert (
+            requests.get(f"http://127.0.0.1:{port}/", timeout=60)
+            .headers["content-type"]
+            .startswith("text/html")
+        )
+        assert [
+            task["name"] for task in requests.get(f"http://127.0.0.1:{port}/v1/tasks", timeout=60).json()
+        ] == ["digits"]
         process.terminate()
         assert process.wait(60) == 0
     finally:

@@ -1,7 +1,6 @@
 """The page: what it says, that it is valid and accessible HTML which loads nothing, and how a browser shows it."""
 
 import json
-import os
 import re
 import subprocess
 import tempfile

@@ -261,11 +261,13 @@ def test_a_backbone_without_a_class_token_is_one_sentence():
     """In this process, as the states of such a backbone would need its weights."""
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **MEMBERS["Swin"][1])
     bank = visprompt.Bank(model)
-    limits = Limits(**{name: 10**6 for name in Limits.__dataclass_fields__})
+    limits = Limits(**dict.fromkeys(Limits.__dataclass_fields__, 10**6))
     service = Service(bank, States(bank, dict), limits)
     task = SimpleNamespace(name="birds", prepared=SimpleNamespace(alone=None, layers={}, rows=(None,)))
     task.preprocessing = {"size": 32}
-    with pytest.raises(Refused, match=r"^attention maps need a class token .* is a SwinTransformer") as refused:
+    with pytest.raises(
+        Refused, match=r"^attention maps need a class token .* is a SwinTransformer"
+    ) as refused:
         asyncio.run(service.attention(task, np.zeros((3, 32, 32), np.float32)))
     assert refused.value.status == 422
     service.close()

@@ -50,7 +50,9 @@ def test_a_folder_holds_files_and_runs_by_their_names(folder, written):
 
 
 def test_of_a_task_s_runs_in_a_folder_of_logs_the_newest_is_served(folder, written):
-    runs = [folder / "digits" / method / name for method, name in (("linear", "a" * 12), ("vpt_deep", "b" * 12))]
+    runs = [
+        folder / "digits" / method / name for method, name in (("linear", "a" * 12), ("vpt_deep", "b" * 12))
+    ]
     for number, run in enumerate([*runs, runs[0].with_name("c" * 12 + ".tmp-1")]):
         run.mkdir(parents=True)
         shutil.copy(written[number], run / "tuned.safetensors")

@@ -7,8 +7,8 @@ import pytest
 from helpers.browser import tab as new_tab
 from helpers.service import BAD, expected, picture, running, write_state
 from visprompt.serving.access import USE
-from visprompt.serving.page import HEADERS
 from visprompt.serving.page import _PAGE as TEXT
+from visprompt.serving.page import HEADERS
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 SCREENS = [(1280, False), (1280, True), (360, False), (360, True)]
@@ -20,7 +20,9 @@ def test_the_page_is_one_file_that_loads_nothing_and_sets_no_markup():
     assert policy["connect-src"] == "'self'"
     for kind in ("script-src", "style-src"):
         assert re.fullmatch(r"'sha256-[\w+/]{43}='", policy[kind])
-    assert re.findall(r"<(?:link|iframe|object|base|img)\b|\bon\w+=|\bstyle=|url\(|@import|//\w+\.", TEXT) == []
+    assert (
+        re.findall(r"<(?:link|iframe|object|base|img)\b|\bon\w+=|\bstyle=|url\(|@import|//\w+\.", TEXT) == []
+    )
     assert re.findall(r'(?:src|href|action)="([^"]*)"', TEXT) == ["docs"]
     (script,) = re.findall(r"<script>(.*?)</script>", TEXT, re.DOTALL)
     assert not re.search(r"HTML|document\.write|\beval\b|Function\(|localStorage|cookie", script)
@@ -64,7 +66,9 @@ def start(tab, service, width=1280, dark=False):
     tab.call("Input.insertText", text="open")
     tab.press("Enter")
     tab.until("document.querySelectorAll('.tasks .bar').length === 3")
-    assert tab.js("document.querySelector('#access').hidden && !document.querySelector('#problem').textContent")
+    assert tab.js(
+        "document.querySelector('#access').hidden && !document.querySelector('#problem').textContent"
+    )
     tab.logged.clear()  # that it was asked for
 
 
@@ -79,13 +83,13 @@ def texts(tab, selector):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), SCREENS)
-def test_pictures_get_the_classes_and_attention_of_each_task(
-    browser, service, states, tmp_path, width, dark
-):
+def test_pictures_get_the_classes_and_attention_of_each_task(browser, service, states, tmp_path, width, dark):
     start(browser, service, width, dark)
     content = picture(7, 96)
     browser.choose("#files", write(tmp_path, "<b>a<br>.png", content))
-    browser.until("document.querySelectorAll('canvas').length === 2 && document.querySelectorAll('.classes').length === 2")
+    browser.until(
+        "document.querySelectorAll('canvas').length === 2 && document.querySelectorAll('.classes').length === 2"
+    )
     for place, task in enumerate(("birds", "hostile")):
         names, shares = expected(states / f"{task}.safetensors", [content])
         best = shares[0].argsort()[::-1]
@@ -94,7 +98,8 @@ def test_pictures_get_the_classes_and_attention_of_each_task(
         assert texts(browser, f"{rows} .number") == [f"{100 * shares[0][i]:.1f} %" for i in best]
         told = texts(browser, f".panel:nth-child({place + 1}) .caption")[0]
         assert re.fullmatch(
-            r"Attention of the class token in the last block: [\d.]+ % to the picture, [\d.]+ % to prompts\.", told
+            r"Attention of the class token in the last block: [\d.]+ % to the picture, [\d.]+ % to prompts\.",
+            told,
         )
         assert ("0.0 % to prompts" in told) == (task == "hostile"), "a linear head has no prompts"
     assert texts(browser, "#pictures h3") == ["<b>a<br>.png"]
@@ -132,16 +137,23 @@ def test_everything_can_be_done_by_keyboard_and_is_named(tab, tmp_path):
         tab.press("Tab")
         assert tab.js(active) == name
         ring = "document.querySelector('.drop')" if name == "files" else "document.activeElement"
-        assert tab.js(f"getComputedStyle({ring}).outlineStyle") == "solid", f"{name} shows that it has the focus"
+        assert tab.js(f"getComputedStyle({ring}).outlineStyle") == "solid", (
+            f"{name} shows that it has the focus"
+        )
         if name == "birds":
             tab.press(" ")
-            assert tab.js("[...document.querySelectorAll('.panel')].map((each) => each.hidden)") == [True, False]
+            assert tab.js("[...document.querySelectorAll('.panel')].map((each) => each.hidden)") == [
+                True,
+                False,
+            ]
         if name == "look":
             tab.press(" ")
             shown = "[...document.querySelectorAll('.picture')].some((each) => each.offsetParent)"
             assert not tab.js(shown)
     assert "a.png: " in tab.js("document.querySelector('[aria-live=polite]').textContent")
-    unnamed = "[...document.querySelectorAll('input, button')].filter((e) => !(e.labels?.length || e.textContent))"
+    unnamed = (
+        "[...document.querySelectorAll('input, button')].filter((e) => !(e.labels?.length || e.textContent))"
+    )
     assert tab.js(f"{unnamed}.length") == 0
     tab.js("document.querySelector('article button').focus()")
     tab.press("Enter")
@@ -153,7 +165,11 @@ def test_everything_can_be_done_by_keyboard_and_is_named(tab, tmp_path):
 def test_errors_are_the_sentence_of_the_service(tab, tmp_path):
     for name, content, sentence in (
         ("bad.png", BAD, r"image 1 cannot be decoded \(not an image of a known format\)"),
-        ("long.png", picture(0) + bytes(20_000), r"image 1 has \d+ bytes, more than the 20000 that are taken here"),
+        (
+            "long.png",
+            picture(0) + bytes(20_000),
+            r"image 1 has \d+ bytes, more than the 20000 that are taken here",
+        ),
         ("wide.png", picture(0, 400), "image 1 has more than the 100000 pixels that are decoded here"),
     ):
         tab.choose("#files", write(tmp_path, name, content))
@@ -174,4 +190,6 @@ def test_errors_are_the_sentence_of_the_service(tab, tmp_path):
     none = "attention maps need a class token"
     tab.js(f"window.fetch = async () => new Response(JSON.stringify({{error: {none!r}}}), {{status: 422}})")
     tab.js("document.querySelector('article:first-child .panel:last-child button').click()")
-    tab.until(f"document.querySelector('article:first-child .panel:last-child .caption').textContent === {none!r}")
+    tab.until(
+        f"document.querySelector('article:first-child .panel:last-child .caption').textContent === {none!r}"
+    )

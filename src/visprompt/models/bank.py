@@ -1,13 +1,12 @@
 """Many tuned states on one backbone: one pass for a batch of images of several tasks."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from threading import Lock, RLock
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -248,7 +247,7 @@ class Bank:
             try:
                 return task_attention(backbone, images, task.prepared, self._batch)
             finally:
-                self._batch.layers = ()
+                self._batch.layers = ()  # as in `_logits`
 
     def _used(self, name: str) -> Task | None:
         """Return a task that is in memory, as the most recently used; None if it was evicted."""

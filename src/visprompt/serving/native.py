@@ -149,7 +149,10 @@ def router(service: Service, tokens: Tokens) -> APIRouter:
         "/tasks/{task}/attention",
         dependencies=user,
         openapi_extra=_ONE_IMAGE,
-        responses={**_ERRORS, 422: {"model": ErrorAnswer, "description": "The backbone has no such attention"}},
+        responses={
+            **_ERRORS,
+            422: {"model": ErrorAnswer, "description": "The backbone has no such attention"},
+        },
     )
     async def attention(task: str, request: Request) -> AttentionAnswer:
         """Return where a task looks in one image."""

@@ -19,8 +19,9 @@ def _hash(tag: str) -> str:
 
 HEADERS = {
     # one file that loads nothing, from this service or another; `blob:` and `data:` are the user's pictures
-    "Content-Security-Policy": f"default-src 'none'; script-src {_hash('script')}; style-src {_hash('style')}; "
-    "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": f"default-src 'none'; script-src {_hash('script')}; "
+    f"style-src {_hash('style')}; img-src blob: data:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -28,7 +29,7 @@ HEADERS = {
 
 
 def router() -> APIRouter:
-    """Return the page's endpoint. It needs no token: the page asks for one, and sends it with each request."""
+    """Return the page's endpoint, which needs no token: the page asks for one, and sends it with requests."""
     routes = APIRouter()
 
     @routes.get("/", include_in_schema=False)
