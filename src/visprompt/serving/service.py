@@ -106,9 +106,11 @@ class Service:
             raise image
         async with self._attending:
             try:
-                return image, await self.in_thread(self.bank.attention, image, task)
+                found = await self.in_thread(self.bank.attention, image, task)
             except UserError as error:
                 raise Refused(422, str(error)) from error
+        self.metrics.images.labels(task.name, "ok").inc()
+        return image, found
 
     async def in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Call a function that takes long, in a thread of the pool."""
