@@ -116,7 +116,7 @@ def test_what_is_made_is_a_target(line):
     assert f"make {target} " in listed
 
 
-@pytest.mark.parametrize(("task", "place"), [("digits", 4), ("digits_crowded", 1), ("digits_loc", 7)])
+@pytest.mark.parametrize(("task", "place"), [("digits", 4), ("digits_crowded", 4), ("digits_loc", 7)])
 def test_the_demo_s_pictures_are_test_images(task, place):
     shown = np.asarray(Image.open(ROOT / "docs" / "figures" / f"demo_{task}.png").convert("RGB"))
     assert (shown == digits.compose(task, "test")[0][place].transpose(1, 2, 0)).all()

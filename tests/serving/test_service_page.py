@@ -76,7 +76,8 @@ def write(folder, name, content):
 
 
 def texts(tab, selector):
-    return tab.js(f"[...document.querySelectorAll({selector!r})].map((each) => each.textContent)")
+    found = tab.js(f"[...document.querySelectorAll({selector!r})].map((each) => each.textContent)")
+    return [text.replace("\xa0", " ") for text in found]
 
 
 @pytest.mark.slow
