@@ -3,7 +3,7 @@
 #   make test PYTHON=python3.12               PYTHON names the Python of the environment (by default the first that fits)
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check table report docs setup FORCE
+.PHONY: help demo serve test test-slow check table report docs setup FORCE
 
 export UV_PYTHON_DOWNLOADS := never
 export UV_PROJECT_ENVIRONMENT := .venv
@@ -34,6 +34,10 @@ help:  ## this list
 
 demo: $(STAMP)  ## tune a prompt on the embedded backbone and the bundled digits: python src/train.py
 	$(RUN) src/train.py $(ARGS)
+
+serve: $(STAMP)  ## tune prompts for the three demo tasks if that was not done, and serve them: http://127.0.0.1:8000
+	$(RUN) src/train.py experiment=demo_deep paths.log_dir=logs/serve
+	$(RUN) src/serve.py states=logs/serve $(ARGS)
 
 test: $(STAMP)  ## the fast tests, on all cores
 	$(RUN) -m pytest -n auto --dist loadfile -m "not slow and not endurance" $(ARGS)

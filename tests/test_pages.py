@@ -7,10 +7,12 @@ import re
 import shlex
 import subprocess
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from helpers.cli import ROOT, call, call_all, composed, frozen, tiny
+from visprompt.data.sources import digits
 from visprompt.runs import compose
 from visprompt.tuning import dry_run
 from visprompt.tuning.dry_run.pace import Pace
@@ -113,6 +115,12 @@ def test_what_is_made_is_a_target(line):
     target = line.split()[1]
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"make {target} " in listed
+
+
+@pytest.mark.parametrize(("task", "place"), [("digits", 4), ("digits_crowded", 4), ("digits_loc", 7)])
+def test_the_demo_s_pictures_are_test_images(task, place):
+    shown = np.asarray(Image.open(ROOT / "docs" / "figures" / f"demo_{task}.png").convert("RGB"))
+    assert (shown == digits.compose(task, "test")[0][place].transpose(1, 2, 0)).all()
 
 
 def test_every_other_command_is_known():

@@ -22,8 +22,10 @@ TOP_LEVEL = {
         ".ci",
         ".gitattributes",
         ".gitignore",
+        ".dockerignore",
         "CITATION.cff",
         "CONTRIBUTING.md",
+        "Dockerfile",
         "LICENSE",
         "Makefile",
         "README.md",
@@ -194,7 +196,8 @@ def test_conda_gives_the_same_python_and_installs_nothing_of_its_own():
 def test_the_makefile_has_the_documented_targets_and_ci_calls_them():
     makefile = (ROOT / "Makefile").read_text()
     rules = dict(re.findall(r"^([a-z-]+):.*?## .*\n\t@?(.*)", makefile, re.M))
-    assert set(rules) == {"help", "demo", "test", "test-slow", "check", "table", "report", "docs", "setup"}
+    targets = {"help", "demo", "serve", "test", "test-slow", "check", "table", "report", "docs", "setup"}
+    assert set(rules) == targets
     assert rules["demo"] == "$(RUN) src/train.py $(ARGS)"
     assert rules["table"] == "$(RUN) src/tune.py experiment=demo_table $(ARGS)"
     calls = re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M)

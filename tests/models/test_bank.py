@@ -23,6 +23,7 @@ from helpers.tiny import RECORD, relative_error
 from visprompt.data.sources.decoders import decoder_of
 from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
+from visprompt.models.attention import last_attention
 from visprompt.models.backbones import DEMO
 from visprompt.models.methods import METHODS
 from visprompt.models.methods.describe import MEMBERS, member
@@ -216,6 +217,30 @@ def _state_of(classifier):
     return TunedState(
         **RECORD | named, tensors={name: tensor.clone() for name, tensor in classifier.tuned_state().items()}
     )
+
+
+@pytest.mark.parametrize("family", ["ViT", "EVA-02"])
+def test_attention_is_that_of_each_task_s_own_classifier(banks, family):
+    bank, alone = banks(family)
+    side = int(next(iter(alone.values())).backbone.image_size)
+    for image, name in zip(images(len(alone), side), alone, strict=True):
+        found, expected = (
+            bank.attention(image, bank.task(name)),
+            last_attention(alone[name].eval(), image[None]),
+        )
+        assert found.asking == expected.asking
+        for part in ("prefix", "patches", "logits"):
+            assert relative_error(getattr(found, part), getattr(expected, part)) < 1e-5, (name, part)
+        # prompts whose outputs nothing reads are keys and values here
+        added = [torch.cat([own.prompts, own.keys_values], dim=-1).sum(-1) for own in (found, expected)]
+        assert (added[0] - added[1]).abs().max() < 1e-5, name
+    check(bank, alone, images(len(alone), side), list(alone))
+
+
+def test_attention_of_other_families_is_refused_in_one_sentence(banks):
+    bank, _ = banks("Swin")
+    with pytest.raises(UserError, match="attention maps need a class token or pooled tokens"):
+        bank.attention(images(1)[0], bank.task("linear 0"))
 
 
 def test_none_is_the_bare_backbone(banks):

@@ -1,9 +1,7 @@
 """The page: what it says, that it is valid and accessible HTML which loads nothing, and how a browser shows it."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import tempfile
 from datetime import UTC, datetime
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from helpers.browser import OPTIONS, browser
 from helpers.written_runs import result, write
 from visprompt.data.catalog import SUITES
 from visprompt.reports import figures
@@ -189,18 +188,6 @@ def test_only_tried_runs_make_a_page_without_test_scores(tmp_path):
 # in a browser
 
 
-def browser():
-    """A Chromium; tests that need one fail without it, so that nobody takes their silence for success."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None and "VISPROMPT_NO_BROWSER" in os.environ:
-        pytest.skip("VISPROMPT_NO_BROWSER is set")
-    assert found, (
-        "no Chromium: install it (on Debian and Ubuntu: apt-get install chromium) or set "
-        "VISPROMPT_NO_BROWSER=1"
-    )
-    return found
-
-
 def look(folder, width, scheme, *options):
     """Opens index.html of a folder in a frame of a width, headless.
 
@@ -214,13 +201,8 @@ def look(folder, width, scheme, *options):
     with tempfile.TemporaryDirectory() as profile:
         done = subprocess.run(
             [
-                *(browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-                *("--disable-background-networking", "--no-first-run", f"--user-data-dir={profile}"),
-                *(
-                    "--disable-dev-shm-usage",
-                    "--enable-logging=stderr",
-                    f"--window-size={max(width, 500)},3000",
-                ),
+                *(browser(), *OPTIONS, f"--user-data-dir={profile}"),
+                *("--enable-logging=stderr", f"--window-size={max(width, 500)},3000"),
                 f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
                 *options,
                 (folder / f"frame{width}.html").as_uri(),

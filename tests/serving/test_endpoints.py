@@ -1,14 +1,30 @@
 """The endpoints of a service that runs, asked over HTTP."""
 
+import asyncio
 import base64
+import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
+import torch
+from PIL import Image
 
+import visprompt
 from helpers.service import ADMIN, BAD, expected, picture, running, until, write_state
+from visprompt.data.sources.decoders import decoder_of
+from visprompt.data.transforms import to_input
+from visprompt.models.attention import last_attention
+from visprompt.models.methods.describe import MEMBERS
+from visprompt.models.tuned_state import load_state
 from visprompt.serving.access import USE
+from visprompt.serving.limits import Limits
+from visprompt.serving.refused import Refused
+from visprompt.serving.service import Service
+from visprompt.serving.states import States
 
 PICTURES = [picture(seed) for seed in range(4)]
 LIMITS = (
@@ -213,6 +229,53 @@ def test_health_openapi_and_its_page(service):
     assert "https://" not in page, "the page needs no other host"
     missing = service.get("/nothing")
     assert (missing.status_code, missing.json()["error"]) == (404, "Not Found: /docs lists what is served")
+
+
+@pytest.mark.parametrize("way", ["form", "json"])
+def test_attention_is_that_of_the_task_s_own_classifier_over_the_picture_that_the_backbone_saw(
+    service, states, way
+):
+    given = {"files": [("image", PICTURES[0])]} if way == "form" else {"json": as_json(PICTURES[0])}
+    told = service.post("/v1/tasks/vpt_deep/attention", **given).json()
+    state = load_state(states / "vpt_deep.safetensors")
+    image = to_input(decoder_of(state.preprocessing)(PICTURES[0]), state.preprocessing)
+    expected = last_attention(visprompt.load(states / "vpt_deep.safetensors"), image[None])
+    assert (told["task"], told["asking"]) == ("vpt_deep", "the class token")
+    assert np.array(told["patches"]) == pytest.approx(expected.patches[0].mean(0).numpy(), abs=1e-5)
+    assert np.sum(told["patches"]) + told["class_token"] + told["prompts"] == pytest.approx(1, abs=1e-5)
+    assert told["prompts"] > 0.01
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(told["image"]))), np.float32) / 255
+    seen = image * torch.tensor(state.preprocessing["std"]).view(3, 1, 1)
+    seen += torch.tensor(state.preprocessing["mean"]).view(3, 1, 1)
+    assert (torch.from_numpy(shown).permute(2, 0, 1) - seen.clamp(0, 1)).abs().max() < 0.5 / 255 + 1e-6
+
+
+def test_attention_takes_one_good_image(service):
+    two = service.post("/v1/tasks/vpt_deep/attention", json=as_json(*PICTURES[:2]))
+    assert (two.status_code, two.json()["error"]) == (400, "the request holds 2 images: send one")
+    bad = service.post("/v1/tasks/vpt_deep/attention", files=[("image", BAD)])
+    assert (bad.status_code, bad.json()["error"][:25]) == (400, "image 1 cannot be decoded")
+
+
+def test_a_backbone_without_a_class_token_is_one_sentence():
+    """In this process, as the states of such a backbone would need its weights."""
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **MEMBERS["Swin"][1])
+    bank = visprompt.Bank(model)
+    limits = Limits(**dict.fromkeys(Limits.__dataclass_fields__, 10**6))
+    service = Service(bank, States(bank, dict), limits)
+    task = SimpleNamespace(name="birds", prepared=SimpleNamespace(alone=None, layers={}, rows=(None,)))
+    task.preprocessing = {"size": 32}
+    with pytest.raises(
+        Refused, match=r"^attention maps need a class token .* is a SwinTransformer"
+    ) as refused:
+        asyncio.run(service.attention(task, np.zeros((3, 32, 32), np.float32)))
+    assert refused.value.status == 422
+    service.close()
+
+
+def test_the_backbone_is_there_once(service):
+    told = service.get("/v1/backbone").json()
+    assert told == {"name": "vit64_tiny_imagenet_100", "bytes": 4 * 2_719_296}
 
 
 def test_metrics_count_requests_images_batches_and_tasks(service):

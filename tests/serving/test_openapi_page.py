@@ -21,6 +21,7 @@ CURLS = re.findall(r"^curl .*", PAGE + (ROOT / "README.md").read_text(), re.M)
 def service(tmp_path_factory):
     folder = tmp_path_factory.mktemp("states")
     write_state(folder / "birds.safetensors", 1, 4)
+    write_state(folder / "digits.safetensors", 2, 10)
     with running(tmp_path_factory.mktemp("service"), folder) as service:
         yield service
 
@@ -29,13 +30,14 @@ def service(tmp_path_factory):
 def place(tmp_path):
     for number, name in enumerate(("a.jpg", "b.jpg")):
         (tmp_path / name).write_bytes(picture(number, kind="JPEG"))
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     return tmp_path
 
 
 def test_every_command_is_answered(service, place):
     assert len(CURLS) > 20
     for line in CURLS:
-        here = line.partition("  #")[0].replace("localhost:8000", service.url).replace("NAME", "birds")
+        here = line.partition("  #")[0].replace("localhost:8000", service.url)
         done = subprocess.run(
             here.replace("curl ", "curl -sS --fail-with-body ", 1),
             shell=True,

@@ -49,6 +49,21 @@ def test_a_folder_holds_files_and_runs_by_their_names(folder, written):
     assert found == {"birds": folder / "birds.safetensors", "run": folder / "run" / "tuned.safetensors"}
 
 
+def test_of_a_task_s_runs_in_a_folder_of_logs_the_newest_is_served(folder, written):
+    runs = [
+        folder / "digits" / method / name for method, name in (("linear", "a" * 12), ("vpt_deep", "b" * 12))
+    ]
+    for number, run in enumerate([*runs, runs[0].with_name("c" * 12 + ".tmp-1")]):
+        run.mkdir(parents=True)
+        shutil.copy(written[number], run / "tuned.safetensors")
+        os.utime(run / "tuned.safetensors", (number, number))
+    assert source_of(str(folder))()["digits"] == runs[1] / "tuned.safetensors"
+    os.utime(runs[0] / "tuned.safetensors", (9, 9))
+    assert source_of(str(folder))()["digits"] == runs[0] / "tuned.safetensors"
+    shutil.rmtree(folder / "digits")
+    assert set(source_of(str(folder))()) == {"birds", "run"}
+
+
 def test_a_list_is_named_by_files_or_by_what_runs_were_tuned_for(folder, written, tmp_path):
     found = source_of([str(written[2]), str(folder / "run")])()
     assert found == {"c": written[2], "b": folder / "run" / "tuned.safetensors"}

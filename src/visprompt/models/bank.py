@@ -1,13 +1,12 @@
 """Many tuned states on one backbone: one pass for a batch of images of several tasks."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from threading import Lock, RLock
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,43 +14,15 @@ from torch import Tensor, nn
 from visprompt.data.inputs import Picture, as_input
 from visprompt.errors import UserError, unknown
 from visprompt.models.api import copied, settings_of, untuned
+from visprompt.models.attention import Weights, last_attention, task_attention
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.block import run_block
 from visprompt.models.backbones.family import Family
 from visprompt.models.backbones.token_family import TokenFamily
-from visprompt.models.kind import TaskKind
 from visprompt.models.mixed import features_of
-from visprompt.models.prepared import Prepared, backbone_only, prepare
+from visprompt.models.prepared import Prepared, Task, backbone_only, prepare
 from visprompt.models.sharing import Batch, Span, make_per_task, own_tuned_tensors, shared_copy
 from visprompt.models.tuned_state import TunedState, check_fits, load_state, read_checksum
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A tuned state that a bank holds.
-
-    Attributes:
-        name: Its name in the bank.
-        class_names: Names of the classes, in the order of the logits.
-        preprocessing: How pictures become the backbone's input, as the state says.
-        method: The method's name and options.
-        kind: The kind of the labels.
-        nbytes: Memory of its tensors: what the task adds to the backbone.
-        prepared: Its tensors, and whether its images share a pass with those of other tasks.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    preprocessing: Mapping[str, Any]
-    method: Mapping[str, Any]
-    kind: TaskKind
-    nbytes: int
-    prepared: Prepared
-
-    @property
-    def shares(self) -> bool:
-        """Whether its images share a pass of the backbone with those of other tasks."""
-        return self.prepared.alone is None
 
 
 @dataclass(frozen=True)
@@ -119,6 +90,11 @@ class Bank:
     def module(self) -> Family:
         """The backbone's module."""
         return self._module
+
+    @property
+    def backbone_name(self) -> str:
+        """The backbone's name, of timm or of this project."""
+        return self._backbone.spec.name
 
     @property
     def names(self) -> list[str]:
@@ -249,6 +225,29 @@ class Bank:
                 for i, logits in zip(rows, self._logits(batch, [found[names[i]] for i in rows]), strict=True):
                     out[i] = logits
         return [logits for logits in out if logits is not None]
+
+    @torch.inference_mode()
+    def attention(self, image: Tensor, task: Task) -> Weights:
+        """Return the attention of a task's pooled tokens in the last block; see `models/attention.py`.
+
+        Args:
+            image: A normalised image [3, H, W].
+            task: Its task.
+
+        Raises:
+            UserError: The backbone is neither a plain ViT nor an EVA, or its attention is not the fused one.
+        """
+        like, alone = next(self._module.parameters()), task.prepared.alone
+        images = image[None].to(like.device, like.dtype)
+        with self._running:
+            if alone is not None:
+                return last_attention(alone, images)
+            mixed = self._mixed([((0, 1), task.prepared)])
+            backbone = self._backbone.module if mixed is self._module else mixed  # the one not compiled
+            try:
+                return task_attention(backbone, images, task.prepared, self._batch)
+            finally:
+                self._batch.layers = ()  # as in `_logits`
 
     def _used(self, name: str) -> Task | None:
         """Return a task that is in memory, as the most recently used; None if it was evicted."""

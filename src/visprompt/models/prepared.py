@@ -11,6 +11,7 @@ from visprompt.models.backbones.family import Family
 from visprompt.models.backbones.token_family import TokenFamily
 from visprompt.models.classifier import Classifier
 from visprompt.models.contract import Flow, Method
+from visprompt.models.kind import TaskKind
 from visprompt.models.layers import Wrapped
 from visprompt.models.methods.baselines import MLPHead
 from visprompt.models.methods.locations import MoreChannels
@@ -58,6 +59,34 @@ class Prepared:
         if alone is not None:
             names = [name for name in alone.tuned_tensor_names() if name.startswith("backbone.")]
             yield from (tensor for name, tensor in alone.state_dict().items() if name in names)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A tuned state that a bank holds.
+
+    Attributes:
+        name: Its name in the bank.
+        class_names: Names of the classes, in the order of the logits.
+        preprocessing: How pictures become the backbone's input, as the state says.
+        method: The method's name and options.
+        kind: The kind of the labels.
+        nbytes: Memory of its tensors: what the task adds to the backbone.
+        prepared: Its tensors, and whether its images share a pass with those of other tasks.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    preprocessing: Mapping[str, Any]
+    method: Mapping[str, Any]
+    kind: TaskKind
+    nbytes: int
+    prepared: Prepared
+
+    @property
+    def shares(self) -> bool:
+        """Whether its images share a pass of the backbone with those of other tasks."""
+        return self.prepared.alone is None
 
 
 def backbone_only(backbone: Family) -> Prepared:

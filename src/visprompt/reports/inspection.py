@@ -21,11 +21,11 @@ from torch import Tensor
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.datasets import TicketDataset
 from visprompt.errors import UserError
+from visprompt.models.attention import last_attention
 from visprompt.models.backbones import Backbone
 from visprompt.models.classifier import Classifier
 from visprompt.models.methods import Method
 from visprompt.models.tuned_state import load_state
-from visprompt.reports.attention import last_attention
 from visprompt.runs import run
 from visprompt.runs.evaluate import check_prepared, restore_on
 from visprompt.runs.predict import find_device

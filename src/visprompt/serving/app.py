@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from visprompt.serving import native, open_inference
+from visprompt.serving import native, open_inference, page
 from visprompt.serving.access import Tokens
 from visprompt.serving.refused import Refused
 from visprompt.serving.service import Service
@@ -29,6 +29,7 @@ def build_app(service: Service, tokens: Tokens) -> tuple[FastAPI, "Counted"]:
     """Return the application, and the same with its count of requests, which is what a server runs."""
     # the page of fastapi_offline loads no script from another host: tokens are typed into it
     app = FastAPIOffline(title="visprompt", version=version("visprompt"), description=_ABOUT, redoc_url=None)
+    app.include_router(page.router())
     app.include_router(native.router(service, tokens))
     app.include_router(open_inference.router(service, tokens))
     app.include_router(_operations(service, tokens))

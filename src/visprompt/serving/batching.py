@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from visprompt.models.bank import Bank, Task
+from visprompt.models.bank import Bank
+from visprompt.models.prepared import Task
 from visprompt.serving.metrics import Metrics
 
 _log = logging.getLogger(__name__)

@@ -1,5 +1,6 @@
-"""The service's own endpoints: predict, and list, load and unload tasks."""
+"""The service's own endpoints: predict, attention, and list, load and unload tasks."""
 
+import base64
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from torch import Tensor
 
-from visprompt.models.bank import Task
+from visprompt.models.prepared import Task
 from visprompt.serving.access import Tokens
+from visprompt.serving.pictures import to_png
 from visprompt.serving.reading import TOP_K, PredictRequest, read
 from visprompt.serving.refused import Refused
 from visprompt.serving.service import Service
@@ -36,6 +38,29 @@ class PredictAnswer(BaseModel):
 
     task: str
     predictions: list[Prediction]
+
+
+class AttentionAnswer(BaseModel):
+    """Where a task looks in an image: attention in the last block, the mean over its heads."""
+
+    task: str
+    asking: str
+    """The query: the class token, or the pooled tokens whose weights were averaged."""
+    patches: list[list[float]]
+    """Weight of each patch, rows from the top; all weights here and below sum to 1."""
+    class_token: float
+    """Weight of class and register tokens."""
+    prompts: float
+    """Weight of what the method added."""
+    image: str
+    """PNG in base64: the image as the backbone saw it."""
+
+
+class BackboneAnswer(BaseModel):
+    """The backbone that all tasks share."""
+
+    name: str
+    bytes: int
 
 
 class TaskAnswer(BaseModel):
@@ -79,6 +104,15 @@ _BODY = {
         },
     }
 }
+_ONE_IMAGE = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": _file({"image": {"type": "string", "format": "binary"}})},
+            "application/json": {"schema": PredictRequest.model_json_schema()},
+        },
+    }
+}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "No image of the request can be decoded"},
     404: {"model": ErrorAnswer, "description": "There is no such task"},
@@ -110,6 +144,39 @@ def router(service: Service, tokens: Tokens) -> APIRouter:
             given = await read(request, ticket, service)
             outcomes = await service.predict(asked, given.images)
         return _answer(asked, outcomes, given.top_k)
+
+    @routes.post(
+        "/tasks/{task}/attention",
+        dependencies=user,
+        openapi_extra=_ONE_IMAGE,
+        responses={
+            **_ERRORS,
+            422: {"model": ErrorAnswer, "description": "The backbone has no such attention"},
+        },
+    )
+    async def attention(task: str, request: Request) -> AttentionAnswer:
+        """Return where a task looks in one image."""
+        async with service.request() as ticket:
+            asked = await service.task(task)
+            given = await read(request, ticket, service)
+            if len(given.images) > 1:
+                raise Refused(400, f"the request holds {len(given.images)} images: send one")
+            image, weights = await service.attention(asked, given.images[0])
+            shown = await service.in_thread(to_png, image, asked)
+        return AttentionAnswer(
+            task=asked.name,
+            asking=weights.asking,
+            patches=weights.patches[0].mean(0).tolist(),
+            class_token=weights.prefix[0].mean(0).sum().item(),
+            prompts=sum(part[0].mean(0).sum().item() for part in (weights.prompts, weights.keys_values)),
+            image=base64.b64encode(shown).decode(),
+        )
+
+    @routes.get("/backbone", dependencies=user)
+    def backbone() -> BackboneAnswer:
+        """Return the backbone, which is in memory once for all tasks."""
+        parameters = service.bank.module.parameters()
+        return BackboneAnswer(name=service.bank.backbone_name, bytes=sum(p.nbytes for p in parameters))
 
     @routes.get("/tasks", dependencies=user, response_model_exclude_none=True)
     def tasks() -> list[TaskAnswer]:

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
-from visprompt.models.bank import Task
+from visprompt.models.prepared import Task
 from visprompt.serving.access import Tokens
 from visprompt.serving.reading import body, take_images
 from visprompt.serving.refused import Refused

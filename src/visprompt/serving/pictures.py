@@ -1,16 +1,18 @@
 """Turn what a request holds of an image into the backbone's input, or into the reason why it cannot be."""
 
+import io
 import logging
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from visprompt.data.sources.decoders import decoder_of
 from visprompt.data.sources.images import BadImage, TooLarge
 from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
-from visprompt.models.bank import Task
+from visprompt.models.prepared import Task
 from visprompt.serving.limits import Limits
 from visprompt.serving.refused import Refused
 
@@ -70,3 +72,12 @@ def _input(content: Content, task: Task, limits: Limits) -> Tensor:
     if not np.isfinite(content).all():
         raise Refused(400, "has numbers that are not finite")
     return torch.from_numpy(np.array(content, dtype=np.float32))
+
+
+def to_png(image: Tensor, task: Task) -> bytes:
+    """Return an input [3, size, size] of a task as a PNG of the picture that it was normalised from."""
+    mean, std = (torch.tensor(task.preprocessing[name]).view(3, 1, 1) for name in ("mean", "std"))
+    pixels = (image * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(out, "PNG")
+    return out.getvalue()

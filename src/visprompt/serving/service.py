@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from visprompt.models.bank import Bank, Task
+from visprompt.errors import UserError
+from visprompt.models.attention import Weights
+from visprompt.models.bank import Bank
+from visprompt.models.prepared import Task
 from visprompt.serving.batching import Batcher, probabilities
 from visprompt.serving.limits import Admission, Limits, Ticket
 from visprompt.serving.metrics import Metrics
@@ -44,6 +47,7 @@ class Service:
             metrics=self.metrics,
         )
         self._pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1), thread_name_prefix="decode")
+        self._attending = asyncio.Semaphore(1)
         self._admission = Admission(limits, lambda: self._batcher.seconds_per_image)
         self.metrics.admitted.set_function(lambda: self._admission.images)
         self.metrics.held.set_function(lambda: self._admission.bytes)
@@ -89,6 +93,25 @@ class Service:
         """
         return list(await asyncio.gather(*(self._one(task, c, i + 1) for i, c in enumerate(contents))))
 
+    async def attention(self, task: Task, content: Content | Refused) -> tuple[Tensor, Weights]:
+        """Return an image as the backbone's input [3, size, size], and the attention of its pooled tokens.
+
+        Images are computed one at a time between the batches, as this is for people who look at them.
+
+        Raises:
+            Refused: The image cannot be used, or the backbone has no attention that can be shown.
+        """
+        image = await self._input(task, content, 1)
+        if isinstance(image, Refused):
+            raise image
+        async with self._attending:
+            try:
+                found = await self.in_thread(self.bank.attention, image, task)
+            except UserError as error:
+                raise Refused(422, str(error)) from error
+        self.metrics.images.labels(task.name, "ok").inc()
+        return image, found
+
     async def in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Call a function that takes long, in a thread of the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
@@ -100,13 +123,8 @@ class Service:
         self._batcher.close()
 
     async def _one(self, task: Task, content: Content | Refused, number: int) -> Tensor | Refused:
-        outcome: Tensor | Refused
-        if isinstance(content, Refused):
-            outcome = content
-        else:
-            outcome = await self.in_thread(self._prepared, content, number, task)
+        outcome = await self._input(task, content, number)
         if isinstance(outcome, Refused):
-            self.metrics.images.labels(task.name, "failed" if outcome.status >= 500 else "bad").inc()
             return outcome
         try:
             shares = await asyncio.wrap_future(self._batcher.submit(outcome, task))
@@ -122,6 +140,17 @@ class Service:
             return Refused(500, f"image {number} {why}")
         self.metrics.images.labels(task.name, "ok").inc()
         return shares
+
+    async def _input(self, task: Task, content: Content | Refused, number: int) -> Tensor | Refused:
+        """Return an image as the backbone's input, or why it cannot be; the latter is counted."""
+        outcome: Tensor | Refused
+        if isinstance(content, Refused):
+            outcome = content
+        else:
+            outcome = await self.in_thread(self._prepared, content, number, task)
+        if isinstance(outcome, Refused):
+            self.metrics.images.labels(task.name, "failed" if outcome.status >= 500 else "bad").inc()
+        return outcome
 
     def _prepared(self, content: Content, number: int, task: Task) -> Tensor | Refused:
         started = time.monotonic()

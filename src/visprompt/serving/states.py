@@ -10,12 +10,14 @@ from pathlib import Path
 from threading import Event, RLock, Thread
 
 from visprompt.errors import UserError, unknown
-from visprompt.models.bank import Bank, Task
+from visprompt.models.bank import Bank
+from visprompt.models.prepared import Task
 from visprompt.models.tuned_state import load_state
 from visprompt.serving.refused import Refused
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_HASH = re.compile(r"[0-9a-f]{12}")  # what a run's folder is called
 _FILE = "tuned.safetensors"
 _SUFFIX = ".safetensors"
 
@@ -83,19 +85,27 @@ def source_of(states: str | Sequence[str]) -> Source:
 
 
 def _in_folder(folder: Path) -> dict[str, Path]:
-    """Return the states directly in a folder: NAME.safetensors, or a run's folder NAME."""
+    """Return the states of a folder: NAME.safetensors, a run's folder NAME, or a folder NAME of runs."""
     found: dict[str, Path] = {}
     try:
         for path in sorted(folder.iterdir()):
             if path.suffix == _SUFFIX and _NAME.fullmatch(path.stem):
                 found[path.stem] = path
-            elif _NAME.fullmatch(path.name) and (path / _FILE).is_file():
-                found.setdefault(path.name, path / _FILE)
+            elif _NAME.fullmatch(path.name) and (file := _of_run(path)) is not None:
+                found.setdefault(path.name, file)
     except OSError as error:
         raise UserError(
             f"states={folder} cannot be read ({error.strerror}): give a folder of states"
         ) from error
     return found
+
+
+def _of_run(folder: Path) -> Path | None:
+    """Return the state of a run's folder, or that of the newest run in a folder METHOD/HASH of one task."""
+    if (folder / _FILE).is_file():
+        return folder / _FILE
+    runs = [file for file in folder.glob(f"*/*/{_FILE}") if _HASH.fullmatch(file.parent.name)]
+    return max(runs, key=lambda file: (_signature(file), file), default=None)
 
 
 class States:

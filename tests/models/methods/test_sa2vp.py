@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from helpers.tiny import NUM_CLASSES, VIT_B_SIZE, geometry, images, relative_error, tiny_model, worst_error
 from visprompt.errors import UserError
+from visprompt.models.attention import last_attention
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
 from visprompt.models.methods.sa2vp import SA2VP
-from visprompt.reports.attention import last_attention
 
 TINY, VIT_B = geometry(), geometry(**VIT_B_SIZE)
 LABELS = torch.tensor([0, 3, 1])

@@ -7,7 +7,7 @@ the same function returns the weights:
     softmax(q k^T * scale) I = softmax(q k^T * scale)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,9 @@ from visprompt.errors import UserError
 from visprompt.models.backbones.family import side_of
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
+from visprompt.models.mixed import Mixed, features_of
+from visprompt.models.prepared import Prepared
+from visprompt.models.sharing import Batch
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]  # positional and named arguments
 
@@ -60,18 +63,60 @@ def last_attention(classifier: Classifier, images: Tensor) -> Weights:
     Raises:
         UserError: The backbone is neither a plain ViT nor an EVA, or its attention is not the fused one.
     """
-    family, method = classifier.backbone, classifier.method
-    if not isinstance(family, ViT):
-        raise UserError(
-            "attention maps need a class token or pooled tokens that see the whole image, as in a plain ViT "
-            f"or an EVA, and this backbone is a {type(family.model).__name__}: choose a run on one of those"
-        )
+    family, method = _vit(classifier.backbone), classifier.method
+    added = method.keys_values(family.num_blocks - 1)
+    return _attention(
+        family,
+        lambda: classifier(images),
+        pool=method.pool,
+        num_image=family.embed(images, method).shape[1],
+        num_rows=0 if added is None else added[0].shape[-2],
+    )
+
+
+@torch.no_grad()
+def task_attention(backbone: nn.Module, images: Tensor, prepared: Prepared, batch: Batch) -> Weights:
+    """Return the same of a prepared task that shares the passes of a backbone; see `features_of`.
+
+    Args:
+        backbone: A plain ViT or an EVA that is not compiled.
+        images: Normalised images [B, 3, H, W].
+        prepared: The task.
+        batch: Read by the backbone's `PerTaskLayer`s, if it has any.
+
+    Raises:
+        UserError: The backbone is neither a plain ViT nor an EVA, or its attention is not the fused one.
+    """
+    family, rows = _vit(backbone), prepared.rows[-1]
+    parts = [((0, len(images)), prepared)]
+    assert prepared.head is not None
+    head = prepared.head
+    return _attention(
+        family,
+        lambda: head(features_of(family, images, parts, batch)),
+        pool=prepared.pool,
+        num_image=family.embed(images, Mixed(family, parts)).shape[1],
+        num_rows=0 if rows is None else len(rows),
+    )
+
+
+def _attention(
+    family: ViT, logits: Callable[[], Tensor], *, pool: str | None, num_image: int, num_rows: int
+) -> Weights:
+    """Return the weights of the pooled tokens in the last block while logits are computed in one pass.
+
+    Args:
+        family: The backbone.
+        logits: Computes logits [B, C].
+        pool: Which outputs of the last block are pooled, see `Method.pool`.
+        num_image: Number of image tokens, class and register tokens included.
+        num_rows: Number of keys and values that are added in the last block.
+    """
     with _recording(family.blocks[-1]) as calls:
-        logits = classifier(images)
-    weights, added = _weights(calls[0]), method.keys_values(family.num_blocks - 1)
-    num_image = family.embed(images, method).shape[1]
-    num_tokens = weights.shape[-1] - (0 if added is None else added[0].shape[-2])
-    start, stop, _ = family.pooled_rows(num_image, method.pool)[0].indices(num_tokens)
+        computed = logits()
+    weights = _weights(calls[0])
+    num_tokens = weights.shape[-1] - num_rows
+    start, stop, _ = family.pooled_rows(num_image, pool)[0].indices(num_tokens)
     # only the pooled tokens are queries: their keys come first, then those of the others
     if weights.shape[-2] == stop - start:
         order = [
@@ -94,8 +139,19 @@ def last_attention(classifier: Classifier, images: Tensor) -> Weights:
         patches=of_patches.unflatten(-1, grid),
         prompts=of_prompts,
         keys_values=of_rows,
-        logits=logits,
+        logits=computed,
     )
+
+
+def _vit(backbone: nn.Module) -> ViT:
+    """Return a backbone as a plain ViT or an EVA, or refuse it."""
+    if not isinstance(backbone, ViT):
+        name = type(getattr(backbone, "model", backbone)).__name__
+        raise UserError(
+            "attention maps need a class token or pooled tokens that see the whole image, as in a plain ViT "
+            f"or an EVA, and this backbone is a {name}: choose a run on one of those"
+        )
+    return backbone
 
 
 class _Latest(TorchFunctionMode):

@@ -10,10 +10,10 @@ from timm.models.vision_transformer import ParallelScalingBlock
 
 from helpers.tiny import NUM_CLASSES, NUM_IMAGE, SIZE, images, relative_error, tiny_classifier, tiny_model
 from visprompt.errors import UserError
+from visprompt.models.attention import last_attention
 from visprompt.models.backbones.families import family
 from visprompt.models.classifier import Classifier
 from visprompt.models.methods import build_method
-from visprompt.reports.attention import last_attention
 
 FLOAT32 = 1e-5
 CLASS, MEAN = "the class token", "the mean over the {} tokens that are pooled"
