@@ -20,6 +20,7 @@ from helpers.names import NASTY
 from helpers.wide import case
 from visprompt.data.sources import digits
 from visprompt.errors import UserError
+from visprompt.models.scores import in_percent, wilson
 from visprompt.models.tensors import hash_tensors
 from visprompt.models.tuned_state import load_state, save_state
 from visprompt.reports import report
@@ -77,13 +78,21 @@ def test_eval_repeats_the_score_exactly_and_leaves_run_and_backbone_alone(logs, 
     before = content(folder)
     backbone = tiny_run(logs).backbone
     assert evaluate(folder) == result.metrics["test/acc"]
-    percent = f"{100 * result.metrics['test/acc']:.2f} %"
+    percent, interval = f"{100 * result.metrics['test/acc']:.2f} %", in_percent(result.score, result.interval)
     balanced = f"test/balanced_acc {100 * result.metrics['test/balanced_acc']:.2f} %"
     said = " ".join(capsys.readouterr().out.split())
     recorded = (
         f"weights is {logs / 'weights.safetensors'}, as the run recorded it: weights=... names another place"
     )
-    assert said == f"{recorded} test/acc {percent} on 797 images (the run itself: {percent}), {balanced}"
+    assert said.startswith(f"{recorded} the 10 classes, by F1 (%) ")
+    assert said.endswith(
+        f" all classes: {folder}/classes.csv confusion matrix: {folder}/confusion.csv test/acc {interval} on 797 "
+        f"images (the run itself: {percent}), {balanced}"
+    )
+    with (folder / "confusion.csv").open(newline="") as file:
+        wrong = [row for row in csv.DictReader(file) if row["true"] != row["predicted"]]
+    worst = max(wrong, key=lambda row: int(row["images"]))
+    assert f"│ {worst['true']} │ {worst['predicted']} │ {worst['images']} │" in said
     assert content(folder) == before
     assert hash_tensors(backbone.module.model.state_dict()) == backbone.sha256
     assert not backbone.module.training
@@ -191,7 +200,10 @@ def test_several_states_are_scored_as_one_ensemble(logs, trained, capsys):
         score = inference.evaluate(cfg)
     said = " ".join(capsys.readouterr().out.split())
     each = ", ".join(f"{100 * result.score:.2f} %" for result in results)
-    assert f"test/acc {100 * score:.2f} % on 797 images (2 runs averaged; each by itself: {each})" in said
+    shown = in_percent(score, wilson(score, 797))
+    assert f"test/acc {shown} on 797 images (2 runs averaged; each by itself: {each})" in said
+    assert "the 10 classes, by F1 (%)" in said
+    assert "confusion.csv" not in said, "there is no such file of an ensemble"
 
     job = Job(**yaml.safe_load((folders[0] / "config.yaml").read_text()))
     prepared = run.prepare(job)

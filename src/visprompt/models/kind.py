@@ -3,7 +3,7 @@
 A data module names its kind; the classifier, the LightningModule, results and reports read all else from it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
+
+from visprompt.models.scores import ClassScore, class_scores, confused, confusion_rows, wilson
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,15 @@ class TaskKind:
             else 0.0, [B].
         figures: Function of the number of classes that returns a metric. The metric's `update` takes logits
             [B, C], labels [B] and weights [B], where 0 marks a filler image; `compute` returns figures by
-            name, including `per_class` (a list) and `count`.
+            name, including `per_class` (a list), `count`, and `confusion`: the counts that the functions
+            below take, an integer tensor on the CPU.
+        class_scores: Function of these counts that returns the figures of each class.
+        confused: Function of these counts and a number that returns so many of the most common mistakes, as
+            triples of a true class, the class it was taken for, and the number of images.
+        confusion_rows: Function of these counts and the class names that returns the rows of confusion.csv,
+            the first of which is its header.
+        interval: Function of the score and the number of images that returns the score's 95 % confidence
+            interval; None if the score is not a share of images.
     """
 
     name: str
@@ -36,6 +46,10 @@ class TaskKind:
     loss: Callable[[Tensor, Tensor], Tensor]
     correct: Callable[[Tensor, Tensor], Tensor]
     figures: Callable[[int], Metric]
+    class_scores: Callable[[Tensor], list[ClassScore]]
+    confused: Callable[[Tensor, int], list[tuple[int, int, int]]]
+    confusion_rows: Callable[[Tensor, Sequence[str]], list[tuple[str, ...]]]
+    interval: Callable[[float, int], tuple[float, float]] | None
 
 
 class Mean(Metric):
@@ -69,7 +83,8 @@ class Accuracies(MulticlassConfusionMatrix):
 
     def compute(self) -> dict[str, Any]:  # type: ignore[override]  # the figures of the matrix
         """Return the figures so far."""
-        return accuracies(super().compute())
+        confusion = super().compute().cpu()
+        return accuracies(confusion) | {"confusion": confusion}
 
 
 def accuracies(confusion: Tensor) -> dict[str, Any]:
@@ -107,6 +122,10 @@ SINGLE_LABEL = TaskKind(
     loss=_cross_entropy,
     correct=lambda logits, labels: (logits.argmax(1) == labels).float(),
     figures=Accuracies,
+    class_scores=class_scores,
+    confused=confused,
+    confusion_rows=confusion_rows,
+    interval=wilson,
 )
 """One class for each image."""
 

@@ -60,6 +60,7 @@ class TuningModule(L.LightningModule):
         scores: Figures of the last scoring, by metric name.
         scored_step: Number of optimiser steps at the last scoring.
         per_class: Accuracy of each class at the last scoring; None for a class without images.
+        confusion: The counts of the last scoring, see `TaskKind.figures`.
         scored_loss: Mean loss at the last scoring; if it is not finite, the accuracies mean nothing.
     """
 
@@ -76,6 +77,7 @@ class TuningModule(L.LightningModule):
         self.scores: dict[str, float] = {}
         self.scored_step = -1
         self.per_class: list[float | None] = []
+        self.confusion = torch.zeros(0, 0, dtype=torch.int64)
         self.scored_loss = math.nan
         self._resumed = False
         # of the last step: at the end of an epoch the optimiser already has that of the next step
@@ -263,7 +265,7 @@ class TuningModule(L.LightningModule):
         """Log the figures of a split set ("val" or "test"), and store them with its loss."""
         values = figures.compute()
         figures.reset()
-        self.per_class = values.pop("per_class")
+        self.per_class, self.confusion = values.pop("per_class"), values.pop("confusion")
         self.scores = {f"{stage}/{name}": value for name, value in values.items()}
         self.scored_step, self.scored_loss = self.trainer.global_step, float(loss.compute())
         self.log_dict(self.scores, prog_bar=True)

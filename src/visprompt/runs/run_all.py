@@ -13,6 +13,7 @@ from rich.table import Table
 from visprompt.errors import UserError
 from visprompt.files import temporary_folder
 from visprompt.models.kind import KINDS
+from visprompt.models.scores import in_percent
 from visprompt.runs import compose, engine, environment, memory, run_folder, signals
 from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import Result, check_same_run, read_result
@@ -263,7 +264,7 @@ def show(result: Result, run: Run) -> None:
     shares = KINDS[result.kind].shares
     for name, value in result.metrics.items():
         if name.startswith(("val/", "test/")) and name.partition("/")[2] in shares:
-            table.add_row(name, f"{100 * value:.2f} %")
+            table.add_row(name, in_percent(value, result.interval if name == result.score_name else None))
     if result.status == "diverged":
         table.add_row("status", f"diverged at step {result.diverged_step}")
     if result.status == "unscored":
