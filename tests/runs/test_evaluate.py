@@ -291,7 +291,7 @@ def scans(tmp_path_factory):
 def test_predict_says_of_each_scan_what_the_classifier_says(logs, trained, scans, tmp_path):
     folder, _ = trained(*METHODS["full"])
     rows = predict(logs, folder, scans, tmp_path / "new" / "out.csv", "batch_size=64")
-    assert list(rows[0]) == ["path", "class", "probability", *map(str, range(10))]
+    assert list(rows[0]) == ["path", "label", "class", "probability", *map(str, range(10))]
     assert [row["path"] for row in rows] == sorted(
         path.relative_to(scans).as_posix() for path in scans.rglob("*.png")
     )
@@ -309,6 +309,30 @@ def test_predict_says_of_each_scan_what_the_classifier_says(logs, trained, scans
         assert row["class"] == str(int(shares.argmax()))
         assert float(row["probability"]) == float(shares.max())
     assert 0.2 < sum(row["class"] == row["path"].split("/")[0] for row in rows) / len(rows) < 0.9
+
+
+def test_predict_scores_images_in_folders_with_the_names_of_classes(logs, trained, scans, tmp_path, capsys):
+    (folder, _), (other, _) = trained(), trained("seed=1")
+    moved = shutil.copytree(scans, tmp_path / "scans")
+    (moved / "3").rename(moved / "unsorted")
+    (moved / "5").rename(moved / "more")
+    (moved / "5").mkdir()
+    (moved / "more").rename(moved / "5" / "more")
+    rows = predict(logs, folder, moved, tmp_path / "out.csv")
+    known = [row for row in rows if row["label"]]
+    assert {row["path"].split("/")[0] for row in rows if not row["label"]} == {"unsorted"}
+    assert all(row["label"] == row["path"].split("/")[0] for row in known)
+    share = sum(row["label"] == row["class"] for row in known) / len(known)
+    said = " ".join(capsys.readouterr().out.split())
+    shown = in_percent(share, wilson(share, len(known)))
+    assert f"digits: acc {shown} on {len(known)} images, labelled by their folders; " in said
+    assert f"; {len(rows) - len(known)} others are in no folder with the name of a class" in said
+    assert "the 9 worst of 10 classes, by F1 (%)" in said or "the 10 classes, by F1 (%)" in said
+    both = predict(logs, f"[{folder},{other}]", moved, tmp_path / "both.csv")
+    assert list(both[0]) == ["path", "task", "label", "class", "probability"]
+    assert [row["label"] for row in both[::2]] == [row["label"] for row in rows]
+    assert [row["class"] for row in both[::2]] == [row["class"] for row in rows]
+    assert f"{folder}: acc {shown} on " in " ".join(capsys.readouterr().out.split())
 
 
 def test_predict_names_what_it_leaves_out(logs, trained, tmp_path, capsys):
@@ -370,7 +394,9 @@ def test_predict_takes_a_single_image(logs, trained, scans, tmp_path):
     folder, _ = trained()
     whole = predict(logs, folder, scans, tmp_path / "all.csv")
     (alone,) = predict(logs, folder, scans / whole[3]["path"], tmp_path / "one.csv")
-    assert alone == whole[3] | {"path": whole[3]["path"].split("/")[1]}
+    expected = whole[3] | {"path": whole[3]["path"].split("/")[1]}
+    del expected["label"]
+    assert alone == expected
 
 
 def test_predict_replaces_a_csv_only_where_it_is_told_to(logs, trained, tmp_path):
@@ -404,7 +430,8 @@ def test_names_that_are_no_utf8_are_trained_on_and_predicted(tmp_path):
     one = tiny_run(tmp_path / "logs", *options)
     run.run_job(one)
     rows = predict(tmp_path / "logs", one.folder, root, tmp_path / "out.csv")
-    assert list(rows[0]) == ["path", "class", "probability", "dark", r"li\xe9ght"]
+    assert list(rows[0]) == ["path", "label", "class", "probability", "dark", r"li\xe9ght"]
+    assert [row["label"] for row in rows] == [row["path"].split("/")[0] for row in rows]
     paths = [row["path"] for row in rows]
     assert r"dark/caf\xe9.png" in paths
     assert r"li\xe9ght/0000.png" in paths
