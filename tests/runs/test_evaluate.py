@@ -87,7 +87,7 @@ def test_eval_repeats_the_score_exactly_and_leaves_run_and_backbone_alone(logs, 
     assert said.startswith(f"{recorded} the 10 classes, by F1 (%) ")
     assert said.endswith(
         f" all classes: {folder}/classes.csv confusion matrix: {folder}/confusion.csv test/acc {interval} on 797 "
-        f"images (the run itself: {percent}), {balanced}"
+        f"images (the run itself: {percent}), {balanced}, test/ece {100 * result.metrics['test/ece']:.2f} %"
     )
     with (folder / "confusion.csv").open(newline="") as file:
         wrong = [row for row in csv.DictReader(file) if row["true"] != row["predicted"]]

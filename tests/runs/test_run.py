@@ -93,6 +93,7 @@ def test_what_the_result_says(whole):
         "test/acc",
         "test/balanced_acc",
         "test/count",
+        "test/ece",
     }
     assert stored["metrics"]["test/count"] == 797
     assert 0.2 < stored["metrics"]["test/acc"] < 0.6
@@ -257,7 +258,7 @@ def test_tune_scores_val200_and_never_test(whole, monkeypatch):
     monkeypatch.setattr(TuningModule, "test_step", None)  # is not called
     one, result = whole("split=tune", "seed=3")
     assert {name for name in result.metrics if not name.startswith("train/")} == {
-        *("val/acc", "val/balanced_acc", "val/count", "val/loss")
+        *("val/acc", "val/balanced_acc", "val/count", "val/ece", "val/loss")
     }
     assert result.metrics["val/count"] == 200
     assert result.score == result.metrics["val/acc"]

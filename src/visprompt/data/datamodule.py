@@ -192,7 +192,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     @cached_property
     def val_dataset(self) -> TicketDataset:
-        """Return the images that `split=tune` scores."""
+        """Return the images that `split=tune` scores, and on which a run fits its temperature."""
         return self.open_sets((self.val_set,))
 
     @cached_property

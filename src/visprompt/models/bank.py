@@ -1,7 +1,7 @@
 """Many tuned states on one backbone: one pass for a batch of images of several tasks."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from os import PathLike
@@ -36,6 +36,7 @@ class Task:
         method: The method's name and options.
         nbytes: Memory of its tensors: what the task adds to the backbone.
         prepared: Its tensors, and whether its images share a pass with those of other tasks.
+        probabilities: Function of its logits that returns probabilities, see `Classifier.probabilities`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Task:
     method: Mapping[str, Any]
     nbytes: int
     prepared: Prepared
+    probabilities: Callable[[Tensor], Tensor]
 
     @property
     def shares(self) -> bool:
@@ -271,8 +273,14 @@ class Bank:
             module.to(like.device, like.dtype)
         prepared = prepare(classifier.eval(), self._module)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in prepared.tensors()}
+        about = (state.class_names, state.preprocessing, state.method)
+        kind, temperature = classifier.kind, classifier.temperature
         return Task(
-            name, state.class_names, state.preprocessing, state.method, sum(storages.values()), prepared
+            name,
+            *about,
+            sum(storages.values()),
+            prepared,
+            lambda logits: kind.probabilities(logits, temperature),
         )
 
     def _keep(self, task: Task, source: _Source) -> None:

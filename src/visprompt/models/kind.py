@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
+from torchmetrics.utilities import dim_zero_cat
 
+from visprompt.models.calibration import fit_temperature
 from visprompt.models.scores import ClassScore, class_scores, confused, confusion_rows, wilson
+
+BINS = 15
+"""Number of equally wide bins of confidence in the expected calibration error"""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,10 @@ class TaskKind:
         score: Name of the figure that runs are compared by, logged as `val/<score>` and `test/<score>`.
         shares: Names of the figures between 0 and 1, shown in per cent; the score is the first.
         loss: Function of logits [B, C] and labels [B] that returns the loss of each image [B].
+        probabilities: Function of logits [..., C] and a temperature, by which they are divided, that returns
+            probabilities [..., C] in float32.
+        fit_temperature: Function of logits [N, C] and labels [N] of images that were not trained on that
+            returns the temperature, or None.
         correct: Function of logits [B, C] and labels [B] that returns 1.0 for each correctly predicted image,
             else 0.0, [B].
         figures: Function of the number of classes that returns a metric. The metric's `update` takes logits
@@ -44,6 +53,8 @@ class TaskKind:
     score: str
     shares: tuple[str, ...]
     loss: Callable[[Tensor, Tensor], Tensor]
+    probabilities: Callable[[Tensor, float], Tensor]
+    fit_temperature: Callable[[Tensor, Tensor], float | None]
     correct: Callable[[Tensor, Tensor], Tensor]
     figures: Callable[[int], Metric]
     class_scores: Callable[[Tensor], list[ClassScore]]
@@ -73,18 +84,41 @@ class Mean(Metric):
         return self.total / self.weight
 
 
+class CalibrationError(MulticlassCalibrationError):
+    """torchmetrics' calibration error, summed on the CPU: sums on a GPU differ from run to run."""
+
+    def compute(self) -> Tensor:
+        """Return the error so far."""
+        self.confidences = [dim_zero_cat(self.confidences).cpu()]
+        self.accuracies = [dim_zero_cat(self.accuracies).cpu()]
+        return super().compute()
+
+
 class Accuracies(MulticlassConfusionMatrix):
-    """Accuracy over images and over classes, summed over all ranks."""
+    """Accuracy over images and over classes, and the calibration error, over all ranks."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self._calibration = CalibrationError(num_classes, BINS, "l1", validate_args=False)
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:  # type: ignore[override]  # with weights
         """Add a batch; see `TaskKind.figures`."""
         real = weights > 0
         super().update(logits.argmax(1)[real], labels[real])
+        # a diverged run, whose logits are not finite, is recognised by its loss
+        shares = _softmax(logits[real], 1.0).nan_to_num()
+        self._calibration.update(shares, labels[real])
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        super().reset()
+        self._calibration.reset()
 
     def compute(self) -> dict[str, Any]:  # type: ignore[override]  # the figures of the matrix
         """Return the figures so far."""
         confusion = super().compute().cpu()
-        return accuracies(confusion) | {"confusion": confusion}
+        error = float(self._calibration.compute())
+        return accuracies(confusion) | {"ece": error, "confusion": confusion}
 
 
 def accuracies(confusion: Tensor) -> dict[str, Any]:
@@ -115,11 +149,17 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (logits.float() if temperature == 1 else logits.float() / temperature).softmax(-1)
+
+
 SINGLE_LABEL = TaskKind(
     name="single_label",
     score="acc",
-    shares=("acc", "balanced_acc"),
+    shares=("acc", "balanced_acc", "ece"),
     loss=_cross_entropy,
+    probabilities=_softmax,
+    fit_temperature=fit_temperature,
     correct=lambda logits, labels: (logits.argmax(1) == labels).float(),
     figures=Accuracies,
     class_scores=class_scores,

@@ -101,6 +101,7 @@ class _State(Closed):
     preprocessing: _Preprocessing
     backbone: _Backbone
     versions: dict[Word, Text | None]
+    temperature: Annotated[float, Field(gt=0, le=1e6)] | None = None  # missing in states of earlier versions
 
 
 def read(model: type[_Model], values: Any, source: Path | str, mend: str) -> _Model:

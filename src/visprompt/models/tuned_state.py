@@ -41,6 +41,8 @@ class TunedState:
         preprocessing: How images become the backbone's input.
         backbone: The backbone's id, weights' hash and options.
         versions: Versions of the libraries that wrote it.
+        temperature: What logits are divided by before they become probabilities; None, as in states of
+            earlier versions, for logits as they are.
     """
 
     tensors: Mapping[str, Tensor]
@@ -50,6 +52,7 @@ class TunedState:
     preprocessing: Mapping[str, Any]
     backbone: Mapping[str, Any]
     versions: Mapping[str, str]
+    temperature: float | None = None
 
 
 def save_state(path: Path, state: TunedState) -> str:
@@ -65,6 +68,8 @@ def save_state(path: Path, state: TunedState) -> str:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     meta = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"}
     meta |= {"schema": SCHEMA, "class_names": _join(state.class_names)}
+    if state.temperature is None:  # so that the file is that of an earlier version
+        del meta["temperature"]
     # a folder's name may have bytes that are not Unicode; Python escapes them as JSON does
     text = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace").decode()
     checksum = hash_tensors(tensors, also=text)

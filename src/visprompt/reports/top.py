@@ -13,7 +13,12 @@ from visprompt.text import Terminal
 
 _SCORED = {"final": "test", "tune": "validation"}
 _ALWAYS = ("method.num_tokens", "recipe.lr")
-_NEVER = frozenset({"backbone.carried_blocks", "backbone.sha256", "data.sizes"})  # other settings imply these
+_OTHERS = (
+    "backbone.name",
+    "data.fraction",
+    "data.preprocessing.size",
+    "precision",
+)  # besides method and recipe
 
 
 def show_top(runs: pd.DataFrame, number: int, console: Terminal) -> None:
@@ -63,12 +68,12 @@ def _table(runs: pd.DataFrame, number: int) -> Table:
 
 
 def _told(results: Sequence[Result]) -> list[str]:
-    """Return the settings of each run, in words: those in which the runs differ, and prompts and rate."""
+    """Return settings of each run, in words: prompts and rate, and others in which the runs differ."""
     found = [settings(result) for result in results]
     values: dict[str, set[str]] = {}
     for one in found:
         for key, value in one.items():
             values.setdefault(key, set()).add(value)
-    differing = sorted(key for key, seen in values.items() if len(seen) > 1)
-    keys = [key for key in dict.fromkeys((*_ALWAYS, *differing)) if key not in _NEVER]
+    told = [key for key in sorted(values) if key.startswith(("method.", "recipe.")) or key in _OTHERS]
+    keys = dict.fromkeys((*_ALWAYS, *(key for key in told if len(values[key]) > 1)))
     return [", ".join(words(key, one[key]) for key in keys if key in one) for one in found]

@@ -23,7 +23,11 @@ from visprompt.text import csv_cell
 
 
 def tuned_state(
-    classifier: Classifier, result: Result, datamodule: TaskDataModule, backbone: Backbone
+    classifier: Classifier,
+    result: Result,
+    datamodule: TaskDataModule,
+    backbone: Backbone,
+    temperature: float | None,
 ) -> TunedState:
     """Return the tuned state of a run."""
     return TunedState(
@@ -34,6 +38,7 @@ def tuned_state(
         preprocessing=datamodule.preprocessing,
         backbone=backbone.record(),
         versions=environment.versions(),
+        temperature=temperature,
     )
 
 
@@ -75,7 +80,7 @@ def finish(run: Path, result: Result, state: TunedState, confusion: Tensor) -> R
 
 def _class_rows(scores: Sequence[ClassScore], names: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the rows of classes.csv; a figure that is not defined is empty."""
-    rows = [("class", "images", "precision", "recall", "f1")]
+    rows: list[tuple[str, ...]] = [("class", "images", "precision", "recall", "f1")]
     for name, score in zip(names, scores, strict=True):
         figures = (score.precision, score.recall, score.f1)
         shown = ["" if figure is None else f"{figure:.6f}" for figure in figures]

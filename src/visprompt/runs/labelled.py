@@ -60,9 +60,10 @@ class LabelledImages:
 
     def show(self, console: Terminal, task: str) -> None:
         """Print the table of classes and the score, if an image with a known label was predicted."""
-        figures = self._figures.compute() if self._figures is not None else {"count": 0}
-        if not (count := int(figures["count"])):
+        if self._figures is None or not self._figures.update_called:
             return
+        figures = self._figures.compute()
+        count = int(figures["count"])
         print_classes(console, self._kind, figures["confusion"], self._names)
         score, interval = figures[self._kind.score], self._kind.interval
         shown = in_percent(score, interval(score, count) if interval else None)

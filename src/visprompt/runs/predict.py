@@ -155,7 +155,7 @@ def _model(tasks: Sequence[_Task], weights: str | None, device: torch.device) ->
         @torch.inference_mode()
         def one(images: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
             batch = torch.stack([inputs for (inputs,) in images])
-            return [[row] for row in classifier(batch.to(device)).float().softmax(1).cpu()]
+            return [[row] for row in classifier.probabilities(classifier(batch.to(device))).cpu()]
 
         return one
     bank = Bank(backbone, device=device)
@@ -164,10 +164,10 @@ def _model(tasks: Sequence[_Task], weights: str | None, device: torch.device) ->
         bank.add(task.name, task.state)
 
     def several(images: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-        names = [task.name for task in tasks]
-        logits = bank([x for inputs in images for x in inputs], names * len(images))
-        shares = [row.float().softmax(0).cpu() for row in logits]
-        return [shares[i : i + len(names)] for i in range(0, len(shares), len(names))]
+        held = [bank.task(task.name) for task in tasks]
+        logits = bank([x for inputs in images for x in inputs], held * len(images))
+        shares = [task.probabilities(row).cpu() for task, row in zip(held * len(images), logits, strict=True)]
+        return [shares[i : i + len(held)] for i in range(0, len(shares), len(held))]
 
     return several
 

@@ -25,6 +25,7 @@ from visprompt.models.methods import build_method, check_options
 from visprompt.models.state_schema import check_record
 from visprompt.models.tuning_module import Diverged, TuningModule
 from visprompt.runs import attempt_files, environment, run_folder, signals
+from visprompt.runs.calibrate import Temperature
 from visprompt.runs.checkpoint import Owner, ResumeCheckpoint
 from visprompt.runs.identity import digest, full_digest, identity_of
 from visprompt.runs.instantiate import instantiate
@@ -213,6 +214,9 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             lambda path: path.write_text(job.as_yaml(), encoding="utf-8"),
         )
         trainer.loggers = build_loggers(run.job, run.folder, attempt, tuned)
+    temperature = Temperature()
+    if "debug" not in job.tags:  # a debug run may be limited to a few batches
+        trainer.callbacks.append(temperature)  # type: ignore[attr-defined]  # a list
     status = "failed"
     if trainer.is_global_zero and datamodule.described:
         datamodule.prepare_data()  # finds the images that cannot be decoded, which `described` lists
@@ -248,8 +252,10 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             kind=datamodule.kind,
         )
         if trainer.is_global_zero:
-            state = attempt_files.tuned_state(module.classifier, result, datamodule, run.backbone)
-            result = attempt_files.finish(run.folder, result, state, module.confusion)
+            tuned_state = attempt_files.tuned_state(
+                module.classifier, result, datamodule, run.backbone, temperature.value
+            )
+            result = attempt_files.finish(run.folder, result, tuned_state, module.confusion)
         # a diverged run counts as failed, so that a sweep does not take its last figure for a score
         status = "success" if diverged is None else "failed"
     finally:

@@ -121,4 +121,5 @@ def probabilities(bank: Bank, images: Sequence[Tensor], tasks: Sequence[Task]) -
     """Return the probabilities [C], float32 on the CPU, of each image."""
     logits = bank(images, tasks)
     flat = torch.cat([row.float() for row in logits]).cpu()  # one copy from the GPU, not one for each image
-    return [row.softmax(0) for row in flat.split([len(row) for row in logits])]
+    rows = flat.split([len(row) for row in logits])
+    return [task.probabilities(row) for task, row in zip(tasks, rows, strict=True)]
