@@ -98,7 +98,7 @@ def test_eval_repeats_the_score_exactly_and_leaves_run_and_backbone_alone(logs, 
     assert not backbone.module.training
 
 
-def test_eval_takes_weights_that_lie_elsewhere(logs, trained, tmp_path):
+def test_eval_takes_weights_that_lie_elsewhere(logs, trained, tmp_path, capsys):
     folder, result = trained()
     moved = shutil.copytree(folder, tmp_path / "moved")
     config = OmegaConf.load(moved / "config.yaml")
@@ -108,7 +108,13 @@ def test_eval_takes_weights_that_lie_elsewhere(logs, trained, tmp_path):
         UserError, match=r"no file of backbone weights at /on/another/machine.* give weights=FILE"
     ):
         evaluate(moved)
+    for name in ("confusion.csv", "classes.csv"):  # which older runs do not have
+        (moved / name).unlink()
+    capsys.readouterr()
     assert evaluate(moved, f"weights={logs / 'weights.safetensors'}") == result.score
+    said = capsys.readouterr().out
+    assert "the 10 classes, by F1 (%)" in said
+    assert "classes.csv" not in said
 
 
 def test_eval_on_own_images_wherever_they_lie_and_refuses_when_they_have_changed(tmp_path, capsys):
