@@ -59,7 +59,8 @@ def finish(run: Path, result: Result, state: TunedState, confusion: Tensor) -> R
         folder / name for name in (run_folder.TUNED, run_folder.CONFUSION, run_folder.CLASSES)
     )
     for path in (tuned, confusion_file, classes_file):  # left by a process that was killed here
-        path.unlink(missing_ok=True)
+        if path.exists():
+            path.unlink()
     if result.status != "diverged":
         checksum = save_state(tuned, state)
         size = tuned.stat().st_size
