@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,12 @@ from visprompt.models.methods import METHODS
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "export.md"
 
 
-def written(folder, method="vpt_deep", family="ViT", pictures=None, preprocessing=None, **request):
+def written(
+    folder, method="vpt_deep", family="ViT", pictures=None, preprocessing=None, temperature=None, **request
+):
     classifier = describe.classifier_of(method, family, **describe.options_of(method, family))
-    state = describe.state_of(classifier, **preprocessing or {})
+    classifier.temperature = temperature or 1.0
+    state = replace(describe.state_of(classifier, **preprocessing or {}), temperature=temperature)
     images = {"split_set": "val", "images": 6, "trained_on": False} if pictures else None
     return classifier, state, write(folder, classifier, state, Request(**request), pictures, images)
 
@@ -46,7 +50,7 @@ def _formats(cell):
 
 
 def test_an_onnx_file_takes_any_batch_and_says_what_it_takes(tmp_path):
-    classifier, state, card = written(tmp_path, to="onnx")
+    classifier, state, card = written(tmp_path, to="onnx", temperature=0.25)
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "export.json"}
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     assert [(each.name, each.shape) for each in session.get_inputs()] == [("images", ["batch", 3, 32, 32])]
@@ -56,10 +60,10 @@ def test_an_onnx_file_takes_any_batch_and_says_what_it_takes(tmp_path):
         with torch.no_grad():
             expected = classifier(images)
         assert np.abs(logits - expected.numpy()).max() < 1e-5 * expected.abs().max()
-        assert np.allclose(probabilities, expected.softmax(1).numpy(), atol=1e-6)
+        assert np.allclose(probabilities, (expected / 0.25).softmax(1).numpy(), atol=1e-6)
     about = json.loads(session.get_modelmeta().custom_metadata_map["visprompt"])
     assert about["preprocessing"] == state.preprocessing
-    assert about["class_names"] == ["a", "b", "c"]
+    assert (about["class_names"], about["temperature"]) == (["a", "b", "c"], 0.25)
     assert card["agreement"]["error"] < 1e-5
     assert json.loads((tmp_path / "export.json").read_text())["agreement"] == card["agreement"]
     content = (tmp_path / "model.onnx").read_bytes()

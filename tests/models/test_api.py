@@ -61,10 +61,12 @@ def test_what_is_saved_predicts_as_a_run_s_state_does(tmp_path):
     from PIL import Image
 
     path, output = tmp_path / "task.safetensors", tmp_path / "out.csv"
-    visprompt.save(visprompt.build(DEMO, "vpt_deep", 3), path, class_names=NAMES)
+    classifier = visprompt.build(DEMO, "vpt_deep", 3)
+    visprompt.save(classifier, path, class_names=NAMES, temperature=0.5)
     Image.new("RGB", (80, 60), (200, 10, 10)).save(tmp_path / "a.png")
     predict(str(path), str(tmp_path / "a.png"), output=str(output), device="cpu", batch_size=1, weights=None)
     assert output.read_text().splitlines()[0].startswith("path,class,probability")
+    assert (visprompt.load(path).temperature, classifier.temperature) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,9 @@ def test_balanced_sampling_is_the_loaders():
 
 def test_the_figures_are_those_of_the_last_epoch_on_all_images_of_the_validation_loader():
     classifier, val = built(), loader(7, batch_size=3)
+    classifier.temperature = 2.0
     scores = fitted(classifier, loader(), val)
+    assert classifier.temperature == 1.0, "that of another state"
     with torch.no_grad():
         logits, labels = classifier(val.dataset.tensors[0]), val.dataset.tensors[1]
     assert scores["val/acc"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))

@@ -181,7 +181,9 @@ def test_features_of_augmented_images_are_not_kept(tmp_path, seen):
     root = miniatures.write_folder(tmp_path / "pets", per_class=5)
     folders = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=4")
     trained(tmp_path / "augmented", "method=linear", *folders)
-    assert sum(seen) == 3 * (6 + 2) + 2, "three of a class's five images and one of val, thrice; one of test"
+    assert sum(seen) == 3 * (6 + 2) + 2 + 2, (
+        "three of a class's five images and one of val, thrice; one of val for the temperature, and one of test"
+    )
     seen.clear()
     trained(tmp_path / "not", "method=linear", *folders, "data.crop=false", "data.flip=0")
     assert sum(seen) == 6 + 2 + 2

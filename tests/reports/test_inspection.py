@@ -19,6 +19,7 @@ from visprompt.errors import UserError
 from visprompt.models.tensors import hash_tensors
 from visprompt.models.tuned_state import load_state, save_state
 from visprompt.reports import inspection
+from visprompt.reports.scored import scored
 from visprompt.runs import run
 
 pytestmark = frozen
@@ -68,7 +69,7 @@ def pixels(one):
 @pytest.mark.parametrize("name", [case(n, fast=n in QUICK) for n in RUNS])
 def test_counts_are_those_that_the_run_scored(opened, name):
     one = opened(name)
-    found = inspection.confusion(one)
+    found = scored(one)
     metric, size = ("val", 200) if name.startswith("tune") else ("test", 797)
     assert found.set_name == one.set_name == {"val": "val200", "test": "test"}[metric]
     assert found.class_names == tuple(map(str, range(10)))
@@ -88,10 +89,7 @@ def test_columns_are_predicted_classes(opened):
     images, labels = pixels(one)
     with torch.no_grad():
         predicted = one.classifier((images - 0.5) / 0.5).argmax(1)
-    assert (
-        inspection.confusion(one).counts[3].tolist()
-        == np.bincount(predicted[labels == 3], minlength=10).tolist()
-    )
+    assert scored(one).counts[3].tolist() == np.bincount(predicted[labels == 3], minlength=10).tolist()
 
 
 def test_counts_that_give_another_score_than_the_record_are_refused(opened):
@@ -100,7 +98,7 @@ def test_counts_that_give_another_score_than_the_record_are_refused(opened):
     recorded, found = f"{100 * metrics['test/acc']:.2f} %", f"{100 * one.result.score:.2f} %"
     message = f"^{one.folder} recorded {recorded} on test, and this machine finds {found}: use the kind of device it "
     with pytest.raises(UserError, match=message + r"ran on \(cpu\), and the versions it names$"):
-        inspection.confusion(replace(one, result=one.result.model_copy(update={"metrics": metrics})))
+        scored(replace(one, result=one.result.model_copy(update={"metrics": metrics})))
 
 
 @pytest.mark.parametrize("name", ["vpt_deep", slow("full"), slow("sidetune"), "tune"])
@@ -229,7 +227,7 @@ def test_own_images_scored_in_tune(tmp_path):
     one = tiny_run(tmp_path / "logs", *options, "split=tune")
     result = run.run_job(one)
     opened = inspection.open_run(one.folder, data_dir=f"{tmp_path}/data")
-    counts = inspection.confusion(opened)
+    counts = scored(opened)
     assert counts.set_name == "val"
     assert np.trace(counts.counts) / counts.counts.sum() == result.score
     placed = inspection.embed(inspection.features(opened).after)
@@ -237,7 +235,7 @@ def test_own_images_scored_in_tune(tmp_path):
     # the same run where the data folder is another one
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     moved = inspection.open_run(one.folder, data_dir=str(tmp_path / "elsewhere"))
-    assert np.array_equal(inspection.confusion(moved).counts, counts.counts)
+    assert np.array_equal(scored(moved).counts, counts.counts)
 
 
 def test_what_cannot_be_opened_is_said_in_one_sentence(opened, logs, tmp_path):

@@ -278,13 +278,14 @@ def test_a_run_is_let_go_before_the_next_is_opened(monkeypatch):
         return one
 
     monkeypatch.setattr(closeups.inspection, "open_run", open_run)
-    for name in ("confusion", "features", "attention", "latency"):
+    monkeypatch.setattr(closeups, "show_scores", refuse)
+    for name in ("features", "attention", "latency"):
         monkeypatch.setattr(closeups.inspection, name, refuse)
     seen = closeups.look([Path("a"), Path("b")], {}, "cpu", data_dir=None, weights=None)
-    whats = ("confusion matrix", "t-SNE", "attention", "latency")
+    whats = ("scoring", "t-SNE", "attention", "latency")
     expected = [(name, f"{what} not shown: there is nothing to see") for name in "ab" for what in whats]
     assert [(str(one.folder), one.why) for one in seen.left_out] == expected
-    assert (seen.plots, seen.latency) == ((), None)
+    assert (seen.plots, seen.tables, seen.latency) == ((), {}, None)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,8 @@ def test_words_for_a_map_say_whether_its_classes_can_be_told_apart(monkeypatch, 
     monkeypatch.setattr(
         closeups.inspection, "features", lambda _: Features(features, features, np.arange(5), np.arange(5))
     )
-    for name in ("confusion", "attention", "latency"):
+    monkeypatch.setattr(closeups, "show_scores", refuse)
+    for name in ("attention", "latency"):
         monkeypatch.setattr(closeups.inspection, name, refuse)
     before, after = closeups.look([Path("a")], {}, "cpu", data_dir=None, weights=None).plots
     about = "5 images of test; distances between groups mean little in t-SNE."
@@ -332,6 +334,8 @@ def test_runs_are_opened_and_shown_where_that_is_asked_for(tmp_path, monkeypatch
     for kind in (
         "Learning curve",
         "Confusion matrix",
+        "Reliability",
+        "The most confident mistakes",
         "t-SNE before tuning",
         "t-SNE after tuning",
         "Attention in the last block",
@@ -339,6 +343,7 @@ def test_runs_are_opened_and_shown_where_that_is_asked_for(tmp_path, monkeypatch
         assert f"<h3>{kind}, vpt_deep, digits, seed 0</h3>" in page
     assert re.search(r"Confusion matrix of 10 classes: \d+ of 797 images are right", page)
     assert re.search(r"alt=\"Attention of the class token to 4 images\. [^\"]*prompts \d+ %", page)
+    assert "<caption>Classes, vpt_deep, digits, seed 0</caption>" in page
     with (output / "figures" / "confusion_matrix_vpt_deep_digits_seed_0.csv").open(newline="") as file:
         counts = list(csv.reader(file))
     assert sum(float(entry) for row in counts[1:] for entry in row[1:]) == 797

@@ -13,7 +13,7 @@ from hydra import compose
 
 from helpers.names import NASTY
 from helpers.written_runs import changed, result, write
-from visprompt.reports import closeups
+from visprompt.reports import closeups, score_figures
 from visprompt.reports.figures import LIGHT, Plot, png, svg
 from visprompt.reports.report import report
 from visprompt.reports.writers import Number, Table, csv_text, html, latex, markdown
@@ -152,7 +152,7 @@ def test_a_table_keeps_a_name_in_every_form(name):
 def test_a_figure_draws_a_class_s_name(name):
     counts, names = np.eye(2, dtype=int), (name, "other")
     for draw in (
-        lambda theme: closeups.draw_confusion(counts, names, theme),
+        lambda theme: score_figures.draw_confusion(counts, names, theme),
         lambda theme: closeups.draw_map(np.eye(2), np.arange(2), names, theme),
     ):
         text = svg(Plot("c", name, name, name, draw), LIGHT)

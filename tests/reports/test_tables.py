@@ -7,6 +7,7 @@ import pytest
 from helpers.written_runs import CROPPED, VIT_B, VIT_B_SIZE, changed, result, write
 from helpers.written_runs import table as runs_table
 from visprompt.data.catalog import SUITES, TASKS
+from visprompt.models.scores import wilson
 from visprompt.reports import tables
 from visprompt.reports.choices import grids
 from visprompt.reports.load import survey
@@ -180,6 +181,18 @@ def test_accuracies_are_means_and_deviations_over_seeds_and_say_how_many():
     assert table.notes[0] == (
         "Mean ± sample standard deviation (n - 1) over 3 seeds; linear on dtd: 1; linear on svhn: 2."
     )
+
+
+def test_a_single_seed_has_the_interval_of_its_test_images():
+    counted = {"score": 0.8, "metrics": {"test/count": 1000}}
+    found = tables.accuracy(made(result("cifar", **counted)), "vtab_natural")
+    assert entries(found, "linear")["cifar"] == "80.0 (77.4 to 82.4)"
+    assert found.rows[0][1].ends == pytest.approx([100 * end for end in wilson(0.8, 1000)])
+    assert found.notes[0] == (
+        "Mean over 1 seed; of a single seed the 95 % interval over the test images, by Wilson."
+    )
+    several = tables.accuracy(made(*(result("cifar", seed=s, **counted) for s in (1, 2))), "vtab_natural")
+    assert entries(several, "linear")["cifar"] == "80.0 ± 0.0"
 
 
 def test_groups_are_those_that_have_tasks_and_own_images_stand_alone():

@@ -44,6 +44,16 @@ def test_markdown():
     )
 
 
+def test_an_interval_is_shown_with_its_number_and_has_columns_in_a_csv():
+    table = Table(
+        "t",
+        ("m", "a", "b"),
+        (("x", decimal(81.25, ends=(78.94, 83.2)), decimal(1)), ("y", decimal(5), decimal(2))),
+    )
+    assert "| x | 81.2 (78.9 to 83.2) | 1.0 |" in markdown(table)
+    assert csv_text(table) == "m,a,a low,a high,b\r\nx,81.25,78.94,83.2,1\r\ny,5,,,2\r\n"
+
+
 def test_csv_is_rfc_4180_with_numbers_in_full_and_nothing_where_they_are_missing():
     text = csv_text(TABLE)
     assert text.splitlines()[1] == 'vpt_deep,87.0347,2.66,"he said ""x | y"", so"'

@@ -20,6 +20,7 @@ from helpers.names import NASTY
 from helpers.wide import case
 from visprompt.data.sources import digits
 from visprompt.errors import UserError
+from visprompt.models.scores import in_percent, wilson
 from visprompt.models.tensors import hash_tensors
 from visprompt.models.tuned_state import load_state, save_state
 from visprompt.reports import report
@@ -77,19 +78,27 @@ def test_eval_repeats_the_score_exactly_and_leaves_run_and_backbone_alone(logs, 
     before = content(folder)
     backbone = tiny_run(logs).backbone
     assert evaluate(folder) == result.metrics["test/acc"]
-    percent = f"{100 * result.metrics['test/acc']:.2f} %"
+    percent, interval = f"{100 * result.metrics['test/acc']:.2f} %", in_percent(result.score, result.interval)
     balanced = f"test/balanced_acc {100 * result.metrics['test/balanced_acc']:.2f} %"
     said = " ".join(capsys.readouterr().out.split())
     recorded = (
         f"weights is {logs / 'weights.safetensors'}, as the run recorded it: weights=... names another place"
     )
-    assert said == f"{recorded} test/acc {percent} on 797 images (the run itself: {percent}), {balanced}"
+    assert said.startswith(f"{recorded} the 10 classes, by F1 (%) ")
+    assert said.endswith(
+        f" all classes: {folder}/classes.csv confusion matrix: {folder}/confusion.csv test/acc {interval} on 797 "
+        f"images (the run itself: {percent}), {balanced}, test/ece {100 * result.metrics['test/ece']:.2f} %"
+    )
+    with (folder / "confusion.csv").open(newline="") as file:
+        wrong = [row for row in csv.DictReader(file) if row["true"] != row["predicted"]]
+    worst = max(wrong, key=lambda row: int(row["images"]))
+    assert f"│ {worst['true']} │ {worst['predicted']} │ {worst['images']} │" in said
     assert content(folder) == before
     assert hash_tensors(backbone.module.model.state_dict()) == backbone.sha256
     assert not backbone.module.training
 
 
-def test_eval_takes_weights_that_lie_elsewhere(logs, trained, tmp_path):
+def test_eval_takes_weights_that_lie_elsewhere(logs, trained, tmp_path, capsys):
     folder, result = trained()
     moved = shutil.copytree(folder, tmp_path / "moved")
     config = OmegaConf.load(moved / "config.yaml")
@@ -99,7 +108,13 @@ def test_eval_takes_weights_that_lie_elsewhere(logs, trained, tmp_path):
         UserError, match=r"no file of backbone weights at /on/another/machine.* give weights=FILE"
     ):
         evaluate(moved)
+    for name in ("confusion.csv", "classes.csv"):  # which older runs do not have
+        (moved / name).unlink()
+    capsys.readouterr()
     assert evaluate(moved, f"weights={logs / 'weights.safetensors'}") == result.score
+    said = capsys.readouterr().out
+    assert "the 10 classes, by F1 (%)" in said
+    assert "classes.csv" not in said
 
 
 def test_eval_on_own_images_wherever_they_lie_and_refuses_when_they_have_changed(tmp_path, capsys):
@@ -191,7 +206,10 @@ def test_several_states_are_scored_as_one_ensemble(logs, trained, capsys):
         score = inference.evaluate(cfg)
     said = " ".join(capsys.readouterr().out.split())
     each = ", ".join(f"{100 * result.score:.2f} %" for result in results)
-    assert f"test/acc {100 * score:.2f} % on 797 images (2 runs averaged; each by itself: {each})" in said
+    shown = in_percent(score, wilson(score, 797))
+    assert f"test/acc {shown} on 797 images (2 runs averaged; each by itself: {each})" in said
+    assert "the 10 classes, by F1 (%)" in said
+    assert "confusion.csv" not in said, "there is no such file of an ensemble"
 
     job = Job(**yaml.safe_load((folders[0] / "config.yaml").read_text()))
     prepared = run.prepare(job)
@@ -279,7 +297,7 @@ def scans(tmp_path_factory):
 def test_predict_says_of_each_scan_what_the_classifier_says(logs, trained, scans, tmp_path):
     folder, _ = trained(*METHODS["full"])
     rows = predict(logs, folder, scans, tmp_path / "new" / "out.csv", "batch_size=64")
-    assert list(rows[0]) == ["path", "class", "probability", *map(str, range(10))]
+    assert list(rows[0]) == ["path", "label", "class", "probability", *map(str, range(10))]
     assert [row["path"] for row in rows] == sorted(
         path.relative_to(scans).as_posix() for path in scans.rglob("*.png")
     )
@@ -297,6 +315,30 @@ def test_predict_says_of_each_scan_what_the_classifier_says(logs, trained, scans
         assert row["class"] == str(int(shares.argmax()))
         assert float(row["probability"]) == float(shares.max())
     assert 0.2 < sum(row["class"] == row["path"].split("/")[0] for row in rows) / len(rows) < 0.9
+
+
+def test_predict_scores_images_in_folders_with_the_names_of_classes(logs, trained, scans, tmp_path, capsys):
+    (folder, _), (other, _) = trained(), trained("seed=1")
+    moved = shutil.copytree(scans, tmp_path / "scans")
+    (moved / "3").rename(moved / "unsorted")
+    (moved / "5").rename(moved / "more")
+    (moved / "5").mkdir()
+    (moved / "more").rename(moved / "5" / "more")
+    rows = predict(logs, folder, moved, tmp_path / "out.csv")
+    known = [row for row in rows if row["label"]]
+    assert {row["path"].split("/")[0] for row in rows if not row["label"]} == {"unsorted"}
+    assert all(row["label"] == row["path"].split("/")[0] for row in known)
+    share = sum(row["label"] == row["class"] for row in known) / len(known)
+    said = " ".join(capsys.readouterr().out.split())
+    shown = in_percent(share, wilson(share, len(known)))
+    assert f"digits: acc {shown} on {len(known)} images, labelled by their folders; " in said
+    assert f"; {len(rows) - len(known)} others are in no folder with the name of a class" in said
+    assert "the 9 worst of 10 classes, by F1 (%)" in said or "the 10 classes, by F1 (%)" in said
+    both = predict(logs, f"[{folder},{other}]", moved, tmp_path / "both.csv")
+    assert list(both[0]) == ["path", "task", "label", "class", "probability"]
+    assert [row["label"] for row in both[::2]] == [row["label"] for row in rows]
+    assert [row["class"] for row in both[::2]] == [row["class"] for row in rows]
+    assert f"{folder}: acc {shown} on " in " ".join(capsys.readouterr().out.split())
 
 
 def test_predict_names_what_it_leaves_out(logs, trained, tmp_path, capsys):
@@ -358,7 +400,9 @@ def test_predict_takes_a_single_image(logs, trained, scans, tmp_path):
     folder, _ = trained()
     whole = predict(logs, folder, scans, tmp_path / "all.csv")
     (alone,) = predict(logs, folder, scans / whole[3]["path"], tmp_path / "one.csv")
-    assert alone == whole[3] | {"path": whole[3]["path"].split("/")[1]}
+    expected = whole[3] | {"path": whole[3]["path"].split("/")[1]}
+    del expected["label"]
+    assert alone == expected
 
 
 def test_predict_replaces_a_csv_only_where_it_is_told_to(logs, trained, tmp_path):
@@ -392,7 +436,8 @@ def test_names_that_are_no_utf8_are_trained_on_and_predicted(tmp_path):
     one = tiny_run(tmp_path / "logs", *options)
     run.run_job(one)
     rows = predict(tmp_path / "logs", one.folder, root, tmp_path / "out.csv")
-    assert list(rows[0]) == ["path", "class", "probability", "dark", r"li\xe9ght"]
+    assert list(rows[0]) == ["path", "label", "class", "probability", "dark", r"li\xe9ght"]
+    assert [row["label"] for row in rows] == [row["path"].split("/")[0] for row in rows]
     paths = [row["path"] for row in rows]
     assert r"dark/caf\xe9.png" in paths
     assert r"li\xe9ght/0000.png" in paths

@@ -12,7 +12,7 @@ from filelock import FileLock
 from helpers.cli import content, equal, frozen, tensors, tiny_run
 from visprompt.errors import UserError
 from visprompt.models.tuning_module import TuningModule
-from visprompt.runs import run, run_all, run_folder
+from visprompt.runs import attempt_files, run, run_all, run_folder
 from visprompt.runs.result import read_result
 
 pytestmark = frozen
@@ -153,7 +153,7 @@ def test_a_run_that_died_after_its_last_epoch_is_only_scored(tmp_path, whole, sp
     one, result = whole(f"split={split}")
     half = short_run(tmp_path, f"split={split}")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "save_state", lambda *_: 1 / 0)
+        patch.setattr(attempt_files, "save_state", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run.run_job(half)
     monkeypatch.setattr(TuningModule, "training_step", lambda *_: pytest.fail("trains again"))
@@ -167,7 +167,7 @@ def test_a_run_that_died_between_its_state_and_its_result_is_finished_later(tmp_
     one, result = whole()
     half = short_run(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_result", lambda *_: 1 / 0)
+        patch.setattr(attempt_files, "write_result", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run.run_job(half)
     assert read_result(half.folder) is None

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from helpers import miniatures
 from helpers.cli import content, frozen, tiny_job, tiny_run
 from visprompt.errors import UserError
+from visprompt.models.scores import wilson
 from visprompt.models.tuned_state import load_state
 from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import run, run_all
@@ -49,7 +51,9 @@ def rows(folder):
 
 def test_a_final_run_leaves_exactly_these_files_and_no_pickle(whole):
     one, _ = whole()
-    assert set(content(one.folder)) == {"config.yaml", "metrics.csv", "result.json", "tuned.safetensors"}
+    assert set(content(one.folder)) == {
+        *("config.yaml", "metrics.csv", "result.json", "tuned.safetensors", "confusion.csv", "classes.csv")
+    }
     for file in one.folder.rglob("*"):
         data = file.read_bytes()
         assert not re.match(rb"\x80[\x02-\x05]|PK\x03\x04", data), (
@@ -89,6 +93,7 @@ def test_what_the_result_says(whole):
         "test/acc",
         "test/balanced_acc",
         "test/count",
+        "test/ece",
     }
     assert stored["metrics"]["test/count"] == 797
     assert 0.2 < stored["metrics"]["test/acc"] < 0.6
@@ -119,6 +124,30 @@ def test_what_the_result_says(whole):
     assert stored["machine"] == {"device": "cpu", "devices": 1, "accumulation": 1, "threads": 1}
     assert 0 < stored["time"]["train_s"] < stored["time"]["last_process_s"]
     assert stored["peak_memory"]["bytes"] > 10e6
+
+
+@pytest.mark.parametrize("options", [(), ("split=tune", "seed=3")])
+def test_the_tables_of_classes_are_of_the_scored_images(whole, options):
+    one, result = whole(*options)
+    with (one.folder / "confusion.csv").open(newline="") as file:
+        pairs = {(row["true"], row["predicted"]): int(row["images"]) for row in csv.DictReader(file)}
+    size = 200 if options else 797
+    assert sum(pairs.values()) == size
+    assert sum(count for (true, taken), count in pairs.items() if true == taken) / size == result.score
+    with (one.folder / "classes.csv").open(newline="") as file:
+        classes = {row.pop("class"): row for row in csv.DictReader(file)}
+    assert list(classes) == list(result.per_class)
+    for name, row in classes.items():
+        count = sum(count for (true, _), count in pairs.items() if true == name)
+        taken = sum(count for (_, predicted), count in pairs.items() if predicted == name)
+        hits = pairs.get((name, name), 0)
+        assert int(row["images"]) == count
+        assert float(row["recall"]) == pytest.approx(result.per_class[name], abs=1e-6)
+        assert float(row["precision"] or 0) == pytest.approx(hits / max(taken, 1), abs=1e-6)
+        assert float(row["f1"]) == pytest.approx(2 * hits / (count + taken), abs=1e-6)
+    names = ("metrics.csv", "confusion.csv", "classes.csv")
+    assert result.files == {name: sha256((one.folder / name).read_bytes()).hexdigest() for name in names}
+    assert result.interval == wilson(result.score, size)
 
 
 def test_the_config_is_whole_and_resolved(whole):
@@ -229,7 +258,7 @@ def test_tune_scores_val200_and_never_test(whole, monkeypatch):
     monkeypatch.setattr(TuningModule, "test_step", None)  # is not called
     one, result = whole("split=tune", "seed=3")
     assert {name for name in result.metrics if not name.startswith("train/")} == {
-        *("val/acc", "val/balanced_acc", "val/count", "val/loss")
+        *("val/acc", "val/balanced_acc", "val/count", "val/ece", "val/loss")
     }
     assert result.metrics["val/count"] == 200
     assert result.score == result.metrics["val/acc"]
@@ -259,7 +288,7 @@ def test_a_diverged_run_says_its_step_and_is_not_run_again(tmp_path, monkeypatch
     assert result.diverged_step in (1, 2, 3)
     assert read_result(one.folder) == result
     assert json.loads((one.folder / "result.json").read_text())["diverged_step"] == result.diverged_step
-    assert not (one.folder / "tuned.safetensors").exists()
+    assert set(content(one.folder)) <= {"config.yaml", "metrics.csv", "result.json"}
     assert not (one.folder / "resume").exists()
     monkeypatch.setattr(run, "_train", None)
     assert run.run_job(one) == result

@@ -11,6 +11,7 @@ from filelock import FileLock
 from helpers.cli import composed, content, frozen, tiny, tiny_job
 from visprompt.errors import UserError
 from visprompt.models.backbones import build_backbone
+from visprompt.models.scores import wilson
 from visprompt.runs import engine, rank, run, run_all
 from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import read_result
@@ -82,7 +83,8 @@ def test_the_same_call_again_trains_nothing_and_shows_the_scores(logs, demo, mon
     ]
     for (_, table), path in zip(tables, sorted(logs.rglob("result.json")), strict=True):
         result = read_result(path.parent)
-        assert table["test/acc"] == f"{100 * result.metrics['test/acc']:.2f} %"
+        low, high = (f"{100 * end:.1f}" for end in wilson(result.score, int(result.metrics["test/count"])))
+        assert table["test/acc"] == f"{100 * result.score:.2f} % (95 % interval {low} to {high})"
         assert table["test/balanced_acc"] == f"{100 * result.metrics['test/balanced_acc']:.2f} %"
         share, head = result.tuned["share"], result.tuned["head_parameters"]
         assert table["tuned parameters"] == f"192 ({100 * share:.2f} % of the backbone) + head {head:,}"

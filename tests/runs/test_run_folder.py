@@ -75,7 +75,10 @@ def names(folder):
 
 def check(folder, whole, attempt):
     """A folder holds exactly what an uninterrupted run leaves: files, bits and figures."""
-    assert names(folder) == ["config.yaml", "lock", "metrics.csv", "result.json", "tuned.safetensors"]
+    assert names(folder) == [
+        *("classes.csv", "config.yaml", "confusion.csv", "lock", "metrics.csv"),
+        *("result.json", "tuned.safetensors"),
+    ]
     result, reference = read_result(folder), read_result(whole.folder)
     assert (result.attempt, result.metrics, result.per_class) == (
         attempt,

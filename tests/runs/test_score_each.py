@@ -8,6 +8,7 @@ import pytest
 from helpers import miniatures
 from helpers.cli import composed, frozen, tiny_run
 from visprompt.errors import UserError
+from visprompt.models.scores import in_percent
 from visprompt.runs import evaluate, predict, run
 from visprompt.runs.score_each import Finished, by_test_set
 
@@ -53,8 +54,8 @@ def test_each_run_has_the_score_that_it_had_alone(trained, capsys, monkeypatch):
     found = [line for line in lines if ": test/acc " in line]
     for line, name in zip(found, order, strict=True):
         folder, result = trained[name]
-        share = f"{100 * result.score:.2f} %"
-        assert line == f"{folder}: test/acc {share} on 797 images (the run itself: {share})"
+        share, shown = f"{100 * result.score:.2f} %", in_percent(result.score, result.interval)
+        assert line == f"{folder}: test/acc {shown} on 797 images (the run itself: {share})"
     assert len(prepared) == 2, "one pass over each test set"
 
 

@@ -227,7 +227,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     @cached_property
     def val_dataset(self) -> TicketDataset:
-        """Return the validation images."""
+        """Return the validation images, on which a run that does not train on them fits its temperature."""
         return self.open_sets((self.val_set,))
 
     @cached_property

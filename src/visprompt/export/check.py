@@ -70,7 +70,7 @@ def compare(
     images_seen, same, hits, hits_of_classifier = 0, 0, 0, 0
     for inputs, images, labels in _batches(pictures, preprocessing, in_graph):
         kind = classifier.kind
-        got, expected = kind.decide(run(inputs)[1]), kind.decide(kind.probabilities(classifier(images)))
+        got, expected = kind.decide(run(inputs)[1]), kind.decide(classifier.probabilities(classifier(images)))
         images_seen += labels.shape[0]
         same += int(kind.agree(got, expected).sum())
         hits += int(kind.agree(got, labels).sum())

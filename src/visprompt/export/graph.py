@@ -56,7 +56,7 @@ class Network(nn.Module):
         """Return logits and probabilities, each [B, C]."""
         images = inputs if self.preprocess is None else self.preprocess(inputs)
         logits = self.classifier(images)
-        return logits, self.classifier.kind.probabilities(logits)
+        return logits, self.classifier.probabilities(logits)
 
 
 def capture(network: Network) -> ExportedProgram:

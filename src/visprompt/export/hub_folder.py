@@ -45,6 +45,7 @@ def write(
         "preprocessing": dict(state.preprocessing),
         "num_labels": len(state.class_names),
         "id2label": {str(i): name for i, name in enumerate(state.class_names)},
+        "temperature": state.temperature,
         "versions": dict(state.versions),
     }
     card = model_card(state, results, licence=licence, repository=repository)
@@ -71,7 +72,7 @@ def check(folder: Path, classifier: Classifier, weights: str | None = None) -> N
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
         logits = loaded(images)
-        return logits, classifier.kind.probabilities(logits)
+        return logits, loaded.probabilities(logits)
 
     agreement = compare(classifier.eval(), run, preprocessing, in_graph=False)
     if agreement.error != 0:

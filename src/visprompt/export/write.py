@@ -152,6 +152,7 @@ def _about(state: TunedState, request: Request) -> dict[str, Any]:
         "class_names": list(state.class_names),
         "input": pictures if request.include_preprocessing else images,
         "outputs": ["logits"] if request.to == "timm" else ["logits", "probabilities"],
+        "temperature": state.temperature,
         "preprocessing": dict(state.preprocessing),
         "preprocessing_included": request.include_preprocessing,
         "versions": {name: version(name) for name in (*packages, "visprompt")},

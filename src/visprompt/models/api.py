@@ -82,6 +82,7 @@ def save(
     class_names: Sequence[str],
     task: str = "own",
     preprocessing: Mapping[str, Any] | None = None,
+    temperature: float | None = None,
 ) -> None:
     """Write the tuned parameters of a classifier to one file, a few hundred kilobytes for prompts.
 
@@ -93,6 +94,8 @@ def save(
         preprocessing: How images become the backbone's input, in the keys of a run's record; these replace
             the defaults: images are rotated by their EXIF orientation and resized to the backbone's size by
             Pillow's bilinear filter, without keeping the aspect ratio.
+        temperature: What logits are divided by for probabilities, see
+            `visprompt.models.calibration.fit_temperature`; None for 1.
 
     Raises:
         UserError: There are more or fewer names than classes, or the file cannot be written.
@@ -125,6 +128,7 @@ def save(
         backbone=classifier.origin.backbone,
         versions={name: version(name) for name in ("torch", "timm", "visprompt")},
         kind=classifier.kind.name,
+        temperature=temperature,
     )
     about = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"}
     check_record(about, "this state", "it could not be read again")
@@ -197,6 +201,7 @@ def untuned(state: TunedState, backbone: Family) -> Classifier:
         classifier = Classifier(backbone, method, len(state.class_names), kind=KINDS[state.kind])
     classifier.origin = Origin(state.method, state.backbone)
     classifier.class_names = state.class_names
+    classifier.temperature = state.temperature or 1.0
     return classifier
 
 

@@ -274,7 +274,7 @@ class Bank:
         prepared = prepare(classifier.eval(), self._module)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in prepared.tensors()}
         about = state.class_names, state.preprocessing, state.method, classifier.kind
-        return Task(name, *about, sum(storages.values()), prepared)
+        return Task(name, *about, sum(storages.values()), prepared, classifier.temperature)
 
     def _keep(self, task: Task, source: _Source) -> None:
         """Put a task into the tables, and evict others until the budget holds."""

@@ -102,6 +102,7 @@ class Classifier(nn.Module):
         self.tuned_names = method.tuned_names(self)
         self.origin: Origin | None = None  # set by the caller that built backbone and method
         self.class_names: tuple[str, ...] = ()
+        self.temperature = 1.0  # of a tuned state, see `TunedState`
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self.tuned_names)
         self.train()
@@ -130,6 +131,14 @@ class Classifier(nn.Module):
         """Return logits [B, C] of normalised images [B, 3, H, W], or of a result of `frozen`."""
         out: Tensor = self.head(self.features(x))
         return out
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return probabilities [B, C] in float32, calibrated by the tuned state's temperature if it has one.
+
+        Args:
+            logits: A result of `forward`, [B, C].
+        """
+        return self.kind.probabilities(logits, self.temperature)
 
     def losses(
         self, logits: Tensor, labels: Tensor, weights: Tensor, task_loss: Tensor | None = None

@@ -63,4 +63,5 @@ def fit(
         )
     fitting.fit(module, train, val)
     classifier.eval()
+    classifier.temperature = 1.0  # one that it was loaded with belongs to the logits before
     return dict(module.scores)

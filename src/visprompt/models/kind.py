@@ -4,7 +4,7 @@ A data module names its kind; the classifier, the LightningModule, results and r
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -13,9 +13,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix, MultilabelAveragePrecision
-from torchmetrics.functional.classification import multilabel_exact_match, multilabel_f1_score
-from torchmetrics.utilities.data import dim_zero_cat
+from torchmetrics.classification import (
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MultilabelAveragePrecision,
+)
+from torchmetrics.functional.classification import (
+    multilabel_confusion_matrix,
+    multilabel_exact_match,
+    multilabel_f1_score,
+)
+from torchmetrics.utilities import dim_zero_cat
+
+from visprompt.models import calibration
+from visprompt.models.scores import (
+    ClassScore,
+    class_scores,
+    confused,
+    confusion_rows,
+    decision_rows,
+    decision_scores,
+    wilson,
+)
+
+BINS = 15
+"""Number of equally wide bins of confidence in the expected calibration error"""
 
 
 class Loss(Protocol):
@@ -53,11 +75,20 @@ class TaskKind:
         weights: Function of labels and class weights [C] that returns the weight by which class weights
             multiply the loss of each image [n]; a weighted mean is divided by their sum.
         counts: Function of labels and the number of classes that returns the images of each class [C].
-        probabilities: Function of logits [..., C] that returns probabilities [..., C].
+        probabilities: Function of logits [..., C] and a temperature, by which they are divided, that returns
+            probabilities [..., C] in float32.
         decide: Function of probabilities [B, C] that returns the predicted labels, in the form of the labels.
         figures: Function of the number of classes that returns a metric. The metric's `update` takes logits
             [B, C], labels [B] and weights [B], where 0 marks a filler image; `compute` returns figures by
-            name, including `per_class` (a list) and `count`.
+            name, including `per_class` (a list), `count`, and `confusion`: the counts that the functions
+            below take, an integer tensor on the CPU.
+        class_scores: Function of these counts that returns the figures of each class.
+        confused: Function of these counts and a number that returns so many of the most common mistakes, as
+            triples of a true class, the class it was taken for, and the number of images.
+        confusion_rows: Function of these counts and the class names that returns the rows of confusion.csv,
+            the first of which is its header.
+        interval: Function of the score and the number of images that returns the score's 95 % confidence
+            interval; None if the score is not a share of images.
     """
 
     name: str
@@ -67,13 +98,21 @@ class TaskKind:
     loss: Loss
     weights: Callable[[Tensor, Tensor], Tensor]
     counts: Callable[[Tensor, int], Tensor]
-    probabilities: Callable[[Tensor], Tensor]
+    probabilities: Callable[[Tensor, float], Tensor]
     decide: Callable[[Tensor], Tensor]
     figures: Callable[[int], Metric]
+    class_scores: Callable[[Tensor], list[ClassScore]]
+    confused: Callable[[Tensor, int], list[tuple[int, int, int]]]
+    confusion_rows: Callable[[Tensor, Sequence[str]], list[tuple[str, ...]]]
+    interval: Callable[[float, int], tuple[float, float]] | None
 
     def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return 1.0 for each image [B] whose labels are predicted, all of them, else 0.0."""
-        return self.agree(self.decide(self.probabilities(logits)), labels).float()
+        return self.agree(self.decide(self.probabilities(logits, 1.0)), labels).float()
+
+    def fit_temperature(self, logits: Tensor, labels: Tensor) -> float | None:
+        """Return the temperature at which probabilities fit labels best, see `calibration`."""
+        return calibration.fit_temperature(logits, labels, self.loss, self.correct)
 
     def agree(self, labels: Tensor, others: Tensor) -> Tensor:
         """Return for which images [B] two labels are the same."""
@@ -101,17 +140,41 @@ class Mean(Metric):
         return self.total / self.weight
 
 
+class CalibrationError(MulticlassCalibrationError):
+    """torchmetrics' calibration error, summed on the CPU: sums on a GPU differ from run to run."""
+
+    def compute(self) -> Tensor:
+        """Return the error so far."""
+        self.confidences = [dim_zero_cat(self.confidences).cpu()]
+        self.accuracies = [dim_zero_cat(self.accuracies).cpu()]
+        return super().compute()
+
+
 class Accuracies(MulticlassConfusionMatrix):
-    """Accuracy over images and over classes, summed over all ranks."""
+    """Accuracy over images and over classes, and the calibration error, over all ranks."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self._calibration = CalibrationError(num_classes, BINS, "l1", validate_args=False)
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:  # type: ignore[override]  # with weights
         """Add a batch; see `TaskKind.figures`."""
         real = weights > 0
         super().update(logits.argmax(1)[real], labels[real])
+        # a diverged run, whose logits are not finite, is recognised by its loss
+        shares = _softmax(logits[real], 1.0).nan_to_num()
+        self._calibration.update(shares, labels[real])
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        super().reset()
+        self._calibration.reset()
 
     def compute(self) -> dict[str, Any]:  # type: ignore[override]  # the figures of the matrix
         """Return the figures so far."""
-        return accuracies(super().compute())
+        confusion = super().compute().cpu()
+        error = float(self._calibration.compute())
+        return accuracies(confusion) | {"ece": error, "confusion": confusion}
 
 
 def accuracies(confusion: Tensor) -> dict[str, Any]:
@@ -146,17 +209,25 @@ def _cross_entropy(
         )
 
 
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (logits.float() if temperature == 1 else logits.float() / temperature).softmax(-1)
+
+
 SINGLE_LABEL = TaskKind(
     name="single_label",
     score="acc",
-    shares=("acc", "balanced_acc"),
+    shares=("acc", "balanced_acc", "ece"),
     hit="acc",
     loss=_cross_entropy,
     weights=lambda labels, class_weights: class_weights[labels],
     counts=lambda labels, classes: torch.bincount(labels, minlength=classes),
-    probabilities=lambda logits: logits.softmax(-1),
+    probabilities=_softmax,
     decide=lambda probabilities: probabilities.argmax(1),
     figures=Accuracies,
+    class_scores=class_scores,
+    confused=confused,
+    confusion_rows=confusion_rows,
+    interval=wilson,
 )
 """One class for each image."""
 
@@ -183,7 +254,8 @@ class Precisions(MultilabelAveragePrecision):
         Returns:
             map (mean of the average precisions of classes that have images), f1 (mean over these classes),
             f1_micro (over all decisions), exact (share of images whose classes are all right), per_class
-            (average precision of each class, None for a class without images), count (number of images).
+            (average precision of each class, None for a class without images), count (number of images),
+            confusion (decisions of each class [C, 2, 2], a row for the truth, 0 or 1).
         """
         shares, labels = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         present = labels.sum(0) > 0
@@ -199,6 +271,7 @@ class Precisions(MultilabelAveragePrecision):
             "exact": float(multilabel_exact_match(shares, labels, num_labels=self.num_labels)),
             "per_class": each,
             "count": len(labels),
+            "confusion": multilabel_confusion_matrix(shares, labels, num_labels=self.num_labels).cpu(),
         }
 
 
@@ -220,9 +293,13 @@ MULTI_LABEL = TaskKind(
     loss=_binary_cross_entropy,
     weights=lambda labels, class_weights: class_weights.mean().expand(len(labels)),
     counts=lambda labels, classes: labels.sum(0),
-    probabilities=lambda logits: logits.sigmoid(),
+    probabilities=lambda logits, temperature: (logits.float() / temperature).sigmoid(),
     decide=lambda probabilities: (probabilities > 0.5).long(),
     figures=Precisions,
+    class_scores=decision_scores,
+    confused=lambda decisions, most: [],
+    confusion_rows=decision_rows,
+    interval=None,  # the score is not a share of images
 )
 """Any number of classes for each image: binary cross-entropy, and the mean average precision as the score."""
 

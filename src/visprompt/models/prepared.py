@@ -73,6 +73,7 @@ class Task:
         kind: The kind of the labels.
         nbytes: Memory of its tensors: what the task adds to the backbone.
         prepared: Its tensors, and whether its images share a pass with those of other tasks.
+        temperature: What its logits are divided by for probabilities.
     """
 
     name: str
@@ -82,6 +83,11 @@ class Task:
     kind: TaskKind
     nbytes: int
     prepared: Prepared
+    temperature: float = 1.0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return probabilities [..., C] of its logits, see `Classifier.probabilities`."""
+        return self.kind.probabilities(logits, self.temperature)
 
     @property
     def shares(self) -> bool:

@@ -102,6 +102,7 @@ class _State(Closed):
     backbone: _Backbone
     versions: dict[Word, Text | None]
     kind: Literal["single_label", "multi_label"] = "single_label"
+    temperature: Annotated[float, Field(gt=0, le=1e6)] | None = None  # missing in states of earlier versions
 
 
 def read(model: type[_Model], values: Any, source: Path | str, mend: str) -> _Model:

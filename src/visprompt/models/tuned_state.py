@@ -43,6 +43,8 @@ class TunedState:
         backbone: The backbone's id, weights' hash and options.
         versions: Versions of the libraries that wrote it.
         kind: The kind of the task's labels, a name of `models.kind.KINDS`.
+        temperature: What logits are divided by before they become probabilities; None, as in states of
+            earlier versions, for logits as they are.
     """
 
     tensors: Mapping[str, Tensor]
@@ -53,6 +55,7 @@ class TunedState:
     backbone: Mapping[str, Any]
     versions: Mapping[str, str]
     kind: str = SINGLE_LABEL.name
+    temperature: float | None = None
 
 
 def save_state(path: Path, state: TunedState) -> str:
@@ -70,6 +73,8 @@ def save_state(path: Path, state: TunedState) -> str:
     meta |= {"schema": SCHEMA, "class_names": _join(state.class_names)}
     if state.kind == SINGLE_LABEL.name:
         del meta["kind"]  # as in states of earlier versions
+    if state.temperature is None:  # so that the file is that of an earlier version
+        del meta["temperature"]
     # a folder's name may have bytes that are not Unicode; Python escapes them as JSON does
     text = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace").decode()
     checksum = hash_tensors(tensors, also=text)

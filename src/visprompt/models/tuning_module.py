@@ -62,6 +62,7 @@ class TuningModule(L.LightningModule):
         scored_step: Number of optimiser steps at the last scoring that counts: of val images, unless a final
             run scores test after them.
         per_class: Accuracy of each class at that scoring; None for a class without images.
+        confusion: The counts of that scoring, see `TaskKind.figures`.
         scored_loss: Mean loss at that scoring; if it is not finite, the accuracies mean nothing.
     """
 
@@ -79,6 +80,7 @@ class TuningModule(L.LightningModule):
         self.scores: dict[str, float] = {}
         self.scored_step = -1
         self.per_class: list[float | None] = []
+        self.confusion = torch.zeros(0, 0, dtype=torch.int64)
         self.scored_loss = math.nan
         self._resumed = False
         # of the last step: at the end of an epoch the optimiser already has that of the next step
@@ -272,12 +274,13 @@ class TuningModule(L.LightningModule):
         """Log the figures of a split set ("val" or "test"), and store them if they are the run's score."""
         values = figures.compute()
         figures.reset()
-        per_class = values.pop("per_class")
+        per_class, confusion = values.pop("per_class"), values.pop("confusion")
         self.scores = {f"{stage}/{name}": value for name, value in values.items()}
         self.log_dict(self.scores, prog_bar=True)
         if stage == "val" and not self._is_plain and self._datamodule.split == "final":
             return  # only a curve
-        self.per_class, self.scored_loss = per_class, float(loss.compute())
+        self.per_class, self.confusion = per_class, confusion
+        self.scored_loss = float(loss.compute())
         self.scored_step = self.trainer.global_step
 
     def _as_batch(self, loaded: Batch | Sequence[Tensor]) -> Batch:

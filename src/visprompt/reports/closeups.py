@@ -1,4 +1,4 @@
-"""Close-ups of some runs: learning curve, confusion matrix, t-SNE, attention and latency."""
+"""Close-ups of some runs: learning curve, scoring, t-SNE, attention and latency; most need the model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from visprompt.errors import UserError
@@ -19,30 +18,30 @@ from visprompt.reports.figures import MARKERS, WIDTH, Plot, Theme, plain
 from visprompt.reports.inspection import Latency, Opened
 from visprompt.reports.load import LeftOut
 from visprompt.reports.rows import Row, protocols
+from visprompt.reports.score_figures import MOST_NAMED, show_scores
 from visprompt.reports.writers import Entry, Table, decimal
 from visprompt.text import visible
 
 _IMAGES = 4  # images whose attention is drawn
-_TOLD = 3  # pairs of classes that the caption of a confusion matrix names
 _LONGEST = 22  # characters of a class name that are shown
 _SHORT = 11  # characters of a class name, of which four fit next to each other
-_MOST_NAMED = 24  # classes, at most, for whose names there is room
-_MOST_COUNTED = 16  # classes, at most, for whose numbers there is room in the fields
 # Okabe and Ito's, brighter than a dimmed image in a gray print as well
 _YELLOW = (240 / 255, 228 / 255, 66 / 255)
 
 
 @dataclass(frozen=True, eq=False)
 class Closeups:
-    """Figures and a table of some runs.
+    """Figures and tables of some runs.
 
     Attributes:
         plots: Figures, grouped by run.
+        tables: Tables of classes by the names of their files.
         latency: Latency and throughput; None if no run could be measured.
         left_out: What could not be shown, and why.
     """
 
     plots: tuple[Plot, ...]
+    tables: Mapping[str, Table]
     latency: Table | None
     left_out: tuple[LeftOut, ...]
 
@@ -79,6 +78,7 @@ def look(
         weights: See `inspection.open_run`.
     """
     plots: list[Plot] = []
+    tables: dict[str, Table] = {}
     measured: list[tuple[str, Latency]] = []
     left_out: list[LeftOut] = []
     placed: dict[bytes, np.ndarray] = {}  # before tuning, runs on one backbone and task have equal features
@@ -99,37 +99,16 @@ def look(
         name = names.get(folder.resolve(), f"{opened.result.method['name']} {folder.name}")
         name = f"{name}, {opened.result.task}, seed {opened.result.seed}"
         plots += curves.plots(opened.folder, opened.result, name)
-        plots += attempt("confusion matrix", _confusion, opened, name)
+        for shown in attempt("scoring", show_scores, opened, name):
+            if isinstance(shown, Table):
+                tables[f"scoring_{len(tables) + 1}"] = shown
+            else:
+                plots.append(shown)
         plots += attempt("t-SNE", _maps, opened, name, placed)
         plots += attempt("attention", _attention, opened, name)
         measured += [(name, found) for found in attempt("latency", inspection.latency, opened)]
         del opened  # its classifier, before the next one is built
-    return Closeups(tuple(plots), _latency_table(measured) if measured else None, tuple(left_out))
-
-
-def _confusion(opened: Opened, name: str) -> list[Plot]:
-    found = inspection.confusion(opened)
-    wrong = found.counts * (1 - np.eye(len(found.counts), dtype=found.counts.dtype))
-    most = np.argsort(-wrong, axis=None, kind="stable")[:_TOLD]
-    pairs = [
-        (*np.unravel_index(place, wrong.shape), wrong.flat[place]) for place in most if wrong.flat[place]
-    ]
-    said = [
-        f"{found.class_names[true]} taken for {found.class_names[taken]} ({count})"
-        for true, taken, count in pairs
-    ]
-    often = f" Most often: {', '.join(said)}." if said else " No image is taken for one of another class."
-    right, total = int(found.counts.trace()), int(found.counts.sum())
-    draw = partial(draw_confusion, found.counts, found.class_names)
-    title = f"Confusion matrix, {name}"
-    caption = f"Numbers of images of {found.set_name}, a row for each true class; empty fields are 0.{often}"
-    alt = f"Confusion matrix of {len(found.class_names)} classes: {right} of {total} images are right.{often}"
-    header = ("true class", *(f"as {label}" for label in found.class_names))
-    counts: tuple[tuple[Entry, ...], ...] = tuple(
-        (label, *(decimal(int(count), 0) for count in row))
-        for label, row in zip(found.class_names, found.counts, strict=True)
-    )
-    return [Plot(file_name(title), title, caption, alt, draw, Table(title, header, counts))]
+    return Closeups(tuple(plots), tables, _latency_table(measured) if measured else None, tuple(left_out))
 
 
 def _maps(opened: Opened, name: str, placed: dict[bytes, np.ndarray]) -> list[Plot]:
@@ -139,7 +118,7 @@ def _maps(opened: Opened, name: str, placed: dict[bytes, np.ndarray]) -> list[Pl
         placed[key] = inspection.embed(found.before)
     names, set_name = opened.datamodule.class_names, opened.set_name
     about = f"{len(found.labels)} images of {set_name}; distances between groups mean little in t-SNE."
-    few = len(names) <= _MOST_NAMED
+    few = len(names) <= MOST_NAMED
     looks = f"The {len(names)} classes " + (
         "differ in colour and shape."
         if few
@@ -216,36 +195,6 @@ def _latency_table(measured: Sequence[tuple[str, Latency]]) -> Table:
 # the pictures
 
 
-def draw_confusion(counts: np.ndarray, names: Sequence[str], theme: Theme) -> Figure:
-    """Draw a confusion matrix: shades are shares of the true class, numbers are counts of images.
-
-    Args:
-        counts: int [C, C], a row for every true class.
-        names: Names of the classes.
-        theme: Colours of the page.
-    """
-    number = len(names)
-    figure = Figure(figsize=(WIDTH, WIDTH * 0.9), layout="constrained")
-    axes = figure.add_subplot()
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    shades = LinearSegmentedColormap.from_list("shades", theme.shades)
-    image = axes.imshow(100 * shares, cmap=shades, vmin=0, vmax=100, interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, shrink=0.75, pad=0.02)
-    bar.set_label("share of the true class (%)")
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    axes.grid(visible=False)
-    if number <= _MOST_NAMED:
-        size = 8 if number <= _MOST_COUNTED else 6.5
-        shown = [plain(name, _LONGEST) for name in names]
-        axes.set_xticks(range(number), shown, rotation=90, fontsize=size)
-        axes.set_yticks(range(number), shown, fontsize=size)
-    for row, column in zip(*np.nonzero(counts), strict=True) if number <= _MOST_COUNTED else ():
-        ink = theme.paper if shares[row, column] > 0.5 else theme.ink  # a dark shade
-        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=ink, fontsize=7)
-    return figure
-
-
 def draw_map(places: np.ndarray, labels: np.ndarray, names: Sequence[str], theme: Theme) -> Figure:
     """Draw images as points in the plane, with a colour and marker by class; many classes share some.
 
@@ -255,7 +204,7 @@ def draw_map(places: np.ndarray, labels: np.ndarray, names: Sequence[str], theme
         names: Names of the classes; there is a legend if there are few.
         theme: Colours of the page.
     """
-    named = len(names) <= _MOST_NAMED
+    named = len(names) <= MOST_NAMED
     columns = 4 if max(map(len, names)) <= _SHORT else 2
     rows = ceil(len(names) / columns) if named else 0
     figure = Figure(figsize=(WIDTH, WIDTH * 0.85 + 0.2 * rows), layout="constrained")

@@ -1,4 +1,4 @@
-"""What a report needs the model for: the confusion matrix, features, attention and latency of a finished run.
+"""What a report needs the model for: pictures, features, attention and latency of a finished run.
 
 Everything is computed as scoring does it, with the run's data, precision and batches. No parameter is
 changed.
@@ -114,43 +114,6 @@ def open_run(
 
 
 @dataclass(frozen=True, eq=False)
-class Confusion:
-    """How often images of one class were taken for another.
-
-    Attributes:
-        counts: int64 [C, C], a row for every true class, a column for every predicted one.
-        class_names: The classes, in the order of rows and columns.
-        set_name: The split set that was scored.
-    """
-
-    counts: np.ndarray
-    class_names: tuple[str, ...]
-    set_name: str
-
-
-def confusion(opened: Opened) -> Confusion:
-    """Count the true and predicted classes of the images that a run was scored on.
-
-    Raises:
-        UserError: The counts do not give the score that the run recorded.
-    """
-    names = opened.datamodule.class_names
-    counts = torch.zeros(len(names) ** 2, dtype=torch.int64)
-    for images, labels in opened.batches(opened.dataset):
-        predicted = opened.compute(opened.classifier, images).argmax(1).cpu()
-        counts += torch.bincount(labels * len(names) + predicted, minlength=len(counts))
-    found = counts.view(len(names), len(names))
-    hits, total = int(found.trace()), int(found.sum())
-    if hits != round(opened.result.score * total):
-        raise UserError(
-            f"{opened.folder} recorded {100 * opened.result.score:.2f} % on {opened.set_name}, and this "
-            f"machine finds {100 * hits / total:.2f} %: use the kind of device it ran on "
-            f"({opened.result.machine['device']}), and the versions it names"
-        )
-    return Confusion(found.numpy(), names, opened.set_name)
-
-
-@dataclass(frozen=True, eq=False)
 class Features:
     """The features of the same images after and before tuning.
 
@@ -210,6 +173,24 @@ def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.asarray(placed, np.float32)
 
 
+def pictures(opened: Opened, rows: Sequence[int]) -> np.ndarray:
+    """Return images as the backbone sees them, float32 [N, H, W, 3], RGB in 0..1.
+
+    Args:
+        opened: The run.
+        rows: Positions in `opened.dataset`.
+    """
+    batches = opened.batches(opened.dataset.subset(np.asarray(rows)))
+    return torch.cat([_shown(opened, images) for images, _ in batches]).numpy()
+
+
+def _shown(opened: Opened, images: Tensor) -> Tensor:
+    """Return normalised images [B, 3, H, W] as pictures [B, H, W, 3] in 0..1."""
+    data = opened.datamodule
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    return (images.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Attention:
     """Attention of the pooled tokens in the last block; the weights of an image and a head sum to 1.
@@ -248,25 +229,24 @@ def attention(opened: Opened, rows: Sequence[int]) -> Attention:
     Raises:
         UserError: There is no such image, or see `last_attention`.
     """
-    dataset, data = opened.dataset, opened.datamodule
+    dataset = opened.dataset
     wrong = next((row for row in rows if not 0 <= row < len(dataset)), None)
     if wrong is not None or not len(rows):
         asked = "no image" if wrong is None else f"image {wrong}"
         raise UserError(
             f"{asked} was asked for, of {opened.set_name} in {opened.folder}: give 0 to {len(dataset) - 1}"
         )
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     images, labels, found = [], [], []
     for batch, of_batch in opened.batches(dataset.subset(np.asarray(rows))):
         for image in batch:
             found.append(opened.compute(last_attention, opened.classifier, image[None]))
-            images.append((image.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0))
+        images.append(_shown(opened, batch))
         labels.append(of_batch)
     parts = ("prefix", "patches", "prompts", "keys_values")
     return Attention(
         asking=found[0].asking,
         block=found[0].block,
-        images=torch.stack(images).numpy(),
+        images=torch.cat(images).numpy(),
         labels=torch.cat(labels).numpy(),
         predicted=np.array([int(one.logits.argmax()) for one in found]),
         **{name: torch.cat([getattr(one, name) for one in found]).cpu().numpy() for name in parts},

@@ -103,7 +103,11 @@ def contents(
         Section("tests", "Tests and ranks", _filled(_tests(under, made_rows, against))),
         Section("choices", "What was chosen, kept apart and left out", _filled(choices)),
         *_figures(found.runs, made_rows, made_grids),
-        Section("closeups", "Some runs seen closely", {}, closeups.plots if closeups else ()),
+        *(
+            [Section("closeups", "Some runs seen closely", closeups.tables, closeups.plots)]
+            if closeups
+            else []
+        ),
     ]
     filled = [section for section in sections if section.tables or section.plots]
     told = facts(found, under, made_grids, folders, made)

@@ -16,6 +16,7 @@ from visprompt.reports.load import survey
 from visprompt.reports.page import Contents, Picture, contents, page
 from visprompt.reports.published import all_published
 from visprompt.reports.rows import Row, protocols, references, rows
+from visprompt.reports.top import show_top
 from visprompt.reports.writers import LATEX_PACKAGES, csv_text, latex, markdown
 from visprompt.runs.result import open_result
 from visprompt.text import Terminal, in_markdown
@@ -28,15 +29,15 @@ _OURS = frozenset({"index.html", "report.md", "report.tex", "tables", "figures"}
 console = Terminal()
 
 
-def report(cfg: DictConfig) -> Path:
-    """Write the report of a command line.
+def report(cfg: DictConfig) -> Path | None:
+    """Write the report of a command line, or list the best runs in the terminal.
 
     Args:
-        cfg: What `@hydra.main` composed: runs, output, against, paper, inspect, device, data_dir, weights,
-            formats.
+        cfg: What `@hydra.main` composed: runs, top, output, against, paper, inspect, device, data_dir,
+            weights, formats.
 
     Returns:
-        The folder it was written to.
+        The folder it was written to; None with `top`, which writes nothing.
 
     Raises:
         UserError: There is no run, an argument has an unknown value, or the output folder holds something
@@ -46,7 +47,8 @@ def report(cfg: DictConfig) -> Path:
     if cfg.paper is not None and cfg.paper not in (papers := {one.paper for one in all_published()}):
         raise unknown("paper", cfg.paper, papers)
     formats = _formats(cfg.formats)
-    check_place(output)
+    if cfg.top is None:
+        check_place(output)
     found = survey(folders)
     if found.runs.empty:
         also = f" ({len(found.left_out)} are unfinished, damaged or of debugging)" if found.left_out else ""
@@ -54,6 +56,9 @@ def report(cfg: DictConfig) -> Path:
             f"there is no finished run below {' or '.join(map(str, folders))}{also}: name folders that hold "
             "some with runs=FOLDER, or train one with python src/train.py"
         )
+    if cfg.top is not None:
+        show_top(found.runs, cfg.top, console)
+        return None
     made_rows = rows(found.runs)
     if cfg.against is not None:
         _check_against(cfg.against, made_rows)

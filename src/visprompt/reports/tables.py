@@ -303,7 +303,8 @@ def _cell(row: Row, task: str) -> Entry:
     if task not in row.cells:
         return Missing()
     found = row.cells[task]
-    return decimal(100 * found.mean, 1, 100 * found.std if len(found.scores) > 1 else None)
+    ends = (100 * found.interval[0], 100 * found.interval[1]) if found.interval else None
+    return decimal(100 * found.mean, 1, 100 * found.std if len(found.scores) > 1 else None, ends=ends)
 
 
 def _number(value: float | None, digits: int, missing: str) -> Entry:
@@ -332,9 +333,11 @@ def _seeds(rows: Sequence[Row], tasks: Sequence[str]) -> str:
     most = max(counts.values(), key=list(counts.values()).count)
     others = [f"{label} on {task}: {count}" for (label, task), count in counts.items() if count != most]
     spread = " ± sample standard deviation (n - 1)" if max(counts.values()) > 1 else ""
+    alone = any(row.cells[task].interval for row in rows for task in tasks if task in row.cells)
     return (
         f"Mean{spread} over {most} seed{'s' * (most > 1)}"
         + (f"; {'; '.join(others)}" if others else "")
+        + ("; of a single seed the 95 % interval over the test images, by Wilson" if alone else "")
         + "."
     )
 

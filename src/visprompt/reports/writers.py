@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain, compress
 
 from visprompt.text import csv_cell, in_markdown, visible
 
@@ -19,6 +20,7 @@ _LATEX |= {"±": r"$\pm$", "\u00d7": r"$\times$", "<": r"$<$", ">": r"$>$", "|":
 LATEX_PACKAGES = r"\usepackage{array, booktabs, graphicx}"
 _MOST_IN_LINE, _PARAGRAPH = 36, r">{\raggedright\arraybackslash}p{16em}"  # longer text is broken into lines
 _MOST_ACROSS = 72  # characters of a row, at most, for which a page of LaTeX has room
+_SUFFIXES = ("", " std", " low", " high")  # of the columns of a CSV
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,20 @@ class Number:
         shown: The number as text in the other formats, without the spread.
         spread: Standard deviation, in the unit of `value`; None for a single value.
         shown_spread: The spread as text in the other formats.
+        ends: The ends of the 95 % interval of a single value, in the unit of `value`.
+        shown_ends: The interval as text in the other formats.
     """
 
     value: float
     shown: str
     spread: float | None = None
     shown_spread: str = ""
+    ends: tuple[float, float] | None = None
+    shown_ends: str = ""
 
     def __str__(self) -> str:
+        if self.ends is not None:
+            return f"{self.shown} ({self.shown_ends})"
         return self.shown if self.spread is None else f"{self.shown} ± {self.shown_spread}"
 
 
@@ -88,11 +96,19 @@ class Table:
         return column > 0 and bool(self.rows) and not any(isinstance(row[column], str) for row in self.rows)
 
 
-def decimal(value: float, digits: int = 1, spread: float | None = None, sign: bool = False) -> Number:
+def decimal(
+    value: float,
+    digits: int = 1,
+    spread: float | None = None,
+    sign: bool = False,
+    ends: tuple[float, float] | None = None,
+) -> Number:
     """Return a number with fixed decimals and thousands separators, and with `sign` a plus above 0."""
+    shown_ends = "" if ends is None else f"{ends[0]:,.{digits}f} to {ends[1]:,.{digits}f}"
     shown_spread = "" if spread is None else f"{spread:,.{digits}f}"
     shown = round(value, digits) + 0.0  # not "-0.0"
-    return Number(value, f"{shown:{'+' if sign and shown else ''},.{digits}f}", spread, shown_spread)
+    text = f"{shown:{'+' if sign and shown else ''},.{digits}f}"
+    return Number(value, text, spread, shown_spread, ends, shown_ends)
 
 
 def p_value(value: float) -> Number:
@@ -115,16 +131,24 @@ def markdown(table: Table, bold: Collection[int] = ()) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """Write the table as CSV (RFC 4180) without title and notes: numbers in full, a column for spreads."""
-    widths = [1 + any(_plain(row[column])[1] for row in table.rows) for column in range(len(table.header))]
-    names = [(name, f"{name} std")[:width] for name, width in zip(table.header, widths, strict=True)]
+    """Write the table as CSV (RFC 4180) without title and notes, with numbers in full.
+
+    A column "acc" with spreads is followed by "acc std", one with intervals by "acc low" and "acc high".
+    """
+    kept = [
+        (True, *(any(_plain(row[column])[place] for row in table.rows) for place in (1, 2, 3)))
+        for column in range(len(table.header))
+    ]
+    names = [
+        compress([name + suffix for suffix in _SUFFIXES], places)
+        for name, places in zip(table.header, kept, strict=True)
+    ]
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(csv_cell(name) for pair in names for name in pair)
     for row in table.rows:
-        writer.writerow(
-            text for entry, width in zip(row, widths, strict=True) for text in _plain(entry)[:width]
-        )
+        cells = (compress(_plain(entry), places) for entry, places in zip(row, kept, strict=True))
+        writer.writerow(chain.from_iterable(cells))
     return out.getvalue()
 
 
@@ -202,11 +226,12 @@ def _texts(
         yield texts
 
 
-def _plain(entry: Entry) -> tuple[str, str]:
-    """Return an entry and its spread in a CSV."""
+def _plain(entry: Entry) -> tuple[str, ...]:
+    """Return an entry, its spread and the ends of its interval in a CSV."""
     if isinstance(entry, Number):
-        return f"{entry.value:.10g}", "" if entry.spread is None else f"{entry.spread:.10g}"
-    return ("" if isinstance(entry, Missing) else csv_cell(entry)), ""
+        numbers = (entry.value, entry.spread, *(entry.ends or (None, None)))
+        return tuple("" if number is None else f"{number:.10g}" for number in numbers)
+    return ("" if isinstance(entry, Missing) else csv_cell(entry)), "", "", ""
 
 
 def _latex(text: str) -> str:

@@ -16,18 +16,22 @@ from visprompt.models.backbones import Backbone
 from visprompt.models.bank import Bank
 from visprompt.models.classifier import Classifier
 from visprompt.models.ensemble import Ensemble
-from visprompt.models.kind import KINDS
+from visprompt.models.kind import KINDS, TaskKind
+from visprompt.models.scores import in_percent
 from visprompt.models.tuned_state import TunedState, check_fits, load_state
 from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import memory, run, run_folder
+from visprompt.runs.class_table import print_classes
 from visprompt.runs.job import Job
 from visprompt.runs.recorded import job_of, own_data
 from visprompt.runs.result import Result, open_result
+from visprompt.runs.run_folder import CLASSES, CONFUSION
 from visprompt.runs.score_each import Finished, ScoreEach, by_test_set
 from visprompt.runs.trainer import build_trainer
 from visprompt.text import Terminal
 
 console = Terminal()
+_FILES = {CLASSES: "all classes", CONFUSION: "confusion matrix"}
 
 
 @memory.explained(lambda: "give precision=bf16-mixed, or trainer=cpu")
@@ -74,15 +78,24 @@ def evaluate(cfg: DictConfig) -> float:
             f"{folders[0]} cannot be scored, because its loss on the test set is not finite: run it again"
         )
     first, *others = module.kind.shares
-    score = module.scores[f"test/{first}"]
+    score, count = module.scores[f"test/{first}"], int(module.scores["test/count"])
     recorded = ", ".join(f"{100 * result.score:.2f} %" for result in results)
+    print_classes(console, module.kind, module.confusion, prepared.datamodule.class_names)
+    for file in [folders[0] / name for name in (CLASSES, CONFUSION)] if len(folders) == 1 else ():
+        if file.is_file():
+            console.print(f"{_FILES[file.name]}: {file}", soft_wrap=True)
     console.print(
-        f"test/{first} {100 * score:.2f} % on {module.scores['test/count']:.0f} images "
+        f"test/{first} {_with_interval(module.kind, score, count)} on {count} images "
         f"({'the run itself' if len(results) == 1 else f'{len(results)} runs averaged; each by itself'}: "
         f"{recorded}), "
-        + ", ".join(f"test/{name} {100 * module.scores[f'test/{name}']:.2f} %" for name in others)
+        + ", ".join(f"test/{name} {100 * module.scores[f'test/{name}']:.2f} %" for name in others),
+        soft_wrap=True,
     )
     return score
+
+
+def _with_interval(kind: TaskKind, score: float, count: int) -> str:
+    return in_percent(score, kind.interval(score, count) if kind.interval else None)
 
 
 def _job(cfg: DictConfig, folder: Path, state: TunedState, result: Result) -> Job:
@@ -117,8 +130,9 @@ def _each(runs: Sequence[Finished], cfg: DictConfig) -> float:
         name = kind.shares[0]
         for one, figures in zip(group, module.scores, strict=True):
             scores.append(figures[name])
+            shown = _with_interval(kind, figures[name], figures["count"])
             console.print(
-                f"{one.folder}: test/{name} {100 * figures[name]:.2f} % on {figures['count']:.0f} images "
+                f"{one.folder}: test/{name} {shown} on {figures['count']:.0f} images "
                 f"(the run itself: {100 * one.result.score:.2f} %)",
                 soft_wrap=True,
             )

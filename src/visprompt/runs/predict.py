@@ -20,8 +20,10 @@ from visprompt.errors import UserError
 from visprompt.files import write_atomically
 from visprompt.models.api import backbone_of, restore
 from visprompt.models.bank import Bank
+from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.tuned_state import TunedState, check_fits
 from visprompt.runs import memory
+from visprompt.runs.labelled import LabelledImages
 from visprompt.runs.result import open_state
 from visprompt.runs.run_folder import tidy
 from visprompt.text import Terminal, csv_cell
@@ -52,7 +54,8 @@ def predict(
         images: An image, or a folder that is searched with all its subfolders.
         output: The CSV file to write. Its columns are path, class, probability, and one for each class:
             `a.jpg,cat,0.900000,0.900000,0.100000`. With several states they are path, task, class and
-            probability, and an image has a row for each state.
+            probability, and an image has a row for each state. If folders have the names of a state's
+            classes, there is a column label before class, and the accuracy is printed.
         batch_size: Number of images in a batch, each of which is computed for every state.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         weights: A file of backbone weights; None if the backbone is embedded or timm's.
@@ -86,26 +89,36 @@ def predict(
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     several = len(tasks) > 1
-    columns = (
-        ["task", "class", "probability"] if several else ["class", "probability", *tasks[0].state.class_names]
-    )
+    paths_below = [file.relative_to(folder).as_posix() for file in files]
+    known = [LabelledImages(paths_below, task.state.class_names, SINGLE_LABEL) for task in tasks]
+    has_labels = any(known)
+    columns = [
+        *(["task"] if several else []),
+        *(["label"] if has_labels else []),
+        *("class", "probability"),
+        *(() if several else tasks[0].state.class_names),
+    ]
     writer.writerow(map(csv_cell, ["path", *columns]))
     count = 0
     for names, batch in _batches(files, folder, tasks, batch_size, max_pixels):
         for name, rows in zip(names, shares_of(batch), strict=True):
-            for task, row in zip(tasks, rows, strict=True):
+            for task, row, labels in zip(tasks, rows, known, strict=True):
                 if not row.isfinite().all():
                     raise UserError(f"{task.path} gives no finite probabilities for {name}: tune it again")
-                best = int(row.argmax())
-                cells = [csv_cell(task.state.class_names[best]), f"{row[best]:.6f}"]
-                cells = (
-                    [csv_cell(task.name), *cells] if several else [*cells, *(f"{share:.6f}" for share in row)]
-                )
-                writer.writerow([csv_cell(name), *cells])
+                best, label = int(row.argmax()), labels.add(name, row)
+                cells = [
+                    *([task.name] if several else []),
+                    *([label] if has_labels else []),
+                    *(task.state.class_names[best], f"{row[best]:.6f}"),
+                    *([] if several else [f"{share:.6f}" for share in row]),
+                ]
+                writer.writerow(map(csv_cell, [name, *cells]))
         count += len(names)
     if not count:
         raise UserError(f"{place} has no image that can be read: give an image or a folder of images")
     write_atomically(csv_file, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+    for task, labels in zip(tasks, known, strict=True):
+        labels.show(console, task.name)
     console.print(f"{count} of {len(files)} files labelled: {output}", soft_wrap=True)
     if left_out:
         listed = ", ".join(f"{what} ({number})" for what, number in sorted(left_out.items()))
@@ -142,7 +155,7 @@ def _model(tasks: Sequence[_Task], weights: str | None, device: torch.device) ->
         @torch.inference_mode()
         def one(images: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
             batch = torch.stack([inputs for (inputs,) in images])
-            return [[row] for row in classifier(batch.to(device)).float().softmax(1).cpu()]
+            return [[row] for row in classifier.probabilities(classifier(batch.to(device))).cpu()]
 
         return one
     bank = Bank(backbone, device=device)
@@ -151,10 +164,10 @@ def _model(tasks: Sequence[_Task], weights: str | None, device: torch.device) ->
         bank.add(task.name, task.state)
 
     def several(images: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-        names = [task.name for task in tasks]
-        logits = bank([x for inputs in images for x in inputs], names * len(images))
-        shares = [row.float().softmax(0).cpu() for row in logits]
-        return [shares[i : i + len(names)] for i in range(0, len(shares), len(names))]
+        held = [bank.task(task.name) for task in tasks]
+        logits = bank([x for inputs in images for x in inputs], held * len(images))
+        shares = [task.probabilities(row).cpu() for task, row in zip(held * len(images), logits, strict=True)]
+        return [shares[i : i + len(held)] for i in range(0, len(shares), len(held))]
 
     return several
 

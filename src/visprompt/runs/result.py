@@ -69,7 +69,8 @@ class Result(BaseModel):
     trainer: dict[str, Any] = {}
     """Settings of the trainer that may change the numbers, such as clipping; older records lack it."""
     files: dict[str, str] = {}
-    """sha256 of other files in the folder (metrics.csv) by name; older records lack it."""
+    """sha256 of other files in the folder (metrics.csv, confusion.csv, classes.csv) by name; older records
+    lack it, or the last two."""
     tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """The user's tags, and `debug`."""
     kind: str = SINGLE_LABEL.name
@@ -87,7 +88,21 @@ class Result(BaseModel):
             return float("nan")
         if self.status == "diverged":
             return float("-inf")
-        return self.metrics[f"{'val' if self.split == 'tune' else 'test'}/{KINDS[self.kind].score}"]
+        return self.metrics[self.score_name]
+
+    @property
+    def score_name(self) -> str:
+        """The score's name among the metrics, such as "test/acc"."""
+        return f"{'val' if self.split == 'tune' else 'test'}/{KINDS[self.kind].score}"
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of the score; None if it has none or the images were not counted."""
+        count = self.metrics.get(f"{self.score_name.partition('/')[0]}/count")
+        interval = KINDS[self.kind].interval
+        if self.status != "finished" or interval is None or not count:
+            return None
+        return interval(self.score, int(count))
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -260,9 +275,12 @@ class Cell:
 
     Attributes:
         scores: Test accuracies between 0 and 1, one for each seed.
+        interval: The 95 % confidence interval of the score of a single seed; None with several seeds, or if
+            it is not known.
     """
 
     scores: tuple[float, ...]
+    interval: tuple[float, float] | None = None
 
     @property
     def mean(self) -> float:
@@ -294,7 +312,7 @@ def cell(results: Iterable[Result]) -> Cell:
         )
     if len({result.seed for result in runs}) < len(runs):
         raise UserError("two runs with the same seed cannot be averaged: leave one of them out")
-    return Cell(tuple(result.score for result in runs))
+    return Cell(tuple(result.score for result in runs), runs[0].interval if len(runs) == 1 else None)
 
 
 def _protocol(result: Result) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ from visprompt.models.feature_cache import release_pixels
 from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.models.methods import build_method, check_options
 from visprompt.models.state_schema import check_record
-from visprompt.models.tuned_state import TunedState, save_state
 from visprompt.models.tuning_module import Diverged, TuningModule
-from visprompt.runs import environment, run_folder, signals
+from visprompt.runs import attempt_files, environment, run_folder, signals
+from visprompt.runs.calibrate import Temperature
 from visprompt.runs.checkpoint import Owner, ResumeCheckpoint
 from visprompt.runs.identity import digest, full_digest, identity_of
 from visprompt.runs.instantiate import instantiate
 from visprompt.runs.job import Job
 from visprompt.runs.quiet import silence_libraries
-from visprompt.runs.result import Result, check_same_run, read_result, write_result
+from visprompt.runs.result import Result, check_same_run, read_result
 from visprompt.runs.trainer import build_loggers, build_trainer, close
 from visprompt.runs.trainer_checks import warn_random
 from visprompt.text import Terminal
@@ -203,7 +202,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
     if job.compile:
         torch.compiler.reset()  # else the ninth run of a process would exceed a limit and run uncompiled
         module.classifier.compile()  # in place, so that the parameters keep their names
-    tuned = _tuned_counts(module.classifier)
+    tuned = attempt_files.tuned_counts(module.classifier)
     family = run.backbone.module
     pooling = family.pooling(module.classifier.method.pool)
     driven = {"carried_blocks": family.carried_blocks(), "pooling": pooling}
@@ -215,6 +214,9 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             lambda path: path.write_text(job.as_yaml(), encoding="utf-8"),
         )
         trainer.loggers = build_loggers(run.job, run.folder, attempt, tuned)
+    temperature = Temperature()
+    if "debug" not in job.tags:  # a debug run may be limited to a few batches
+        trainer.callbacks.append(temperature)  # type: ignore[attr-defined]  # a list
     status = "failed"
     if trainer.is_global_zero and datamodule.described:
         datamodule.prepare_data()  # finds the images that cannot be decoded, which `described` lists
@@ -227,7 +229,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             raise UserError(
                 "nothing was scored: trainer.limit_val_batches and trainer.limit_test_batches must not be 0"
             )
-        metrics = _last_row(resume, f"leak/test_{module.kind.hit}") | module.scores
+        metrics = attempt_files.last_row(resume, f"leak/test_{module.kind.hit}") | module.scores
         figures = [*metrics.values()] if unscored else [module.scored_loss, *metrics.values()]
         if diverged is None and not all(map(math.isfinite, figures)):
             diverged = trainer.global_step  # the parameters are finite, but the loss or a figure is not
@@ -235,7 +237,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             status="diverged" if diverged is not None else "unscored" if unscored else "finished",
             **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
             attempt=attempt,
-            data=run.identity["data"] | _data_record(datamodule),
+            data=run.identity["data"] | attempt_files.data_record(datamodule),
             backbone=run.identity["backbone"] | driven,
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             per_class=dict(zip(datamodule.class_names, module.per_class, strict=False)),
@@ -250,7 +252,10 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             kind=datamodule.kind,
         )
         if trainer.is_global_zero:
-            result = _finish(run, result, module.classifier)
+            tuned_state = attempt_files.tuned_state(
+                module.classifier, result, datamodule, run.backbone, temperature.value
+            )
+            result = attempt_files.finish(run.folder, result, tuned_state, module.confusion)
         # a diverged run counts as failed, so that a sweep does not take its last figure for a score
         status = "success" if diverged is None else "failed"
     finally:
@@ -285,66 +290,3 @@ def _fit_and_score(
             raise KeyboardInterrupt from None  # Lightning turns Ctrl-C into SystemExit
         raise
     return None
-
-
-def _finish(run: Run, result: Result, classifier: Classifier) -> Result:
-    """Write tuned state and result to the resume folder, then move the complete attempt into place."""
-    folder = run.folder / run_folder.RESUME
-    if result.status != "diverged":
-        checksum = save_state(
-            folder / "tuned.safetensors",
-            TunedState(
-                tensors=classifier.tuned_state(),
-                method=result.method,
-                task=result.task,
-                class_names=run.datamodule.class_names,
-                preprocessing=run.datamodule.preprocessing,
-                backbone=run.backbone.record(),
-                versions=environment.versions(),
-                kind=run.datamodule.kind,
-            ),
-        )
-        size = (folder / "tuned.safetensors").stat().st_size
-        result = result.model_copy(update={"tuned": result.tuned | {"bytes": size, "sha256": checksum}})
-    else:
-        (folder / "tuned.safetensors").unlink(missing_ok=True)  # left by a process that was killed here
-    curve = folder / "metrics.csv"  # missing if the first epoch diverged
-    if curve.is_file():
-        result = result.model_copy(update={"files": {curve.name: sha256(curve.read_bytes()).hexdigest()}})
-    write_result(folder, result)
-    with signals.deferred():
-        run_folder.put_in_place(run.folder)
-    return result
-
-
-def _last_row(resume: ResumeCheckpoint, leak: str) -> dict[str, float]:
-    """Return the figures of the last epoch, and the best test figure of all epochs if tests were logged.
-
-    Args:
-        resume: Holds the learning curve.
-        leak: Name of the test figure of each epoch, which diagnostics.best_on_test=true logs.
-    """
-    row = resume.rows[max(resume.rows)] if resume.rows else {}
-    leaked = [row[leak] for row in resume.rows.values() if leak in row]
-    best = {"leak/best_on_test": max(leaked)} if leaked else {}  # a diagnostic that no choice reads
-    return {name: value for name, value in row.items() if "/" in name} | best
-
-
-def _tuned_counts(classifier: Classifier) -> dict[str, Any]:
-    summary = classifier.summary()
-    counts = {
-        "parameters": summary.tuned,
-        "head_parameters": summary.head,
-        "share": summary.share,
-        "parts": dict(summary.parts),
-        "macs": summary.macs,
-    }
-    # read from the method, because in the config `depth` is null for all blocks
-    shape = {name: getattr(classifier.method, name, None) for name in ("depth", "num_tokens", "kept_tokens")}
-    return counts | {name: value for name, value in shape.items() if value is not None}
-
-
-def _data_record(datamodule: TaskDataModule) -> dict[str, Any]:
-    """Return what the result records of the data in addition to the identity."""
-    record: dict[str, Any] = {"form": datamodule.form, "sizes": datamodule.sizes}
-    return record | ({"summary": datamodule.summary} if datamodule.summary else {})

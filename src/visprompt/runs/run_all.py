@@ -15,6 +15,7 @@ from visprompt.files import temporary_folder
 from visprompt.models.kind import KINDS
 from visprompt.models.methods import method_class
 from visprompt.models.objective import check_method
+from visprompt.models.scores import in_percent
 from visprompt.runs import compose, engine, environment, memory, other_lengths, run_folder, signals
 from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import Result, check_same_run, read_result
@@ -280,7 +281,7 @@ def show(result: Result, run: Run) -> None:
     shares = KINDS[result.kind].shares
     for name, value in result.metrics.items():
         if name.startswith(("val/", "test/")) and name.partition("/")[2] in shares:
-            table.add_row(name, f"{100 * value:.2f} %")
+            table.add_row(name, in_percent(value, result.interval if name == result.score_name else None))
     if result.status == "diverged":
         table.add_row("status", f"diverged at step {result.diverged_step}")
     if result.status == "unscored":

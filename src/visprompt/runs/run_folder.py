@@ -22,9 +22,11 @@ from visprompt.runs.resume_state import Owner, owner_of
 log = logging.getLogger(__name__)
 RESUME = "resume"
 STATE = "state.safetensors"  # in the folder RESUME: the resume state of an unfinished attempt
+TUNED = "tuned.safetensors"
+CONFUSION, CLASSES = "confusion.csv", "classes.csv"
+LISTED = ("metrics.csv", CONFUSION, CLASSES)  # the files whose sha256 the result records, if they exist
 _RESULT = "result.json"
-_STATE, _CURVE = "tuned.safetensors", "metrics.csv"
-_PARTS = ("config.yaml", _CURVE, _STATE)  # the other files of a complete attempt
+_PARTS = ("config.yaml", *LISTED, TUNED)  # the other files of a complete attempt
 
 
 class AtWork(UserError):
@@ -165,9 +167,9 @@ def put_in_place(folder: Path) -> None:
                 (resume / name).replace(folder / name)
         # files of an older result that the new attempt does not have
         if record.get("status") == "diverged":
-            (folder / _STATE).unlink(missing_ok=True)
-        if _CURVE not in record.get("files", {}):
-            (folder / _CURVE).unlink(missing_ok=True)
+            (folder / TUNED).unlink(missing_ok=True)
+        for name in set(LISTED) - set(record.get("files", {})):
+            (folder / name).unlink(missing_ok=True)
         (resume / _RESULT).replace(folder / _RESULT)
         shutil.rmtree(resume)
     except OSError as error:

@@ -87,6 +87,7 @@ _ALLOWED: dict[str, Allowed] = {
     **dict.fromkeys(("data_dir", "root", "weights", "recipe.table"), PATH | NULL),
     **dict.fromkeys(("run", "runs", "state"), _PATHS),
     "inspect": _PATHS | NULL,
+    "top": whole(1, _MOST) | NULL,
     "store_dir": PATH,
     **dict.fromkeys(("source", "revision", "device"), TEXT),
     **dict.fromkeys(("against", "paper"), TEXT | NULL),

@@ -123,4 +123,4 @@ def probabilities(bank: Bank, images: Sequence[Tensor], tasks: Sequence[Task]) -
     logits = bank(images, tasks)
     flat = torch.cat([row.float() for row in logits]).cpu()  # one copy from the GPU, not one for each image
     rows = flat.split([len(row) for row in logits])
-    return [task.kind.probabilities(row) for task, row in zip(tasks, rows, strict=True)]
+    return [task.probabilities(row) for task, row in zip(tasks, rows, strict=True)]

@@ -1,0 +1,79 @@
+"""List the best runs of each task in the terminal."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.table import Table
+
+from visprompt.models.scores import in_percent
+from visprompt.reports.load import groups
+from visprompt.reports.settings import settings, task_place, words
+from visprompt.runs.result import Result
+from visprompt.text import Terminal
+
+_SCORED = {"final": "test", "tune": "validation"}
+_ALWAYS = ("method.num_tokens", "recipe.lr")
+_OTHERS = (
+    "backbone.name",
+    "data.fraction",
+    "data.preprocessing.size",
+    "precision",
+)  # besides method and recipe
+
+
+def show_top(runs: pd.DataFrame, number: int, console: Terminal) -> None:
+    """Print a table for each task and split, so that validation and test scores are never in one list.
+
+    Args:
+        runs: The runs, see `load.frame`.
+        number: Maximum number of runs in a table.
+        console: Where to print.
+    """
+    scored = runs[runs["status"] == "finished"]
+    if scored.empty:
+        console.print("no run has a score: those that are there diverged, or had no test images")
+    parts = groups(scored, ["task", "split"])
+    places = {split: place for place, split in enumerate(_SCORED)}
+    for part in sorted(parts, key=lambda p: (task_place(p["task"].iat[0]), places[p["split"].iat[0]])):
+        console.print(_table(part, number))
+
+
+def _table(runs: pd.DataFrame, number: int) -> Table:
+    """Return the best runs of one task and split; of equal scores the run with fewer parameters is first."""
+    results: list[Result] = list(runs["result"])
+    told = dict(zip(runs.index, _told(results), strict=True))
+    order = sorted(
+        runs.index, key=lambda i: (-runs["result"][i].score, runs["parameters"][i], str(runs["folder"][i]))
+    )
+    task, split, total = results[0].task, results[0].split, len(results)
+    count = f"the {number} best of {total} runs" if total > number else f"{total} run{'s' * (total > 1)}"
+    table = Table(title=f"{task}, {_SCORED[split]} score of split={split}: {count}")
+    table.add_column("method")
+    table.add_column("settings", overflow="fold")
+    table.add_column("seed", justify="right")
+    table.add_column(results[0].score_name.partition("/")[2], overflow="fold")
+    table.add_column("tuned + head", justify="right")
+    table.add_column("folder", overflow="fold")
+    for i in order[:number]:
+        result, tuned = runs["result"][i], runs["result"][i].tuned
+        table.add_row(
+            str(result.method["name"]),
+            told[i],
+            str(result.seed),
+            in_percent(result.score, result.interval),
+            f"{tuned['parameters']:,} + {tuned['head_parameters']:,}",
+            str(runs["folder"][i]),
+        )
+    return table
+
+
+def _told(results: Sequence[Result]) -> list[str]:
+    """Return settings of each run, in words: prompts and rate, and others in which the runs differ."""
+    found = [settings(result) for result in results]
+    values: dict[str, set[str]] = {}
+    for one in found:
+        for key, value in one.items():
+            values.setdefault(key, set()).add(value)
+    told = [key for key in sorted(values) if key.startswith(("method.", "recipe.")) or key in _OTHERS]
+    keys = dict.fromkeys((*_ALWAYS, *(key for key in told if len(values[key]) > 1)))
+    return [", ".join(words(key, one[key]) for key in keys if key in one) for one in found]
