@@ -9,6 +9,7 @@ import yaml
 from visprompt.data.catalog import TASKS
 from visprompt.errors import UserError, shown
 from visprompt.models.backbones import DEMO
+from visprompt.models.kind import KINDS
 from visprompt.models.tuned_state import TunedState
 from visprompt.runs.result import Result, cell
 from visprompt.text import in_markdown, visible
@@ -96,7 +97,11 @@ def _front_matter(
         head["datasets"] = [spec.mirror.repo]
     if score:
         data = {"name": visible(state.task), "type": visible(state.task), "split": score["split"]}
-        metric = {"type": "accuracy", "value": round(score["value"], 6), "name": score["name"]}
+        metric = {
+            "type": KINDS[result.kind].words.replace(" ", "_"),
+            "value": round(score["value"], 6),
+            "name": score["name"],
+        }
         task = {"type": "image-classification"}
         results = [{"task": task, "dataset": data, "metrics": [metric]}]
         head["model-index"] = [{"name": f"{visible(state.task)} {state.method['name']}", "results": results}]
@@ -107,18 +112,19 @@ def _score(results: Sequence[Result]) -> dict[str, Any] | None:
     """Return the score of all runs: value, split, name and text; None if the run was not scored."""
     first = results[0]
     seeds = ", ".join(str(result.seed) for result in results)
+    what = KINDS[first.kind].words
     if len(results) > 1:
         scores = cell(results)
-        name = f"test accuracy, mean over seeds {seeds}"
-        text = f"{scores} % test accuracy (mean ± standard deviation over seeds {seeds}); this file is seed "
+        name = f"test {what}, mean over seeds {seeds}"
+        text = f"{scores} % test {what} (mean ± standard deviation over seeds {seeds}); this file is seed "
         return {"value": scores.mean, "split": "test", "name": name, "text": f"{text}{first.seed}"}
     if first.status == "diverged":
         raise UserError("this run diverged: there is nothing to share; run it again with a smaller recipe.lr")
     if first.status != "finished":
         return None
     split = "validation" if first.split == "tune" else "test"
-    text = f"{100 * first.score:.1f} % {split} accuracy (seed {seeds})"
-    return {"value": first.score, "split": split, "name": f"{split} accuracy, seed {seeds}", "text": text}
+    text = f"{100 * first.score:.1f} % {split} {what} (seed {seeds})"
+    return {"value": first.score, "split": split, "name": f"{split} {what}, seed {seeds}", "text": text}
 
 
 def _rows(

@@ -69,6 +69,7 @@ class TaskKind:
         name: Name in results, such as "single_label". Labels are [B], or [B, C] of 0 and 1 if an image may
             have several classes.
         score: Name of the figure that runs are compared by, logged as `val/<score>` and `test/<score>`.
+        words: The score in words.
         shares: Names of the figures between 0 and 1, shown in per cent; the score is the first.
         hit: Name of the share of images whose labels are predicted, logged for training images.
         loss: Function of logits [B, C] and labels that returns the loss of each image [B], see `Loss`.
@@ -93,6 +94,7 @@ class TaskKind:
 
     name: str
     score: str
+    words: str
     shares: tuple[str, ...]
     hit: str
     loss: Loss
@@ -109,6 +111,13 @@ class TaskKind:
     def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return 1.0 for each image [B] whose labels are predicted, all of them, else 0.0."""
         return self.agree(self.decide(self.probabilities(logits, 1.0)), labels).float()
+
+    def named(self, probabilities: Tensor, class_names: Sequence[str]) -> str:
+        """Return the predicted class of probabilities [C] by its name; several classes are joined by ";"."""
+        decided = self.decide(probabilities[None])[0]
+        if decided.ndim == 0:
+            return class_names[int(decided)]
+        return ";".join(name for name, has in zip(class_names, decided.tolist(), strict=True) if has)
 
     def fit_temperature(self, logits: Tensor, labels: Tensor) -> float | None:
         """Return the temperature at which probabilities fit labels best, see `calibration`."""
@@ -216,6 +225,7 @@ def _softmax(logits: Tensor, temperature: float) -> Tensor:
 SINGLE_LABEL = TaskKind(
     name="single_label",
     score="acc",
+    words="accuracy",
     shares=("acc", "balanced_acc", "ece"),
     hit="acc",
     loss=_cross_entropy,
@@ -288,6 +298,7 @@ def _binary_cross_entropy(
 MULTI_LABEL = TaskKind(
     name="multi_label",
     score="map",
+    words="mean average precision",
     shares=("map", "f1", "f1_micro", "exact"),
     hit="exact",
     loss=_binary_cross_entropy,

@@ -9,6 +9,7 @@ from statistics import fmean
 import pandas as pd
 
 from visprompt.data.catalog import SUITES
+from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.reports.choices import Grid
 from visprompt.reports.load import history
 from visprompt.reports.published import FLAT
@@ -207,9 +208,14 @@ def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
             if grid.task == task and grid.chosen is not None and not grid.pruning
         }
         charts += _curves(f"Training loss, {task}", final, "train/loss", "training loss", averaged)
-        charts += _curves(f"Training accuracy, {task}", final, "train/acc", "training accuracy (%)", averaged)
-        title = f"Validation accuracy while training, {task}"
-        charts += _curves(title, chosen, "val/acc", "validation accuracy (%)", of_one)
+        of_task = [part for part in (*final.values(), *chosen.values()) if len(part)]
+        kind = KINDS[of_task[0]["result"].iat[0].kind] if of_task else SINGLE_LABEL
+        hit, score = ("accuracy" if name == "acc" else name for name in (kind.hit, kind.score))
+        charts += _curves(
+            f"Training {hit}, {task}", final, f"train/{kind.hit}", f"training {hit} (%)", averaged
+        )
+        title = f"Validation {score} while training, {task}"
+        charts += _curves(title, chosen, f"val/{kind.score}", f"validation {score} (%)", of_one)
     return charts
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from visprompt.models.kind import KINDS
+from visprompt.models.kind import KINDS, TaskKind
 from visprompt.reports.charts import file_name
 from visprompt.reports.figures import WIDTH, Plot, Theme
 from visprompt.reports.load import history
@@ -16,7 +16,6 @@ from visprompt.runs.result import Result
 
 _LEAST = 2  # epochs; fewer are no curve
 _SHAPES = {"train": ("-", "o"), "val": ((0, (5, 2)), "s")}
-_WORDS = {"acc": "accuracy"}
 Curves = Mapping[str, Mapping[int, float]]
 
 
@@ -28,8 +27,8 @@ def plots(folder: Path, result: Result, name: str) -> list[Plot]:
         result: The run's result.
         name: The run in words, for the title.
     """
-    score = KINDS[result.kind].score
-    metrics = [f"{stage}/{what}" for what in ("loss", score) for stage in _SHAPES]
+    kind = KINDS[result.kind]
+    metrics = ["train/loss", "val/loss", f"train/{kind.hit}", f"val/{kind.score}"]
     found = {metric: history(folder, result, metric) for metric in metrics}
     found = {metric: values for metric, values in found.items() if len(values) >= _LEAST}
     if not found:
@@ -50,7 +49,7 @@ def plots(folder: Path, result: Result, name: str) -> list[Plot]:
         (str(epoch), *(_entry(values, epoch) for values in found.values())) for epoch in epochs
     )
     table = Table(title, ("epoch", *found), rows)
-    draw_it = partial(draw, found, score)
+    draw_it = partial(draw, found, kind)
     return [
         Plot(
             file_name(title),
@@ -63,20 +62,21 @@ def plots(folder: Path, result: Result, name: str) -> list[Plot]:
     ]
 
 
-def draw(curves: Curves, score: str, theme: Theme) -> Figure:
+def draw(curves: Curves, kind: TaskKind, theme: Theme) -> Figure:
     """Draw the loss on the left and the score on the right, each with a line for training and for val.
 
     Args:
         curves: Values by metric and epoch; a metric that the run did not log is missing.
-        score: Name of the score, such as "acc", in per cent.
+        kind: The kind of the task, whose score is shown in per cent.
         theme: Colours of the page.
     """
     figure = Figure(figsize=(WIDTH * 1.3, WIDTH * 0.5), layout="constrained")
     labelled = False
-    for axes, what in zip(figure.subplots(1, 2), ("loss", score), strict=True):
+    loss, shares = {"train": "loss", "val": "loss"}, {"train": kind.hit, "val": kind.score}
+    for axes, figures in zip(figure.subplots(1, 2), (loss, shares), strict=True):
         for place, (stage, (dash, marker)) in enumerate(_SHAPES.items()):
-            values = curves.get(f"{stage}/{what}", {})
-            heights = [100 * value if what == score else value for value in values.values()]
+            values = curves.get(f"{stage}/{figures[stage]}", {})
+            heights = [value if figures is loss else 100 * value for value in values.values()]
             few = len(values) <= 30
             axes.plot(
                 [*values],
@@ -87,9 +87,10 @@ def draw(curves: Curves, score: str, theme: Theme) -> Figure:
                 label=stage,
             )
         axes.set_xlabel("epoch")
-        axes.set_ylabel("loss" if what == "loss" else f"{_WORDS.get(what, what)} (%)")
+        one_figure = kind.words if kind.hit == kind.score else f"train: {kind.hit}, val: {kind.score}"
+        axes.set_ylabel("loss" if figures is loss else f"{one_figure} (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        labelled = labelled or bool(curves.get(f"val/{what}"))
+        labelled = labelled or bool(curves.get(f"val/{figures['val']}"))
     if labelled:
         figure.legend(
             *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=3

@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from visprompt.errors import UserError
+from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.reports.settings import (
     ADDED_LATER,
     FIXED_COLUMNS,
@@ -224,7 +225,9 @@ def _frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def _record(folder: Path, result: Result) -> dict[str, Any]:
     """Return a row of the table."""
-    method, task, found = str(result.method["name"]), result.task, settings(result)
+    method, found, kind = str(result.method["name"]), settings(result), KINDS[result.kind]
+    # most tables are of accuracies: a task with another score says so wherever it is named
+    task = result.task if kind is SINGLE_LABEL else f"{result.task} ({kind.words})"
     # a run of a chain names the initial values that it starts from
     prunes = result.method.get("initial") is not None
     reach = {key: scope(key, method) for key in found}

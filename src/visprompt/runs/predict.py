@@ -20,7 +20,7 @@ from visprompt.errors import UserError
 from visprompt.files import write_atomically
 from visprompt.models.api import backbone_of, restore
 from visprompt.models.bank import Bank
-from visprompt.models.kind import SINGLE_LABEL
+from visprompt.models.kind import KINDS
 from visprompt.models.tuned_state import TunedState, check_fits
 from visprompt.runs import memory
 from visprompt.runs.labelled import LabelledImages
@@ -90,7 +90,7 @@ def predict(
     writer = csv.writer(text, lineterminator="\n")
     several = len(tasks) > 1
     paths_below = [file.relative_to(folder).as_posix() for file in files]
-    known = [LabelledImages(paths_below, task.state.class_names, SINGLE_LABEL) for task in tasks]
+    known = [LabelledImages(paths_below, task.state.class_names, KINDS[task.state.kind]) for task in tasks]
     has_labels = any(known)
     columns = [
         *(["task"] if several else []),
@@ -105,11 +105,12 @@ def predict(
             for task, row, labels in zip(tasks, rows, known, strict=True):
                 if not row.isfinite().all():
                     raise UserError(f"{task.path} gives no finite probabilities for {name}: tune it again")
-                best, label = int(row.argmax()), labels.add(name, row)
+                label = labels.add(name, row)
+                predicted = KINDS[task.state.kind].named(row, task.state.class_names)
                 cells = [
                     *([task.name] if several else []),
                     *([label] if has_labels else []),
-                    *(task.state.class_names[best], f"{row[best]:.6f}"),
+                    *(predicted, f"{row.max():.6f}"),
                     *([] if several else [f"{share:.6f}" for share in row]),
                 ]
                 writer.writerow(map(csv_cell, [name, *cells]))

@@ -74,6 +74,8 @@ class TaskAnswer(BaseModel):
     """Why it is not ready."""
     classes: list[str] | None = None
     """In the order of the model's outputs; only where one task is asked for."""
+    kind: str | None = None
+    """multi_label: an image may have several classes, and each probability is of its own."""
     method: dict[str, Any] | None = None
     bytes: int | None = None
 
@@ -247,4 +249,5 @@ def _described(entry: Entry, loaded: set[str], task: Task | None = None) -> Task
     answer = TaskAnswer(name=entry.name, ready=entry.ready, in_memory=entry.name in loaded, reason=reason)
     if task is not None:
         answer.classes, answer.method, answer.bytes = [*task.class_names], dict(task.method), task.nbytes
+        answer.kind = task.kind.name
     return answer

@@ -179,7 +179,7 @@ def _answer(task: Task, shares: Tensor, identity: Any, wanted: list[tuple[str, b
         elif name == OUTPUTS[0]:
             values, shape = shares.numpy(), [*shares.shape]
         else:
-            values, shape = [task.class_names[i] for i in shares.argmax(1).tolist()], [len(shares)]
+            values, shape = [task.kind.named(row, task.class_names) for row in shares], [len(shares)]
         about, content = output(name, values, shape, binary)
         outputs.append(about)
         binaries.append(content)
