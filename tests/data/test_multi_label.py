@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.cli import call, frozen, tiny
+from helpers.cli import call, call_all, frozen, tiny
 from visprompt.data.folder_datamodule import FolderDataModule
 from visprompt.data.sources.label_sets import all_classes, classes_in, name_of, targets
 from visprompt.data.sources.own_images import find
 from visprompt.errors import UserError
 from visprompt.models import api
+from visprompt.runs.result import load_result
 
 GIVEN = {"batch_size": 8, "split": "tune", "seed": 0, "image_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
@@ -178,3 +179,24 @@ def test_a_multi_label_run_from_the_command_line_to_predictions(tmp_path):
     (folder,) = (path.parent for path in logs.rglob("result.json"))
     state = api.load_state(folder)
     assert (state.kind, state.class_names) == ("multi_label", ("blue", "green", "red"))
+    result = load_result(folder)
+    assert result.kind == result.data["kind"] == "multi_label"
+    assert result.metrics["test/map"] > 0.9, "three colours are easy"
+    assert (folder / "classes.csv").read_text().startswith("class,images,precision,recall,f1\nblue,8,")
+    weights = f"weights={logs / 'weights.safetensors'}"
+    done = call_all(
+        [
+            ("eval", [f"run={folder}", weights, f"paths.data_dir={tmp_path / 'data'}"]),
+            ("predict", [f"state={folder}", f"images={tmp_path}", weights, f"output={tmp_path / 'out.csv'}"]),
+            ("report", [f"paths.log_dir={logs}", f"inspect={folder}", weights, "formats=[html]"]),
+        ]
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"test/map {100 * result.metrics['test/map']:.2f} % on 16 images" in done.stdout
+    with (tmp_path / "out.csv").open(newline="") as file:
+        predicted = {row["path"]: row["class"] for row in csv.DictReader(file)}
+    right = [predicted[f"images/{i:03d}.png"] == name_of(name.split(";")) for i, name in enumerate(SETS)]
+    assert sum(right) / len(right) > 0.7
+    page = (logs / "report" / "index.html").read_text()
+    assert "colours (mean average precision)" in page
+    assert "The most confident mistakes" in page or result.metrics["test/exact"] == 1

@@ -114,10 +114,13 @@ class TaskKind:
 
     def named(self, probabilities: Tensor, class_names: Sequence[str]) -> str:
         """Return the predicted class of probabilities [C] by its name; several classes are joined by ";"."""
-        decided = self.decide(probabilities[None])[0]
-        if decided.ndim == 0:
-            return class_names[int(decided)]
-        return ";".join(name for name, has in zip(class_names, decided.tolist(), strict=True) if has)
+        return self.label_name(self.decide(probabilities[None])[0].tolist(), class_names)
+
+    def label_name(self, label: int | Sequence[int], class_names: Sequence[str]) -> str:
+        """Return the class of a label by its name; several classes are joined by ";"."""
+        if isinstance(label, int):
+            return class_names[label]
+        return ";".join(name for name, has in zip(class_names, label, strict=True) if has)
 
     def fit_temperature(self, logits: Tensor, labels: Tensor) -> float | None:
         """Return the temperature at which probabilities fit labels best, see `calibration`."""

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from visprompt.errors import UserError
+from visprompt.models.kind import SINGLE_LABEL
 from visprompt.reports import curves, inspection
 from visprompt.reports.charts import file_name
 from visprompt.reports.figures import MARKERS, WIDTH, Plot, Theme, plain
@@ -112,6 +113,8 @@ def look(
 
 
 def _maps(opened: Opened, name: str, placed: dict[bytes, np.ndarray]) -> list[Plot]:
+    if opened.result.kind != SINGLE_LABEL.name:
+        raise UserError("t-SNE shows one class for each image, and these may have several: it is left out")
     found = inspection.features(opened)
     key = found.before.tobytes()
     if key not in placed:
@@ -142,10 +145,12 @@ def _attention(opened: Opened, name: str) -> list[Plot]:
     names = [visible(label) for label in opened.datamodule.class_names]
     tokens = {"class": found.prefix, "prompts": found.prompts, "keys, values": found.keys_values}
     bars = [(kind, weights.mean(1)) for kind, weights in tokens.items() if weights.size]
-    pairs = list(zip(found.labels, found.predicted, strict=True))
-    titles = [
-        names[true] + ("" if true == taken else f",\ntaken for {names[taken]}") for true, taken in pairs
-    ]
+    named = partial(opened.classifier.kind.label_name, class_names=names)
+    trues, takens = (
+        [named(label) or "no class" for label in side.tolist()] for side in (found.labels, found.predicted)
+    )
+    pairs = list(zip(trues, takens, strict=True))
+    titles = [true + ("" if true == taken else f",\ntaken for {taken}") for true, taken in pairs]
     patches = found.patches.mean(1)
     shares = [("patches", patches.reshape(len(pairs), -1)), *bars]
     said = "; ".join(

@@ -199,8 +199,8 @@ class Attention:
         asking: The query in words: the class token, or the pooled tokens whose weights were averaged.
         block: Index of the block.
         images: float32 [N, H, W, 3], RGB in 0..1, as the backbone saw them.
-        labels: int64 [N].
-        predicted: int64 [N].
+        labels: int64 [N], or [N, C] of 0 and 1.
+        predicted: The predicted labels, in the same form.
         prefix: To class and register tokens, float32 [N, heads, prefix].
         patches: To patches, float32 [N, heads, h, w] of their grid.
         prompts: To prompt tokens of the sequence, float32 [N, heads, p]; p is 0 if the block has no prompts.
@@ -242,13 +242,15 @@ def attention(opened: Opened, rows: Sequence[int]) -> Attention:
             found.append(opened.compute(last_attention, opened.classifier, image[None]))
         images.append(_shown(opened, batch))
         labels.append(of_batch)
-    parts = ("prefix", "patches", "prompts", "keys_values")
+    parts, kind = ("prefix", "patches", "prompts", "keys_values"), opened.classifier.kind
     return Attention(
         asking=found[0].asking,
         block=found[0].block,
         images=torch.cat(images).numpy(),
         labels=torch.cat(labels).numpy(),
-        predicted=np.array([int(one.logits.argmax()) for one in found]),
+        predicted=kind.decide(kind.probabilities(torch.cat([one.logits for one in found]), 1.0))
+        .cpu()
+        .numpy(),
         **{name: torch.cat([getattr(one, name) for one in found]).cpu().numpy() for name in parts},
     )
 

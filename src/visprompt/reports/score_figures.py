@@ -8,8 +8,10 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from visprompt.models.kind import MULTI_LABEL
 from visprompt.models.scores import ClassScore
 from visprompt.reports.charts import file_name
+from visprompt.reports.decided import Decided, decided
 from visprompt.reports.figures import WIDTH, Plot, Theme, plain
 from visprompt.reports.inspection import Opened, pictures
 from visprompt.reports.scored import Reliability, Scored, reliability, scored
@@ -35,17 +37,38 @@ def show_scores(opened: Opened, name: str) -> list[Plot | Table]:
     Raises:
         UserError: See `scored`.
     """
+    if opened.result.kind == MULTI_LABEL.name:
+        return _show_decisions(opened, name)
     found = scored(opened)
     few = len(found.class_names) <= MOST_NAMED
     shown: list[Plot | Table] = [_classes(found, name)]
     shown.append(_confusion(found, name) if few else _pairs(found, name))
     shown.append(_reliability(found, name))
     if len(rows := found.mistakes(_MISTAKES)):
-        shown.append(_mistakes(found, rows, pictures(opened, rows.tolist()), name))
+        names = found.class_names
+        pairs = [
+            (names[found.labels[i]], names[found.predicted[i]], float(found.confidences[i])) for i in rows
+        ]
+        wrong = int((found.predicted != found.labels).sum())
+        shown.append(_mistakes(found, pairs, wrong, pictures(opened, rows.tolist()), name))
     return shown
 
 
-def _classes(found: Scored, name: str) -> Table:
+def _show_decisions(opened: Opened, name: str) -> list[Plot | Table]:
+    """Return the classes and the most confident mistakes of a run whose images may have several classes."""
+    found = decided(opened)
+    shown: list[Plot | Table] = [_classes(found, name)]
+    if mistakes := found.mistakes(_MISTAKES):
+        pairs = [
+            (found.said(column, bool(found.labels[row, column])), found.said(column, chosen), confidence)
+            for row, column, chosen, confidence in mistakes
+        ]
+        images = np.concatenate([pictures(opened, [row]) for row, *_ in mistakes])
+        shown.append(_mistakes(found, pairs, found.wrong, images, name))
+    return shown
+
+
+def _classes(found: Scored | Decided, name: str) -> Table:
     """Return the classes with the lowest F1, or all if they are few."""
     scores = found.kind.class_scores(torch.from_numpy(found.counts))
     known = [
@@ -131,20 +154,21 @@ def _reliability(found: Scored, name: str) -> Plot:
     return Plot(file_name(title), title, caption, alt, partial(draw_reliability, series), table)
 
 
-def _mistakes(found: Scored, rows: np.ndarray, images: np.ndarray, name: str) -> Plot:
-    names = found.class_names
-    pairs = [
-        (names[found.labels[row]], names[found.predicted[row]], float(found.confidences[row])) for row in rows
-    ]
+def _mistakes(
+    found: Scored | Decided,
+    pairs: Sequence[tuple[str, str, float]],
+    wrong: int,
+    images: np.ndarray,
+    name: str,
+) -> Plot:
     title = f"The most confident mistakes, {name}"
-    wrong = int((found.predicted != found.labels).sum())
-    of = "all" if wrong == len(rows) else f"{len(rows)} of {wrong}"
+    of = "all" if wrong == len(pairs) else f"{len(pairs)} of {wrong}"
     caption = (
         f"Images of {found.set_name} with the true class, the predicted class and its probability: {of} "
         "mistakes, the most confident first. Some may be wrongly labelled in the data."
     )
     said = "; ".join(f"{true} taken for {taken}, {100 * share:.0f} %" for true, taken, share in pairs)
-    draw, alt = partial(draw_mistakes, images, pairs), f"{len(rows)} images. {said}."
+    draw, alt = partial(draw_mistakes, images, pairs), f"{len(pairs)} images. {said}."
     header = ("true class", "predicted class", "probability (%)")
     lines = tuple((true, taken, decimal(100 * share)) for true, taken, share in pairs)
     return Plot(file_name(title), title, caption, alt, draw, Table(title, header, lines))

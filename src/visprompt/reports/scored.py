@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from visprompt.errors import UserError
-from visprompt.models.kind import BINS, SINGLE_LABEL, TaskKind
+from visprompt.models.kind import BINS, TaskKind
 from visprompt.reports.inspection import Opened
 
 
@@ -52,13 +52,8 @@ def scored(opened: Opened) -> Scored:
     """Predict the images that a run was scored on.
 
     Raises:
-        UserError: The kind of the task has more than one class for each image, or the predictions do not give
-            the score that the run recorded.
+        UserError: The predictions do not give the score that the run recorded.
     """
-    if opened.result.kind != SINGLE_LABEL.name:
-        raise UserError(
-            f"{opened.folder} is of kind {opened.result.kind}: only one class for each image is shown"
-        )
     kind, temperature = opened.classifier.kind, opened.classifier.temperature
     parts: dict[str, list[Tensor]] = {}
     for images, of_batch in opened.batches(opened.dataset):
