@@ -37,17 +37,20 @@ def test_test_and_validation_scores_are_never_in_one_list():
         "dtd, test score of split=final: 1 run",
     ]
     linear, prompts, tuned, _ = cells(said)
-    assert linear == ["linear", "lr 1.0", "42", "65.00 %", "9,216 + 7,690", "run2"]
-    assert prompts[1] == "num_tokens 10, lr 1.0"
-    assert prompts[3] == "60.00 % (95 % interval 56.9 to 63.0)"
-    assert tuned[3:] == ["70.00 %", "9,216 + 7,690", "run0"]
+    assert linear == ["1", "linear", "lr 1.0", "42", "65.00 %", "9,216 + 7,690"]
+    assert prompts[2] == "num_tokens 10, lr 1.0"
+    assert prompts[4] == "60.00 % (56.9 to 63.0)"
+    assert tuned[4:] == ["70.00 %", "9,216 + 7,690"]
+    assert [line for line in said if ": run" in line and "split" not in line] == [
+        *("1: run2", "2: run1", "1: run0", "1: run3")
+    ]
 
 
 def test_the_best_come_first_and_are_told_apart():
     scores = {0.25: 0.5, 1.0: 0.9, 5.0: 0.7}
     said = lines(*(deep(scores[lr], recipe={"lr": lr}, split="tune") for lr in scores), number=2)
     assert any(line.strip() == "cifar, validation score of split=tune: the 2 best of 3 runs" for line in said)
-    assert [row[1] for row in cells(said)] == ["num_tokens 10, lr 1.0", "num_tokens 10, lr 5.0"]
+    assert [row[2] for row in cells(said)] == ["num_tokens 10, lr 1.0", "num_tokens 10, lr 5.0"]
 
 
 def test_runs_without_a_score_are_not_listed():

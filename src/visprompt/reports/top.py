@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pandas as pd
 from rich.table import Table
 
-from visprompt.models.scores import in_percent
 from visprompt.reports.load import groups
 from visprompt.reports.settings import settings, task_place, words
 from visprompt.runs.result import Result
@@ -35,36 +34,44 @@ def show_top(runs: pd.DataFrame, number: int, console: Terminal) -> None:
     parts = groups(scored, ["task", "split"])
     places = {split: place for place, split in enumerate(_SCORED)}
     for part in sorted(parts, key=lambda p: (task_place(p["task"].iat[0]), places[p["split"].iat[0]])):
-        console.print(_table(part, number))
+        _show(part, number, console)
 
 
-def _table(runs: pd.DataFrame, number: int) -> Table:
-    """Return the best runs of one task and split; of equal scores the run with fewer parameters is first."""
+def _show(runs: pd.DataFrame, number: int, console: Terminal) -> None:
+    """Print the best runs of one task and split; of equal scores the run with fewer parameters is first."""
     results: list[Result] = list(runs["result"])
     told = dict(zip(runs.index, _told(results), strict=True))
     order = sorted(
         runs.index, key=lambda i: (-runs["result"][i].score, runs["parameters"][i], str(runs["folder"][i]))
-    )
+    )[:number]
     task, split, total = results[0].task, results[0].split, len(results)
     count = f"the {number} best of {total} runs" if total > number else f"{total} run{'s' * (total > 1)}"
     table = Table(title=f"{task}, {_SCORED[split]} score of split={split}: {count}")
+    table.add_column("", justify="right")
     table.add_column("method")
     table.add_column("settings", overflow="fold")
     table.add_column("seed", justify="right")
-    table.add_column(results[0].score_name.partition("/")[2], overflow="fold")
+    table.add_column(f"{results[0].score_name} (95 % interval)")
     table.add_column("tuned + head", justify="right")
-    table.add_column("folder", overflow="fold")
-    for i in order[:number]:
+    for rank, i in enumerate(order, 1):
         result, tuned = runs["result"][i], runs["result"][i].tuned
         table.add_row(
+            str(rank),
             str(result.method["name"]),
             told[i],
             str(result.seed),
-            in_percent(result.score, result.interval),
+            _percent(result),
             f"{tuned['parameters']:,} + {tuned['head_parameters']:,}",
-            str(runs["folder"][i]),
         )
-    return table
+    console.print(table)
+    for rank, i in enumerate(order, 1):  # each on one line, so that it can be copied
+        console.print(f"{rank}: {runs['folder'][i]}", soft_wrap=True)
+
+
+def _percent(result: Result) -> str:
+    low, high = result.interval or (None, None)
+    shown = f"{100 * result.score:.2f} %"
+    return shown if low is None or high is None else f"{shown} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _told(results: Sequence[Result]) -> list[str]:
