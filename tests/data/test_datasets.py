@@ -44,7 +44,8 @@ def test_an_array_answers_tickets_in_their_order():
     assert batch.labels.tolist() == [7, 5]
     assert batch.rows.tolist() == [2, 0]
     assert batch.weights.tolist() == [1.0, 0.5]
-    assert [tensor.dtype for tensor in batch] == [torch.uint8, torch.int64, torch.int64, torch.float32]
+    kinds = [torch.uint8, torch.int64, torch.int64, torch.float32, torch.float32]
+    assert [tensor.dtype for tensor in batch] == kinds
     batch.images.zero_()
     assert images.any()
 

@@ -1,10 +1,12 @@
-from collections import defaultdict
+from collections import Counter, defaultdict
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from visprompt.data.datamodule import balanced
 from visprompt.data.datasets import Ticket
 from visprompt.data.sampler import GlobalBatches
 from visprompt.errors import UserError
@@ -93,6 +95,62 @@ def test_the_epoch_is_read_when_an_iteration_starts():
     second = next(iter(batches))
     assert {ticket.epoch for ticket in second} == {1}
     assert [ticket.row for ticket in first] != [ticket.row for ticket in second]
+
+
+@dealings
+@settings(max_examples=60, deadline=None)
+def test_pairs_have_each_images_predecessor_in_the_global_batch(num_rows, world, accumulate, multiple, seed):
+    size = world * accumulate * multiple
+    given = {"num_rows": num_rows, "batch_size": size, "accumulate": accumulate, "seed": seed, "training": True}
+    plain = ranks(world, **given)
+    paired = ranks(world, **given, pairs=True)
+    order = np.random.default_rng([seed, 0]).permutation(num_rows).tolist()
+    for own, alone in zip(paired, plain, strict=True):
+        for step, (tickets, mine) in enumerate(zip(own, alone, strict=True)):
+            batch = order[step // accumulate * size :][:size]
+            assert tickets[1:] == mine
+            assert tickets[0].weight == 0
+            for before, ticket in pairwise(tickets):
+                assert before.row == batch[batch.index(ticket.row) - 1]
+
+
+@dealings
+@settings(max_examples=60, deadline=None)
+def test_scales_make_the_sum_a_weighted_mean_over_the_global_batch(
+    num_rows, world, accumulate, multiple, seed
+):
+    size, draw = world * accumulate * multiple, np.random.default_rng(seed)
+    weights, losses = draw.uniform(0.1, 3, num_rows), draw.uniform(0, 5, num_rows)
+    dealt = ranks(
+        world, num_rows=num_rows, batch_size=size, accumulate=accumulate, training=True, loss_weights=weights
+    )
+    sums, rows_of = defaultdict(float), defaultdict(list)
+    for own in dealt:
+        for step, tickets in enumerate(own):
+            for t in tickets:
+                sums[step // accumulate] += t.weight * t.scale * weights[t.row] * losses[t.row]
+            rows_of[step // accumulate] += [t.row for t in tickets if t.weight]
+    for step, rows in rows_of.items():
+        expected = np.average(losses[rows], weights=weights[rows])
+        assert sums[step] / (world * accumulate) == pytest.approx(expected)
+
+
+def test_balanced_draws_are_with_replacement_the_same_on_any_number_of_ranks_and_count_repetitions():
+    labels = np.array([0] * 90 + [1] * 9 + [2])
+    given = {"num_rows": 100, "batch_size": 20, "seed": 3, "training": True, "probabilities": balanced(labels)}
+    one = [ticket for batch in GlobalBatches(**given) for ticket in batch]
+    halves = [list(own) for own in ranks(2, **given)]
+    two = [ticket._replace(weight=0.05) for batches in zip(*halves, strict=True) for b in batches for ticket in b]
+    assert [ticket._replace(weight=0.05) for ticket in one] == two
+    assert len(one) == 100
+    by_class = Counter(labels[ticket.row] for ticket in one)
+    assert all(20 < by_class[label] < 47 for label in range(3))
+    seen = Counter()
+    for ticket in one:
+        assert ticket.repeat == seen[ticket.row]
+        seen[ticket.row] += 1
+    other = [t.row for batch in GlobalBatches(**given | {"epoch": lambda: 1}) for t in batch]
+    assert other != [ticket.row for ticket in one]
 
 
 @pytest.mark.parametrize(("size", "near"), [(66, "64 or 72"), (7, "8"), (0, "8")])

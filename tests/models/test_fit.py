@@ -1,15 +1,18 @@
 """Training on plain loaders is training as the equations of its recipe read."""
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
 
 import visprompt
 from helpers.tiny import images, relative_error, tiny_model
 from visprompt.errors import UserError
-from visprompt.models.tuning_module import TuningModule, plain_batches
+from visprompt.models.training_images import plain_batches
+from visprompt.models.tuning_module import TuningModule
 
 # Lightning's hints to use worker processes
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -58,6 +61,68 @@ def test_it_is_sgd_on_the_mean_loss_of_each_batch_with_a_cosine():
     for name, value in classifier.tuned_parameters():
         assert relative_error(value, tuned[name]) < 1e-5, name
     assert not classifier.training
+
+
+def by_hand(loss_of, lr=12.8):
+    """The tuned parameters after two epochs of SGD without momentum on a loss of (classifier, batch)."""
+    naive = built()
+    tuned = dict(naive.tuned_parameters())
+    for epoch in range(2):
+        for step, (x, labels) in enumerate(loader()):
+            loss = loss_of(naive, x, labels, epoch, step)
+            gradients = torch.autograd.grad(loss, list(tuned.values()))
+            rate = lr * 4 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (3 * epoch + step) / 6)))
+            with torch.no_grad():
+                for value, gradient in zip(tuned.values(), gradients, strict=True):
+                    value -= rate * gradient
+    return tuned
+
+
+@pytest.mark.parametrize("weights", ["balanced", [10 / 12, 10 / 9, 10 / 9]])
+def test_class_weights_and_smoothing_are_those_of_torchs_loss(weights):
+    """Of the ten labels 0, 1, 2, 0, ... four are 0."""
+    criterion = torch.nn.CrossEntropyLoss(torch.tensor([10 / 12, 10 / 9, 10 / 9]), label_smoothing=0.1)
+    expected = by_hand(lambda model, x, labels, *_: criterion(model(x), labels))
+    classifier = built()
+    fitted(classifier, loader(), momentum=0.0, class_weights=weights, label_smoothing=0.1)
+    for name, value in classifier.tuned_parameters():
+        assert relative_error(value, expected[name]) < 1e-5, name
+
+
+def test_mixup_is_torchvisions():
+    def loss(model, x, labels, epoch, step):
+        share = float(np.random.default_rng([0, epoch, 2**31 - 1, step]).beta(0.5, 0.5))
+        transform = v2.MixUp(num_classes=3)
+        transform.make_params = lambda _: {"lam": share}
+        mixed, targets = transform(x, labels)
+        return F.cross_entropy(model(mixed), targets)
+
+    expected, classifier = by_hand(loss), built()
+    fitted(classifier, loader(), momentum=0.0, mixup=0.5)
+    for name, value in classifier.tuned_parameters():
+        assert relative_error(value, expected[name]) < 1e-5, name
+
+
+def test_counting_the_classes_leaves_the_order_of_a_shuffling_loader():
+    seen = []
+
+    def note(*batch):
+        seen.append(batch[1].tolist())
+
+    for weights in ("none", "balanced"):
+        torch.manual_seed(3)
+        shuffled = DataLoader(loader().dataset, batch_size=4, shuffle=True)
+        module = TuningModule(built(), visprompt.Recipe(**RECIPE | {"class_weights": weights}), seed=0)
+        module.on_train_batch_start = lambda batch, _: note(*batch)
+        options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        L.Trainer(max_epochs=2, **options, **QUIET).fit(module, shuffled)
+    assert len(seen) == 12
+    assert seen[:6] == seen[6:]
+
+
+def test_balanced_sampling_is_the_loaders():
+    with pytest.raises(UserError, match=r"^recipe.sampling=balanced is for .*: give the loader a torch\.utils"):
+        fitted(built(), loader(), sampling="balanced")
 
 
 def test_the_figures_are_those_of_the_last_epoch_on_all_images_of_the_validation_loader():

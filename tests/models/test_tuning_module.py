@@ -181,10 +181,13 @@ def test_features_of_augmented_images_are_not_kept(tmp_path, seen):
     root = miniatures.write_folder(tmp_path / "pets", per_class=5)
     folders = ("data=folder", f"data.root={root}", f"paths.data_dir={tmp_path}/data", "recipe.batch_size=4")
     trained(tmp_path / "augmented", "method=linear", *folders)
-    assert sum(seen) == 3 * 6 + 2, "three of a class's five images in three epochs, and one for test"
+    assert sum(seen) == 3 * (6 + 2) + 2, "three of a class's five images and one of val, thrice; one of test"
     seen.clear()
     trained(tmp_path / "not", "method=linear", *folders, "data.crop=false", "data.flip=0")
-    assert sum(seen) == 6 + 2
+    assert sum(seen) == 6 + 2 + 2
+    seen.clear()
+    trained(tmp_path / "mixed", "method=linear", *folders, "data.crop=false", "data.flip=0", "recipe.mixup=1")
+    assert sum(seen) == 3 * 6 + 2 + 2, "mixing changes pixels; those of val stay as they are"
 
 
 def test_the_mean_lets_what_is_not_finite_through():

@@ -7,9 +7,10 @@ import time
 import psutil
 import pytest
 
-from helpers.cli import call, command, equal, tensors, tiny
+from helpers.cli import call, command, equal, frozen, tensors, tiny, tiny_run
 from helpers.miniatures import write_folder
 from visprompt.runs.result import read_result
+from visprompt.runs.run import run_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -60,6 +61,27 @@ def test_two_ranks_reach_the_result_of_one_process(tmp_path):
     ) in reference.items():
         assert (ours[name] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), name
     assert two.metrics["test/acc"] == pytest.approx(one.metrics["test/acc"], abs=2.5 / 797)
+
+
+@frozen
+def test_two_ranks_mix_draw_and_weigh_as_one_process_does(tmp_path):
+    words = (
+        *("data=demo/digits", "recipe.mixup=0.5", "recipe.cutmix=0.5", "recipe.class_weights=balanced"),
+        *("recipe.sampling=balanced", "recipe.label_smoothing=0.1", "recipe.batch_size=96", "method.dropout=0"),
+        *("recipe.optimizer=sgd", "recipe.lr=0.2"),
+    )
+    done = call("train", *ddp(tmp_path / "two", *words))
+    assert done.returncode == 0, done.stderr
+    one = tiny_run(tmp_path / "one", *words)
+    result = run_job(one)
+    folder = folder_of(tmp_path / "two")
+    assert folder.name == one.folder.name
+    two = read_result(folder)
+    assert two.machine["devices"] == 2
+    assert two.metrics["train/loss"] == pytest.approx(result.metrics["train/loss"], rel=1e-4)
+    ours, reference = tensors(folder), tensors(one.folder)
+    for name, tensor in reference.items():
+        assert (ours[name] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), name
 
 
 @pytest.mark.parametrize("split", ["final", "tune"])

@@ -29,6 +29,12 @@ NOISY = {
         "recipe.lr=0.02",
     ),
     "tune": ("split=tune",),
+    "mixing": (
+        "recipe.mixup=0.5",
+        "recipe.cutmix=0.5",
+        "recipe.sampling=balanced",
+        "recipe.class_weights=balanced",
+    ),
     "accumulation": ("method.dropout=0.1", "trainer.accumulate_grad_batches=2", "seed=5"),
 }
 

@@ -133,7 +133,13 @@ def test_a_key_of_wandb_that_is_none_is_one_sentence(tmp_path, logins, monkeypat
     [
         (
             ("callbacks=[none,early_stopping]",),
-            "callbacks.early_stopping watches val/acc, but split=final scores no ",
+            "callbacks.early_stopping watches val/acc, but this run trains on the validation images: give "
+            "split=tune",
+        ),
+        (
+            ("data=folder", "data.root=x", "data.final=train+val", "callbacks=[none,early_stopping]"),
+            "callbacks.early_stopping watches val/acc, but this run trains on the validation images: give "
+            "data.final=train",
         ),
         (
             ("callbacks=[none,lr_monitor]",),

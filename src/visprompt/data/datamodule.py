@@ -8,10 +8,13 @@ from typing import Any
 import lightning.pytorch as L
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
+from visprompt.data import augment as augmenting
+from visprompt.data.augment import Augmentation
 from visprompt.data.catalog import TASKS
-from visprompt.data.datasets import Batch, DeviceDataset, TicketDataset, as_is
+from visprompt.data.datasets import AugmentedDataset, Batch, DeviceDataset, RaggedDataset, TicketDataset, as_is
 from visprompt.data.sampler import GlobalBatches
 from visprompt.data.splits import share
 from visprompt.data.transforms import check_resizing, mean_and_std, normalise
@@ -33,7 +36,8 @@ class TaskDataModule(L.LightningDataModule, ABC):
     """The data of one task under one split; subclasses open the images, this class builds data loaders.
 
     `split=tune` trains on the training set and scores the validation set; it has no test loader.
-    `split=final` has no validation images and scores the test set.
+    `split=final` scores the test set. Where its training set leaves the validation set out, that is scored too,
+    after every epoch.
 
     Attributes:
         task: Id of the task.
@@ -41,6 +45,11 @@ class TaskDataModule(L.LightningDataModule, ABC):
         source: Where the data come from, as results record it.
         form: "lossless" for the images of the original files, "lossy" if they were re-encoded.
         augments: Whether training images are augmented at random.
+        augmentation: The augmentation that `augment` names; None for none.
+        first_epoch: The epoch with which training begins; above 0 for a run that is resumed.
+        balanced: Whether training draws images with replacement, each class with equal probability.
+        pairs: Whether training batches have each image's predecessor (see `GlobalBatches`).
+        loss_weights: float [n], the weight of each training image's loss; None is 1 for all.
         train_sets: Split -> the split sets that it trains on.
         val_set: The split set that `split=tune` scores.
     """
@@ -50,6 +59,11 @@ class TaskDataModule(L.LightningDataModule, ABC):
     source: str
     form: str = "lossless"
     augments: bool = False
+    first_epoch: int = 0
+    # how training images are drawn and weighed is decided by the recipe; the LightningModule sets it
+    balanced: bool = False
+    pairs: bool = False
+    loss_weights: np.ndarray | None = None
     train_sets: Mapping[str, tuple[str, ...]]
     val_set: str
 
@@ -72,6 +86,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         resampling: str = "pillow",
         normalisation: str = "model",
         fraction: float = 1.0,
+        augment: str | nn.Module = "none",
         accumulate: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -89,6 +104,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
             resampling: A name of `transforms.RESAMPLINGS`.
             normalisation: A name of `transforms.NORMALISATIONS`.
             fraction: Share of each class's training images to train on.
+            augment: Augmentation of training images, see `augment`: a name, or the user's module.
             accumulate: Micro steps per optimiser step; the trainer's `accumulate_grad_batches`.
             num_workers: Processes that load data; 0 loads in the main process.
             pin_memory: Whether data loaders use page-locked memory.
@@ -108,6 +124,9 @@ class TaskDataModule(L.LightningDataModule, ABC):
         self.interpolation, self.resampling, self.fraction = interpolation, resampling, float(fraction)
         self.mean, self.std = mean_and_std(normalisation, (mean, std))
         self.accumulate, self.num_workers, self.pin_memory = accumulate, num_workers, pin_memory
+        augmenting.check(augment)
+        self.augmentation = None if augment == "none" else Augmentation(augment, interpolation)
+        self.augments = self.augmentation is not None
 
     @property
     @abstractmethod
@@ -144,9 +163,14 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Return the images of some split sets as one dataset."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Turn validation off under `split=final`; images are opened when they are first used."""
-        if self.trainer is not None and self.split == "final":
+        """Turn validation off if there is none; other images are opened when they are first used."""
+        if self.trainer is not None and not self.validates:
             self.trainer.limit_val_batches = 0  # or Lightning warns about a validation without data loaders
+
+    @property
+    def validates(self) -> bool:
+        """Return whether there are validation images that this split does not train on."""
+        return self.split == "tune"
 
     @property
     def is_scored(self) -> bool:
@@ -186,13 +210,16 @@ class TaskDataModule(L.LightningDataModule, ABC):
     def train_dataset(self) -> TicketDataset:
         """Return the training images of this split, or the share of each class that `fraction` asks for."""
         dataset = self.open_sets(self.train_sets[self.split])
-        if self.fraction == 1:
+        if self.fraction < 1:
+            rows = np.array(share(dataset.keys, dataset.labels.tolist(), self.fraction))
+            dataset = dataset.subset(rows)
+        if self.augmentation is None or isinstance(dataset, RaggedDataset):  # which augments by itself
             return dataset
-        return dataset.subset(np.array(share(dataset.keys, dataset.labels.tolist(), self.fraction)))
+        return AugmentedDataset(dataset, self.augmentation, self.seed)
 
     @cached_property
     def val_dataset(self) -> TicketDataset:
-        """Return the images that `split=tune` scores."""
+        """Return the validation images."""
         return self.open_sets((self.val_set,))
 
     @cached_property
@@ -214,8 +241,8 @@ class TaskDataModule(L.LightningDataModule, ABC):
         return self._loader(self.train_dataset, training=True)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the loader of the validation images; an empty list under `split=final`."""
-        return self._loader(self.val_dataset) if self.split == "tune" else []
+        """Return the loader of the validation images; an empty list if there are none."""
+        return self._loader(self.val_dataset) if self.validates else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of the test images, each of which is scored on exactly one rank.
@@ -251,6 +278,9 @@ class TaskDataModule(L.LightningDataModule, ABC):
             seed=self.seed,
             epoch=self._epoch,
             training=training,
+            probabilities=balanced(dataset.labels.numpy()) if training and self.balanced else None,
+            loss_weights=self.loss_weights if training else None,
+            pairs=self.pairs,
         )
         loads = not isinstance(dataset, DeviceDataset)  # images on the device need no workers
         return DataLoader(
@@ -265,4 +295,17 @@ class TaskDataModule(L.LightningDataModule, ABC):
         )
 
     def _epoch(self) -> int:
-        return 0 if self.trainer is None else self.trainer.current_epoch
+        return 0 if self.trainer is None else max(self.first_epoch, self.trainer.current_epoch)
+
+
+def balanced(labels: np.ndarray) -> np.ndarray:
+    """Return the probability of drawing each image so that all classes are equally probable.
+
+    Args:
+        labels: int64 [n].
+
+    Returns:
+        float64 [n]; the sum is 1.
+    """
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return np.asarray(1 / (len(counts) * counts[classes]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from visprompt.data.augment import Augmentation
 from visprompt.data.stores.ragged import RaggedStore
 from visprompt.data.stores.square import SquareStore
 from visprompt.data.transforms import center_crop, crop
@@ -26,12 +27,15 @@ class Batch(NamedTuple):
         labels: int64 [b].
         rows: int64 [b], positions in the dataset.
         weights: float32 [b], the factor of each image's loss (see `GlobalBatches`); 0 for padding.
+        scales: float32 [b], the factor of the task's part of that loss under class weights (see
+            `GlobalBatches`); None is 1.
     """
 
     images: Tensor
     labels: Tensor
     rows: Tensor
     weights: Tensor
+    scales: Tensor | None = None
 
 
 class Ticket(NamedTuple):
@@ -41,11 +45,28 @@ class Ticket(NamedTuple):
         row: Position in the dataset.
         epoch: Training epoch, which with the row seeds the augmentation; None in evaluation.
         weight: The image's entry in `Batch.weights`.
+        scale: The image's entry in `Batch.scales`.
+        repeat: How often the row was drawn before in this epoch, so that each time has its own augmentation.
     """
 
     row: int
     epoch: int | None
     weight: float
+    scale: float = 1.0
+    repeat: int = 0
+
+    def draw(self, seed: int, row: int) -> np.random.Generator:
+        """Return the generator of this image's augmentation.
+
+        It depends on nothing but the seed, the epoch, the row and the repetition: not on workers, devices,
+        the order of rows, or whether a run was resumed.
+
+        Args:
+            seed: Seed of the run.
+            row: The row by which the image is identified, of a store for example.
+        """
+        again = [self.repeat] if self.repeat else []
+        return np.random.default_rng([seed, self.epoch or 0, row, *again])
 
 
 class TicketDataset(Dataset[Batch], ABC):
@@ -64,9 +85,13 @@ class TicketDataset(Dataset[Batch], ABC):
         return self.__getitems__([ticket])
 
     def __getitems__(self, tickets: list[Ticket]) -> Batch:
+        return self._batch(torch.from_numpy(self.pixels(tickets)), tickets)
+
+    def _batch(self, images: Tensor, tickets: list[Ticket]) -> Batch:
         rows = torch.tensor([ticket.row for ticket in tickets])
         weights = torch.tensor([ticket.weight for ticket in tickets], dtype=torch.float32)
-        return Batch(torch.from_numpy(self.pixels(tickets)), self.labels[rows], rows, weights)
+        scales = torch.tensor([ticket.scale for ticket in tickets], dtype=torch.float32)
+        return Batch(images, self.labels[rows], rows, weights, scales)
 
     @abstractmethod
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
@@ -138,9 +163,8 @@ class DeviceDataset(TicketDataset):
         self.images, self.labels, self.keys = images, labels, keys
 
     def __getitems__(self, tickets: list[Ticket]) -> Batch:
-        rows = torch.tensor([ticket.row for ticket in tickets])
-        weights = torch.tensor([ticket.weight for ticket in tickets], dtype=torch.float32)
-        return Batch(self.images[rows.to(self.images.device)], self.labels[rows], rows, weights)
+        rows = torch.tensor([ticket.row for ticket in tickets], device=self.images.device)
+        return self._batch(self.images[rows], tickets)
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
         """Return a copy of the rows in host memory."""
@@ -153,15 +177,59 @@ class DeviceDataset(TicketDataset):
         return type(self)(images, self.labels[chosen], [self.keys[row] for row in rows])
 
 
+class AugmentedDataset(TicketDataset):
+    """Images of one size, augmented in training: random crops and changes, but no flips."""
+
+    def __init__(
+        self, dataset: TicketDataset, augmentation: Augmentation, seed: int, rows: np.ndarray | None = None
+    ) -> None:
+        """Keep the images and the augmentation.
+
+        Args:
+            dataset: The images, not augmented.
+            augmentation: What changes them.
+            seed: Seed of the changes.
+            rows: int64 [n], by which images are identified in the draw; None numbers them.
+        """
+        self.dataset, self.augmentation, self.seed = dataset, augmentation, seed
+        self.labels, self.keys = dataset.labels, dataset.keys
+        self.rows = np.arange(len(dataset)) if rows is None else rows
+
+    def pixels(self, tickets: list[Ticket]) -> np.ndarray:
+        """Return a copy of the images, changed if their tickets are for training."""
+        images = self.dataset.pixels(tickets)
+        for place, ticket in enumerate(tickets):
+            if ticket.epoch is not None:
+                draw = ticket.draw(self.seed, int(self.rows[ticket.row]))
+                images[place] = self._view(images[place], draw)
+        return images
+
+    def subset(self, rows: np.ndarray) -> Self:
+        """Return a dataset of some of these rows; each keeps its changes."""
+        return type(self)(self.dataset.subset(rows), self.augmentation, self.seed, self.rows[rows])
+
+    def _view(self, image: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+        if self.augmentation.resizes:
+            image = self.augmentation.cropped(image, (image.shape[1], image.shape[2]), draw)
+        return self.augmentation.changed(image, draw)
+
+
 class RaggedDataset(TicketDataset):
     """Rows of a `RaggedStore`, cropped to a square: random crops in training, central crops in evaluation.
 
-    Crop and flip are drawn from `default_rng([seed, epoch, row of the store])`: they do not depend on
-    workers, devices, the order of rows, or whether a run was resumed.
+    Crops, flips and further changes are drawn from `Ticket.draw` with the row of the store.
     """
 
     def __init__(
-        self, store: RaggedStore, rows: np.ndarray, *, size: int, seed: int, random_crop: bool, flip: float
+        self,
+        store: RaggedStore,
+        rows: np.ndarray,
+        *,
+        size: int,
+        seed: int,
+        random_crop: bool,
+        flip: float,
+        augmentation: Augmentation | None = None,
     ) -> None:
         """Select rows of a store.
 
@@ -172,36 +240,48 @@ class RaggedDataset(TicketDataset):
             seed: Seed of crops and flips.
             random_crop: Whether training crops are random; otherwise they are central.
             flip: Probability of a horizontal flip in training.
+            augmentation: What else is changed in training, and how large random crops are; None for no more.
         """
         self.store, self.rows, self.size, self.seed = store, rows, size, seed
-        self.random_crop, self.flip = random_crop, flip
+        self.random_crop, self.flip, self.augmentation = random_crop, flip, augmentation
         self.keys = [store.keys[row] for row in rows]
         self.labels = torch.from_numpy(np.asarray(store.labels[rows], np.int64))
 
     def pixels(self, tickets: list[Ticket]) -> np.ndarray:
         """Return the cropped images."""
-        images = np.stack([self._view(int(self.rows[ticket.row]), ticket.epoch) for ticket in tickets])
+        images = np.stack([self._view(ticket) for ticket in tickets])
         self.store.release()
         return images
 
     def subset(self, rows: np.ndarray) -> Self:
         """Return a dataset of some of these rows; each keeps its crops and flips."""
-        options = {"size": self.size, "seed": self.seed, "random_crop": self.random_crop, "flip": self.flip}
-        return type(self)(self.store, self.rows[rows], **options)  # type: ignore[arg-type]  # one type per option
+        return type(self)(
+            self.store,
+            self.rows[rows],
+            size=self.size,
+            seed=self.seed,
+            random_crop=self.random_crop,
+            flip=self.flip,
+            augmentation=self.augmentation,
+        )
 
-    def _view(self, row: int, epoch: int | None) -> np.ndarray:
+    def _view(self, ticket: Ticket) -> np.ndarray:
+        row = int(self.rows[ticket.row])
         image = self.store.image(row)
-        if epoch is None:
+        if ticket.epoch is None:
             return center_crop(image, self.size).transpose(2, 0, 1)
-        draw = np.random.default_rng([self.seed, epoch, row])
+        draw = ticket.draw(self.seed, row)
         down, right, mirror = draw.random(3)
-        if self.random_crop:
+        if not self.random_crop:
+            view = center_crop(image, self.size).transpose(2, 0, 1)
+        elif self.augmentation is not None and self.augmentation.resizes:
+            view = self.augmentation.cropped(image.transpose(2, 0, 1), (self.size, self.size), draw)
+        else:
             height, width = image.shape[:2]
             top, left = int(down * (height - self.size + 1)), int(right * (width - self.size + 1))
-            view = crop(image, top, left, self.size)
-        else:
-            view = center_crop(image, self.size)
-        return (view[:, ::-1] if mirror < self.flip else view).transpose(2, 0, 1)
+            view = crop(image, top, left, self.size).transpose(2, 0, 1)
+        view = view[:, :, ::-1] if mirror < self.flip else view
+        return view if self.augmentation is None else self.augmentation.changed(view, draw)
 
 
 def as_is(batch: Any) -> Any:

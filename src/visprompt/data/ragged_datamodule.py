@@ -44,7 +44,7 @@ class RaggedDataModule(TaskDataModule):
         self.train_sets = {"tune": ("train",), "final": tuple(final.split("+"))}
         super().__init__(**feeding)
         self.final = final
-        self.crop, self.flip, self.augments = crop, flip, crop or flip > 0
+        self.crop, self.flip, self.augments = crop, flip, self.augments or crop or flip > 0
         self.short_side = short_side or int(self.image_size * 256 / 224)
         if self.short_side < self.image_size:
             raise UserError(
@@ -83,6 +83,12 @@ class RaggedDataModule(TaskDataModule):
         return {split: count for split, count in counts.items() if count}
 
     @property
+    def validates(self) -> bool:
+        """Return whether there are validation images that this split does not train on."""
+        outside = self.val_set not in self.train_sets[self.split] and self.val_set in self.sizes
+        return self.split == "tune" or outside
+
+    @property
     def preprocessing(self) -> dict[str, Any]:
         """Return the preprocessing of `TaskDataModule`, with the short side and the crop."""
         view = {"resize": "short_side", "short_side": self.short_side}
@@ -110,5 +116,11 @@ class RaggedDataModule(TaskDataModule):
                 f"no training image of class {lost!r} can be read: repair its images or remove the class"
             )
         return RaggedDataset(
-            store, rows, size=self.image_size, seed=self.seed, random_crop=self.crop, flip=self.flip
+            store,
+            rows,
+            size=self.image_size,
+            seed=self.seed,
+            random_crop=self.crop,
+            flip=self.flip,
+            augmentation=self.augmentation,
         )

@@ -19,6 +19,12 @@ class GlobalBatches(Sampler[list[Ticket]]):
     batch. An empty share becomes one ticket of weight 0, because all ranks must take the same number of
     steps.
 
+    With `loss_weights` w, a ticket's scale is (images in the global batch) / (sum of their w), so that the
+    mean of scale * w * loss is the sum of w * loss over the sum of w. With `probabilities`, an epoch draws as
+    many rows as there are, with replacement. With `pairs`, each share begins with an additional ticket of
+    weight 0: the image before its first one in the global batch, before the first the last. So every image of
+    a share has its predecessor in the share, which mixing needs, on any number of devices.
+
     Evaluation: rows rank, rank + world, ... in order, with weight 1; each row on exactly one rank. A rank
     without rows gets one ticket of weight 0, which no score counts: Lightning skips a loop without batches,
     and the other ranks would wait forever for this rank's part of the score.
@@ -35,6 +41,9 @@ class GlobalBatches(Sampler[list[Ticket]]):
         seed: int = 0,
         epoch: Callable[[], int] = lambda: 0,
         training: bool,
+        probabilities: np.ndarray | None = None,
+        loss_weights: np.ndarray | None = None,
+        pairs: bool = False,
     ) -> None:
         """Check that a global batch can be divided.
 
@@ -48,6 +57,10 @@ class GlobalBatches(Sampler[list[Ticket]]):
             epoch: Returns the epoch; called at the start of each iteration, so that a resumed run has the
                 right one.
             training: Whether rows are shuffled for training, or scored in order.
+            probabilities: float [num_rows], with which each draw of a training epoch takes a row; None takes
+                each row once.
+            loss_weights: float [num_rows], above 0: the weight of each image's loss; None is 1 for all.
+            pairs: Whether each training share has its images' predecessors.
 
         Raises:
             UserError: A training batch cannot be divided evenly.
@@ -57,6 +70,7 @@ class GlobalBatches(Sampler[list[Ticket]]):
             raise _uneven(batch_size, world, accumulate)
         self.num_rows, self.batch_size, self.rank, self.world = num_rows, batch_size, rank, world
         self.accumulate, self.seed, self.epoch, self.training = accumulate, seed, epoch, training
+        self.probabilities, self.loss_weights, self.pairs = probabilities, loss_weights, pairs
 
     def __len__(self) -> int:
         if self.training:
@@ -72,15 +86,29 @@ class GlobalBatches(Sampler[list[Ticket]]):
 
     def _train(self) -> Iterator[list[Ticket]]:
         epoch = self.epoch()
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        draw = np.random.default_rng([self.seed, epoch])
+        if self.probabilities is None:
+            order, repeats = draw.permutation(self.num_rows), np.zeros(self.num_rows, np.int64)
+        else:
+            order = draw.choice(self.num_rows, self.num_rows, p=self.probabilities)
+            repeats = _repeats(order)
         shares = self.world * self.accumulate
         for start in range(0, self.num_rows, self.batch_size):
             batch = order[start : start + self.batch_size]
-            parts = np.array_split(batch, shares)
+            weight, scale = shares / len(batch), 1.0
+            if self.loss_weights is not None:
+                scale = len(batch) / float(self.loss_weights[batch].sum())
+            again = repeats[start : start + self.batch_size].tolist()
+            tickets = [
+                Ticket(row, epoch, weight, scale, repeat)
+                for row, repeat in zip(batch.tolist(), again, strict=True)
+            ]
+            parts = np.array_split(np.arange(len(batch)), shares)
             for micro in range(self.accumulate):
                 mine = parts[micro * self.world + self.rank].tolist()
-                weight = shares / len(batch)
-                yield [Ticket(row, epoch, weight) for row in mine] or [Ticket(int(batch[0]), epoch, 0.0)]
+                share = [tickets[place] for place in mine] or [tickets[0]._replace(weight=0.0)]
+                first = mine[0] if mine else 0
+                yield [tickets[first - 1]._replace(weight=0.0), *share] if self.pairs else share
 
     def _evaluate(self) -> Iterator[list[Ticket]]:
         rows = range(self.rank, self.num_rows, self.world)
@@ -88,6 +116,17 @@ class GlobalBatches(Sampler[list[Ticket]]):
             yield [Ticket(row, None, 1.0) for row in rows[start : start + self._eval_size]]
         if not rows:
             yield [Ticket(0, None, 0.0)]
+
+
+def _repeats(order: np.ndarray) -> np.ndarray:
+    """Return how often each entry occurred before: [5, 2, 5, 5] gives [0, 0, 1, 2]."""
+    by_row = np.argsort(order, kind="stable")
+    ordered = order[by_row]
+    begins = np.r_[True, ordered[1:] != ordered[:-1]]
+    places = np.arange(len(order))
+    repeats = np.empty_like(places)
+    repeats[by_row] = places - np.maximum.accumulate(np.where(begins, places, 0))
+    return repeats
 
 
 def _uneven(batch_size: int, world: int, accumulate: int) -> UserError:

@@ -11,10 +11,11 @@ from visprompt.data.datasets import SquareDataset
 from visprompt.data.stores.plan import Plan
 from visprompt.data.stores.prepare import prepare_square, warn_lossy
 from visprompt.data.stores.square import SquareStore
+from visprompt.errors import UserError
 
 
 class VTABDataModule(TaskDataModule):
-    """A VTAB-1k task: 1,000 training images squashed to squares, not augmented, and the whole test set."""
+    """A VTAB-1k task: 1,000 training images squashed to squares, and the whole test set."""
 
     train_sets: Mapping[str, tuple[str, ...]] = {"tune": ("train800",), "final": ("train800", "val200")}
     val_set = "val200"
@@ -45,6 +46,12 @@ class VTABDataModule(TaskDataModule):
             UserError: A value is not valid.
         """
         super().__init__(**feeding)
+        named = isinstance(feeding.get("augment"), str)  # a module of the user may fit the labels
+        if self.augments and named and TASKS[self.task].group == "structured":
+            raise UserError(
+                f"data.augment does not suit {self.task}, whose labels are places, sizes or numbers of things "
+                "in the image, which augmentation changes: leave it out"
+            )
         self.source = source
         self.plan = Plan(
             spec=TASKS[self.task],

@@ -122,16 +122,20 @@ class Classifier(nn.Module):
         out: Tensor = self.head(self.features(x))
         return out
 
-    def losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def losses(
+        self, logits: Tensor, labels: Tensor, weights: Tensor, task_loss: Tensor | None = None
+    ) -> Tensor:
         """Return the loss of each image [B], the method's terms included; in float32 also under autocast.
 
         Args:
             logits: [B, C], the result of the last `forward` in training.
             labels: Classes [B].
             weights: Weight of each image in the sum that is minimised, [B]; 0 marks a filler image.
+            task_loss: The task's loss of each image, [B]; None is that of the kind, without class weights.
         """
         with torch.autocast(logits.device.type, enabled=False):
-            return self.method.losses(self.kind.loss(logits, labels), self.head, labels, weights)
+            own = self.kind.loss(logits, labels) if task_loss is None else task_loss
+            return self.method.losses(own, self.head, labels, weights)
 
     @property
     def has_frozen_part(self) -> bool:

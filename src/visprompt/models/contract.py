@@ -132,6 +132,8 @@ class Method(nn.Module):
         can_merge: Whether the tuned values can be merged into the weights of a plain timm model.
         compares_images: Whether `losses` compares the images of a batch with each other, so that the loss of
             a batch is not the sum over its parts.
+        reads_labels: Whether `losses` reads the labels themselves, so that mixed images, smoothed labels and
+            class weights would not reach it.
         images_per_class: Number of images of each class that `see_classes` gets; None if the method does not
             implement it.
         pool: Which outputs of the last block are pooled, one of `POOLS`; None for the backbone's pooling.
@@ -148,6 +150,7 @@ class Method(nn.Module):
     undecayed: ClassVar[frozenset[str]] = frozenset()
     can_merge: ClassVar[bool] = False
     compares_images: ClassVar[bool] = False
+    reads_labels: ClassVar[bool] = False
     images_per_class: ClassVar[int | None] = None
     pool: str | None = None
     reads_image: ClassVar[bool] = False

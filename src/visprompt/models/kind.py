@@ -5,13 +5,34 @@ A data module names its kind; the classifier, the LightningModule, results and r
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
+
+
+class Loss(Protocol):
+    """A kind's loss, in float32 also under autocast; linear in the target, so that mixed images have it."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        /,
+    ) -> Tensor:
+        """Return the loss of each image [B].
+
+        Args:
+            logits: [B, C].
+            labels: [B].
+            smoothing: Share of the target that is spread over all classes; only in training.
+            class_weights: [C]; the loss is multiplied by them. Only in training.
+        """
 
 
 @dataclass(frozen=True)
@@ -22,7 +43,10 @@ class TaskKind:
         name: Name in results, such as "single_label".
         score: Name of the figure that runs are compared by, logged as `val/<score>` and `test/<score>`.
         shares: Names of the figures between 0 and 1, shown in per cent; the score is the first.
-        loss: Function of logits [B, C] and labels [B] that returns the loss of each image [B].
+        loss: Function of logits [B, C] and labels [B] that returns the loss of each image [B], see `Loss`.
+        weights: Function of labels [n] and class weights [C] that returns the weight by which class weights
+            multiply the loss of each image [n]; a weighted mean is divided by their sum.
+        counts: Function of labels [n] and the number of classes that returns the images of each class [C].
         correct: Function of logits [B, C] and labels [B] that returns 1.0 for each correctly predicted image,
             else 0.0, [B].
         figures: Function of the number of classes that returns a metric. The metric's `update` takes logits
@@ -33,7 +57,9 @@ class TaskKind:
     name: str
     score: str
     shares: tuple[str, ...]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Loss
+    weights: Callable[[Tensor, Tensor], Tensor]
+    counts: Callable[[Tensor, int], Tensor]
     correct: Callable[[Tensor, Tensor], Tensor]
     figures: Callable[[int], Metric]
 
@@ -95,9 +121,13 @@ def accuracies(confusion: Tensor) -> dict[str, Any]:
     }
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, class_weights: Tensor | None = None, /
+) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+        return F.cross_entropy(
+            logits.float(), labels, class_weights, reduction="none", label_smoothing=smoothing
+        )
 
 
 SINGLE_LABEL = TaskKind(
@@ -105,6 +135,8 @@ SINGLE_LABEL = TaskKind(
     score="acc",
     shares=("acc", "balanced_acc"),
     loss=_cross_entropy,
+    weights=lambda labels, class_weights: class_weights[labels],
+    counts=lambda labels, classes: torch.bincount(labels, minlength=classes),
     correct=lambda logits, labels: (logits.argmax(1) == labels).float(),
     figures=Accuracies,
 )

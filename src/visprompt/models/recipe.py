@@ -4,16 +4,38 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from visprompt.errors import NULL, Allowed, UserError, is_finite, number, sentence, unknown
+from visprompt.errors import (
+    NULL,
+    Allowed,
+    UserError,
+    is_finite,
+    list_of,
+    number,
+    one_of,
+    sentence,
+    unknown,
+)
 
 OPTIMIZERS = ("sgd", "adamw", "vpt_adamw")
 SCHEDULES = ("per_step", "per_epoch")
 HEAD_INITS = ("vpt", "zeros")
+SAMPLINGS = ("shuffled", "balanced")
+WEIGHINGS = ("none", "balanced")
 VPT_DECAY = 0.01  # weight decay of vpt_adamw for every setting above 0
 _NUMBER = number("a finite number, 0 or above", lambda value: value >= 0)
 _COUNT = Allowed("a whole number, 1 or more", lambda value: type(value) is int and value >= 1)
-_WORDS = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "head_init": HEAD_INITS}
-_RATES = ("lr", "head_lr", "weight_decay", "momentum")
+_SHARE = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
+_WEIGHTS = one_of(*WEIGHINGS) | list_of(
+    number("", lambda value: value > 0), "a list with a number above 0 for each class"
+)
+_WORDS = {
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "head_init": HEAD_INITS,
+    "sampling": SAMPLINGS,
+}
+_RATES = ("lr", "head_lr", "weight_decay", "momentum", "mixup", "cutmix", "label_smoothing")
+_ADDED_LATER = ("mixup", "cutmix", "label_smoothing", "class_weights", "sampling")
 
 
 class Recipe(BaseModel):
@@ -31,6 +53,14 @@ class Recipe(BaseModel):
         warmup_epochs: Epochs of linear warm-up, fewer than `epochs`.
         schedule: One of `SCHEDULES`: when the learning rate changes.
         head_init: One of `HEAD_INITS`.
+        mixup: Alpha of the Beta distribution from which mixup draws the share of each image in a step; 0 is
+            no mixup.
+        cutmix: The same for cutmix. If both are above 0, each step draws which of them it takes.
+        label_smoothing: Share of the target that is spread over all classes.
+        class_weights: Weights of the classes in the loss, as `torch.nn.CrossEntropyLoss` has them: "none",
+            "balanced" (images / (classes * images of the class)), or a list with a number for each class.
+        sampling: "shuffled": an epoch has each image once; "balanced": it draws as many images with
+            replacement, each class with equal probability.
 
     Raises:
         UserError: A number lies outside its range, or a word is unknown.
@@ -48,6 +78,11 @@ class Recipe(BaseModel):
     warmup_epochs: Annotated[float, _NUMBER.type]
     schedule: str = "per_step"
     head_init: str = "vpt"
+    mixup: Annotated[float, _NUMBER.type] = 0.0
+    cutmix: Annotated[float, _NUMBER.type] = 0.0
+    label_smoothing: Annotated[float, _SHARE.type] = 0.0
+    class_weights: Annotated[str | list[float], _WEIGHTS.type] = "none"
+    sampling: str = "shuffled"
 
     def __init__(self, **values: Any) -> None:
         for key in values.keys() - type(self).model_fields.keys():
@@ -58,6 +93,8 @@ class Recipe(BaseModel):
             for name in _RATES
             if type(values.get(name)) is int and is_finite(values[name])
         }
+        if isinstance(weights := values.get("class_weights"), list | tuple) and all(map(is_finite, weights)):
+            values["class_weights"] = [float(weight) for weight in weights]
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -86,3 +123,21 @@ class Recipe(BaseModel):
     def uses_sgd(self) -> bool:
         """Whether the optimiser is SGD with momentum, which `vpt_adamw` without weight decay is too."""
         return self.optimizer == "sgd" or (self.optimizer == "vpt_adamw" and not self.weight_decay)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, by mixup or cutmix."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as values for JSON, without those of later versions that have no effect.
+
+        So a run that was recorded before these settings existed is still the same run.
+        """
+        content = self.model_dump()
+        defaults = {name: type(self).model_fields[name].default for name in _ADDED_LATER}
+        return {
+            name: value
+            for name, value in content.items()
+            if name not in _ADDED_LATER or value != defaults[name]
+        }

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -22,7 +21,9 @@ from visprompt.models.contract import TokenBackbone
 from visprompt.models.feature_cache import has_own_memory, keep, on_device
 from visprompt.models.kind import Mean
 from visprompt.models.methods.inits import MAX_IMAGES, initialise
+from visprompt.models.objective import Objective, check_method
 from visprompt.models.optim import Recipe, build_optimizer
+from visprompt.models.training_images import first_of_each, plain_batches, plain_counts
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -71,6 +72,7 @@ class TuningModule(L.LightningModule):
         self.seed = seed
         classes = classifier.num_classes
         self.kind = classifier.kind
+        self._objective = Objective(recipe, self.kind, classes, seed)
         self.train_loss, self.train_score, self.val_loss, self.test_loss = Mean(), Mean(), Mean(), Mean()
         self.val_figures, self.test_figures = self.kind.figures(classes), self.kind.figures(classes)
         self.scores: dict[str, float] = {}
@@ -99,6 +101,11 @@ class TuningModule(L.LightningModule):
         self.classifier.load_tuned_state(state_dict)
         self._resumed = True
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Tell the data module which epoch comes next: workers load it before the trainer counts on."""
+        if not self._is_plain:
+            self._datamodule.first_epoch = int(checkpoint["epoch"]) + 1  # written at the end of an epoch
+
     def configure_optimizers(self) -> Any:
         """Return the recipe's optimiser with its schedule, stepped after every optimiser step."""
         if self._is_plain:
@@ -118,14 +125,35 @@ class TuningModule(L.LightningModule):
         """
         self._check_batch_norm()
         self._check_comparison()
+        check_method(self.recipe, type(self.classifier.method))
         datamodule = self._datamodule
+        self._weigh()
         # `_resumed`, because Lightning restores the modules before this hook, but the step only after it
         if self.classifier.method.needs_images and not self._resumed:
             self._initialise()
         if not self._is_plain and not datamodule.augments:
-            datamodule.train_dataset = self._cached(datamodule.train_dataset)
-            if datamodule.split == "tune":
+            datamodule.train_dataset = self._cached(datamodule.train_dataset, self.recipe.mixes)
+            if datamodule.validates:
                 datamodule.val_dataset = self._cached(datamodule.val_dataset)
+
+    def _weigh(self) -> None:
+        """Set the class weights, and tell the data module how images are drawn and weighed."""
+        balances, plain = self.recipe.class_weights == "balanced", self._is_plain
+        if plain and self.recipe.sampling != "shuffled":
+            raise UserError(
+                "recipe.sampling=balanced is for the data modules of this project: give the loader a "
+                "torch.utils.data.WeightedRandomSampler"
+            )
+        if plain and balances:
+            self._objective.balance(plain_counts(self.trainer, self.kind, self.classifier.num_classes))
+        if plain:
+            return
+        datamodule, labels = self._datamodule, self._datamodule.train_dataset.labels
+        if balances:
+            self._objective.balance(self.kind.counts(labels, self.classifier.num_classes))
+        weights = self._objective.image_weights(labels)
+        datamodule.loss_weights = None if weights is None else weights.double().numpy()
+        datamodule.balanced, datamodule.pairs = self.recipe.sampling == "balanced", self.recipe.mixes
 
     def _initialise(self) -> None:
         """Compute the method's initial values from training images, the same on every rank."""
@@ -195,15 +223,20 @@ class TuningModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the losses, whose weights make it the mean over the global batch."""
-        batch = self._as_batch(batch)
+        step = batch_idx // self.trainer.accumulate_grad_batches if self.recipe.mixes else 0
+        paired = self.recipe.mixes and not self._is_plain
+        batch, partners, mix = self._objective.mixed(
+            self._as_batch(batch), self.current_epoch, step, paired
+        )
         logits = self(batch.images).float()
-        losses = self.classifier.losses(logits, batch.labels, batch.weights)
+        task_loss = self._objective.loss(logits, batch, partners, mix)
+        losses = self.classifier.losses(logits, batch.labels, batch.weights, task_loss)
         loss = (losses * batch.weights).sum()
-        step = torch.where(loss.isfinite(), _NEVER, self.global_step)
-        self._bad_step = torch.minimum(self._bad_step, step)
+        bad_step = torch.where(loss.isfinite(), _NEVER, self.global_step)
+        self._bad_step = torch.minimum(self._bad_step, bad_step)
         real = (batch.weights > 0).float()
         self.train_loss.update(losses.detach(), real)
-        self.train_score.update(self.kind.correct(logits, batch.labels), real)
+        self.train_score.update(self._objective.correct(logits, batch, partners, mix), real)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -275,7 +308,9 @@ class TuningModule(L.LightningModule):
         images, labels = loaded
         weight = 1 / len(labels) if self.trainer.training else 1.0  # the loss is their mean
         weights = torch.full((len(labels),), weight, device=labels.device)
-        return Batch(images, labels, torch.arange(len(labels), device=labels.device), weights)
+        of_classes = self._objective.image_weights(labels)
+        scales = None if of_classes is None else (len(labels) / of_classes.sum()).expand(len(labels))
+        return Batch(images, labels, torch.arange(len(labels), device=labels.device), weights, scales)
 
     @property
     def _is_plain(self) -> bool:
@@ -286,15 +321,15 @@ class TuningModule(L.LightningModule):
     def _datamodule(self) -> TaskDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
 
-    def _cached(self, dataset: TicketDataset) -> TicketDataset:
+    def _cached(self, dataset: TicketDataset, mixes: bool = False) -> TicketDataset:
         """Return a data set whose images do not have to be prepared in every epoch.
 
-        It holds the outputs of frozen layers, if there are any (all of them on every rank), else the pixels
-        on a GPU. If they do not fit into memory, the data set itself is returned.
+        It holds the outputs of frozen layers, if there are any and the pixels are not mixed (all of them on
+        every rank), else the pixels on a GPU. If they do not fit into memory, the data set itself is returned.
         """
         datamodule, device = self._datamodule, self.device
         images = (datamodule.fingerprint, json.dumps(datamodule.preprocessing), *dataset.keys)
-        if not self.classifier.has_frozen_part:
+        if mixes or not self.classifier.has_frozen_part:
             if not has_own_memory(device):
                 return dataset
             return on_device(dataset, device, (datamodule.images_key, device, images))
@@ -313,27 +348,3 @@ class TuningModule(L.LightningModule):
             with self.trainer.precision_plugin.forward_context():
                 part = self.classifier.frozen(moved.images.to(self.dtype))
             yield part.float().cpu()
-
-
-def plain_batches(trainer: L.Trainer, per_class: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of a plain training loader, at most `MAX_IMAGES` images, or `per_class` of each class."""
-    trainer.fit_loop.setup_data()
-    loader = cast(Iterable[tuple[Tensor, Tensor]], trainer.train_dataloader)
-    seen: Counter[int] = Counter()
-    for images, labels in loader:
-        if per_class is None and seen.total() >= MAX_IMAGES:
-            return
-        kept = []
-        for i, label in enumerate(labels.tolist()):
-            if seen.total() < MAX_IMAGES if per_class is None else seen[label] < per_class:
-                kept.append(i)
-                seen[label] += 1
-        if kept:
-            yield images[kept], labels[kept]
-
-
-def first_of_each(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Return the first `count` rows of each class (or all, if there are fewer), in the order of `rows`."""
-    ordered = labels[rows]
-    positions = [np.flatnonzero(ordered == label)[:count] for label in np.unique(ordered)]
-    return np.asarray(rows[np.sort(np.concatenate(positions))])

@@ -43,15 +43,22 @@ def identity_of(job: Job, backbone: Backbone, datamodule: TaskDataModule) -> dic
         "task": datamodule.task,
         "data": {
             name: getattr(datamodule, name) for name in ("source", "fingerprint", "fraction", "preprocessing")
-        },
+        }
+        | _augment_record(job),
         "backbone": backbone.record(),
         "method": _method_record(dict(job.method), backbone.module.num_blocks),
-        "recipe": job.recipe.model_dump(),
+        "recipe": job.recipe.record(),
         "split": job.split,
         "seed": job.seed,
         "precision": job.precision,
         "trainer": _trainer_record(job),
     }
+
+
+def _augment_record(job: Job) -> dict[str, Any]:
+    """Return the augmentation, if there is one; a module of the user by its class and arguments."""
+    augment = job.data.get("augment", "none")
+    return {} if augment == "none" else {"augment": augment}
 
 
 def full_digest(identity: Mapping[str, Any]) -> str:

@@ -23,13 +23,17 @@ from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, LayerSyn
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from omegaconf import OmegaConf
+from torch import nn
 
 from visprompt.errors import UserError, reason, unknown
 
 PLUGINS = (ClusterEnvironment, CheckpointIO, LayerSync, Precision)
 """What `trainer.plugins` may hold."""
 # classes of objects that may be arguments of another object, such as the theme of a progress bar
-_ARGUMENTS = (*PLUGINS, Accelerator, L.Callback, Logger, Profiler, Strategy, RichProgressBarTheme, timedelta)
+_ARGUMENTS = (
+    *(*PLUGINS, Accelerator, L.Callback, Logger, Profiler, Strategy, RichProgressBarTheme, timedelta),
+    nn.Module,  # the user's augmentation, which may hold transforms
+)
 # what to do about an error of Lightning that no trainer.<key> corrects, by a part of its message
 _REMEDIES = {
     "No supported gpu backend found": "without a GPU take trainer=cpu, or trainer=ddp_sim for two processes",

@@ -37,8 +37,8 @@ from visprompt.text import Terminal, visible
 
 console = Terminal()
 _REMEDY = "copy the whole folder of the run again, and do not use it if you do not know who made it"
-# settings of the data that come from this machine's configs, not from the run
-_FROM_THIS_MACHINE = ("_target_", "data_dir", "store_dir", "download", "num_workers", "pin_memory")
+# settings of the data that come from this machine's configs, not from the run; scoring augments nothing
+_FROM_THIS_MACHINE = ("_target_", "data_dir", "store_dir", "download", "num_workers", "pin_memory", "augment")
 _MAX_BYTES = 2**22  # of a config.yaml
 _MAX_ENTRIES = 256  # of a list or mapping among the data's settings
 _MAX_DEPTH = 2  # of nested lists and mappings

@@ -13,13 +13,15 @@ from rich.table import Table
 from visprompt.errors import UserError
 from visprompt.files import temporary_folder
 from visprompt.models.kind import KINDS
+from visprompt.models.methods import method_class
+from visprompt.models.objective import check_method
 from visprompt.runs import compose, engine, environment, memory, run_folder, signals
 from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import Result, check_same_run, read_result
 from visprompt.runs.run import Run, check, prepare, run_job
 from visprompt.runs.run_folder import AtWork, is_free
 from visprompt.runs.trainer import report_together, under_agent, without_wandb
-from visprompt.runs.trainer_checks import check_callbacks, check_login
+from visprompt.runs.trainer_checks import check_callbacks, check_login, check_watched
 from visprompt.text import Terminal
 from visprompt.tuning import pruning_chain
 
@@ -98,6 +100,7 @@ def check_all(jobs: Iterable[Job]) -> None:
     for job in jobs:
         try:
             check(job)
+            check_method(job.recipe, method_class(job.method.name))
         except UserError as error:
             raise UserError(f"{job.name}: {error}") from error
         check_callbacks(job)
@@ -182,6 +185,7 @@ def _run_chain(job: Job) -> tuple[Result, Path]:
 def _run_one(job: Job) -> tuple[Result, Path]:
     """Run one job in this process or on several devices and show the result; return it and its folder."""
     run = prepare(job)
+    check_watched(job, run.datamodule)
     run_folder.tidy(run.folder)
     stored = None if job.rerun else read_result(run.folder)
     if stored:

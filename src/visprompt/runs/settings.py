@@ -110,6 +110,7 @@ _ALLOWED: dict[str, Allowed] = {
     **{f"data.{name}": PATH for name in ("data_dir", "store_dir")},
     **{f"data.{name}": PATH | NULL for name in ("root", "csv")},
     "data.name": TEXT | NULL,
+    "data.augment": TEXT | _TARGET,
     "data.csv_columns": MAPPING | NULL,
     "data.white_level": whole(1, _MOST) | NULL,
     **dict.fromkeys(("data.max_pixels", "max_pixels"), whole(1, 2**40)),

@@ -46,7 +46,7 @@ def build_trainer(job: Job, *callbacks: L.Callback) -> L.Trainer:
         plugins=plugins,
         precision=job.precision,
         max_epochs=job.recipe.epochs,
-        limit_val_batches=settings.get("limit_val_batches", 1.0) if job.split == "tune" else 0,
+        limit_val_batches=settings.get("limit_val_batches", 1.0),  # the data module turns validation off
         use_distributed_sampler=False,  # the data module's sampler divides the images over the ranks
         num_sanity_val_steps=0,  # they would draw random numbers before the first epoch
         logger=False,

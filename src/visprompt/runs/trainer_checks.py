@@ -2,11 +2,13 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import lightning.pytorch as L
 
+from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, in_one_line
 from visprompt.runs import engine
 from visprompt.runs.job import Job
@@ -69,25 +71,47 @@ def check_login(job: Job) -> None:
 
 
 def check_callbacks(job: Job) -> None:
-    """Refuse a callback of Lightning that would find nothing to read.
+    """Refuse a callback of Lightning that would find nothing to read, before the data are opened.
 
     Raises:
-        UserError: Early stopping watches a validation figure in a run without validation, or a
-            `LearningRateMonitor` has no logger.
+        UserError: Early stopping watches a validation figure in a run that trains on the validation images,
+            or a `LearningRateMonitor` has no logger.
     """
     for name, config in (job.callbacks or {}).items():
         target = "" if config is None else str(config.get("_target_")).rpartition(".")[2]
-        monitor = str(config.get("monitor")) if target == "EarlyStopping" else ""
-        if monitor.startswith("val/") and job.split != "tune":
+        # VTAB-1k and the demo have no `data.final`: their final runs train on all 1,000 images
+        if job.split == "final" and job.data.get("final") != "train" and _watched(config):
+            instead = "data.final=train" if "final" in job.data else "split=tune"
             raise UserError(
-                f"callbacks.{name} watches {monitor}, but split={job.split} scores no validation images: "
-                "give split=tune"
+                f"callbacks.{name} watches {_watched(config)}, but this run trains on the validation images: "
+                f"give {instead}"
             )
         if target == "LearningRateMonitor" and not job.logger:
             raise UserError(
                 f"callbacks.{name} needs a logger: give logger=tensorboard or logger=wandb; metrics.csv has "
                 "the learning rate of each epoch without it"
             )
+
+
+def check_watched(job: Job, datamodule: TaskDataModule) -> None:
+    """Refuse early stopping by a validation figure if the data have no validation images.
+
+    Raises:
+        UserError: There are none.
+    """
+    for name, config in (job.callbacks or {}).items():
+        if (watched := _watched(config)) and not datamodule.validates:
+            raise UserError(
+                f"callbacks.{name} watches {watched}, but {datamodule.task} has no val images: add them, or "
+                "leave the callback out"
+            )
+
+
+def _watched(config: Mapping[str, Any] | None) -> str:
+    """Return the validation figure that a callback's config makes early stopping watch, or ""."""
+    stops = config is not None and str(config.get("_target_")).rpartition(".")[2] == "EarlyStopping"
+    monitor = str(config.get("monitor")) if config is not None and stops else ""
+    return monitor if monitor.startswith("val/") else ""
 
 
 @lru_cache

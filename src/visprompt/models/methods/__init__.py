@@ -125,8 +125,7 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
             site that the method needs.
     """
     check_options(name, options)
-    factory = METHODS[name]
-    cls = factory.func if isinstance(factory, partial) else factory
+    factory, cls = METHODS[name], method_class(name)
     missing: frozenset[str] = getattr(cls, "sites", frozenset()) - backbone.sites
     if missing:
         raise UserError(
@@ -137,6 +136,13 @@ def build_method(name: str, backbone: Geometry, **options: Any) -> Method:
         return factory(backbone, **options)
     except TypeError as error:
         raise UserError(f"method {name} has an option of the wrong kind: correct method.<key>=...") from error
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class of a method of `METHODS`."""
+    factory: Any = METHODS[name]
+    cls: type[Method] = factory.func if isinstance(factory, partial) else factory
+    return cls
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
@@ -182,6 +188,7 @@ __all__ = [
     "build_method",
     "check_options",
     "hashed_file",
+    "method_class",
     "option_kinds",
     "recorded_options",
 ]

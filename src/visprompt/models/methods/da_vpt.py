@@ -94,6 +94,7 @@ class DAVPT(Method):
 
     sites: ClassVar[frozenset[str]] = frozenset({"tokens", "modules", "stream", "weights"})
     compares_images: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
     images_per_class: ClassVar[int | None] = 10
     undecayed: ClassVar[frozenset[str]] = frozenset({"value_bias"})
 

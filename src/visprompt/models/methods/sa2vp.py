@@ -75,6 +75,7 @@ class SA2VP(Method):
     places: ClassVar[frozenset[Place]] = frozenset({Place.AFTER})
     tokenwise: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    reads_labels: ClassVar[bool] = True
     fixed_size: bool = True
 
     near: Tensor

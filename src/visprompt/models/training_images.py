@@ -1,0 +1,47 @@
+"""Choose and count training images before training: for initial values, and for class weights."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from visprompt.models.kind import TaskKind
+from visprompt.models.methods.inits import MAX_IMAGES
+
+
+def plain_batches(trainer: L.Trainer, per_class: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of a plain training loader, at most `MAX_IMAGES` images, or `per_class` of each class."""
+    trainer.fit_loop.setup_data()
+    loader = cast(Iterable[tuple[Tensor, Tensor]], trainer.train_dataloader)
+    seen: Counter[int] = Counter()
+    for images, labels in loader:
+        if per_class is None and seen.total() >= MAX_IMAGES:
+            return
+        kept = []
+        for i, label in enumerate(labels.tolist()):
+            if seen.total() < MAX_IMAGES if per_class is None else seen[label] < per_class:
+                kept.append(i)
+                seen[label] += 1
+        if kept:
+            yield images[kept], labels[kept]
+
+
+def plain_counts(trainer: L.Trainer, kind: TaskKind, classes: int) -> Tensor:
+    """Return the number of images of each class in one pass over a plain training loader, on all ranks."""
+    trainer.fit_loop.setup_data()
+    counts = torch.zeros(classes, dtype=torch.int64, device=trainer.strategy.root_device)
+    with torch.random.fork_rng(devices=[]):  # the order of the first epoch stays as it would have been
+        for _, labels in cast(Iterable[tuple[Tensor, Tensor]], trainer.train_dataloader):
+            counts += kind.counts(labels, classes).to(counts.device)
+    return torch.as_tensor(trainer.strategy.reduce(counts, reduce_op="sum")).cpu()
+
+
+def first_of_each(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """Return the first `count` rows of each class (or all, if there are fewer), in the order of `rows`."""
+    ordered = labels[rows]
+    positions = [np.flatnonzero(ordered == label)[:count] for label in np.unique(ordered)]
+    return np.asarray(rows[np.sort(np.concatenate(positions))])

@@ -1,0 +1,121 @@
+"""Runs on own images: augmented, scored on val after each epoch, and ended early."""
+
+import csv
+
+import pytest
+
+from helpers.cli import call, equal, frozen, tensors, tiny, tiny_run
+from helpers.miniatures import write_folder
+from visprompt.errors import UserError
+from visprompt.models.tuning_module import TuningModule
+from visprompt.runs import run, run_all
+from visprompt.runs.result import read_result
+
+pytestmark = frozen
+RESIZED = "{_target_: torchvision.transforms.v2.RandomErasing, p: 1.0}"
+
+
+@pytest.fixture
+def pets(tmp_path):
+    return write_folder(tmp_path / "pets", per_class=10)
+
+
+def words(folder, root, *more):
+    return (
+        *("data=folder", f"data.root={root}", f"paths.data_dir={folder / 'data'}", "recipe.batch_size=4"),
+        *("recipe.epochs=2", *more),
+    )
+
+
+def own_run(logs, root, *more):
+    return tiny_run(logs, *words(root.parent, root, *more))
+
+
+def curve(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("augment", ["randaugment", RESIZED])
+def test_an_augmented_and_mixed_run_that_died_goes_on_to_the_same_bits(tmp_path, pets, augment, monkeypatch):
+    given = (f"data.augment={augment}", "recipe.cutmix=1", "recipe.mixup=1", "recipe.sampling=balanced")
+    one, half = (own_run(tmp_path / name, pets, *given) for name in ("one", "half"))
+    result, original = run.run_job(one), TuningModule.training_step
+
+    def step(module, batch, index):
+        if (module.current_epoch, index) == (1, 2):
+            raise ZeroDivisionError
+        return original(module, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TuningModule, "training_step", step)
+        with pytest.raises(ZeroDivisionError):
+            run.run_job(half)
+    resumed = run.run_job(own_run(tmp_path / "half", pets, *given, "data.num_workers=1"))
+    assert equal(tensors(one.folder), tensors(half.folder))
+    assert resumed.metrics == result.metrics
+    assert curve(one.folder) == curve(half.folder)
+
+
+def test_an_augmentation_is_part_of_the_run_and_its_default_is_not(tmp_path, pets):
+    plain, none, light, mine, other = (
+        own_run(tmp_path, pets, *(f"data.augment={value}" for value in given))
+        for given in ((), ("none",), ("light",), (RESIZED,), (RESIZED.replace("1.0", "0.5"),))
+    )
+    assert plain.folder == none.folder
+    assert len({one.folder for one in (plain, light, mine, other)}) == 4
+    assert "augment" not in plain.identity["data"]
+    assert light.identity["data"]["augment"] == "light"
+    result = run.run_job(light)
+    assert result.data["augment"] == "light"
+    assert read_result(light.folder) == result
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        ("ligth", "unknown data.augment 'ligth': did you mean light"),
+        ("{_target_: torch.optim.SGD}", "data.augment._target_=torch.optim.SGD is not a class that belongs there"),
+        ("1", "data.augment=1 does not fit: give text or a mapping with _target_"),
+    ],
+)
+def test_an_augmentation_that_there_is_not_is_refused(tmp_path, pets, augment, message):
+    with pytest.raises(UserError, match=message):
+        own_run(tmp_path, pets, f"data.augment={augment}")
+
+
+def test_a_final_run_scores_val_after_each_epoch_where_it_does_not_train_on_it(tmp_path, pets, monkeypatch):
+    one = own_run(tmp_path / "1", pets)
+    result = run.run_job(one)
+    rows = curve(one.folder)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert all(0 <= float(row["val/acc"]) <= 1 and float(row["val/loss"]) > 0 for row in rows)
+    assert (result.metrics["val/count"], result.metrics["test/count"]) == (2, 2)
+    assert result.score == result.metrics["test/acc"]
+    both = own_run(tmp_path / "2", pets, "data.final=train+val")
+    assert not any(name.startswith("val/") for name in run.run_job(both).metrics)
+    without = own_run(tmp_path / "3", pets)
+    monkeypatch.setattr(type(without.datamodule), "validates", False)
+    alone = run.run_job(without)
+    assert equal(tensors(without.folder), tensors(one.folder)), "scoring val changes nothing"
+    assert {name: value for name, value in result.metrics.items() if not name.startswith("val/")} == alone.metrics
+
+
+def test_early_stopping_without_val_images_is_refused(tmp_path):
+    root = write_folder(tmp_path / "shades", ("dark", "light"), 4, splits=("train", "test"))
+    job = own_run(tmp_path, root, "callbacks=[none,early_stopping]").job
+    (outcome,) = run_all.run_all([job])
+    assert outcome.reason == (
+        "callbacks.early_stopping watches val/acc, but shades has no val images: add them, or leave the callback "
+        "out"
+    )
+
+
+@pytest.mark.slow
+def test_early_stopping_ends_a_final_run_and_the_test_score_is_that_of_its_last_epoch(tmp_path, pets):
+    stops = ("callbacks=[none,early_stopping]", "callbacks.early_stopping.patience=1", "recipe.lr=0.0")
+    done = call("train", *tiny(tmp_path / "logs", *words(tmp_path, pets, *stops, "recipe.epochs=9")))
+    assert done.returncode == 0, done.stderr
+    (folder,) = (path.parent for path in (tmp_path / "logs").rglob("result.json"))
+    assert len(curve(folder)) == 2, "the first, and one that is no better"
+    assert read_result(folder).metrics["test/count"] == 2
