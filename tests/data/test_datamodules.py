@@ -124,7 +124,9 @@ def test_splits_of_own_images(tmp_path, pets):
     more = own(tmp_path, pets, final="train+val")
     assert [len(data.train_dataset) for data in (tune, final, more)] == [16, 16, 18]
     assert len(tune.val_dataset) == 2
-    assert final.val_dataloader() == []
+    assert len(final.val_dataset) == 2
+    assert [data.validates for data in (tune, final, more)] == [True, True, False]
+    assert more.val_dataloader() == []
     assert (final.source, more.source) == ("folder", "folder:train+val")
     with pytest.raises(UserError, match=r"split=tune has no test set \(it scores val\)"):
         tune.test_dataloader()

@@ -101,7 +101,13 @@ def test_the_epoch_is_read_when_an_iteration_starts():
 @settings(max_examples=60, deadline=None)
 def test_pairs_have_each_images_predecessor_in_the_global_batch(num_rows, world, accumulate, multiple, seed):
     size = world * accumulate * multiple
-    given = {"num_rows": num_rows, "batch_size": size, "accumulate": accumulate, "seed": seed, "training": True}
+    given = {
+        "num_rows": num_rows,
+        "batch_size": size,
+        "accumulate": accumulate,
+        "seed": seed,
+        "training": True,
+    }
     plain = ranks(world, **given)
     paired = ranks(world, **given, pairs=True)
     order = np.random.default_rng([seed, 0]).permutation(num_rows).tolist()
@@ -137,10 +143,18 @@ def test_scales_make_the_sum_a_weighted_mean_over_the_global_batch(
 
 def test_balanced_draws_are_with_replacement_the_same_on_any_number_of_ranks_and_count_repetitions():
     labels = np.array([0] * 90 + [1] * 9 + [2])
-    given = {"num_rows": 100, "batch_size": 20, "seed": 3, "training": True, "probabilities": balanced(labels)}
+    given = {
+        "num_rows": 100,
+        "batch_size": 20,
+        "seed": 3,
+        "training": True,
+        "probabilities": balanced(labels),
+    }
     one = [ticket for batch in GlobalBatches(**given) for ticket in batch]
     halves = [list(own) for own in ranks(2, **given)]
-    two = [ticket._replace(weight=0.05) for batches in zip(*halves, strict=True) for b in batches for ticket in b]
+    two = [
+        ticket._replace(weight=0.05) for batches in zip(*halves, strict=True) for b in batches for ticket in b
+    ]
     assert [ticket._replace(weight=0.05) for ticket in one] == two
     assert len(one) == 100
     by_class = Counter(labels[ticket.row] for ticket in one)

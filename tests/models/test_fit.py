@@ -121,7 +121,9 @@ def test_counting_the_classes_leaves_the_order_of_a_shuffling_loader():
 
 
 def test_balanced_sampling_is_the_loaders():
-    with pytest.raises(UserError, match=r"^recipe.sampling=balanced is for .*: give the loader a torch\.utils"):
+    with pytest.raises(
+        UserError, match=r"^recipe.sampling=balanced is for .*: give the loader a torch\.utils"
+    ):
         fitted(built(), loader(), sampling="balanced")
 
 

@@ -38,7 +38,9 @@ def noise(*shape, seed=0):
 
 def loaded(count=8, seed=0):
     labels = torch.arange(count) * 3 % CLASSES
-    return Batch(noise(count, 3, 10, 14, seed=seed), labels, torch.arange(count), torch.full((count,), 1 / count))
+    return Batch(
+        noise(count, 3, 10, 14, seed=seed), labels, torch.arange(count), torch.full((count,), 1 / count)
+    )
 
 
 def of_torchvision(batch, mix):
@@ -72,7 +74,9 @@ def test_the_box_of_cutmix_is_torchvisions(monkeypatch):
         draw = SimpleNamespace(beta=lambda a, b, share=share: share, integers=lambda most, n=numbers: next(n))
         mine = draw_mix(recipe(cutmix=1.0), draw, 10, 14)
         transform, others = v2.CutMix(num_classes=CLASSES), iter([x, y])
-        transform._dist = SimpleNamespace(sample=lambda _, share=share: torch.tensor(share, dtype=torch.float64))
+        transform._dist = SimpleNamespace(
+            sample=lambda _, share=share: torch.tensor(share, dtype=torch.float64)
+        )
         monkeypatch.setattr(torch, "randint", lambda *_, size, n=others: torch.tensor([next(n)]))
         params = transform.make_params([loaded().images])
         monkeypatch.undo()
@@ -161,7 +165,9 @@ def test_balanced_weights_are_those_of_scikit_learn():
 
 
 def test_a_wrong_number_of_weights_is_refused():
-    with pytest.raises(UserError, match=r"^recipe.class_weights has 2 numbers, and there are 5 classes: give one "):
+    with pytest.raises(
+        UserError, match=r"^recipe.class_weights has 2 numbers, and there are 5 classes: give one "
+    ):
         objective(class_weights=[1, 2])
 
 
@@ -172,8 +178,14 @@ def test_a_wrong_number_of_weights_is_refused():
         ({"cutmix": "yes"}, "recipe.cutmix=yes does not fit: give a finite number, 0 or above"),
         ({"label_smoothing": 1}, "recipe.label_smoothing=1.0 does not fit: give a number from 0 to below 1"),
         ({"sampling": "even"}, "unknown recipe.sampling 'even'"),
-        ({"class_weights": [1, 0]}, r"give one of none, balanced or a list with a number above 0 for each class"),
-        ({"class_weights": "equal"}, r"give one of none, balanced or a list with a number above 0 for each class"),
+        (
+            {"class_weights": [1, 0]},
+            r"give one of none, balanced or a list with a number above 0 for each class",
+        ),
+        (
+            {"class_weights": "equal"},
+            r"give one of none, balanced or a list with a number above 0 for each class",
+        ),
     ],
 )
 def test_a_setting_that_does_not_fit_is_refused(setting, message):
@@ -185,7 +197,10 @@ def test_settings_at_their_defaults_are_left_out_of_the_record():
     plain = recipe().record()
     assert plain.keys() == {*BASE, "head_lr", "momentum", "schedule", "head_init"}
     assert recipe(mixup=0, class_weights="none", sampling="shuffled").record() == plain
-    assert recipe(mixup=1, class_weights=[1, 2]).record() == plain | {"mixup": 1.0, "class_weights": [1.0, 2.0]}
+    assert recipe(mixup=1, class_weights=[1, 2]).record() == plain | {
+        "mixup": 1.0,
+        "class_weights": [1.0, 2.0],
+    }
     assert Recipe(**recipe(cutmix=1).record()) == recipe(cutmix=1)
 
 
@@ -195,7 +210,9 @@ def test_a_loss_that_reads_labels_takes_no_recipe_that_changes_how_they_count():
     for changed in ({"mixup": 0.2}, {"cutmix": 1}, {"label_smoothing": 0.1}, {"class_weights": "balanced"}):
         (name,) = changed
         check_method(recipe(**changed), method_class("vpt_deep"))
-        with pytest.raises(UserError, match=rf"^this method's loss reads the classes .* not follow recipe.{name}="):
+        with pytest.raises(
+            UserError, match=rf"^this method's loss reads the classes .* not follow recipe.{name}="
+        ):
             check_method(recipe(**changed), method_class("da_vpt"))
     check_method(recipe(sampling="balanced"), method_class("da_vpt"))
 

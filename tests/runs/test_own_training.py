@@ -75,7 +75,10 @@ def test_an_augmentation_is_part_of_the_run_and_its_default_is_not(tmp_path, pet
     ("augment", "message"),
     [
         ("ligth", "unknown data.augment 'ligth': did you mean light"),
-        ("{_target_: torch.optim.SGD}", "data.augment._target_=torch.optim.SGD is not a class that belongs there"),
+        (
+            "{_target_: torch.optim.SGD}",
+            "data.augment._target_=torch.optim.SGD is not a class that belongs there",
+        ),
         ("1", "data.augment=1 does not fit: give text or a mapping with _target_"),
     ],
 )
@@ -98,7 +101,9 @@ def test_a_final_run_scores_val_after_each_epoch_where_it_does_not_train_on_it(t
     monkeypatch.setattr(type(without.datamodule), "validates", False)
     alone = run.run_job(without)
     assert equal(tensors(without.folder), tensors(one.folder)), "scoring val changes nothing"
-    assert {name: value for name, value in result.metrics.items() if not name.startswith("val/")} == alone.metrics
+    assert {
+        name: value for name, value in result.metrics.items() if not name.startswith("val/")
+    } == alone.metrics
 
 
 def test_early_stopping_without_val_images_is_refused(tmp_path):

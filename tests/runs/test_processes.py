@@ -67,7 +67,12 @@ def test_two_ranks_reach_the_result_of_one_process(tmp_path):
 def test_two_ranks_mix_draw_and_weigh_as_one_process_does(tmp_path):
     words = (
         *("data=demo/digits", "recipe.mixup=0.5", "recipe.cutmix=0.5", "recipe.class_weights=balanced"),
-        *("recipe.sampling=balanced", "recipe.label_smoothing=0.1", "recipe.batch_size=96", "method.dropout=0"),
+        *(
+            "recipe.sampling=balanced",
+            "recipe.label_smoothing=0.1",
+            "recipe.batch_size=96",
+            "method.dropout=0",
+        ),
         *("recipe.optimizer=sgd", "recipe.lr=0.2"),
     )
     done = call("train", *ddp(tmp_path / "two", *words))

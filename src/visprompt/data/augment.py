@@ -5,8 +5,8 @@
   resized; brightness, contrast and saturation are each multiplied by a factor from 0.8 to 1.2.
 - "randaugment": the crop of "light", then RandAugment (Cubuk et al., arXiv:1909.13719) with two random
   operations of magnitude 9.
-- A module of the user: the crop of "none", then the module, which gets an image as uint8 [c, h, w] and returns
-  one of the same shape.
+- A module of the user: the crop of "none", then the module, which gets an image as uint8 [c, h, w] and
+  returns one of the same shape.
 
 Flips have the probability `data.flip` under each of them, and `data.crop=false` takes the middle.
 """
@@ -100,13 +100,14 @@ def _seeded(seed: int) -> Iterator[None]:
 
     The generators of GPUs stay as they are; `torch.manual_seed` would seed them too.
     """
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    # a module of the user may draw from numpy's global generator
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_state(states[2])
+        np.random.set_state(states[2])  # noqa: NPY002

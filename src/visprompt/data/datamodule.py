@@ -14,7 +14,14 @@ from torch.utils.data import DataLoader
 from visprompt.data import augment as augmenting
 from visprompt.data.augment import Augmentation
 from visprompt.data.catalog import TASKS
-from visprompt.data.datasets import AugmentedDataset, Batch, DeviceDataset, RaggedDataset, TicketDataset, as_is
+from visprompt.data.datasets import (
+    AugmentedDataset,
+    Batch,
+    DeviceDataset,
+    RaggedDataset,
+    TicketDataset,
+    as_is,
+)
 from visprompt.data.sampler import GlobalBatches
 from visprompt.data.splits import share
 from visprompt.data.transforms import check_resizing, mean_and_std, normalise
@@ -36,8 +43,8 @@ class TaskDataModule(L.LightningDataModule, ABC):
     """The data of one task under one split; subclasses open the images, this class builds data loaders.
 
     `split=tune` trains on the training set and scores the validation set; it has no test loader.
-    `split=final` scores the test set. Where its training set leaves the validation set out, that is scored too,
-    after every epoch.
+    `split=final` scores the test set. Where its training set leaves the validation set out, that is scored
+    too, after every epoch.
 
     Attributes:
         task: Id of the task.

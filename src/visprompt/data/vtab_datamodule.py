@@ -49,8 +49,8 @@ class VTABDataModule(TaskDataModule):
         named = isinstance(feeding.get("augment"), str)  # a module of the user may fit the labels
         if self.augments and named and TASKS[self.task].group == "structured":
             raise UserError(
-                f"data.augment does not suit {self.task}, whose labels are places, sizes or numbers of things "
-                "in the image, which augmentation changes: leave it out"
+                f"data.augment does not suit {self.task}, whose labels are places, directions or numbers of "
+                "things in the image, which augmentation changes: leave it out"
             )
         self.source = source
         self.plan = Plan(

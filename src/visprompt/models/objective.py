@@ -1,11 +1,11 @@
 """What training minimises of the task: label smoothing, class weights, and images that are mixed.
 
 Mixup (Zhang et al., arXiv:1710.09412) and cutmix (Yun et al., arXiv:1905.04899) combine each image with its
-predecessor in the global batch, the first with the last, as torchvision does. One draw is made for a step, from
-(seed, epoch, step): it depends neither on devices nor on whether a run was resumed.
+predecessor in the global batch, the first with the last, as torchvision does. One draw is made for a step,
+from (seed, epoch, step): it depends neither on devices nor on whether a run was resumed.
 
-The loss of a mixed image is the mean of the losses of both labels, weighted by the images' shares. A loss that
-is linear in its target, as cross-entropy, is the same for the mixed target.
+The loss of a mixed image is the mean of the losses of both labels, weighted by the images' shares. For a loss
+that is linear in its target, such as cross-entropy, that is the loss of the mixed target.
 """
 
 from dataclasses import dataclass
@@ -85,8 +85,8 @@ class Objective:
         if isinstance(given, list):
             if len(given) != num_classes:
                 raise UserError(
-                    f"recipe.class_weights has {len(given)} numbers, and there are {num_classes} classes: give "
-                    "one for each class, in the order of their names"
+                    f"recipe.class_weights has {len(given)} numbers, and there are {num_classes} classes: "
+                    "give one for each class, in the order of their names"
                 )
             self.class_weights = torch.tensor(given)
 

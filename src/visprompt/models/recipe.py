@@ -35,7 +35,8 @@ _WORDS = {
     "sampling": SAMPLINGS,
 }
 _RATES = ("lr", "head_lr", "weight_decay", "momentum", "mixup", "cutmix", "label_smoothing")
-_ADDED_LATER = ("mixup", "cutmix", "label_smoothing", "class_weights", "sampling")
+ADDED_LATER = ("mixup", "cutmix", "label_smoothing", "class_weights", "sampling")
+"""Settings that records of older versions lack, and that `Recipe.record` leaves out at their defaults."""
 
 
 class Recipe(BaseModel):
@@ -135,9 +136,9 @@ class Recipe(BaseModel):
         So a run that was recorded before these settings existed is still the same run.
         """
         content = self.model_dump()
-        defaults = {name: type(self).model_fields[name].default for name in _ADDED_LATER}
+        defaults = {name: type(self).model_fields[name].default for name in ADDED_LATER}
         return {
             name: value
             for name, value in content.items()
-            if name not in _ADDED_LATER or value != defaults[name]
+            if name not in ADDED_LATER or value != defaults[name]
         }

@@ -225,9 +225,7 @@ class TuningModule(L.LightningModule):
         """Return the weighted sum of the losses, whose weights make it the mean over the global batch."""
         step = batch_idx // self.trainer.accumulate_grad_batches if self.recipe.mixes else 0
         paired = self.recipe.mixes and not self._is_plain
-        batch, partners, mix = self._objective.mixed(
-            self._as_batch(batch), self.current_epoch, step, paired
-        )
+        batch, partners, mix = self._objective.mixed(self._as_batch(batch), self.current_epoch, step, paired)
         logits = self(batch.images).float()
         task_loss = self._objective.loss(logits, batch, partners, mix)
         losses = self.classifier.losses(logits, batch.labels, batch.weights, task_loss)
@@ -324,8 +322,8 @@ class TuningModule(L.LightningModule):
     def _cached(self, dataset: TicketDataset, mixes: bool = False) -> TicketDataset:
         """Return a data set whose images do not have to be prepared in every epoch.
 
-        It holds the outputs of frozen layers, if there are any and the pixels are not mixed (all of them on
-        every rank), else the pixels on a GPU. If they do not fit into memory, the data set itself is returned.
+        It holds the outputs of frozen layers, if there are any and no pixels are mixed (all of them on every
+        rank), else the pixels on a GPU. If they do not fit into memory, the data set itself is returned.
         """
         datamodule, device = self._datamodule, self.device
         images = (datamodule.fingerprint, json.dumps(datamodule.preprocessing), *dataset.keys)

@@ -1,4 +1,4 @@
-"""Close-ups of some runs, which need the model: confusion matrix, t-SNE, attention and latency."""
+"""Close-ups of some runs: learning curve, confusion matrix, t-SNE, attention and latency."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from visprompt.errors import UserError
-from visprompt.reports import inspection
+from visprompt.reports import curves, inspection
 from visprompt.reports.charts import file_name
 from visprompt.reports.figures import MARKERS, WIDTH, Plot, Theme, plain
 from visprompt.reports.inspection import Latency, Opened
@@ -98,6 +98,7 @@ def look(
             continue
         name = names.get(folder.resolve(), f"{opened.result.method['name']} {folder.name}")
         name = f"{name}, {opened.result.task}, seed {opened.result.seed}"
+        plots += curves.plots(opened.folder, opened.result, name)
         plots += attempt("confusion matrix", _confusion, opened, name)
         plots += attempt("t-SNE", _maps, opened, name, placed)
         plots += attempt("attention", _attention, opened, name)

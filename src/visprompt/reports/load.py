@@ -21,6 +21,7 @@ import pandas as pd
 
 from visprompt.errors import UserError
 from visprompt.reports.settings import (
+    ADDED_LATER,
     FIXED_COLUMNS,
     UNRECORDED,
     before_the_choice,
@@ -214,7 +215,10 @@ def _is_setting(column: str) -> bool:
 
 def _frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     keys = sorted({key for record in records for key in record if _is_setting(key)} | FIXED_COLUMNS)
-    cells = [[record.get(column, UNRECORDED) for column in (*_FACTS, *keys)] for record in records]
+    cells = [
+        [record.get(column, ADDED_LATER.get(column, UNRECORDED)) for column in (*_FACTS, *keys)]
+        for record in records
+    ]
     return pd.DataFrame(cells, columns=pd.Index([*_FACTS, *keys], dtype=object), dtype=object)
 
 

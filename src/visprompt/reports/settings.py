@@ -6,7 +6,9 @@ from functools import cache
 from typing import Any
 
 from visprompt.data.catalog import TASKS
+from visprompt.models import recipe
 from visprompt.models.methods import METHODS
+from visprompt.models.recipe import Recipe
 from visprompt.runs.recipe_rows import row_options
 from visprompt.runs.result import Result
 
@@ -20,13 +22,17 @@ FIXED_COLUMNS = frozenset(
     {"method.num_tokens", "method.depth", *TRAINING}
     | {f"data.{name}" for name in ("source", "form", "fraction", "fingerprint", "preprocessing.size")}
 )
+# settings of later versions: a record without one is of a run that had this value
+ADDED_LATER = {"data.augment": "none"} | {
+    f"recipe.{name}": str(Recipe.model_fields[name].default) for name in recipe.ADDED_LATER
+}
 # facts of a task's images, and what follows from the method: may differ between tasks, not within one
 _OF_TASK = frozenset(
     {"data.fingerprint", "data.sizes", "data.preprocessing.decode", "data.preprocessing.native"}
     | {"backbone.carried_blocks"}
 )
 # the same for all tasks of a family: VTAB-1k squashes images, fine-grained tasks crop them
-_OF_FAMILY = frozenset({"data.source", "data.form"}) | {
+_OF_FAMILY = frozenset({"data.source", "data.form", "data.augment"}) | {
     f"data.preprocessing.{name}" for name in ("resize", "short_side", "crop", "flip", "resampling")
 }
 _OF_A_SEED = frozenset({"token_mask", "segment_mask", "initial"})  # each seed prunes separately

@@ -15,7 +15,7 @@ from visprompt.files import temporary_folder
 from visprompt.models.kind import KINDS
 from visprompt.models.methods import method_class
 from visprompt.models.objective import check_method
-from visprompt.runs import compose, engine, environment, memory, run_folder, signals
+from visprompt.runs import compose, engine, environment, memory, other_lengths, run_folder, signals
 from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import Result, check_same_run, read_result
 from visprompt.runs.run import Run, check, prepare, run_job
@@ -192,6 +192,8 @@ def _run_one(job: Job) -> tuple[Result, Path]:
         check_same_run(stored, run.identity, run.folder)
     devices = local_devices(job.trainer)
     elsewhere = engine.started_elsewhere()
+    if stored is None and not (run.folder / run_folder.RESUME).exists() and _is_first():
+        _say_other_lengths(run)
     if not elsewhere:
         engine.check_alone(job.trainer.get("plugins") or (), devices, job.trainer.num_nodes)
     if elsewhere:
@@ -247,6 +249,16 @@ def local_devices(trainer: Trainer) -> int:
         raise UserError(
             f"trainer.devices={devices} is not a number: give one, auto, or a list such as [0,1]"
         ) from None
+
+
+def _say_other_lengths(run: Run) -> None:
+    """Say why a run starts from the beginning although one of another length is finished."""
+    for epochs, folder in other_lengths.finished(run.folder, run.identity)[-1:]:
+        console.print(
+            f"the finished run of {epochs} epochs in {folder} is not continued: its learning rate was "
+            f"scheduled for {epochs} epochs, so this run of {run.job.recipe.epochs} epochs starts from the beginning",
+            soft_wrap=True,
+        )
 
 
 def _say_skipped(stored: Result, job: Job) -> None:

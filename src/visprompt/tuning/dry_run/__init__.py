@@ -254,7 +254,7 @@ class DryRun:
         # the number of classes is not in the key, because the head takes almost no time
         facts, key = self.needs.facts(job), json.dumps(self._shape(job))
         if key not in self.paces:
-            augments = facts.datamodule.augments
+            augments = facts.datamodule.augments or job.recipe.mixes
             self.paces[key] = measure_pace(job, facts.backbone, facts.classes, _devices(job), augments)
         return self.paces[key]
 
