@@ -7,15 +7,16 @@ import torch
 
 from helpers.cli import frozen as frozen_backbone
 from helpers.cli import tiny_run
+from helpers.tiny import tiny_classifier
 from helpers.wide import slow
 from visprompt.data.datasets import ArrayDataset, DeviceDataset, Ticket
 from visprompt.errors import UserError
 from visprompt.models import feature_cache
 from visprompt.models.classifier import Classifier
 from visprompt.models.feature_cache import keep
+from visprompt.models.fit_checks import check_batch_norm
 from visprompt.models.methods import inits
 from visprompt.models.tuned_state import load_state
-from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import run
 
 pytestmark = frozen_backbone
@@ -177,13 +178,22 @@ def test_trained_batch_norm_is_refused_under_accumulation(tmp_path):
         run.run_job(tiny_run(tmp_path, *options))
 
 
-def test_trained_batch_norm_is_refused_on_several_cpu_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning.pytorch.Trainer.world_size", 2)
-    one = tiny_run(tmp_path, "method=mlp", "recipe.epochs=1", "recipe.warmup_epochs=0", "trainer.devices=2")
-    module = TuningModule(run.build_classifier(one.job, one.backbone, 10), one.job.recipe, 0)
-    module.trainer = run.build_trainer(one.job)
-    with pytest.raises(UserError, match="cannot be synchronised over CPU processes: set trainer"):
-        module._check_batch_norm()
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"on_cpu": True, "short": 0}, "cannot be synchronised over CPU processes: set trainer.devices=1"),
+        (
+            {"on_cpu": False, "short": 1},
+            "the last batch of 1 images is too short for 2 devices: change recipe.",
+        ),
+    ],
+)
+def test_trained_batch_norm_is_refused_on_several_processes(where, message):
+    classifier = tiny_classifier("mlp")
+    with pytest.raises(UserError, match=message):
+        check_batch_norm(classifier, accumulated=1, processes=2, **where)
+    check_batch_norm(tiny_classifier("linear"), accumulated=1, processes=2, **where)
+    check_batch_norm(classifier, accumulated=1, processes=2, on_cpu=False, short=2)
 
 
 @pytest.mark.slow

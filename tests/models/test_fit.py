@@ -176,7 +176,7 @@ def test_images_of_each_class_are_as_many_as_the_method_sees():
     found = []
     classifier = built()
     module = TuningModule(classifier, visprompt.Recipe(**RECIPE), seed=0)
-    module.on_train_start = lambda: found.extend(plain_batches(trainer, 2))
+    module.on_train_start = lambda: found.extend(plain_batches(module._plain_loader(), 2))
     trainer.fit(module, loader())
     labels = torch.cat([labels for _, labels in found])
     assert labels.tolist() == [0, 1, 2, 0, 1, 2]

@@ -1,14 +1,17 @@
 """Runs on own images: augmented, scored on val after each epoch, and ended early."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 
-from helpers.cli import call, equal, frozen, tensors, tiny, tiny_run
+from helpers.cli import call, equal, frozen, tensors, tiny, tiny_job, tiny_run
 from helpers.miniatures import write_folder
 from visprompt.errors import UserError
+from visprompt.models.tuned_state import load_state
 from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import run, run_all
+from visprompt.runs.recorded import job_of
 from visprompt.runs.result import read_result
 
 pytestmark = frozen
@@ -66,9 +69,13 @@ def test_an_augmentation_is_part_of_the_run_and_its_default_is_not(tmp_path, pet
     assert len({one.folder for one in (plain, light, mine, other)}) == 4
     assert "augment" not in plain.identity["data"]
     assert light.identity["data"]["augment"] == "light"
-    result = run.run_job(light)
-    assert result.data["augment"] == "light"
-    assert read_result(light.folder) == result
+    result = run.run_job(mine)
+    assert result.data["augment"] == {"_target_": "torchvision.transforms.v2.RandomErasing", "p": 1.0}
+    assert read_result(mine.folder) == result
+    again = job_of(
+        mine.folder, load_state(mine.folder), result, data_dir=str(tmp_path / "data"), weights=None
+    )
+    assert again.data.augment == "none", "a run's folder names no code, and scoring augments nothing"
 
 
 @pytest.mark.parametrize(
@@ -124,3 +131,24 @@ def test_early_stopping_ends_a_final_run_and_the_test_score_is_that_of_its_last_
     (folder,) = (path.parent for path in (tmp_path / "logs").rglob("result.json"))
     assert len(curve(folder)) == 2, "the first, and one that is no better"
     assert read_result(folder).metrics["test/count"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("method=da_vpt", "recipe.mixup=0.2"), "would not follow recipe.mixup=0.2: leave that out"),
+        (
+            ("data=vtab/clevr_count", "data.augment=light"),
+            "data.augment does not suit clevr_count, whose labels",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_data_are_read(tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        refused(tmp_path, *words)
+
+
+def refused(folder, *words):
+    job = tiny_job(folder, *words)
+    run_all.check_all([job])
+    run.build_data(job, SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3))

@@ -31,7 +31,8 @@ def fit(
             and labels [B], int64.
         val: A loader of images that are scored after every epoch, in the same form; None for none.
         recipe: The settings of training; its `batch_size` is the loader's, times accumulated batches and
-            devices.
+            devices. `mixup` and `cutmix` mix the images of a loader's batch with each other, and
+            `class_weights="balanced"` counts the labels in one pass over the loader before training.
         seed: Seed of dropout and of what is computed from training images. The loader draws its own order.
         **trainer: Options of Lightning's `Trainer`, such as `accelerator="gpu"`, `precision="bf16-mixed"`,
             `callbacks` or `logger`.
@@ -40,7 +41,8 @@ def fit(
         The figures of the last validation, such as "val/acc" and "val/loss"; empty without `val`.
 
     Raises:
-        UserError: The recipe's batch size is not that of the steps, or there is no batch.
+        UserError: The recipe's batch size is not that of the steps, there is no batch, or the recipe asks
+            for `sampling="balanced"`, which is the loader's part.
         Diverged: The loss is not finite.
     """
     if not len(train):

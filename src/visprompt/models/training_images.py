@@ -2,9 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import cast
 
-import lightning.pytorch as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,11 +10,11 @@ from torch import Tensor
 from visprompt.models.kind import TaskKind
 from visprompt.models.methods.inits import MAX_IMAGES
 
+Loader = Iterable[tuple[Tensor, Tensor]]
 
-def plain_batches(trainer: L.Trainer, per_class: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+
+def plain_batches(loader: Loader, per_class: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of a plain training loader, at most `MAX_IMAGES` images, or `per_class` of each class."""
-    trainer.fit_loop.setup_data()
-    loader = cast(Iterable[tuple[Tensor, Tensor]], trainer.train_dataloader)
     seen: Counter[int] = Counter()
     for images, labels in loader:
         if per_class is None and seen.total() >= MAX_IMAGES:
@@ -30,14 +28,13 @@ def plain_batches(trainer: L.Trainer, per_class: int | None) -> Iterator[tuple[T
             yield images[kept], labels[kept]
 
 
-def plain_counts(trainer: L.Trainer, kind: TaskKind, classes: int) -> Tensor:
-    """Return the number of images of each class in one pass over a plain training loader, on all ranks."""
-    trainer.fit_loop.setup_data()
-    counts = torch.zeros(classes, dtype=torch.int64, device=trainer.strategy.root_device)
+def plain_counts(loader: Loader, kind: TaskKind, classes: int) -> Tensor:
+    """Return the number of images of each class, int64 [C], in one pass over a plain training loader."""
+    counts = torch.zeros(classes, dtype=torch.int64)
     with torch.random.fork_rng(devices=[]):  # the order of the first epoch stays as it would have been
-        for _, labels in cast(Iterable[tuple[Tensor, Tensor]], trainer.train_dataloader):
-            counts += kind.counts(labels, classes).to(counts.device)
-    return torch.as_tensor(trainer.strategy.reduce(counts, reduce_op="sum")).cpu()
+        for _, labels in loader:
+            counts += kind.counts(labels.cpu(), classes)
+    return counts
 
 
 def first_of_each(labels: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:

@@ -10,7 +10,6 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
 from visprompt.data.datamodule import TaskDataModule
@@ -19,11 +18,12 @@ from visprompt.errors import UserError
 from visprompt.models.classifier import Classifier
 from visprompt.models.contract import TokenBackbone
 from visprompt.models.feature_cache import has_own_memory, keep, on_device
+from visprompt.models.fit_checks import check_batch_norm, check_comparison
 from visprompt.models.kind import Mean
 from visprompt.models.methods.inits import MAX_IMAGES, initialise
 from visprompt.models.objective import Objective, check_method
 from visprompt.models.optim import Recipe, build_optimizer
-from visprompt.models.training_images import first_of_each, plain_batches, plain_counts
+from visprompt.models.training_images import Loader, first_of_each, plain_batches, plain_counts
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -123,9 +123,7 @@ class TuningModule(L.LightningModule):
 
         If there is no such output, a GPU gets the pixels, once.
         """
-        self._check_batch_norm()
-        self._check_comparison()
-        check_method(self.recipe, type(self.classifier.method))
+        self._check()
         datamodule = self._datamodule
         self._weigh()
         # `_resumed`, because Lightning restores the modules before this hook, but the step only after it
@@ -136,6 +134,19 @@ class TuningModule(L.LightningModule):
             if datamodule.validates:
                 datamodule.val_dataset = self._cached(datamodule.val_dataset)
 
+    def _check(self) -> None:
+        """Refuse divided batches and a recipe that the method cannot follow."""
+        accumulated, plain = self.trainer.accumulate_grad_batches, self._is_plain
+        check_batch_norm(
+            self.classifier,
+            accumulated=accumulated,
+            processes=self.trainer.world_size,
+            on_cpu=self.device.type == "cpu",
+            short=0 if plain else len(self._datamodule.train_dataset) % self.recipe.batch_size,
+        )
+        check_comparison(self.classifier, accumulated)
+        check_method(self.recipe, type(self.classifier.method))
+
     def _weigh(self) -> None:
         """Set the class weights, and tell the data module how images are drawn and weighed."""
         balances, plain = self.recipe.class_weights == "balanced", self._is_plain
@@ -145,7 +156,9 @@ class TuningModule(L.LightningModule):
                 "torch.utils.data.WeightedRandomSampler"
             )
         if plain and balances:
-            self._objective.balance(plain_counts(self.trainer, self.kind, self.classifier.num_classes))
+            counts = plain_counts(self._plain_loader(), self.kind, self.classifier.num_classes)
+            counts = torch.as_tensor(self.trainer.strategy.reduce(counts.to(self.device), reduce_op="sum"))
+            self._objective.balance(counts)
         if plain:
             return
         datamodule, labels = self._datamodule, self._datamodule.train_dataset.labels
@@ -159,7 +172,7 @@ class TuningModule(L.LightningModule):
         """Compute the method's initial values from training images, the same on every rank."""
         method = self.classifier.method
         if self._is_plain:
-            self._initialise_from(plain_batches(self.trainer, method.images_per_class))
+            self._initialise_from(plain_batches(self._plain_loader(), method.images_per_class))
             return
         dataset = self._datamodule.train_dataset
         rows = np.random.default_rng(self.seed).permutation(len(dataset))
@@ -179,42 +192,6 @@ class TuningModule(L.LightningModule):
             initialise(method, cast(TokenBackbone, backbone), images, self.seed)
         else:
             method.see_classes(backbone, ((b.images, b.labels) for b in batches), self.seed)
-
-    def _check_batch_norm(self) -> None:
-        """Refuse to train batch norm on parts of a batch; on several GPUs the trainer synchronises it."""
-        trained = self.classifier.method.trains_backbone  # a frozen backbone keeps its batch statistics
-        names = [n for n in self.classifier.tuned_names if trained or not n.startswith("backbone.")]
-        tuned = {name.rpartition(".")[0] for name in names}
-        if not any(
-            isinstance(m, _BatchNorm) and name in tuned for name, m in self.classifier.named_modules()
-        ):
-            return
-        if self.trainer.accumulate_grad_batches > 1:
-            raise UserError(
-                "batch norm is trained here, and each of the accumulated parts of a batch would have "
-                "separate statistics: set trainer.accumulate_grad_batches=1"
-            )
-        if self.trainer.world_size > 1 and self.device.type == "cpu":
-            raise UserError(
-                "batch norm is trained here, and cannot be synchronised over CPU processes: set "
-                "trainer.devices=1"
-            )
-        if self._is_plain:
-            return
-        short = len(self._datamodule.train_dataset) % self.recipe.batch_size
-        if 0 < short < self.trainer.world_size:
-            raise UserError(
-                f"batch norm is trained here, and the last batch of {short} images is too short for "
-                f"{self.trainer.world_size} devices: change recipe.batch_size"
-            )
-
-    def _check_comparison(self) -> None:
-        """Refuse gradient accumulation for a loss that compares the images of a batch."""
-        if self.classifier.method.compares_images and self.trainer.accumulate_grad_batches > 1:
-            raise UserError(
-                "this method's loss compares the images of a batch, and would see only those of each "
-                "accumulated part: set trainer.accumulate_grad_batches=1"
-            )
 
     def on_train_epoch_start(self) -> None:
         """Seed torch's generators for this epoch."""
@@ -309,6 +286,10 @@ class TuningModule(L.LightningModule):
         of_classes = self._objective.image_weights(labels)
         scales = None if of_classes is None else (len(labels) / of_classes.sum()).expand(len(labels))
         return Batch(images, labels, torch.arange(len(labels), device=labels.device), weights, scales)
+
+    def _plain_loader(self) -> Loader:
+        self.trainer.fit_loop.setup_data()
+        return cast(Loader, self.trainer.train_dataloader)
 
     @property
     def _is_plain(self) -> bool:

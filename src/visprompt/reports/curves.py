@@ -16,6 +16,7 @@ from visprompt.runs.result import Result
 
 _LEAST = 2  # epochs; fewer are no curve
 _SHAPES = {"train": ("-", "o"), "val": ((0, (5, 2)), "s")}
+_WORDS = {"acc": "accuracy"}
 Curves = Mapping[str, Mapping[int, float]]
 
 
@@ -50,7 +51,16 @@ def plots(folder: Path, result: Result, name: str) -> list[Plot]:
     )
     table = Table(title, ("epoch", *found), rows)
     draw_it = partial(draw, found, score)
-    return [Plot(file_name(title), title, caption, f"Learning curve over {len(epochs)} epochs: {said}.", draw_it, table)]
+    return [
+        Plot(
+            file_name(title),
+            title,
+            caption,
+            f"Learning curve over {len(epochs)} epochs: {said}.",
+            draw_it,
+            table,
+        )
+    ]
 
 
 def draw(curves: Curves, score: str, theme: Theme) -> Figure:
@@ -77,7 +87,7 @@ def draw(curves: Curves, score: str, theme: Theme) -> Figure:
                 label=stage,
             )
         axes.set_xlabel("epoch")
-        axes.set_ylabel("loss" if what == "loss" else f"{what} (%)")
+        axes.set_ylabel("loss" if what == "loss" else f"{_WORDS.get(what, what)} (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         labelled = labelled or bool(curves.get(f"val/{what}"))
     if labelled:

@@ -256,7 +256,8 @@ def _say_other_lengths(run: Run) -> None:
     for epochs, folder in other_lengths.finished(run.folder, run.identity)[-1:]:
         console.print(
             f"the finished run of {epochs} epochs in {folder} is not continued: its learning rate was "
-            f"scheduled for {epochs} epochs, so this run of {run.job.recipe.epochs} epochs starts from the beginning",
+            f"scheduled for {epochs} epochs, so this run of {run.job.recipe.epochs} epochs starts from the "
+            "beginning",
             soft_wrap=True,
         )
 

@@ -237,14 +237,12 @@ class DryRun:
     def _shape(self, job: Job) -> list[Any]:
         """Return the settings that decide the time of a step."""
         parts: list[Any] = [dict(job.backbone), dict(job.method)]
-        parts += [
-            job.recipe.batch_size,
-            job.recipe.optimizer,
-            job.precision,
-            job.trainer.accelerator,
-            _devices(job),
-        ]
-        return [*parts, job.trainer.accumulate_grad_batches, self.needs.facts(job).datamodule.augments]
+        parts += [job.recipe.batch_size, job.recipe.optimizer, job.precision, job.trainer.accelerator]
+        return [*parts, _devices(job), job.trainer.accumulate_grad_batches, self._varies(job)]
+
+    def _varies(self, job: Job) -> bool:
+        """Return whether training images differ between epochs."""
+        return self.needs.facts(job).datamodule.augments or job.recipe.mixes
 
     def _numbers(self, job: Job) -> list[Any]:
         """Return the settings in which the runs of a grid can differ."""
@@ -254,8 +252,8 @@ class DryRun:
         # the number of classes is not in the key, because the head takes almost no time
         facts, key = self.needs.facts(job), json.dumps(self._shape(job))
         if key not in self.paces:
-            augments = facts.datamodule.augments or job.recipe.mixes
-            self.paces[key] = measure_pace(job, facts.backbone, facts.classes, _devices(job), augments)
+            args = facts.backbone, facts.classes, _devices(job), self._varies(job)
+            self.paces[key] = measure_pace(job, *args)
         return self.paces[key]
 
     def _state(self, job: Job) -> int:
@@ -267,19 +265,18 @@ class DryRun:
 
     def _cost(self, job: Job, pace: Pace) -> float:
         """Return the seconds that a run takes."""
-        final = job.split == "final"
-        unscored = final and job.data.get("test") == "none"
-        scored_set = "test" if final else self.needs.facts(job).datamodule.val_set
-        scored = 0 if unscored else self._count(job, scored_set)
+        final, facts = job.split == "final", self.needs.facts(job)
+        val_set = facts.datamodule.val_set  # scored after each epoch, unless the run trains on it
+        tested = self._count(job, "test") if final and job.data.get("test") != "none" else 0
+        outside = val_set not in facts.datamodule.train_sets[job.split]
+        watched = outside * (facts.sizes.get(val_set, 0) if final else self._count(job, val_set))
         seconds = self._steps(job) * pace.step
         key = json.dumps([job.task, job.split, *self._shape(job)])
         if key not in self.frozen:
             self.frozen.add(key)
-            seconds += (self._rows(job) + (0 if final else scored)) * pace.frozen
-        if final:
-            return seconds + scored * pace.image / _devices(job)
+            seconds += (self._rows(job) + watched) * pace.frozen
         times = job.recipe.epochs // job.trainer.check_val_every_n_epoch
-        return seconds + times * scored * pace.kept / _devices(job)
+        return seconds + (tested * pace.image + times * watched * pace.kept) / _devices(job)
 
     def say(self) -> float:
         """Print the table, the time and what is missing.
