@@ -342,7 +342,9 @@ def test_without_test_images_a_run_is_refused_or_marked_as_not_scored(tmp_path, 
     result = run.run_job(one)
     assert result.status == "unscored"
     assert math.isnan(result.score)
-    assert not [name for name in result.metrics if name.startswith(("test/", "val/", "leak/"))]
+    assert not [name for name in result.metrics if name.startswith(("test/", "leak/"))]
+    assert result.metrics["val/count"] == 12, "a curve, and no score"
+    assert result.per_class == {}
     assert load_state(one.folder).task == "pets"
     assert read_result(one.folder) == result
     capsys.readouterr()

@@ -99,7 +99,10 @@ def test_a_trainer_that_this_machine_cannot_give_is_one_sentence(tmp_path, monke
 
 
 def test_final_holds_no_images_out_and_lightning_adds_nothing_of_its_own(tmp_path):
-    trainer = build_trainer(tiny_job(tmp_path))
+    final = tiny_run(tmp_path)
+    trainer = build_trainer(final.job)
+    final.datamodule.trainer = trainer
+    final.datamodule.setup("fit")
     assert trainer.limit_val_batches == 0
     assert trainer.num_sanity_val_steps == 0
     assert trainer.loggers == []

@@ -59,9 +59,10 @@ class TuningModule(L.LightningModule):
 
     Attributes:
         scores: Figures of the last scoring, by metric name.
-        scored_step: Number of optimiser steps at the last scoring.
-        per_class: Accuracy of each class at the last scoring; None for a class without images.
-        scored_loss: Mean loss at the last scoring; if it is not finite, the accuracies mean nothing.
+        scored_step: Number of optimiser steps at the last scoring that counts: of val images, unless a final
+            run scores test after them.
+        per_class: Accuracy of each class at that scoring; None for a class without images.
+        scored_loss: Mean loss at that scoring; if it is not finite, the accuracies mean nothing.
     """
 
     def __init__(self, classifier: Classifier, recipe: Recipe, seed: int, leaks: bool = False) -> None:
@@ -252,7 +253,7 @@ class TuningModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures."""
         self._score("val", self.val_figures, self.val_loss)
-        self.scores["val/loss"] = self.scored_loss
+        self.scores["val/loss"] = float(self.val_loss.compute())
         self.log("val/loss", self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -268,13 +269,16 @@ class TuningModule(L.LightningModule):
         self.test_loss.reset()  # Lightning resets only metrics that are logged
 
     def _score(self, stage: str, figures: Metric, loss: Mean) -> None:
-        """Log the figures of a split set ("val" or "test"), and store them with its loss."""
+        """Log the figures of a split set ("val" or "test"), and store them if they are the run's score."""
         values = figures.compute()
         figures.reset()
-        self.per_class = values.pop("per_class")
+        per_class = values.pop("per_class")
         self.scores = {f"{stage}/{name}": value for name, value in values.items()}
-        self.scored_step, self.scored_loss = self.trainer.global_step, float(loss.compute())
         self.log_dict(self.scores, prog_bar=True)
+        if stage == "val" and not self._is_plain and self._datamodule.split == "final":
+            return  # only a curve
+        self.per_class, self.scored_loss = per_class, float(loss.compute())
+        self.scored_step = self.trainer.global_step
 
     def _as_batch(self, loaded: Batch | Sequence[Tensor]) -> Batch:
         """Return a pair of a plain loader as a batch."""

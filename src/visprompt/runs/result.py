@@ -45,7 +45,8 @@ class Result(BaseModel):
     precision: str
     """Lightning's precision."""
     data: dict[str, Any]
-    """Source, form (lossless or lossy), fingerprint, fraction, preprocessing, sizes of the split sets."""
+    """Source, form (lossless or lossy), fingerprint, fraction, preprocessing, sizes of the split sets; and
+    augment, if training images were augmented beyond crop and flip."""
     backbone: dict[str, Any]
     """Name, options, sha256 of the weights, blocks driven without the fast path (carried_blocks), pooling."""
     metrics: dict[str, float]

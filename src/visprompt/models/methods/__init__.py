@@ -142,7 +142,7 @@ def method_class(name: str) -> type[Method]:
     """Return the class of a method of `METHODS`."""
     factory: Any = METHODS[name]
     cls: Any = factory.func if isinstance(factory, partial) else factory
-    return cls  # type: ignore[no-any-return]  # the table holds classes, some with options
+    return cls
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
