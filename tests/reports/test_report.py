@@ -330,6 +330,7 @@ def test_runs_are_opened_and_shown_where_that_is_asked_for(tmp_path, monkeypatch
         assert float(row["images per second"]) == pytest.approx(1000 / float(row["ms per image"]), rel=1e-6)
     page = (output / "index.html").read_text()
     for kind in (
+        "Learning curve",
         "Confusion matrix",
         "t-SNE before tuning",
         "t-SNE after tuning",

@@ -133,7 +133,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         self.accumulate, self.num_workers, self.pin_memory = accumulate, num_workers, pin_memory
         augmenting.check(augment)
         self.augmentation = None if augment == "none" else Augmentation(augment, interpolation)
-        self.augments = self.augmentation is not None
+        self.augments = self.augments or self.augmentation is not None  # a subclass may augment by itself
 
     @property
     @abstractmethod
