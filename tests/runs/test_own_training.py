@@ -87,6 +87,14 @@ def test_an_augmentation_is_part_of_the_run_and_its_default_is_not(tmp_path, pet
             "data.augment._target_=torch.optim.SGD is not a class that belongs there",
         ),
         ("1", "data.augment=1 does not fit: give text or a mapping with _target_"),
+        (
+            "{_target_: torchvision.transforms.v2.RandomErasing, q: 1}",
+            r"unknown key 'data.augment.q': did you mean .*data\.augment\.p",
+        ),
+        (
+            "{_target_: torchvision.transforms.v2.RandomErasing, p: 7}",
+            r"^data.augment cannot be built: .*interval \[0.0, 1.0\]; correct data\.augment\.<key>=",
+        ),
     ],
 )
 def test_an_augmentation_that_there_is_not_is_refused(tmp_path, pets, augment, message):

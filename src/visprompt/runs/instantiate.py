@@ -69,10 +69,11 @@ def instantiate(where: str, config: Any, base: type[_T] | tuple[type[_T], ...], 
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         cause = error.__cause__ or error
+        where, failed = _place(where, plain, error)
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
         if isinstance(cause, TypeError) and unexpected:
             name = unexpected[1]
-            known = {*map(str, plain), *_arguments(plain["_target_"])} - {name, "_target_", *given}
+            known = {*map(str, failed), *_arguments(failed["_target_"])} - {name, "_target_", *given}
             raise unknown("key", f"{where}.{name}", [f"{where}.{key}" for key in known]) from error
         why = reason(cause) or "one of its settings has a wrong type"
         remedy = next(
@@ -84,6 +85,13 @@ def instantiate(where: str, config: Any, base: type[_T] | tuple[type[_T], ...], 
             f"{where} builds no object of {_names(bases)}: leave _partial_ and the like out of it"
         )
     return built
+
+
+def _place(where: str, config: dict[Any, Any], error: Exception) -> tuple[str, dict[Any, Any]]:
+    """Return the key and the config of the object that could not be built, which may be a nested one."""
+    named = re.search(r"^full_key: (\w+)$", str(error), re.MULTILINE)
+    nested = config.get(named[1]) if named else None
+    return (f"{where}.{named[1]}", nested) if named and isinstance(nested, dict) else (where, config)
 
 
 def _nested(where: str, value: Any) -> Iterator[tuple[str, Any]]:
