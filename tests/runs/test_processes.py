@@ -73,7 +73,7 @@ def test_two_ranks_mix_draw_and_weigh_as_one_process_does(tmp_path):
             "recipe.batch_size=96",
             "method.dropout=0",
         ),
-        *("recipe.optimizer=sgd", "recipe.lr=0.2"),
+        *("recipe.optimizer=sgd", "recipe.lr=0.2", "recipe.epochs=1", "recipe.warmup_epochs=0"),
     )
     done = call("train", *ddp(tmp_path / "two", *words))
     assert done.returncode == 0, done.stderr
