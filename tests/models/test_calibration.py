@@ -9,8 +9,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from helpers.tiny import images, tiny_classifier
 from visprompt.errors import UserError
-from visprompt.models.calibration import fit_temperature
-from visprompt.models.kind import SINGLE_LABEL
+from visprompt.models.kind import MULTI_LABEL, SINGLE_LABEL
 from visprompt.models.tuned_state import TunedState, load_state, save_state
 
 
@@ -39,7 +38,7 @@ def by_lbfgs(logits, labels):
 @pytest.mark.parametrize("scale", [0.2, 1.0, 7.0])
 def test_the_temperature_is_that_of_another_optimiser_and_near_the_scale(scale):
     logits, labels = drawn(scale)
-    found = fit_temperature(logits, labels)
+    found = SINGLE_LABEL.fit_temperature(logits, labels)
     assert found == pytest.approx(by_lbfgs(logits, labels), rel=1e-4)
     assert found == pytest.approx(scale, rel=0.15)
     assert found == float(f"{found:.6g}")
@@ -52,10 +51,10 @@ def test_the_temperature_is_that_of_another_optimiser_and_near_the_scale(scale):
 
 def test_without_mistakes_or_hits_there_is_no_temperature():
     logits = torch.eye(3)
-    assert fit_temperature(logits, torch.arange(3)) is None
-    assert fit_temperature(logits, torch.tensor([1, 2, 0])) is None
-    assert fit_temperature(torch.full((3, 3), math.nan), torch.arange(3)) is None
-    assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)) is None
+    assert SINGLE_LABEL.fit_temperature(logits, torch.arange(3)) is None
+    assert SINGLE_LABEL.fit_temperature(logits, torch.tensor([1, 2, 0])) is None
+    assert SINGLE_LABEL.fit_temperature(torch.full((3, 3), math.nan), torch.arange(3)) is None
+    assert SINGLE_LABEL.fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)) is None
 
 
 def test_the_calibration_error_is_torchmetrics_over_batches_without_fillers():
@@ -120,3 +119,17 @@ def test_a_temperature_that_is_not_one_is_refused(tmp_path, wrong):
     save_state(tmp_path / "state", TunedState(tensors={}, **RECORD, temperature=wrong))
     with pytest.raises(UserError, match=r"state is refused: temperature .*; do not use this file"):
         load_state(tmp_path / "state")
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_the_temperature_of_several_classes_is_near_the_scale(scale):
+    noise = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(2000, 4, generator=noise)
+    labels = (torch.rand(2000, 4, generator=noise) < logits.sigmoid()).long()
+    found = MULTI_LABEL.fit_temperature(scale * logits, labels)
+    assert found == pytest.approx(scale, rel=0.1)
+    around = [
+        float(MULTI_LABEL.loss(scale * logits / t, labels).mean())
+        for t in (0.97 * found, found, 1.03 * found)
+    ]
+    assert around[1] == min(around)

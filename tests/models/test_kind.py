@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    multilabel_confusion_matrix,
+    precision_recall_fscore_support,
+)
 
 from visprompt.errors import UserError
 from visprompt.models.api import build
@@ -61,10 +66,15 @@ def test_an_image_is_right_if_all_its_classes_are():
 
 def test_probabilities_and_decisions():
     x = logits()
-    assert torch.equal(MULTI_LABEL.probabilities(x), x.sigmoid())
+    assert torch.equal(MULTI_LABEL.probabilities(x, 1.0), x.sigmoid())
+    assert torch.equal(MULTI_LABEL.probabilities(x, 2.0), (x / 2).sigmoid())
     assert torch.equal(MULTI_LABEL.decide(x.sigmoid()), (x > 0).long())
-    assert torch.equal(SINGLE_LABEL.probabilities(x), x.softmax(1))
+    assert torch.equal(SINGLE_LABEL.probabilities(x, 1.0), x.softmax(1))
     assert torch.equal(SINGLE_LABEL.decide(x.softmax(1)), x.argmax(1))
+    names = ["a", "b", "c", "d"]
+    assert MULTI_LABEL.named(torch.tensor([0.9, 0.1, 0.6, 0.5]), names) == "a;c"
+    assert MULTI_LABEL.named(torch.zeros(4), names) == ""
+    assert SINGLE_LABEL.named(torch.tensor([0.1, 0.2, 0.6, 0.1]), names) == "c"
     assert set(KINDS) == {"single_label", "multi_label"}
 
 
@@ -72,3 +82,31 @@ def test_probabilities_and_decisions():
 def test_methods_that_read_one_class_refuse_several(method):
     with pytest.raises(UserError, match=r"^this method reads one class for each image from the labels"):
         build(timm.create_model("test_vit"), method, num_classes=3, kind="multi_label")
+
+
+def test_the_decisions_of_each_class_are_scikit_learns():
+    figures, x = MULTI_LABEL.figures(4), logits()
+    figures.update(x, LABELS, torch.ones(5))
+    decisions = figures.compute()["confusion"]
+    truth, chosen = LABELS.numpy(), (x > 0).long().numpy()
+    assert decisions.tolist() == multilabel_confusion_matrix(truth, chosen).tolist()
+    precision, recall, f1, count = precision_recall_fscore_support(truth, chosen, zero_division=np.nan)
+    for place, score in enumerate(MULTI_LABEL.class_scores(decisions)):
+        assert score.count == count[place]
+        found = [np.nan if figure is None else figure for figure in (score.precision, score.recall, score.f1)]
+        assert found == pytest.approx([precision[place], recall[place], f1[place]], nan_ok=True)
+    rows = MULTI_LABEL.confusion_rows(decisions, ["a", "b", "c", "d"])
+    (right, wrong), (missed, hit) = decisions[0].tolist()
+    assert rows[1] == ("a", *map(str, (hit, wrong, missed, right)))
+    assert (MULTI_LABEL.confused(decisions, 3), MULTI_LABEL.interval) == ([], None)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_weights_and_smoothing_of_several_classes(smoothing):
+    x, weights = logits(), torch.tensor([1.0, 2.0, 0.5, 4.0])
+    target = torch.where(LABELS > 0, 1 - smoothing / 2, smoothing / 2)
+    terms = -(target * x.sigmoid().log() + (1 - target) * (1 - x.sigmoid()).log()) * weights
+    torch.testing.assert_close(MULTI_LABEL.loss(x, LABELS, smoothing, weights), terms.mean(1))
+    # the weighted mean divides by the weights of all decisions
+    assert MULTI_LABEL.weights(LABELS, weights).tolist() == [weights.mean()] * 5
+    assert MULTI_LABEL.counts(LABELS, 4).tolist() == LABELS.sum(0).tolist()

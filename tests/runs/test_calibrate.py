@@ -12,7 +12,7 @@ from helpers.cli import content, equal, frozen, tensors, tiny_run
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.data.sources import digits
 from visprompt.models.bank import Bank
-from visprompt.models.calibration import fit_temperature
+from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.tuned_state import load_state
 from visprompt.reports import inspection
 from visprompt.runs import attempt_files, calibrate, run
@@ -39,7 +39,7 @@ def logits_of(one, split_set="val200"):
 
 def test_a_tune_run_fits_it_on_its_validation_images(tuned):
     one, _ = tuned
-    expected = fit_temperature(*logits_of(one))
+    expected = SINGLE_LABEL.fit_temperature(*logits_of(one))
     assert load_state(one.folder).temperature == pytest.approx(expected, rel=1e-4)
     assert abs(expected - 1) > 0.01, "else it would change nothing"
 

@@ -217,8 +217,13 @@ def _cross_entropy(
 ) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         return F.cross_entropy(
-            logits.float(), labels, class_weights, reduction="none", label_smoothing=smoothing
+            _wide(logits), labels, class_weights, reduction="none", label_smoothing=smoothing
         )
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Return logits in float32, or as they are in float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -294,7 +299,7 @@ def _binary_cross_entropy(
     with torch.autocast(logits.device.type, enabled=False):
         target = labels * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(
-            logits.float(), target.float(), class_weights, reduction="none"
+            _wide(logits), target.to(_wide(logits).dtype), class_weights, reduction="none"
         ).mean(1)
 
 

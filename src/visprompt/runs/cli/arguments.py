@@ -27,6 +27,7 @@ WHOLE = frozenset(
         *(
             "data.num_workers",
             "data.short_side",
+            "top",
             "data.white_level",
             "data.max_pixels",
             "max_pixels",
