@@ -7,6 +7,8 @@ spread evenly. Ways through the same frozen backbone, in inference mode:
 - bank N: a batch whose images belong to N tasks in turn;
 - passes N: the same images without a bank, one pass of the backbone for each task (what one has today, where
   states are loaded on one model);
+- models N: the same images, each by the model of its task (what full fine-tuning leaves), for every N of
+  `--models`, whose N copies of the backbone must fit in memory;
 - promptless: linear probing, the limit.
 
 The ways run alternately after one run each that is not counted, and ratios are taken within a round. With
@@ -14,6 +16,7 @@ The ways run alternately after one run each that is not counted, and ratios are 
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -98,6 +101,11 @@ def ways(backbone: Backbone, options: argparse.Namespace) -> dict[str, Callable[
         found[f"bank {count}"] = lambda bank=bank, names=names: bank(images, names)
         if count > 1:
             found[f"passes {count}"] = lambda own=own, rows=rows: [own[n](images[rows[n]]) for n in own]
+        if count in options.models:
+            models = [copy.deepcopy(promptless) for _ in own]
+            found[f"models {count}"] = lambda models=models, rows=rows: [
+                model(images[where]) for model, where in zip(models, rows.values(), strict=True)
+            ]
     return found
 
 
@@ -146,6 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument(
+        "--models", type=int, nargs="*", default=[], help="of --tasks: so many full models too"
+    )
     parser.add_argument("--longest", type=int, default=100, help="prompts of the longest task")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--states", type=int, default=0, help="add so many states to one bank")

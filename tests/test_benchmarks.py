@@ -124,7 +124,7 @@ def test_loading_is_measured_in_every_way(monkeypatch, capsys):
     assert all(rate > 0 for rate in rates.values())
     assert shares["loader"] == pytest.approx(100 * rates["loader"] / rates["copy"], abs=0.2)
     page = (ROOT / "benchmarks" / "README.md").read_text()
-    (committed,) = tables(page.partition("## Loading images")[2].partition("\n## ")[0])  # of this section
+    (committed, *_) = tables(page.partition("## Loading images")[2].partition("\n## ")[0])  # of this section
     assert list(committed) == list(table)
 
 
@@ -216,6 +216,8 @@ def test_the_bank_is_compared_with_a_single_classifier_of_the_same_mean_length(b
             "--tasks",
             "1",
             "3",
+            "--models",
+            "3",
             "--longest",
             "9",
             "--rounds",
@@ -227,9 +229,9 @@ def test_the_bank_is_compared_with_a_single_classifier_of_the_same_mean_length(b
     text = capsys.readouterr().out
     assert text.startswith("test_vit on cpu, batch 6, torch.float32, 1 rounds; ")
     (table,) = tables(text)
-    assert list(table) == ["single", "promptless", "bank 1", "bank 3", "passes 3"]
+    assert list(table) == ["single", "promptless", "bank 1", "bank 3", "passes 3", "models 3"]
     page = (ROOT / "benchmarks" / "README.md").read_text()
-    (committed,) = tables(page.partition("## Many tasks on one backbone")[2].partition("\n## ")[0])
+    (committed, *_) = tables(page.partition("## Many tasks on one backbone")[2].partition("\n## ")[0])
     assert list(committed["single"]) == list(table["single"])
     for row in table.values():
         figures = [float(number) for cell in row.values() for number in re.findall(r"[\d.]+", cell)]
