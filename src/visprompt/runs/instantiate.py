@@ -30,9 +30,9 @@ from visprompt.errors import UserError, reason, unknown
 PLUGINS = (ClusterEnvironment, CheckpointIO, LayerSync, Precision)
 """What `trainer.plugins` may hold."""
 # classes of objects that may be arguments of another object, such as the theme of a progress bar
-_ARGUMENTS = (
-    *(*PLUGINS, Accelerator, L.Callback, Logger, Profiler, Strategy, RichProgressBarTheme, timedelta),
-    nn.Module,  # the user's augmentation, which may hold transforms
+_ARGUMENTS = (*PLUGINS, Accelerator, L.Callback, Logger, Profiler, Strategy, RichProgressBarTheme, timedelta)
+_AUGMENT = "data.augment"  # the user's transform, a module, which may hold other modules
+    "data.augment"  # the user's transform, which may hold others; they are modules, and nothing else is
 )
 # what to do about an error of Lightning that no trainer.<key> corrects, by a part of its message
 _REMEDIES = {
@@ -62,7 +62,7 @@ def instantiate(where: str, config: Any, base: type[_T] | tuple[type[_T], ...], 
         raise UserError(f"{where} names no class: give {where}._target_=..., a subclass of {_names(bases)}")
     _check(where, plain["_target_"], bases)
     for key, target in _nested(where, plain):
-        _check(key, target, _ARGUMENTS)
+        _check(key, target, (nn.Module,) if key.startswith(_AUGMENT) else _ARGUMENTS)
     try:
         built: Any = hydra.utils.instantiate(plain, _convert_="all", **given)
     except InstantiationException as error:
