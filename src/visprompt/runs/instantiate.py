@@ -32,8 +32,6 @@ PLUGINS = (ClusterEnvironment, CheckpointIO, LayerSync, Precision)
 # classes of objects that may be arguments of another object, such as the theme of a progress bar
 _ARGUMENTS = (*PLUGINS, Accelerator, L.Callback, Logger, Profiler, Strategy, RichProgressBarTheme, timedelta)
 _AUGMENT = "data.augment"  # the user's transform, a module, which may hold other modules
-    "data.augment"  # the user's transform, which may hold others; they are modules, and nothing else is
-)
 # what to do about an error of Lightning that no trainer.<key> corrects, by a part of its message
 _REMEDIES = {
     "No supported gpu backend found": "without a GPU take trainer=cpu, or trainer=ddp_sim for two processes",
