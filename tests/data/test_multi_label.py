@@ -4,8 +4,10 @@ import csv
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.cli import call, call_all, frozen, tiny
 from visprompt.data.folder_datamodule import FolderDataModule
@@ -13,6 +15,8 @@ from visprompt.data.sources.label_sets import all_classes, classes_in, name_of, 
 from visprompt.data.sources.own_images import find
 from visprompt.errors import UserError
 from visprompt.models import api
+from visprompt.models.fit import fit
+from visprompt.models.recipe import Recipe
 from visprompt.runs.result import load_result
 
 GIVEN = {"batch_size": 8, "split": "tune", "seed": 0, "image_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -200,3 +204,67 @@ def test_a_multi_label_run_from_the_command_line_to_predictions(tmp_path):
     page = (logs / "report" / "index.html").read_text()
     assert "colours (mean average precision)" in page
     assert "The most confident mistakes" in page or result.metrics["test/exact"] == 1
+
+
+def test_every_class_has_a_training_image_where_the_images_are_cut(tmp_path):
+    rare = [f"rare{i}" for i in range(20)]
+    write(tmp_path, ("red",) * 44 + tuple(rare), split=False)
+    found = find(tmp_path, "labels.csv", multi_label=True)
+    trained = {name for item in found.items if item.split == "train" for name in found.classes_of(item)}
+    assert trained == {"red", *rare}
+    assert {item.split for item in found.items} == {"train", "val", "test"}
+
+
+def test_a_share_without_a_class_is_refused(tmp_path):
+    write(tmp_path, ("red",) * 30 + ("green;red",) + ("red",) * 10, split=False)
+    with pytest.raises(
+        UserError,
+        match=r"data\.fraction=0\.05 leaves no training image of class 'green': give a larger share",
+    ):
+        len(module(tmp_path, fraction=0.05).train_dataset)
+
+
+@pytest.mark.parametrize(
+    ("labels", "multi_label", "message"),
+    [
+        ([["a;b"], ["c"]], True, r"a list in the column 'label' holds 'a;b', which cannot name a class"),
+        ([["a", None], ["c"]], True, r"a list in the column 'label' holds None, which cannot name a class"),
+        ([["a"], ["c"]], False, r"the column 'label' holds lists: give data\.kind=multi_label"),
+    ],
+)
+def test_lists_in_parquet_are_taken_as_they_are(tmp_path, labels, multi_label, message):
+    from pyarrow import parquet, table
+
+    write(tmp_path, ("red", "blue"))
+    paths = [f"images/{i:03d}.png" for i in range(2)]
+    content = {"path": paths, "label": labels, "image": [{"bytes": b"x"}] * 2}
+    parquet.write_table(table(content), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=message):
+        find(tmp_path, "t.parquet", multi_label=multi_label)
+
+
+def test_own_images_cannot_have_the_name_of_a_task_of_the_papers(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^dtd is the name of a task of this project, not of your own images: give"
+    ):
+        module(tmp_path, name="dtd")
+
+
+@frozen
+def test_plain_loaders_may_give_several_classes_as_numbers_with_a_point():
+    classifier = api.build(timm.create_model("test_vit"), "linear", 3, kind="multi_label")
+    draw = torch.Generator().manual_seed(0)
+    labels = (torch.rand(16, 3, generator=draw) < 0.5).float()
+    images = torch.randn(16, 3, 160, 160, generator=draw)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    recipe = Recipe(
+        optimizer="adamw",
+        lr=0.1,
+        weight_decay=0.0,
+        batch_size=8,
+        epochs=1,
+        warmup_epochs=0,
+        class_weights="balanced",
+    )
+    figures = fit(classifier, loader, loader, recipe, accelerator="cpu", enable_progress_bar=False)
+    assert 0 < figures["val/map"] <= 1

@@ -60,6 +60,23 @@ def test_bins_are_those_of_torchmetrics():
     assert (certain.confidence.tolist(), certain.accuracy.tolist()) == ([1.0], [0.5])
 
 
+def test_the_recorded_error_is_that_of_the_report_also_where_the_model_is_certain():
+    logits = torch.cat(
+        [torch.tensor([[40.0, 0.0]]).repeat(1000, 1), torch.tensor([[3.0, 0.0]]).repeat(100, 1)]
+    )
+    labels = torch.zeros(1100, dtype=torch.int64)
+    labels[:10] = 1
+    figures = SINGLE_LABEL.figures(2)
+    figures.update(logits, labels, torch.ones(1100))
+    shares = logits.softmax(1).amax(1).numpy()
+    found = reliability(shares, (logits.argmax(1) == labels).numpy())
+    # all are in the last bin: 0.99 * 1000 + 1.0 * 100 are right
+    expected = abs((990 + 100) / 1100 - float(shares.mean()))
+    assert (
+        figures.compute()["ece"] == pytest.approx(found.error, abs=1e-5) == pytest.approx(expected, abs=1e-5)
+    )
+
+
 def test_a_few_classes_are_a_table_and_figures(monkeypatch):
     found = shown(monkeypatch, made())
     assert list(found) == [

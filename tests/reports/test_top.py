@@ -75,3 +75,17 @@ def test_top_is_a_number_of_runs(wrong):
         pytest.raises(UserError, match=rf"^top={wrong} does not fit"),
     ):
         settings.check({"top": cfg.top})
+
+
+def test_what_only_some_runs_record_tells_them_apart():
+    said = lines(
+        deep(0.9, seed=1),
+        deep(0.8, seed=2, recipe={"mixup": 0.2}),
+        deep(0.7, seed=3, data={"augment": "randaugment"}),
+    )
+    told = [row[2] for row in cells(said)]
+    assert [("mixup 0.2" in one, "randaugment" in one) for one in told] == [
+        (False, False),
+        (True, False),
+        (False, True),
+    ]

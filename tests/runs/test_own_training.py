@@ -160,3 +160,35 @@ def refused(folder, *words):
     job = tiny_job(folder, *words)
     run_all.check_all([job])
     run.build_data(job, SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3))
+
+
+def test_how_often_val_is_scored_is_a_part_of_a_run_that_stops_early(tmp_path):
+    stops, every = "callbacks=[default,early_stopping]", "trainer.check_val_every_n_epoch=2"
+
+    def folder(*given):
+        return run.prepare(tiny_job(tmp_path, "split=tune", *given)).folder
+
+    assert folder() == folder(every)
+    assert folder(stops) != folder(stops, every)
+
+
+def test_a_run_that_was_ended_early_and_then_killed_trains_no_further(tmp_path, pets, monkeypatch):
+    stops = ("callbacks=[early_stopping]", "callbacks.early_stopping.patience=1", "recipe.epochs=6")
+    given = (*stops, "+callbacks.early_stopping.min_delta=1.0")  # no epoch is better by as much
+    one, killed = (own_run(tmp_path / name, pets, *given) for name in ("one", "killed"))
+    result = run.run_job(one)
+    assert len(curve(one.folder)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(TuningModule, "on_test_epoch_end", lambda module: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.run_job(killed)
+    again = run.run_job(own_run(tmp_path / "killed", pets, *given))
+    assert equal(tensors(one.folder), tensors(killed.folder))
+    assert curve(killed.folder) == curve(one.folder)
+    assert again.metrics == result.metrics
+
+
+def test_early_stopping_by_a_figure_that_is_not_logged_names_those_that_are(tmp_path, pets):
+    given = ("callbacks=[early_stopping]", "callbacks.early_stopping.monitor=val/map")
+    with pytest.raises(UserError, match=r"^unknown callbacks\.early_stopping\.monitor 'val/map': .*val/acc"):
+        run_all._run_one(own_run(tmp_path, pets, *given).job)

@@ -221,6 +221,12 @@ class TaskDataModule(L.LightningDataModule, ABC):
             # multi-label images have no one class: a share of all of them
             classes = dataset.labels.tolist() if dataset.labels.ndim == 1 else [0] * len(dataset)
             dataset = dataset.subset(np.array(share(dataset.keys, classes, self.fraction)))
+            if dataset.labels.ndim > 1 and not dataset.labels.any(0).all():
+                lost = self.class_names[int(dataset.labels.any(0).int().argmin())]
+                raise UserError(
+                    f"data.fraction={self.fraction:g} leaves no training image of class {lost!r}: give a "
+                    "larger share"
+                )
         if self.augmentation is None or isinstance(dataset, RaggedDataset):  # which augments by itself
             return dataset
         return AugmentedDataset(dataset, self.augmentation, self.seed)

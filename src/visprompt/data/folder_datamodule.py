@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from visprompt.data.catalog import TASKS
 from visprompt.data.catalog.task import own_name
 from visprompt.data.datamodule import no_images
 from visprompt.data.ragged_datamodule import RaggedDataModule
@@ -84,6 +85,11 @@ class FolderDataModule(RaggedDataModule):
         if self.task in ("", ".", "..") or "/" in self.task or has_control(self.task):
             raise UserError(
                 f"data.name={self.task!r} cannot name a folder of results: set data.name to a plain word"
+            )
+        if self.task in TASKS:  # else results would be compared with the papers'
+            raise UserError(
+                f"{self.task} is the name of a task of this project, not of your own images: give data.name="
+                "another name"
             )
 
     @property

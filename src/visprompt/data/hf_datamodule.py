@@ -59,8 +59,8 @@ class HfDataModule(FolderDataModule):
 
     @property
     def origin(self) -> str:
-        """Return the data set's name."""
-        return f"hf:{self._hub.dataset}"
+        """Return the data set's name; of a local one without its path."""
+        return f"hf:{self._hub.dataset if self._hub.local is None else self._hub.name}"
 
     @cached_property
     def images(self) -> OwnImages:

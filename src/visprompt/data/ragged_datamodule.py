@@ -90,8 +90,9 @@ class RaggedDataModule(TaskDataModule):
     @property
     def validates(self) -> bool:
         """Return whether there are validation images that this split does not train on."""
-        outside = self.val_set not in self.train_sets[self.split] and self.val_set in self.sizes
-        return self.split == "tune" or outside
+        if self.split == "tune":
+            return True
+        return self.val_set not in self.train_sets[self.split] and self.val_set in self.sizes
 
     @property
     def preprocessing(self) -> dict[str, Any]:

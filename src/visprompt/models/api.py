@@ -95,7 +95,7 @@ def save(
             the defaults: images are rotated by their EXIF orientation and resized to the backbone's size by
             Pillow's bilinear filter, without keeping the aspect ratio.
         temperature: What logits are divided by for probabilities, see
-            `visprompt.models.calibration.fit_temperature`; None for 1.
+            `classifier.kind.fit_temperature(logits, labels)`; None for that of the classifier.
 
     Raises:
         UserError: There are more or fewer names than classes, or the file cannot be written.
@@ -128,7 +128,7 @@ def save(
         backbone=classifier.origin.backbone,
         versions={name: version(name) for name in ("torch", "timm", "visprompt")},
         kind=classifier.kind.name,
-        temperature=temperature,
+        temperature=temperature or (None if classifier.temperature == 1 else classifier.temperature),
     )
     about = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"}
     check_record(about, "this state", "it could not be read again")

@@ -13,7 +13,7 @@ def fit_temperature(
     logits: Tensor,
     labels: Tensor,
     loss_of: Callable[[Tensor, Tensor], Tensor],
-    correct: Callable[[Tensor, Tensor], Tensor],
+    right_of: Callable[[Tensor], Tensor],
 ) -> float | None:
     """Return the temperature at which the probabilities of logits / temperature fit labels best.
 
@@ -24,17 +24,17 @@ def fit_temperature(
         logits: [N, C], of images that the classifier was not trained on.
         labels: [N], or [N, C] of 0 and 1.
         loss_of: Function of logits and labels that returns the loss of each image [N].
-        correct: Function of logits and labels that returns 1.0 for each correctly labelled image, else 0.0.
+        right_of: Function of logits that returns which decisions are right, bool of any shape.
 
     Returns:
-        The temperature to six digits, between 0.05 and 20. None if no image or every image is labelled
-        correctly: then the loss may have no minimum.
+        The temperature to six digits, between 0.05 and 20. None if no decision or every decision is
+        right: then the loss may have no minimum.
     """
     from scipy.optimize import minimize_scalar  # imported here: it takes half a second
 
     logits, labels = logits.double().cpu(), labels.cpu()
-    hits = int(correct(logits, labels).sum())
-    if hits in (0, len(labels)) or not logits.isfinite().all():
+    right = right_of(logits)
+    if int(right.sum()) in (0, right.numel()) or not logits.isfinite().all():
         return None
 
     def loss(log_temperature: float) -> float:

@@ -28,7 +28,7 @@ def fit(
     Args:
         classifier: A classifier from `visprompt.build`; tuned in place, and in evaluation mode afterwards.
         train: A loader of pairs: images [B, 3, H, W], normalised with `classifier.backbone.mean` and `.std`,
-            and labels [B], int64.
+            and labels [B], int64, or [B, C] of 0 and 1 for a multi-label classifier.
         val: A loader of images that are scored after every epoch, in the same form; None for none.
         recipe: The settings of training; its `batch_size` is the loader's, times accumulated batches and
             devices. `mixup` and `cutmix` mix the images of a loader's batch with each other, and

@@ -70,6 +70,7 @@ class TaskKind:
             have several classes.
         score: Name of the figure that runs are compared by, logged as `val/<score>` and `test/<score>`.
         words: The score in words.
+        hit_words: The figure `hit` in words.
         shares: Names of the figures between 0 and 1, shown in per cent; the score is the first.
         hit: Name of the share of images whose labels are predicted, logged for training images.
         loss: Function of logits [B, C] and labels that returns the loss of each image [B], see `Loss`.
@@ -95,6 +96,7 @@ class TaskKind:
     name: str
     score: str
     words: str
+    hit_words: str
     shares: tuple[str, ...]
     hit: str
     loss: Loss
@@ -124,7 +126,11 @@ class TaskKind:
 
     def fit_temperature(self, logits: Tensor, labels: Tensor) -> float | None:
         """Return the temperature at which probabilities fit labels best, see `calibration`."""
-        return calibration.fit_temperature(logits, labels, self.loss, self.correct)
+
+        def right(logits: Tensor) -> Tensor:
+            return self.decide(self.probabilities(logits, 1.0)) == labels.to(logits.device)
+
+        return calibration.fit_temperature(logits, labels, self.loss, right)
 
     def agree(self, labels: Tensor, others: Tensor) -> Tensor:
         """Return for which images [B] two labels are the same."""
@@ -157,7 +163,8 @@ class CalibrationError(MulticlassCalibrationError):
 
     def compute(self) -> Tensor:
         """Return the error so far."""
-        self.confidences = [dim_zero_cat(self.confidences).cpu()]
+        # 1.0 belongs to the last bin; torchmetrics would count it in one more
+        self.confidences = [dim_zero_cat(self.confidences).cpu().clamp(max=1 - 2**-24)]
         self.accuracies = [dim_zero_cat(self.accuracies).cpu()]
         return super().compute()
 
@@ -234,6 +241,7 @@ SINGLE_LABEL = TaskKind(
     name="single_label",
     score="acc",
     words="accuracy",
+    hit_words="accuracy",
     shares=("acc", "balanced_acc", "ece"),
     hit="acc",
     loss=_cross_entropy,
@@ -307,6 +315,7 @@ MULTI_LABEL = TaskKind(
     name="multi_label",
     score="map",
     words="mean average precision",
+    hit_words="share of images with all classes right",
     shares=("map", "f1", "f1_micro", "exact"),
     hit="exact",
     loss=_binary_cross_entropy,

@@ -20,7 +20,8 @@ def plain_batches(loader: Loader, per_class: int | None) -> Iterator[tuple[Tenso
         if per_class is None and seen.total() >= MAX_IMAGES:
             return
         kept = []
-        for i, label in enumerate(labels.tolist()):
+        # the labels of several classes are rows, and only counted together
+        for i, label in enumerate(labels.tolist() if labels.ndim == 1 else [0] * len(labels)):
             if seen.total() < MAX_IMAGES if per_class is None else seen[label] < per_class:
                 kept.append(i)
                 seen[label] += 1
@@ -33,7 +34,7 @@ def plain_counts(loader: Loader, kind: TaskKind, classes: int) -> Tensor:
     counts = torch.zeros(classes, dtype=torch.int64)
     with torch.random.fork_rng(devices=[]):  # the order of the first epoch stays as it would have been
         for _, labels in loader:
-            counts += kind.counts(labels.cpu(), classes)
+            counts += kind.counts(labels.cpu().long(), classes)
     return counts
 
 

@@ -287,7 +287,7 @@ class TuningModule(L.LightningModule):
         """Return a pair of a plain loader as a batch."""
         if isinstance(loaded, Batch):
             return loaded
-        images, labels = loaded
+        images, labels = loaded[0], loaded[1].long()  # several classes are often given as 0.0 and 1.0
         weight = 1 / len(labels) if self.trainer.training else 1.0  # the loss is their mean
         weights = torch.full((len(labels),), weight, device=labels.device)
         of_classes = self._objective.image_weights(labels)

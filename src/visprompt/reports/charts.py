@@ -196,7 +196,7 @@ def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
         grids: Grids, of whose chosen runs the accuracy on the validation images is drawn.
     """
     averaged = "Final runs, mean over seeds."
-    of_one = "For each grid the run that validation chose, by the accuracy after the last epoch."
+    of_one = "For each grid the run that validation chose, by the score after the last epoch."
     charts = []
     for task in sorted(
         {task for row in rows for task in row.cells} | {grid.task for grid in grids}, key=task_place
@@ -210,7 +210,7 @@ def training(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Chart]:
         charts += _curves(f"Training loss, {task}", final, "train/loss", "training loss", averaged)
         of_task = [part for part in (*final.values(), *chosen.values()) if len(part)]
         kind = KINDS[of_task[0]["result"].iat[0].kind] if of_task else SINGLE_LABEL
-        hit, score = ("accuracy" if name == "acc" else name for name in (kind.hit, kind.score))
+        hit, score = kind.hit_words, kind.words
         charts += _curves(
             f"Training {hit}, {task}", final, f"train/{kind.hit}", f"training {hit} (%)", averaged
         )

@@ -87,8 +87,9 @@ def draw(curves: Curves, kind: TaskKind, theme: Theme) -> Figure:
                 label=stage,
             )
         axes.set_xlabel("epoch")
-        one_figure = kind.words if kind.hit == kind.score else f"train: {kind.hit}, val: {kind.score}"
-        axes.set_ylabel("loss" if figures is loss else f"{one_figure} (%)")
+        same = kind.hit == kind.score
+        share = f"{kind.words} (%)" if same else f"train: {kind.hit_words} (%)\nval: {kind.words} (%)"
+        axes.set_ylabel("loss" if figures is loss else share)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         labelled = labelled or bool(curves.get(f"val/{figures['val']}"))
     if labelled:

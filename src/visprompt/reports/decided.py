@@ -8,8 +8,7 @@ import torch
 from visprompt.errors import UserError
 from visprompt.models.kind import TaskKind
 from visprompt.reports.inspection import Opened
-
-_NEAR = 0.005  # difference of scores that another kind of device may make
+from visprompt.reports.scored import NEAR
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,7 +66,7 @@ def decided(opened: Opened) -> Decided:
         labels.append(of_batch)
         shares.append(opened.classifier.probabilities(logits))
     values = figures.compute()
-    if abs(values[kind.score] - opened.result.score) > _NEAR:
+    if abs(values[kind.score] - opened.result.score) > NEAR:
         raise UserError(
             f"{opened.folder} recorded {100 * opened.result.score:.2f} % on {opened.set_name}, and this "
             f"machine finds {100 * values[kind.score]:.2f} %: use the kind of device it ran on "

@@ -6,18 +6,17 @@ import pandas as pd
 from rich.table import Table
 
 from visprompt.reports.load import groups
-from visprompt.reports.settings import settings, task_place, words
+from visprompt.reports.settings import ADDED_LATER, settings, task_place, words
 from visprompt.runs.result import Result
 from visprompt.text import Terminal
 
 _SCORED = {"final": "test", "tune": "validation"}
 _ALWAYS = ("method.num_tokens", "recipe.lr")
+# besides method and recipe
 _OTHERS = (
-    "backbone.name",
-    "data.fraction",
-    "data.preprocessing.size",
-    "precision",
-)  # besides method and recipe
+    *("backbone.name", "backbone.sha256", "data.augment", "data.fingerprint", "data.fraction"),
+    *("data.preprocessing.size", "data.source", "precision"),
+)
 
 
 def show_top(runs: pd.DataFrame, number: int, console: Terminal) -> None:
@@ -76,7 +75,7 @@ def _percent(result: Result) -> str:
 
 def _told(results: Sequence[Result]) -> list[str]:
     """Return settings of each run, in words: prompts and rate, and others in which the runs differ."""
-    found = [settings(result) for result in results]
+    found = [ADDED_LATER | settings(result) for result in results]
     values: dict[str, set[str]] = {}
     for one in found:
         for key, value in one.items():

@@ -63,6 +63,7 @@ class ResumeCheckpoint(Checkpoint):
         self.seconds = 0.0
         self.owner: Owner | None = None
         self._since = 0.0
+        self._stopped = False  # whether a callback ended training after the last epoch
 
     def find(self, owner: Owner) -> Path | None:
         """Return the resume state to continue from, and remember the owner for the states written later.
@@ -91,15 +92,18 @@ class ResumeCheckpoint(Checkpoint):
             "rows": self.rows,
             "seconds": self.seconds,
             "owner": asdict(self.owner) if self.owner else None,
+            "stopped": self._stopped,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the curve and the training time of the epochs before the resume."""
         self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
+        self._stopped = bool(state_dict.get("stopped"))  # states of earlier versions lack it
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; train no further if training had been ended before this process began."""
         self._since = time.monotonic()
+        trainer.should_stop = trainer.should_stop or self._stopped
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch to the curve; write the state after every n-th epoch and after the last."""
@@ -113,7 +117,9 @@ class ResumeCheckpoint(Checkpoint):
         self.rows[epoch] = {"epoch": epoch, "step": trainer.global_step} | metrics
         if trainer.is_global_zero:
             self._write_csv()
-        if (epoch + 1) % self.every_n_epochs == 0 or epoch + 1 == trainer.max_epochs:
+        last = epoch + 1 == trainer.max_epochs or trainer.should_stop
+        if (epoch + 1) % self.every_n_epochs == 0 or last:
+            self._stopped = trainer.should_stop
             trainer.save_checkpoint(self.path)
 
     def _write_csv(self) -> None:

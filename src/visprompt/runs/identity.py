@@ -87,6 +87,8 @@ def _trainer_record(job: Job) -> dict[str, Any]:
     }
     record = {name: value for name, value in dict(job.trainer).items() if name not in _NEUTRAL_TRAINER}
     record |= {"callbacks": callbacks} if callbacks else {}
+    if callbacks and job.trainer.check_val_every_n_epoch != 1:  # early stopping counts validations
+        record["check_val_every_n_epoch"] = job.trainer.check_val_every_n_epoch
     return record | ({"lightning_module": module} if module != DEFAULT_MODULE else {})
 
 

@@ -1,11 +1,13 @@
 """Score the labels that `predict.py` gives to images whose folders have the names of classes."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 import torch
 from torch import Tensor
 
+from visprompt.data.splits import SPLITS
 from visprompt.models.kind import SINGLE_LABEL, TaskKind
 from visprompt.models.scores import in_percent
 from visprompt.runs.class_table import print_classes
@@ -20,13 +22,19 @@ def labels_by_folder(paths: Sequence[str], class_names: Sequence[str]) -> dict[s
         class_names: Names of the classes.
 
     Returns:
-        The place of the class in `class_names` by path, by the topmost folder that has a class's name. Images
-        without such a folder are left out.
+        The place of the class in `class_names` by path, by the topmost folder that has a class's name, also
+        below a folder of a split. Images without such a folder are left out.
     """
     places: Mapping[str, int] = {name: place for place, name in enumerate(class_names)}
-    folders = {path: PurePosixPath(path).parts[:-1] for path in paths}
-    found = {path: [places[part] for part in parts if part in places] for path, parts in folders.items()}
-    return {path: known[0] for path, known in found.items() if known}
+    found: dict[str, int] = {}
+    for path in paths:
+        parts = [unicodedata.normalize("NFC", part) for part in PurePosixPath(path).parts[:-1]]
+        known = [part for part in parts if part in places]
+        if len(known) > 1 and parts[0] in SPLITS:  # a split, though a class has its name
+            known = [part for part in parts[1:] if part in places]
+        if known:
+            found[path] = places[known[0]]
+    return found
 
 
 class LabelledImages:

@@ -40,7 +40,7 @@ def _alike(result: Result, expected: Mapping[str, Any]) -> bool:
             return False
     return _without_length(result.recipe) == _without_length(expected["recipe"]) and (
         result.recipe["epochs"] != expected["recipe"]["epochs"]
-        and ("augment" in result.data) == ("augment" in expected["data"])
+        and all((key in result.data) == (key in expected["data"]) for key in ("augment", "kind"))
     )
 
 

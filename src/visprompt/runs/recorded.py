@@ -40,7 +40,7 @@ _REMEDY = "copy the whole folder of the run again, and do not use it if you do n
 # settings of the data that come from this machine's configs, not from the run; scoring augments nothing
 _FROM_THIS_MACHINE = ("_target_", "data_dir", "store_dir", "download", "num_workers", "pin_memory", "augment")
 _MAX_BYTES = 2**22  # of a config.yaml
-_MAX_ENTRIES = 256  # of a list or mapping among the data's settings
+_MAX_ENTRIES = 2**14  # of a list or mapping among the data's settings
 _MAX_DEPTH = 2  # of nested lists and mappings
 
 
@@ -117,7 +117,9 @@ def job_of(
         job = Job(**content)
     except UserError as error:
         raise UserError(f"{folder / 'config.yaml'} is refused: {error}; {_REMEDY}") from error
-    recorded_paths = {f"data.{name}": job.data.get(name) for name in ("root", "csv") if name not in given}
+    recorded_paths = {
+        f"data.{name}": job.data.get(name) for name in ("root", "csv", "dataset") if name not in given
+    }
     recorded_paths |= {"weights": weights} if weights == config.backbone.weights else {}
     for name, path in recorded_paths.items():
         if path:

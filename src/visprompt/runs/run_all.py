@@ -186,11 +186,12 @@ def _run_chain(job: Job) -> tuple[Result, Path]:
 def _run_one(job: Job) -> tuple[Result, Path]:
     """Run one job in this process or on several devices and show the result; return it and its folder."""
     run = prepare(job)
-    check_watched(job, run.datamodule)
     run_folder.tidy(run.folder)
     stored = None if job.rerun else read_result(run.folder)
     if stored:
         check_same_run(stored, run.identity, run.folder)
+    else:
+        check_watched(job, run.datamodule)
     devices = local_devices(job.trainer)
     elsewhere = engine.started_elsewhere()
     if stored is None and not (run.folder / run_folder.RESUME).exists() and _is_first():

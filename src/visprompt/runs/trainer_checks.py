@@ -9,7 +9,8 @@ from typing import Any
 import lightning.pytorch as L
 
 from visprompt.data.datamodule import TaskDataModule
-from visprompt.errors import UserError, in_one_line
+from visprompt.errors import UserError, in_one_line, unknown
+from visprompt.models.kind import KINDS
 from visprompt.runs import engine
 from visprompt.runs.job import Job
 
@@ -94,17 +95,21 @@ def check_callbacks(job: Job) -> None:
 
 
 def check_watched(job: Job, datamodule: TaskDataModule) -> None:
-    """Refuse early stopping by a validation figure if the data have no validation images.
+    """Refuse early stopping by a validation figure that is not logged.
 
     Raises:
-        UserError: There are none.
+        UserError: There are no validation images, or their kind of labels has no such figure.
     """
+    kind = KINDS[datamodule.kind]
+    figures = [f"val/{figure}" for figure in (*kind.shares, "loss")]
     for name, config in (job.callbacks or {}).items():
         if (watched := _watched(config)) and not datamodule.validates:
             raise UserError(
                 f"callbacks.{name} watches {watched}, but {datamodule.task} has no val images: add them, or "
                 "leave the callback out"
             )
+        if watched and watched not in figures:
+            raise unknown(f"callbacks.{name}.monitor", watched, figures)
 
 
 def _watched(config: Mapping[str, Any] | None) -> str:

@@ -195,7 +195,8 @@ def router(service: Service, tokens: Tokens) -> APIRouter:
     def task(task: str) -> TaskAnswer:
         """Return a task with its classes."""
         entry = service.states.entry(task)
-        return _described(entry, {*service.bank.loaded}, service.states.task(task) if entry.ready else None)
+        loaded = {*service.bank.loaded}  # the state before a file that is half a copy still answers
+        return _described(entry, loaded, service.states.task(task) if entry.ready or task in loaded else None)
 
     @routes.post(
         "/tasks/{task}/load",

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def source_of(states: str | Sequence[str]) -> Source:
                 "folder, or a list of these"
             )
         name = load_state(path).task if path.name == _FILE else path.name.removesuffix(_SUFFIX)
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+        name = _as_name(name)
         if not _NAME.fullmatch(name):
             raise UserError(
                 f"{path} has the name {name!r}: put it into a folder under a name such as birds{_SUFFIX}"
@@ -91,13 +92,18 @@ def _in_folder(folder: Path) -> dict[str, Path]:
         for path in sorted(folder.iterdir()):
             if path.suffix == _SUFFIX and _NAME.fullmatch(path.stem):
                 found[path.stem] = path
-            elif _NAME.fullmatch(path.name) and (file := _of_run(path)) is not None:
-                found.setdefault(path.name, file)
+            elif _NAME.fullmatch(name := _as_name(path.name)) and (file := _of_run(path)) is not None:
+                found.setdefault(name, file)
     except OSError as error:
         raise UserError(
             f"states={folder} cannot be read ({error.strerror}): give a folder of states"
         ) from error
     return found
+
+
+def _as_name(text: str) -> str:
+    """Return a name that can stand in an address, such as My_Photos for "My Photos"."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)
 
 
 def _of_run(folder: Path) -> Path | None:
@@ -124,6 +130,7 @@ class States:
         self._source = source
         self._entries: dict[str, Entry] = {}
         self._lock = RLock()
+        self._next_refresh = 0.0  # the earliest time of the next refresh for a request
         self._stop = Event()
         self._thread: Thread | None = None
 
@@ -143,7 +150,7 @@ class States:
             return self._bank.task(name)
         except UserError:  # it is not loaded yet, or its file has changed or gone
             with suppress(UserError):  # the folder is gone; the thread says so
-                self.refresh()
+                self._refresh_for_a_request()
         with self._lock:
             entry = self._entries.get(name)
             if entry is not None and entry.unloaded:
@@ -164,7 +171,7 @@ class States:
         """
         with self._lock:
             if name not in self._entries:
-                self.refresh()
+                self._refresh_for_a_request()
             if name not in self._entries:
                 raise Refused(404, str(unknown("task", name, self._entries)))
             return self._entries[name]
@@ -211,6 +218,15 @@ class States:
                 entry.path = path
                 if signature != entry.signature and not entry.unloaded:
                     self._load(entry, signature)
+
+    def _refresh_for_a_request(self) -> None:
+        """Refresh, but for at most a tenth of the time: many requests for unknown tasks must stay cheap."""
+        with self._lock:
+            began = time.monotonic()
+            if began < self._next_refresh:
+                return
+            self.refresh()
+            self._next_refresh = time.monotonic() + 10 * (time.monotonic() - began)
 
     def watch(self, seconds: float) -> None:
         """Refresh every some seconds, in a thread, until `close`."""

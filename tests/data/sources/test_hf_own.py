@@ -125,7 +125,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path, labels, options, 
     table(labels).save_to_disk(str(tmp_path / "pets"))
     with pytest.raises(UserError, match=message):
         written(HubImages(str(tmp_path / "pets"), **options), tmp_path / "hf", download=False)
-    assert not list((tmp_path / "hf").iterdir()), "nothing half-written"
+    assert {path.suffix for path in (tmp_path / "hf").iterdir()} <= {".lock"}, "nothing half-written"
 
 
 def test_columns_are_chosen_only_if_there_is_one(tmp_path):
@@ -150,7 +150,7 @@ def module(tmp_path, dataset, **options):
 def test_the_data_module_treats_them_as_own_images(tmp_path, saved):
     data = module(tmp_path, saved)
     assert (data.task, data.class_names) == ("pets", ("cat", "dog"))
-    assert data.source == f"hf:{saved}"
+    assert data.source == "hf:pets", "a path is no part of a run"
     assert data.sizes == {"train": 8, "val": 2, "test": 3}
     assert next(iter(data.val_dataloader())).labels.tolist() == [1, 0]
 
@@ -181,4 +181,36 @@ def test_a_run_on_a_local_data_set(tmp_path, saved):
         run_all.train(cfg)
     (folder,) = (path.parent for path in logs.rglob("result.json"))
     result = load_result(folder)
-    assert (result.task, result.data["source"], result.metrics["test/count"]) == ("pets", f"hf:{saved}", 3)
+    assert (result.task, result.data["source"], result.metrics["test/count"]) == ("pets", "hf:pets", 3)
+
+
+def test_a_path_in_a_data_set_of_the_hub_reaches_no_other_file(tmp_path, monkeypatch):
+    (tmp_path / "secret.png").write_bytes(picture(1))
+    inside = tmp_path / "cache" / "given.png"
+    inside.parent.mkdir()
+    inside.write_bytes(picture(2))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+
+    def found(path):
+        content = {"image": [{"bytes": None, "path": str(path)}] * 2, "label": [0, 1]}
+        return datasets.DatasetDict(train=datasets.Dataset.from_dict(content, features=features))
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found(inside))
+    folder = written(HubImages("a/b"), tmp_path / "hf", download=True)
+    assert (folder / "all/00000000.png").read_bytes() == picture(2)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found(tmp_path / "secret.png"))
+    with pytest.raises(
+        UserError, match=r"names the file .*secret.png, which is no part of the data set: it is not"
+    ):
+        written(HubImages("a/c"), tmp_path / "hf", download=True)
+
+
+def test_a_jpeg_of_a_camera_with_more_than_one_picture_is_a_jpeg(tmp_path):
+    file = BytesIO()
+    first, second = (Image.fromarray(np.full((40, 40, 3), shade, np.uint8)) for shade in (90, 200))
+    first.save(file, "MPO", save_all=True, append_images=[second])
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    content = {"image": [{"bytes": file.getvalue(), "path": None}] * 2, "label": [0, 1]}
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(str(tmp_path / "phone"))
+    folder = written(HubImages(str(tmp_path / "phone")), tmp_path / "hf", download=False)
+    assert [path for path, _, _ in rows(folder)] == ["all/00000000.jpeg", "all/00000001.jpeg"]

@@ -84,12 +84,13 @@ def read_csv(
         )
     names = _column_names(columns, multi_label)
     is_parquet = table.suffix.lower() == ".parquet"
-    rows, header = _parquet_rows(table) if is_parquet else _rows(table)
     labels = names["label"]
+    rows, header = _parquet_rows(table, None if multi_label else str(labels)) if is_parquet else _rows(table)
     read = [str(names["path"]), *(labels if isinstance(labels, list) else [str(labels)])]
     if not set(read) <= set(header):
+        named = " and ".join(read) if isinstance(labels, str) else ", ".join(sorted({*read} - {*header}))
         raise UserError(
-            f"data.csv={table} has no columns named {', '.join(read[:-1])} and {read[-1]}, only "
+            f"data.csv={table} has no columns named {named}, only "
             f"{', '.join(header)}: "
             "give 'data.csv_columns={path: NAME, label: NAME}' or write path,label[,split] as first line"
         )
@@ -131,26 +132,58 @@ def _column_names(columns: Mapping[str, Any] | None, multi_label: bool) -> _Colu
     return names
 
 
-def _parquet_rows(table: Path) -> tuple[list[Row], list[str]]:
-    """Read a Parquet file as text; lists become names of label sets."""
+def _parquet_rows(table: Path, one_label: str | None) -> tuple[list[Row], list[str]]:
+    """Read the plain columns of a Parquet file as text; lists become names of label sets.
+
+    Args:
+        table: The file.
+        one_label: A column that must not hold lists.
+    """
     import pyarrow
     from pyarrow import parquet
 
     try:
-        content = parquet.read_table(table)
+        plain = [field for field in parquet.read_schema(table) if _is_plain(_inner(field.type))]
+        if one_label in {field.name for field in plain if field.type != _inner(field.type)}:
+            raise UserError(
+                f"data.csv={table}: the column {one_label!r} holds lists: give data.kind=multi_label, by "
+                "which an image may have several classes"
+            )
+        content = parquet.read_table(table, columns=[field.name for field in plain])
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"data.csv={table} is not a Parquet file ({reason}): save it again") from error
-    rows = [{name: _as_text(value) for name, value in row.items()} for row in content.to_pylist()]
+    rows = [
+        {name: _as_text(value, name, table) for name, value in row.items()} for row in content.to_pylist()
+    ]
     if not rows:
         raise UserError(f"data.csv={table} lists no images: it needs one row per image, with path and label")
     return rows, list(content.column_names)
 
 
-def _as_text(value: Any) -> str | None:
-    if isinstance(value, list):
-        return name_of(map(str, value))
-    return None if value is None else str(value)
+def _inner(kind: Any) -> Any:
+    """Return what a list holds, or the type itself."""
+    from pyarrow import types
+
+    return kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
+
+
+def _is_plain(kind: Any) -> bool:
+    """Return whether a column of this type is read: not images, nor anything nested."""
+    from pyarrow import types
+
+    return not (types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _as_text(value: Any, column: str, table: Path) -> str | None:
+    if not isinstance(value, list):
+        return None if value is None else str(value)
+    if odd := [one for one in value if one is None or SEPARATOR in str(one)]:
+        raise UserError(
+            f"data.csv={table}: a list in the column {column!r} holds {odd[0]!r}, which cannot name a class: "
+            f"rename it, without {SEPARATOR!r}"
+        )
+    return name_of(map(str, value))
 
 
 def _rows(table: Path) -> tuple[list[Row], list[str]]:

@@ -7,12 +7,15 @@ so that everything after this treats them as the user's own images.
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from visprompt.data.sources.hf import ADVICE, unreadable
 from visprompt.data.sources.images import FORMATS, decoding, open_image
@@ -98,7 +101,11 @@ def written(source: HubImages, place: Path, download: bool) -> Path:
                 f"the images of {source.dataset} are not on this machine, and data.download=false: give "
                 "data.download=true, or data.dataset= a local folder"
             )
-        publish(folder, lambda temporary: _write(source, temporary), folder.is_dir, option="paths.data_dir")
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / f"{folder.name}.lock"):  # processes of one run would each write a copy
+            if not folder.is_dir():
+                write = partial(_write, source)
+                publish(folder, write, folder.is_dir, option="paths.data_dir")
     return folder
 
 
@@ -106,7 +113,7 @@ def _write(source: HubImages, folder: Path) -> None:
     """Write the files, the list, and what they were made of."""
     from datasets import Image
 
-    tables = _tables(source)
+    tables, places = _tables(source), _places(source)
     rows = []
     for split, table in tables.items():
         image, label = _columns(source, table)
@@ -114,7 +121,7 @@ def _write(source: HubImages, folder: Path) -> None:
         table = table.select_columns([image]).cast_column(image, Image(decode=False))
         (folder / (split or "all")).mkdir()
         for row, (cell, name) in enumerate(zip(table, labels, strict=True)):
-            content = _content(cell[image], f"row {row} of {split or 'the data'} in {source.dataset}")
+            content = _content(cell[image], places, f"row {row} of {split or 'the data'} in {source.dataset}")
             path = f"{split or 'all'}/{row:08d}.{_suffix(content)}"
             (folder / path).write_bytes(content)
             rows.append((path, name, split))
@@ -220,12 +227,26 @@ def _labels(source: HubImages, table: Any, column: str, split: str) -> Iterator[
         yield name_of(named(one, row) for one in value or ()) if source.multi_label else named(value, row)
 
 
-def _content(cell: Any, where: str) -> bytes:
-    """Return the bytes of an image's file."""
+def _places(source: HubImages) -> list[Path]:
+    """Return the folders in which the files of a data set may be: a path in it must not reach others."""
+    import datasets
+    from huggingface_hub import constants
+
+    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+    return [Path(place).resolve() for place in (*caches, *filter(None, [source.local]))]
+
+
+def _content(cell: Any, places: Sequence[Path], where: str) -> bytes:
+    """Return the bytes of an image's file, which is in the data set or in one of some folders."""
     if cell and cell.get("bytes"):
         return bytes(cell["bytes"])
-    if cell and cell.get("path") and Path(cell["path"]).is_file():
-        return Path(cell["path"]).read_bytes()
+    path = Path(cell["path"]) if cell and cell.get("path") else None
+    if path is not None and path.is_file():
+        if not any(path.resolve().is_relative_to(folder) for folder in places):
+            raise UserError(
+                f"{where} names the file {path}, which is not a part of the data set: it is not read"
+            )
+        return path.read_bytes()
     raise UserError(f"{where} has no image: leave it out of the data set")
 
 
@@ -233,6 +254,7 @@ def _suffix(content: bytes) -> str:
     """Return the suffix of the file's format; what cannot be read is refused later, with all like it."""
     try:
         with decoding(), open_image(BytesIO(content), sys.maxsize) as image:
-            return str(image.format).lower()
+            name = str(image.format).lower()
+            return "jpeg" if name == "mpo" else name  # a JPEG of a camera, with more than one picture
     except UserError:
         return FORMATS[0].lower()

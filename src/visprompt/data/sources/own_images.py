@@ -174,6 +174,8 @@ def find(
     if cut:
         classes = ["(of all images)" if multi_label else image.name for image in images]
         splits = stratified([image.key for image in images], classes)
+        if multi_label:
+            _train_each_class(images, splits)
     label_of = {name: label for label, name in enumerate(names)}
     items = tuple(
         Item(i.path, i.key, label_of[i.name], split) for i, split in zip(images, splits, strict=True)
@@ -183,6 +185,16 @@ def find(
     return OwnImages(
         tuple(names), items, cut, left, unread_columns, known, white_level, max_pixels, multi_label
     )
+
+
+def _train_each_class(images: list[Found], splits: list[str]) -> None:
+    """Move the first image of each class that has no training image to train."""
+    pairs = zip(images, splits, strict=True)
+    trained = {*all_classes(image.name for image, split in pairs if split == "train")}
+    for i, image in enumerate(images):
+        if not trained.issuperset(classes := classes_in(image.name)):
+            splits[i] = "train"
+            trained.update(classes)
 
 
 def is_supported(path: Path) -> bool:
