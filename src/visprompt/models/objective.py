@@ -97,7 +97,7 @@ class Objective:
             self.class_weights = torch.tensor(given)
 
     def balance(self, counts: Tensor) -> None:
-        """Set the class weights to images / (classes * images of the class).
+        """Set the class weights to images / (classes * images of the class); of several classes, to labels.
 
         Args:
             counts: Number of training images of each class, [C]; a class without images counts as one.

@@ -79,7 +79,7 @@ def _classes(found: Scored | Decided, name: str) -> Table:
     notes = [f"Of the images of {found.set_name}; the lowest F1 first."]
     if len(worst) > len(lines):
         notes.append(
-            f"The {len(lines)} lowest of {len(worst)} classes; classes.csv in the run's folder has all."
+            f"The {len(lines)} lowest of {len(worst)} classes; classes.csv in the run's folder, if it wrote one, has all."
         )
     header = ("class", "images", "precision (%)", "recall (%)", "F1 (%)")
     return Table(f"Classes, {name}", header, lines, tuple(notes))
@@ -104,7 +104,7 @@ def _pairs(found: Scored, name: str) -> Table:
         for true, taken, count in pairs
     )
     header = ("class", "taken for", "images", "of the class (%)")
-    note = f"Of the images of {found.set_name}; confusion.csv in the run's folder has all pairs."
+    note = f"Of the images of {found.set_name}; confusion.csv in the run's folder, if it wrote one, has all."
     return Table(f"The most common mistakes, {name}", header, lines, (note,))
 
 
