@@ -79,7 +79,8 @@ def _classes(found: Scored | Decided, name: str) -> Table:
     notes = [f"Of the images of {found.set_name}; the lowest F1 first."]
     if len(worst) > len(lines):
         notes.append(
-            f"The {len(lines)} lowest of {len(worst)} classes; classes.csv in the run's folder, if it wrote one, has all."
+            f"The {len(lines)} lowest of {len(worst)} classes; classes.csv in the run's folder, if it wrote "
+            "one, has all."
         )
     header = ("class", "images", "precision (%)", "recall (%)", "F1 (%)")
     return Table(f"Classes, {name}", header, lines, tuple(notes))
