@@ -107,7 +107,7 @@ def test_fewer_images_than_devices_are_scored_each_once(tmp_path, split):
 
 def test_a_killed_rank_takes_all_with_it_and_the_same_command_ends_with_the_same_bits(tmp_path):
     killed, whole = (
-        ddp(tmp_path / name, "recipe.epochs=40", "method.dropout=0.1") for name in ("killed", "whole")
+        ddp(tmp_path / name, "recipe.epochs=16", "method.dropout=0.1") for name in ("killed", "whole")
     )
     process = started(tmp_path / "killed", *killed)
     ranks = {p.environ()["LOCAL_RANK"]: p for p in psutil.Process(process.pid).children()}
@@ -135,7 +135,7 @@ def test_a_killed_command_leaves_no_rank_behind(tmp_path):
 
 def test_a_killed_process_goes_on_to_the_same_bits(tmp_path):
     killed, whole = (
-        tiny(tmp_path / name, "callbacks=none", "recipe.epochs=60") for name in ("killed", "whole")
+        tiny(tmp_path / name, "callbacks=none", "recipe.epochs=24") for name in ("killed", "whole")
     )
     process = started(tmp_path / "killed", *killed)
     process.kill()
