@@ -59,7 +59,8 @@ class Executed:
 
 
 def number(text):
-    return float(text.replace(",", ""))
+    """The number of a cell, which an interval may follow: "41.2 (37.8 to 44.7)"."""
+    return float(text.partition(" (")[0].replace(",", ""))
 
 
 def test_there_are_four():
