@@ -114,6 +114,9 @@ def _of_run(folder: Path) -> Path | None:
     return max(runs, key=lambda file: (_signature(file), file), default=None)
 
 
+_LONG = 0.2  # seconds
+
+
 class States:
     """Keeps the tasks of a bank equal to the files of a source.
 
@@ -206,7 +209,10 @@ class States:
     def refresh(self) -> None:
         """Load states that are new or have changed, and remove those whose files are gone."""
         with self._lock:
+            began = time.monotonic()
             files = self._source()
+            took = time.monotonic() - began
+            self._next_refresh = began + (10 * took if took > _LONG else 0)
             for name in self._entries.keys() - files.keys():
                 del self._entries[name]
                 self._remove(name)
@@ -220,13 +226,10 @@ class States:
                     self._load(entry, signature)
 
     def _refresh_for_a_request(self) -> None:
-        """Refresh, but for at most a tenth of the time: many requests for unknown tasks must stay cheap."""
+        """Refresh; a folder of so many runs that listing it takes long is not listed for every request."""
         with self._lock:
-            began = time.monotonic()
-            if began < self._next_refresh:
-                return
-            self.refresh()
-            self._next_refresh = time.monotonic() + 10 * (time.monotonic() - began)
+            if time.monotonic() >= self._next_refresh:
+                self.refresh()
 
     def watch(self, seconds: float) -> None:
         """Refresh every some seconds, in a thread, until `close`."""

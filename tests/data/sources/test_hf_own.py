@@ -200,7 +200,7 @@ def test_a_path_in_a_data_set_of_the_hub_reaches_no_other_file(tmp_path, monkeyp
     assert (folder / "all/00000000.png").read_bytes() == picture(2)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found(tmp_path / "secret.png"))
     with pytest.raises(
-        UserError, match=r"names the file .*secret.png, which is no part of the data set: it is not"
+        UserError, match=r"names the file .*secret.png, which is not a part of the data set: it is not"
     ):
         written(HubImages("a/c"), tmp_path / "hf", download=True)
 
