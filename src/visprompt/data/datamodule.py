@@ -170,7 +170,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Return the images of some split sets as one dataset."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Turn validation off if there is none; other images are opened when they are first used."""
+        """Turn validation off if the run has no validation images; images are opened at first use."""
         if self.trainer is not None and not self.validates:
             self.trainer.limit_val_batches = 0  # or Lightning warns about a validation without data loaders
 
@@ -255,7 +255,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         return self._loader(self.train_dataset, training=True)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the loader of the validation images; an empty list if there are none."""
+        """Return the loader of the validation images, or an empty list if the run has no such images."""
         return self._loader(self.val_dataset) if self.validates else []
 
     def test_dataloader(self) -> DataLoader[Batch]:

@@ -16,7 +16,7 @@ def check_batch_norm(
         accumulated: Micro steps per optimiser step.
         processes: Number of processes that share a batch.
         on_cpu: Whether they compute on the CPU.
-        short: Number of images of a last batch that is shorter than the others; 0 if there is none.
+        short: Number of images in the last batch if it is shorter than the others, else 0.
 
     Raises:
         UserError: Batch norm is trained, and its statistics would be those of a part of a batch.

@@ -25,6 +25,7 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
+from visprompt.data.sources.label_sets import SEPARATOR
 from visprompt.models import calibration
 from visprompt.models.scores import (
     ClassScore,
@@ -122,7 +123,7 @@ class TaskKind:
         """Return the class of a label by its name; several classes are joined by ";"."""
         if isinstance(label, int):
             return class_names[label]
-        return ";".join(name for name, has in zip(class_names, label, strict=True) if has)
+        return SEPARATOR.join(name for name, has in zip(class_names, label, strict=True) if has)
 
     def fit_temperature(self, logits: Tensor, labels: Tensor) -> float | None:
         """Return the temperature at which probabilities fit labels best, see `calibration`."""

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from visprompt.errors import UserError
 from visprompt.models.kind import TaskKind
 from visprompt.reports.inspection import Opened
-from visprompt.reports.scored import NEAR
+from visprompt.reports.scored import check_score
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,12 +65,7 @@ def decided(opened: Opened) -> Decided:
         labels.append(of_batch)
         shares.append(opened.classifier.probabilities(logits))
     values = figures.compute()
-    if abs(values[kind.score] - opened.result.score) > NEAR:
-        raise UserError(
-            f"{opened.folder} recorded {100 * opened.result.score:.2f} % on {opened.set_name}, and this "
-            f"machine finds {100 * values[kind.score]:.2f} %: use the kind of device it ran on "
-            f"({opened.result.machine['device']}), and the versions it names"
-        )
+    check_score(opened, values[kind.score])
     return Decided(
         labels=torch.cat(labels).numpy(),
         probabilities=torch.cat(shares).numpy(),

@@ -10,8 +10,7 @@ from visprompt.errors import UserError
 from visprompt.models.kind import BINS, TaskKind
 from visprompt.reports.inspection import Opened
 
-NEAR = 0.005
-"""Difference from the recorded score that another kind of device may make"""
+_NEAR = 0.005  # difference from the recorded score that another kind of device may make
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -73,14 +72,22 @@ def scored(opened: Opened) -> Scored:
         set_name=opened.set_name,
         kind=kind,
     )
-    hits, total = int((found.predicted == found.labels).sum()), len(found.labels)
-    if abs(hits / total - opened.result.score) > NEAR:
+    check_score(opened, float((found.predicted == found.labels).mean()))
+    return found
+
+
+def check_score(opened: Opened, score: float) -> None:
+    """Refuse a score that is not the one that a run recorded.
+
+    Raises:
+        UserError: They differ by more than another kind of device may make.
+    """
+    if abs(score - opened.result.score) > _NEAR:
         raise UserError(
             f"{opened.folder} recorded {100 * opened.result.score:.2f} % on {opened.set_name}, and this "
-            f"machine finds {100 * hits / total:.2f} %: use the kind of device it ran on "
+            f"machine finds {100 * score:.2f} %: use the kind of device it ran on "
             f"({opened.result.machine['device']}), and the versions it names"
         )
-    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,7 +75,7 @@ class TaskAnswer(BaseModel):
     classes: list[str] | None = None
     """In the order of the model's outputs; only where one task is asked for."""
     kind: str | None = None
-    """multi_label: an image may have several classes, and each probability is of its own."""
+    """multi_label: an image may have several classes, and their probabilities do not sum to 1."""
     method: dict[str, Any] | None = None
     bytes: int | None = None
 
