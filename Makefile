@@ -3,7 +3,7 @@
 #   make test PYTHON=python3.12               PYTHON names the Python of the environment (by default the first that fits)
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check table report docs setup FORCE
+.PHONY: help demo serve test test-slow check table report docs bench-gpu setup FORCE
 
 export UV_PYTHON_DOWNLOADS := never
 export UV_PROJECT_ENVIRONMENT := .venv
@@ -32,8 +32,8 @@ comma := ,
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP)  ## tune a prompt on the embedded backbone and the bundled digits: python src/train.py
-	$(RUN) src/train.py $(ARGS)
+demo: $(STAMP)  ## tune prompts on the embedded backbone and the bundled digits: python src/train.py method=vapt
+	$(RUN) src/train.py method=vapt $(ARGS)
 
 serve: $(STAMP)  ## tune prompts for the three demo tasks if that was not done, and serve them: http://127.0.0.1:8000
 	$(RUN) src/train.py experiment=demo_deep paths.log_dir=logs/serve
@@ -58,13 +58,16 @@ report: $(STAMP)  ## the protocol and an ablation on the demo, then a page of ta
 	$(RUN) src/train.py -m experiment=demo_ablation method.num_tokens=1,10,50 method.depth=1,3,6
 	$(RUN) src/report.py inspect=auto $(ARGS)
 
-docs: $(STAMP)  ## the generated pages (datasets, methods, result.json, exports: half an hour), golden values of new methods
+docs: $(STAMP)  ## the generated pages (datasets, methods, result.json, exports), golden values of new methods; ARGS=all: all exports anew
 	$(RUN) -m visprompt.data.catalog.describe > docs/datasets.md
 	$(RUN) -m visprompt.runs.methods_page > docs/methods.md
 	$(RUN) -m visprompt.runs.result_page > docs/result.md
 	$(RUN) -m visprompt.models.methods.describe > docs/methods-by-backbones.md
 	$(RUN) tests/helpers/goldens.py
-	$(RUN) -m visprompt.export.describe docs/export.md
+	$(RUN) -m visprompt.export.describe docs/export.md $(ARGS)
+
+bench-gpu: $(STAMP)  ## what one GPU does, in under ten minutes: step, memory, a whole task, bank, service, loader
+	$(RUN) benchmarks/gpu.py $(ARGS)
 
 setup: $(STAMP)  ## only the environment, .venv, from the hashes in uv.lock; uv itself goes to .uv
 	@:

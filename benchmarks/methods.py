@@ -4,8 +4,8 @@ Accuracy by the protocol, and the time and memory of a training step side by sid
 
 First the protocol of `experiment=demo_methods` (the grid on val200, the choice, three seeds on test): what is
 finished in logs/ is read, what is missing is trained, which takes hours on a CPU; stop it and run it again as
-you like. Then a step of each method is measured under equal conditions, since the runs may have had company:
-with the chosen options, pruned as for the first seed.
+you like (`engine=processes` makes several runs at a time). Then a step of each method is measured under equal
+conditions, since the runs may have had company: with the chosen options, pruned as for the first seed.
 
 A step is forward, loss, backward and the optimiser's step, on random images of the task's size, or on what is
 kept of them where frozen layers run once for all epochs. The methods take turns, a round is one step of each;
@@ -27,13 +27,15 @@ from measuring import added_mib, machine, milliseconds
 from visprompt.errors import UserError
 from visprompt.models.methods import METHODS
 from visprompt.runs import compose
+from visprompt.runs.engine.choose import opened
+from visprompt.runs.engine.drive import drive
 from visprompt.runs.job import Job
 from visprompt.runs.result import Result, cell, markdown_table
 from visprompt.runs.run import build_classifier, prepare
-from visprompt.runs.run_all import run_all
+from visprompt.runs.run_all import asks_for_stacks
 from visprompt.tuning import pruning
 from visprompt.tuning.dry_run.pace import Bench
-from visprompt.tuning.protocol import tune_one
+from visprompt.tuning.protocol import job_points, tune_one
 
 BESIDE = "full"  # the method whose step is 1
 HEADER = (
@@ -77,7 +79,8 @@ def chosen(results: Sequence[Result], grid: Mapping[str, Sequence[float]]) -> st
     for key, tried in grid.items():
         holder, _, name = key.rpartition(".")
         value = getattr(results[0], holder)[name]
-        found.append(f"{name} {_word(value)} of {', '.join(map(_word, tried))}")
+        edge = " (an edge)" if _is_edge(value, tried) else ""
+        found.append(f"{name} {_word(value)}{edge} of {', '.join(map(_word, tried))}")
     if "prune" in results[0].method:
         masks = [pruning.masks_of(result.method) for result in results]
         left = [f"{m.tokens.float().mean():.0%} and {m.segments[m.tokens].float().mean():.0%}" for m in masks]
@@ -85,35 +88,49 @@ def chosen(results: Sequence[Result], grid: Mapping[str, Sequence[float]]) -> st
     return "; ".join(found) or "-"
 
 
+def _is_edge(value: Any, tried: Sequence[Any]) -> bool:
+    """Whether a value is the least or greatest of several numbers: a wider grid might give more."""
+    numbers = [each for each in tried if isinstance(each, int | float)]
+    return len(tried) == len(numbers) > 1 and value in (min(numbers), max(numbers))
+
+
 def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def seeds_of(words: Sequence[str]) -> list[int]:
-    """Seeds of the final runs: those of the command line, else those of configs/tune.yaml."""
+def score(methods: Sequence[str], words: Sequence[str]) -> dict[str, tuple[list[str], Mapping[str, Any]]]:
+    """The first cells of each method's row, and the options of its first final run."""
     with compose.composing():
-        return list(hydra.compose("tune", list(words)).seeds)
+        cfg = hydra.compose("tune", list(words))
+    jobs, seeds = [make_job(method, words) for method in methods], list(cfg.seeds)
+    total = sum(len(job_points(job)) + len(seeds) for job in jobs)
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        opened(compose.plain(cfg.engine), jobs, total) as engine,
+    ):
+        by_method = drive(engine, [tune_one(job, seeds) for job in jobs], asks_for_stacks(cfg))
+    failed = [f"{each.name}: {each.reason}" for outcomes in by_method for each in outcomes if each.reason]
+    if failed:
+        raise UserError("; ".join(failed))
+    found = {}
+    for method, job, outcomes in zip(methods, jobs, by_method, strict=True):
+        results = [outcome.result for outcome in outcomes if outcome.result]
+        found[method] = cells(results, dict(job.grid or {})), results[0].method
+    return found
 
 
-def score(method: str, words: Sequence[str]) -> tuple[list[str], Mapping[str, Any]]:
-    """The first cells of a method's row, and the options of its first final run."""
-    job = make_job(method, words)
-    with contextlib.redirect_stdout(sys.stderr):
-        outcomes = tune_one(job, seeds_of(words), run_all)
-    if reasons := [outcome.reason for outcome in outcomes if outcome.reason]:
-        raise UserError(f"{method}: {'; '.join(reasons)}")
-    results = [outcome.result for outcome in outcomes if outcome.result]
+def cells(results: Sequence[Result], grid: Mapping[str, Sequence[float]]) -> list[str]:
+    """The first cells of a method's row, from its final runs."""
     names = ("parameters", "head_parameters", "share")
     parameters, head, share = (fmean(result.tuned[name] for result in results) for name in names)
-    cells = [
+    return [
         str(cell(results)),
         f"{parameters:,.0f} + {head:,.0f}",
         f"{100 * share:.2f}",
         str(results[0].recipe["epochs"]),
         f"{100 * fmean(result.metrics['train/acc'] for result in results):.1f}",
-        chosen(results, dict(job.grid or {})),
+        chosen(results, grid),
     ]
-    return cells, results[0].method
 
 
 def measured(
@@ -150,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     try:
-        rows = {method: score(method, options.words) for method in options.methods}
+        rows = score(options.methods, options.words)
         steps = measured({method: given for method, (_, given) in rows.items()}, options.words, options)
     except UserError as error:
         sys.exit(str(error))

@@ -14,14 +14,14 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="predict")
 def main(cfg: DictConfig) -> None:
-    """Label the images and write the CSV file."""
+    """Label the images and write the CSV file or the masks."""
     with one_sentence_errors():
         # imported late: typing errors are reported before torch is loaded
         from visprompt.runs.predict import predict
 
         signals.started()
         expand_paths(cfg)
-        names = ("output", "batch_size", "device", "weights", "overwrite", "max_pixels")
+        names = ("output", "batch_size", "device", "weights", "overwrite", "max_pixels", "multi_scale")
         predict(cfg.state, cfg.images, **{name: cfg[name] for name in names})
 
 

@@ -17,10 +17,10 @@ def main(cfg: DictConfig) -> float:
     with one_sentence_errors():
         # imported late: typing errors are reported before torch is loaded
         from visprompt.runs import run_all
-        from visprompt.tuning import dry_run
+        from visprompt.tuning import commands, dry_run
 
         signals.started()
-        return (dry_run if cfg.dry_run else run_all).train(cfg)
+        return (commands if cfg.plan else dry_run if cfg.dry_run else run_all).train(cfg)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ def main(cfg: DictConfig) -> float:
     """Run the protocol and return the mean test accuracy over methods and tasks."""
     with one_sentence_errors():
         # imported late: typing errors are reported before torch is loaded
-        from visprompt.tuning import dry_run, protocol
+        from visprompt.tuning import commands, dry_run, protocol
 
         signals.started()
         expand_paths(cfg)
-        return (dry_run if cfg.dry_run else protocol).tune(cfg)
+        return (commands if cfg.plan else dry_run if cfg.dry_run else protocol).tune(cfg)
 
 
 if __name__ == "__main__":

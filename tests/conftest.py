@@ -19,6 +19,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = str(
     Path(tempfile.gettempdir()) / f"visprompt-tests-{os.getuid()}" / "datasets"
 )
+os.environ["VISPROMPT_CACHE"] = str(Path(tempfile.gettempdir()) / f"visprompt-tests-{os.getuid()}" / "cache")
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 # Several workers with all cores each are slower than one thread each, and bit-equality holds for one number

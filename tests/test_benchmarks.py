@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers.cli import TINY as TINY_RUN
 from helpers.cli import frozen
 from visprompt.models.api import build
 from visprompt.models.methods import METHODS
@@ -140,10 +141,11 @@ def result(**options):
 
 def test_what_was_chosen_is_told_with_what_was_tried(methods):
     assert methods.chosen([result()], {}) == "-"
-    assert methods.chosen([result()], {"recipe.lr": [0.1, 0.4]}) == "lr 0.4 of 0.1, 0.4"
+    assert methods.chosen([result()], {"recipe.lr": [0.1, 0.4]}) == "lr 0.4 (an edge) of 0.1, 0.4"
+    assert methods.chosen([result()], {"recipe.lr": [0.1, 0.4, 1.6]}) == "lr 0.4 of 0.1, 0.4, 1.6"
     assert methods.chosen([result(init="zero")], {"method.init": ["zero", None]}) == "init zero of zero, None"
     both = methods.chosen([result(share=0.5)], {"recipe.lr": [0.4], "method.share": [0.5, 1.0]})
-    assert both == "lr 0.4 of 0.4; share 0.5 of 0.5, 1"
+    assert both == "lr 0.4 of 0.4; share 0.5 (an edge) of 0.5, 1"
 
 
 def test_what_pruning_left_is_told_seed_by_seed(methods):
@@ -250,3 +252,80 @@ def test_lengths_and_classes_are_spread_evenly(bank):
     lengths = bank.spread(1, 100, 64)
     assert (lengths[0], lengths[-1], len(lengths)) == (1, 100, 64)
     assert sum(lengths) / 64 == pytest.approx(50.5, abs=0.01)
+
+
+SMALL = ["--device", "cpu", "--backbones", "vit_tiny_patch16_224", "--batches", "2", "--lengths", "1", "10"]
+SMALL += ["--pairs", "1", "--images", "40", "--epochs", "1", "--requests", "32"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("gpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["rate", "step", "task"],
+        pytest.param(["bank", "service", "loader", "compiled"], marks=pytest.mark.endurance),
+    ],
+    ids=["short", "long"],
+)
+def test_the_parts_of_the_gpu_s_page_are_measured(gpu, tmp_path, parts):
+    gpu.main([*SMALL, "--parts", *parts, "--output", str(tmp_path / "gpu.md")])
+    text = (tmp_path / "gpu.md").read_text()
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == [
+        gpu.PARTS[p][0] for p in parts
+    ]
+    assert "Not measured" not in text
+    found = tables(text)
+    if "step" in parts:
+        rate, times, memory, task = found
+        assert list(times) == list(memory) == ["1", "10"]
+        assert float(rate["float32"]["TFLOP/s"]) > 0
+        assert all(row["exact's share of the matrix rate"].endswith(" %") for row in times.values())
+        assert float(task["training"]["measured"].rstrip(" s")) > 0
+        assert task["device"]["measured"] == "cpu"
+
+
+def test_a_part_that_fails_or_comes_too_late_does_not_stop_the_others(gpu, tmp_path, monkeypatch, capsys):
+    def fail(options):
+        raise gpu.UserError("no memory is\nleft")
+
+    monkeypatch.setattr(gpu, "rates", lambda options: {"bf16": 1.0})
+    monkeypatch.setitem(gpu.PARTS, "step", ("A training step", fail))
+    given = [*SMALL, "--parts", "step", "rate", "--output", str(tmp_path / "gpu.md")]
+    gpu.main(given)
+    assert "Not measured: no memory is left" in (tmp_path / "gpu.md").read_text()
+    assert "| bf16 | 1 |" in (tmp_path / "gpu.md").read_text()
+    gpu.main([*given, "--minutes", "-1"])
+    assert (tmp_path / "gpu.md").read_text().count("Not measured: -1.0 minutes were over.") == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_s_benchmark_says_so(gpu):
+    with pytest.raises(gpu.UserError, match="measures a GPU, and this machine has none"):
+        gpu.main([])
+
+
+@pytest.mark.slow
+@frozen
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_what_a_run_adds_is_measured_next_to_a_bare_module(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    overhead = importlib.import_module("overhead")
+    words = [word for word in TINY_RUN if word.startswith(("++backbone", "recipe.warmup"))]
+    overhead.main([*words, "backbone.pretrained=false", "--rounds", "1", "--epochs", "3"])
+    text = capsys.readouterr().out
+    assert (
+        "linear on 1000 x 24 features on cpu, split=final, 3 epochs of 16 steps, batch 64, 1 rounds; " in text
+    )
+    (table,) = tables(text)
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    committed = tables(page.partition("## Around the step")[2].partition("\n## ")[0])[0]
+    assert list(table) == ["bare", "loader", "run", "run - bare"]
+    for way, row in table.items():
+        assert all(math.isfinite(float(cell.partition(" ")[0])) for cell in row.values()), way
+    assert list(table["run"]) == list(committed["bare"])

@@ -14,6 +14,7 @@ from visprompt.data.catalog import SUITES, TASKS
 from visprompt.models.methods import METHODS
 from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import compose, run
+from visprompt.runs.job import OWN_DATA
 from visprompt.tuning import protocol
 from visprompt.tuning.protocol import grid_points
 
@@ -31,6 +32,7 @@ GROUPS = (
 NEEDS = {
     "data/folder": ["data.root=x"],
     "data/hf": ["data.dataset=x/y"],
+    "data/segmentation/folder": ["data.root=x"],
     "backbone/timm": ["backbone.name=vit_tiny_patch16_224"],
 }
 PARTS = {"debug/base"}  # other files are built on them
@@ -117,7 +119,7 @@ def test_every_method_is_measured_by_one_command():
         jobs, _ = protocol.asked(cfg)
     assert [job.method.name for job in jobs] == list(METHODS)
     assert {job.task for job in jobs} == {"digits_loc"}
-    assert max(len(grid_points(job.grid)) for job in jobs) <= 4
+    assert max(len(grid_points(job.grid)) for job in jobs) <= 5
 
 
 def test_methods_configs_and_recipes_have_the_same_names():
@@ -131,7 +133,7 @@ def test_every_task_of_the_catalog_has_a_config_and_no_config_is_without_a_task(
         path.relative_to(CONFIGS / "data").with_suffix("").as_posix()
         for path in (CONFIGS / "data").rglob("*.yaml")
     }
-    assert found == {spec.config for spec in TASKS.values()} | {"folder", "hf"}
+    assert found == {spec.config for spec in TASKS.values()} | {*OWN_DATA.values()}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -139,7 +141,7 @@ def test_every_row_of_a_recipe_names_its_source(method):
     rows = OmegaConf.load(CONFIGS / "recipe" / f"{method}.yaml").rows
     kinds = ("published: ", "from the paper's text", "recalled from", "own choice")
     assert [row.source for row in rows.values() if not row.source.startswith(kinds)] == []
-    assert set(rows) <= {*TASKS, "default", "vtab", "fgvc"}
+    assert set(rows) <= {*TASKS, "default", "vtab", "fgvc", "demo", "segmentation"}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

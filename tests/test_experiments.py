@@ -13,8 +13,11 @@ import sys
 import time
 from itertools import product
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
+import timm
+import torch
 import yaml
 
 from helpers.cli import ROOT, call, command, composed, tiny
@@ -22,9 +25,10 @@ from helpers.wide import case
 from test_datasets_cli import MAIN
 from visprompt.data.catalog import SUITES
 from visprompt.errors import UserError
+from visprompt.models.backbones.vit import ViT
 from visprompt.models.methods import METHODS
 from visprompt.reports.published import contents, published
-from visprompt.runs import cli, compose
+from visprompt.runs import cli, compose, run
 from visprompt.runs.result import read_result
 from visprompt.tuning import pruning_chain
 from visprompt.tuning.protocol import grid_points
@@ -50,6 +54,13 @@ LATENCY = {  # of a step in the paper's table, by the names there and what they 
     "vpt_deep": {"vpt_deep_p1": " with 1 prompt", "vpt_deep_p200": " with 200"},
 }
 PAIRS = list(product(BENCHMARKS, PAPERS))
+ADE20K = {  # an experiment's last word: our name of the method, number of prompts, tuned parameters with the head
+    "full": ("full", None, 317_291_096),
+    "linear": ("linear", None, 13_143_640),
+    "bias": ("bias", None, 13_415_000),
+    "deep": ("vpt_deep", 10, 13_389_400),
+    "deep_bias": ("vpt_deep_bias", 100, 15_872_600),
+}
 
 
 def read(name):
@@ -82,7 +93,7 @@ def took(method):
 
 def test_there_is_an_experiment_for_each_benchmark_and_method_of_the_papers():
     found = {path.stem for path in EXPERIMENTS.glob("*.yaml") if not path.stem.startswith("demo_")}
-    assert found == {f"{b}_{m}" for b, m in PAIRS} | set(PARTS)
+    assert found == {f"{b}_{m}" for b, m in PAIRS} | set(PARTS) | {f"ade20k_{word}" for word in ADE20K}
 
 
 @pytest.mark.parametrize(("benchmark", "word"), PAIRS)
@@ -99,6 +110,58 @@ def test_an_experiment_is_a_recipe_on_a_benchmark_under_the_published_figure(ben
     assert header["expected"] == expected(benchmark, method) + beside
     trainings = "; eleven trainings for each task" if method == "e2vpt" else ""
     assert header["time"] == "not measured here, dry_run=true estimates it" + took(method) + trainings
+
+
+@pytest.mark.parametrize("word", ADE20K)
+def test_an_experiment_of_ade20k_is_the_paper_s_row_under_its_figures(word):
+    header, content = read(f"ade20k_{word}")
+    method, tokens, _ = ADE20K[word]
+    assert content == {
+        "defaults": [{"override /method": method}, {"override /backbone": "vit_l16_in21k"}],
+        "tasks": "ade20k",
+        "backbone": {"image_size": 512},
+        **({"method": {"drop_path": 0.0}} if method == "full" else {}),
+    }
+    found = published(method, "vit_l16_in21k")
+    several = contents()["figures"]["vpt"]["vit_l16_in21k"][method]["multi_scale"]
+    assert header == {
+        "command": f"python src/train.py experiment=ade20k_{word}",
+        "expected": f"mean IoU {found.tasks['ade20k (mean IoU)']:.2f} % at a single scale, {several:.2f} % at "
+        f"several with flips, eval.py multi_scale=true ({found.source}); its learning rate and iterations are "
+        "not known",
+        "time": "not measured here, dry_run=true estimates it",
+    }
+    with composed("train", f"experiment=ade20k_{word}", "trainer=ddp") as cfg:
+        (job,) = compose.jobs(cfg)
+    assert (job.task, job.method.name, job.backbone.image_size) == ("ade20k", method, 512)
+    assert (job.recipe.head, job.recipe.max_steps, job.recipe.batch_size) == ("setr_pup", 160_000, 16)
+    assert found.fits(dict(job.method))
+    assert dict(job.method).get("num_tokens") == tokens
+
+
+@pytest.mark.parametrize("word", ADE20K)
+def test_an_experiment_of_ade20k_tunes_about_as_many_parameters_as_the_paper_s(word):
+    """Its head has 0.04 M more than ours, and its 100 prompts 0.13 M fewer: docs/segmentation.md."""
+    with composed("train", f"experiment=ade20k_{word}") as cfg, torch.device("meta"):
+        (job,) = compose.jobs(cfg)
+        model = timm.create_model("vit_large_patch16_224", img_size=512, num_classes=0)
+        built = run.build_classifier(job, SimpleNamespace(module=ViT(model)), 150, "segmentation")
+    counted = sum(parameter.numel() for _, parameter in built.tuned_parameters())
+    method, _, ours = ADE20K[word]
+    assert counted == ours
+    papers = contents()["figures"]["vpt"]["vit_l16_in21k"][method]["tuned_millions"]
+    assert counted / 1e6 == pytest.approx(papers, abs=1.1 if method == "full" else 0.085)
+
+
+@pytest.mark.parametrize("script", ["train", "tune"])
+def test_a_segmentation_task_may_be_named_by_tasks_too(script):
+    with composed(script, "tasks=[ade20k,dtd]", "backbone.image_size=64") as cfg:
+        both = [(job.task, job.recipe.head, job.recipe.schedule) for job in compose.jobs(cfg)]
+    assert both == [("ade20k", "setr_pup", "poly"), ("dtd", "linear", "per_epoch")]
+    with composed(script, "data=segmentation/ade20k", "backbone.image_size=64") as cfg:
+        (alone,) = compose.jobs(cfg)
+    with composed(script, "tasks=segmentation", "backbone.image_size=64") as cfg:
+        assert compose.jobs(cfg) == [alone]
 
 
 @pytest.mark.parametrize("name", PARTS)

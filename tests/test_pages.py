@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.cli import ROOT, call, call_all, composed, frozen, tiny
+from helpers.cli import ROOT, call_all, composed, frozen, tiny
+from helpers.miniatures.masks import write_masks
 from visprompt.data.sources import digits
 from visprompt.runs import compose
 from visprompt.tuning import dry_run
@@ -21,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "note
 SHOWN = [
     (
         page.name,
-        line.partition("  #")[0].strip().removeprefix("srun "),
+        line.partition("  #")[0].partition(" > ")[0].strip().removeprefix("srun "),
     )  # which starts a process for each device
     for page in PAGES
     for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
@@ -38,7 +39,8 @@ def shown(start):
 
 def arguments(line, folder):
     """Arguments of a shown command, with the first of several values and a place for each word in capitals."""
-    places = {"PATH": folder / "images", "FILE": folder / "labels.csv", "FILE_OR_FOLDER": folder / "none.pth"}
+    own = "masked" if "data=segmentation/folder" in line else "images"
+    places = {"PATH": folder / own, "FILE": folder / "labels.csv", "FILE_OR_FOLDER": folder / "none.pth"}
     given = [argument for argument in shlex.split(line)[2:] if argument != "-m"]
     for word, place in places.items():
         given = [re.sub(rf"={word}$", f"={place}", argument) for argument in given]
@@ -51,6 +53,7 @@ def folder(tmp_path):
         path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
+    write_masks(tmp_path / "masked")
     lines = [f"class{number % 2}/{number}.png,class{number % 2}" for number in range(8)]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label", *lines]))
     return tmp_path
@@ -82,24 +85,31 @@ def test_what_prepares_is_planned(line, folder):
 @pytest.mark.slow
 def test_what_reads_a_run_runs(folder):
     logs = folder / "logs"
-    done = call("train", *tiny(logs, "callbacks=none", "recipe.epochs=1", "recipe.warmup_epochs=0"))
-    assert done.returncode == 0, done.stderr
-    (run,) = (path.parent for path in logs.rglob("result.json"))
+    short = ("callbacks=none", "recipe.epochs=1", "recipe.warmup_epochs=0")
+    masks = ("data=demo/digits_masks", "method=linear", "data.fraction=0.1")
+    trained = call_all([("train", tiny(logs, *short, *more)) for more in ((), masks)])
+    assert trained.returncode == 0, trained.stderr
+    runs = {path.parents[2].name: path.parent for path in logs.rglob("result.json")}
     lines = [
-        line for start in ("eval", "predict", "report", "export") for line in shown(f"python src/{start}.py")
+        line
+        for start in ("eval", "predict", "report", "export")
+        for line in shown(f"python src/{start}.py")
+        if "s3://" not in line  # see tests/runs/test_results_store.py
     ]
     assert len(lines) >= 3
     calls = []
     for line in lines:
         script = line.split("/")[1].partition(".py")[0]
+        run = runs["digits_masks" if "multi_scale" in line or "MASKS" in line else "digits"]
         words = [re.sub(r"=logs/\S*HASH$|='?\[A,B,C\]'?$", f"={run}", word) for word in line.split()[2:]]
         if script == "export":  # onto a new folder; no hub is reached, and deep prompts cannot be merged
             words = [word.replace("=FOLDER", f"={folder / 'exported'}") for word in words]
             words = [word for word in words if not word.startswith("push=")]
             words = ["to=torch" if word == "to=timm" else word for word in words]
         words = [word.replace("=FOLDER", f"={folder / 'images'}") for word in words]
+        words = [word.replace("=MASKS", f"={folder / 'masks'}") for word in words]
         extra = {
-            "predict": [f"output={folder / 'labels.csv'}", "overwrite=true"],
+            "predict": [*([] if "MASKS" in line else [f"output={folder / 'labels.csv'}"]), "overwrite=true"],
             "report": [f"paths.log_dir={logs}", "formats=[html]"],
             "export": [f"paths.log_dir={logs}", "overwrite=true"],
         }

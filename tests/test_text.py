@@ -16,7 +16,7 @@ from rich.table import Table
 from helpers.names import NASTY
 from helpers.written_runs import result
 from visprompt.errors import UserError
-from visprompt.runs import run_all
+from visprompt.runs import unit
 from visprompt.runs.cli import one_sentence_errors
 from visprompt.runs.result import markdown_table
 from visprompt.text import PlainFormatter, Terminal, csv_cell, in_markdown, visible
@@ -140,9 +140,9 @@ def test_one_console_prints_everything():
 
 @pytest.mark.parametrize("name", ["birds [v2]", "a[/b]", ":cat:", "$x$"])
 def test_a_run_s_table_shows_its_folder_and_names_as_they_are(name, capsys, monkeypatch):
-    monkeypatch.setattr(run_all.console, "_width", 400)
+    monkeypatch.setattr(unit.console, "_width", 400)
     folder = Path("/logs") / name / "linear" / "0123"
-    run_all.show(result(name), SimpleNamespace(folder=folder))
+    unit.show(result(name), SimpleNamespace(folder=folder))
     printed = capsys.readouterr().out
     assert f"{name}, linear, split=final, seed=42" in printed
     assert printed.endswith(f"folder: {folder}\n")

@@ -76,7 +76,7 @@ def make_docs(folder, only=""):
     printed = ""
     rule = (folder / "Makefile").read_text().partition("\ndocs:")[2].partition("\n\n")[0]
     for line in rule.splitlines()[1:]:
-        command, _, target = line.strip().removeprefix("$(RUN) ").partition(" > ")
+        command, _, target = line.strip().removeprefix("$(RUN) ").removesuffix(" $(ARGS)").partition(" > ")
         if only in target:
             printed = run(folder, *command.split())
             if target:

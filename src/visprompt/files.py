@@ -37,6 +37,17 @@ _ABANDONED = (
 _DIGEST = "digest"
 
 
+def cache_folder() -> Path:
+    """Return the folder of what is kept for later commands: $VISPROMPT_CACHE, else the user's cache folder.
+
+    Raises:
+        RuntimeError: There is no such folder, because the user has no home.
+    """
+    if given := os.environ.get("VISPROMPT_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visprompt"
+
+
 @contextmanager
 def alone(lock_file: Path, what: str) -> Iterator[None]:
     """Hold a lock while the body runs, so that one process at a time does the same work; wait for the lock.

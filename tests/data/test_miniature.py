@@ -12,7 +12,7 @@ import torch
 from helpers.miniatures import miniature
 from helpers.miniatures.natural import tar_bytes
 from helpers.resizing import tensorflow
-from visprompt.data import catalog, fgvc_datamodule, other_datamodule, vtab_datamodule
+from visprompt.data import ade20k_datamodule, catalog, fgvc_datamodule, other_datamodule, vtab_datamodule
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.data.sources.archive import members
 from visprompt.data.sources.readers import READERS
@@ -27,7 +27,7 @@ VTAB = [TASKS[task] for task in SUITES["vtab_all"]]
 SQUARE = [spec for spec in TASKS.values() if spec.family in ("vtab", "other")]
 MODULES = {
     m.task: m
-    for file in (vtab_datamodule, fgvc_datamodule, other_datamodule)
+    for file in (vtab_datamodule, fgvc_datamodule, ade20k_datamodule, other_datamodule)
     for m in vars(file).values()
     if isinstance(getattr(m, "task", None), str)
 }

@@ -45,6 +45,26 @@ def table():
     return {line[0]: dict(zip(families[1:], line[1:], strict=True)) for line in lines}
 
 
+def test_rows_of_the_page_are_kept_and_new_methods_get_one(monkeypatch):
+    page = PAGE.read_text()
+    made = []
+
+    def cell(method, family, reasons):
+        made.append((method, family))
+        reasons.append("a new reason")
+        return f"onnx [{len(reasons)}]"
+
+    monkeypatch.setattr(describe, "cell", cell)
+    assert describe.with_table(page, describe.table(page)) == page
+    row = next(line for line in page.splitlines() if line.startswith("| lora |"))
+    without = page.replace(f"{row}\n", "")
+    known = len(describe.known(page)[1])
+    lines = describe.table(without).splitlines()
+    assert made == [("lora", family) for family in describe.FAMILIES]
+    assert f"| lora | onnx [{known + 1}] | onnx [{known + 2}] | onnx [{known + 3}] |" in lines
+    assert lines[-1] == f"{known + 3}. a new reason"
+
+
 def _formats(cell):
     return re.sub(r" \[\d+\]| \(pad\)", "", cell).split(", ")
 

@@ -23,6 +23,7 @@ TINY = (
     "method.num_tokens=4",
     "recipe.epochs=3",
     "recipe.warmup_epochs=1",
+    "resume_every_n_epochs=1",  # by time, a tiny run would write no state but the last
 )
 
 
@@ -161,9 +162,11 @@ def leaves(cfg: Any, prefix: str = "") -> Iterator[str]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Hashes of all files below a folder, by path, but for the lock."""
+    """Hashes of all files below a folder, by path, but for the lock and leases."""
     files = [
-        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ("lock", "holder")
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "lock" and not path.name.startswith("lease-")
     ]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

@@ -29,12 +29,42 @@ def parts():
 
 @pytest.mark.parametrize("memory", [1000, 100])
 def test_rows_are_put_together_in_memory_or_in_a_file(monkeypatch, memory):
+    mapped, original = [], np.memmap
+
+    def note(*arguments, **options):
+        mapped.append(original(*arguments, **options))
+        return mapped[-1]
+
     monkeypatch.setattr(feature_cache, "_free_memory", lambda: memory)
+    monkeypatch.setattr(np, "memmap", note)
     kept = keep(parts(), 10)
     assert kept.tolist() == np.arange(30).reshape(10, 3).tolist()
-    assert isinstance(kept, np.memmap) == (memory == 100)
-    if memory == 100:
-        assert kept.filename is None, "the file has no name, and goes with the process"
+    assert len(mapped) == (memory == 100)
+    if mapped:
+        assert kept.data_ptr() == mapped[0].ctypes.data
+        assert mapped[0].filename is None, "the file has no name, and goes with the process"
+
+
+def test_rows_stay_on_a_device_that_has_room(monkeypatch):
+    """As on a GPU; here the device is the CPU, and its rows are told by where they were allocated."""
+    places, original = [], torch.empty
+
+    def note(shape, device=None):
+        places.append(device)
+        return original(shape, device=device)
+
+    monkeypatch.setattr(feature_cache, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(torch, "empty", note)
+    monkeypatch.setattr(feature_cache, "free_on", lambda device: 4 * 120 + 1)
+    kept = keep(parts(), 10, key=("a task", "train"))
+    monkeypatch.setattr(feature_cache, "free_on", lambda device: 4 * 120)
+    keep(parts(), 10, key=("a task", "val"))
+    assert places == [torch.device("cpu"), None], "in host memory, if they take a quarter of the device's"
+    assert kept.tolist() == np.arange(30).reshape(10, 3).tolist()
+    feature_cache.release("a task")
+    assert keep(parts(), 10, key=("a task", "train")) is kept
+    feature_cache.release("another")
+    assert keep(parts(), 10, key=("a task", "train")) is not kept
 
 
 def test_no_room_is_said(monkeypatch, caplog):
@@ -52,19 +82,19 @@ def nothing_kept(monkeypatch):
 
 
 def test_what_begins_with_the_same_bits_is_not_computed_again():
-    first = keep(parts(), 10, key="a")
+    first = keep(parts(), 10, key=("a",))
     again = parts()
-    assert keep(again, 10, key="a") is first
+    assert keep(again, 10, key=("a",)) is first
     assert len(list(again)) == 2, "one of three batches was looked at"
-    assert keep(parts(), 10, key="b") is not first
-    assert keep((part + 1 for part in parts()), 10, key="a")[0].tolist() == [1, 2, 3], "other weights"
+    assert keep(parts(), 10, key=("b",)) is not first
+    assert keep((part + 1 for part in parts()), 10, key=("a",))[0].tolist() == [1, 2, 3], "other weights"
     assert keep(parts(), 10) is not keep(parts(), 10)
 
 
 def test_only_the_last_two_sets_are_kept():
     for key in "abc":
-        keep(parts(), 10, key=key)
-    assert list(feature_cache._outputs) == ["b", "c"]
+        keep(parts(), 10, key=(key,))
+    assert list(feature_cache._outputs) == [("b",), ("c",)]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +134,7 @@ def test_pixels_that_lie_on_a_device_change_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("visprompt.models.tuning_module.has_own_memory", lambda device: True)
     monkeypatch.setattr("visprompt.models.tuning_module.on_device", note)
-    monkeypatch.setattr(feature_cache, "_free_on", lambda device: 2**30)
+    monkeypatch.setattr(feature_cache, "free_on", lambda device: 2**30)
     given += ("data.num_workers=1", "data.pin_memory=true")  # of no use to what lies there
     there = [run.run_job(tiny_run(tmp_path / f"there{i}", *given)) for i in range(2)]
     assert [type(dataset) for dataset in sets] == [DeviceDataset] * 4
@@ -120,13 +150,13 @@ def test_pixels_without_room_on_the_device_stay_where_they_are(monkeypatch):
         np.arange(24, dtype=np.uint8).reshape(4, 3, 1, 2), np.array([0, 1, 1, 0]), list("abcd")
     )
     cpu = torch.device("cpu")
-    monkeypatch.setattr(feature_cache, "_free_on", lambda device: 95)
+    monkeypatch.setattr(feature_cache, "free_on", lambda device: 95)
     assert feature_cache.on_device(dataset, cpu, ("a task", 1)) is dataset
-    monkeypatch.setattr(feature_cache, "_free_on", lambda device: 96)
+    monkeypatch.setattr(feature_cache, "free_on", lambda device: 96)
     there = feature_cache.on_device(dataset, cpu, ("a task", 1))
-    feature_cache.release_pixels("a task")
+    feature_cache.release("a task")
     assert feature_cache.on_device(dataset, cpu, ("a task", 1)).images is there.images
-    feature_cache.release_pixels("another")
+    feature_cache.release("another")
     assert feature_cache.on_device(dataset, cpu, ("a task", 1)).images is not there.images
     tickets = [Ticket(2, None, 0.5), Ticket(0, None, 1.0)]
     batch, own = there.__getitems__(tickets), dataset.__getitems__(tickets)

@@ -75,7 +75,7 @@ def test_probabilities_and_decisions():
     assert MULTI_LABEL.named(torch.tensor([0.9, 0.1, 0.6, 0.5]), names) == "a;c"
     assert MULTI_LABEL.named(torch.zeros(4), names) == ""
     assert SINGLE_LABEL.named(torch.tensor([0.1, 0.2, 0.6, 0.1]), names) == "c"
-    assert set(KINDS) == {"single_label", "multi_label"}
+    assert set(KINDS) == {"single_label", "multi_label", "segmentation"}
 
 
 @pytest.mark.parametrize("method", ["da_vpt", "pae", "sa2vp"])
@@ -110,3 +110,25 @@ def test_class_weights_and_smoothing_of_several_classes(smoothing):
     # the weighted mean divides by the weights of all decisions
     assert MULTI_LABEL.weights(LABELS, weights).tolist() == [weights.mean()] * 5
     assert MULTI_LABEL.counts(LABELS, 4).tolist() == LABELS.sum(0).tolist()
+
+
+def test_the_accuracies_of_all_classes_are_read_at_once():
+    """On a GPU each number that is read makes the host wait."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for classes in (3, 300):
+        figures = SINGLE_LABEL.figures(classes)
+        figures.update(torch.eye(classes), torch.arange(classes), torch.ones(classes))
+        with Reads() as reads:
+            found = figures.compute()
+        assert found["per_class"] == [1.0] * classes
+        counts.append(reads.count)
+    assert counts[0] == counts[1] < 10

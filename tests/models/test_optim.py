@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from helpers.tiny import tiny_classifier
 from visprompt.errors import UserError
-from visprompt.models.optim import VPTAdamW, build_optimizer, param_groups, scaled_lr, warmup_cosine
+from visprompt.models.optim import VPTAdamW, build_optimizer, param_groups, poly, scaled_lr, warmup_cosine
 from visprompt.models.recipe import Recipe
 
 BASE = {
@@ -212,6 +213,32 @@ def test_a_recipe_records_the_decay_that_vpt_s_adamw_takes():
     assert decays == [0.0, 0.01, 0.01, 0.01]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_fused_optimiser_takes_the_same_steps_up_to_rounding(optimizer):
+    tuned = []
+    for fused in (False, True):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 50))
+        own = recipe(optimizer=optimizer, fused=fused, warmup_epochs=0, weight_decay=0.01)
+        built, _ = build_optimizer([("method.prompts", parameter)], own, steps_per_epoch=8)
+        assert bool(built.defaults["fused"]) is fused
+        for step in range(5):
+            parameter.grad = torch.sin(step + torch.arange(50.0))
+            built.step()
+        tuned.append(parameter.detach())
+    assert tuned[1].tolist() == pytest.approx(tuned[0].tolist(), rel=1e-5)
+
+
+def test_a_recipe_records_fused_only_where_it_is_on():
+    assert "fused" not in recipe().record()
+    assert recipe(fused=True).record()["fused"] is True
+    with pytest.raises(UserError) as error:
+        recipe(optimizer="vpt_adamw", fused=True)
+    assert str(error.value) == (
+        "recipe.fused=true has no effect on recipe.optimizer=vpt_adamw, which is not PyTorch's: give "
+        "recipe.optimizer=adamw, or leave it out"
+    )
+
+
 def test_part_of_an_epoch_may_be_warm_up():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer, _ = build_optimizer([("head.bias", parameter)], recipe(warmup_epochs=0.5), steps_per_epoch=8)
@@ -252,3 +279,34 @@ def test_a_recipe_is_plain_and_frozen():
     assert (recipe().momentum, recipe().head_lr, recipe().head_init) == (0.9, None, "vpt")
     with pytest.raises(ValueError, match="Instance is frozen"):
         recipe().lr = 1.0
+
+
+def test_a_warm_up_that_fills_a_run_of_few_steps_is_refused():
+    one = recipe(warmup_epochs=5, epochs=20, max_steps=30)
+    with pytest.raises(UserError, match=r"warmup_epochs=5 takes 50 steps, and training ends after 30"):
+        build_optimizer([("head.bias", nn.Parameter(torch.zeros(1)))], one, 10)
+
+
+def test_poly_is_mmsegmentations_for_each_group():
+    one = recipe(
+        schedule="poly", warmup_epochs=0, epochs=20, max_steps=100, lr=0.256, head_lr=2.56, batch_size=1
+    )
+    parameters = [(name, nn.Parameter(torch.zeros(1))) for name in ("method.prompts", "head.weight")]
+    optimizer, schedule = build_optimizer(parameters, one, 10)
+    seen = []
+    for _ in range(101):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    for step in (0, 37, 99, 100):
+        left = (1 - step / 100) ** 0.9
+        expected = [(base - 1e-4) * left + 1e-4 for base in (1e-3, 1e-2)]
+        assert seen[step] == pytest.approx(expected), step
+    assert poly(100, 5e-5)(60) == 1, "a rate below the least one stays"
+
+
+def test_max_steps_is_refused_with_a_schedule_of_whole_epochs():
+    with pytest.raises(UserError, match=r"recipe\.max_steps ends training within an epoch"):
+        recipe(schedule="per_epoch", warmup_epochs=0, max_steps=5)
+    with pytest.raises(UserError, match=r"recipe\.schedule=poly has no warm-up"):
+        recipe(schedule="poly", warmup_epochs=1)

@@ -15,8 +15,10 @@ from helpers.wide import case, slow
 from visprompt.data.datasets import Batch
 from visprompt.models import feature_cache as kept_outputs
 from visprompt.models.backbones.vit import ViT
-from visprompt.models.kind import Mean, accuracies
+from visprompt.models.epoch_sums import NEVER
+from visprompt.models.kind import accuracies
 from visprompt.models.recipe import Recipe
+from visprompt.models.task_kind import Mean
 from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import run
 
@@ -71,10 +73,10 @@ def test_the_loss_is_the_weighted_sum_and_rows_of_no_weight_do_not_count(monkeyp
     assert float(one.training_step(given, 0).detach()) == pytest.approx(
         float((losses * given.weights).sum().detach())
     )
-    assert float(one.train_loss.compute()) == pytest.approx(float(losses[:3].mean().detach()))
-    assert float(one.train_score.compute()) == pytest.approx(
-        float((logits.argmax(1) == given.labels)[:3].float().mean())
-    )
+    bad_step, loss, correct, images = one._epoch.read()
+    assert (bad_step, images) == (NEVER, 3)
+    assert loss == pytest.approx(float(losses[:3].sum().detach()))
+    assert correct == int((logits.argmax(1) == given.labels)[:3].sum())
 
 
 @pytest.mark.parametrize("stage", ["validation", "test"])
@@ -99,7 +101,7 @@ def test_the_first_step_whose_loss_is_not_finite_is_kept(monkeypatch):
         monkeypatch.setattr(TuningModule, "global_step", step)
         given = batch()
         one.training_step(given._replace(images=given.images * value), 0)
-    assert int(one._bad_step) == 1
+    assert one._epoch.read()[0] == 1
 
 
 def test_noise_is_drawn_from_seed_epoch_and_rank(monkeypatch):

@@ -77,7 +77,7 @@ def test_the_files_say_the_same_as_the_page(output):
     )
     assert "\n- **Runs**: 11: 9 of split=final, 2 of split=tune\n" in text
     assert re.search(
-        r"\n- \*\*Protocol\*\*:\n  - Test accuracies are [^\n]+\.\n  - Settings of a method [^\n]+\.\n- \*\*",
+        r"\n- \*\*Protocol\*\*:\n  - Test scores are [^\n]+\.\n  - Settings of a method [^\n]+\.\n- \*\*",
         text,
     )
     assert "| ssf | 70.0 | 70.0 | 70.0 | 70.00 |" in text

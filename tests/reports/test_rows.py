@@ -209,6 +209,16 @@ def test_other_images_under_the_same_name_are_another_row():
     assert "linear, data fingerprint ffffffff" in labels(made)
 
 
+def test_stacked_runs_are_never_averaged_with_single_ones_but_tasks_may_differ():
+    stacked = {"machine": {"stacked": 3}}
+    others = [result("dtd", seed=seed) for seed in (1, 2)]
+    made = rows(table(result("cifar", seed=1, **stacked), result("cifar", seed=2, **stacked), *others))
+    assert [list(row.cells) for row in made] == [["cifar", "dtd"]]
+    made = rows(table(result("cifar", seed=1, **stacked), result("cifar", seed=2), *others))
+    assert [sum(row.runs["task"] == "cifar") for row in made if "cifar" in row.cells] == [1, 1]
+    assert any("stacked yes" in row.label for row in made)
+
+
 def deep(task, length, split="final", score=0.5, **changes):
     return result(task, "vpt_deep", score, options={"num_tokens": length}, split=split, **changes)
 

@@ -8,8 +8,9 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from helpers.cli import frozen, tiny_run
+from helpers.miniatures.masks import write_masks
 from visprompt.models.kind import SINGLE_LABEL
-from visprompt.reports import inspection, score_figures
+from visprompt.reports import closeups, inspection, score_figures
 from visprompt.reports.figures import LIGHT
 from visprompt.reports.scored import Scored, reliability, scored
 from visprompt.reports.writers import Table
@@ -143,3 +144,34 @@ def test_the_pictures_of_mistakes_are_what_the_backbone_saw(tmp_path):
     assert logits.argmax(1).tolist() == found.predicted[rows].tolist()
     shares = opened.classifier.probabilities(logits).amax(1)
     assert shares.numpy() == pytest.approx(found.confidences[rows], abs=1e-5)
+
+
+@frozen
+def test_of_a_segmentation_run_pixels_are_counted_and_the_rest_is_left_out_with_a_sentence(tmp_path):
+    root = write_masks(tmp_path / "streets", size=(90, 120))  # scored in windows of 64 pixels
+    given = ("data=segmentation/folder", f"data.root={root}", "method=linear", "split=tune")
+    more = ("recipe.epochs=2", "recipe.warmup_epochs=0", f"paths.data_dir={tmp_path}")
+    one = tiny_run(tmp_path / "logs", *given, *more)
+    result = run.run_job(one)
+    found = closeups.look([one.folder], {}, "cpu", data_dir=str(tmp_path), weights=None)
+    (classes,) = found.tables.values()
+    assert classes.header[1] == "pixels"
+    assert classes.notes[0] == "Of the pixels of val; the lowest F1 first."
+    counted = int(result.metrics["val/count"]) * 90 * 116
+    assert sum(int(str(row[1]).replace(",", "")) for row in classes.rows) == counted
+    curve, confusion = found.plots
+    assert (curve.title.partition(",")[0], confusion.title.partition(",")[0]) == (
+        "Learning curve",
+        "Confusion matrix",
+    )
+    assert (
+        f"{round(result.metrics['val/pixel_acc'] * counted)} of {counted} pixels are right" in confusion.alt
+    )
+    texts = [text.get_text() for text in confusion.draw(LIGHT).axes[0].texts]
+    assert sum(map(int, texts)) == pytest.approx(300, abs=5), "per cent of each of three classes"
+    assert [one.why for one in found.left_out] == [
+        "t-SNE not shown: t-SNE shows one class for each image, and here each pixel has one: it is left out",
+        "attention not shown: it is drawn for the tokens that an image's class is read from, and here each "
+        "pixel has one: it is left out",
+    ]
+    assert found.latency is not None

@@ -93,6 +93,63 @@ def test_published_figures_and_differences_stand_below_a_row():
     }
 
 
+def ade20k(method="vpt_deep", score=0.4, **changes):
+    """A segmentation run as the paper made it."""
+    spec = {"name": "vit_large_patch16_224.orig_in21k", "image_size": 512}
+    recipe = {"head": "setr_pup"} | changes.pop("recipe", {})
+    options = {"num_tokens": 10} | changes.pop("options", {})
+    return result(
+        "ade20k",
+        method,
+        score,
+        kind="segmentation",
+        metrics={"test/miou": score},
+        options=options,
+        recipe=recipe,
+        backbone=spec | changes.pop("backbone", {}),
+        data={"kind": "segmentation"},
+        **changes,
+    )
+
+
+def test_a_segmentation_task_has_a_table_of_mean_iou_beside_the_paper_s_and_is_in_no_mean():
+    (row,) = made(ade20k())
+    table = tables.accuracy([row], "segmentation")
+    task = "ade20k (mean IoU)"
+    assert (table.title, table.header) == ("Test mean IoU (%), segmentation", ("method", task))
+    assert entries(table, "vpt_deep") == {task: "40.0"}
+    assert entries(table, "vpt_deep: Jia et al., Visual Prompt Tuning, ECCV 2022") == {task: "42.11"}
+    assert entries(table, "vpt_deep: difference") == {task: "-2.1"}
+    assert table.notes[1].endswith("vpt_deep: read from two independent transcriptions of the paper's table.")
+    rows = made(
+        ade20k(),
+        result("digits", "vpt_deep"),
+        result("digits_masks", kind="segmentation", metrics={"test/miou": 0.5}),
+    )
+    assert tables.task_groups(rows) == {
+        "demo": SUITES["demo"],
+        "segmentation": (task, "digits_masks (mean IoU)"),
+    }
+    assert tables.aggregates([row]).rows == ()
+    assert tables.aggregates(rows).header == ("method", "demo")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": {"head": "linear"}},
+        {"options": {"num_tokens": 50}},
+        {"backbone": {"image_size": 480}},
+        {"backbone": {"image_size": None}},
+        {"options": {"depth": 12}},
+        {"backbone": {"name": VIT_B}},
+    ],
+)
+def test_another_head_length_or_image_size_has_none_of_the_paper_s_segmentation_figures(changes):
+    (row,) = made(ade20k(**changes))
+    assert published_of(row) is None
+
+
 def test_missing_cells_stay_missing_beside_published_ones():
     table = tables.accuracy(made(*over(["cifar"], scores={"cifar": 0.7})), "vtab_natural")
     assert entries(table, "linear")["svhn"] == "missing"
@@ -265,7 +322,7 @@ def counts(tuned, hidden=0):
 def lengths(method, fgvc=None):
     known = contents()["settings"]["lengths"][method] | ({"fgvc": fgvc} if fgvc else {})
     order = contents()["order"]
-    return {task: n for group in order for task, n in zip(order[group], known[group], strict=True)}
+    return {task: n for group in known for task, n in zip(order[group], known[group], strict=True)}
 
 
 BLOCK = 12 * 768**2 + 13 * 768
@@ -359,7 +416,7 @@ def test_paired_tests_say_where_a_level_is_out_of_reach():
         "out of reach."
     )
     assert table.notes[1:] == (
-        "Difference: mean accuracy over the common tasks minus that of full. 95 % interval: percentile "
+        "Difference: mean score over the common tasks minus that of full. 95 % interval: percentile "
         "bootstrap over the tasks, 10,000 resamples; none below four tasks, of which it would be the range.",
         "Wilcoxon p: the exact signed-rank test, two-sided; equal tasks are left out, differences of one "
         "size share "

@@ -183,7 +183,7 @@ def test_every_whole_number_of_every_config_and_method_is_known_as_one():
         fractions = {"recipe.warmup_epochs"}  # what may be a fraction too
         assert {key for key in whole if not is_whole(key)} <= fractions, script
     whole = {key for key, allowed in settings._ALLOWED.items() if allowed.fits(2) and not allowed.fits(2.5)}
-    assert whole <= WHOLE | {"precision", "backbone.kwargs"}
+    assert whole <= WHOLE | {"precision", "backbone.kwargs", "engine.gpus_per_run"}
 
 
 @pytest.mark.parametrize("key", [*PATHS])

@@ -17,7 +17,8 @@ from visprompt.models.tuned_state import load_state
 from visprompt.reports import inspection
 from visprompt.runs import attempt_files, calibrate, run
 from visprompt.runs.predict import predict
-from visprompt.serving.batching import probabilities
+from visprompt.serving.batching import answers
+from visprompt.serving.pictures import Input
 
 pytestmark = frozen
 
@@ -122,6 +123,6 @@ def test_probabilities_of_predict_and_of_the_service_are_calibrated(tuned, tmp_p
     bank = Bank(opened.backbone)
     task = bank.add("digits", one.folder)
     inputs = list((torch.from_numpy(pixels[:3]) / 255 - 0.5) / 0.5)
-    served = torch.stack(probabilities(bank, inputs, [task] * 3))
+    served = torch.stack(answers(bank, [Input(x, (64, 64)) for x in inputs], [task] * 3))
     assert served.numpy() == pytest.approx(expected.numpy(), abs=2e-6)
     assert torch.stack(bank(inputs, "digits")).numpy() == pytest.approx(logits[:3].numpy(), abs=1e-4)

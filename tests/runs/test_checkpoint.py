@@ -1,9 +1,13 @@
 """Resume state: everything Lightning keeps comes back equal, no byte of it is a pickle, and damage is one sentence."""
 
+import errno
 import json
 import pickle
 import re
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -15,6 +19,7 @@ from safetensors.torch import save_file
 from helpers.damage import bounded, damages, outcome, spoil
 from visprompt.errors import UserError
 from visprompt.runs.checkpoint import Owner, ResumeCheckpoint, SafetensorsIO
+from visprompt.runs.resume_state import Snapshot
 
 OWNER = Owner(run="a" * 64, seed=0, attempt=0)
 
@@ -146,7 +151,7 @@ class Line(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2)}
 
 
-def fit(folder, every=1, dies_in=None, epochs=5):
+def fit(folder, every=1, dies_in=None, epochs=5, beside=False):
     torch.manual_seed(0)
     resume, module = ResumeCheckpoint(folder, every), Line(dies_in)
     path = resume.find(OWNER)
@@ -155,7 +160,7 @@ def fit(folder, every=1, dies_in=None, epochs=5):
         max_epochs=epochs,
         logger=False,
         callbacks=[resume],
-        plugins=[SafetensorsIO()],
+        plugins=[SafetensorsIO(beside)],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -186,6 +191,99 @@ def test_the_last_epoch_is_kept_whatever_the_interval(tmp_path):
     resume, _ = fit(tmp_path, every=100, epochs=3)
     assert load(resume.path)["epoch"] == 2
     assert json.loads(json.dumps(resume.rows[2]))["step"] == 12
+
+
+def due(monkeypatch, resume, seconds, took, tuned=0):
+    """Whether the state is due so many seconds after training began, if a state takes so long."""
+    parameter = torch.zeros(tuned // 4)
+    strategy = SimpleNamespace(
+        checkpoint_io=SimpleNamespace(seconds=took), broadcast=lambda decision: decision
+    )
+    optimizer = SimpleNamespace(param_groups=[{"params": [parameter]}])
+    trainer = SimpleNamespace(strategy=strategy, optimizers=[optimizer])
+    monkeypatch.setattr("visprompt.runs.checkpoint.time.monotonic", lambda: 100.0 + seconds)
+    resume._written = 100.0
+    return resume._is_due(trainer, 6)
+
+
+def test_a_state_is_written_when_that_takes_a_twentieth_of_the_time_or_after_ten_minutes(
+    tmp_path, monkeypatch
+):
+    resume = ResumeCheckpoint(tmp_path)
+    assert [due(monkeypatch, resume, seconds, took=4.0) for seconds in (79, 81)] == [False, True]
+    assert [due(monkeypatch, resume, seconds, took=90.0) for seconds in (599, 601)] == [False, True]
+    # of the first state only the size is known: 3 x 200 MB at 200 MB/s, and 10 ms
+    first = [due(monkeypatch, resume, seconds, None, tuned=200_000_000) for seconds in (60.1, 60.3)]
+    assert first == [False, True]
+    assert due(monkeypatch, ResumeCheckpoint(tmp_path, 7), 0, took=90.0)
+    assert not due(monkeypatch, ResumeCheckpoint(tmp_path, 6), 1000, took=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_rank_0_decides_for_all(tmp_path, monkeypatch):
+    """It alone knows what a write takes, and a state is written with all of them."""
+    asked = []
+
+    def decide(strategy, value, src=0):
+        if not isinstance(value, bool):
+            return value
+        asked.append((value, src))
+        return True
+
+    monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.broadcast", decide)
+    monkeypatch.setattr("visprompt.runs.checkpoint._FIRST", 10.0)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, None, dies_in=(2, 0))
+    assert asked[:2] == [(False, 0)] * 2
+    assert load(tmp_path / "state.safetensors")["epoch"] == 1
+
+
+def test_a_state_is_written_beside_training_and_is_of_the_moment_when_it_was_asked_for(tmp_path, monkeypatch):
+    path, written, go = tmp_path / "state", Snapshot.write, threading.Event()
+    monkeypatch.setattr(Snapshot, "write", lambda copy, path: go.wait(20) and written(copy, path))
+    weights, plugin = torch.zeros(3), SafetensorsIO(beside=True)
+    plugin.save_checkpoint({"weights": weights}, path)
+    weights += 1  # training goes on
+    assert not path.exists()
+    go.set()
+    plugin.save_checkpoint({"weights": weights}, path)  # after the first
+    assert load(path)["weights"].tolist() in ([0, 0, 0], [1, 1, 1])
+    plugin.wait()
+    assert load(path)["weights"].tolist() == [1, 1, 1]
+    assert 0 < plugin.seconds < 20
+
+
+def test_an_error_of_the_thread_is_raised_once_and_the_old_state_stands(tmp_path, monkeypatch):
+    plugin = SafetensorsIO(beside=True)
+    plugin.save_checkpoint({"epoch": 1}, tmp_path / "state")
+    plugin.wait()
+    monkeypatch.setattr("visprompt.files.os.fsync", full)
+    plugin.save_checkpoint({"epoch": 2}, tmp_path / "state")
+    with pytest.raises(UserError, match=r"cannot write .*state: .*No space left"):
+        plugin.save_checkpoint({"epoch": 3}, tmp_path / "state")
+    plugin.wait()
+    assert load(tmp_path / "state") == {"epoch": 1}
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_a_fit_that_ends_has_its_state_and_says_why_it_has_none(tmp_path, monkeypatch, caplog):
+    written = Snapshot.write
+    monkeypatch.setattr(Snapshot, "write", lambda copy, path: (time.sleep(0.3), written(copy, path)))
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "dies", 1, dies_in=(1, 0), beside=True)
+    assert load(tmp_path / "dies" / "state.safetensors")["epoch"] == 0
+    resume, _ = fit(tmp_path / "whole", None, epochs=2, beside=True)
+    assert load(resume.path)["epoch"] == 1
+    monkeypatch.setattr("visprompt.runs.resume_state.save_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        fit(tmp_path / "full", None, epochs=1, beside=True)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "both", 1, dies_in=(1, 0), beside=True)
+    assert "No space left on device" in caplog.text
 
 
 def stored(folder, owner=OWNER, weight=0.0):

@@ -48,7 +48,7 @@ def said(capsys, monkeypatch, script, *arguments):
         ("logger=wandbb", "unknown logger 'wandbb': did you mean wandb?"),
         ("debug=fdrr", "unknown debug 'fdrr': did you mean fdr?"),
         ("recipe=vptdeep", "unknown recipe 'vptdeep': did you mean vpt_deep"),
-        ("splt=tune", "unknown key 'splt': did you mean split?"),
+        ("splt=tune", "unknown key 'splt': did you mean split or plan?"),
         ("recipe.lrr=1", "unknown key 'recipe.lrr': did you mean recipe.lr"),
         ("method.dropot=0.1", "unknown key 'method.dropot': did you mean method.dropout"),
         ("trainer.device=2", "unknown key 'trainer.device': did you mean trainer.devices"),
@@ -68,12 +68,13 @@ def said(capsys, monkeypatch, script, *arguments):
             "with all of them, or python src/train.py -m tasks=digits,digits_loc for a run with each\n",
         ),
         ("logger=3", "Config group override must be a string or a list. Got int: logger=3"),
+        ("logger=null", "logger=null names no option: give one of csv, tensorboard, wandb"),
         ("data=folder", "data.root has no default: give data.root=..."),
         (
             "recipe=linear",
             "the chosen recipe has no num_tokens: take the method's own recipe, or give ",
         ),
-        ("recipe=base", "Missing mandatory value: recipe.rows"),
+        ("recipe=base", "the chosen recipe has no num_tokens: take the method's own recipe"),
         ("rerun=flase", "rerun=flase does not fit: give true or false"),
         ("diagnostics.best_on_test='yes'", "diagnostics.best_on_test=yes does not fit: give true or false"),
         ("backbone.exact=1", "backbone.exact=1 does not fit: give true or false"),
@@ -177,7 +178,6 @@ def test_a_machine_s_file_that_chooses_a_group_is_one_sentence(tmp_path, capsys,
         ("~callbacks.progress_bar",),
         ("hydra.run.dir=x",),
         ("+hydra.job.env_set.A=1",),
-        ("--help",),
         ("-m", "seed=1,2"),
     ],
 )
@@ -285,6 +285,7 @@ ROWS = (
     "++recipe.warmup_epochs=0",
     "++recipe.head_init=zeros",
     "method=linear",
+    "~recipe.rows.demo",
 )
 
 
@@ -308,7 +309,7 @@ def test_between_task_and_default_stands_the_family_which_may_have_a_grid_of_its
         "digits": (1, 9),
     }
     assert found["dtd"].grid == found["cifar"].grid == {"recipe.lr": [2, 3]}
-    assert found["digits"].grid == {"recipe.lr": [0.04, 0.4, 1.0]}
+    assert found["digits"].grid == {"recipe.lr": [0.025, 0.1, 0.4, 1.6, 6.4]}  # its row's
     own = jobs("tasks=dtd", f"++recipe.rows={rows}", *ROWS[1:], "++recipe.grid={recipe.lr:[9.0]}")
     assert [job.grid for job in own] == [{"recipe.lr": [9]}]  # a user's own grid stands above a row's
 
@@ -321,3 +322,10 @@ def test_what_an_override_refers_to_is_looked_up_in_each_job():
 def test_own_images_are_a_task_of_that_name():
     (job,) = jobs("data=folder", "data.root=/x")
     assert (job.task, job.data.root) == ("folder", "/x")
+
+
+@pytest.mark.parametrize("cut", ["debug=fdr", "+trainer.limit_train_batches=2"])
+def test_a_debug_run_does_not_go_to_the_store_that_others_read(cut):
+    store = "paths.results=s3://bucket/prefix"
+    assert jobs(store)[0].paths.results == "s3://bucket/prefix"
+    assert jobs(store, cut)[0].paths.results is None

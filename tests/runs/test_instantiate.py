@@ -22,7 +22,7 @@ from visprompt.runs.trainer import build_trainer
 pytestmark = frozen
 FUNCTIONS = [
     "os.system", "subprocess.check_output", "builtins.eval", "builtins.exec", "builtins.print", "runpy.run_path",
-    "hydra.utils.instantiate", "hydra.utils.get_method", "visprompt.runs.engine.run_ranks", "shutil.rmtree",
+    "hydra.utils.instantiate", "hydra.utils.get_method", "visprompt.runs.ranks.run_ranks", "shutil.rmtree",
     "torch.load",
     "lightning.pytorch.seed_everything", "lightning.pytorch.Trainer.fit", "torch.hub.load",
 ]  # fmt: skip

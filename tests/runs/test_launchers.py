@@ -4,12 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock
 from hydra import compose as hydra_compose
 
 from helpers.cli import call, composed, equal, frozen, tensors, tiny
+from helpers.leases import at_work
 from visprompt.errors import UserError
 from visprompt.runs import compose, run, run_all
+from visprompt.runs.engine import local
 from visprompt.runs.result import read_result
 from visprompt.tuning import protocol
 
@@ -144,11 +145,9 @@ def test_a_point_that_another_process_works_on_comes_last_and_the_table_is_whole
     with composed("train", *arguments(tmp_path, *GRID, "recipe.lr=0.2")) as cfg:
         (job,) = compose.jobs(cfg)
     folder = run.prepare(job).folder
-    folder.mkdir(parents=True)
-    (folder / "holder").write_text("process 7 on another-machine")
-    with FileLock(folder / "lock") as other:
+    with at_work(folder, "process 7 on another-machine") as other:
         # it was killed
-        monkeypatch.setattr(run_all, "time", SimpleNamespace(sleep=lambda seconds: other.release()))
+        monkeypatch.setattr(local, "time", SimpleNamespace(sleep=lambda seconds: other.release()))
         tune(tmp_path)
     assert trained == [(42, 0.4), (42, 0.2), (1, trained[-1][1])], (
         "no final run before the choice from the whole grid"

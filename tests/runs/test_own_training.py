@@ -10,7 +10,7 @@ from helpers.miniatures import write_folder
 from visprompt.errors import UserError
 from visprompt.models.tuned_state import load_state
 from visprompt.models.tuning_module import TuningModule
-from visprompt.runs import run, run_all
+from visprompt.runs import run, run_all, unit
 from visprompt.runs.recorded import job_of
 from visprompt.runs.result import read_result
 
@@ -191,4 +191,4 @@ def test_a_run_that_was_ended_early_and_then_killed_trains_no_further(tmp_path, 
 def test_early_stopping_by_a_figure_that_is_not_logged_names_those_that_are(tmp_path, pets):
     given = ("callbacks=[early_stopping]", "callbacks.early_stopping.monitor=val/map")
     with pytest.raises(UserError, match=r"^unknown callbacks\.early_stopping\.monitor 'val/map': .*val/acc"):
-        run_all._run_one(own_run(tmp_path, pets, *given).job)
+        unit._run_one(own_run(tmp_path, pets, *given).job)

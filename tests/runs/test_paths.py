@@ -103,7 +103,8 @@ def test_a_place_that_cannot_be_written_to_is_said(capsys, monkeypatch, home):
 
 
 def test_nothing_is_made_to_show_something(monkeypatch, home):
-    became(monkeypatch, "train", f"paths.log_dir={home}/logs", "--help")
+    with pytest.raises(SystemExit):
+        became(monkeypatch, "train", f"paths.log_dir={home}/logs", "--help")
     assert not list(home.iterdir())
     became(monkeypatch, "train", f"paths.log_dir={home}/logs")
     assert [path.name for path in home.iterdir()] == ["logs"]

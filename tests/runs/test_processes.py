@@ -89,6 +89,23 @@ def test_two_ranks_mix_draw_and_weigh_as_one_process_does(tmp_path):
         assert (ours[name] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), name
 
 
+@frozen
+def test_two_ranks_count_the_pixels_of_one_process_and_refuse_a_head_with_batch_norm(tmp_path):
+    sgd = ("recipe.optimizer=sgd", "recipe.lr=0.2", "recipe.epochs=2", "method.dropout=0")
+    words = ("data=demo/digits_masks", "data.fraction=0.1", *sgd)
+    done = call("train", *ddp(tmp_path / "two", *words))
+    assert done.returncode == 0, done.stderr
+    one = tiny_run(tmp_path / "one", *words)
+    result = run_job(one)
+    two = read_result(tmp_path / "two" / "digits_masks" / "vpt_deep" / one.folder.name)
+    assert (two.machine["devices"], two.metrics["test/count"]) == (2, 797)
+    for name in ("train/loss", "test/pixel_acc", "test/miou"):
+        assert two.metrics[name] == pytest.approx(result.metrics[name], rel=1e-3), name
+    refused = call("train", *ddp(tmp_path / "two", *words, "recipe.head=setr_pup"))
+    assert refused.returncode != 0
+    assert "batch norm is trained here, and cannot be synchronised over CPU processes" in refused.stderr
+
+
 @pytest.mark.parametrize("split", ["final", "tune"])
 def test_fewer_images_than_devices_are_scored_each_once(tmp_path, split):
     root = write_folder(tmp_path / "shades", ("dark", "light"), 6, splits=("train",))

@@ -26,6 +26,8 @@ from visprompt.runs.result import (
     write_result,
 )
 
+RECIPE = {"lr": 0.1, "weight_decay": 0.0}
+
 
 def make(**changes):
     values = {
@@ -55,6 +57,21 @@ def test_where_own_images_were_does_not_keep_runs_apart():
     assert cell([make(seed=seed, data=data[seed - 1]) for seed in (1, 2)]) == Cell((0.75, 0.75))
     with pytest.raises(UserError, match="differ in more than the seed"):
         cell([make(seed=1, data=data[0]), make(seed=2, data=data[1] | {"source": "csv"})])
+
+
+def test_stacked_runs_are_not_averaged_with_single_ones():
+    stacked = {"devices": 1, "stacked": 2}
+    assert cell([make(seed=1, machine=stacked), make(seed=2, machine=stacked | {"stacked": 1})]).mean == 0.75
+    with pytest.raises(
+        UserError,
+        match=r"^runs that were trained in a stack are not averaged with single ones: run src/train\.py with "
+        r"rerun=true for the stacked ones \(seed 2\)$",
+    ):
+        cell([make(seed=1), make(seed=2, machine=stacked)])
+    # a grid may hold both
+    points = [make(split="tune", metrics={"val/acc": score}, recipe=RECIPE) for score in (0.5, 0.7)]
+    points[1] = points[1].model_copy(update={"machine": stacked})
+    assert choose(points, ["single", "stacked"]) == "stacked"
 
 
 def test_what_is_written_is_read_back(tmp_path):

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from filelock import FileLock
 
 from helpers.cli import content, equal, frozen, tensors, tiny_run
+from helpers.leases import at_work, holder
 from visprompt.errors import UserError
 from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import attempt_files, run, run_all, run_folder
@@ -68,9 +68,11 @@ def test_a_finished_run_is_skipped_and_nothing_of_it_is_written(whole, monkeypat
     monkeypatch.setattr(run, "_train", None)  # is not called
     assert run.run_job(short_run(one.folder.parents[2])) == result
     after = {file: file.stat().st_mtime_ns for file in one.folder.iterdir()}
-    assert {f.name: t for f, t in before.items() if f.name != "lock"} == {
-        f.name: t for f, t in after.items() if f.name != "lock"
-    }
+    kept = [
+        {file.name: t for file, t in times.items() if file.name != "lock" and not file.match("lease-*")}
+        for times in (before, after)
+    ]
+    assert kept[0] == kept[1]
 
 
 def test_a_rerun_replaces_the_old_result_only_when_it_is_complete(tmp_path, whole, monkeypatch):
@@ -226,7 +228,8 @@ def test_another_run_s_complete_attempt_is_not_put_in_place(tmp_path, whole):
     shutil.rmtree(here)
     shutil.copytree(halves[1].folder / "resume", here)
     for name in ("result.json", "tuned.safetensors", "metrics.csv", "config.yaml"):
-        shutil.copy(other / name, here)
+        (halves[0].folder / ".complete").mkdir(exist_ok=True)
+        shutil.copy(other / name, halves[0].folder / ".complete")
     with pytest.raises(UserError) as error:
         run.run_job(short_run(tmp_path))
     assert str(error.value) == (
@@ -243,11 +246,11 @@ def test_a_damaged_result_of_a_complete_attempt_is_scored_again(tmp_path, whole,
         patch.setattr(run_folder, "put_in_place", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run.run_job(half)
-    os.truncate(half.folder / "resume" / "result.json", 100)
+    os.truncate(half.folder / ".complete" / "result.json", 100)
     monkeypatch.setattr(TuningModule, "training_step", lambda *_: pytest.fail("trains again"))
     assert run.run_job(short_run(tmp_path)).metrics == result.metrics
     assert caplog.messages[0] == (
-        f"{half.folder}/resume/result.json is damaged: it is cut off or not JSON: the attempt is scored again"
+        f"{half.folder}/.complete/result.json is damaged: it is cut off or not JSON: the attempt is scored again"
     )
 
 
@@ -279,22 +282,20 @@ def test_another_seed_s_resume_state_is_refused(tmp_path):
 
 def test_a_second_process_is_told_who_holds_the_run(tmp_path):
     one = short_run(tmp_path)
-    one.folder.mkdir(parents=True)
-    (one.folder / "holder").write_text("process 4711 on thor")
     with (
-        FileLock(one.folder / "lock"),
+        at_work(one.folder),
         pytest.raises(
             UserError, match=r"^process 4711 on thor is working on this run in .*: wait for it, or end it$"
         ),
     ):
         run.run_job(one)
     assert run.run_job(one).status == "finished"
-    assert not (one.folder / "holder").exists()
+    assert holder(one.folder) is None
 
 
 def test_the_holder_of_a_run_is_this_process(tmp_path, monkeypatch):
     one, seen = short_run(tmp_path, "recipe.epochs=1", "recipe.warmup_epochs=0"), []
-    monkeypatch.setattr(run, "_train", lambda *_: seen.append((one.folder / "holder").read_text()))
+    monkeypatch.setattr(run, "_train", lambda *_: seen.append(holder(one.folder)))
     run.run_job(one)
     assert seen[0].startswith(f"process {os.getpid()} on ")
 

@@ -18,7 +18,7 @@ from visprompt.errors import UserError
 from visprompt.models.scores import wilson
 from visprompt.models.tuned_state import load_state
 from visprompt.models.tuning_module import TuningModule
-from visprompt.runs import run, run_all
+from visprompt.runs import run, unit
 from visprompt.runs.job import Job
 from visprompt.runs.result import cell, read_result
 
@@ -377,7 +377,7 @@ def test_without_test_images_a_run_is_refused_or_marked_as_not_scored(tmp_path, 
     assert load_state(one.folder).task == "pets"
     assert read_result(one.folder) == result
     capsys.readouterr()
-    run_all.show(result, one)
+    unit.show(result, one)
     assert "not scored: there are no test images" in capsys.readouterr().out
     assert run.run_job(one) == result, "it is finished"
     with pytest.raises(UserError, match="have no test score cannot be averaged"):

@@ -9,10 +9,12 @@ import pytest
 from filelock import FileLock
 
 from helpers.cli import composed, content, frozen, tiny, tiny_job
+from helpers.leases import at_work
 from visprompt.errors import UserError
 from visprompt.models.backbones import build_backbone
 from visprompt.models.scores import wilson
-from visprompt.runs import engine, rank, run, run_all
+from visprompt.runs import rank, ranks, run, run_all, unit
+from visprompt.runs.engine import local
 from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import read_result
 
@@ -32,7 +34,7 @@ def logs(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setattr(run_all.console, "_width", 300)
+    monkeypatch.setattr(unit.console, "_width", 300)
 
 
 def train(logs, *arguments, **hydra):
@@ -96,7 +98,7 @@ def test_the_same_call_again_trains_nothing_and_shows_the_scores(logs, demo, mon
 
 
 def test_a_skip_names_the_commit_where_it_differs(logs, demo, monkeypatch, capsys):
-    monkeypatch.setattr(run_all.environment, "git_commit", lambda: "0123456789ab")
+    monkeypatch.setattr(unit.environment, "git_commit", lambda: "0123456789ab")
     train(logs, "tasks=digits")
     commit = read_result(next(logs.glob("digits/*/*"))).versions["git_commit"]
     assert (
@@ -113,7 +115,7 @@ def test_a_skip_says_that_it_adds_no_diagnostic(logs, demo, capsys):
 
 def test_ranks_that_somebody_else_started_decide_together_what_is_finished(logs, demo, monkeypatch):
     asked = []
-    monkeypatch.setattr(run_all, "run_job", lambda one: asked.append(one.job.task) or read_result(one.folder))
+    monkeypatch.setattr(unit, "run_job", lambda one: asked.append(one.job.task) or read_result(one.folder))
     train(logs, "tasks=digits")
     assert asked == []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
@@ -133,14 +135,14 @@ def test_no_sweeper_chooses_by_the_test_accuracy(tmp_path):
     [(UserError("no ink: buy some"), "no ink: buy some"), (ValueError("odd"), "ValueError: odd")],
 )
 def test_a_failed_task_is_named_at_the_end_and_stops_no_other(tmp_path, monkeypatch, error, reason):
-    prepare = run_all.prepare
+    prepare = unit.prepare
 
     def fails(cfg):
         if cfg.task == "digits_crowded":
             raise error
         return prepare(cfg)
 
-    monkeypatch.setattr(run_all, "prepare", fails)
+    monkeypatch.setattr(unit, "prepare", fails)
     with pytest.raises(UserError, match=rf"^digits_crowded/vpt_deep: {reason} \(1 of 3 runs failed\)$"):
         train(tmp_path, "tasks=demo")
     assert sorted(path.parts[-4] for path in tmp_path.rglob("result.json")) == ["digits", "digits_loc"]
@@ -167,7 +169,7 @@ def test_ctrl_c_goes_through(tmp_path, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_all, "prepare", interrupt)
+    monkeypatch.setattr(unit, "prepare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "tasks=demo")
 
@@ -188,13 +190,13 @@ def test_missing_weights_without_a_network_are_said_at_once(tmp_path):
 def test_several_devices_run_as_ranks_of_the_same_run(tmp_path, monkeypatch):
     calls = []
 
-    def ranks(command, world):
+    def run_ranks(command, world):
         assert not list(tmp_path.rglob("resume")), "what lies there is written under the run's lock"
         stored = Job.from_yaml(Path(command[-1]).read_text())
         calls.append((world, stored.task))
         run.run_job(run.prepare(stored.vary({"trainer.devices": 1, "trainer.strategy": "auto"})))
 
-    monkeypatch.setattr(engine, "run_ranks", ranks)
+    monkeypatch.setattr(ranks, "run_ranks", run_ranks)
     train(tmp_path, "trainer=ddp_sim", "tasks=[digits,digits_loc]")
     assert calls == [(2, "digits"), (2, "digits_loc")]
     before = content(tmp_path)
@@ -207,13 +209,13 @@ def test_several_devices_run_as_ranks_of_the_same_run(tmp_path, monkeypatch):
 
 def test_ranks_that_fail_or_leave_nothing_are_failed_runs(tmp_path, monkeypatch):
     job = tiny_job(tmp_path, "trainer=ddp_sim")
-    monkeypatch.setattr(engine, "run_ranks", lambda *_: None)
+    monkeypatch.setattr(ranks, "run_ranks", lambda *_: None)
     assert run_all.run_all([job])[0].reason.startswith("the ranks left no complete result in ")
 
     def fails(*_):
-        raise engine.RanksFailed("a rank ended with status -9")
+        raise ranks.RanksFailed("a rank ended with status -9")
 
-    monkeypatch.setattr(engine, "run_ranks", fails)
+    monkeypatch.setattr(ranks, "run_ranks", fails)
     assert run_all.run_all([job])[0].reason == "a rank ended with status -9"
 
 
@@ -221,7 +223,7 @@ def test_a_rank_runs_its_one_job_and_tells_its_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("VISPROMPT_PARENT", "1")
     monkeypatch.setenv("VISPROMPT_REASON", str(tmp_path / "reason"))
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(engine, "end_with_parent", lambda: None)
+    monkeypatch.setattr(ranks, "end_with_parent", lambda: None)
     file = tmp_path / "job.yaml"
     file.write_text(tiny_job(tmp_path, *SHORT).as_yaml())
     rank.main(file)
@@ -244,24 +246,22 @@ def test_a_rank_runs_its_one_job_and_tells_its_reason(tmp_path, monkeypatch):
     ],
 )
 def test_number_of_local_devices(trainer, count, monkeypatch):
-    monkeypatch.setattr(run_all.torch.cuda, "device_count", lambda: 4)
-    assert run_all.local_devices(Trainer(**trainer)) == count
+    monkeypatch.setattr(unit.torch.cuda, "device_count", lambda: 4)
+    assert unit.local_devices(Trainer(**trainer)) == count
 
 
 def test_devices_that_are_no_number_are_one_sentence():
     trainer = Trainer(devices="0,1", accelerator="gpu")
     sentence = r"trainer\.devices=0,1 is not a number: give one, auto, or a list such as \[0,1\]$"
     with pytest.raises(UserError, match=sentence):
-        run_all.local_devices(trainer)
+        unit.local_devices(trainer)
 
 
 @pytest.mark.parametrize("finishes", [False, True])
 def test_a_run_that_another_process_is_at_work_on_is_come_back_to(tmp_path, monkeypatch, capsys, finishes):
     jobs = [tiny_job(tmp_path, *SHORT, f"data=demo/{task}") for task in ("digits", "digits_loc")]
     first = run.prepare(jobs[0])
-    first.folder.mkdir(parents=True)
-    (first.folder / "holder").write_text("process 4711 on thor")
-    other, trained, original = FileLock(first.folder / "lock"), [], run._train
+    trained, original = [], run._train
     monkeypatch.setattr(
         run, "_train", lambda one, *given: trained.append(one.job.task) or original(one, *given)
     )
@@ -272,8 +272,8 @@ def test_a_run_that_another_process_is_at_work_on_is_come_back_to(tmp_path, monk
             other.release()
             run.run_job(first) if finishes else None
 
-    monkeypatch.setattr(run_all, "time", SimpleNamespace(sleep=pause))
-    with other:
+    monkeypatch.setattr(local, "time", SimpleNamespace(sleep=pause))
+    with at_work(first.folder) as other:
         outcomes = run_all.run_all(jobs)
     assert trained == ["digits_loc", "pause", "pause", "digits"]
     assert [(o.name, o.reason, o.folder) for o in outcomes] == [

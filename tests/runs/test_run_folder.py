@@ -3,18 +3,18 @@
 import os
 import pickle
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from helpers.cli import content, equal, frozen, tensors, tiny_run
-from visprompt.models.tuning_module import TuningModule
+from helpers.epochs import trained
+from helpers.leases import at_work
 from visprompt.reports.load import survey
 from visprompt.runs import run
 from visprompt.runs.result import read_result
-from visprompt.runs.run_folder import AtWork, tidy
+from visprompt.runs.run_lock import AtWork, tidy
 
 pytestmark = frozen
 SHORT = ("+trainer.limit_train_batches=1", "+trainer.limit_test_batches=1", "recipe.epochs=2")
@@ -70,11 +70,15 @@ def attempt_of(folder):
 
 
 def names(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.startswith("lease-")
+    )
 
 
 def check(folder, whole, attempt):
-    """A folder holds exactly what an uninterrupted run leaves: files, bits and figures."""
+    """A folder holds exactly what an uninterrupted run leaves: files, bits and figures, and one free lease."""
+    (lease,) = folder.glob("lease-*")
+    assert '"state":"free"' in lease.read_text()
     assert names(folder) == [
         *("classes.csv", "config.yaml", "confusion.csv", "lock", "metrics.csv"),
         *("result.json", "tuned.safetensors"),
@@ -100,7 +104,7 @@ def test_killed_at_any_step_the_same_command_ends_as_an_uninterrupted_run(tmp_pa
             shutil.copytree(whole.folder, one.folder)
         before = content(one.folder)
         dead = is_killed(one, step)
-        if dead and not (one.folder / "resume" / "result.json").exists() and attempt_of(one.folder) == 0:
+        if dead and not (one.folder / ".complete").exists() and attempt_of(one.folder) == 0:
             assert before.items() <= content(one.folder).items(), (
                 "the old result stands until the new one is complete"
             )
@@ -113,27 +117,9 @@ def test_killed_at_any_step_the_same_command_ends_as_an_uninterrupted_run(tmp_pa
     assert step > 40
 
 
-@contextmanager
-def epochs(die_in=None):
-    """The epochs that are begun; raises in the middle of one of them."""
-    begun, original = [], TuningModule.training_step
-
-    def step(module, *given):
-        begun.append(module.current_epoch)
-        if module.current_epoch == die_in:
-            raise ZeroDivisionError
-        return original(module, *given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TuningModule, "training_step", step)
-        yield begun
-
-
 def train(logs, *options, die_in=None):
     """Epochs that a command begins."""
-    with epochs(die_in) as begun, pytest.raises(ZeroDivisionError) if die_in else nullcontext():
-        run.run_job(tiny_run(logs, *SHORT, *options))
-    return begun
+    return trained(tiny_run(logs, *SHORT, *options), die_in)
 
 
 def test_a_rerun_never_goes_on_with_the_unfinished_original(tmp_path, whole):
@@ -160,7 +146,8 @@ def left_over(tmp_path, whole):
         (folder / name).write_bytes(b"half")
     (folder / ".tuned.safetensors.ab3_xy9z").mkdir()
     (folder / ".tuned.safetensors.ab3_xy9z" / ".tmpGFUK0p").write_bytes(b"half")
-    (folder / "holder").write_text("process 4711 on thor")
+    with at_work(folder):
+        pass
     return folder
 
 
@@ -191,7 +178,7 @@ def test_who_is_at_work_is_told_to_all_ranks():
 def test_a_folder_at_work_is_left_alone(tmp_path, whole):
     folder = left_over(tmp_path, whole)
     before = names(folder)
-    with FileLock(folder / "lock"):
+    with at_work(folder):
         tidy(folder)
     assert names(folder) == before
 
@@ -209,8 +196,9 @@ def test_an_unfinished_rerun_of_a_finished_run_is_kept(tmp_path, whole):
 def test_a_complete_attempt_that_is_not_yet_in_place_is_read(tmp_path, whole):
     train(tmp_path)
     (folder,) = tmp_path.glob("digits/*/*")
+    (folder / ".complete").mkdir()
     (folder / "resume").mkdir()
     for name in ("metrics.csv", "result.json"):  # the state and the config were already moved
-        (folder / name).rename(folder / "resume" / name)
+        (folder / name).rename(folder / ".complete" / name)
     assert list(survey([tmp_path]).runs.attempt) == [0]
     check(folder, whole, 0)

@@ -159,18 +159,16 @@ def test_a_table_of_settings_needs_every_key_that_is_documented():
 
 def test_no_more_epochs_than_the_warm_up_shorten_it_in_proportion(caplog):
     caplog.set_level("INFO")
-    recipe = composed_job("method=linear").recipe
+    recipe = composed_job("method=mlp").recipe
     assert (recipe.epochs, recipe.warmup_epochs) == (60, 5)
-    assert composed_job("method=linear", "recipe.epochs=3").recipe.warmup_epochs == 0.25
+    assert composed_job("method=mlp", "recipe.epochs=3").recipe.warmup_epochs == 0.25
     assert caplog.messages == [
         "recipe.warmup_epochs is 0.25 in a run of recipe.epochs=3, in proportion to the recipe's 5 of 60 "
         "epochs"
     ]
-    assert composed_job("method=linear", "recipe.epochs=6").recipe.warmup_epochs == 5, "it fits, and stays"
+    assert composed_job("method=mlp", "recipe.epochs=6").recipe.warmup_epochs == 5, "it fits, and stays"
     sentence = "recipe.warmup_epochs=1 does not fit: give 0 to below recipe.epochs=1"
-    assert said("method=linear", "recipe.epochs=1", "recipe.warmup_epochs=1") == sentence, (
-        "what is said stands"
-    )
+    assert said("method=mlp", "recipe.epochs=1", "recipe.warmup_epochs=1") == sentence, "what is said stands"
     assert len(caplog.messages) == 1
 
 

@@ -19,7 +19,7 @@ from helpers.wandb_server import ENTITY, PROJECT, ServedSweep, grid, serving
 from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.methods import build_method
-from visprompt.runs import compose, run_all
+from visprompt.runs import compose, run_all, unit
 from visprompt.runs.result import read_result, write_result
 from visprompt.runs.trainer import TunedWandbLogger, close
 from visprompt.tuning import protocol
@@ -105,7 +105,7 @@ OFFLINE = ("split=tune", "logger=wandb", "logger.wandb.offline=true")
 def begun(begun, monkeypatch):
     """An agent's W&B runs that were begun: the id asked for, config, figures and how they ended."""
     monkeypatch.setenv("WANDB_RUN_ID", "agent-7")
-    monkeypatch.setattr(run_all.console, "_width", 300)
+    monkeypatch.setattr(unit.console, "_width", 300)
     return begun
 
 
@@ -150,14 +150,14 @@ def test_several_tasks_under_an_agent_upload_the_state_of_each(tmp_path, begun, 
 
 @frozen
 def test_a_task_that_failed_leaves_no_mean(tmp_path, begun, monkeypatch):
-    prepare = run_all.prepare
+    prepare = unit.prepare
 
     def fails(cfg):
         if cfg.task == "digits_loc":
             raise UserError("no ink: buy some")
         return prepare(cfg)
 
-    monkeypatch.setattr(run_all, "prepare", fails)
+    monkeypatch.setattr(unit, "prepare", fails)
     with pytest.raises(UserError, match=r"^digits_loc/vpt_deep: no ink: buy some \(1 of 2 runs failed\)$"):
         train(tmp_path, "tasks=[digits,digits_loc]", "data='demo/digits'")
     (one,) = begun

@@ -62,11 +62,11 @@ MINE = "+callbacks.mine={_target_: lightning.pytorch.callbacks.Timer}"
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        ((BAR,), ["RichProgressBar"]),
+        ((BAR,), ["RunProgressBar"]),
         ((BAR, "trainer.enable_progress_bar=false"), []),
         ((BAR, "callbacks.progress_bar=null"), []),
         ((BAR, MINE, "callbacks.progress_bar=null"), ["Timer"]),
-        ((BAR, MINE, "callbacks.mine=null"), ["RichProgressBar"]),
+        ((BAR, MINE, "callbacks.mine=null"), ["RunProgressBar"]),
         (("trainer.enable_progress_bar=false",), []),
     ],
 )
@@ -189,3 +189,14 @@ def test_a_lightning_module_of_ones_own_stands_in_the_config_and_is_part_of_the_
         UserError, match=r"^lightning_module\._target_=torch\.nn\.Linear is not a class that belongs"
     ):
         run_job(tiny_run(tmp_path, "lightning_module._target_=torch.nn.Linear"))
+
+
+def test_a_fused_optimiser_that_would_have_to_clip_under_autocast_is_refused(tmp_path):
+    words = ("recipe.fused=true", "+trainer.gradient_clip_val=1")
+    assert build_trainer(tiny_job(tmp_path, *words)).gradient_clip_val == 1
+    with pytest.raises(UserError) as error:
+        build_trainer(tiny_job(tmp_path, *words, "precision=bf16-mixed"))
+    assert str(error.value) == (
+        "recipe.fused=true cannot clip gradients under precision=bf16-mixed: leave out recipe.fused or "
+        "trainer.gradient_clip_val"
+    )

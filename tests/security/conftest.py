@@ -62,6 +62,8 @@ def sealed(tmp_path, monkeypatch):
     global _watch
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    # Digests of weights are kept in the user's cache folder: the user's own, and theirs to write to.
+    monkeypatch.setenv("VISPROMPT_CACHE", str(tmp_path / "cache"))
     seen = []
     _watch = (tmp_path, seen)
     try:

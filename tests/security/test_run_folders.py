@@ -27,7 +27,7 @@ TARGETS = [
     {"_target_": "subprocess.check_output", "args": ["touch", "owned"]},
     {"_target_": "builtins.eval", "_args_": ["open('owned', 'w')"]},
     {"_target_": "builtins.exec", "_args_": ["open('owned', 'w')"]},
-    {"_target_": "visprompt.runs.engine.run_ranks", "command": ["touch", "owned"], "world": 1},
+    {"_target_": "visprompt.runs.ranks.run_ranks", "command": ["touch", "owned"], "world": 1},
     {"_target_": "hydra.utils.get_method", "path": "os.system"},
     {"_target_": "hydra.utils.instantiate", "_args_": [TOUCH]},
     {"_target_": "torch.load", "f": "owned.pth", "weights_only": False},
@@ -286,7 +286,7 @@ def test_every_setting_of_this_projects_data_is_one_that_a_run_may_record(tmp_pa
 @pytest.mark.slow
 def test_the_attack_that_was_seen_through_the_real_commands(stranger, tmp_path, sealed):
     evil = {
-        "_target_": "visprompt.runs.engine.run_ranks",
+        "_target_": "visprompt.runs.ranks.run_ranks",
         "command": ["touch", str(tmp_path / "owned")],
         "world": 1,
     }
@@ -301,7 +301,7 @@ def test_the_attack_that_was_seen_through_the_real_commands(stranger, tmp_path, 
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert (
-        "names the data module 'visprompt.runs.engine.run_ranks', and a run's folder does not decide"
+        "names the data module 'visprompt.runs.ranks.run_ranks', and a run's folder does not decide"
         in done.stderr
     )
     done = call(

@@ -9,8 +9,9 @@ import torch
 import visprompt
 from helpers.service import write_state
 from visprompt.models.backbones import DEMO
-from visprompt.serving.batching import Batcher, probabilities
+from visprompt.serving.batching import Batcher, answers
 from visprompt.serving.metrics import Metrics
+from visprompt.serving.pictures import Input
 
 TASKS = [SimpleNamespace(name=name) for name in ("a", "b")]
 
@@ -107,7 +108,7 @@ def test_probabilities_are_those_of_the_state_an_image_was_given_also_after_it_w
     old = bank.add("a", write_state(tmp_path / "old.safetensors", 0, 3))
     new = bank.add("a", write_state(tmp_path / "new.safetensors", 1, 5))
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    shares = probabilities(bank, list(images), [old, new, old, new])
+    shares = answers(bank, [Input(image, (64, 64)) for image in images], [old, new, old, new])
     with torch.inference_mode():
         for row, x, name in zip(shares, images, ("old", "new") * 2, strict=True):
             alone = visprompt.load(tmp_path / f"{name}.safetensors")(x[None]).softmax(1)[0]

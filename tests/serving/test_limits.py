@@ -70,9 +70,9 @@ def task(tmp_path_factory):
 
 def test_each_form_of_an_image_gives_one_input_or_one_reason(task):
     bounds = limits(image_pixels=70 * 64)
-    assert prepare(picture(0), 1, task, bounds).shape == (3, 64, 64)
-    assert prepare(np.zeros((20, 30, 3), np.uint8), 1, task, bounds).shape == (3, 64, 64)
-    assert prepare(np.zeros((3, 64, 64), np.float32), 1, task, bounds).shape == (3, 64, 64)
+    assert prepare(picture(0), 1, task, bounds).image.shape == (3, 64, 64)
+    assert prepare(np.zeros((20, 30, 3), np.uint8), 1, task, bounds).image.shape == (3, 64, 64)
+    assert prepare(np.zeros((3, 64, 64), np.float32), 1, task, bounds).image.shape == (3, 64, 64)
     for content, status, sentence in (
         (np.zeros((71, 64, 3), np.uint8), 413, "image 7 has more than the 4480 pixels that are decoded here"),
         (np.zeros((20, 30, 4), np.uint8), 400, "image 7 has the shape [20, 30, 4], not [height, width, 3]"),

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+import visprompt
 from helpers.cli import ROOT
 from helpers.service import picture, running, write_state
+from visprompt.models.backbones import DEMO
 from visprompt.serving.limits import Limits
 
 pytestmark = pytest.mark.slow
@@ -22,6 +24,9 @@ def service(tmp_path_factory):
     folder = tmp_path_factory.mktemp("states")
     write_state(folder / "birds.safetensors", 1, 4)
     write_state(folder / "digits.safetensors", 2, 10)
+    beach = visprompt.build(DEMO, "linear", 3, kind="segmentation")
+    names = ["sky", "sea", "sand"]
+    visprompt.save(beach, folder / "beach.safetensors", class_names=names, task="beach")
     with running(tmp_path_factory.mktemp("service"), folder) as service:
         yield service
 

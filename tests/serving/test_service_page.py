@@ -3,9 +3,12 @@
 import re
 
 import pytest
+import torch
 
+import visprompt
 from helpers.browser import tab as new_tab
 from helpers.service import BAD, expected, picture, running, write_state
+from visprompt.models.backbones import DEMO
 from visprompt.serving.access import USE
 from visprompt.serving.page import _PAGE as TEXT
 from visprompt.serving.page import HEADERS
@@ -211,3 +214,32 @@ def test_errors_are_the_sentence_of_the_service(tab, tmp_path):
     tab.until(
         f"document.querySelector('article:first-child .panel:last-child .caption').textContent === {none!r}"
     )
+
+
+@pytest.mark.slow
+def test_a_segmentation_task_shows_its_mask_over_the_picture(browser, tmp_path):
+    torch.manual_seed(0)
+    classifier = visprompt.build(DEMO, "linear", 3, kind="segmentation")
+    with torch.no_grad():
+        classifier.head.weight.normal_()
+    names = ["sky", HOSTILE, "sand"]
+    visprompt.save(classifier, tmp_path / "beach.safetensors", class_names=names, task="beach")
+    with running(tmp_path, tmp_path) as service:
+        browser.logged.clear()
+        browser.open(f"{service.url}/", 1280)
+        browser.until("document.querySelectorAll('.tasks .bar').length === 2")
+        content = picture(7, 96)
+        browser.choose("#files", write(tmp_path, "a.png", content))
+        browser.until("document.querySelectorAll('.overlay img').length === 2")
+        browser.until("document.querySelector('.caption').textContent")
+        mask = service.predict("beach", content, top_k=5).json()["predictions"][0]["mask"]
+        assert texts(browser, ".classes bdi") == [one["name"] for one in mask["classes"]]
+        shares = [f"{100 * one['share']:.1f} %" for one in mask["classes"]]
+        assert texts(browser, ".classes .number") == shares
+        size = "(({ naturalWidth: w, naturalHeight: h }) => [w, h])(document.querySelectorAll('.overlay img')[1])"
+        assert browser.js(size) == [mask["width"], mask["height"]]
+        colours = "[...document.querySelectorAll('.swatch')].map((each) => each.style.background)"
+        rgb = [tuple(bytes.fromhex(one["colour"][1:])) for one in mask["classes"]]
+        assert browser.js(colours) == [f"rgb{each}" for each in rgb]
+        assert texts(browser, ".caption")[0].startswith("a segmentation task pools no token")
+        assert [line for line in browser.logged if "422" not in str(line)] == []

@@ -83,6 +83,29 @@ def test_a_command_that_is_not_run_says_what_it_would_do(tmp_path):
     assert {name: digest for name, digest in content(tmp_path).items() if "/hydra/" not in name} == before
 
 
+@pytest.mark.parametrize(
+    ("has", "sentence"),
+    [
+        (
+            {"amx_bf16", "avx512_bf16"},
+            "precision=bf16-mixed, another run, is usually faster on this CPU, which has AMX",
+        ),
+        (
+            {"avx512_bf16"},
+            "precision=bf16-mixed, another run, is usually faster on this CPU, which has AVX512-BF16",
+        ),
+        ({"avx512_f", "amx_int8"}, ""),
+    ],
+)
+def test_a_cpu_that_multiplies_bfloat16_is_named(has, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, True))
+    train(tmp_path)
+    left, _ = lines(capsys.readouterr().out)[1]
+    assert left.rpartition("; ")[2] == sentence if sentence else "precision=" not in left
+    train(tmp_path, "precision=bf16-mixed")
+    assert "precision=" not in lines(capsys.readouterr().out)[1][0]
+
+
 def test_steps_time_and_disk_are_added_up(tmp_path, measured, capsys):
     assert math.isnan(train(tmp_path, "tasks=demo"))
     table, (left, disk) = lines(capsys.readouterr().out)
@@ -208,7 +231,7 @@ def test_data_that_is_not_prepared_is_named_with_its_command(tmp_path, measured,
     stores = sum(3 * sum(spec.split_sizes.values()) * (spec.native or 224) ** 2 for spec in specs)
     files = {(spec.dataset, file.name): file for spec in specs for file in spec.files}
     originals = sum(file.size or file.roughly or 0 for file in files.values())
-    assert f": {stores / 1e9:.1f} GB of decoded images, {originals / 1e9:.1f} GB of original files, " in disk
+    assert f": {stores / 1e9:.1f} GB of stored images, {originals / 1e9:.1f} GB of original files, " in disk
     command = f"python src/prepare.py tasks=vtab_natural paths.data_dir={tmp_path}/data"
     by_hand = "(sun397: by hand, verify=true says how)"
     assert missing == f"missing: the data of {', '.join(SUITES['vtab_natural'])}: {command} {by_hand}"
@@ -220,7 +243,7 @@ def test_photographs_have_as_many_steps_as_their_catalog_says(tmp_path, measured
     table, (_, disk, missing) = lines(capsys.readouterr().out)
     assert table["cub200", "vpt_deep"][3] == f"{3 * math.ceil(2697 / 128)}"
     count = sum(n for task in ("cub200", "nabirds") for n in TASKS[task].split_sizes.values())
-    assert f"{3 * count * 73 * 73 * 4 / 3 / 1e9:.1f} GB of decoded images" in disk
+    assert f"{3 * count * 73 * 73 * 4 / 3 / 1e9:.1f} GB of stored images" in disk
     assert "tasks='[cub200,nabirds]'" in missing
     assert missing.endswith(" (nabirds: by hand, verify=true says how)")
     train(tmp_path, "data=vtab/sun397", "data.source=prepared", f"paths.data_dir={tmp_path}/data")
@@ -229,6 +252,21 @@ def test_photographs_have_as_many_steps_as_their_catalog_says(tmp_path, measured
     assert (
         missing == f"missing: the data of sun397: python src/prepare.py tasks=sun397 source=prepared {place}"
     )
+
+
+ADE20K = ("backbone=demo", "backbone.image_size=64", "method.num_tokens=10", "recipe.warmup_epochs=0")
+
+
+def test_a_segmentation_run_ends_after_its_steps_and_scores_images_in_windows(tmp_path, measured, capsys):
+    train(tmp_path, "experiment=ade20k_deep", *ADE20K, f"paths.data_dir={tmp_path}", "recipe.epochs=134")
+    table, sentences = lines(capsys.readouterr().out)
+    seconds = 160_000 * PACE.step + 2 * 2000 * PACE.image  # a photograph of 4:3 is two windows
+    assert table["ade20k", "vpt_deep"] == ["-", "0", "1, 0 done", "160,000", pace.in_time(seconds)]
+    ((job, _, classes, _, augments, kind),) = measured
+    assert (job.recipe.head, classes, augments, kind) == ("setr_pup", 150, True, "segmentation")
+    assert any("967.0 MB of stored images, 967.0 MB of original files" in sentence for sentence in sentences)
+    command = f"python src/prepare.py tasks=ade20k paths.data_dir={tmp_path}"
+    assert f"missing: the data of ade20k: {command}" in sentences
 
 
 def test_own_images_are_counted_and_stay_undecoded(tmp_path, measured, capsys):
@@ -247,7 +285,7 @@ def test_own_images_are_counted_and_stay_undecoded(tmp_path, measured, capsys):
         "were given: every class was cut 80/10/10); smallest class: cat with 16 training images"
     )
     assert table["pets", "vpt_deep"][3] == "3"
-    assert f"{40 * 73 * 73 * 4 / 1e6:.1f} MB of decoded images" in disk
+    assert f"{40 * 73 * 73 * 4 / 1e6:.1f} MB of stored images" in disk
     assert not (tmp_path / "data").exists()
     train(tmp_path / "logs", *given, dry=False)
     capsys.readouterr()
@@ -272,7 +310,7 @@ def test_missing_weights_are_named_and_random_ones_measured(tmp_path, measured, 
         start + "where it cannot be reached, copy that file here and give backbone.weights=FILE", missing
     )
     assert " MB of weights" in disk
-    ((_, backbone, classes, devices, augments),) = measured
+    ((_, backbone, classes, devices, augments, _),) = measured
     assert (backbone.image_size, classes, devices, augments) == (224, 10, 1, False)
 
 

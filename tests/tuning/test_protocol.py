@@ -10,7 +10,8 @@ from helpers.cli import composed, frozen, tiny
 from helpers.damage import rewrite
 from helpers.miniatures import write_folder
 from visprompt.errors import UserError
-from visprompt.runs import compose, run, run_all
+from visprompt.runs import compose, run, unit
+from visprompt.runs.engine import local
 from visprompt.runs.result import read_result
 from visprompt.tuning import dry_run, protocol
 
@@ -88,16 +89,8 @@ def test_a_second_call_trains_nothing(logs, tuned, monkeypatch):
 
 
 def test_nothing_is_chosen_where_a_point_of_the_grid_failed(logs, tuned, monkeypatch):
-    real = protocol.run_all
-
-    def one_fails(jobs):
-        outcomes = real(jobs)
-        return [
-            run_all.Outcome(outcomes[0].name, None, "the disk is gone"),
-            replace(outcomes[1], reason="it diverged"),
-        ]
-
-    monkeypatch.setattr(protocol, "run_all", one_fails)
+    real, faults = local.run_unit, [{"result": None, "reason": "the disk is gone"}, {"reason": "it diverged"}]
+    monkeypatch.setattr(local, "run_unit", lambda jobs: [replace(real(jobs)[0], **faults.pop(0))])
     run = r"digits/vpt_deep recipe\.lr=0\.2 split=tune seed=42"
     with pytest.raises(UserError, match=rf"^{run}: the disk is gone$"):
         tune(logs, "methods=[vpt_deep]", "recipe.epochs=2")
@@ -157,7 +150,7 @@ def test_bad_input_is_one_sentence(logs, arguments, message):
 
 
 def test_all_grids_are_checked_before_anything_is_run(logs, monkeypatch):
-    monkeypatch.setattr(protocol, "run_all", lambda _: pytest.fail("a run was begun"))
+    monkeypatch.setattr(local, "run_unit", lambda _: pytest.fail("a run was begun"))
     with pytest.raises(UserError, match=r"unknown key of recipe\.grid 'method\.num_kv_tokens'"):
         tune(logs, "methods=[e2vpt,linear]", "+recipe.grid={method.num_kv_tokens:[2]}")
 
@@ -165,8 +158,8 @@ def test_all_grids_are_checked_before_anything_is_run(logs, monkeypatch):
 def test_what_the_command_line_gives_is_tried_in_no_other_value(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(protocol.console, "_width", 300)
     tried = []
-    monkeypatch.setattr(protocol, "run_all", lambda jobs: tried.extend(jobs) or [])
-    with pytest.raises(ValueError, match="zip"):  # no run, no outcome
+    monkeypatch.setattr(local, "run_unit", lambda jobs: tried.extend(jobs) or [unit.Outcome("", None, "no")])
+    with pytest.raises(UserError, match=r": no; .*: no \(2 runs failed\)$"):
         tune(tmp_path, "methods=[vpt_deep]", "recipe.lr=0.3", "++recipe.grid={recipe.weight_decay:[0.0,0.1]}")
     assert [(job.recipe.lr, job.recipe.weight_decay) for job in tried] == [(0.3, 0), (0.3, 0.1)]
     assert capsys.readouterr().out == "digits/vpt_deep: with a single value in the grid: recipe.lr=0.3\n"
@@ -189,7 +182,13 @@ def test_an_option_that_is_null_by_default_can_be_tried(logs):
 def test_the_released_seeds(logs, monkeypatch, given, seeds):
     """Those of tune_vtab.py in VPT's released code."""
     asked = []
-    monkeypatch.setattr(protocol, "tune_one", lambda job, given, run: asked.append(given) or [])
+
+    def nothing(job, given):
+        asked.append(given)
+        yield []
+        return []
+
+    monkeypatch.setattr(protocol, "tune_one", nothing)
     with pytest.raises(ZeroDivisionError):  # of no finished cell there is no mean
         tune(logs, "methods=[linear]", f"seeds={given}")
     assert asked == [seeds]

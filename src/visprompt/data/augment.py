@@ -71,7 +71,7 @@ class Augmentation:
     ) -> np.ndarray:
         """Apply a transform, and check that the result has a shape; None checks nothing."""
         given = torch.from_numpy(np.array(image, order="C"))  # a copy, because torch requires a writable one
-        with _seeded(int(draw.integers(2**32))):
+        with seeded(int(draw.integers(2**32))):
             out = transform(given)
         if shape is None:
             return np.asarray(out)
@@ -95,7 +95,7 @@ def check(choice: str | nn.Module) -> None:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the CPU's generators, from which transforms draw, and restore them afterwards.
 
     The generators of GPUs stay as they are; `torch.manual_seed` would seed them too.

@@ -8,13 +8,14 @@ from typing import Any
 import lightning.pytorch as L
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from visprompt.data import augment as augmenting
 from visprompt.data.augment import Augmentation
 from visprompt.data.catalog import TASKS
 from visprompt.data.datasets import (
+    ArrayDataset,
     AugmentedDataset,
     Batch,
     DeviceDataset,
@@ -22,21 +23,11 @@ from visprompt.data.datasets import (
     TicketDataset,
     as_is,
 )
+from visprompt.data.loader import GatheringLoader
 from visprompt.data.sampler import GlobalBatches
 from visprompt.data.splits import share
-from visprompt.data.transforms import check_resizing, mean_and_std, normalise
+from visprompt.data.transforms import check_resizing, mean_and_std, normalise, per_channel
 from visprompt.errors import UserError, unknown
-
-
-def no_images(task: str, split_set: str) -> UserError:
-    """Return the error for a split set that a run needs and that has no image."""
-    what = f"{task} has no {split_set} images: add {split_set}/<class>/ folders (or CSV rows)"
-    if split_set != "test":
-        return UserError(what)
-    return UserError(
-        f"{what}, train with split=tune, which scores val, or give data.test=none, which trains and scores "
-        "nothing"
-    )
 
 
 class TaskDataModule(L.LightningDataModule, ABC):
@@ -59,6 +50,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         loss_weights: float [n], the weight of each training image's loss; None is 1 for all.
         train_sets: Split -> the split sets that it trains on.
         val_set: The split set that `split=tune` scores.
+        layout: Where the images of a split set belong, for messages.
     """
 
     task: str
@@ -73,11 +65,13 @@ class TaskDataModule(L.LightningDataModule, ABC):
     loss_weights: np.ndarray | None = None
     train_sets: Mapping[str, tuple[str, ...]]
     val_set: str
+    layout: str = "{0}/<class>/ folders (or CSV rows)"
 
     def __init_subclass__(cls) -> None:
-        """Take the docstring of the class of a catalogued task from its record."""
+        """Take the docstring of the class of a catalogued task, and its kind, from its record."""
         super().__init_subclass__()
         if spec := TASKS.get(vars(cls).get("task", "")):
+            cls.kind = spec.kind
             cls.__doc__ = f"{spec.description}\n\n{spec.num_classes} classes; {spec.source}."
 
     def __init__(
@@ -114,7 +108,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
             augment: Augmentation of training images, see `augment`: a name, or the user's module.
             accumulate: Micro steps per optimiser step; the trainer's `accumulate_grad_batches`.
             num_workers: Processes that load data; 0 loads in the main process.
-            pin_memory: Whether data loaders use page-locked memory.
+            pin_memory: Whether batches that a GPU gets are in page-locked memory.
 
         Raises:
             UserError: A value is not valid.
@@ -132,7 +126,13 @@ class TaskDataModule(L.LightningDataModule, ABC):
         self.mean, self.std = mean_and_std(normalisation, (mean, std))
         self.accumulate, self.num_workers, self.pin_memory = accumulate, num_workers, pin_memory
         augmenting.check(augment)
+        if augment != "none" and self.kind == "segmentation":
+            raise UserError(
+                f"data.augment={augment} changes images and not their masks: leave it out (data.scale, "
+                "data.flip and data.jitter of own images and of ADE20K change both)"
+            )
         self.augmentation = None if augment == "none" else Augmentation(augment, interpolation)
+        self._scaling: dict[torch.device, tuple[Tensor, Tensor]] = {}  # mean and deviation on each device
         self.augments = self.augments or self.augmentation is not None  # a subclass may augment by itself
 
     @property
@@ -184,6 +184,16 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Return whether there are images to score under this split."""
         return True
 
+    def no_images(self, split_set: str) -> UserError:
+        """Return the error for a split set that a run needs and that has no image."""
+        what = f"{self.task} has no {split_set} images: add {self.layout.format(split_set)}"
+        if split_set != "test":
+            return UserError(what)
+        return UserError(
+            f"{what}, train with split=tune, which scores val, or give data.test=none, which trains and "
+            "scores nothing"
+        )
+
     def check_sets(self) -> None:
         """Check, before anything is decoded or trained, that the split has the images that it needs.
 
@@ -218,10 +228,10 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Return the training images of this split, or the share of each class that `fraction` asks for."""
         dataset = self.open_sets(self.train_sets[self.split])
         if self.fraction < 1:
-            # multi-label images have no one class: a share of all of them
-            classes = dataset.labels.tolist() if dataset.labels.ndim == 1 else [0] * len(dataset)
+            # if an image has no one class: a share of all images
+            classes = dataset.labels.tolist() if self.kind == "single_label" else [0] * len(dataset)
             dataset = dataset.subset(np.array(share(dataset.keys, classes, self.fraction)))
-            if dataset.labels.ndim > 1 and not dataset.labels.any(0).all():
+            if self.kind == "multi_label" and not dataset.labels.any(0).all():
                 lost = self.class_names[int(dataset.labels.any(0).int().argmin())]
                 raise UserError(
                     f"data.fraction={self.fraction:g} leaves no training image of class {lost!r}: give a "
@@ -270,24 +280,37 @@ class TaskDataModule(L.LightningDataModule, ABC):
         """Return a loader of all images in order, unaugmented and on every rank, to cache features."""
         return self._loader(dataset, everywhere=True)
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Copy a batch to a device, unless it is there."""
+        if all(part is None or part.device == device for part in batch):
+            return batch
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalise uint8 pixels on the device; floating-point inputs (cached features) pass unchanged."""
         if batch.images.is_floating_point():
             return batch
-        images = normalise(
-            batch.images, self.image_size, self.mean, self.std, self.interpolation, self.resampling
-        )
-        return batch._replace(images=images)
+        how = self.interpolation, self.resampling
+        scales = self._scales(batch.images.device)
+        return batch._replace(images=normalise(batch.images, self.image_size, *scales, *how))
+
+    def _scales(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation on a device, where they are copied once."""
+        if device not in self._scaling:
+            self._scaling[device] = per_channel(self.mean, device), per_channel(self.std, device)
+        return self._scaling[device]
 
     def _loader(
         self, dataset: TicketDataset, training: bool = False, everywhere: bool = False
     ) -> DataLoader[Batch]:
         trainer = None if everywhere else self.trainer
+        world = trainer.world_size if trainer else 1
         batches = GlobalBatches(
             num_rows=len(dataset),
-            batch_size=self.batch_size,
+            batch_size=world if dataset.one_by_one and not training else self.batch_size,
             rank=trainer.global_rank if trainer else 0,
-            world=trainer.world_size if trainer else 1,
+            world=world,
             accumulate=self.accumulate,
             seed=self.seed,
             epoch=self._epoch,
@@ -296,14 +319,16 @@ class TaskDataModule(L.LightningDataModule, ABC):
             loss_weights=self.loss_weights if training else None,
             pairs=self.pairs,
         )
-        loads = not isinstance(dataset, DeviceDataset)  # images on the device need no workers
+        exactly = type(dataset) in (ArrayDataset, DeviceDataset)  # a subclass may change its pixels
+        if exactly and isinstance(dataset, ArrayDataset | DeviceDataset):
+            return GatheringLoader(dataset, batches, self.pin_memory)
         return DataLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=as_is,
-            num_workers=self.num_workers if loads else 0,
-            pin_memory=self.pin_memory and loads,
-            persistent_workers=self.num_workers > 0 and loads,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
             # or the loader would draw from the global generator, which dropout uses
             generator=torch.Generator(),
         )

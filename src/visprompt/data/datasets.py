@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     Attributes:
         images: uint8 [b, c, h, w] from the loader, with 1 or 3 channels; float32 [b, 3, h, w], normalised,
             after the transfer to the device. Cached features are float32 [b, ...] from the loader on.
-        labels: int64 [b], or [b, C] of 0 and 1 for multi-label data.
+        labels: int64 [b], [b, C] of 0 and 1 for multi-label data, or [b, h, w] of pixels.
         rows: int64 [b], positions in the dataset.
         weights: float32 [b], the factor of each image's loss (see `GlobalBatches`); 0 for padding.
         scales: float32 [b], the factor of the task's part of that loss under class weights (see
@@ -77,6 +77,9 @@ class TicketDataset(Dataset[Batch], ABC):
 
     keys: Sequence[str]
     """The key of each row, the same on every machine"""
+
+    one_by_one: bool = False
+    """Whether images differ in size in evaluation, so that a batch has one of them"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -150,13 +153,13 @@ class SquareDataset(TicketDataset):
 
 
 class DeviceDataset(TicketDataset):
-    """Images of one size in GPU memory; not augmented, and read in the process that copied them there."""
+    """Images of one size, or outputs of frozen layers, in one tensor on any device; not augmented."""
 
     def __init__(self, images: Tensor, labels: Tensor, keys: Sequence[str]) -> None:
         """Keep the tensors; they are not copied.
 
         Args:
-            images: uint8 [n, c, h, w], on any device.
+            images: uint8 [n, c, h, w], or float32 [n, ...] for outputs of frozen layers.
             labels: int64 [n].
             keys: One per image.
         """

@@ -5,22 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from visprompt.data.datamodule import TaskDataModule, no_images
 from visprompt.data.datasets import RaggedDataset
-from visprompt.data.splits import SPLITS
+from visprompt.data.split_datamodule import SplitDataModule
 from visprompt.data.stores.ragged import RaggedStore
-from visprompt.errors import UserError, unknown
+from visprompt.errors import UserError
 
 
-class RaggedDataModule(TaskDataModule):
+class RaggedDataModule(SplitDataModule):
     """Images that differ in size: resized by the short side, random square crops and flips in training."""
-
-    val_set = "val"
 
     def __init__(
         self,
         *,
-        final: str = "train",
         short_side: int | None = None,
         crop: bool = True,
         flip: float = 0.5,
@@ -29,37 +25,22 @@ class RaggedDataModule(TaskDataModule):
         """Check the options; no data is read yet.
 
         Args:
-            final: What `split=final` trains on: "train" or "train+val".
             short_side: Short side of the stored images in pixels; by default image_size * 256 / 224, rounded
                 down.
             crop: Whether training crops are random; otherwise they are central.
             flip: Probability of a horizontal flip in training.
-            **feeding: The arguments of `TaskDataModule`.
+            **feeding: The arguments of `SplitDataModule`.
 
         Raises:
             UserError: A value is not valid.
         """
-        if final not in ("train", "train+val"):
-            raise unknown("data.final", final, ("train", "train+val"))
-        self.train_sets = {"tune": ("train",), "final": tuple(final.split("+"))}
         super().__init__(**feeding)
-        self.final = final
         self.crop, self.flip, self.augments = crop, flip, self.augments or crop or flip > 0
         self.short_side = short_side or int(self.image_size * 256 / 224)
         if self.short_side < self.image_size:
             raise UserError(
                 f"data.short_side={short_side} is below the backbone's {self.image_size} px: make it larger"
             )
-
-    @property
-    @abstractmethod
-    def origin(self) -> str:
-        """Return where images and splits come from: "folder", "csv", "raw:json" or "raw:lists"."""
-
-    @property
-    def source(self) -> str:  # type: ignore[override]  # a property here
-        """Return the origin as results record it, with ":train+val" if validation images are trained on."""
-        return self.origin + (":train+val" if self.split == "final" and self.final != "train" else "")
 
     @property
     @abstractmethod
@@ -82,19 +63,6 @@ class RaggedDataModule(TaskDataModule):
         return self.store.fingerprint
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Return the number of readable images of each split; splits without images are left out."""
-        counts = {split: int((self.store.splits == split).sum()) for split in SPLITS}
-        return {split: count for split, count in counts.items() if count}
-
-    @property
-    def validates(self) -> bool:
-        """Return whether there are validation images that this split does not train on."""
-        if self.split == "tune":
-            return True
-        return self.val_set not in self.train_sets[self.split] and self.val_set in self.sizes
-
-    @property
     def preprocessing(self) -> dict[str, Any]:
         """Return the preprocessing of `TaskDataModule`, with the short side and the crop."""
         view = {"resize": "short_side", "short_side": self.short_side}
@@ -105,17 +73,13 @@ class RaggedDataModule(TaskDataModule):
             "flip": self.flip,
         }
 
-    def prepare_data(self) -> None:
-        """Write the store if it is missing; Lightning calls this on one rank of each machine."""
-        _ = self.store
-
     def open_sets(self, sets: tuple[str, ...]) -> RaggedDataset:
         """Return the images of some splits, read from the store."""
         store = self.store
         rows = np.concatenate([np.flatnonzero(store.splits == split) for split in sets])
         for split in sets:
             if not (store.splits == split).any():
-                raise no_images(self.task, split)
+                raise self.no_images(split)
         labels = store.labels if self.targets is None else self.targets[store.labels]
         seen = np.unique(labels[rows]) if labels.ndim == 1 else np.flatnonzero(labels[rows].any(0))
         if "train" in sets and (missing := set(range(self.num_classes)) - set(seen.tolist())):

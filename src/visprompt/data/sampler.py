@@ -1,12 +1,29 @@
 """The batch sampler: divides each global batch among devices and accumulation steps."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from visprompt.data.datasets import Ticket
 from visprompt.errors import UserError
+
+
+class Share(NamedTuple):
+    """The images of one micro-batch of one rank; the columns of its tickets.
+
+    Attributes:
+        rows: int64 [b], positions in the dataset.
+        weights: float64 [b], see `Ticket.weight`.
+        scales: float64 [b], see `Ticket.scale`.
+        repeats: int64 [b], see `Ticket.repeat`.
+    """
+
+    rows: np.ndarray
+    weights: np.ndarray
+    scales: np.ndarray
+    repeats: np.ndarray
 
 
 class GlobalBatches(Sampler[list[Ticket]]):
@@ -78,14 +95,21 @@ class GlobalBatches(Sampler[list[Ticket]]):
         return max(1, -(-len(range(self.rank, self.num_rows, self.world)) // self._eval_size))
 
     def __iter__(self) -> Iterator[list[Ticket]]:
-        return self._train() if self.training else self._evaluate()
+        epoch = self.epoch() if self.training else None
+        for part in self.shares(epoch):
+            numbers = (part.weights, part.scales, part.repeats)
+            columns = zip(part.rows.tolist(), *(column.tolist() for column in numbers), strict=True)
+            yield [Ticket(row, epoch, *rest) for row, *rest in columns]
+
+    def shares(self, epoch: int | None) -> Iterator[Share]:
+        """Yield this rank's micro-batches of an epoch; None is evaluation."""
+        return self._evaluate() if epoch is None else self._train(epoch)
 
     @property
     def _eval_size(self) -> int:
         return -(-self.batch_size // self.world)
 
-    def _train(self) -> Iterator[list[Ticket]]:
-        epoch = self.epoch()
+    def _train(self, epoch: int) -> Iterator[Share]:
         draw = np.random.default_rng([self.seed, epoch])
         if self.probabilities is None:
             order, repeats = draw.permutation(self.num_rows), np.zeros(self.num_rows, np.int64)
@@ -95,27 +119,29 @@ class GlobalBatches(Sampler[list[Ticket]]):
         shares = self.world * self.accumulate
         for start in range(0, self.num_rows, self.batch_size):
             batch = order[start : start + self.batch_size]
-            weight, scale = shares / len(batch), 1.0
+            again = repeats[start : start + self.batch_size]
+            scale = 1.0
             if self.loss_weights is not None:
                 scale = len(batch) / float(self.loss_weights[batch].sum())
-            again = repeats[start : start + self.batch_size].tolist()
-            tickets = [
-                Ticket(row, epoch, weight, scale, repeat)
-                for row, repeat in zip(batch.tolist(), again, strict=True)
-            ]
-            parts = np.array_split(np.arange(len(batch)), shares)
+            places = np.arange(len(batch))
+            parts = [places] if shares == 1 else np.array_split(places, shares)  # which is slow
             for micro in range(self.accumulate):
-                mine = parts[micro * self.world + self.rank].tolist()
-                share = [tickets[place] for place in mine] or [tickets[0]._replace(weight=0.0)]
-                first = mine[0] if mine else 0
-                yield [tickets[first - 1]._replace(weight=0.0), *share] if self.pairs else share
+                places = parts[micro * self.world + self.rank]
+                weights = np.full(len(places), shares / len(batch))
+                if not len(places):
+                    places, weights = np.zeros(1, np.int64), np.zeros(1)
+                if self.pairs:
+                    # a filler's is the last image, as the first's; -1 is the last place
+                    places, weights = np.r_[places[0] - 1, places], np.r_[0.0, weights]
+                yield Share(batch[places], weights, np.full(len(places), scale), again[places])
 
-    def _evaluate(self) -> Iterator[list[Ticket]]:
-        rows = range(self.rank, self.num_rows, self.world)
+    def _evaluate(self) -> Iterator[Share]:
+        rows, weight = np.arange(self.rank, self.num_rows, self.world), 1.0
+        if not len(rows):
+            rows, weight = np.zeros(1, np.int64), 0.0
         for start in range(0, len(rows), self._eval_size):
-            yield [Ticket(row, None, 1.0) for row in rows[start : start + self._eval_size]]
-        if not rows:
-            yield [Ticket(0, None, 0.0)]
+            part = rows[start : start + self._eval_size]
+            yield Share(part, np.full(len(part), weight), np.ones(len(part)), np.zeros(len(part), np.int64))
 
 
 def _repeats(order: np.ndarray) -> np.ndarray:

@@ -101,8 +101,19 @@ def resize_short_side(
     planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))[None].float()
     for axis, length in zip((-1, -2), size, strict=True):
         if planes.shape[axis] != length:
-            planes = _filter(planes, axis, *_taps(planes.shape[axis], length, interpolation, resampling))
+            rows, weights = _taps(planes.shape[axis], length, interpolation, resampling)
+            planes = _filter(planes, axis, rows, weights.float())
     return planes[0].clamp(0, 255).round().to(torch.uint8).numpy().transpose(1, 2, 0)
+
+
+def window_size(height: int, width: int, short_side: float) -> tuple[int, int]:
+    """Return the height and width of an image that is scored in windows, resized with its ratio kept.
+
+    The short side becomes `short_side` pixels, but the long side at most four times as many, as
+    mmsegmentation's scale of 2048 x 512 does; both are rounded.
+    """
+    factor = min(short_side / min(height, width), 4 * short_side / max(height, width))
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
 def crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
@@ -138,38 +149,52 @@ def squash(image: np.ndarray, size: int, interpolation: str, resampling: str) ->
     return resize(planes[None], size, interpolation, resampling)[0].round().to(torch.uint8).numpy()
 
 
-def resize(images: Tensor, size: int, interpolation: str, resampling: str) -> Tensor:
-    """Resize a batch to squares, on its device.
+def resize(images: Tensor, size: int | tuple[int, int], interpolation: str, resampling: str) -> Tensor:
+    """Resize a batch, on its device.
 
     Args:
         images: uint8 [b, c, h, w].
-        size: Side of the result in pixels.
+        size: Height and width of the result in pixels, or its side if it is square.
         interpolation: "bilinear" or "bicubic".
         resampling: A name of `RESAMPLINGS`: exactly Pillow's values, or TensorFlow's, not rounded.
 
     Returns:
-        float32 [b, c, size, size] in 0..255.
+        float32 [b, c, height, width] in 0..255.
     """
+    height, width = _both(size)
     if images.device.type == "cpu" and len(images) > 2:  # two at a time stay in the cache: four times as fast
         return torch.cat([resize(few, size, interpolation, resampling) for few in images.split(2)])
     x = images.to(torch.int32 if resampling == "pillow" else torch.float32)
-    for axis in (-1, -2):
-        if x.shape[axis] != size:
-            x = _filter(x, axis, *_taps(x.shape[axis], size, interpolation, resampling))
+    for axis, length in ((-1, width), (-2, height)):
+        if x.shape[axis] != length:
+            taps = _taps_on(x.device, x.dtype, x.shape[axis], length, interpolation, resampling)
+            x = _filter(x, axis, *taps)
     return x.clamp(0, 255).float()  # a bicubic filter overshoots
+
+
+def _both(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _filter(x: Tensor, axis: int, rows: Tensor, weights: Tensor) -> Tensor:
     """Return weighted sums of rows along one axis; fixed-point sums (integers) are rounded to 8 bits."""
-    weights = weights.to(x.device, x.dtype)
-    total = torch.tensor(0 if x.is_floating_point() else 1 << (_FIXED - 1), device=x.device, dtype=x.dtype)
-    for tap, weight in zip(rows.to(x.device), weights if axis == -1 else weights[:, :, None], strict=True):
+    total = x.new_full((), 0 if x.is_floating_point() else 1 << (_FIXED - 1))
+    for tap, weight in zip(rows, weights if axis == -1 else weights[:, :, None], strict=True):
         total = total + x.index_select(axis, tap) * weight
     # no overflow of 32 bits: the weights' absolute values sum to less than 1.5, and 255 * 1.5 * 2**22 < 2**31
     return total if x.is_floating_point() else (total >> _FIXED).clamp_(0, 255)
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the first caller may be an evaluation
+def _taps_on(
+    device: torch.device, dtype: torch.dtype, length: int, size: int, interpolation: str, resampling: str
+) -> tuple[Tensor, Tensor]:
+    """Return the result of `_taps` on a device, the weights as `dtype`; copied there once."""
+    rows, weights = _taps(length, size, interpolation, resampling)
+    return rows.to(device), weights.to(device, dtype)
+
+
 def _taps(length: int, size: int, interpolation: str, resampling: str) -> tuple[Tensor, Tensor]:
     """Return the input pixels of each output pixel and their weights.
 
@@ -203,9 +228,9 @@ def _taps(length: int, size: int, interpolation: str, resampling: str) -> tuple[
 
 def normalise(
     images: Tensor,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    size: int | tuple[int, int],
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
     interpolation: str = "bilinear",
     resampling: str = "pillow",
 ) -> Tensor:
@@ -213,23 +238,26 @@ def normalise(
 
     Args:
         images: uint8 [b, c, h, w]; one channel is repeated.
-        size: Side of the result; images of another size are squashed to it.
-        mean: Mean per channel, of pixels in 0..1.
-        std: Standard deviation per channel, of pixels in 0..1.
+        size: Side of the result, or height and width; images of another size are squashed to it.
+        mean: Mean per channel, of pixels in 0..1; as `per_channel` returns it, no copy to a GPU is needed.
+        std: Standard deviation per channel, of pixels in 0..1; or likewise.
         interpolation: See `resize`.
         resampling: See `resize`.
 
     Returns:
-        float32 [b, 3, size, size].
+        float32 [b, 3, height, width].
     """
-    if images.shape[-2:] != (size, size):
+    if images.shape[-2:] != _both(size):
         scaled = resize(images, size, interpolation, resampling) / 255
     else:
-        scaled = images.float() / 255
-    shift, scale = (
-        torch.tensor(list(v), dtype=torch.float32, device=images.device).view(3, 1, 1) for v in (mean, std)
-    )
-    return (scaled - shift) / scale
+        scaled = images.to(torch.float32, copy=True).div_(255)
+    shift, scale = (v if isinstance(v, Tensor) else per_channel(v, images.device) for v in (mean, std))
+    return (scaled - shift).div_(scale)  # in place: new memory costs a CPU more than arithmetic
+
+
+def per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return a value of each channel as float32 [3, 1, 1] on a device."""
+    return torch.tensor(list(values), dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def to_input(image: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
@@ -240,7 +268,7 @@ def to_input(image: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
         preprocessing: A data module's `preprocessing`, as the tuned state stores it.
 
     Returns:
-        float32 [3, size, size].
+        float32 [3, size, size]; where images are scored in windows, [3, height, width] of `window_size`.
 
     Raises:
         UserError: The state was written by an older version, which stored less.
@@ -250,6 +278,8 @@ def to_input(image: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
         how = preprocessing["interpolation"], preprocessing["resampling"]
         if preprocessing["resize"] == "short_side":
             image = center_crop(resize_short_side(image, preprocessing["short_side"], *how), size)
+        elif preprocessing["resize"] == "windows":
+            size = window_size(image.shape[0], image.shape[1], preprocessing["short_side"])
         elif image.shape[:2] != (preprocessing["native"],) * 2:
             image = squash(image, size, *how).transpose(1, 2, 0)
     except KeyError as error:

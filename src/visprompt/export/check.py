@@ -13,11 +13,12 @@ from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
 from visprompt.models.classifier import Classifier
 from visprompt.models.kind import SINGLE_LABEL
+from visprompt.models.windows import slide
 
 Runner = Callable[[Tensor], tuple[Tensor, Tensor]]
 """The exported file, read again: input -> logits [B, C] and probabilities [B, C]"""
-Picture = tuple[np.ndarray, int]
-"""A decoded picture, uint8 [h, w, 3], and its label"""
+Picture = tuple[np.ndarray, Any]
+"""A decoded picture, uint8 [h, w, 3], and its label: a number, or a list or array of them"""
 
 TOLERANCE = 1e-3
 """Largest relative error of the logits: sums in another order give up to 1e-4, a mistake more than 1e-2"""
@@ -34,8 +35,9 @@ class Agreement:
         generated: Number of generated images.
         error: max |a - b| / max |b| of the logits over the generated images.
         images: Number of validation images.
-        same: Number of validation images with the same top class.
-        accuracy: Share of validation images that the file labels correctly; None without any.
+        same: Number of validation images with the same top class; of a dense kind in every pixel.
+        accuracy: Share of validation images that the file labels correctly, of a dense kind the mean over
+            them of the share of pixels; None without any.
         of_classifier: The same share for the classifier.
     """
 
@@ -68,23 +70,33 @@ def compare(
     for inputs, images in _generated(preprocessing, in_graph):
         got, expected = run(inputs)[0], classifier(images)
         worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
-    images_seen, same, hits, hits_of_classifier = 0, 0, 0, 0
+    images_seen, same, hits, hits_of_classifier = 0, 0, 0.0, 0.0
     for inputs, images, labels in _batches(pictures, preprocessing, in_graph):
         kind = classifier.kind
-        shares, own_shares = run(inputs)[1], classifier.probabilities(classifier(images))
-        got, expected = kind.decide(shares), kind.decide(own_shares)
+        logits, shares = _of_any_size(run, inputs, classifier)
+        own_logits = classifier(images)
+        own_shares = classifier.probabilities(own_logits)
         images_seen += labels.shape[0]
-        agree = kind.agree(got, expected)
-        if kind is not SINGLE_LABEL:  # one of many classes may have a probability of almost 0.5
-            agree |= (shares - own_shares).abs().amax(1) < TOLERANCE
-        same += int(agree.sum())
-        hits += int(kind.agree(got, labels).sum())
-        hits_of_classifier += int(kind.agree(expected, labels).sum())
+        agree = kind.decide(shares) == kind.decide(own_shares)
+        if kind is not SINGLE_LABEL:  # of many classes or pixels, two may be almost equally probable
+            near = (shares - own_shares).abs() < TOLERANCE
+            agree |= near.all(1) if kind.dense else near
+        same += int(agree.flatten(1).all(1).sum() if agree.ndim > 1 else agree.sum())
+        hits += float(kind.correct(logits, labels).sum())
+        hits_of_classifier += float(kind.correct(own_logits, labels).sum())
     generated = sum(_BATCHES) if not in_graph else len(_SIDES)
     if not images_seen:
         return Agreement(generated, worst)
     accuracies = hits / images_seen, hits_of_classifier / images_seen
     return Agreement(generated, worst, images_seen, same, *accuracies)
+
+
+def _of_any_size(run: Runner, inputs: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor]:
+    """Return logits and probabilities by a file; images larger than its windows are covered by them."""
+    if inputs.dtype == torch.uint8 or not classifier.slides(inputs):
+        return run(inputs)
+    logits = slide(lambda windows: run(windows)[0], inputs, *classifier.own_size)
+    return logits, classifier.probabilities(logits)
 
 
 def check(agreement: Agreement, what: str) -> None:
@@ -127,9 +139,10 @@ def _batches(
     pictures: Iterable[Picture], preprocessing: Mapping[str, Any], in_graph: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield inputs of the file, images of the classifier and labels; pictures of one size together."""
-    for _, group in groupby(pictures, lambda pair: pair[0].shape if in_graph else None):
+    sized = in_graph or preprocessing.get("resize") == "windows"
+    for _, group in groupby(pictures, lambda pair: pair[0].shape if sized else None):
         while batch := list(islice(group, _MOST)):
             images = torch.stack([to_input(picture, preprocessing) for picture, _ in batch])
-            labels = torch.tensor([label for _, label in batch])
+            labels = torch.stack([torch.as_tensor(label, dtype=torch.int64) for _, label in batch])
             pixels = torch.from_numpy(np.stack([p for p, _ in batch])) if in_graph else images
             yield pixels, images, labels

@@ -13,12 +13,13 @@ from visprompt.export.push import check_repository, push
 from visprompt.export.write import CARD, FORMATS, Request, write
 from visprompt.files import publish
 from visprompt.models.api import backbone_of, restore
+from visprompt.models.kind import KINDS
 from visprompt.models.tuned_state import TunedState
 from visprompt.runs import memory
 from visprompt.runs.quiet import silence_libraries
 from visprompt.runs.recorded import own_data
 from visprompt.runs.result import Result, open_result, open_state
-from visprompt.runs.run_folder import tidy
+from visprompt.runs.run_lock import tidy
 from visprompt.text import Terminal
 
 console = Terminal()
@@ -143,6 +144,8 @@ def _validation(cfg: DictConfig, path: Path, state: TunedState) -> tuple[Any, di
 def summary(card: Mapping[str, Any]) -> list[str]:
     """Return what is printed about an export, a line for each comparison."""
     agreement, images = card["agreement"], card["validation"]
+    dense = KINDS[card["kind"]].dense
+    what, same = ("pixel accuracy", "same classes") if dense else ("accuracy", "same top class")
     lines = [
         f"to={card['to']}: relative error {agreement['error']:.1e} of the logits on {agreement['generated']} "
         "generated images"
@@ -150,14 +153,14 @@ def summary(card: Mapping[str, Any]) -> list[str]:
     if images:
         seen = ", which the run trained on" if images["trained_on"] else ""
         lines.append(
-            f"same top class on {agreement['same']} of {agreement['images']} images of {images['split_set']}"
-            f"{seen}; accuracy {100 * agreement['accuracy']:.2f} %"
+            f"{same} on {agreement['same']} of {agreement['images']} images of {images['split_set']}"
+            f"{seen}; {what} {100 * agreement['accuracy']:.2f} %"
         )
     if "quantized" in card:
         quantised = card["quantized"]
         lines.append(
-            f"int8: {quantised['bytes']:,} bytes instead of {quantised['bytes_before']:,}; accuracy "
-            f"{100 * quantised['accuracy']:.2f} % ({100 * quantised['change_of_accuracy']:+.2f}), same top "
-            f"class on {quantised['same']} of {agreement['images']}"
+            f"int8: {quantised['bytes']:,} bytes instead of {quantised['bytes_before']:,}; {what} "
+            f"{100 * quantised['accuracy']:.2f} % ({100 * quantised['change_of_accuracy']:+.2f}), {same} on "
+            f"{quantised['same']} of {agreement['images']}"
         )
     return lines

@@ -1,8 +1,10 @@
-"""Write the table of docs/export.md by exporting every pair of method and backbone: `make docs`.
+"""Write the table of docs/export.md by exporting pairs of method and backbone: `make docs`.
 
-It takes about half an hour on two CPU cores.
+Methods that have a row keep it. `make docs ARGS=all` makes all rows anew, which takes half an hour on two CPU
+cores.
 """
 
+import re
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -129,14 +131,26 @@ def cell(method: str, family: str, reasons: list[str]) -> str:
     return ", ".join(works) + "".join(dict.fromkeys(numbers)) + (" (pad)" if options else "")
 
 
-def table() -> str:
-    """Return the table, and the reasons below it, as Markdown."""
-    reasons: list[str] = []
+def table(page: str = "") -> str:
+    """Return the table, and the reasons below it, as Markdown.
+
+    Args:
+        page: The page with the rows that are kept.
+    """
+    rows, reasons = known(page)
     lines = [f"| method | {' | '.join(FAMILIES)} |", f"|---|{'---|' * len(FAMILIES)}"]
     for method in METHODS:
-        lines.append(f"| {' | '.join([method, *(cell(method, family, reasons) for family in FAMILIES)])} |")
+        cells = rows.get(method) or [cell(method, family, reasons) for family in FAMILIES]
+        lines.append(f"| {' | '.join([method, *cells])} |")
     lines += ["", "Refused with:", "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))]
     return "\n".join(lines) + "\n"
+
+
+def known(page: str) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the cells of each method in the table of a page, and the reasons that their numbers refer to."""
+    part = page.partition(_START)[2].partition(_END)[0]
+    rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+    return {name: cells for name, *cells in rows[1:]}, re.findall(r"^\d+\. (.*)$", part, re.MULTILINE)
 
 
 def with_table(page: str, lines: str) -> str:
@@ -146,5 +160,6 @@ def with_table(page: str, lines: str) -> str:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    target.write_text(with_table(target.read_text(encoding="utf-8"), table()), encoding="utf-8")
+    target, *words = map(Path, sys.argv[1:])
+    page = target.read_text(encoding="utf-8")
+    target.write_text(with_table(page, table("" if words else page)), encoding="utf-8")

@@ -53,7 +53,7 @@ class Network(nn.Module):
         return (axes,)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and probabilities, each [B, C]."""
+        """Return logits and probabilities, each [B, C], or of a dense kind [B, C, size, size]."""
         images = inputs if self.preprocess is None else self.preprocess(inputs)
         logits = self.classifier(images)
         return logits, self.classifier.probabilities(logits)

@@ -32,7 +32,7 @@ import visprompt
 classifier = visprompt.load("{place}")
 ```
 
-`classifier(images)` returns logits [B, {classes}] of images {images}, which are resized and normalised as
+`classifier(images)` returns logits {logits} of images {images}, which are resized and normalised as
 `preprocessing` in `config.json` says; `classifier.class_names` has the names of the classes.
 """
 _IN_CODE = "The backbone is a part of visprompt."
@@ -70,7 +70,7 @@ def model_card(
         rows=rows,
         place=f"hf-hub:{repository}" if repository else "PATH",
         images=f"[B, 3, {size}, {size}]",
-        classes=classes,
+        logits=f"[B, {classes}, {size}, {size}]" if KINDS[state.kind].dense else f"[B, {classes}]",
     )
 
 
@@ -84,10 +84,11 @@ def _front_matter(
     """Return the metadata that the hub indexes."""
     spec = TASKS.get(state.task)
     config = None if state.backbone["name"] == DEMO else timm.get_pretrained_cfg(state.backbone["name"])
+    what = "image-segmentation" if KINDS[state.kind].dense else "image-classification"
     base = getattr(config, "hf_hub_id", None)
     head: dict[str, Any] = {
         "library_name": "visprompt",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": what,
         "license": licence or "unknown",
         "tags": ["visprompt", "visual-prompt-tuning", str(state.method["name"])],
     }
@@ -98,11 +99,11 @@ def _front_matter(
     if score:
         data = {"name": visible(state.task), "type": visible(state.task), "split": score["split"]}
         metric = {
-            "type": KINDS[result.kind].words.replace(" ", "_"),
+            "type": KINDS[result.kind].words.replace(" ", "_").lower(),
             "value": round(score["value"], 6),
             "name": score["name"],
         }
-        task = {"type": "image-classification"}
+        task = {"type": what}
         results = [{"task": task, "dataset": data, "metrics": [metric]}]
         head["model-index"] = [{"name": f"{visible(state.task)} {state.method['name']}", "results": results}]
     return head

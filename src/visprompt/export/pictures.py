@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from visprompt.data.datasets import RaggedDataset, Ticket, TicketDataset
+from visprompt.data.mask_dataset import MaskDataset
 from visprompt.errors import UserError
 from visprompt.export.check import Picture
 from visprompt.export.write import Pictures
@@ -50,8 +51,11 @@ def validation(
 
 
 def _pictures(dataset: TicketDataset) -> Iterator[Picture]:
-    for row, label in enumerate(dataset.labels.tolist()):
-        if isinstance(dataset, RaggedDataset):  # whole, because `to_input` crops
+    for row, label in enumerate(dataset.labels):
+        if isinstance(dataset, MaskDataset):
+            batch = dataset[Ticket(row, None, 1.0)]
+            picture, label = batch.images[0].numpy().transpose(1, 2, 0), batch.labels[0]
+        elif isinstance(dataset, RaggedDataset):  # whole, because `to_input` crops
             picture = dataset.store.image(int(dataset.rows[row]))
         else:
             picture = dataset.pixels([Ticket(row, None, 1.0)])[0].transpose(1, 2, 0)

@@ -16,6 +16,7 @@ from visprompt.files import write_record
 from visprompt.models.classifier import Classifier
 from visprompt.models.merge import merge
 from visprompt.models.tuned_state import TunedState
+from visprompt.models.windows import stride_of
 
 FORMATS = ("onnx", "torch", "timm")
 CARD = "export.json"
@@ -88,6 +89,11 @@ def write(
             "there are none here: say where they are with data.root=... or paths.data_dir=..., or leave it "
             "out"
         )
+    if request.include_preprocessing and state.preprocessing["resize"] == "windows":
+        raise UserError(
+            "include_preprocessing=true is not for a run whose images are covered by sliding windows: leave "
+            "it out, and give the file windows as its export.json says"
+        )
     classifier.eval().requires_grad_(False)
     about = _about(state, request)
     products: list[str] = []
@@ -144,9 +150,13 @@ def _about(state: TunedState, request: Request) -> dict[str, Any]:
     pictures = {"name": "pictures", "dtype": "uint8", "shape": ["batch", "height", "width", 3]}
     images = {"name": "images", "dtype": "float32", "shape": ["batch", 3, size, size]}
     packages = {"onnx": ("torch", "onnx"), "torch": ("torch",), "timm": ("torch", "timm")}[request.to]
+    windows: dict[str, Any] = {}
+    if state.preprocessing["resize"] == "windows":
+        windows = {"windows": {"size": size, "stride": stride_of(size), "by": "the caller"}}
     return {
         "to": request.to,
         "task": state.task,
+        "kind": state.kind,
         "method": dict(state.method),
         "backbone": dict(state.backbone),
         "class_names": list(state.class_names),
@@ -155,5 +165,6 @@ def _about(state: TunedState, request: Request) -> dict[str, Any]:
         "temperature": state.temperature,
         "preprocessing": dict(state.preprocessing),
         "preprocessing_included": request.include_preprocessing,
+        **windows,
         "versions": {name: version(name) for name in (*packages, "visprompt")},
     }

@@ -16,6 +16,7 @@ from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.backbones.families import family
 from visprompt.models.backbones.family import Family
 from visprompt.models.classifier import Classifier, Origin
+from visprompt.models.heads import head_name
 from visprompt.models.hub_state import state_path
 from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.models.layers import Wrapped
@@ -34,6 +35,7 @@ def build(
     *,
     head_init: str = "vpt",
     kind: str = SINGLE_LABEL.name,
+    head: str = "linear",
     **options: Any,
 ) -> Classifier:
     """Build a classifier whose method and head are drawn from torch's global generator.
@@ -44,9 +46,11 @@ def build(
             The model inside a classifier cannot, if its method wrapped layers.
         method: A name of `visprompt.models.methods.METHODS`.
         num_classes: Number of classes, the width of the head (C).
-        head_init: "vpt", as in the released VPT code, or "zeros".
-        kind: "single_label", or "multi_label" if an image may have several classes: its labels are [B, C] of
-            0 and 1.
+        head_init: "vpt", as in the released VPT code, "zeros", or "normal", as in mmsegmentation.
+        kind: "single_label"; "multi_label" if an image may have several classes: its labels are [B, C] of 0
+            and 1; or "segmentation" if each pixel has a class: logits are [B, C, H, W], labels [B, H, W], 255
+            where they are ignored.
+        head: Of a segmentation task: "linear", or "setr_pup" (`visprompt.models.heads.setr_pup`).
         **options: Options of the method, such as num_tokens. If initial values are computed from training
             images (`init=...`, `whitening=...`), call `visprompt.models.methods.inits.initialise` before
             training.
@@ -70,7 +74,7 @@ def build(
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     built_method = build_method(method, module, **options)
-    classifier = Classifier(module, built_method, num_classes, head_init, KINDS[kind])
+    classifier = Classifier(module, built_method, num_classes, head_init, KINDS[kind], head)
     classifier.origin = Origin(recorded_options(method, options), record)
     return classifier
 
@@ -128,6 +132,7 @@ def save(
         backbone=classifier.origin.backbone,
         versions={name: version(name) for name in ("torch", "timm", "visprompt")},
         kind=classifier.kind.name,
+        head=head_name(classifier.head),
         temperature=temperature or (None if classifier.temperature == 1 else classifier.temperature),
     )
     about = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "tensors"}
@@ -198,7 +203,8 @@ def untuned(state: TunedState, backbone: Family) -> Classifier:
         options["weights"] = RANDOM
     with torch.random.fork_rng(devices=[]):  # the values that are drawn are replaced by the state's
         method = build_method(options.pop("name"), backbone, **options)
-        classifier = Classifier(backbone, method, len(state.class_names), kind=KINDS[state.kind])
+        kind = KINDS[state.kind]
+        classifier = Classifier(backbone, method, len(state.class_names), kind=kind, head=state.head)
     classifier.origin = Origin(state.method, state.backbone)
     classifier.class_names = state.class_names
     classifier.temperature = state.temperature or 1.0

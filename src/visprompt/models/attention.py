@@ -61,8 +61,13 @@ def last_attention(classifier: Classifier, images: Tensor) -> Weights:
         images: Normalised images [B, 3, H, W].
 
     Raises:
-        UserError: The backbone is neither a plain ViT nor an EVA, or its attention is not the fused one.
+        UserError: The backbone is neither a plain ViT nor an EVA, its attention is not the fused one, or the
+            task is dense.
     """
+    if classifier.kind.dense:
+        raise UserError(
+            "a segmentation task pools no token whose attention could be shown: look at its mask instead"
+        )
     family, method = _vit(classifier.backbone), classifier.method
     added = method.keys_values(family.num_blocks - 1)
     return _attention(

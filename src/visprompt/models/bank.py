@@ -37,6 +37,8 @@ class _Source:
 class Bank:
     """One backbone with any number of tuned states; a batch may mix their images.
 
+    Segmentation tasks share the backbone's weights and no pass: each is computed alone, in the same call.
+
     Tasks can be added, replaced and removed in any thread while others compute. A batch computes with the
     tasks that it began with; batches run one after the other.
 
@@ -198,7 +200,7 @@ class Bank:
                 that a caller can pair the logits with its class names.
 
         Returns:
-            For each image its logits [C], or features [width].
+            For each image its logits [C], of a segmentation task [C, H, W], or features [width].
 
         Raises:
             UserError: There is no such task, an image does not fit, or there are more tasks than images or

@@ -1,5 +1,6 @@
 """Backbone + method + head as one plain `nn.Module`."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -10,9 +11,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from visprompt.errors import UserError
-from visprompt.models.kind import SINGLE_LABEL, TaskKind
+from visprompt.models.backbones.family import Family
+from visprompt.models.heads import DenseHead, make_dense_head
+from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.methods import Geometry, Method
-from visprompt.models.tensors import not_finite
+from visprompt.models.task_kind import TaskKind
+from visprompt.models.tensors import in_full_precision, not_finite
+from visprompt.models.windows import slide
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,19 @@ class Summary:
 
 
 class Classifier(nn.Module):
-    """A backbone with a method and a linear head.
+    """A backbone with a method and a head.
 
     Args:
         backbone: A backbone family's module: `forward(images, method) -> features [B, width]`, and `width`.
         method: The method that decides what is tuned.
         num_classes: Number of classes, the width of the head (C).
-        head_init: "vpt", as in the released VPT code, or "zeros".
+        head_init: One of `recipe.HEAD_INITS`.
         kind: The kind of task.
+        head: One of `recipe.HEADS`, for a dense kind; other kinds have the method's head, "linear".
 
     Raises:
-        UserError: `num_classes` is not a whole number of 1 or more, `head_init` is unknown, method and
-            backbone do not fit, or the method needs one class for each image and `kind` does not.
+        UserError: `num_classes` is not a whole number of 1 or more, `head_init` or `head` is unknown, method
+            and backbone do not fit, or the method does not fit the kind of task.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class Classifier(nn.Module):
         num_classes: int,
         head_init: str = "vpt",
         kind: TaskKind = SINGLE_LABEL,
+        head: str = "linear",
     ) -> None:
         super().__init__()
         whole = isinstance(cast(object, num_classes), Integral) and not isinstance(num_classes, bool)
@@ -85,8 +92,8 @@ class Classifier(nn.Module):
             )
         if (method.reads_labels or method.images_per_class) and kind.name != SINGLE_LABEL.name:
             raise UserError(
-                "this method reads one class for each image from the labels, and multi-label images may have "
-                "several: choose another method, such as vpt_deep"
+                f"this method reads one class for each image from the labels, and a {kind.name} task has "
+                "other labels: choose another method, such as vpt_deep"
             )
         if num_classes < 2 and kind.name != SINGLE_LABEL.name:
             raise UserError(
@@ -98,14 +105,30 @@ class Classifier(nn.Module):
         self.num_classes, self.kind = num_classes, kind
         self.backbone = backbone
         self.method = method
-        self.head = method.make_head(int(backbone.width), num_classes, head_init)  # type: ignore[arg-type]  # an int
-        self.tuned_names = method.tuned_names(self)
+        if head != "linear" and not kind.dense:
+            raise UserError(
+                f"recipe.head={head} is the head of segmentation tasks: give recipe.head=linear for this one"
+            )
+        if kind.dense:
+            geometry = cast(Geometry, backbone)
+            self.head: nn.Module = make_dense_head(head, geometry, method, num_classes, head_init)
+        else:
+            self.head = method.make_head(int(backbone.width), num_classes, head_init)  # type: ignore[arg-type]  # an int
+        self.tuned_names = self._read(method.tuned_names(self))
         self.origin: Origin | None = None  # set by the caller that built backbone and method
         self.class_names: tuple[str, ...] = ()
         self.temperature = 1.0  # of a tuned state, see `TunedState`
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self.tuned_names)
         self.train()
+
+    def _read(self, names: frozenset[str]) -> frozenset[str]:
+        """Return names without those of modules whose outputs a dense head does not read."""
+        if not isinstance(self.head, DenseHead):
+            return names
+        final = () if self.head.normed else cast(Geometry, self.backbone).final_names
+        unread = tuple(f"backbone.model.{name}." for name in ("attn_pool", *final))
+        return frozenset(name for name in names if not name.startswith(unread))
 
     def train(self, mode: bool = True) -> "Classifier":
         """Set training mode; a frozen backbone stays in evaluation mode, without dropout."""
@@ -115,28 +138,62 @@ class Classifier(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Return features [B, width] of normalised images [B, 3, H, W], or of a result of `frozen`."""
-        only_head = self.method.first_block == self.method.num_blocks
-        if x.ndim not in (4, 2 if only_head else 3) or (x.ndim < 4 and not self.has_frozen_part):
-            raise UserError(
-                f"images must be [B, 3, height, width], and these have the shape {tuple(x.shape)}"
-            )
+        self._check_input(x)
         if x.ndim == 2:
             return self.method.resumed(x)
         if x.ndim == 3:
-            out: Tensor = self.backbone.from_block(self.method.first_block, x, self.method)  # type: ignore[operator]  # a method of the backbone
+            out: Tensor = self.backbone.from_block(self.first_block, x, self.method)  # type: ignore[operator]  # a method of the backbone
             return out
         return self.method.features(self.backbone(x, self.method), x)
 
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Return the maps that a dense head reads, of images [B, 3, H, W] or of a result of `frozen`."""
+        self._check_input(x)
+        backbone, head = cast(Family, self.backbone), cast(DenseHead, self.head)
+        if x.ndim == 4:
+            return backbone.maps(x, self.method, head.blocks, head.normed)
+        if self.first_block < self.method.num_blocks:
+            return backbone.maps_from(self.first_block, x, self.method, head.blocks, head.normed)
+        parts = x.split([math.prod(backbone.grids[i]) for i in head.blocks], dim=1)
+        return [
+            part.transpose(1, 2).unflatten(2, backbone.grids[i])
+            for part, i in zip(parts, head.blocks, strict=True)
+        ]
+
+    def _check_input(self, x: Tensor) -> None:
+        rank = 2 if self.first_block == self.method.num_blocks and not self.kind.dense else 3
+        if x.ndim not in (4, rank) or (x.ndim < 4 and not self.has_frozen_part):
+            raise UserError(
+                f"images must be [B, 3, height, width], and these have the shape {tuple(x.shape)}"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits [B, C] of normalised images [B, 3, H, W], or of a result of `frozen`."""
-        out: Tensor = self.head(self.features(x))
-        return out
+        """Return logits of normalised images [B, 3, H, W], or of a result of `frozen`.
+
+        Returns:
+            [B, C]; of a dense kind [B, C, H, W]. In evaluation, images of another size than the backbone's
+            are then covered by windows of its size, see `windows.slide`.
+        """
+        if not self.kind.dense:
+            out: Tensor = self.head(self.features(x))
+            return out
+        size = self.own_size
+        logits: Tensor = slide(self, x, *size) if self.slides(x) else self.head(self.maps(x), size)
+        return logits
+
+    def slides(self, x: Tensor) -> bool:
+        """Return whether windows cover these images: of a dense kind, in evaluation, of another size."""
+        other = x.ndim == 4 and tuple(x.shape[-2:]) != self.own_size
+        return self.kind.dense and not self.training and other
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return probabilities [B, C] in float32, calibrated by the tuned state's temperature if it has one.
+        """Return probabilities in float32, calibrated by the tuned state's temperature if it has one.
 
         Args:
-            logits: A result of `forward`, [B, C].
+            logits: A result of `forward`, [B, C], or [B, C, H, W] of a dense kind.
+
+        Returns:
+            Of the shape of the logits.
         """
         return self.kind.probabilities(logits, self.temperature)
 
@@ -151,14 +208,29 @@ class Classifier(nn.Module):
             weights: Weight of each image in the sum that is minimised, [B]; 0 marks a filler image.
             task_loss: The task's loss of each image, [B]; None is that of the kind, without class weights.
         """
-        with torch.autocast(logits.device.type, enabled=False):
+        with in_full_precision(logits.device):
             own = self.kind.loss(logits, labels) if task_loss is None else task_loss
+            if isinstance(self.head, DenseHead):
+                own = own + self.head.losses(lambda others: self.kind.loss(others, labels))
             return self.method.losses(own, self.head, labels, weights)
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the backbone was built for."""
+        return cast(Family, self.backbone).own_size
 
     @property
     def has_frozen_part(self) -> bool:
         """Whether the first part of the forward never changes, so `frozen` can run once for all epochs."""
-        return self.method.first_block > 0
+        return self.first_block > 0
+
+    @property
+    def first_block(self) -> int:
+        """Index of the first block that is computed in every epoch; the number of blocks if none is."""
+        first = self.method.first_block
+        if first == self.method.num_blocks or not isinstance(self.head, DenseHead):
+            return first
+        return first if first <= self.head.blocks[0] else 0  # the head reads outputs of blocks before it
 
     def frozen(self, images: Tensor) -> Tensor:
         """Compute the part of the forward before anything tuned; `forward` takes the result as images.
@@ -167,12 +239,14 @@ class Classifier(nn.Module):
             images: Normalised images [B, 3, H, W].
 
         Returns:
-            The rows of `Method.stored` [B, any] if no block is tuned, else tokens [B, n, width] before the
-            method's first block.
+            The rows of `Method.stored` [B, any] if no block is tuned, or the patches of all maps of a dense
+            head, [B, n, width]; else tokens [B, n, width] before `first_block`.
         """
-        if self.method.first_block == self.method.num_blocks:
+        if self.first_block == self.method.num_blocks and self.kind.dense:
+            return torch.cat([part.flatten(2).transpose(1, 2) for part in self.maps(images)], dim=1)
+        if self.first_block == self.method.num_blocks:
             return self.method.stored(self.backbone(images, self.method), images)
-        out: Tensor = self.backbone.to_block(self.method.first_block, images, self.method)  # type: ignore[operator]  # a method of the backbone
+        out: Tensor = self.backbone.to_block(self.first_block, images, self.method)  # type: ignore[operator]  # a method of the backbone
         return out
 
     def tuned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -220,8 +294,12 @@ class Classifier(nn.Module):
             for name, tensor in current.items():
                 tensor.copy_(state[name])
 
-    def summary(self) -> Summary:
-        """Return the numbers of parameters, the size of the tuned state, and the operations of one image."""
+    def summary(self, macs: int | None = None) -> Summary:
+        """Return the numbers of parameters, the size of the tuned state, and the operations of one image.
+
+        Args:
+            macs: The operations, if they are known; counting them takes a forward pass.
+        """
         parts = {name.removeprefix("method."): p.numel() for name, p in self.tuned_parameters()}
         head = sum(p.numel() for p in self.head.parameters())
         return Summary(
@@ -230,13 +308,13 @@ class Classifier(nn.Module):
             backbone=self._backbone_size,
             parts=parts,
             bytes=sum(tensor.nbytes for tensor in self.tuned_state().values()),
-            macs=self._macs(),
+            macs=self._macs() if macs is None else macs,
         )
 
     @torch.no_grad()
     def _macs(self) -> int:
         """Return multiply-accumulates of matrix products and convolutions, half of PyTorch's FLOP count."""
-        height, width = self.backbone.own_size  # type: ignore[misc]  # nn.Module hides the pair
+        height, width = self.own_size
         training, like, counter = self.training, next(self.parameters()), FlopCounterMode(display=False)
         # without gradients, because the counter would register hooks on the parameters
         tuned = [p.requires_grad_(False) for _, p in self.tuned_parameters()]

@@ -161,6 +161,11 @@ class Method(nn.Module):
         self.num_blocks = backbone.num_blocks
 
     @property
+    def exact_modules(self) -> Iterable[nn.Module]:
+        """The modules of the backbone that the method calls outside autocast."""
+        return ()
+
+    @property
     def needs_images(self) -> bool:
         """Whether `inits.initialise` has to be called with training images before the first epoch."""
         return False

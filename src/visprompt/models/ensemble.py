@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from visprompt.errors import UserError
 from visprompt.models.classifier import Classifier
+from visprompt.models.windows import slide
 
 
 class Ensemble(nn.Module):
@@ -57,7 +58,9 @@ class Ensemble(nn.Module):
         return method.first_block == method.num_blocks
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, C] of normalised images [B, 3, H, W]."""
+        """Return logits [B, C] of normalised images [B, 3, H, W]; of a dense kind [B, C, H, W]."""
+        if self.classifier.slides(images):  # what the members have in common is that of a window
+            return slide(self, images, *self.classifier.own_size)
         x = self.classifier.frozen(images) if self._common else images
         total = torch.zeros((), device=x.device)
         for member in range(self.num_members):

@@ -1,6 +1,7 @@
 """Caches of frozen layers' outputs, and of pixels on a GPU, for all epochs and runs of a process."""
 
 import logging
+import math
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -16,40 +17,46 @@ from torch import Tensor
 from visprompt.data.datasets import ArrayDataset, DeviceDataset, SquareDataset, Ticket, TicketDataset
 
 _log = logging.getLogger(__name__)
-_outputs: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+_outputs: OrderedDict[tuple[Hashable, ...], Tensor] = OrderedDict()
 _pixels: OrderedDict[tuple[Hashable, ...], Tensor] = OrderedDict()
 _CHUNK = 1000  # images copied to a GPU at once
 _SETS = 2  # entries of each cache: a grid needs the images it trains on and those it scores
 
 
-def keep(parts: Iterator[Tensor], count: int, copies: int = 1, key: Hashable = None) -> np.ndarray | None:
-    """Concatenate batches into one array, in memory or, if it is large, memory-mapped from a temporary file.
+def keep(
+    parts: Iterator[Tensor], count: int, copies: int = 1, key: tuple[Hashable, ...] | None = None
+) -> Tensor | None:
+    """Concatenate batches into one tensor: on their device, in memory, or mapped from a temporary file.
 
-    An array that an earlier call stored under the same key is returned, if its first batch is bit-equal.
+    The first of these places that has room is taken. A tensor that an earlier call stored under the same key
+    is returned, if its first batch is bit-equal.
 
     Args:
-        parts: Batches of rows in order, float32 [b, ...]. Only the first is read if the array is in the cache
-            or there is no room.
+        parts: Batches of rows in order, float32 [b, ...]. Only the first is read if the tensor is in the
+            cache or there is no room.
         count: Number of all rows.
-        copies: Number of processes on this machine that store the array.
-        key: Identifies the rows, except for the weights of the layers that computed them; None is not cached.
+        copies: Number of processes on this machine that store the tensor.
+        key: The owner, then what identifies the rows, except for the weights of the layers that computed
+            them; None is not cached.
 
     Returns:
-        float32 [count, ...]; None, with a warning in the log, if neither memory nor disk has room.
+        float32 [count, ...]; None, with a warning in the log, if no place has room.
     """
     first = next(parts)
-    cached = _outputs.get(key)
-    if cached is not None and np.array_equal(cached[: len(first)], first.numpy()):
+    cached = None if key is None else _outputs.get(key)
+    if key is not None and cached is not None and torch.equal(cached[: len(first)], first.to(cached.device)):
         _outputs.move_to_end(key)
         return cached
     _make_room(_outputs)
     shape = (count, *first.shape[1:])
-    size = 4 * int(np.prod(shape))
-    if copies * size < _free_memory() / 4:
-        array = np.empty(shape, np.float32)
+    size = 4 * math.prod(shape)
+    if has_own_memory(first.device) and size < free_on(first.device) / 4:
+        rows = torch.empty(shape, device=first.device)
+    elif copies * size < _free_memory() / 4:
+        rows = torch.empty(shape)
     elif copies * size < shutil.disk_usage(tempfile.gettempdir()).free / 2:
         with tempfile.TemporaryFile() as file:  # without a name, so the mapping's end frees its space
-            array = np.memmap(file, np.float32, "w+", shape=shape)
+            rows = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
     else:
         _log.warning(
             "the frozen blocks run in every epoch: their output, %.1f GB, has no room in memory or on disk",
@@ -58,11 +65,11 @@ def keep(parts: Iterator[Tensor], count: int, copies: int = 1, key: Hashable = N
         return None
     start = 0
     for part in chain([first], parts):
-        array[start : start + len(part)] = part.numpy()
+        rows[start : start + len(part)] = part
         start += len(part)
     if key is not None:
-        _outputs[key] = array
-    return array
+        _outputs[key] = rows
+    return rows
 
 
 def has_own_memory(device: torch.device) -> bool:
@@ -89,7 +96,7 @@ def on_device(dataset: TicketDataset, device: torch.device, key: tuple[Hashable,
         return DeviceDataset(_pixels[key], dataset.labels, dataset.keys)
     _make_room(_pixels)
     first = _images(dataset, range(1))
-    if first.nbytes * len(dataset) > _free_on(device) / 4:
+    if first.nbytes * len(dataset) > free_on(device) / 4:
         return dataset
     images = torch.empty((len(dataset), *first.shape[1:]), dtype=first.dtype, device=device)
     for start in range(0, len(dataset), _CHUNK):
@@ -99,10 +106,12 @@ def on_device(dataset: TicketDataset, device: torch.device, key: tuple[Hashable,
     return DeviceDataset(images, dataset.labels, dataset.keys)
 
 
-def release_pixels(owner: Hashable) -> None:
-    """Free the pixels on a GPU of all other owners, so that they do not count as a run's memory."""
+def release(owner: Hashable) -> None:
+    """Free what other owners have on a GPU, so that it does not count as a run's memory."""
     for key in [key for key in _pixels if key[0] != owner]:
         del _pixels[key]
+    for key in [key for key, rows in _outputs.items() if key[0] != owner and has_own_memory(rows.device)]:
+        del _outputs[key]
 
 
 def _images(dataset: TicketDataset, rows: range) -> Tensor:
@@ -114,8 +123,9 @@ def _make_room(cache: OrderedDict[Any, Any]) -> None:
         cache.popitem(last=False)
 
 
-def _free_on(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0]
+def free_on(device: torch.device) -> int:
+    """Return the free bytes of a GPU, or of this machine."""
+    return torch.cuda.mem_get_info(device)[0] if has_own_memory(device) else _free_memory()
 
 
 def _free_memory() -> int:

@@ -23,7 +23,7 @@ def fit(
     """Tune a classifier.
 
     Its `head_init` was chosen when it was built; that of the recipe is not read. Runs from configs also
-    compute frozen features once, resume bit for bit, and write results: `python src/train.py data=folder`.
+    compute frozen features once, can be resumed, and write results: `python src/train.py data=folder`.
 
     Args:
         classifier: A classifier from `visprompt.build`; tuned in place, and in evaluation mode afterwards.
@@ -50,7 +50,8 @@ def fit(
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     if val is None:  # or Lightning warns about a validation without a loader
         quiet["limit_val_batches"] = 0
-    options: dict[str, Any] = {**quiet, "num_sanity_val_steps": 0, "max_epochs": recipe.epochs, **trainer}
+    length = {"max_epochs": recipe.epochs, "max_steps": recipe.max_steps or -1}
+    options: dict[str, Any] = {**quiet, "num_sanity_val_steps": 0, **length, **trainer}
     module = TuningModule(classifier, recipe, seed)
     fitting = L.Trainer(**options)
     loaded = train.batch_size or getattr(train.batch_sampler, "batch_size", None)

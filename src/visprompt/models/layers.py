@@ -105,8 +105,9 @@ def init_linear(layer: nn.Linear, how: str) -> nn.Linear:
 
     Args:
         layer: The layer.
-        how: "zeros", or "vpt" as in VPT's released code: Kaiming-normal by fan-out, and a bias of -log(99),
-            a probability of 1 % whatever the number of classes.
+        how: "zeros"; "normal", as in mmsegmentation: a deviation of 0.01, and a bias of 0; or "vpt", as in
+            VPT's released code: Kaiming-normal by fan-out, and a bias of -log(99), a probability of 1 %
+            whatever the number of classes.
 
     Raises:
         UserError: The word is unknown.
@@ -115,6 +116,8 @@ def init_linear(layer: nn.Linear, how: str) -> nn.Linear:
         raise unknown("head_init", how, HEAD_INITS)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
+    if how == "normal":
+        nn.init.normal_(layer.weight, std=0.01)
     if how == "vpt":
         nn.init.kaiming_normal_(layer.weight, mode="fan_out")
         nn.init.constant_(layer.bias, -math.log(99))

@@ -21,10 +21,15 @@ def merge(classifier: Classifier) -> nn.Module:
         the classifier's head.
 
     Raises:
-        UserError: The method computes something that a plain model does not, or the head has more than one
-            layer.
+        UserError: The method computes something that a plain model does not, the head has more than one
+            layer, or the task is dense.
     """
     method = classifier.method
+    if classifier.kind.dense:
+        raise UserError(
+            "a segmentation task cannot be merged, because a timm model has no head for each pixel: keep the "
+            "tuned state with the backbone, or export it with to=onnx or to=torch"
+        )
     if not getattr(method, "can_merge", False):
         raise UserError(
             f"{type(method).__name__} tunes more than weights of the backbone, so it cannot be merged: keep "

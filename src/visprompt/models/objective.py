@@ -9,6 +9,7 @@ that is linear in its target, such as cross-entropy, that is the loss of the mix
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from visprompt.data.datasets import Batch
 from visprompt.errors import UserError
 from visprompt.models.contract import Method
-from visprompt.models.kind import SINGLE_LABEL, TaskKind
+from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.recipe import Recipe
+from visprompt.models.task_kind import TaskKind
 
 _STREAM = 2**31 - 1  # tells the draws from those of augmentation, whose third number is a row
 
@@ -77,11 +79,16 @@ class Objective:
         """Take the settings of a recipe.
 
         Raises:
-            UserError: The recipe has more or fewer class weights than there are classes, or balances classes
-                by sampling, which multi-label images cannot be.
+            UserError: The recipe has more or fewer class weights than there are classes, or a setting that
+                needs one class for each image.
         """
         self.recipe, self.kind, self.num_classes, self.seed = recipe, kind, num_classes, seed
         self.class_weights: Tensor | None = None
+        if kind.dense and (name := _of_whole_images(recipe)):
+            raise UserError(
+                f"recipe.{name}={getattr(recipe, name)} is for images with one label, and here each pixel "
+                "has one: leave it out"
+            )
         if recipe.sampling == "balanced" and kind.name != SINGLE_LABEL.name:
             raise UserError(
                 "recipe.sampling=balanced draws each class equally often, and multi-label images have more: "
@@ -103,6 +110,24 @@ class Objective:
             counts: Number of training images of each class, [C]; a class without images counts as one.
         """
         self.class_weights = (counts.sum() / (self.num_classes * counts.clamp(min=1))).float()
+
+    def place(self, device: torch.device) -> None:
+        """Copy the class weights to a device, so that no step has to."""
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(device)
+
+    def weigh(self, datamodule: Any) -> None:
+        """Set balanced class weights, and tell a data module how images are drawn and weighed.
+
+        Args:
+            datamodule: A `TaskDataModule`; its class is not imported here, because it needs Lightning.
+        """
+        labels = datamodule.train_dataset.labels
+        if self.recipe.class_weights == "balanced":
+            self.balance(self.kind.counts(labels, self.num_classes))
+        weights = self.image_weights(labels)
+        datamodule.loss_weights = None if weights is None else weights.double().numpy()
+        datamodule.balanced, datamodule.pairs = self.recipe.sampling == "balanced", self.recipe.mixes
 
     def image_weights(self, labels: Tensor) -> Tensor | None:
         """Return the weight of each image's loss, [n]; None if there are no class weights."""
@@ -157,6 +182,12 @@ class Objective:
         if mix is None:
             return right
         return mix.share * right + (1 - mix.share) * self.kind.correct(logits, partners)
+
+
+def _of_whole_images(recipe: Recipe) -> str:
+    """Return the name of the first setting that needs labels of images, or "" if there is no such setting."""
+    names = ("mixup", "cutmix", "class_weights", "sampling")
+    return next((n for n in names if getattr(recipe, n) != Recipe.model_fields[n].default), "")
 
 
 def check_method(recipe: Recipe, method: type[Method]) -> None:

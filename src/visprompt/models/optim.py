@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from visprompt.errors import UserError
 from visprompt.models.recipe import Recipe
 
 
@@ -91,6 +92,26 @@ def warmup_cosine_per_epoch(epochs: int, warmup_epochs: float) -> Callable[[int]
         if epoch < warmup_epochs:
             return epoch / max(1.0, warmup_epochs)
         return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / max(1, epochs - warmup_epochs)))
+
+    return factor
+
+
+def poly(total_steps: int, lr: float, power: float = 0.9, floor: float = 1e-4) -> Callable[[int], float]:
+    """Return mmsegmentation's schedule: the factor on the learning rate by optimiser step.
+
+    Args:
+        total_steps: Optimiser steps of the whole run.
+        lr: The learning rate that is multiplied, already scaled.
+        power: Of the part that is left.
+        floor: The learning rate at the end; a smaller `lr` stays as it is.
+
+    Returns:
+        step -> factor: with m = min(1, floor / lr), (1 - m) * (1 - step / total_steps)^power + m.
+    """
+    least = min(1.0, floor / lr) if lr else 1.0
+
+    def factor(step: int) -> float:
+        return (1 - least) * max(0.0, 1 - step / total_steps) ** power + least
 
     return factor
 
@@ -178,14 +199,24 @@ def build_optimizer(
     head_lr = None if recipe.head_lr is None else scaled_lr(recipe.head_lr, recipe.batch_size)
     decay_biases = recipe.optimizer != "vpt_adamw"
     groups = param_groups(parameters, lr, head_lr, recipe.weight_decay, undecayed, decay_biases)
+    fused = recipe.fused or None  # None is PyTorch's choice, which is not the fused one
     optimizer: torch.optim.Optimizer
     if recipe.uses_sgd:
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, fused=fused)
     elif recipe.optimizer == "vpt_adamw":
         optimizer = VPTAdamW(groups)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=lr)
-    schedule = warmup_cosine(recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch))
+        optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused)
+    if recipe.schedule == "poly":
+        factors = [poly(recipe.steps(steps_per_epoch), group["lr"]) for group in optimizer.param_groups]
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    steps, warmup = recipe.steps(steps_per_epoch), round(recipe.warmup_epochs * steps_per_epoch)
+    if warmup >= steps > 1:
+        raise UserError(
+            f"recipe.warmup_epochs={recipe.warmup_epochs:g} takes {warmup} steps, and training ends after "
+            f"{steps} (recipe.max_steps): give fewer epochs of warm-up"
+        )
+    schedule = warmup_cosine(steps, warmup)
     if recipe.schedule == "per_epoch":
         by_epoch = warmup_cosine_per_epoch(recipe.epochs, recipe.warmup_epochs)
         schedule = lambda step: by_epoch(step // steps_per_epoch)  # noqa: E731  # a name for one expression

@@ -11,11 +11,11 @@ from visprompt.models.backbones.family import Family
 from visprompt.models.backbones.token_family import TokenFamily
 from visprompt.models.classifier import Classifier
 from visprompt.models.contract import Flow, Method
-from visprompt.models.kind import TaskKind
 from visprompt.models.layers import Wrapped
 from visprompt.models.methods.baselines import MLPHead
 from visprompt.models.methods.locations import MoreChannels
 from visprompt.models.sharing import Rebiased, rebiased_layers, wrapped_layers
+from visprompt.models.task_kind import TaskKind
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,9 @@ def prepare(classifier: Classifier, shared: Family) -> Prepared:
     method.freeze()
     changes = _changes(backbone, method)
     rebiased, wrapped = rebiased_layers(classifier, shared), wrapped_layers(backbone)
-    if rebiased is None or (rebiased and wrapped) or not _mixes(classifier, changes):
+    # a dense head reads maps of blocks, and its images have other sizes: it shares the weights alone
+    mixes = not classifier.kind.dense and _mixes(classifier, changes)
+    if rebiased is None or (rebiased and wrapped) or not mixes:
         return Prepared(alone=classifier)
     layers = rebiased | wrapped
     rows: list[Tensor | None] = []

@@ -1,11 +1,13 @@
 """The settings of training: typed and checked here, applied in `optim`."""
 
+import sys
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from visprompt.errors import (
     NULL,
+    SWITCH,
     Allowed,
     UserError,
     is_finite,
@@ -17,8 +19,9 @@ from visprompt.errors import (
 )
 
 OPTIMIZERS = ("sgd", "adamw", "vpt_adamw")
-SCHEDULES = ("per_step", "per_epoch")
-HEAD_INITS = ("vpt", "zeros")
+SCHEDULES = ("per_step", "per_epoch", "poly")
+HEADS = ("linear", "setr_pup")
+HEAD_INITS = ("vpt", "zeros", "normal")
 SAMPLINGS = ("shuffled", "balanced")
 WEIGHINGS = ("none", "balanced")
 VPT_DECAY = 0.01  # weight decay of vpt_adamw for every setting above 0
@@ -31,11 +34,21 @@ _WEIGHTS = one_of(*WEIGHINGS) | list_of(
 _WORDS = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "head": HEADS,
     "head_init": HEAD_INITS,
     "sampling": SAMPLINGS,
 }
 _RATES = ("lr", "head_lr", "weight_decay", "momentum", "mixup", "cutmix", "label_smoothing")
-ADDED_LATER = ("mixup", "cutmix", "label_smoothing", "class_weights", "sampling")
+ADDED_LATER = (
+    "mixup",
+    "cutmix",
+    "label_smoothing",
+    "class_weights",
+    "sampling",
+    "fused",
+    "head",
+    "max_steps",
+)
 """Settings that records of older versions lack, and that `Recipe.record` leaves out at their defaults."""
 
 
@@ -52,8 +65,12 @@ class Recipe(BaseModel):
         batch_size: Images of one optimiser step, summed over devices and accumulation steps.
         epochs: Passes over the training images.
         warmup_epochs: Epochs of linear warm-up, fewer than `epochs`.
-        schedule: One of `SCHEDULES`: when the learning rate changes.
+        schedule: One of `SCHEDULES`: "per_step" and "per_epoch" say when the learning rate changes by a
+            cosine, "poly" is mmsegmentation's polynomial (see `optim.poly`), without a warm-up.
         head_init: One of `HEAD_INITS`.
+        head: One of `HEADS`, the head of a segmentation task; other tasks have only "linear".
+        max_steps: Optimiser steps after which training ends, even if not all `epochs` are over; None for no
+            such limit.
         mixup: Alpha of the Beta distribution from which mixup draws the share of each image in a step; 0 is
             no mixup.
         cutmix: The same for cutmix. If both are above 0, each step draws which of them it takes.
@@ -62,6 +79,8 @@ class Recipe(BaseModel):
             "balanced" (images / (classes * images of the class)), or a list with a number for each class.
         sampling: "shuffled": an epoch has each image once; "balanced": it draws as many images with
             replacement, each class with equal probability.
+        fused: Whether the optimiser updates all parameters in one pass, on devices where PyTorch can (CPU,
+            CUDA, MPS). It is faster and rounds differently.
 
     Raises:
         UserError: A number lies outside its range, or a word is unknown.
@@ -84,6 +103,9 @@ class Recipe(BaseModel):
     label_smoothing: Annotated[float, _SHARE.type] = 0.0
     class_weights: Annotated[str | list[float], _WEIGHTS.type] = "none"
     sampling: str = "shuffled"
+    fused: Annotated[bool, SWITCH.type] = False
+    head: str = "linear"
+    max_steps: Annotated[int | None, Allowed(_COUNT.words, (_COUNT | NULL).fits).type] = None
 
     def __init__(self, **values: Any) -> None:
         for key in values.keys() - type(self).model_fields.keys():
@@ -116,6 +138,18 @@ class Recipe(BaseModel):
                 "recipe.schedule=per_epoch trains the first epoch of a warm-up at a learning rate of 0, and "
                 "recipe.epochs=1 has no other: give recipe.warmup_epochs=0 or recipe.schedule=per_step"
             )
+        if self.schedule == "poly" and self.warmup_epochs:
+            raise UserError("recipe.schedule=poly has no warm-up: give recipe.warmup_epochs=0")
+        if self.max_steps and self.schedule == "per_epoch":
+            raise UserError(
+                "recipe.max_steps ends training within an epoch, and recipe.schedule=per_epoch counts whole "
+                "ones: give recipe.schedule=per_step or poly"
+            )
+        if self.fused and not self.uses_sgd and self.optimizer == "vpt_adamw":
+            raise UserError(
+                "recipe.fused=true has no effect on recipe.optimizer=vpt_adamw, which is not PyTorch's: give "
+                "recipe.optimizer=adamw, or leave it out"
+            )
         if self.optimizer == "vpt_adamw" and self.weight_decay:
             object.__setattr__(self, "weight_decay", VPT_DECAY)  # records show the value that is used
         return self
@@ -129,6 +163,10 @@ class Recipe(BaseModel):
     def mixes(self) -> bool:
         """Whether images are mixed, by mixup or cutmix."""
         return self.mixup > 0 or self.cutmix > 0
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Return the number of optimiser steps of a run."""
+        return min(self.epochs * steps_per_epoch, self.max_steps or sys.maxsize)
 
     def record(self) -> dict[str, Any]:
         """Return the settings as values for JSON, without those of later versions that have no effect.

@@ -14,10 +14,10 @@ class ClassScore:
     """The figures of one class.
 
     Attributes:
-        count: Number of images of the class.
-        precision: Share of the images predicted as the class that are of it; None if none was predicted.
-        recall: Share of the class's images that were predicted as it; None if it has no images.
-        f1: Harmonic mean of precision and recall; None if there are neither images nor predictions.
+        count: Number of images, or of pixels, of the class.
+        precision: Share of those predicted as the class that are of it; None if none was predicted.
+        recall: Share of those of the class that were predicted as it; None if the count is 0.
+        f1: Harmonic mean of precision and recall; None if the class is neither there nor predicted.
     """
 
     count: int
@@ -61,7 +61,7 @@ def confused(confusion: Tensor, most: int) -> list[tuple[int, int, int]]:
     return sorted(pairs, key=lambda pair: -pair[2])[:most]
 
 
-def confusion_rows(confusion: Tensor, names: Sequence[str]) -> list[tuple[str, ...]]:
+def confusion_rows(confusion: Tensor, names: Sequence[str], unit: str = "images") -> list[tuple[str, ...]]:
     """Return a confusion matrix as rows of text: a header, then each pair of classes that occurs.
 
     The size is limited by the number of images. A matrix of 10,000 classes would have 100 million cells.
@@ -69,10 +69,11 @@ def confusion_rows(confusion: Tensor, names: Sequence[str]) -> list[tuple[str, .
     Args:
         confusion: Counts [C, C], a row for each true class.
         names: Names of the classes.
+        unit: What is counted.
     """
     pairs = confusion.nonzero().tolist()
     listed = [(names[true], names[taken], str(int(confusion[true, taken]))) for true, taken in pairs]
-    return [("true", "predicted", "images"), *listed]
+    return [("true", "predicted", unit), *listed]
 
 
 def decision_scores(decisions: Tensor) -> list[ClassScore]:

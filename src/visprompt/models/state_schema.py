@@ -80,7 +80,7 @@ class _Preprocessing(Closed):
     """The values of `TaskDataModule.preprocessing`; keys with defaults are missing in older states."""
 
     size: Side
-    resize: Literal["squash", "short_side"]
+    resize: Literal["squash", "short_side", "windows"]
     short_side: Side | None = None
     decode: Word = ""
     native: Side | None = None
@@ -101,7 +101,8 @@ class _State(Closed):
     preprocessing: _Preprocessing
     backbone: _Backbone
     versions: dict[Word, Text | None]
-    kind: Literal["single_label", "multi_label"] = "single_label"
+    kind: Literal["single_label", "multi_label", "segmentation"] = "single_label"
+    head: Literal["linear", "setr_pup"] = "linear"
     temperature: Annotated[float, Field(gt=0, le=1e6)] | None = None  # missing in states of earlier versions
 
 

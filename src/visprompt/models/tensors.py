@@ -1,7 +1,8 @@
-"""Hash tensors, and find tensors with NaN or infinity."""
+"""Hash tensors, find tensors with NaN or infinity, and leave autocast."""
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -29,3 +30,14 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
     """Return the name of the first tensor that holds NaN or infinity; "" if there is no such tensor."""
     floating = (name for name in sorted(tensors) if tensors[name].is_floating_point())
     return next((name for name in floating if not tensors[name].isfinite().all()), "")
+
+
+def in_full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without autocast on a device; entering autocast's own takes time in every step."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Return logits in float32, or as they are in float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()

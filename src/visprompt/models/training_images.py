@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visprompt.models.kind import TaskKind
 from visprompt.models.methods.inits import MAX_IMAGES
+from visprompt.models.task_kind import TaskKind
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 

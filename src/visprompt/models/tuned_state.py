@@ -43,6 +43,7 @@ class TunedState:
         backbone: The backbone's id, weights' hash and options.
         versions: Versions of the libraries that wrote it.
         kind: The kind of the task's labels, a name of `models.kind.KINDS`.
+        head: The head of a dense kind, one of `recipe.HEADS`.
         temperature: What logits are divided by before they become probabilities; None, as in states of
             earlier versions, for logits as they are.
     """
@@ -55,6 +56,7 @@ class TunedState:
     backbone: Mapping[str, Any]
     versions: Mapping[str, str]
     kind: str = SINGLE_LABEL.name
+    head: str = "linear"
     temperature: float | None = None
 
 
@@ -73,6 +75,8 @@ def save_state(path: Path, state: TunedState) -> str:
     meta |= {"schema": SCHEMA, "class_names": _join(state.class_names)}
     if state.kind == SINGLE_LABEL.name:
         del meta["kind"]  # as in states of earlier versions
+    if state.head == "linear":
+        del meta["head"]
     if state.temperature is None:  # so that the file is that of an earlier version
         del meta["temperature"]
     # a folder's name may have bytes that are not Unicode; Python escapes them as JSON does

@@ -1,9 +1,8 @@
 """The LightningModule: training, scoring, and the error of a diverged run."""
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -13,27 +12,26 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from visprompt.data.datamodule import TaskDataModule
-from visprompt.data.datasets import ArrayDataset, Batch, TicketDataset
+from visprompt.data.datasets import Batch, DeviceDataset, TicketDataset
 from visprompt.errors import UserError
 from visprompt.models.classifier import Classifier
+from visprompt.models.compiled import with_any_batch
 from visprompt.models.contract import TokenBackbone
+from visprompt.models.epoch_sums import NEVER, EpochSums
 from visprompt.models.feature_cache import has_own_memory, keep, on_device
 from visprompt.models.fit_checks import check_batch_norm, check_comparison
-from visprompt.models.kind import Mean
+from visprompt.models.frozen_weights import cast_for
 from visprompt.models.methods.inits import MAX_IMAGES, initialise
 from visprompt.models.objective import Objective, check_method
 from visprompt.models.optim import Recipe, build_optimizer
+from visprompt.models.seeds import epoch_seed
+from visprompt.models.task_kind import Mean
 from visprompt.models.training_images import Loader, first_of_each, plain_batches, plain_counts
-
-_NEVER = torch.iinfo(torch.int64).max
+from visprompt.models.windows import central
 
 
 class Diverged(Exception):
-    """The loss was NaN or infinite.
-
-    Attributes:
-        step: The first optimiser step with such a loss, counted from 0.
-    """
+    """The loss was NaN or infinite, first at the optimiser step `step`, counted from 0."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"the loss is not finite at step {step}: lower recipe.lr")
@@ -54,14 +52,14 @@ class TuningModule(L.LightningModule):
         classifier: The classifier to tune.
         recipe: The settings of training.
         seed: Seed of the run.
-        leaks: Whether to log a final run's test accuracy after every epoch, as `leak/test_acc`. It shows the
+        leaks: Whether to log a final run's test figure after every epoch, as `leak/test_acc`. It shows the
             figure of codes that report the best epoch on test; nothing reads it, and nothing else changes.
 
     Attributes:
         scores: Figures of the last scoring, by metric name.
         scored_step: Number of optimiser steps at the last scoring that counts: of val images, unless a final
             run scores test after them.
-        per_class: Accuracy of each class at that scoring; None for a class without images.
+        per_class: Accuracy or IoU of each class at that scoring; None for a class without images.
         confusion: The counts of that scoring, see `TaskKind.figures`.
         scored_loss: Mean loss at that scoring; if it is not finite, the accuracies mean nothing.
     """
@@ -75,7 +73,7 @@ class TuningModule(L.LightningModule):
         classes = classifier.num_classes
         self.kind = classifier.kind
         self._objective = Objective(recipe, self.kind, classes, seed)
-        self.train_loss, self.train_score, self.val_loss, self.test_loss = Mean(), Mean(), Mean(), Mean()
+        self.val_loss, self.test_loss = Mean(), Mean()
         self.val_figures, self.test_figures = self.kind.figures(classes), self.kind.figures(classes)
         self.scores: dict[str, float] = {}
         self.scored_step = -1
@@ -85,12 +83,12 @@ class TuningModule(L.LightningModule):
         self._resumed = False
         # of the last step: at the end of an epoch the optimiser already has that of the next step
         self._lr = math.nan
-        self._bad_step: Tensor
-        self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
+        self._epoch = EpochSums()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, C] of normalised images [B, 3, H, W], or of a result of `Classifier.frozen`."""
-        out: Tensor = self.classifier(images.to(self.dtype))  # pixels may be in another precision
+        images = with_any_batch(self.classifier, images.to(self.dtype))  # pixels may be in another precision
+        out: Tensor = self.classifier(images)
         return out
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form for all
@@ -112,7 +110,8 @@ class TuningModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the recipe's optimiser with its schedule, stepped after every optimiser step."""
         if self._is_plain:
-            steps = math.ceil(self.trainer.estimated_stepping_batches / self.recipe.epochs)
+            self._plain_loader()  # which tells the trainer its length
+            steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         else:
             # Lightning's estimate of the steps would load the data before frozen features replace it
             steps = math.ceil(len(self._datamodule.train_dataset) / self.recipe.batch_size)
@@ -120,6 +119,11 @@ class TuningModule(L.LightningModule):
             self.classifier.tuned_parameters(), self.recipe, steps, self.classifier.method.undecayed
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def setup(self, stage: str) -> None:
+        """Cast frozen weights before scoring; before training, `on_fit_start` does it."""
+        if stage != "fit":
+            cast_for(self.classifier, self.trainer.precision)
 
     def on_fit_start(self) -> None:
         """Initialise the method; without augmentation, compute the output of frozen layers once.
@@ -129,9 +133,11 @@ class TuningModule(L.LightningModule):
         self._check()
         datamodule = self._datamodule
         self._weigh()
+        self._objective.place(self.device)
         # `_resumed`, because Lightning restores the modules before this hook, but the step only after it
         if self.classifier.method.needs_images and not self._resumed:
             self._initialise()
+        cast_for(self.classifier, self.trainer.precision)  # after the initial values
         if not self._is_plain and not datamodule.augments:
             datamodule.train_dataset = self._cached(datamodule.train_dataset, self.recipe.mixes)
             if datamodule.validates:
@@ -162,14 +168,8 @@ class TuningModule(L.LightningModule):
             counts = plain_counts(self._plain_loader(), self.kind, self.classifier.num_classes)
             counts = torch.as_tensor(self.trainer.strategy.reduce(counts.to(self.device), reduce_op="sum"))
             self._objective.balance(counts)
-        if plain:
-            return
-        datamodule, labels = self._datamodule, self._datamodule.train_dataset.labels
-        if balances:
-            self._objective.balance(self.kind.counts(labels, self.classifier.num_classes))
-        weights = self._objective.image_weights(labels)
-        datamodule.loss_weights = None if weights is None else weights.double().numpy()
-        datamodule.balanced, datamodule.pairs = self.recipe.sampling == "balanced", self.recipe.mixes
+        if not plain:
+            self._objective.weigh(self._datamodule)
 
     def _initialise(self) -> None:
         """Compute the method's initial values from training images, the same on every rank."""
@@ -191,15 +191,20 @@ class TuningModule(L.LightningModule):
         method, backbone = self.classifier.method, self.classifier.backbone
         batches = (self._as_batch(self._apply_batch_transfer_handler(batch)) for batch in loaded)
         if method.images_per_class is None:
-            images = (batch.images for batch in batches)
+            size = self.classifier.own_size if self.kind.dense else None
+            images = (central(batch.images, size) if size else batch.images for batch in batches)
             initialise(method, cast(TokenBackbone, backbone), images, self.seed)
         else:
             method.see_classes(backbone, ((b.images, b.labels) for b in batches), self.seed)
 
     def on_train_epoch_start(self) -> None:
         """Seed torch's generators for this epoch."""
-        text = f"{self.seed} {self.current_epoch} {self.global_rank}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
+        seed = epoch_seed(self.seed, self.current_epoch, self.global_rank)
+        if self.device.type == "cpu":  # torch's function would note it for GPUs too, in a list that grows
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+        self._epoch = EpochSums()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the losses, whose weights make it the mean over the global batch."""
@@ -210,11 +215,8 @@ class TuningModule(L.LightningModule):
         task_loss = self._objective.loss(logits, batch, partners, mix)
         losses = self.classifier.losses(logits, batch.labels, batch.weights, task_loss)
         loss = (losses * batch.weights).sum()
-        bad_step = torch.where(loss.isfinite(), _NEVER, self.global_step)
-        self._bad_step = torch.minimum(self._bad_step, bad_step)
-        real = (batch.weights > 0).float()
-        self.train_loss.update(losses.detach(), real)
-        self.train_score.update(self._objective.correct(logits, batch, partners, mix), real)
+        correct = self._objective.correct(logits, batch, partners, mix)
+        self._epoch.add(self.global_step, loss, losses, correct, batch.weights)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -223,12 +225,17 @@ class TuningModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch; end a diverged run on all ranks before its checkpoint is written."""
-        bad_step = int(torch.as_tensor(self.trainer.strategy.reduce(self._bad_step, reduce_op="min")))
-        if bad_step != _NEVER:
+        bad_step, *sums = self._epoch.read()
+        strategy = self.trainer.strategy
+        if self.trainer.world_size > 1:
+            bad_step = int(strategy.reduce(torch.tensor(bad_step, device=self.device), reduce_op="min"))
+            sums = strategy.reduce(torch.tensor(sums, device=self.device), reduce_op="sum").tolist()
+        if bad_step != NEVER:
             raise Diverged(bad_step)
         self.classifier.method.end_epoch(self.current_epoch)
-        self.log("train/loss", self.train_loss, prog_bar=True)
-        self.log(f"train/{self.kind.hit}", self.train_score, prog_bar=True)
+        loss, correct = np.array(sums[:2], np.float32) / np.float32(sums[2])
+        self.log("train/loss", float(loss), prog_bar=True)
+        self.log(f"train/{self.kind.hit}", float(correct), prog_bar=True)
         self.log("lr", self._lr)
         if self._leaks and not self._is_plain and self._datamodule.split == "final":
             self.log(f"leak/test_{self.kind.hit}", self._leak())
@@ -236,12 +243,12 @@ class TuningModule(L.LightningModule):
     @torch.no_grad()
     def _leak(self) -> float:
         """Return the current score on the test images; every rank scores all of them."""
-        dataset, hits = self._datamodule.test_dataset, 0
+        dataset, hits = self._datamodule.test_dataset, 0.0
         self.classifier.eval()
         for batch in self._datamodule.feature_dataloader(dataset):
             moved = self._apply_batch_transfer_handler(batch)
             with self.trainer.precision_plugin.forward_context():
-                hits += int(self.kind.correct(self(moved.images), moved.labels).sum())
+                hits += float(self.kind.correct(self(moved.images), moved.labels).sum())
         self.classifier.train()
         return hits / len(dataset)
 
@@ -300,7 +307,6 @@ class TuningModule(L.LightningModule):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether the data come from plain loaders."""
         return not isinstance(self._datamodule, TaskDataModule)
 
     @property
@@ -311,26 +317,34 @@ class TuningModule(L.LightningModule):
         """Return a data set whose images do not have to be prepared in every epoch.
 
         It holds the outputs of frozen layers, if there are any and no pixels are mixed (all of them on every
-        rank), else the pixels on a GPU. If they do not fit into memory, the data set itself is returned.
+        rank), else the pixels on a GPU. If images differ in size, or do not fit, it is the data set itself.
         """
         datamodule, device = self._datamodule, self.device
+        if dataset.one_by_one:
+            return dataset
+        owner = cache_owner(datamodule, self.classifier, self.recipe)
         images = (datamodule.fingerprint, json.dumps(datamodule.preprocessing), *dataset.keys)
         if mixes or not self.classifier.has_frozen_part:
             if not has_own_memory(device):
                 return dataset
-            return on_device(dataset, device, (datamodule.images_key, device, images))
-        first_block = self.classifier.method.first_block
-        key = (device, self.trainer.precision, datamodule.batch_size, first_block, images)
+            return on_device(dataset, device, (owner, device, images))
+        first_block = self.classifier.first_block
+        key = (owner, device, self.trainer.precision, datamodule.batch_size, first_block, images)
         self.classifier.eval()
         outputs = keep(self._frozen_parts(dataset), len(dataset), self.trainer.world_size, key)
         self.classifier.train()
-        return dataset if outputs is None else ArrayDataset(outputs, dataset.labels.numpy(), dataset.keys)
+        return dataset if outputs is None else DeviceDataset(outputs, dataset.labels, dataset.keys)
 
     @torch.no_grad()
     def _frozen_parts(self, dataset: TicketDataset) -> Iterator[Tensor]:
-        """Yield the output of the frozen layers for each batch, float32 on the CPU."""
+        """Yield the output of the frozen layers for each batch, float32 on the device."""
         for batch in self._datamodule.feature_dataloader(dataset):
             moved = self._apply_batch_transfer_handler(batch)
             with self.trainer.precision_plugin.forward_context():
                 part = self.classifier.frozen(moved.images.to(self.dtype))
-            yield part.float().cpu()
+            yield part.float()
+
+
+def cache_owner(datamodule: TaskDataModule, classifier: Classifier, recipe: Recipe) -> tuple[Hashable, int]:
+    """Return who owns what a run caches: the images, and the first block that it computes in every epoch."""
+    return datamodule.images_key, 0 if recipe.mixes else classifier.first_block

@@ -15,6 +15,7 @@ from visprompt.reports.load import history
 from visprompt.reports.published import FLAT
 from visprompt.reports.rows import Protocol, Row, protocols
 from visprompt.reports.settings import task_place
+from visprompt.reports.summary import score_words
 from visprompt.reports.tables import task_groups
 from visprompt.reports.writers import Number, Table
 
@@ -166,12 +167,13 @@ def by_parameters(rows: Sequence[Row]) -> list[Chart]:
 def _scatter(protocol: Protocol, rows: Sequence[Row], tasks: Sequence[str], of: str) -> Chart:
     lines = tuple(Line(protocol.name(row), (_point(row, tasks),)) for row in rows)
     least = min(line.points[0].x for line in lines)
+    score = score_words(rows, tasks)
     bars = ", bars: sample standard deviation" if any(line.points[0].spread for line in lines) else ""
     return Chart(
         name=file_name("accuracy by parameters", of, protocol.words),
-        title=protocol.titled(f"Accuracy by tuned parameters, {of}"),
+        title=protocol.titled(f"{score[0].upper()}{score[1:]} by tuned parameters, {of}"),
         x_label="tuned parameters, without the head",
-        y_label="test accuracy (%)",
+        y_label=f"test {score} (%)",
         caption=f"Mean over seeds{bars}. {_FRONT}",
         lines=lines,
         x_scale="log" if least > 0 else "symlog",

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from visprompt.errors import UserError
-from visprompt.models.kind import SINGLE_LABEL
+from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.reports import curves, inspection
 from visprompt.reports.charts import file_name
 from visprompt.reports.figures import MARKERS, WIDTH, Plot, Theme, plain
@@ -113,8 +113,10 @@ def look(
 
 
 def _maps(opened: Opened, name: str, placed: dict[bytes, np.ndarray]) -> list[Plot]:
-    if opened.result.kind != SINGLE_LABEL.name:
-        raise UserError("t-SNE shows one class for each image, and these may have several: it is left out")
+    kind = KINDS[opened.result.kind]
+    if kind is not SINGLE_LABEL:
+        have = "each pixel has one" if kind.dense else "an image may have several"
+        raise UserError(f"t-SNE shows one class for each image, and here {have}: it is left out")
     found = inspection.features(opened)
     key = found.before.tobytes()
     if key not in placed:
@@ -140,6 +142,11 @@ def _maps(opened: Opened, name: str, placed: dict[bytes, np.ndarray]) -> list[Pl
 
 
 def _attention(opened: Opened, name: str) -> list[Plot]:
+    if KINDS[opened.result.kind].dense:
+        raise UserError(
+            "it is drawn for the tokens that an image's class is read from, and here each pixel has one: it "
+            "is left out"
+        )
     rows = np.linspace(0, len(opened.dataset) - 1, _IMAGES).round().astype(int)
     found = inspection.attention(opened, sorted(set(rows.tolist())))
     names = [visible(label) for label in opened.datamodule.class_names]

@@ -7,7 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from visprompt.models.kind import KINDS, TaskKind
+from visprompt.models.kind import KINDS
+from visprompt.models.task_kind import TaskKind
 from visprompt.reports.charts import file_name
 from visprompt.reports.figures import WIDTH, Plot, Theme
 from visprompt.reports.load import history

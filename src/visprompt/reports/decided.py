@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from visprompt.models.kind import TaskKind
+from visprompt.models.task_kind import TaskKind
 from visprompt.reports.inspection import Opened
 from visprompt.reports.scored import check_score
 

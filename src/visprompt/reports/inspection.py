@@ -28,10 +28,12 @@ from visprompt.models.methods import Method
 from visprompt.models.tuned_state import load_state
 from visprompt.runs import run
 from visprompt.runs.evaluate import check_prepared, restore_on
+from visprompt.runs.job import Job
+from visprompt.runs.matmul import matmul_precision
 from visprompt.runs.predict import find_device
 from visprompt.runs.recorded import job_of
 from visprompt.runs.result import Result, open_result
-from visprompt.runs.run_folder import tidy
+from visprompt.runs.run_lock import tidy
 from visprompt.runs.trainer import build_trainer
 
 _LEAST_REPEATS = 3
@@ -50,6 +52,7 @@ class Opened:
         datamodule: The run's data.
         device: The device of the classifier.
         precision: Lightning's precision plugin for the run.
+        job: The run's job, on this machine.
     """
 
     folder: Path
@@ -59,6 +62,7 @@ class Opened:
     datamodule: TaskDataModule
     device: torch.device
     precision: Precision
+    job: Job
 
     @property
     def set_name(self) -> str:
@@ -81,7 +85,7 @@ class Opened:
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the run's precision and without gradients."""
-        with torch.no_grad(), self.precision.forward_context():
+        with torch.no_grad(), self.precision.forward_context(), matmul_precision(self.job):
             return function(*arguments)
 
 
@@ -110,7 +114,8 @@ def open_run(
     precision = build_trainer(job).precision_plugin
     classifier = restore_on(prepared, state, folder)
     precision.convert_module(classifier.to(where))
-    return Opened(folder, result, classifier, prepared.backbone, prepared.datamodule, where, precision)
+    opened = folder, result, classifier, prepared.backbone, prepared.datamodule, where, precision
+    return Opened(*opened, job)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,6 @@ from typing import Any
 import pandas as pd
 
 from visprompt.errors import UserError
-from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.reports.settings import (
     ADDED_LATER,
     FIXED_COLUMNS,
@@ -28,12 +27,15 @@ from visprompt.reports.settings import (
     before_the_choice,
     family,
     is_protocol,
+    label,
     scope,
     settings,
     text,
 )
+from visprompt.runs.copies import has_states
 from visprompt.runs.result import Result, read_result
-from visprompt.runs.run_folder import tidy
+from visprompt.runs.run_folder import COMPLETE, RESUME
+from visprompt.runs.run_lock import tidy
 
 UNPRUNED = "none"  # in the column "pruning"
 FIGURES = ("parameters", "head_parameters", "share", "bytes", "macs", "train_s")
@@ -225,9 +227,9 @@ def _frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def _record(folder: Path, result: Result) -> dict[str, Any]:
     """Return a row of the table."""
-    method, found, kind = str(result.method["name"]), settings(result), KINDS[result.kind]
+    method, found = str(result.method["name"]), settings(result)
     # most tables are of accuracies: a task with another score says so wherever it is named
-    task = result.task if kind is SINGLE_LABEL else f"{result.task} ({kind.words})"
+    task = label(result.task, result.kind)
     # a run of a chain names the initial values that it starts from
     prunes = result.method.get("initial") is not None
     reach = {key: scope(key, method) for key in found}
@@ -237,7 +239,8 @@ def _record(folder: Path, result: Result) -> dict[str, Any]:
     options, pruning = text(dict(result.method)), f"of seed {result.seed}" if prunes else UNPRUNED
     base, choice = text([task, method, shared]), text(before_the_choice(chosen))
     facts = {
-        **{"folder": folder, "result": result, "task": task, "method": method, "family": family(task)},
+        **{"folder": folder, "result": result, "task": task, "method": method},
+        "family": family(result.task, result.kind),
         **{"split": result.split, "status": result.status, "seed": result.seed, "attempt": result.attempt},
         **{"options": options, "pruning": pruning, "shared": shared, "base": base, "choice": choice},
         "grid": text([base, pruning, choice if prunes else ""]),  # a chain prunes after all else was chosen
@@ -258,13 +261,13 @@ def _walk(top: Path, seen: set[str]) -> Iterator[dict[str, Any] | LeftOut]:
         seen.add(true)
         folders.sort()
         names = {*folders, *files}
-        if names & {"result.json", "resume"}:
+        if names & {"result.json", RESUME, COMPLETE}:
             tidy(here)
             names = {path.name for path in here.iterdir()}
         if "result.json" in names:
             folders.clear()  # folders inside a run's folder belong to the run
             yield _load(here)
-        elif "resume" in names or (_HASH.fullmatch(here.name) and "lock" in files and not names & _CHAIN):
+        elif RESUME in names or (_HASH.fullmatch(here.name) and "lock" in files and not names & _CHAIN):
             folders.clear()
             yield LeftOut(here, "not finished")
     for error in refused:
@@ -273,7 +276,8 @@ def _walk(top: Path, seen: set[str]) -> Iterator[dict[str, Any] | LeftOut]:
 
 def _load(folder: Path) -> dict[str, Any] | LeftOut:
     """Load a run whose folder holds a result.json."""
-    result = read_result(folder, hashed=False)  # hashing thousands of states would be slow
+    # hashing thousands of states would be slow
+    result = read_result(folder, hashed=False, with_state=has_states(folder))
     try:
         if result is None or not all(_is_of(*value) for value in _read(result)):
             return LeftOut(folder, _DAMAGED)

@@ -32,7 +32,7 @@ Facts = tuple[tuple[str, tuple[str, ...]], ...]
 _MOST_OPEN = 12  # figures of a section; if there are more, the section is folded
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 _MEASURED = (
-    "Test accuracies are of runs of split=final, after their last epoch; choices are made by the accuracy of "
+    "Test scores are of runs of split=final, after their last epoch; choices are made by the score of "
     "runs of split=tune on the validation images, after their last epoch."
 )
 _WITH_A_GRID = "a grid on the validation images among these runs"

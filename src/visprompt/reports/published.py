@@ -1,4 +1,4 @@
-"""The papers' own accuracies, read from published.yaml, which names their sources."""
+"""The papers' own accuracies and mean IoU, read from published.yaml, which names their sources."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from visprompt.data.catalog import SUITES
-from visprompt.reports.settings import NEUTRAL, UNRECORDED, text
+from visprompt.data.catalog import SUITES, TASKS
+from visprompt.reports.settings import NEUTRAL, UNRECORDED, label, text
 from visprompt.reports.writers import Entry, Missing, Number, decimal
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ GROUPED = "vtab, mean of 3 groups"
 _FILE = Path(__file__).with_name("published.yaml")
 _THE_PAPERS: Mapping[str, tuple[str, ...]] = {  # a row that recorded other values is not compared with papers
     "data.fraction": ("1.0",),
-    "backbone.image_size": ("null", "224"),
     "backbone.pretrained": ("true",),
     "backbone.kwargs": ("{}",),
     "trainer": (NEUTRAL,),
@@ -46,7 +45,10 @@ class Published:
         global_pools: Values of a run's backbone.global_pool that pool as the paper does; None is the model's
             default.
         final_norm: Value of a run's backbone.final_norm that normalises features as the paper does.
-        tasks: Accuracy by task, including tasks of `unreliable` groups; empty if the paper's are not known.
+        image_sizes: Values of a run's backbone.image_size; None is the model's own.
+        head: Value of a run's recipe.head.
+        tasks: Score by task, named as by `settings.label`, including tasks of `unreliable` groups; mean IoU
+            is at a single scale; empty if the paper's are not known.
         means: Mean accuracy by group: "vtab_natural", "vtab_specialized", "vtab_structured", "fgvc".
         printed_mean: Mean of VTAB-1k's three group means; None if the paper does not print it.
         printed_flat_mean: Mean over VTAB-1k's 19 tasks; None if the paper does not print it.
@@ -65,6 +67,8 @@ class Published:
     weights: str | None
     global_pools: tuple[str | None, ...]
     final_norm: str = "trained"
+    image_sizes: tuple[int | None, ...] = (None, 224)
+    head: str = "linear"
     tasks: Mapping[str, float] = field(default_factory=dict)
     means: Mapping[str, float] = field(default_factory=dict)
     printed_mean: float | None = None
@@ -138,8 +142,8 @@ def published(
 def published_of(row: "Row", paper: str | None = None) -> Published | None:
     """Return a paper's accuracies for a row's method and backbone; None if the row is not comparable.
 
-    That is so for a fraction of the data, another image size, pooling or final norm, a backbone with other
-    options or random weights, trainer settings that change the numbers, and options of another method.
+    That is so for a fraction of the data, another image size, pooling, final norm or head, a backbone with
+    other options or random weights, trainer settings that change the numbers, and options of another method.
     """
     if any(row.told.get(key, UNRECORDED) not in (*values, UNRECORDED) for key, values in _THE_PAPERS.items()):
         return None
@@ -148,9 +152,17 @@ def published_of(row: "Row", paper: str | None = None) -> Published | None:
     )
     if first is None or any(other != first for other in others):
         return None
-    pooled, norm = (row.told.get(f"backbone.{name}", UNRECORDED) for name in ("global_pool", "final_norm"))
-    same = pooled in (*map(text, first.global_pools), UNRECORDED) and norm in (first.final_norm, UNRECORDED)
-    return first if same else None
+    known: dict[str, Sequence[Any]] = {
+        "global_pool": first.global_pools,
+        "final_norm": (first.final_norm,),
+        "image_size": first.image_sizes,
+    }
+    same = all(
+        row.told.get(f"backbone.{name}", UNRECORDED) in (*map(text, values), UNRECORDED)
+        for name, values in known.items()
+    )
+    heads = {result.recipe.get("head", "linear") for result in row.runs["result"]}
+    return first if same and heads == {first.head} else None
 
 
 @cache
@@ -186,6 +198,8 @@ def _records(read: Mapping[str, Any]) -> Iterator[Published]:
                     weights=read["backbones"][backbone],
                     global_pools=tuple(pooling["global_pool"]),
                     final_norm=pooling.get("final_norm", "trained"),
+                    image_sizes=tuple(pooling.get("image_size", (None, 224))),
+                    head=figures.get("head", "linear"),
                     tasks=_by_task(read["order"], figures.get("tasks", {})),
                     means=figures.get("means", {}),
                     printed_mean=figures.get("mean_of_groups"),
@@ -198,7 +212,7 @@ def _records(read: Mapping[str, Any]) -> Iterator[Published]:
 
 def _by_task(order: Mapping[str, list[str]], groups: Mapping[str, list[float]]) -> dict[str, float]:
     pairs = (zip(order[group], values, strict=True) for group, values in groups.items())
-    return {task: value for group in pairs for task, value in group}
+    return {label(task, TASKS[task].kind): value for group in pairs for task, value in group}
 
 
 def _listed(value: Any) -> list[Any]:

@@ -22,7 +22,6 @@ from visprompt.reports.settings import (
     UNRECORDED,
     built,
     differences,
-    family,
     is_protocol,
     labels,
     method_place,
@@ -257,7 +256,7 @@ def _phrases(label: str) -> list[str]:
 
 def same_protocol(one: Row, other: Row) -> bool:
     """Return whether two rows are comparable: with the same backbone, data, preprocessing and precision."""
-    shared = {f"({family(task)})" for task in one.cells} & {f"({family(task)})" for task in other.cells}
+    shared = {f"({name})" for name in {*one.runs["family"]} & {*other.runs["family"]}}
     keys = {key for key in one.told.keys() | other.told.keys() if _is_shared(key, shared)}
     alike = all(one.told.get(key, UNRECORDED) == other.told.get(key, UNRECORDED) for key in keys)
     images, others = (

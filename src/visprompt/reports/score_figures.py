@@ -8,13 +8,13 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from visprompt.models.kind import MULTI_LABEL
+from visprompt.models.kind import MULTI_LABEL, SEGMENTATION
 from visprompt.models.scores import ClassScore
 from visprompt.reports.charts import file_name
 from visprompt.reports.decided import Decided, decided
 from visprompt.reports.figures import WIDTH, Plot, Theme, plain
 from visprompt.reports.inspection import Opened, pictures
-from visprompt.reports.scored import Reliability, Scored, reliability, scored
+from visprompt.reports.scored import Counted, Reliability, Scored, counted, reliability, scored
 from visprompt.reports.writers import Entry, Missing, Table, decimal
 
 _MISTAKES = 12  # pictures of the most confident mistakes
@@ -39,11 +39,10 @@ def show_scores(opened: Opened, name: str) -> list[Plot | Table]:
     """
     if opened.result.kind == MULTI_LABEL.name:
         return _show_decisions(opened, name)
+    if opened.result.kind == SEGMENTATION.name:
+        return _show_classes(counted(opened), name)
     found = scored(opened)
-    few = len(found.class_names) <= MOST_NAMED
-    shown: list[Plot | Table] = [_classes(found, name)]
-    shown.append(_confusion(found, name) if few else _pairs(found, name))
-    shown.append(_reliability(found, name))
+    shown = [*_show_classes(found, name), _reliability(found, name)]
     if len(rows := found.mistakes(_MISTAKES)):
         names = found.class_names
         pairs = [
@@ -52,6 +51,12 @@ def show_scores(opened: Opened, name: str) -> list[Plot | Table]:
         wrong = int((found.predicted != found.labels).sum())
         shown.append(_mistakes(found, pairs, wrong, pictures(opened, rows.tolist()), name))
     return shown
+
+
+def _show_classes(found: Scored | Counted, name: str) -> list[Plot | Table]:
+    """Return the classes and what they are confused with."""
+    few = len(found.class_names) <= MOST_NAMED
+    return [_classes(found, name), _confusion(found, name) if few else _pairs(found, name)]
 
 
 def _show_decisions(opened: Opened, name: str) -> list[Plot | Table]:
@@ -68,7 +73,7 @@ def _show_decisions(opened: Opened, name: str) -> list[Plot | Table]:
     return shown
 
 
-def _classes(found: Scored | Decided, name: str) -> Table:
+def _classes(found: Scored | Decided | Counted, name: str) -> Table:
     """Return the classes with the lowest F1, or all if they are few."""
     scores = found.kind.class_scores(torch.from_numpy(found.counts))
     known = [
@@ -76,13 +81,16 @@ def _classes(found: Scored | Decided, name: str) -> Table:
     ]
     worst = sorted(known, key=lambda pair: pair[1].f1 or 0.0)
     lines = tuple(_class_line(label, score) for label, score in worst[:_MOST_LISTED])
-    notes = [f"Of the images of {found.set_name}; the lowest F1 first."]
+    unit = found.kind.unit
+    notes = [f"Of the {unit} of {found.set_name}; the lowest F1 first."]
+    if found.kind.dense:
+        notes.append("Probabilities of pixels are not calibrated, and no mistakes are shown as pictures.")
     if len(worst) > len(lines):
         notes.append(
             f"The {len(lines)} lowest of {len(worst)} classes; classes.csv in the run's folder, if it wrote "
             "one, has all."
         )
-    header = ("class", "images", "precision (%)", "recall (%)", "F1 (%)")
+    header = ("class", unit, "precision (%)", "recall (%)", "F1 (%)")
     return Table(f"Classes, {name}", header, lines, tuple(notes))
 
 
@@ -96,7 +104,7 @@ def _class_line(label: str, score: ClassScore) -> tuple[Entry, ...]:
     return (label, decimal(score.count, 0), *shares)
 
 
-def _pairs(found: Scored, name: str) -> Table:
+def _pairs(found: Scored | Counted, name: str) -> Table:
     """Return the pairs of classes that are confused most often."""
     pairs = found.kind.confused(torch.from_numpy(found.counts), _MOST_LISTED)
     names, totals = found.class_names, found.counts.sum(1)
@@ -104,27 +112,35 @@ def _pairs(found: Scored, name: str) -> Table:
         (names[true], names[taken], decimal(count, 0), decimal(100 * count / totals[true]))
         for true, taken, count in pairs
     )
-    header = ("class", "taken for", "images", "of the class (%)")
-    note = f"Of the images of {found.set_name}; confusion.csv in the run's folder, if it wrote one, has all."
+    header = ("class", "taken for", found.kind.unit, "of the class (%)")
+    note = (
+        f"Of the {found.kind.unit} of {found.set_name}; confusion.csv in the run's folder, if it wrote one, "
+        "has all."
+    )
     return Table(f"The most common mistakes, {name}", header, lines, (note,))
 
 
-def _confusion(found: Scored, name: str) -> Plot:
-    counts, names = found.counts, found.class_names
+def _confusion(found: Scored | Counted, name: str) -> Plot:
+    counts, names, unit = found.counts, found.class_names, found.kind.unit
     said = [
         f"{names[true]} taken for {names[taken]} ({count})"
         for true, taken, count in found.kind.confused(torch.from_numpy(counts), _TOLD)
     ]
-    often = f" Most often: {', '.join(said)}." if said else " No image is taken for one of another class."
+    often = (
+        f" Most often: {', '.join(said)}." if said else f" No {unit[:-1]} is taken for one of another class."
+    )
     right, total = int(counts.trace()), int(counts.sum())
     title = f"Confusion matrix, {name}"
-    caption = f"Numbers of images of {found.set_name}, a row for each true class; empty fields are 0.{often}"
-    alt = f"Confusion matrix of {len(names)} classes: {right} of {total} images are right.{often}"
+    fields = "Shares of the true class in per cent" if found.kind.dense else "Numbers"
+    caption = (
+        f"{fields}, of {unit} of {found.set_name}; a row for each true class, empty fields are 0.{often}"
+    )
+    alt = f"Confusion matrix of {len(names)} classes: {right} of {total} {unit} are right.{often}"
     header = ("true class", *(f"as {label}" for label in names))
     lines: tuple[tuple[Entry, ...], ...] = tuple(
         (label, *(decimal(int(count), 0) for count in row)) for label, row in zip(names, counts, strict=True)
     )
-    draw = partial(draw_confusion, counts, names)
+    draw = partial(draw_confusion, counts, names, in_shares=found.kind.dense)
     return Plot(file_name(title), title, caption, alt, draw, Table(title, header, lines))
 
 
@@ -178,13 +194,14 @@ def _mistakes(
 # the pictures
 
 
-def draw_confusion(counts: np.ndarray, names: Sequence[str], theme: Theme) -> Figure:
-    """Draw a confusion matrix: shades are shares of the true class, numbers are counts of images.
+def draw_confusion(counts: np.ndarray, names: Sequence[str], theme: Theme, in_shares: bool = False) -> Figure:
+    """Draw a confusion matrix: shades are shares of the true class, numbers are counts.
 
     Args:
         counts: int [C, C], a row for every true class.
         names: Names of the classes, at most `MOST_NAMED`.
         theme: Colours of the page.
+        in_shares: Whether the numbers are shares too, in per cent: counts of pixels would be too long.
     """
     number = len(names)
     figure = Figure(figsize=(WIDTH, WIDTH * 0.9), layout="constrained")
@@ -203,7 +220,8 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], theme: Theme) -> Fi
     axes.set_yticks(range(number), shown, fontsize=size)
     for row, column in zip(*np.nonzero(counts), strict=True) if number <= _MOST_COUNTED else ():
         ink = theme.paper if shares[row, column] > 0.5 else theme.ink  # a dark shade
-        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=ink, fontsize=7)
+        said = f"{100 * shares[row, column]:.0f}" if in_shares else f"{counts[row, column]}"
+        axes.text(column, row, said, ha="center", va="center", color=ink, fontsize=7)
     return figure
 
 

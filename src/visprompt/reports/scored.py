@@ -1,4 +1,7 @@
-"""The images that a run was scored on, scored again: classes, confidences and the most confident mistakes."""
+"""The images that a run was scored on, scored again: classes, confidences and the most confident mistakes.
+
+Of a segmentation run only the pixels are counted.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +10,8 @@ import torch
 from torch import Tensor
 
 from visprompt.errors import UserError
-from visprompt.models.kind import BINS, TaskKind
+from visprompt.models.kind import BINS
+from visprompt.models.task_kind import TaskKind
 from visprompt.reports.inspection import Opened
 
 _NEAR = 0.005  # difference from the recorded score that another kind of device may make
@@ -74,6 +78,44 @@ def scored(opened: Opened) -> Scored:
     )
     check_score(opened, float((found.predicted == found.labels).mean()))
     return found
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Counted:
+    """The pixels that a segmentation run was scored on.
+
+    Attributes:
+        counts: int64 [C, C], a row for every true class.
+        class_names: Names of the classes.
+        set_name: The split set that was scored.
+        kind: The kind of the task.
+    """
+
+    counts: np.ndarray
+    class_names: tuple[str, ...]
+    set_name: str
+    kind: TaskKind
+
+
+def counted(opened: Opened) -> Counted:
+    """Predict the pixels that a segmentation run was scored on.
+
+    Raises:
+        UserError: The predictions do not give the score that the run recorded.
+    """
+    kind = opened.classifier.kind
+    figures = kind.figures(opened.classifier.num_classes)
+    for images, of_batch in opened.batches(opened.dataset):
+        logits = opened.compute(opened.classifier, images).float().cpu()
+        figures.update(logits, of_batch, torch.ones(len(logits)))
+    values = figures.compute()
+    check_score(opened, values[kind.score])
+    return Counted(
+        counts=values["confusion"].numpy(),
+        class_names=opened.datamodule.class_names,
+        set_name=opened.set_name,
+        kind=kind,
+    )
 
 
 def check_score(opened: Opened, score: float) -> None:

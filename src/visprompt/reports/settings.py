@@ -6,11 +6,13 @@ from functools import cache
 from typing import Any
 
 from visprompt.data.catalog import TASKS
+from visprompt.data.catalog.task import TaskSpec
 from visprompt.models import recipe
+from visprompt.models.kind import KINDS, SEGMENTATION, SINGLE_LABEL
 from visprompt.models.methods import METHODS
 from visprompt.models.recipe import Recipe
 from visprompt.runs.recipe_rows import row_options
-from visprompt.runs.result import Result
+from visprompt.runs.result import Result, is_stacked
 
 UNRECORDED = "not recorded"
 NEUTRAL = "neutral"  # a trainer without settings that change the numbers
@@ -23,13 +25,13 @@ FIXED_COLUMNS = frozenset(
     | {f"data.{name}" for name in ("source", "form", "fraction", "fingerprint", "preprocessing.size")}
 )
 # settings of later versions: a record without one is of a run that had this value
-ADDED_LATER = {"data.augment": "none"} | {
+ADDED_LATER = {"data.augment": "none", "data.kind": SINGLE_LABEL.name, "machine.stacked": "no"} | {
     f"recipe.{name}": str(Recipe.model_fields[name].default) for name in recipe.ADDED_LATER
 }
 # facts of a task's images, and what follows from the method: may differ between tasks, not within one
 _OF_TASK = frozenset(
-    {"data.fingerprint", "data.sizes", "data.preprocessing.decode", "data.preprocessing.native"}
-    | {"backbone.carried_blocks"}
+    {"data.fingerprint", "data.kind", "data.sizes", "data.preprocessing.decode", "data.preprocessing.native"}
+    | {"backbone.carried_blocks", "machine.stacked"}
 )
 # the same for all tasks of a family: VTAB-1k squashes images, fine-grained tasks crop them
 _OF_FAMILY = frozenset({"data.source", "data.form", "data.augment"}) | {
@@ -40,7 +42,7 @@ _OF_A_SEED = frozenset({"token_mask", "segment_mask", "initial"})  # each seed p
 _PRUNING = frozenset({"method.prune", "method.prune_tokens", "method.prune_segments"})
 _NAMES = {
     **{"backbone.name": "backbone", "backbone.sha256": "weights"},
-    **{"data.fraction": "fraction", "precision": "precision"},
+    **{"data.fraction": "fraction", "precision": "precision", "machine.stacked": "stacked"},
 }
 _NO_SETTINGS = frozenset({"backbone.pooling", "data.summary"})  # determined by the method, and by the data
 _HASHES = frozenset({"backbone.sha256", "data.fingerprint"})
@@ -66,6 +68,7 @@ def settings(result: Result) -> dict[str, str]:
     """
     trainer = "; ".join(f"{name}={text(value)}" for name, value in sorted(result.trainer.items())) or NEUTRAL
     found = {"precision": text(result.precision), "trainer": trainer}
+    found |= {"machine.stacked": "yes"} if is_stacked(result) else {}  # never averaged with single runs
     options = {
         name: value for name, value in built(result).method.items() if name not in {"name", *_OF_A_SEED}
     }
@@ -118,9 +121,21 @@ def is_protocol(key: str) -> bool:
     return not key.startswith(("method.", "recipe."))
 
 
-def family(task: str) -> str:
-    """Return "vtab", "fgvc" or "demo", or `OWN_IMAGES`."""
-    return TASKS[task].family if task in TASKS else OWN_IMAGES
+def label(task: str, kind: str) -> str:
+    """Return a task as tables name it: with its score in words, such as "(mean IoU)", if not the accuracy."""
+    return task if kind == SINGLE_LABEL.name else f"{task} ({KINDS[kind].words})"
+
+
+CATALOGUED: Mapping[str, TaskSpec] = {label(spec.id, spec.kind): spec for spec in TASKS.values()}
+"""The tasks of the catalog by their labels."""
+
+
+def family(task: str, kind: str) -> str:
+    """Return "segmentation" for all tasks of that kind; else "vtab", "fgvc" or "demo", or `OWN_IMAGES`."""
+    if kind == SEGMENTATION.name:
+        return kind
+    spec = CATALOGUED.get(label(task, kind))
+    return spec.family if spec else OWN_IMAGES
 
 
 def method_place(method: str) -> tuple[int, str]:
@@ -130,7 +145,7 @@ def method_place(method: str) -> tuple[int, str]:
 
 def task_place(task: str) -> tuple[int, str]:
     """Return a key that sorts tasks as the catalog does, the user's own after them."""
-    return _place(task, TASKS)
+    return _place(task, CATALOGUED)
 
 
 def _place(name: str, known: Iterable[str]) -> tuple[int, str]:

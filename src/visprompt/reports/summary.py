@@ -1,12 +1,14 @@
 """A row summarised: means over groups of tasks, wins over full fine-tuning, and cost."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import pandas as pd
 
 from visprompt.data.catalog import SUITES
+from visprompt.models.kind import KINDS
+from visprompt.reports.choices import Grid
 from visprompt.reports.load import FIGURES, groups
 from visprompt.reports.published import FLAT, GROUPED, GROUPS
 from visprompt.reports.rows import Row
@@ -37,6 +39,17 @@ class Total:
     def missing(self) -> str:
         """Return the text to show instead of a missing value."""
         return f"missing ({self.found} of {self.of})"
+
+
+def score_words(parts: Iterable[Row | Grid], tasks: Collection[str]) -> str:
+    """Return the score of some tasks in words, such as "accuracy"; "score" if they have different scores."""
+    kinds = {
+        result.kind
+        for part in parts
+        for task, result in zip(part.runs["task"], part.runs["result"], strict=True)
+        if task in tasks
+    }
+    return KINDS[kinds.pop()].words if len(kinds) == 1 else "score"
 
 
 def means(row: Row) -> dict[str, Total]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from visprompt.models.kind import KINDS
 from visprompt.reports.charts import Chart, Line, Point, file_name, in_parts, spread_scale
 from visprompt.reports.choices import chosen
 from visprompt.reports.load import UNPRUNED, groups
@@ -103,10 +104,10 @@ def along(runs: pd.DataFrame, axis: Axis) -> list[Chart]:
         longest = {sweep.base: len(sweep.points) for sweep in validated}
         tested = [sweep for sweep in tested if len(sweep.points) >= longest.get(sweep.base, 0)]
         shown = {sweep.base for sweep in tested}
-        charts += _chart(task, axis, tested, "")
-        charts += _chart(
-            task, axis, [sweep for sweep in validated if sweep.base not in shown], _val_set(tried)
-        )
+        score = KINDS[own["result"].iat[0].kind].words
+        charts += _chart(task, axis, score, tested, "")
+        others = [sweep for sweep in validated if sweep.base not in shown]
+        charts += _chart(task, axis, score, others, _val_set(tried))
     return charts
 
 
@@ -180,21 +181,22 @@ def _val_set(runs: pd.DataFrame) -> str:
     return " and ".join(sorted(name for name in sizes if name.startswith("val"))) or "validation images"
 
 
-def _chart(task: str, axis: Axis, sweeps: Sequence[_Sweep], val_set: str) -> list[Chart]:
-    """Return a chart, or several if there are many lines; `val_set` is "" for test accuracies."""
+def _chart(task: str, axis: Axis, score: str, sweeps: Sequence[_Sweep], val_set: str) -> list[Chart]:
+    """Return a chart, or several if there are many lines; `val_set` is "" for test scores."""
     if not sweeps:
         return []
     told = telling([sweep.settings for sweep in sweeps])
     names = labels([[sweep.method, *said] for sweep, said in zip(sweeps, told, strict=True)])
     lines = [Line(name, sweep.points) for name, sweep in zip(names, sweeps, strict=True)]
-    measured = "Test accuracy after the last epoch, mean over seeds"
+    measured = f"Test {score} after the last epoch, mean over seeds"
     if val_set:
         measured = f"Runs that were not trained on {val_set}, scored there after the last epoch"
     chart = Chart(
         name=file_name("accuracy by", axis.name, task, "validation" if val_set else ""),
-        title=f"Accuracy by {axis.name}, {task}" + (f", on {val_set}" if val_set else ""),
+        title=f"{score[0].upper()}{score[1:]} by {axis.name}, {task}"
+        + (f", on {val_set}" if val_set else ""),
         x_label=axis.label,
-        y_label=f"validation accuracy, {val_set} (%)" if val_set else "test accuracy (%)",
+        y_label=f"validation {score}, {val_set} (%)" if val_set else f"test {score} (%)",
         caption=f"{measured}; if a value has several recipes, the one that validation chose. Bars: sample "
         "standard deviation over seeds, if there are several.",
         lines=tuple(sorted(lines, key=lambda line: line.label)),

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from visprompt.data.catalog import SUITES, TASKS
+from visprompt.data.catalog import SUITES
 from visprompt.reports.choices import Grid
 from visprompt.reports.load import Survey
 from visprompt.reports.published import FLAT, GROUPS, beside, cautions, published_of, worked_out_notes
 from visprompt.reports.rows import Row, full_of, without_score
-from visprompt.reports.settings import OWN_IMAGES
+from visprompt.reports.settings import OWN_IMAGES, task_place
 from visprompt.reports.statistical_tests import (
     RESAMPLES,
     Paired,
@@ -16,17 +16,20 @@ from visprompt.reports.statistical_tests import (
     seed_interval,
     smallest_p,
 )
-from visprompt.reports.summary import SUMMED, Cost, Total, backbone_sizes, cost, means, wins
+from visprompt.reports.summary import SUMMED, Cost, Total, backbone_sizes, cost, means, score_words, wins
 from visprompt.reports.writers import Entry, Missing, Number, Table, decimal, p_value
 
 _PAPERS_TASKS = frozenset({*SUITES["vtab_all"], *SUITES["fgvc"]})
 _LEVELS = (0.05, 0.01)
+_BY_FAMILY = ("segmentation", OWN_IMAGES)  # groups of those tasks that have runs, without a mean
 
 
 def task_groups(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-    """Return the groups of tasks on which rows have runs: those of VTAB-1k, "fgvc", "demo", own images."""
-    own = tuple(dict.fromkeys(task for row in rows for task in row.cells if task not in TASKS))
-    named = {name: SUITES[name] for name in (*GROUPS, "fgvc", "demo")} | {OWN_IMAGES: own}
+    """Return the groups of tasks on which rows have runs: of VTAB-1k, "fgvc", "demo", and `_BY_FAMILY`."""
+    named = {name: SUITES[name] for name in (*GROUPS, "fgvc", "demo")}
+    for family in _BY_FAMILY:
+        found = {task for row in rows for task in row.runs["task"][row.runs["family"] == family]}
+        named[family] = tuple(sorted(found, key=task_place))
     return {
         name: tasks
         for name, tasks in named.items()
@@ -42,7 +45,7 @@ def suites(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
 
 
 def accuracy(rows: Sequence[Row], group: str, paper: str | None = None) -> Table:
-    """Build the table of test accuracies by task; below each row are the paper's and the difference.
+    """Build the table of test scores by task; below each row are the paper's and the difference.
 
     Args:
         rows: Rows; those without a task of the group are left out.
@@ -54,24 +57,23 @@ def accuracy(rows: Sequence[Row], group: str, paper: str | None = None) -> Table
     lines: list[tuple[Entry, ...]] = []
     compared = {}
     for row in shown:
-        mean = means(row).get(group)
-        lines.append((row.label, *(_cell(row, task) for task in tasks), *([_percent(mean)] if mean else [])))
+        mean = [means(row)[group]] if group in SUMMED else []
+        lines.append((row.label, *(_cell(row, task) for task in tasks), *map(_percent, mean)))
         found = published_of(row, paper)
-        if found is not None and mean is not None and any(task in found.tasks for task in tasks):
+        if found is not None and any(task in found.tasks for task in tasks):
             ours = [row.cells[task].mean if task in row.cells else None for task in tasks]
-            theirs = [*(found.tasks.get(task) for task in tasks), found.means.get(group)]
-            lines += beside(row, found, [*ours, mean.value], theirs)
+            theirs = [*(found.tasks.get(task) for task in tasks), *(found.means.get(group) for _ in mean)]
+            lines += beside(row, found, [*ours, *(total.value for total in mean)], theirs)
             compared[found.source, found.name] = found
-    header = ("method", *tasks, *([] if group == OWN_IMAGES else ["mean"]))
-    return Table(
-        f"Test accuracy (%), {group}", header, tuple(lines), (_seeds(shown, tasks), *cautions(compared))
-    )
+    header = ("method", *tasks, *(["mean"] if group in SUMMED else []))
+    title = f"Test {score_words(shown, tasks)} (%), {group}"
+    return Table(title, header, tuple(lines), (_seeds(shown, tasks), *cautions(compared)))
 
 
 def aggregates(rows: Sequence[Row], paper: str | None = None) -> Table:
     """Build the table of means over groups of tasks; below each row are the paper's and the difference.
 
-    Rows that only have the user's own images are left out. A mean is missing if one of its tasks is.
+    Rows without a task of these groups are left out. A mean is missing if one of its tasks is.
     """
     names = [name for name in SUMMED if any(means(row)[name].found for row in rows)]
     lines: list[tuple[Entry, ...]] = []
@@ -172,7 +174,7 @@ def paired_tests(rows: Sequence[Row], reference: Row) -> Table:
         *("one-sided p", "smallest p", "paired t p"),
     )
     notes = (
-        f"Difference: mean accuracy over the common tasks minus that of {reference.label}. 95 % interval: "
+        f"Difference: mean score over the common tasks minus that of {reference.label}. 95 % interval: "
         f"percentile bootstrap over the tasks, {RESAMPLES:,} resamples; none below four tasks, of which it "
         "would be the range.",
         "Wilcoxon p: the exact signed-rank test, two-sided; equal tasks are left out, differences of one "
@@ -264,8 +266,9 @@ def own_rows(rows: Sequence[Row]) -> Table:
 
 def choices(grids: Sequence[Grid]) -> Table:
     """Build the table of what was tried and chosen on validation images, and of what final runs used."""
+    measured = score_words(grids, {grid.task for grid in grids})
     header = (
-        *("method", "task", "grid of", "points", "diverged", "validation accuracy (%)"),
+        *("method", "task", "grid of", "points", "diverged", f"validation {measured} (%)"),
         *("chosen on validation", "final runs"),
     )
     note = (
@@ -296,7 +299,8 @@ def left_out(survey: Survey) -> Table:
 
 
 def _catalogued(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if any(task in TASKS for task in row.cells)]
+    """Return the rows with a task of a group that has a mean."""
+    return [row for row in rows if any(total.found for total in means(row).values())]
 
 
 def _cell(row: Row, task: str) -> Entry:

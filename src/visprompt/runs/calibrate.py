@@ -27,7 +27,7 @@ class Temperature(L.Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, TaskDataModule) or not isinstance(pl_module, TuningModule):
             return
-        if not trainer.is_global_zero or not has_unseen_images(data):
+        if not trainer.is_global_zero or not has_unseen_images(data) or pl_module.kind.dense:
             return
         module, dataset = pl_module, data.val_dataset
         if len(dataset) > MOST:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from torch import Tensor
 
-from visprompt.models.kind import TaskKind
+from visprompt.models.task_kind import TaskKind
 from visprompt.text import Terminal
 
 MOST = 10  # classes and pairs of classes that are printed
@@ -29,7 +29,7 @@ def print_classes(console: Terminal, kind: TaskKind, confusion: Tensor, names: S
     every = len(worst) == len(names)
     title = f"the {len(names)} classes" if every else f"the {len(worst)} worst of {len(names)} classes"
     table = Table("class", title=f"{title}, by F1 (%)")
-    for column in ("images", "precision", "recall", "F1"):
+    for column in (kind.unit, "precision", "recall", "F1"):
         table.add_column(column, justify="right")
     for _, name, score in worst:
         figures = (score.precision, score.recall, score.f1)
@@ -38,7 +38,7 @@ def print_classes(console: Terminal, kind: TaskKind, confusion: Tensor, names: S
     console.print(table)
     if pairs := kind.confused(confusion, MOST):
         mistakes = Table("class", "taken for", title="the most common mistakes")
-        mistakes.add_column("images", justify="right")
+        mistakes.add_column(kind.unit, justify="right")
         for true, taken, count in pairs:
             mistakes.add_row(names[true], names[taken], f"{count:,}")
         console.print(mistakes)

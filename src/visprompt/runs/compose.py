@@ -23,7 +23,7 @@ from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueE
 from visprompt.data import catalog
 from visprompt.errors import UserError, in_one_line
 from visprompt.runs import paths, recipe_rows, settings
-from visprompt.runs.job import Job, check_effect
+from visprompt.runs.job import OWN_DATA, Job, check_effect
 from visprompt.runs.paths import CONFIGS, ROOT
 
 if TYPE_CHECKING:
@@ -232,10 +232,12 @@ def complete(cfg: DictConfig, given: Set[str], choices: Mapping[str, Any]) -> Jo
     Raises:
         UserError: A value does not fit, or a value without a default is missing.
     """
-    cfg.task = choices["data"].rpartition("/")[2]
+    own = {config: task for task, config in OWN_DATA.items()}
+    cfg.task = own.get(choices["data"], choices["data"].rpartition("/")[2])
     check_values(cfg)
     if choices.get("debug") or settings.debugs(plain(cfg.trainer)):
         cfg.tags = [*cfg.tags, "debug"]  # in addition to the user's tags
+        cfg.paths.results = None  # which others read
     paths.expand_paths(cfg)
     recipe_rows.apply_table(cfg)
     OmegaConf.resolve(cfg)

@@ -6,6 +6,7 @@ import resource
 import socket
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,15 @@ def machine(device: torch.device, devices: int, accumulation: int) -> dict[str, 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that can change a run's numbers."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
+@cache  # the code of a process is that of its start
 def git_commit() -> str | None:
     """Return the commit of the code, with a `+` if tracked files are changed; None outside a git checkout."""
     here = Path(__file__).parent

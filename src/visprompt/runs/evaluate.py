@@ -15,14 +15,17 @@ from visprompt.models.api import restore
 from visprompt.models.backbones import Backbone
 from visprompt.models.bank import Bank
 from visprompt.models.classifier import Classifier
+from visprompt.models.dense_prediction import MultiScale
 from visprompt.models.ensemble import Ensemble
-from visprompt.models.kind import KINDS, TaskKind
+from visprompt.models.kind import KINDS
 from visprompt.models.scores import in_percent
+from visprompt.models.task_kind import TaskKind
 from visprompt.models.tuned_state import TunedState, check_fits, load_state
 from visprompt.models.tuning_module import TuningModule
-from visprompt.runs import memory, run, run_folder
+from visprompt.runs import memory, run, run_lock
 from visprompt.runs.class_table import print_classes
 from visprompt.runs.job import Job
+from visprompt.runs.matmul import matmul_precision
 from visprompt.runs.recorded import job_of, own_data
 from visprompt.runs.result import Result, open_result
 from visprompt.runs.run_folder import CLASSES, CONFUSION
@@ -39,11 +42,12 @@ def evaluate(cfg: DictConfig) -> float:
     """Score runs on their test set, several as one ensemble; print the new score and the recorded scores.
 
     Args:
-        cfg: The config of `src/eval.py`; its `run` is the folder of a run, or a list of folders, and
-            `average` says whether these are an ensemble.
+        cfg: The config of `src/eval.py`; its `run` is the folder of a run, or a list of folders,
+            `average` says whether these are an ensemble, and `multi_scale` whether segmentation runs are
+            scored on several sizes of each image too.
 
     Returns:
-        The test accuracy; the mean of all if `average` is false.
+        The test score; the mean of all if `average` is false; that of all scales if `multi_scale` is true.
 
     Raises:
         UserError: A folder holds no finished run, or a run without a test set, or the runs cannot be
@@ -56,6 +60,7 @@ def evaluate(cfg: DictConfig) -> float:
         )
     results = [_scored(folder) for folder in folders]
     states = [load_state(folder) for folder in folders]
+    _check_multi_scale(cfg, folders, states)
     if not cfg.average:
         return _each([Finished(*one) for one in zip(folders, states, results, strict=True)], cfg)
     job = _job(cfg, folders[0], states[0], results[0])
@@ -71,23 +76,58 @@ def evaluate(cfg: DictConfig) -> float:
     if len(states) > 1:
         members = Ensemble(module.classifier, [state.tensors for state in states])
         module.classifier = members.eval()  # type: ignore[assignment]  # scoring needs only its logits
-    trainer = build_trainer(job)
-    trainer.test(module, datamodule=prepared.datamodule, verbose=False)
-    if not math.isfinite(module.scored_loss):
-        raise UserError(
-            f"{folders[0]} cannot be scored, because its loss on the test set is not finite: run it again"
-        )
-    first, *others = module.kind.shares
-    score, count = module.scores[f"test/{first}"], int(module.scores["test/count"])
+    _test(module, job, prepared, folders[0])
+    count = int(module.scores["test/count"])
     recorded = ", ".join(f"{100 * result.score:.2f} %" for result in results)
     print_classes(console, module.kind, module.confusion, prepared.datamodule.class_names)
     for file in [folders[0] / name for name in (CLASSES, CONFUSION)] if len(folders) == 1 else ():
         if file.is_file():
             console.print(f"{_FILES[file.name]}: {file}", soft_wrap=True)
-    console.print(
-        f"test/{first} {_with_interval(module.kind, score, count)} on {count} images "
+    score = _show(
+        module,
+        f" on {count} images "
         f"({'the run itself' if len(results) == 1 else f'{len(results)} runs averaged; each by itself'}: "
-        f"{recorded}), "
+        f"{recorded})",
+    )
+    if cfg.multi_scale:
+        module.classifier = MultiScale(module.classifier).eval()  # type: ignore[assignment]  # as an ensemble
+        _test(module, job, prepared, folders[0])
+        score = _show(module, f" on {count} images (multi-scale with flip)")
+    return score
+
+
+def _check_multi_scale(cfg: DictConfig, folders: Sequence[Path], states: Sequence[TunedState]) -> None:
+    """Refuse multi-scale scoring of what has no masks, and of several runs one by one."""
+    if not cfg.multi_scale:
+        return
+    if not KINDS[states[0].kind].dense:
+        raise UserError(
+            f"multi_scale=true is for segmentation runs, and {folders[0]} labels whole images: leave it out"
+        )
+    if not cfg.average:
+        raise UserError(
+            "multi_scale=true scores one run, or the mean of several, and average=false scores each by "
+            "itself: leave one of the two out"
+        )
+
+
+def _test(module: TuningModule, job: Job, prepared: run.Run, folder: Path) -> None:
+    """Score a module on the test set; its figures are in the module."""
+    trainer = build_trainer(job)
+    with matmul_precision(job):
+        trainer.test(module, datamodule=prepared.datamodule, verbose=False)
+    if not math.isfinite(module.scored_loss):
+        raise UserError(
+            f"{folder} cannot be scored, because its loss on the test set is not finite: run it again"
+        )
+
+
+def _show(module: TuningModule, of_what: str) -> float:
+    """Print the test figures of a module with words about them; return the score."""
+    first, *others = module.kind.shares
+    score, count = module.scores[f"test/{first}"], int(module.scores["test/count"])
+    console.print(
+        f"test/{first} {_with_interval(module.kind, score, count)}{of_what}, "
         + ", ".join(f"test/{name} {100 * module.scores[f'test/{name}']:.2f} %" for name in others),
         soft_wrap=True,
     )
@@ -99,13 +139,14 @@ def _with_interval(kind: TaskKind, score: float, count: int) -> str:
 
 
 def _job(cfg: DictConfig, folder: Path, state: TunedState, result: Result) -> Job:
-    """Return the job of a finished run, with the trainer and the precision that the command asks for."""
+    """Return the job of a finished run, with the trainer and the precisions that the command asks for."""
     where: Any = {"data_dir": cfg.paths.data_dir, "weights": cfg.weights, "data": own_data(cfg)}
     job = job_of(folder, state, result, **where)
     trainer, callbacks = (
         OmegaConf.to_container(cfg[name], resolve=True) for name in ("trainer", "callbacks")
     )
-    return job.vary({"trainer": trainer, "callbacks": callbacks, "precision": cfg.precision or job.precision})
+    precisions = {name: cfg[name] for name in ("precision", "matmul_precision") if cfg[name]}
+    return job.vary({"trainer": trainer, "callbacks": callbacks, **precisions})
 
 
 def _each(runs: Sequence[Finished], cfg: DictConfig) -> float:
@@ -126,7 +167,8 @@ def _each(runs: Sequence[Finished], cfg: DictConfig) -> float:
         dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(job.precision)
         bank = Bank(backbone, device=trainer.strategy.root_device, dtype=dtype)
         module = ScoreEach(bank, group, kind)
-        trainer.test(module, datamodule=prepared.datamodule, verbose=False)
+        with matmul_precision(job):
+            trainer.test(module, datamodule=prepared.datamodule, verbose=False)
         name = kind.shares[0]
         for one, figures in zip(group, module.scores, strict=True):
             scores.append(figures[name])
@@ -140,7 +182,7 @@ def _each(runs: Sequence[Finished], cfg: DictConfig) -> float:
 
 
 def _scored(folder: Path) -> Result:
-    run_folder.tidy(folder)
+    run_lock.tidy(folder)
     result = open_result(folder)
     if result.split != "final":
         raise UserError(f"{folder} is a run of split=tune, which has no test set: give a run of split=final")

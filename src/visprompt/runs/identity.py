@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from visprompt.data.datamodule import TaskDataModule
+from visprompt.data.segmentation_datamodule import SegmentationDataModule
 from visprompt.models.backbones import Backbone
 from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.methods import hashed_file, option_kinds
+from visprompt.runs import matmul
 from visprompt.runs.job import DEFAULT_MODULE, Job
 
 # trainer settings that do not change the numbers; every other setting is part of a run's identity
@@ -45,7 +47,7 @@ def identity_of(job: Job, backbone: Backbone, datamodule: TaskDataModule) -> dic
     }
     return {
         "task": datamodule.task,
-        "data": data | _kind_record(datamodule) | _augment_record(job),
+        "data": data | _kind_record(datamodule) | _augment_record(job, datamodule),
         "backbone": backbone.record(),
         "method": _method_record(dict(job.method), backbone.module.num_blocks),
         "recipe": job.recipe.record(),
@@ -61,8 +63,13 @@ def _kind_record(datamodule: TaskDataModule) -> dict[str, Any]:
     return {} if datamodule.kind == SINGLE_LABEL.name else {"kind": datamodule.kind}
 
 
-def _augment_record(job: Job) -> dict[str, Any]:
-    """Return the augmentation, if there is one; a module of the user by its class and arguments."""
+def _augment_record(job: Job, datamodule: TaskDataModule) -> dict[str, Any]:
+    """Return the augmentation, if there is one; a module of the user by its class and arguments.
+
+    For images with masks these are the changes that the preprocessing does not record.
+    """
+    if isinstance(datamodule, SegmentationDataModule):
+        return {"scale": datamodule.scale and list(datamodule.scale), "jitter": datamodule.jitter}
     augment = job.data.get("augment", "none")
     return {} if augment == "none" else {"augment": augment}
 
@@ -87,6 +94,8 @@ def _trainer_record(job: Job) -> dict[str, Any]:
     }
     record = {name: value for name, value in dict(job.trainer).items() if name not in _NEUTRAL_TRAINER}
     record |= {"callbacks": callbacks} if callbacks else {}
+    if job.matmul_precision != "highest" and matmul.may_act_on(job):
+        record["matmul_precision"] = job.matmul_precision
     if callbacks and job.trainer.check_val_every_n_epoch != 1:  # early stopping counts validations
         record["check_val_every_n_epoch"] = job.trainer.check_val_every_n_epoch
     return record | ({"lightning_module": module} if module != DEFAULT_MODULE else {})

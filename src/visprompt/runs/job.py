@@ -11,8 +11,11 @@ from visprompt.data.catalog.task import own_name
 from visprompt.errors import UserError, sentence, unknown
 from visprompt.models.recipe import Recipe
 from visprompt.runs import settings
+from visprompt.runs.object_store import checked_url
 
 SPLITS = ("tune", "final")
+OWN_DATA = {"folder": "folder", "hf": "hf", "segmentation_folder": "segmentation/folder"}
+"""Task of a job with the user's own images -> its data, as `data=` takes it"""
 DEFAULT_MODULE = {"_target_": "visprompt.models.tuning_module.TuningModule"}
 
 
@@ -63,10 +66,11 @@ class Trainer(Group):
 
 
 class Paths(Group):
-    """Folders for data and results."""
+    """Folders for data and results, and the object storage that machines share results on."""
 
     data_dir: str
     log_dir: str
+    results: str | None = None
 
 
 class Diagnostics(Group):
@@ -75,14 +79,18 @@ class Diagnostics(Group):
     best_on_test: bool = False
 
 
+MatmulPrecision = Literal["highest", "high", "medium"]
+
+
 class Job(BaseModel):
     """All settings of one run.
 
     Attributes:
-        task: Name of the data's config: a task id, or "folder" or "hf" for the user's own images.
+        task: A task id, or a name of `OWN_DATA` for the user's own images.
         split: "tune" or "final".
         seed: Seed of the run.
         precision: Lightning's precision, in full: "32-true".
+        matmul_precision: How precisely a GPU multiplies float32 matrices: "highest", "high" or "medium".
         data: Settings of the data module, including `_target_`.
         backbone: Settings of the backbone, see `models.backbones.BackboneSpec`; `weights` is a file.
         method: Name and options of the method.
@@ -93,11 +101,11 @@ class Job(BaseModel):
         lightning_module: `_target_` of the LightningModule, and arguments of a user's class.
         callbacks: Configs of callbacks by name; None in place of a config removes that callback.
         logger: Configs of loggers by name; None or {} logs nowhere.
-        paths: Folders: root_dir, data_dir, log_dir.
+        paths: Folders: root_dir, data_dir, log_dir; and results, the address of a store or None.
         preprocessing: The config group that `data` takes its preprocessing from.
         compile: Whether the classifier is compiled.
         rerun: Whether a finished run is run again.
-        resume_every_n_epochs: How often the resume state is written.
+        resume_every_n_epochs: How often the resume state is written; None: see `ResumeCheckpoint`.
         tags: The user's tags, and "debug" for a run that is not a result.
         diagnostics: Additional figures to log: `best_on_test`.
 
@@ -111,6 +119,7 @@ class Job(BaseModel):
     split: Literal["tune", "final"]
     seed: int
     precision: str
+    matmul_precision: MatmulPrecision = "highest"
     data: Group
     backbone: Backbone
     method: Named
@@ -124,7 +133,7 @@ class Job(BaseModel):
     preprocessing: Group = Group()
     compile: bool = False
     rerun: bool = False
-    resume_every_n_epochs: int = 1
+    resume_every_n_epochs: int | None = None
     tags: tuple[str, ...] = ()
     diagnostics: Diagnostics = Diagnostics()
 
@@ -143,6 +152,8 @@ class Job(BaseModel):
             super().__init__(**content)
         except ValidationError as error:
             raise sentence(error) from None
+        if self.paths.results:
+            checked_url(self.paths.results)
 
     @property
     def name(self) -> str:
@@ -155,7 +166,7 @@ class Job(BaseModel):
     @property
     def has_own_images(self) -> bool:
         """Whether the data are the user's own images, not those of a catalogued task."""
-        return self.task in ("folder", "hf")
+        return self.task in OWN_DATA
 
     def content(self) -> dict[str, Any]:
         """Return a copy of the settings as plain dicts and lists; `Job(**content)` builds the job again."""

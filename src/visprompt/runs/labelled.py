@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from visprompt.data.splits import SPLITS
-from visprompt.models.kind import SINGLE_LABEL, TaskKind
+from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.scores import in_percent
+from visprompt.models.task_kind import TaskKind
 from visprompt.runs.class_table import print_classes
 from visprompt.text import Terminal
 

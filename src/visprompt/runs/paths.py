@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError
+from visprompt.runs.object_store import SCHEME
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "configs"
@@ -32,6 +33,9 @@ PATHS = (
 LISTS = ("run", "runs", "inspect", "state", "states")
 """Keys whose values may be a list of paths."""
 
+STORED = ("run", "runs", "inspect", "state")
+"""Keys whose folders of runs may be on object storage."""
+
 TEXTS = (*PATHS, "data.name")
 """Keys whose values are free text, chosen by the user."""
 
@@ -45,10 +49,16 @@ def expanduser(path: str) -> str:
 
 
 def expand_paths(cfg: DictConfig) -> None:
-    """Expand `~` in every path of a config, and make relative paths absolute if Hydra has changed the folder.
+    """Make every path of a config one that can be opened.
+
+    `~` is expanded, relative paths are made absolute if Hydra has changed the folder, and runs on object
+    storage are brought into a local copy.
 
     Args:
         cfg: The config of any entry point; its paths are changed in place.
+
+    Raises:
+        UserError: A path is on object storage and is not that of a run, or the store cannot be read.
     """
     chdir = HydraConfig.initialized() and HydraConfig.get().job.chdir
     start = Path(HydraConfig.get().runtime.cwd) if chdir else Path()
@@ -56,11 +66,26 @@ def expand_paths(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if value is None:
             continue
+        # a report reads tuned states only to look into runs
+        with_states = key != "runs" or OmegaConf.select(cfg, "inspect") is not None
         expanded: Any = (
-            [_expanded(v, start) for v in value] if OmegaConf.is_list(value) else _expanded(value, start)
+            [_opened(v, key, start, with_states) for v in value]
+            if OmegaConf.is_list(value)
+            else _opened(value, key, start, with_states)
         )
         if expanded != value:
             OmegaConf.update(cfg, key, expanded)
+
+
+def _opened(value: Any, key: str, start: Path, with_states: bool) -> Any:
+    if not isinstance(value, str) or not value.startswith(SCHEME):
+        return _expanded(value, start)
+    if key not in STORED:
+        where = "give a local folder, and paths.results for the runs" if key == "paths.log_dir" else ""
+        raise UserError(f"{key}={value} is on object storage: {where or 'give a local path'}")
+    from visprompt.runs.copies import bring  # imported late: it imports torch
+
+    return str(bring(value, key, with_states))
 
 
 def _expanded(value: Any, start: Path) -> Any:

@@ -20,12 +20,14 @@ from visprompt.errors import UserError
 from visprompt.files import write_atomically
 from visprompt.models.api import backbone_of, restore
 from visprompt.models.bank import Bank
+from visprompt.models.classifier import Classifier
 from visprompt.models.kind import KINDS
 from visprompt.models.tuned_state import TunedState, check_fits
 from visprompt.runs import memory
 from visprompt.runs.labelled import LabelledImages
+from visprompt.runs.predict_masks import check_folder, predict_masks
 from visprompt.runs.result import open_state
-from visprompt.runs.run_folder import tidy
+from visprompt.runs.run_lock import tidy
 from visprompt.text import Terminal, csv_cell
 
 console = Terminal()
@@ -36,14 +38,17 @@ def predict(
     state: str | Sequence[str],
     images: str,
     *,
-    output: str,
+    output: str | None,
     batch_size: int,
     device: str,
     weights: str | None,
     overwrite: bool = False,
     max_pixels: int = MAX_PIXELS,
+    multi_scale: bool = False,
 ) -> None:
     """Label an image, or every image in a folder and its subfolders, and write a CSV file.
+
+    A segmentation state labels their pixels instead, and writes a folder, see `predict_masks`.
 
     Files that training leaves out (hidden and system files, other formats) are left out here too. File names
     with characters that cannot be shown are escaped, see `text.visible`.
@@ -52,39 +57,51 @@ def predict(
         state: A run's folder, or its tuned.safetensors; or several of one backbone, by which each image is
             labelled in one pass.
         images: An image, or a folder that is searched with all its subfolders.
-        output: The CSV file to write. Its columns are path, class, probability, and one for each class:
-            `a.jpg,cat,0.900000,0.900000,0.100000`. With several states they are path, task, class and
-            probability, and an image has a row for each state. If folders have the names of a state's
-            classes, there is a column label before class, and the accuracy is printed.
+        output: The CSV file to write, by default `predictions.csv`. Its columns are path, class, probability,
+            and one for each class: `a.jpg,cat,0.900000,0.900000,0.100000`. With several states they are path,
+            task, class and probability, and an image has a row for each state. If folders have the names of a
+            state's classes, there is a column label before class, and the accuracy is printed. Of a
+            segmentation state the folder to write, by default `predictions`.
         batch_size: Number of images in a batch, each of which is computed for every state.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         weights: A file of backbone weights; None if the backbone is embedded or timm's.
-        overwrite: Whether an existing CSV file may be replaced.
+        overwrite: Whether an existing CSV file or folder of masks may be replaced.
         max_pixels: Images with more pixels are left out, before they are decoded.
+        multi_scale: Whether masks are means over sizes of the image and mirror images.
 
     Raises:
-        UserError: A state cannot be read or is of another backbone, no image can be read, or the CSV file
-            exists.
+        UserError: A state cannot be read or is of another backbone, no image can be read, the output exists,
+            or there are other states next to a segmentation state.
     """
     paths = [Path(one) for one in ([state] if isinstance(state, str) else state)]
-    place, csv_file = Path(images), Path(output)
     if len(set(paths)) < max(1, len(paths)):
         raise UserError("state=[...] is empty or names a state twice: give each state once")
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(
             f"batch_size={batch_size} is not a number of images: give a whole number of 1 or more"
         )
-    if csv_file.is_dir():
-        raise UserError(f"output={output} is a folder: give the name of a new CSV file")
-    if csv_file.exists() and not overwrite:
-        raise UserError(
-            f"output={output} exists: give overwrite=true to replace it, or the name of a new CSV file"
-        )
     for path in paths:
         tidy(path if path.is_dir() else path.parent)
     tasks = _tasks(paths)
+    dense = _is_dense(tasks, multi_scale)
+    written = Path(output or ("predictions" if dense else "predictions.csv"))
+    (check_folder if dense else _check_file)(written, overwrite)
     left_out: Counter[str] = Counter()
-    files, folder = _files(place, left_out)
+    files, folder = _files(Path(images), left_out)
+    if dense:
+        classifier = _classifier(tasks[0], weights, find_device(device))
+        new = [file for file in files if written.resolve() not in file.resolve().parents]
+        count = predict_masks(
+            classifier,
+            tasks[0].state,
+            new,
+            folder,
+            written,
+            multi_scale=multi_scale,
+            max_pixels=max_pixels,
+        )
+        _say(count, len(new), written, left_out)
+        return
     shares_of = _model(tasks, weights, find_device(device))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -116,11 +133,16 @@ def predict(
                 writer.writerow(map(csv_cell, [name, *cells]))
         count += len(names)
     if not count:
-        raise UserError(f"{place} has no image that can be read: give an image or a folder of images")
-    write_atomically(csv_file, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+        raise UserError(f"{images} has no image that can be read: give an image or a folder of images")
+    write_atomically(written, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
     for task, labels in zip(tasks, known, strict=True):
         labels.show(console, task.name)
-    console.print(f"{count} of {len(files)} files labelled: {output}", soft_wrap=True)
+    _say(count, len(files), written, left_out)
+
+
+def _say(count: int, files: int, output: Path, left_out: Counter[str]) -> None:
+    """Print how many files were labelled, and what was left out."""
+    console.print(f"{count} of {files} files labelled: {output}", soft_wrap=True)
     if left_out:
         listed = ", ".join(f"{what} ({number})" for what, number in sorted(left_out.items()))
         console.print(f"left out: {listed}", soft_wrap=True)
@@ -146,12 +168,40 @@ def _tasks(paths: Sequence[Path]) -> list[_Task]:
     return [_Task(name, path, state) for name, path, state in zip(names, paths, states, strict=True)]
 
 
+def _is_dense(tasks: Sequence[_Task], multi_scale: bool) -> bool:
+    """Return whether there is one state, and it labels pixels; refuse what cannot be combined with it."""
+    dense = next((task for task in tasks if KINDS[task.state.kind].dense), None)
+    if dense and len(tasks) > 1:
+        raise UserError(
+            f"{dense.path} is the state of a segmentation task, whose masks are written to a folder: give "
+            "it alone, and the others in another command"
+        )
+    if multi_scale and not dense:
+        raise UserError(
+            f"multi_scale=true is for segmentation states, and {tasks[0].path} labels whole images: leave it "
+            "out"
+        )
+    return dense is not None
+
+
+def _check_file(output: Path, overwrite: bool) -> None:
+    """Refuse a CSV file that exists, unless it may be replaced."""
+    if output.is_dir():
+        raise UserError(f"output={output} is a folder: give the name of a new CSV file")
+    if output.exists() and not overwrite:
+        raise UserError(
+            f"output={output} exists: give overwrite=true to replace it, or the name of a new CSV file"
+        )
+
+
+def _classifier(task: _Task, weights: str | None, device: torch.device) -> Classifier:
+    return restore(task.state, task.path, backbone_of(task.state, weights)).to(device)
+
+
 def _model(tasks: Sequence[_Task], weights: str | None, device: torch.device) -> Shares:
     """Return a function from the inputs of each image, one for each task, to its probabilities by task."""
-    first = tasks[0]
-    backbone = backbone_of(first.state, weights)
     if len(tasks) == 1:
-        classifier = restore(first.state, first.path, backbone).to(device)
+        classifier = _classifier(tasks[0], weights, device)
 
         @torch.inference_mode()
         def one(images: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
@@ -159,6 +209,7 @@ def _model(tasks: Sequence[_Task], weights: str | None, device: torch.device) ->
             return [[row] for row in classifier.probabilities(classifier(batch.to(device))).cpu()]
 
         return one
+    backbone = backbone_of(tasks[0].state, weights)
     bank = Bank(backbone, device=device)
     for task in tasks:
         check_fits(task.state, task.path, backbone=backbone.record())

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 import sys
 from pathlib import Path
 
-from visprompt.runs import engine
+from visprompt.runs import ranks
 from visprompt.runs.cli import one_sentence_errors
 
 
@@ -21,7 +21,7 @@ def main(file: Path) -> None:
     Raises:
         SystemExit: The run failed; the parent process has been told why.
     """
-    engine.end_with_parent()
+    ranks.end_with_parent()
     with one_sentence_errors():
         try:
             # imported late: torch takes seconds, in which the parent may end
@@ -33,7 +33,7 @@ def main(file: Path) -> None:
             with memory.explained_for(job):
                 run.run_job(run.prepare(job))
         except BaseException as error:  # signals too: the parent is told about everything that ends a rank
-            engine.give_reason(error)
+            ranks.give_reason(error)
             raise
 
 

@@ -17,11 +17,19 @@ from visprompt.runs.paths import CONFIGS
 log = logging.getLogger(__name__)
 
 
-def _row(key: str, *, _root_: DictConfig) -> Any:
-    """Resolve `${row:lr}`: look up a value in the row of the task, of its family, or in the default row."""
+_NONE = object()
+
+
+def _row(key: str, default: Any = _NONE, *, _root_: DictConfig) -> Any:
+    """Resolve `${row:lr}`: look up a value in the row of the task, of its family, or in the default row.
+
+    `${row:head,linear}` is "linear" if no row has the key.
+    """
     for row in _rows(_root_):
         if key in row:
             return row[key]
+    if default is not _NONE:
+        return default
     raise UserError(f"the chosen recipe has no {key}: take the method's own recipe, or give {key} yourself")
 
 
@@ -62,7 +70,8 @@ def apply_table(cfg: DictConfig) -> None:
     if recipe.table is None:
         return
     # not all of recipe.rows, because `grid=paper` has entries there that are not rows
-    names = {*catalog.TASKS, "vtab", "fgvc", "default"} & set(recipe.rows)
+    families = (spec.family for spec in catalog.TASKS.values())
+    names = {*catalog.TASKS, *families, "default"} & set(recipe.rows)
     known = {str(key) for name in names for key in recipe.rows[name]} - {"grid", "source"}
     values = recipe_table.read(Path(recipe.table), str(cfg.task), cfg.method.name, known)
     with open_dict(cfg):

@@ -5,7 +5,7 @@ module, the trainer and all folders come from this project's configs, and only p
 run's files:
 
 - method and backbone from the tuned state, which has been checked,
-- recipe, split, seed and precision from result.json,
+- recipe, split, seed and precisions from result.json,
 - from config.yaml the settings of the data, and where the user's images and the backbone's weights were.
 
 Everything else in config.yaml (hydra, callbacks, logger, trainer, paths) is ignored.
@@ -30,7 +30,7 @@ from visprompt.models import state_schema
 from visprompt.models.recipe import Recipe
 from visprompt.models.tuned_state import TunedState
 from visprompt.runs.compose import composing
-from visprompt.runs.job import Job
+from visprompt.runs.job import OWN_DATA, Job, MatmulPrecision
 from visprompt.runs.paths import CONFIGS
 from visprompt.runs.result import Result
 from visprompt.text import Terminal, visible
@@ -66,6 +66,7 @@ class _Scoring(state_schema.Closed):
     split: Literal["tune", "final"]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     precision: state_schema.Word
+    matmul_precision: MatmulPrecision = "highest"
     recipe: dict[str, Any]
 
 
@@ -154,7 +155,7 @@ def _compose(task: str, source: Path, data_dir: str | None) -> dict[str, Any]:
     """Compose this project's configs for a task, resolved for this machine.
 
     Args:
-        task: Name of a data config: a task's id, "folder" or "hf".
+        task: See `Job`; or the name of another config of data.
         source: The file that names the task, for messages.
         data_dir: This machine's folder of data; None uses that of the configs.
 
@@ -162,7 +163,7 @@ def _compose(task: str, source: Path, data_dir: str | None) -> dict[str, Any]:
         The groups "data", "trainer" and "paths" in plain containers.
     """
     spec = TASKS.get(task)
-    files = [] if spec else sorted((CONFIGS / "data").rglob(f"{task}.yaml"))
+    files = [] if spec else sorted((CONFIGS / "data").rglob(f"{OWN_DATA.get(task, task)}.yaml"))
     if spec is None and not files:
         raise UserError(
             f"{source} is refused: its task {task!r} has no config in {CONFIGS / 'data'}: add one"
@@ -225,7 +226,8 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 
 def _scoring(folder: Path, result: Result) -> dict[str, Any]:
     path = folder / "result.json"
-    record = {name: getattr(result, name) for name in _Scoring.model_fields}
+    record = {name: getattr(result, name) for name in _Scoring.model_fields if hasattr(result, name)}
+    record |= {name: value for name, value in result.trainer.items() if name == "matmul_precision"}
     checked = state_schema.read(_Scoring, record, path, _REMEDY)
     try:
         if not checked.recipe.keys() <= Recipe.model_fields.keys():

@@ -46,28 +46,30 @@ class Result(BaseModel):
     """Lightning's precision."""
     data: dict[str, Any]
     """Source, form (lossless or lossy), fingerprint, fraction, preprocessing, sizes of the split sets; and
-    augment, if training images were augmented beyond crop and flip."""
+    augment, if training images were augmented beyond crop and flip, or for segmentation scale and jitter."""
     backbone: dict[str, Any]
     """Name, options, sha256 of the weights, blocks driven without the fast path (carried_blocks), pooling."""
     metrics: dict[str, float]
     """Logged figures by name; accuracies are between 0 and 1."""
     per_class: dict[str, float | None]
-    """Test accuracy (validation accuracy if split=tune) by class name; null for a class without images."""
+    """Test accuracy (of val if split=tune) by class name, of segmentation IoU; null for an absent class."""
     tuned: dict[str, Any]
     """Number of parameters, head parameters, share of the backbone, parameters by name, multiply-adds for one
     image (macs), depth and length of prompts, bytes and sha256 of the file."""
     time: dict[str, float]
-    """Seconds of training over all processes (train_s), and of the last process (last_process_s)."""
+    """Seconds of training over all processes (train_s; of a stacked run its share, those of its stack divided
+    by the number of points), and of the last process (last_process_s)."""
     peak_memory: dict[str, Any]
     """Bytes, and what was measured."""
     machine: dict[str, Any]
-    """Device, number of devices, accumulation steps, threads."""
+    """Device, number of devices, accumulation steps, threads; stacked is the number of runs that were trained
+    together, if this was one of them."""
     versions: dict[str, str | None]
     """Versions of libraries and Python, and the git commit."""
     diverged_step: int | None = None
     """The optimiser step at which the loss was not finite, else null."""
     trainer: dict[str, Any] = {}
-    """Settings of the trainer that may change the numbers, such as clipping; older records lack it."""
+    """Settings that may change the numbers: clipping, matmul_precision on GPUs; older records lack it."""
     files: dict[str, str] = {}
     """sha256 of other files in the folder (metrics.csv, confusion.csv, classes.csv) by name; older records
     lack it, or the last two."""
@@ -114,14 +116,14 @@ def write_result(folder: Path, result: Result) -> None:
     write_record(folder / "result.json", result.model_dump(by_alias=True), indent=1)
 
 
-def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
+def load_result(folder: Path, *, hashed: bool = True, with_state: bool = True) -> Result | None:
     """Read a run's result.json, and check that the tuned state in the folder is the one it recorded.
 
     Args:
         folder: The run's folder.
-        hashed: Whether to hash the state's tensors, which takes 1 to 3 ms per MB. Otherwise only the file's
-            size and the checksum in its header are compared, which takes 0.2 ms and detects the state of
-            another run or a truncated file; reports over thousands of runs use this.
+        hashed: Whether to hash the state's tensors (1 to 3 ms per MB). Otherwise only the file's size and the
+            checksum in its header are compared (0.2 ms), which detects another run's or a truncated file.
+        with_state: Whether the state is in the folder. A copy of a run for a report lacks it.
 
     Returns:
         The result, or None if there is no result.json.
@@ -149,7 +151,7 @@ def load_result(folder: Path, *, hashed: bool = True) -> Result | None:
     if isinstance(preprocessing := result.data.get("preprocessing"), dict):
         data = result.data | {"preprocessing": in_present_words(preprocessing)}
         result = result.model_copy(update={"data": data})
-    if result.status != "diverged":
+    if with_state and result.status != "diverged":
         _check_state(folder / "tuned.safetensors", result, hashed)
     return result
 
@@ -171,10 +173,10 @@ def _check_state(path: Path, result: Result, hashed: bool) -> None:
         )
 
 
-def read_result(folder: Path, *, hashed: bool = True) -> Result | None:
+def read_result(folder: Path, *, hashed: bool = True, with_state: bool = True) -> Result | None:
     """Read a run's result like `load_result`, but return None also if it is damaged."""
     try:
-        return load_result(folder, hashed=hashed)
+        return load_result(folder, hashed=hashed, with_state=with_state)
     except DamagedRecord:
         return None
 
@@ -304,6 +306,12 @@ def cell(results: Iterable[Result]) -> Cell:
         UserError: The runs differ in more than the seed, one has no test score, or two have the same seed.
     """
     runs = list(results)
+    stacked = [str(result.seed) for result in runs if is_stacked(result)]
+    if 0 < len(stacked) < len(runs):
+        raise UserError(
+            "runs that were trained in a stack are not averaged with single ones: run src/train.py with "
+            f"rerun=true for the stacked ones (seed {', '.join(stacked)})"
+        )
     protocols = {json.dumps(_protocol(result), sort_keys=True) for result in runs}
     scored = all(result.split == "final" and result.status == "finished" for result in runs)
     if len(protocols) != 1 or not scored:
@@ -313,6 +321,11 @@ def cell(results: Iterable[Result]) -> Cell:
     if len({result.seed for result in runs}) < len(runs):
         raise UserError("two runs with the same seed cannot be averaged: leave one of them out")
     return Cell(tuple(result.score for result in runs), runs[0].interval if len(runs) == 1 else None)
+
+
+def is_stacked(result: Result) -> bool:
+    """Return whether a run was trained in a stack, see `runs.stack`."""
+    return "stacked" in result.machine
 
 
 def _protocol(result: Result) -> dict[str, Any]:

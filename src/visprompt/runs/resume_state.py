@@ -36,26 +36,52 @@ class Owner:
 
 def owner_of(path: Path) -> Owner | None:
     """Read the owner of a resume state from the file's header; return None if it cannot be read."""
+    progress = progress_of(path)
+    return progress and progress[0]
+
+
+def progress_of(path: Path) -> tuple[Owner, int] | None:
+    """Read a resume state's owner and number of optimiser steps from the file's header.
+
+    Returns:
+        Both, or None if they cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {})[_KEY][_DIGITS:]
         checkpoint = _unpack(json.loads(text), defaultdict(lambda: torch.empty(0)))
-        return Owner(**checkpoint["callbacks"][OWNER_KEY]["owner"])
+        return Owner(**checkpoint["callbacks"][OWNER_KEY]["owner"]), int(checkpoint.get("global_step", 0))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint of tensors and plain data atomically.
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a checkpoint, which later changes of the model do not reach.
+
+    Attributes:
+        tensors: Copies of its tensors on the CPU, by number.
+        text: All else, as JSON.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    text: str
+
+    def write(self, path: Path) -> None:
+        """Write the checkpoint atomically."""
+        meta = {_KEY: hash_tensors(self.tensors, also=self.text) + self.text}
+        write_atomically(path, lambda temporary: save_file(self.tensors, temporary, metadata=meta))
+
+
+def snapshot(checkpoint: dict[str, Any]) -> Snapshot:
+    """Copy a checkpoint of tensors and plain data.
 
     Raises:
         TypeError: The checkpoint holds something that is neither a tensor nor plain data.
     """
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_pack(checkpoint, tensors))
-    tensors |= {"": torch.empty(0)} if not tensors else {}
-    meta = {_KEY: hash_tensors(tensors, also=text) + text}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
+    return Snapshot(tensors or {"": torch.empty(0)}, text)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

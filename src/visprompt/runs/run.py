@@ -1,7 +1,6 @@
 """Make one run: find its folder, skip or resume or start it, train, score, and write its results."""
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,26 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError
-from visprompt.files import write_atomically
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
 from visprompt.models.classifier import Classifier
-from visprompt.models.feature_cache import release_pixels
+from visprompt.models.compiled import compile_in_place
+from visprompt.models.feature_cache import release
 from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.models.methods import build_method, check_options
 from visprompt.models.state_schema import check_record
-from visprompt.models.tuning_module import Diverged, TuningModule
-from visprompt.runs import attempt_files, environment, run_folder, signals
+from visprompt.models.tuning_module import Diverged, TuningModule, cache_owner
+from visprompt.runs import attempt_files, environment, matmul, run_folder, run_lock, signals
 from visprompt.runs.calibrate import Temperature
 from visprompt.runs.checkpoint import Owner, ResumeCheckpoint
 from visprompt.runs.identity import digest, full_digest, identity_of
 from visprompt.runs.instantiate import instantiate
 from visprompt.runs.job import Job
 from visprompt.runs.quiet import silence_libraries
+from visprompt.runs.remote_run import RemoteRun
 from visprompt.runs.result import Result, check_same_run, read_result
+from visprompt.runs.results_store import Results
+from visprompt.runs.resume_state import progress_of
+from visprompt.runs.run_lock import Hold
 from visprompt.runs.trainer import build_loggers, build_trainer, close
 from visprompt.runs.trainer_checks import warn_random
 from visprompt.text import Terminal
@@ -57,6 +59,12 @@ class Run:
     backbone: Backbone
     identity: Mapping[str, Any]
     folder: Path
+
+    @property
+    def remote(self) -> RemoteRun | None:
+        """Return this run in the store that paths.results names, or None if it is null."""
+        results = Results.of(self.job.paths)
+        return results.run(self.folder) if results else None
 
 
 def prepare(job: Job) -> Run:
@@ -129,7 +137,7 @@ def build_classifier(
     module = deepcopy(backbone.module)
     options = dict(job.method)
     method = build_method(options.pop("name"), module, **options)
-    return Classifier(module, method, num_classes, job.recipe.head_init, KINDS[kind])
+    return Classifier(module, method, num_classes, job.recipe.head_init, KINDS[kind], job.recipe.head)
 
 
 def run_job(run: Run) -> Result:
@@ -148,9 +156,10 @@ def run_job(run: Run) -> Result:
     trainer = build_trainer(run.job, resume)
     if trainer.world_size > 1:
         trainer.strategy.setup_environment()  # makes the process group, for the broadcast in `_next_attempt`
-    with _next_attempt(run, trainer) as attempt:
+    with _next_attempt(run, trainer) as (attempt, hold):
         if attempt is not None:
-            return _train(run, trainer, resume, attempt)
+            with matmul.matmul_precision(run.job):
+                return _train(run, trainer, resume, attempt, hold)
         stored = read_result(run.folder, hashed=False)  # `_next_attempt` has hashed it
         if stored is None:
             raise UserError(f"{run.folder} changed while it was read: run the same command again")
@@ -162,57 +171,57 @@ def run_job(run: Run) -> Result:
 
 
 @contextmanager
-def _next_attempt(run: Run, trainer: L.Trainer) -> Iterator[int | None]:
-    """Hold the run's lock in rank 0, and yield on all ranks the number of the attempt to make.
+def _next_attempt(run: Run, trainer: L.Trainer) -> Iterator[tuple[int | None, Hold | None]]:
+    """Hold the run's folder in rank 0, and yield on all ranks the number of the attempt to make.
 
     Yields:
-        The number, or None if the run is finished and not to be run again.
+        The number, or None if the run is finished and not to be run again; and the folder in rank 0.
     """
     attempt: int | None = None
+    hold: Hold | None = None
     error: UserError | None = None
     with ExitStack() as stack:
         if trainer.is_global_zero:
             try:
-                stored = stack.enter_context(run_folder.locked(run.folder))
-                if stored:
-                    check_same_run(stored, run.identity, run.folder)
-                attempt = run_folder.next_attempt(run.folder, stored, run.job.rerun)
+                hold = stack.enter_context(run_lock.locked(run.folder, run.remote))
+                if hold.stored:
+                    check_same_run(hold.stored, run.identity, run.folder)
+                attempt = run_folder.next_attempt(run.folder, hold.stored, run.job.rerun)
             except UserError as refusal:
                 error = refusal
         attempt, error = trainer.strategy.broadcast((attempt, error))
         if error:
             raise error
-        yield attempt
+        yield attempt, hold
 
 
-def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int) -> Result:
-    """Train and score a run on all ranks; rank 0 writes the results."""
+def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int, hold: Hold | None) -> Result:
+    """Train and score a run on all ranks; rank 0, which holds the folder, writes the results."""
     started = time.monotonic()
+    resume.hold = hold
     device = trainer.strategy.root_device
     job, datamodule = run.job, run.datamodule
     ckpt_path = resume.find(Owner(full_digest(run.identity), job.seed, attempt))
+    _check_alike(trainer, ckpt_path, run.folder)
     classifier = build_classifier(job, run.backbone, datamodule.num_classes, datamodule.kind)
-    # free the cached images of earlier runs, unless this run reads the same ones
-    release_pixels(None if classifier.has_frozen_part else datamodule.images_key)
+    # free what earlier runs left on the device, unless this run reads the same
+    release(cache_owner(datamodule, classifier, job.recipe))
     environment.reset_peak_memory(device)
     pruning.rewind(classifier, run.folder.parent)  # if the method names stored initial values
     leaks = bool(job.diagnostics.best_on_test) and datamodule.is_scored
     arguments = {"classifier": classifier, "recipe": job.recipe, "seed": job.seed, "leaks": leaks}
     module = instantiate("lightning_module", dict(job.lightning_module), TuningModule, **arguments)
+    tuned = attempt_files.tuned_counts(module.classifier, run.identity)  # its forward pass is not compiled
+    driven = attempt_files.driven(run.backbone, module.classifier)
     if job.compile:
-        torch.compiler.reset()  # else the ninth run of a process would exceed a limit and run uncompiled
-        module.classifier.compile()  # in place, so that the parameters keep their names
-    tuned = attempt_files.tuned_counts(module.classifier)
-    family = run.backbone.module
-    pooling = family.pooling(module.classifier.method.pool)
-    driven = {"carried_blocks": family.carried_blocks(), "pooling": pooling}
+        parts = [run.identity[name] for name in ("backbone", "method", "precision")]
+        head = [datamodule.num_classes, datamodule.kind, job.recipe.head]
+        compile_in_place(module.classifier, json.dumps([*parts, *head, str(device)]))
     if trainer.is_global_zero and not (job.backbone.pretrained or classifier.method.trains_backbone):
         warn_random(job.method.name)
     if trainer.is_global_zero:
-        write_atomically(
-            run.folder / run_folder.RESUME / "config.yaml",
-            lambda path: path.write_text(job.as_yaml(), encoding="utf-8"),
-        )
+        matmul.hint(job, device)
+        attempt_files.write_config(run.folder / run_folder.RESUME, job)
         trainer.loggers = build_loggers(run.job, run.folder, attempt, tuned)
     temperature = Temperature()
     if "debug" not in job.tags:  # a debug run may be limited to a few batches
@@ -229,41 +238,52 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int)
             raise UserError(
                 "nothing was scored: trainer.limit_val_batches and trainer.limit_test_batches must not be 0"
             )
-        metrics = attempt_files.last_row(resume, f"leak/test_{module.kind.hit}") | module.scores
-        figures = [*metrics.values()] if unscored else [module.scored_loss, *metrics.values()]
-        if diverged is None and not all(map(math.isfinite, figures)):
-            diverged = trainer.global_step  # the parameters are finite, but the loss or a figure is not
-        result = Result(
-            status="diverged" if diverged is not None else "unscored" if unscored else "finished",
-            **{k: v for k, v in run.identity.items() if k not in ("data", "backbone", "trainer")},
+        result = attempt_files.record(
+            run.identity,
+            datamodule,
+            resume,
+            module,
+            diverged,
+            trainer.global_step,
             attempt=attempt,
-            data=run.identity["data"] | attempt_files.data_record(datamodule),
             backbone=run.identity["backbone"] | driven,
-            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
-            per_class=dict(zip(datamodule.class_names, module.per_class, strict=False)),
             tuned=tuned,
             time={"train_s": resume.seconds, "last_process_s": time.monotonic() - started},
             peak_memory=environment.peak_memory(device),
             machine=environment.machine(device, trainer.world_size, trainer.accumulate_grad_batches),
             versions={**environment.versions(), "git_commit": environment.git_commit()},
-            diverged_step=diverged,
-            trainer=run.identity["trainer"],
             tags=job.tags,
-            kind=datamodule.kind,
         )
-        if trainer.is_global_zero:
+        if hold:
             tuned_state = attempt_files.tuned_state(
                 module.classifier, result, datamodule, run.backbone, temperature.value
             )
-            result = attempt_files.finish(run.folder, result, tuned_state, module.confusion)
+            result = attempt_files.finish(hold, job, resume, result, tuned_state, module.confusion)
         # a diverged run counts as failed, so that a sweep does not take its last figure for a score
-        status = "success" if diverged is None else "failed"
+        status = "failed" if result.status == "diverged" else "success"
     finally:
         for logger in trainer.loggers:
             close(logger, status, run.folder)
     # rank 0's result has the checksum of the file that it wrote
     finished: Result = trainer.strategy.broadcast(result)
     return finished
+
+
+def _check_alike(trainer: L.Trainer, ckpt_path: Path | None, folder: Path) -> None:
+    """Check that all ranks continue from the same resume state, or that none has one.
+
+    Raises:
+        UserError: They do not; raised on all ranks.
+    """
+    if trainer.world_size == 1:
+        return
+    mine = progress_of(ckpt_path) if ckpt_path else None
+    alike = mine == trainer.strategy.broadcast(mine)  # the one that rank 0 found
+    if not trainer.strategy.reduce_boolean_decision(alike):
+        raise UserError(
+            f"the ranks of this run find different resume states in {folder}: give them a folder on a file "
+            "system that all machines share with paths.log_dir=..."
+        )
 
 
 def _fit_and_score(

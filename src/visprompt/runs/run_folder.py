@@ -1,121 +1,34 @@
-"""Lock a run's folder, move complete attempts into place, and remove what killed processes left.
+"""Move complete attempts of a run into place, and remove what killed processes left.
 
-A new attempt is written under `resume/`, with `result.json` as its last file, and then moved to the run's
-folder. A kill at any step leaves either the old result, or a complete attempt that the next process to open
-the folder moves into place.
+A new attempt is trained under `resume/`. Its files are written to a folder of their own, which is renamed to
+`.complete/` when it is whole, and then moved to the run's folder, `result.json` last. A kill at any step
+leaves either the old result, or a complete attempt that the next process to hold the folder moves into
+place. All files of a result are those of one process, even if two believe for a moment to hold the run.
 """
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from visprompt.errors import UserError
 from visprompt.files import TEMPORARY, DamagedRecord, read_record
-from visprompt.runs import environment, signals
 from visprompt.runs.result import Result, load_result
 from visprompt.runs.resume_state import Owner, owner_of
 
 log = logging.getLogger(__name__)
-RESUME = "resume"
+RESUME, COMPLETE = "resume", ".complete"
 STATE = "state.safetensors"  # in the folder RESUME: the resume state of an unfinished attempt
 TUNED = "tuned.safetensors"
-CONFUSION, CLASSES = "confusion.csv", "classes.csv"
-LISTED = ("metrics.csv", CONFUSION, CLASSES)  # the files whose sha256 the result records, if they exist
+CONFIG = "config.yaml"
+CURVE, CONFUSION, CLASSES = "metrics.csv", "confusion.csv", "classes.csv"
+LISTED = (CURVE, CONFUSION, CLASSES)  # the files whose sha256 the result records, if they exist
 _RESULT = "result.json"
-_PARTS = ("config.yaml", *LISTED, TUNED)  # the other files of a complete attempt
+_PARTS = (CONFIG, *LISTED, TUNED)  # the other files of a complete attempt
 
 
-class AtWork(UserError):
-    """Another process is working on a run.
-
-    Attributes:
-        who: The other process: "process 17 on gpu3".
-        folder: The run's folder.
-    """
-
-    def __init__(self, who: str, folder: Path) -> None:
-        super().__init__(f"{who} is working on this run in {folder}: wait for it, or end it")
-        self.who, self.folder = who, folder
-
-    def __reduce__(self) -> tuple[type["AtWork"], tuple[str, Path]]:  # rank 0 broadcasts it to the others
-        return AtWork, (self.who, self.folder)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[Result | None]:
-    """Lock a run's folder against other processes, and tidy it.
-
-    Args:
-        folder: The run's folder; it is made.
-
-    Yields:
-        The folder's result, or None if there is none or it is damaged.
-
-    Raises:
-        AtWork: Another process holds the lock.
-        UserError: The folder cannot be written.
-    """
-    lock, holder = FileLock(folder / "lock"), folder / "holder"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0.2)  # not 0, because `is_free` in another process holds the lock for a moment
-    except Timeout:
-        raise AtWork(_holder(folder), folder) from None
-    except OSError as error:
-        raise _refused(folder, error) from error
-    try:
-        try:
-            holder.write_text(environment.this_process())
-            stored = _tidied(folder)
-        except OSError as error:
-            raise _refused(folder, error) from error
-        yield stored
-    finally:
-        with signals.deferred():
-            try:
-                holder.unlink(missing_ok=True)
-            finally:
-                lock.release()
-
-
-def is_free(folder: Path) -> bool:
-    """Return whether no process is working on a run."""
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    lock.release()
-    return True
-
-
-def _holder(folder: Path) -> str:
-    try:
-        return (folder / "holder").read_text() or "another process"
-    except OSError:
-        return "another process"
-
-
-def _refused(folder: Path, error: OSError) -> UserError:
+def refused(folder: Path, error: OSError) -> UserError:
+    """Build the error that says why a run's folder cannot be written to."""
     return UserError(f"cannot write to {folder}: {error}; choose another folder with paths.log_dir=...")
-
-
-def tidy(folder: Path) -> None:
-    """Tidy a run's folder before it is read without the lock; do nothing if it is locked or read-only."""
-    try:
-        names = [path.name for path in folder.iterdir()]
-    except OSError:
-        return
-    if {RESUME, "holder"} & set(names) or any(TEMPORARY.fullmatch(name) for name in names):
-        try:
-            with locked(folder):
-                pass
-        except UserError:
-            return
 
 
 def next_attempt(folder: Path, stored: Result | None, rerun: bool) -> int | None:
@@ -125,7 +38,7 @@ def next_attempt(folder: Path, stored: Result | None, rerun: bool) -> int | None
     otherwise any attempt of a run without a result. Remove a resume state that is not continued.
 
     Args:
-        folder: The run's folder, locked.
+        folder: The run's folder, held.
         stored: The folder's result.
         rerun: Whether a finished run is run again.
     """
@@ -153,41 +66,39 @@ def _owner(folder: Path) -> Owner | None:
 
 
 def put_in_place(folder: Path) -> None:
-    """Move a complete attempt from `resume/` to the run's folder; may be repeated after a kill at any step.
+    """Move a complete attempt from `.complete/` to the run's folder; may be repeated after a kill.
 
     Raises:
         DamagedRecord: The attempt's result is damaged; nothing has been moved.
-        UserError: The folder cannot be written.
+        OSError: The folder cannot be written.
     """
-    resume = folder / RESUME
-    try:
-        record = read_record(resume / _RESULT) or {}
-        for name in _PARTS:
-            if (resume / name).is_file():
-                (resume / name).replace(folder / name)
-        # files of an older result that the new attempt does not have
-        if record.get("status") == "diverged":
-            (folder / TUNED).unlink(missing_ok=True)
-        for name in set(LISTED) - set(record.get("files", {})):
-            (folder / name).unlink(missing_ok=True)
-        (resume / _RESULT).replace(folder / _RESULT)
-        shutil.rmtree(resume)
-    except OSError as error:
-        raise _refused(folder, error) from error
+    complete = folder / COMPLETE
+    record = read_record(complete / _RESULT) or {}
+    for name in _PARTS:
+        if (complete / name).is_file():
+            (complete / name).replace(folder / name)
+    # files of an older result that the new attempt does not have
+    if record.get("status") == "diverged":
+        (folder / TUNED).unlink(missing_ok=True)
+    for name in set(LISTED) - set(record.get("files", {})):
+        (folder / name).unlink(missing_ok=True)
+    (complete / _RESULT).replace(folder / _RESULT)
+    shutil.rmtree(complete)
+    shutil.rmtree(folder / RESUME, ignore_errors=True)
 
 
-def _tidied(folder: Path) -> Result | None:
+def tidied(folder: Path) -> Result | None:
     """Move a complete attempt into place, remove what a killed process left; return the folder's result."""
-    resume = folder / RESUME
+    resume, complete = folder / RESUME, folder / COMPLETE
     owner = _owner(folder)
     # of another run's files `ResumeCheckpoint.find` will say that they do not belong here
-    is_this_runs = owner is None or owner.run.startswith(folder.name)
-    if (resume / _RESULT).is_file() and is_this_runs:
-        try:
-            put_in_place(folder)
-        except DamagedRecord as error:
-            log.warning("%s: the attempt is scored again", error)
-            (resume / _RESULT).unlink()
+    if complete.is_dir() and (owner is None or owner.run.startswith(folder.name)):
+        if (complete / _RESULT).is_file():
+            try:
+                put_in_place(folder)
+            except DamagedRecord as error:
+                log.warning("%s: the attempt is scored again", error)
+        shutil.rmtree(complete, ignore_errors=True)
     for path in (*folder.glob(".*"), *resume.glob(".*")):
         if TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,19 +1,19 @@
 """Score several finished runs, those of one test set in one pass over it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visprompt.data.datasets import Batch
 from visprompt.errors import UserError
 from visprompt.models.bank import Bank
-from visprompt.models.kind import Mean, TaskKind
+from visprompt.models.task_kind import Mean, TaskKind
 from visprompt.models.tuned_state import TunedState
 from visprompt.runs.result import Result
 
@@ -34,7 +34,7 @@ class Finished:
 
 
 def by_test_set(runs: Sequence[Finished], precision: str | None = None) -> list[list[Finished]]:
-    """Return the runs in groups with the same test images, preprocessing and precision, in the order given.
+    """Return the runs in groups with the same test images, preprocessing and precisions, in the order given.
 
     Args:
         runs: The runs.
@@ -43,7 +43,8 @@ def by_test_set(runs: Sequence[Finished], precision: str | None = None) -> list[
     groups: dict[tuple[Any, ...], list[Finished]] = {}
     for run in runs:
         images = (run.result.data["fingerprint"], run.state.class_names, repr(dict(run.state.preprocessing)))
-        key = (precision or run.result.precision, *images)
+        matmul = run.result.trainer.get("matmul_precision", "highest")
+        key = (precision or run.result.precision, matmul, *images)
         groups.setdefault(key, []).append(run)
     return list(groups.values())
 
@@ -70,12 +71,17 @@ class ScoreEach(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch by each run."""
-        tasks = [name for name in self._names for _ in range(len(batch.labels))]
-        logits = torch.stack(self._bank(batch.images.repeat(len(self._names), 1, 1, 1), tasks))
-        parts = logits.float().chunk(len(self._names))
-        for part, figures, loss in zip(parts, self.figures, self.losses, strict=True):
+        for part, figures, loss in zip(self._logits(batch), self.figures, self.losses, strict=True):
             figures.update(part, batch.labels, batch.weights)  # type: ignore[operator]  # a metric
             loss.update(self.kind.loss(part, batch.labels), batch.weights)  # type: ignore[operator]  # a metric
+
+    def _logits(self, batch: Batch) -> Iterable[Tensor]:
+        """Return the logits of a batch by each run; of pixels one after the other, as they share no pass."""
+        if self.kind.dense:
+            return (torch.stack(self._bank(batch.images, name)).float() for name in self._names)
+        tasks = [name for name in self._names for _ in range(len(batch.labels))]
+        logits = torch.stack(self._bank(batch.images.repeat(len(self._names), 1, 1, 1), tasks))
+        return logits.float().chunk(len(self._names))
 
     def on_test_epoch_end(self) -> None:
         """Compute the figures of each run.

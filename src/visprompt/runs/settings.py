@@ -37,13 +37,25 @@ _SIDE = whole(1, 2**14)  # an image's width or height in pixels
 _PATHS = PATH | list_of(PATH, "a list of paths")
 _TARGET = Allowed("a mapping with _target_", lambda value: isinstance(value, dict) and "_target_" in value)
 _PRECISE = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+_MATMUL = one_of("highest", "high", "medium")
 _PRECISION = Allowed(f"one of {', '.join(_PRECISE)}", one_of(*_PRECISE, *PRECISIONS, 64, 32, 16).fits)
+
+_FACTORS = Allowed(
+    "two factors such as [0.5,2.0], the least first",
+    lambda value: (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(map(is_finite, value))
+        and 0 < value[0] <= value[1] <= 100
+    ),
+)
 
 _ALLOWED: dict[str, Allowed] = {
     "seed": whole(0, _MOST),
     "seeds": list_of(whole(0, _MOST), f"a list of whole numbers from 0 to {_MOST}")
     | Allowed("the word released", lambda value: value == "released"),
     "precision": _PRECISION,
+    "matmul_precision": _MATMUL,
     **dict.fromkeys(
         (
             "average",
@@ -54,21 +66,38 @@ _ALLOWED: dict[str, Allowed] = {
             "diagnostics.best_on_test",
             "verify",
             "download",
+            "multi_scale",
         ),
         SWITCH,
     ),
     **dict.fromkeys(("include_preprocessing", "private"), SWITCH),
     "to": TEXT,
     **dict.fromkeys(("quantize", "license", "push"), TEXT | NULL),
-    "resume_every_n_epochs": whole(1, _MOST),
+    "resume_every_n_epochs": whole(1, _MOST) | NULL,
     "split": TEXT,
     "tags": WORDS,
+    "engine.name": TEXT,
+    # YAML reads the word off as false
+    "engine.stack": Allowed("auto or off", one_of("auto", "off", False).fits),
     "methods": WORDS | Allowed("the word all", lambda value: value == "all") | NULL,
     "tasks": TEXT | WORDS | NULL,
     **dict.fromkeys(
         ("preprocessing.interpolation", "preprocessing.resampling", "preprocessing.normalisation"), TEXT
     ),
-    **dict.fromkeys(("paths.root_dir", "paths.data_dir", "paths.log_dir", "table", "output", "images"), PATH),
+    **dict.fromkeys(("paths.root_dir", "paths.data_dir", "paths.log_dir", "output", "images"), PATH),
+    "table": PATH | NULL,
+    "paths.results": TEXT | NULL,
+    "plan": one_of("json") | NULL,
+    "points": list_of(whole(0, _MOST), f"a list of whole numbers from 0 to {_MOST}") | NULL,
+    **dict.fromkeys(("engine.runs_per_gpu", "engine.cpus_per_run"), whole(1, 2**16)),
+    "engine.max_concurrent": whole(1, 2**16) | NULL,
+    "engine.retries": whole(0, 2**16),
+    "engine.address": TEXT | NULL,
+    "engine.gpus_per_run": number(
+        "0, a share of a GPU such as 0.25, or a whole number of GPUs",
+        lambda value: 0 <= value <= 1 or (value > 1 and value == int(value)),
+    )
+    | NULL,
     "states": _PATHS,
     **dict.fromkeys(("host", "dtype"), TEXT),
     "port": whole(0, 65535),
@@ -103,7 +132,7 @@ _ALLOWED: dict[str, Allowed] = {
     "backbone.final_norm": TEXT,
     "backbone.kwargs": MAPPING,
     "data.num_workers": whole(0, 1024),
-    **{f"data.{name}": SWITCH for name in ("pin_memory", "download", "crop", "skip_bad")},
+    **{f"data.{name}": SWITCH for name in ("pin_memory", "download", "crop", "skip_bad", "jitter")},
     **{
         f"data.{name}": TEXT
         for name in ("interpolation", "resampling", "normalisation", "source", "final", "revision")
@@ -127,10 +156,19 @@ _ALLOWED: dict[str, Allowed] = {
     "data.fraction": number("a number above 0, 1 at most", lambda value: 0 < value <= 1),
     "data.flip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "data.short_side": _SIDE | NULL,
+    "data.scale": _FACTORS | NULL,
+    "data.classes": PATH | WORDS | NULL,
+    "data.ignore": whole(0, 255) | NULL,
 }
-# Two programs differ, and are recognised by one of their keys: eval.py (`weights`) may leave out the
-# precision, which is then the run's; prepare.py (`verify`) needs a data_dir.
-_IN_ONE_PROGRAM = (("weights", "precision", _PRECISION | NULL), ("verify", "data_dir", PATH))
+# Three programs differ, and are recognised by one of their keys: eval.py (`weights`) may leave out the
+# precisions, which are then the run's; prepare.py (`verify`) needs a data_dir; predict.py (`max_pixels`) has
+# a default for its output.
+_IN_ONE_PROGRAM = (
+    ("weights", "precision", _PRECISION | NULL),
+    ("weights", "matmul_precision", _MATMUL | NULL),
+    ("verify", "data_dir", PATH),
+    ("max_pixels", "output", PATH | NULL),
+)
 _GROUPS = (
     "data",
     "backbone",
@@ -140,12 +178,15 @@ _GROUPS = (
     "paths",
     "preprocessing",
     "diagnostics",
+    "engine",
     "limits",
+    "engine",
 )
 
 # settings of Lightning's trainer that this project sets itself, with what to give instead
 _SET_BY_PROJECT = {
     "max_epochs": "give recipe.epochs=...",
+    "max_steps": "give recipe.max_steps=...",
     "precision": "give precision=...",
     "logger": "choose logger=csv, tensorboard or wandb",
     "callbacks": "give +callbacks.NAME={_target_: ...}",

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-# environment variable that `engine.run_ranks` sets in a rank: the parent's process id; only the parent prints
+# environment variable that `ranks.run_ranks` sets in a rank: the parent's process id; only the parent prints
 PARENT = "VISPROMPT_PARENT"
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _SAME = 0.5  # seconds in which a second signal is ignored, because `timeout` and torchrun send theirs twice

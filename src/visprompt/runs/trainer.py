@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,17 @@ def build_trainer(job: Job, *callbacks: L.Callback) -> L.Trainer:
     ]
     configured = [callback for callback in configured if bar or not isinstance(callback, ProgressBar)]
     plugins = [
-        SafetensorsIO(),
+        SafetensorsIO(beside=True),
         *(instantiate("trainer.plugins", config, PLUGINS) for config in job.trainer.get("plugins") or []),
     ]
     settings = {name: value for name, value in job.trainer if name != "plugins"}
+    if job.compile:  # Lightning validates without it and tests in it, which would be a graph each
+        settings.setdefault("inference_mode", False)
     trainer = instantiate(
         "trainer",
         settings,
         L.Trainer,
-        callbacks=[*configured, *callbacks],
+        callbacks=[*configured, LastStep(job.recipe.max_steps or sys.maxsize), *callbacks],
         enable_progress_bar=bar,
         plugins=plugins,
         precision=job.precision,
@@ -64,6 +67,21 @@ def build_trainer(job: Job, *callbacks: L.Callback) -> L.Trainer:
 def _named(group: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     """Return the names and configs of a group, without those that are None."""
     return [(str(name), config) for name, config in (group or {}).items() if config is not None]
+
+
+class LastStep(L.Callback):
+    """Ends training after a number of optimiser steps.
+
+    Not Lightning's `max_steps`, with which a run that is resumed begins one epoch too early.
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        self._max_steps = max_steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """End the epoch and the training if this was the last step."""
+        if trainer.global_step >= self._max_steps:
+            trainer.should_stop = True
 
 
 class TunedWandbLogger(WandbLogger):

@@ -11,7 +11,7 @@ import lightning.pytorch as L
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, in_one_line, unknown
 from visprompt.models.kind import KINDS
-from visprompt.runs import engine
+from visprompt.runs import ranks
 from visprompt.runs.job import Job
 
 log = logging.getLogger(__name__)
@@ -25,22 +25,28 @@ def check_trainer(trainer: L.Trainer, job: Job) -> None:
         job: The job that it was built for.
 
     Raises:
-        UserError: The trainer has another number of processes, or another precision.
+        UserError: The trainer has another number of processes, or another precision, or cannot clip the
+            gradients of a fused optimiser.
     """
     expected, actual = trainer.num_devices * trainer.num_nodes, trainer.world_size
-    if engine.started_elsewhere():
+    if ranks.started_elsewhere():
         actual = max(actual, int(os.environ.get("WORLD_SIZE", actual)))
     if actual != expected:
         raise UserError(
             f"trainer.devices={job.trainer.devices} and trainer.num_nodes={trainer.num_nodes} ask for "
-            f"{expected} process(es), and {engine.starter()} started {actual}: start {expected} "
-            f"({engine.remedy(trainer.num_devices, trainer.num_nodes)}), or change trainer.devices"
+            f"{expected} process(es), and {ranks.starter()} started {actual}: start {expected} "
+            f"({ranks.remedy(trainer.num_devices, trainer.num_nodes)}), or change trainer.devices"
         )
     precision, device = job.precision, trainer.strategy.root_device.type
     if trainer.precision != precision or (device == "mps" and precision == "64-true"):
         instead = trainer.precision if trainer.precision != precision else "32-true"
         raise UserError(
             f"precision={precision} is not available on device {device}: give precision={instead}"
+        )
+    if job.recipe.fused and precision.endswith("mixed") and job.trainer.get("gradient_clip_val"):
+        raise UserError(
+            f"recipe.fused=true cannot clip gradients under precision={precision}: leave out recipe.fused or "
+            "trainer.gradient_clip_val"
         )
 
 

@@ -1,6 +1,7 @@
 """Gather the images of all requests into batches, in one thread that calls the bank."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,16 +13,18 @@ import torch
 from torch import Tensor
 
 from visprompt.models.bank import Bank
+from visprompt.models.dense_prediction import mask_of
 from visprompt.models.prepared import Task
 from visprompt.serving.metrics import Metrics
+from visprompt.serving.pictures import Input
 
 _log = logging.getLogger(__name__)
 
-Compute = Callable[[Sequence[Tensor], Sequence[Task]], Sequence[Tensor]]
+Compute = Callable[[Sequence[Input], Sequence[Task]], Sequence[Tensor]]
 
 
 class _Job(NamedTuple):
-    image: Tensor
+    image: Input
     task: Task
     result: "Future[Tensor]"
     since: float  # on the monotonic clock
@@ -31,7 +34,7 @@ class Batcher:
     """A queue of images and the thread that computes them, whatever their tasks, in the order of arrival.
 
     Args:
-        compute: Returns each image's result, of images [3, H, W] and their tasks.
+        compute: Returns each image's result, of images and their tasks.
         size: Images in one batch.
         wait: Seconds for which a batch that is not full waits for more images.
         metrics: Where batches are counted.
@@ -58,8 +61,8 @@ class Batcher:
         """Return the number of images that wait."""
         return len(self._jobs)
 
-    def submit(self, image: Tensor, task: Task) -> "Future[Tensor]":
-        """Put an image [3, H, W] into the queue.
+    def submit(self, image: Input, task: Task) -> "Future[Tensor]":
+        """Put an image into the queue.
 
         Returns:
             Its result to come. One that is cancelled before its batch begins is not computed.
@@ -118,9 +121,32 @@ class Batcher:
             job.result.set_result(result)
 
 
-def probabilities(bank: Bank, images: Sequence[Tensor], tasks: Sequence[Task]) -> list[Tensor]:
-    """Return the probabilities [C], float32 on the CPU, of each image."""
-    logits = bank(images, tasks)
+def answers(bank: Bank, images: Sequence[Input], tasks: Sequence[Task]) -> list[Tensor]:
+    """Return the probabilities [C] of each image, float32; of a segmentation task the mask, uint8 [H, W].
+
+    All are on the CPU. A mask of numbers that are not finite is NaN, float32 [].
+    """
+    flat = [i for i, task in enumerate(tasks) if not task.kind.dense]
+    found = dict(
+        zip(flat, _probabilities(bank, [images[i] for i in flat], [tasks[i] for i in flat]), strict=True)
+    )
+    return [
+        _mask(bank, image, task) if task.kind.dense else found[i]
+        for i, (image, task) in enumerate(zip(images, tasks, strict=True))
+    ]
+
+
+def _probabilities(bank: Bank, images: Sequence[Input], tasks: Sequence[Task]) -> list[Tensor]:
+    """Return the probabilities [C], float32 on the CPU, of images of tasks with a label for each image."""
+    if not images:
+        return []
+    logits = bank([each.image for each in images], tasks)
     flat = torch.cat([row.float() for row in logits]).cpu()  # one copy from the GPU, not one for each image
     rows = flat.split([len(row) for row in logits])
     return [task.probabilities(row) for task, row in zip(tasks, rows, strict=True)]
+
+
+def _mask(bank: Bank, image: Input, task: Task) -> Tensor:
+    """Return the mask of an image; alone, because the logits of all its pixels take up to a gigabyte."""
+    mask = mask_of(bank([image.image], task)[0], image.size)
+    return torch.from_numpy(mask.labels) if math.isfinite(mask.probability) else torch.tensor(math.nan)

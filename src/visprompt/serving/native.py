@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from torch import Tensor
 
 from visprompt.models.prepared import Task
 from visprompt.serving.access import Tokens
+from visprompt.serving.masks import PNG, MaskAnswer, check_one, described, png_answer
 from visprompt.serving.pictures import to_png
 from visprompt.serving.reading import TOP_K, PredictRequest, read
 from visprompt.serving.refused import Refused
@@ -26,9 +27,10 @@ class ClassProbability(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What an image was found to be: classes, or an error with its status."""
+    """What was found in an image: classes, or for a segmentation task a mask; or an error with its status."""
 
     classes: list[ClassProbability] | None = None
+    mask: MaskAnswer | None = None
     error: str | None = None
     status: int | None = None
 
@@ -75,7 +77,8 @@ class TaskAnswer(BaseModel):
     classes: list[str] | None = None
     """In the order of the model's outputs; only where one task is asked for."""
     kind: str | None = None
-    """multi_label: an image may have several classes, and their probabilities do not sum to 1."""
+    """multi_label: an image may have several classes, and their probabilities do not sum to 1; segmentation:
+    each pixel has a class."""
     method: dict[str, Any] | None = None
     bytes: int | None = None
 
@@ -134,18 +137,28 @@ def router(service: Service, tokens: Tokens) -> APIRouter:
         dependencies=user,
         openapi_extra=_BODY,
         responses={
-            200: {"model": PredictAnswer},
+            200: {"model": PredictAnswer, "content": {PNG: {}}},
             207: {"model": PredictAnswer, "description": "Some images of the request are bad"},
             **_ERRORS,
+            406: {"model": ErrorAnswer, "description": "Accept: image/png with several images"},
         },
     )
-    async def predict(task: str, request: Request) -> JSONResponse:
-        """Return the most probable classes of each image, sent as files or in base64."""
+    async def predict(task: str, request: Request) -> Response:
+        """Return the most probable classes of each image, sent as files or in base64.
+
+        Of a segmentation task, return the mask of each image; with `Accept: image/png` that of one image as a
+        PNG.
+        """
         async with service.request() as ticket:
             asked = await service.task(task)
             given = await read(request, ticket, service)
+            as_png = asked.kind.dense and PNG in request.headers.get("accept", "")
+            if as_png:
+                check_one(given.images)
             outcomes = await service.predict(asked, given.images)
-        return _answer(asked, outcomes, given.top_k)
+            if as_png:
+                return await service.in_thread(png_answer, outcomes[0])
+            return await service.in_thread(_answer, asked, outcomes, given.top_k)
 
     @routes.post(
         "/tasks/{task}/attention",
@@ -225,13 +238,17 @@ def router(service: Service, tokens: Tokens) -> APIRouter:
 
 def _answer(task: Task, outcomes: Sequence[Tensor | Refused], top_k: int) -> JSONResponse:
     """Return 200; 207 if some images are bad; the error of the first if all are."""
+
+    def found(outcome: Tensor) -> dict[str, Any]:
+        if task.kind.dense:
+            return {"mask": described(outcome.numpy(), task.class_names, top_k)}
+        return {"classes": _top(outcome, task.class_names, top_k)}
+
     bad = [outcome for outcome in outcomes if isinstance(outcome, Refused)]
     if len(bad) == len(outcomes):
         raise bad[0]
     predictions = [
-        {"error": str(outcome), "status": outcome.status}
-        if isinstance(outcome, Refused)
-        else {"classes": _top(outcome, task.class_names, top_k)}
+        {"error": str(outcome), "status": outcome.status} if isinstance(outcome, Refused) else found(outcome)
         for outcome in outcomes
     ]
     return JSONResponse({"task": task.name, "predictions": predictions}, 207 if bad else 200)

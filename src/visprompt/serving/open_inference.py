@@ -1,7 +1,8 @@
 """The Open Inference Protocol, version 2 (KServe, Triton), with its model repository extension.
 
-Outputs are `probabilities` [n, classes] and `labels` [n]. Triton's extensions for binary tensors and for
-classification (`class_count` of its clients) are served too. Protocol:
+Outputs are `probabilities` [n, classes] and `labels` [n], or of a segmentation task `mask` [n, H, W].
+Triton's extensions for binary tensors and for classification (`class_count` of its clients) are served too.
+Protocol:
 https://github.com/kserve/open-inference-protocol
 """
 
@@ -23,7 +24,7 @@ from visprompt.serving.refused import Refused
 from visprompt.serving.service import Service
 from visprompt.serving.tensors import images_of, output, split
 
-INPUT, OUTPUTS = "images", ("probabilities", "labels")
+INPUT, OUTPUTS, MASK = "images", ("probabilities", "labels"), ("mask",)
 _VERSION = "1"
 
 
@@ -66,23 +67,25 @@ def router(service: Service, tokens: Tokens) -> APIRouter:
     @routes.post("/models/{task}/versions/{number}/infer", dependencies=user)
     @routes.post("/models/{task}/infer", dependencies=user)
     async def infer(task: str, request: Request, number: str = _VERSION) -> Response:
-        """Return the probabilities of images; a bad image fails its own request only."""
+        """Return the probabilities of images, or their masks; a bad image fails its own request only."""
         _check_version(number)
         async with service.request() as ticket:
             asked_task = await service.task(task)
             content = await body(request, ticket, service)
             length = request.headers.get("inference-header-content-length")
             asked, binary = await service.in_thread(split, content, length)
-            wanted = _wanted(asked)
+            wanted = _wanted(asked, MASK if asked_task.kind.dense else OUTPUTS)
             images = await service.in_thread(images_of, asked, binary, INPUT, service.limits.images)
             take_images(len(images), ticket, service)
             outcomes = await service.predict(asked_task, images)
-        shares = []
-        for outcome in outcomes:
-            if isinstance(outcome, Refused):
-                raise outcome
-            shares.append(outcome)
-        return _answer(asked_task, torch.stack(shares), asked.get("id"), wanted)
+            found = []
+            for outcome in outcomes:
+                if isinstance(outcome, Refused):
+                    raise outcome
+                found.append(outcome)
+            if len({outcome.shape for outcome in found}) > 1:
+                raise Refused(400, "the images differ in size, and so do their masks: send one in a request")
+            return await service.in_thread(_answer, asked_task, torch.stack(found), asked.get("id"), wanted)
 
     @routes.post("/repository/index", dependencies=user)
     async def index(request: Request) -> list[dict[str, str]]:
@@ -132,51 +135,58 @@ async def _parameters_of(request: Request, service: Service) -> dict[str, Any]:
 
 def _metadata(task: Task) -> dict[str, Any]:
     classes = len(task.class_names)
+    outputs: list[dict[str, Any]] = [
+        {"name": OUTPUTS[0], "datatype": "FP32", "shape": [-1, classes]},
+        {"name": OUTPUTS[1], "datatype": "BYTES", "shape": [-1]},
+    ]
+    if task.kind.dense:
+        outputs = [{"name": MASK[0], "datatype": "UINT8", "shape": [-1, -1, -1]}]
     return {
         "name": task.name,
         "versions": [_VERSION],
         "platform": "visprompt",
         "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
-        "outputs": [
-            {"name": OUTPUTS[0], "datatype": "FP32", "shape": [-1, classes]},
-            {"name": OUTPUTS[1], "datatype": "BYTES", "shape": [-1]},
-        ],
-        "parameters": {"class_names": [*task.class_names]},
+        "outputs": outputs,
+        "parameters": {"class_names": [*task.class_names], "kind": task.kind.name},
     }
 
 
-def _wanted(asked: Mapping[str, Any]) -> list[tuple[str, bool, int]]:
-    """Return the outputs asked for: name, whether binary, and the classes of Triton's classification or 0."""
+def _wanted(asked: Mapping[str, Any], names: tuple[str, ...]) -> list[tuple[str, bool, int]]:
+    """Return the outputs asked for: name, whether binary, and the classes of Triton's classification or 0.
+
+    Args:
+        asked: The request.
+        names: Names of the task's outputs.
+    """
     parameters = asked.get("parameters")
     binary = isinstance(parameters, dict) and parameters.get("binary_data_output") is True
     outputs = asked.get("outputs")
     if not outputs:
-        return [(name, binary, 0) for name in OUTPUTS]
+        return [(name, binary, 0) for name in names]
     wanted = []
     for each in outputs if isinstance(outputs, list) else [None]:
         each = each if isinstance(each, dict) else {}
         name = each.get("name")
-        if name not in OUTPUTS:
-            raise Refused(400, f"unknown output {name!r:.80}: ask for {' or '.join(OUTPUTS)}")
+        if name not in names:
+            raise Refused(400, f"unknown output {name!r:.80}: ask for {' or '.join(names)}")
         own = each.get("parameters")
         own = own if isinstance(own, dict) else {}
         count = own.get("classification", 0)
         if type(count) is not int or count < 0 or (count and name != OUTPUTS[0]):
-            raise Refused(
-                400, f"classification={count!r:.40} of {name} does not fit: give a number for {OUTPUTS[0]}"
-            )
+            what = f"give a number for {OUTPUTS[0]}" if OUTPUTS[0] in names else "leave it out"
+            raise Refused(400, f"classification={count!r:.40} of {name} does not fit: {what}")
         wanted.append((name, own.get("binary_data", binary) is True, count))
     return wanted
 
 
 def _answer(task: Task, shares: Tensor, identity: Any, wanted: list[tuple[str, bool, int]]) -> Response:
-    """Return the outputs of images with the probabilities `shares` [n, classes]."""
+    """Return the outputs of images with the probabilities `shares` [n, classes], or the masks [n, H, W]."""
     outputs, binaries = [], []
     for name, binary, count in wanted:
         values: np.ndarray | list[str]
         if count:
             values, shape = _classification(task, shares, count)
-        elif name == OUTPUTS[0]:
+        elif name in (OUTPUTS[0], *MASK):
             values, shape = shares.numpy(), [*shares.shape]
         else:
             values, shape = [task.kind.named(row, task.class_names) for row in shares], [len(shares)]

@@ -2,6 +2,7 @@
 
 import io
 import logging
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,20 @@ Content = bytes | np.ndarray
 """An encoded image; its pixels, uint8 [h, w, 3]; or a normalised input, float32 [3, size, size]"""
 
 
-def prepare(content: Content, number: int, task: Task, limits: Limits) -> Tensor | Refused:
-    """Return an image as the input [3, size, size] of its task, exactly as the task's evaluation prepared it.
+class Input(NamedTuple):
+    """An image as the backbone's input.
+
+    Attributes:
+        image: Normalised, float32 [3, size, size]; of a segmentation task [3, height, width].
+        size: Height and width of the picture, before it was resized.
+    """
+
+    image: Tensor
+    size: tuple[int, int]
+
+
+def prepare(content: Content, number: int, task: Task, limits: Limits) -> Input | Refused:
+    """Return an image as the input of its task, exactly as the task's evaluation prepared it.
 
     Args:
         content: The image.
@@ -53,25 +66,29 @@ def prepare(content: Content, number: int, task: Task, limits: Limits) -> Tensor
         return Refused(400, f"image {number} cannot be decoded")
 
 
-def _input(content: Content, task: Task, limits: Limits) -> Tensor:
+def _input(content: Content, task: Task, limits: Limits) -> Input:
     if isinstance(content, bytes):
         if len(content) > limits.image_bytes:
             raise Refused(
                 413, f"has {len(content)} bytes, more than the {limits.image_bytes} that are taken here"
             )
-        return to_input(decoder_of(task.preprocessing, limits.image_pixels)(content), task.preprocessing)
+        return _of_pixels(decoder_of(task.preprocessing, limits.image_pixels)(content), task)
     if content.dtype == np.uint8:
         if content.ndim != 3 or content.shape[2] != 3 or 0 in content.shape:
             raise Refused(400, f"has the shape {list(content.shape)}, not [height, width, 3]")
         if content.shape[0] * content.shape[1] > limits.image_pixels:
             raise TooLarge
-        return to_input(content, task.preprocessing)
-    side = task.preprocessing.get("size")
+        return _of_pixels(content, task)
+    side = int(task.preprocessing["size"])
     if content.shape != (3, side, side):
         raise Refused(400, f"has the shape {list(content.shape)}, not [3, {side}, {side}]")
     if not np.isfinite(content).all():
         raise Refused(400, "has numbers that are not finite")
-    return torch.from_numpy(np.array(content, dtype=np.float32))
+    return Input(torch.from_numpy(np.array(content, dtype=np.float32)), (side, side))
+
+
+def _of_pixels(pixels: np.ndarray, task: Task) -> Input:
+    return Input(to_input(pixels, task.preprocessing), (pixels.shape[0], pixels.shape[1]))
 
 
 def to_png(image: Tensor, task: Task) -> bytes:

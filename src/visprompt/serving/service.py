@@ -1,6 +1,7 @@
-"""The service behind all endpoints: from the images of a request to probabilities."""
+"""The service behind all endpoints: from the images of a request to probabilities or masks."""
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,14 +16,27 @@ from visprompt.errors import UserError
 from visprompt.models.attention import Weights
 from visprompt.models.bank import Bank
 from visprompt.models.prepared import Task
-from visprompt.serving.batching import Batcher, probabilities
+from visprompt.serving.batching import Batcher, answers
 from visprompt.serving.limits import Admission, Limits, Ticket
 from visprompt.serving.metrics import Metrics
-from visprompt.serving.pictures import Content, prepare
+from visprompt.serving.pictures import Content, Input, prepare
 from visprompt.serving.refused import Refused
 from visprompt.serving.states import States
 
 _T = TypeVar("_T")
+
+
+class _Room:
+    """The pixels that are left for the masks of a request."""
+
+    def __init__(self, pixels: int) -> None:
+        self._left = pixels
+
+    def take(self, pixels: int) -> bool:
+        """Take pixels if so many are left, and return whether they were."""
+        fits = pixels <= self._left
+        self._left -= pixels if fits else 0
+        return fits
 
 
 class Service:
@@ -41,7 +55,7 @@ class Service:
         self.metrics = Metrics()
         self.draining = False
         self._batcher = Batcher(
-            partial(probabilities, bank),
+            partial(answers, bank),
             size=limits.batch,
             wait=limits.batch_wait_ms / 1000,
             metrics=self.metrics,
@@ -84,14 +98,18 @@ class Service:
         return await self.in_thread(self.states.task, name)
 
     async def predict(self, task: Task, contents: Sequence[Content | Refused]) -> list[Tensor | Refused]:
-        """Return each image's probabilities [C], float32, or why it has none.
+        """Return each image's probabilities [C], float32, or its mask, uint8 [H, W], or why it has none.
+
+        The masks of a request have no more pixels together than one image may have, because they are held
+        until all are answered.
 
         Args:
             task: The task, as it is now: an answer never mixes the logits of one state with the classes of
                 another that replaces it meanwhile.
             contents: The images; what could not even be read stays refused.
         """
-        return list(await asyncio.gather(*(self._one(task, c, i + 1) for i, c in enumerate(contents))))
+        room = _Room(self.limits.image_pixels)
+        return list(await asyncio.gather(*(self._one(task, c, i + 1, room) for i, c in enumerate(contents))))
 
     async def attention(self, task: Task, content: Content | Refused) -> tuple[Tensor, Weights]:
         """Return an image as the backbone's input [3, size, size], and the attention of its pooled tokens.
@@ -106,11 +124,11 @@ class Service:
             raise image
         async with self._attending:
             try:
-                found = await self.in_thread(self.bank.attention, image, task)
+                found = await self.in_thread(self.bank.attention, image.image, task)
             except UserError as error:
                 raise Refused(422, str(error)) from error
         self.metrics.images.labels(task.name, "ok").inc()
-        return image, found
+        return image.image, found
 
     async def in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Call a function that takes long, in a thread of the pool."""
@@ -122,8 +140,17 @@ class Service:
         self._pool.shutdown()
         self._batcher.close()
 
-    async def _one(self, task: Task, content: Content | Refused, number: int) -> Tensor | Refused:
+    async def _one(
+        self, task: Task, content: Content | Refused, number: int, room: "_Room"
+    ) -> Tensor | Refused:
         outcome = await self._input(task, content, number)
+        if not isinstance(outcome, Refused) and task.kind.dense and not room.take(math.prod(outcome.size)):
+            self.metrics.images.labels(task.name, "bad").inc()
+            return Refused(
+                413,
+                f"image {number} is too much: the masks of a request have at most "
+                f"{self.limits.image_pixels} pixels together, so send fewer images in one",
+            )
         if isinstance(outcome, Refused):
             return outcome
         try:
@@ -141,9 +168,9 @@ class Service:
         self.metrics.images.labels(task.name, "ok").inc()
         return shares
 
-    async def _input(self, task: Task, content: Content | Refused, number: int) -> Tensor | Refused:
+    async def _input(self, task: Task, content: Content | Refused, number: int) -> Input | Refused:
         """Return an image as the backbone's input, or why it cannot be; the latter is counted."""
-        outcome: Tensor | Refused
+        outcome: Input | Refused
         if isinstance(content, Refused):
             outcome = content
         else:
@@ -152,7 +179,7 @@ class Service:
             self.metrics.images.labels(task.name, "failed" if outcome.status >= 500 else "bad").inc()
         return outcome
 
-    def _prepared(self, content: Content, number: int, task: Task) -> Tensor | Refused:
+    def _prepared(self, content: Content, number: int, task: Task) -> Input | Refused:
         started = time.monotonic()
         outcome = prepare(content, number, task, self.limits)
         self.metrics.decoding.observe(time.monotonic() - started)

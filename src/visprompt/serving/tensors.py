@@ -138,17 +138,20 @@ def output(
 
     Args:
         name: The output's name.
-        values: Numbers, float32; or texts, in the order of the shape.
+        values: Numbers, float32 or uint8; or texts, in the order of the shape.
         shape: Its shape.
         binary: Whether the values are sent as bytes.
     """
-    numbers = isinstance(values, np.ndarray)
-    about: dict[str, Any] = {"name": name, "datatype": "FP32" if numbers else "BYTES", "shape": [*shape]}
+    kind = next(
+        (word for word, dtype in _TYPES.items() if isinstance(values, np.ndarray) and values.dtype == dtype),
+        "BYTES",
+    )
+    about: dict[str, Any] = {"name": name, "datatype": kind, "shape": [*shape]}
     if not binary:
         data = values.ravel().tolist() if isinstance(values, np.ndarray) else [*values]
         return about | {"data": data}, b""
     if isinstance(values, np.ndarray):
-        content = values.astype("<f4").tobytes()
+        content = values.astype(_TYPES[kind]).tobytes()
     else:
         texts = [text.encode() for text in values]
         content = b"".join(_LENGTH.pack(len(text)) + text for text in texts)

@@ -6,8 +6,7 @@ train800val200, once for each seed, and scored on the test set. No choice reads 
 run with a separate folder, so that the protocol can be resumed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from visprompt.errors import UserError, unknown
 from visprompt.files import write_atomically
 from visprompt.models.methods import METHODS
-from visprompt.runs import compose
+from visprompt.runs import compose, ranks
+from visprompt.runs.engine.choose import opened
+from visprompt.runs.engine.drive import Named, Steps, drive
 from visprompt.runs.job import Job, check_effect
-from visprompt.runs.result import Cell, cell, choose, markdown_table
+from visprompt.runs.result import Cell, Result, cell, choose, markdown_table
 from visprompt.runs.run import check, prepare
-from visprompt.runs.run_all import Outcome, check_all, run_all
+from visprompt.runs.run_all import asks_for_stacks, check_all
 from visprompt.runs.trainer import under_agent
+from visprompt.runs.unit import Outcome
 from visprompt.text import Terminal
 from visprompt.tuning import pruning_chain
 
@@ -30,7 +32,6 @@ GRID_SEED = 42
 RELEASED_SEEDS = (42, 44, 82, 100, 800)
 """Seeds of the final runs in VPT's released code; its published table of settings uses the first three."""
 console = Terminal()
-RunAll = Callable[[Iterable[Job]], list[Outcome]]
 
 
 def tune(cfg: DictConfig) -> float:
@@ -54,13 +55,21 @@ def tune(cfg: DictConfig) -> float:
             "a trainer setting cuts every run short, and src/tune.py makes results, which such runs are "
             "not: leave it out, or debug src/train.py"
         )
+    total = 0
     for job in jobs:
-        job_points(job)  # finds errors in the grid before anything is trained
+        points = job_points(job)  # finds errors in the grid before anything is trained
         _check_sets(job)
+        total += len(chosen_points(points, cfg.points)) + (0 if cfg.points is not None else len(seeds))
+    stacks = asks_for_stacks(cfg)
+    # ranks do not wait for other processes, because they would have to agree on the order of the jobs
+    wait = not ranks.started_elsewhere()
+    with opened(compose.plain(cfg.engine), jobs, total, wait) as engine:
+        if cfg.points is not None:
+            return _mean_score(drive(engine, [_only_points(job, cfg.points) for job in jobs], stacks))
+        scored_by_job = drive(engine, [tune_one(job, seeds) for job in jobs], stacks)
     cells: dict[tuple[str, str], Cell] = {}
     failed: list[str] = []
-    for job in jobs:
-        scored = tune_one(job, seeds, run_all)
+    for job, scored in zip(jobs, scored_by_job, strict=True):
         failed += [f"{o.name}: {o.reason}" for o in scored if o.reason]
         results = [
             o.result for o in scored if o.result is not None and not o.reason and o.result.split == "final"
@@ -73,8 +82,10 @@ def tune(cfg: DictConfig) -> float:
             failed.append(f"{job.name}: {error}")
     if cells:
         table = _table(cells)
+        console.print(f"\n{table}")
+    if cells and cfg.table is not None:
         write_atomically(Path(cfg.table), lambda temporary: temporary.write_text(table, encoding="utf-8"))
-        console.print(f"\n{table}\nwritten to {cfg.table}")
+        console.print(f"written to {cfg.table}")
     if failed:
         raise UserError("; ".join(failed) + (f" ({len(failed)} runs failed)" if len(failed) > 1 else ""))
     return sum(each.mean for each in cells.values()) / len(cells)
@@ -140,13 +151,15 @@ def _choices(cfg: DictConfig, name: str) -> list[Any]:
     return list(given)
 
 
-def tune_one(job: Job, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
+def tune_one(job: Job, seeds: Sequence[int]) -> Steps[list[Outcome]]:
     """Run the protocol for one method on one task.
 
     Args:
         job: A composed job with the grid to try.
         seeds: Seeds of the final runs.
-        run: Runs jobs and returns their outcomes, as `run_all` does.
+
+    Yields:
+        The jobs of the grid, then those of the final runs; `drive` sends their outcomes.
 
     Returns:
         The outcomes of the final runs; if runs of the grid failed, only the outcomes of these; if all runs
@@ -160,14 +173,73 @@ def tune_one(job: Job, seeds: Sequence[int], run: RunAll) -> list[Outcome]:
     fixed = {key: value for key, value in points[0].items() if all(point[key] == value for point in points)}
     if fixed:
         console.print(f"{name}: with a single value in the grid: {_words(fixed)}")
-    outcomes = _run(job, [point | _tuning(job) for point in points], run)
+    outcomes = yield _varied(job, [point | _tuning(job) for point in points])
     if failed := [outcome for outcome in outcomes if outcome.result is None]:
         return failed  # choosing among the runs that happened to succeed would be another protocol
     chosen = choose([outcome.result for outcome in outcomes], points)
     if chosen is None:
         return outcomes
     console.print(f"{name}: chosen on validation: {_words(chosen) or 'the only point'}")
-    return _run(job, [chosen | {"split": "final", "seed": seed} for seed in seeds], run)
+    return (yield _varied(job, [chosen | {"split": "final", "seed": seed} for seed in seeds]))
+
+
+def looked_up(
+    job: Job, seeds: Sequence[int], stored: Callable[[Job], Result | None]
+) -> tuple[list[list[Job]], list[Outcome]]:
+    """Advance the protocol of one method on one task as far as finished runs allow.
+
+    Args:
+        job: As in `tune_one`.
+        seeds: As in `tune_one`.
+        stored: Returns the result of a job, or None if it is not finished.
+
+    Returns:
+        The jobs of the grid and, if all of them are finished, those of the final runs; and what `tune_one`
+        returns if a run that is not finished counts as failed.
+    """
+    steps: list[list[Job]] = []
+    sequence = tune_one(job, seeds)
+    named = next(sequence)
+    while True:
+        steps.append([each for _, each in named])
+        try:
+            named = sequence.send([Outcome(each.name, stored(each)) for each in steps[-1]])
+        except StopIteration as end:
+            return steps, end.value
+
+
+def _only_points(job: Job, numbers: Sequence[int]) -> Steps[list[Outcome]]:
+    """Run some points of a job's grid, without choosing and without final runs."""
+    chosen = chosen_points(job_points(job), numbers)
+    return (yield _varied(job, [point | _tuning(job) for point in chosen]))
+
+
+def chosen_points(points: Sequence[dict[str, Any]], numbers: Sequence[int] | None) -> list[dict[str, Any]]:
+    """Return the points of a grid with some numbers, or all points if the numbers are None.
+
+    Raises:
+        UserError: The grid has no point of that number, or there are no numbers.
+    """
+    if numbers is None:
+        return list(points)
+    if not numbers or max(numbers) >= len(points):
+        raise UserError(
+            f"points={list(numbers)} does not fit: give a list of numbers from 0 to {len(points) - 1}, the "
+            "points of this grid"
+        )
+    return [points[number] for number in numbers]
+
+
+def _mean_score(outcomes_by_job: Sequence[Sequence[Outcome]]) -> float:
+    """Return the mean validation score of points; -inf if one diverged, which is no failure in a grid.
+
+    Raises:
+        UserError: Runs failed.
+    """
+    outcomes = [outcome for outcomes in outcomes_by_job for outcome in outcomes]
+    if failed := [f"{o.name}: {o.reason}" for o in outcomes if o.result is None]:
+        raise UserError("; ".join(failed))
+    return sum(o.result.score for o in outcomes if o.result) / len(outcomes)
 
 
 def job_points(job: Job) -> list[dict[str, Any]]:
@@ -191,11 +263,9 @@ def _tuning(job: Job) -> dict[str, Any]:
     return {"split": "tune", "seed": GRID_SEED} | pruning_chain.unpruned(job)
 
 
-def _run(job: Job, variants: Sequence[Mapping[str, Any]], run: RunAll) -> list[Outcome]:
-    """Run variants of a job; the values of each are in its outcome's name: "dtd/vpt_deep recipe.lr=0.1"."""
-    outcomes = run([job.vary(values) for values in variants])
-    pairs = zip(outcomes, variants, strict=True)
-    return [replace(outcome, name=f"{outcome.name} {_words(values)}") for outcome, values in pairs]
+def _varied(job: Job, variants: Sequence[Mapping[str, Any]]) -> list[Named]:
+    """Return variants of a job, each with its values in its name: "dtd/vpt_deep recipe.lr=0.1"."""
+    return [(f"{job.name} {_words(values)}", job.vary(values)) for values in variants]
 
 
 def _words(values: Mapping[str, Any]) -> str:

@@ -193,7 +193,7 @@ def store_initial(folder: Path, state: TunedState) -> str:
         The hash; it is the option `initial` of the runs that start from these values.
     """
     name = hash_tensors(state.tensors)[:_DIGITS]
-    path = _initial_path(folder, name)
+    path = folder / initial_file(name)
     if not path.is_file():
         save_state(path, state)
     return name
@@ -201,7 +201,7 @@ def store_initial(folder: Path, state: TunedState) -> str:
 
 def has_initial(folder: Path, name: str) -> bool:
     """Return whether a folder has the initial values with a hash."""
-    return _initial_path(folder, name).is_file()
+    return (folder / initial_file(name)).is_file()
 
 
 def rewind(classifier: Classifier, folder: Path) -> None:
@@ -217,7 +217,7 @@ def rewind(classifier: Classifier, folder: Path) -> None:
     method = classifier.method
     if not isinstance(method, E2VPT) or method.initial is None:
         return
-    path = _initial_path(folder, method.initial)
+    path = folder / initial_file(method.initial)
     if not path.is_file():
         raise UserError(f"{path} is missing, which has the initial values of this run: run split=tune again")
     tensors = dict(load_state(path).tensors)
@@ -237,8 +237,9 @@ def rewind(classifier: Classifier, folder: Path) -> None:
     classifier.load_tuned_state(tensors)
 
 
-def _initial_path(folder: Path, name: str) -> Path:
-    return folder / "initial" / f"{name}.safetensors"
+def initial_file(name: str) -> str:
+    """Return the path of the initial values with a hash, in the folder of all runs of a method on a task."""
+    return f"initial/{name}.safetensors"
 
 
 def masks_of(options: Mapping[str, Any], layers: int = 1) -> Masks:

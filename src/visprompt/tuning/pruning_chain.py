@@ -27,17 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError
-from visprompt.files import DamagedRecord, read_record, sweep, write_atomically, write_record
+from visprompt.files import DamagedRecord, read_record, write_atomically, write_record
 from visprompt.models.tuned_state import TunedState
 from visprompt.runs import environment
 from visprompt.runs.job import Job
 from visprompt.runs.result import Result, choose, markdown_table, open_state
+from visprompt.runs.results_store import Results
 from visprompt.runs.run import Run, build_classifier, prepare
+from visprompt.runs.run_lock import locked_in_turn
 from visprompt.runs.trainer import under_agent, without_wandb
 from visprompt.text import Terminal, in_markdown, visible
 from visprompt.tuning import pruning
@@ -91,6 +92,7 @@ def run(job: Job, run_one: RunOne) -> Result:
     silent = without_wandb(job) if under_agent() else job
     tune = silent.vary({"split": "tune", "rerun": bool(job.rerun and job.split == "tune")})
     folder = prepare(tune).folder
+    _bring(job, folder)
     choice = stored(folder / "masks.json")
     if job.split == "tune" or choice is None or not pruning.has_initial(folder.parent, choice["initial"]):
         link, result, choice = _tune(tune, folder, run_one)
@@ -137,7 +139,7 @@ def _tune(job: Job, folder: Path, run_one: RunOne) -> tuple[Job, Result, dict[st
         "importance": importance.lists(),
         "unpruned": {name: unpruned_result.tuned[name] for name in ("parameters", "share")},
     }
-    _write(folder / "masks.json", record)
+    _store(job, folder / "masks.json", record)
     _report(folder, results[best], record)
     return links[best], results[best], record
 
@@ -152,7 +154,7 @@ def prune_points(job: Job) -> list[Point]:
 
 def _initial(job: Job, folder: Path) -> str:
     """Return the hash of the chain's initial values; draw and store them if that has not been done."""
-    with _locked(folder):
+    with _locked(job, folder):
         record = stored(folder / "initial.json")
         if record and pruning.has_initial(folder.parent, record["initial"]):
             return str(record["initial"])
@@ -168,20 +170,22 @@ def _initial(job: Job, folder: Path) -> str:
             versions=environment.versions(),
         )
         name = pruning.store_initial(folder.parent, state)
-        _write(folder / "initial.json", {"initial": name})
+        if results := Results.of(job.paths):
+            results.run(folder.parent).push_file(pruning.initial_file(name))
+        _store(job, folder / "initial.json", {"initial": name})
         return name
 
 
 def _importance(link: Job, trained: Result, folder: Path) -> Importance:
     """Return the importance of the tokens and segments of a trained run; only one process measures it."""
-    with _locked(folder):
+    with _locked(link, folder):
         record = stored(folder / "importance.json")
         if record is None or record["of"] != trained.tuned["sha256"]:
             measured = _measure(prepare(link))
             if not (measured.tokens.isfinite().all() and measured.segments.isfinite().all()):
                 raise UserError(f"the importance of tokens in {folder} is not finite: lower recipe.lr")
             record = {"of": trained.tuned["sha256"]} | measured.lists()
-            _write(folder / "importance.json", record)
+            _store(link, folder / "importance.json", record)
     return Importance.of(record)
 
 
@@ -219,21 +223,24 @@ def link_of(job: Job, initial: str, masks: dict[str, Any] | None = None) -> Job:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a chain's folder, so that one process computes a record and the others read it."""
-    lock = FileLock(folder / "lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error}; choose another folder with paths.log_dir=..."
-        ) from error
-    try:
-        sweep(folder.glob(".*.????????"))
+def _locked(job: Job, folder: Path) -> Iterator[None]:
+    """Hold a chain's folder, so that one process computes a record and the others read it."""
+    results = Results.of(job.paths)
+    with locked_in_turn(folder, results.run(folder) if results else None):
+        _bring(job, folder)
         yield
-    finally:
-        lock.release()
+
+
+def _bring(job: Job, folder: Path) -> None:
+    """Bring the records of a chain, and the initial values that they name, from the store if there is one."""
+    results = Results.of(job.paths)
+    if results is None:
+        return
+    for name in RECORDS:
+        results.run(folder).pull_file(name)
+    record = stored(folder / "initial.json")
+    if record and not pruning.has_initial(folder.parent, record["initial"]):
+        results.run(folder.parent).pull_file(pruning.initial_file(record["initial"]))
 
 
 def stored(path: Path) -> dict[str, Any] | None:
@@ -263,6 +270,13 @@ def stored(path: Path) -> dict[str, Any] | None:
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
     write_record(path, {**record, "chain": path.parent.name})
+
+
+def _store(job: Job, path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record, here and to the store if there is one."""
+    _write(path, record)
+    if results := Results.of(job.paths):
+        results.run(path.parent).push_file(path.name)
 
 
 def _report(folder: Path, result: Result, choice: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ def test_suites_name_tasks_and_no_name_means_two_things():
 
 @pytest.mark.parametrize("spec", TASKS.values(), ids=list(TASKS))
 def test_a_record_is_complete(spec):
-    assert spec.group in ("natural", "specialized", "structured", "fine-grained")
+    assert spec.group in ("natural", "specialized", "structured", "fine-grained", "dense")
     assert spec.num_classes >= 2
     assert len(set(spec.class_names)) in (0, spec.num_classes)
     assert {"test"} < set(spec.split_sizes)

@@ -21,6 +21,7 @@ from visprompt.text import Terminal
 BODY = bytes(range(256)) * 12_000  # 3 MB: three chunks
 SHA = hashlib.sha256(BODY).hexdigest()
 MD5 = hashlib.md5(BODY).hexdigest()
+SHA1 = hashlib.sha1(BODY).hexdigest()
 
 
 class Site:
@@ -109,6 +110,16 @@ def test_a_whole_download_is_kept_and_remembered(site, tmp_path):
 def test_md5_alone_or_nothing_known_will_do(site, tmp_path, known):
     site.lengths = False
     assert get(site.file(**known), tmp_path) == SHA
+
+
+def test_sha1_alone_is_compared(site, tmp_path):
+    assert get(site.file(sha256="", sha1=SHA1), tmp_path / "right") == SHA
+    wrong = site.file(sha256="", sha1="0" * 40)
+    with pytest.raises(
+        UserError, match=rf"cannot download data.tar: .*\(sha1 {SHA1} instead of {'0' * 40}\)"
+    ):
+        get(wrong, tmp_path / "wrong")
+    assert names(tmp_path / "wrong") == []
 
 
 def test_a_file_in_a_folder_of_the_folder(site, tmp_path):

@@ -34,6 +34,11 @@ def opened(folder, store_dir, skip_bad=False):
     return open_store(folder, store_dir / NAME, 24, skip_bad=skip_bad)
 
 
+def left(stores):
+    """Names in the folder of stores, without the empty files of locks."""
+    return sorted(path.name for path in stores.iterdir() if path.suffix != ".lock")
+
+
 def damaged(root):
     (root / "cat" / "0001.png").write_bytes(b"no image")
     (root / "dog" / "0002.png").write_bytes((root / "dog" / "0002.png").read_bytes()[:100])
@@ -48,7 +53,7 @@ def test_a_store_holds_what_decoding_gives(folder, tmp_path):
     for row, item in enumerate(folder.items):
         assert np.array_equal(store.image(row), resize_short_side(decode(item.path), 24))
     assert store.image(0).shape == (24, 30, 3)
-    assert [path.name for path in (tmp_path / "stores").iterdir()] == [NAME]
+    assert left(tmp_path / "stores") == [NAME]
 
 
 def test_images_are_decoded_once(folder, tmp_path, monkeypatch):
@@ -102,16 +107,21 @@ def test_a_damaged_store_is_built_again_and_that_is_said(folder, tmp_path, damag
     assert said.endswith(": the store is written again from the original files")
     assert (again.folder / "pixels.bin").read_bytes() == pixels
     assert sorted(path.name for path in again.folder.iterdir()) == ["manifest.json", "pixels.bin"]
-    assert list(stores.iterdir()) == [again.folder]
+    assert left(stores) == [again.folder.name]
 
 
-def test_several_builders_at_once_leave_one_store(folder, tmp_path):
-    stores, results = tmp_path / "stores", []
+def test_of_several_builders_at_once_one_decodes_and_the_others_take_its_store(folder, tmp_path):
+    stores, results, decoded = tmp_path / "stores", [], []
     barrier = threading.Barrier(4)
+
+    def slowly(path):
+        decoded.append(path)
+        time.sleep(0.01)
+        return decode(path)
 
     def build():
         barrier.wait()
-        results.append(opened(folder, stores))
+        results.append(open_store(folder, stores / NAME, 24, decode=slowly))
 
     threads = [threading.Thread(target=build) for _ in range(4)]
     for thread in threads:
@@ -119,8 +129,9 @@ def test_several_builders_at_once_leave_one_store(folder, tmp_path):
     for thread in threads:
         thread.join()
     assert len(results) == 4
+    assert sorted(decoded) == sorted(item.path for item in folder.items)
     assert all(np.array_equal(store.image(9), results[0].image(9)) for store in results)
-    assert len(list(stores.iterdir())) == 1
+    assert left(stores) == [NAME]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +151,7 @@ def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch, number
     monkeypatch.setattr(module, "in_threads", fail)
     with pytest.raises(UserError, match=message):
         opened(folder, tmp_path / "stores")
-    assert list((tmp_path / "stores").iterdir()) == []
+    assert left(tmp_path / "stores") == []
 
 
 def test_an_interrupt_leaves_nothing_behind(folder, tmp_path, monkeypatch):
@@ -150,7 +161,7 @@ def test_an_interrupt_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "in_threads", interrupt)
     with pytest.raises(KeyboardInterrupt):
         opened(folder, tmp_path / "stores")
-    assert list((tmp_path / "stores").iterdir()) == []
+    assert left(tmp_path / "stores") == []
 
 
 def test_what_a_killed_process_left_is_swept_but_not_a_running_one(folder, tmp_path):
@@ -161,7 +172,7 @@ def test_what_a_killed_process_left_is_swept_but_not_a_running_one(folder, tmp_p
         os.utime(path, (time.time() - 10,) * 2)
     with claimed(alive):
         opened(folder, tmp_path / "stores")
-    assert sorted(path.name for path in (tmp_path / "stores").iterdir()) == [NAME, alive.name]
+    assert left(tmp_path / "stores") == [NAME, alive.name]
 
 
 def test_files_that_cannot_be_decoded_are_all_named_at_once(tmp_path):
@@ -169,7 +180,7 @@ def test_files_that_cannot_be_decoded_are_all_named_at_once(tmp_path):
     message = r"2 of 10 images cannot be used \(cat/0001.png cannot be decoded .*; dog/0002.png .*\): repair or remove"
     with pytest.raises(UserError, match=message):
         opened(folder, tmp_path / "stores")
-    assert list((tmp_path / "stores").iterdir()) == []
+    assert left(tmp_path / "stores") == []
 
 
 def test_at_most_five_bad_files_are_listed(tmp_path):

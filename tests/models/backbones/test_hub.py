@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 import torch
+import urllib3
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 from test_flax import release_arrays
@@ -56,11 +57,11 @@ def test_missing_weights_fail_at_once_offline():
 def test_missing_weights_fail_when_the_hub_cannot_be_reached(monkeypatch, failure):
     asked = []
 
-    def refuse(address, timeout, *_):
+    def refuse(address, timeout, **_):
         asked.append((address, timeout))
         raise failure
 
-    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", refuse)
     with pytest.raises(UserError) as error:
         build_backbone(BackboneSpec(name=HUB))
     assert str(error.value) == MISSING
@@ -96,7 +97,10 @@ def mirror(monkeypatch):
     """A hub on this machine that answers every question with 403."""
 
     class Refusing(BaseHTTPRequestHandler):
-        def do_GET(self):
+        wait = 0.0
+
+        def do_HEAD(self):
+            time.sleep(self.wait)
             self.send_error(403)
 
         def log_message(self, *_):
@@ -105,7 +109,7 @@ def mirror(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Refusing)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield
+    yield Refusing
     server.shutdown()
     server.server_close()
 
@@ -123,6 +127,17 @@ def test_a_mirror_that_answers_but_cannot_give_the_file_is_one_sentence(monkeypa
         "the hub cannot be reached", "could not be fetched (403 Client Error: Forbidden)"
     )
     assert str(error.value) == expected.replace("https://huggingface.co", hub.constants.ENDPOINT)
+
+
+@pytest.mark.usefixtures("online")
+def test_a_slow_mirror_is_waited_for_longer_than_a_connection(monkeypatch, mirror):
+    assert hub._TIMEOUT == (5.0, 30.0)
+    mirror.wait = 0.3
+    monkeypatch.setattr(hub, "_TIMEOUT", (0.1, 5.0))
+    assert hub.answers(hub.constants.ENDPOINT)
+    monkeypatch.setattr(hub, "_TIMEOUT", (5.0, 0.1))
+    assert not hub.answers(hub.constants.ENDPOINT)
+    assert not hub.answers("no address")
 
 
 @pytest.mark.usefixtures("online", "mirror")

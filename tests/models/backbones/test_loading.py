@@ -25,6 +25,7 @@ TINY = {
     "vit_base_patch16_224.mae": VIT,
     "vit_base_patch16_224.dino": VIT,
     "vit_base_patch16_clip_quickgelu_224.openai": VIT,
+    "vit_base_patch16_siglip_224.webli": VIT,
     "vit_base_patch14_dinov2.lvd142m": VIT,
     "vit_base_patch14_reg4_dinov2.lvd142m": VIT,
     "deit3_small_patch16_224.fb_in1k": VIT,
@@ -200,6 +201,12 @@ def openai_clip(tensors):
     return prefixed("visual.", tensors | {"proj": torch.ones(32, 4)}) | text
 
 
+def siglip(tensors):
+    """The file on the hub: OpenCLIP's, in which timm's model is the trunk of the image tower."""
+    text = drawn("text.token_embedding.weight", "text.transformer.resblocks.0.ln_1.weight", "logit_bias")
+    return prefixed("visual.trunk.", tensors) | text
+
+
 def uncounted(tensors):
     """From before batch norm counted its batches, as torchvision's first files are."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
@@ -219,6 +226,7 @@ LAYOUTS = {
     "dinov3": ("vit_base_patch16_dinov3.lvd1689m", dinov3),
     "eva02": ("eva02_base_patch14_224.mim_in22k", eva02),
     "clip": ("vit_base_patch16_clip_quickgelu_224.openai", openai_clip),
+    "siglip": ("vit_base_patch16_siglip_224.webli", siglip),
     "swin": ("swin_base_patch4_window7_224.ms_in22k", swin),
     "convnext": ("convnext_base.fb_in22k", convnext),
 }

@@ -299,3 +299,58 @@ def test_clip_with_another_activation_is_refused(tmp_path, config, name, sentenc
     with pytest.raises(UserError) as error:
         load_file(model, tmp_path)
     assert str(error.value) == f"{tmp_path}/model.safetensors {sentence}"
+
+
+SIGLIP = "vit_base_patch16_siglip_224.webli"
+SIGLIP_TOWER = {
+    "embeddings.position_embedding.weight": (TOKENS - 1, WIDTH),
+    "embeddings.patch_embedding.weight": (WIDTH, 3, PATCH, PATCH),
+    "embeddings.patch_embedding.bias": (WIDTH,),
+    "head.probe": (1, 1, WIDTH),
+    "head.attention.in_proj_weight": (3 * WIDTH, WIDTH),
+    "head.attention.in_proj_bias": (3 * WIDTH,),
+    **layer("head.attention.out_proj"),
+    **layer("head.mlp.fc1", out=64),
+    **layer("head.mlp.fc2", inside=64),
+    **norm("post_layernorm", "head.layernorm"),
+}
+
+
+def siglip_reference(tensors, x, eps, gelu):
+    """SigLIP's pooled features as transformers computes them."""
+    x = F.conv2d(x, *pick(tensors, "embeddings.patch_embedding"), stride=PATCH).flatten(2).mT
+    x = x + tensors["embeddings.position_embedding.weight"]
+    for i in range(DEPTH):
+        at = f"encoder.layers.{i}."
+        inside = {n.removeprefix(at): t for n, t in tensors.items() if n.startswith(at)}
+        # `reference_block` has the exact GELU, which SigLIP's blocks have an approximation of
+        x = reference_block(inside, x, False, eps)
+    x = F.layer_norm(x, (WIDTH,), *pick(tensors, "post_layernorm"), eps)
+    probe = tensors["head.probe"].expand(len(x), -1, -1).transpose(0, 1)
+    attended, _ = F.multi_head_attention_forward(
+        *(probe, x.transpose(0, 1), x.transpose(0, 1), WIDTH, HEADS),
+        *(tensors["head.attention.in_proj_weight"], tensors["head.attention.in_proj_bias"]),
+        *(None, None, False, 0.0, *pick(tensors, "head.attention.out_proj")),
+        training=False,
+    )
+    attended = attended[0]
+    inner = F.layer_norm(attended, (WIDTH,), *pick(tensors, "head.layernorm"), eps)
+    return attended + F.linear(
+        gelu(F.linear(inner, *pick(tensors, "head.mlp.fc1"))), *pick(tensors, "head.mlp.fc2")
+    )
+
+
+@pytest.mark.parametrize(
+    ("prefix", "beside"),
+    [("vision_model.", {}), ("", {}), ("vision_model.", CLIP_BESIDE | {"logit_bias": (1,)})],
+)
+def test_siglip_s_image_tower_is_loaded_with_its_attention_pooling(tmp_path, prefix, beside):
+    blocks = {k: v for i in range(DEPTH) for k, v in clip_block(f"encoder.layers.{i}").items()}
+    inside = drawn(SIGLIP_TOWER | blocks)
+    save_file({prefix + n: t for n, t in inside.items()} | drawn(beside, seed=1), tmp_path / "w.safetensors")
+    model = timm.create_model(SIGLIP, num_classes=0, mlp_ratio=2.0, act_layer="gelu", **SIZE).eval()
+    load_file(model, tmp_path / "w.safetensors")
+    with torch.no_grad():
+        features = model(images(2, 32))
+    expected = siglip_reference(inside, images(2, 32), model.norm.eps, model.attn_pool.mlp.act)
+    assert relative_error(features, expected) < 1e-5

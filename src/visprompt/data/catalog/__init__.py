@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from visprompt.data.catalog import demo, fgvc, other, vtab
+from visprompt.data.catalog import demo, fgvc, other, segmentation, vtab
 from visprompt.data.catalog.task import TaskSpec
 from visprompt.errors import UserError, unknown
 
-_RECORDS = (*vtab.RECORDS, *fgvc.RECORDS, *demo.RECORDS, *other.RECORDS)
+_RECORDS = (*vtab.RECORDS, *fgvc.RECORDS, *segmentation.RECORDS, *demo.RECORDS, *other.RECORDS)
 
 TASKS: dict[str, TaskSpec] = {spec.id: spec for spec in _RECORDS}
 
@@ -22,7 +22,8 @@ SUITES: dict[str, tuple[str, ...]] = {
     "vtab_all": _suite("vtab"),
     "fgvc": _suite("fgvc"),
     "all": _suite("vtab") + _suite("fgvc"),
-    "demo": _suite("demo"),
+    "segmentation": _suite("segmentation"),
+    "demo": tuple(task for task in _suite("demo") if TASKS[task].kind == "single_label"),
 }
 
 ALIASES = {alias: spec.id for spec in _RECORDS for alias in spec.aliases}

@@ -3,8 +3,11 @@
 from visprompt.data.catalog.task import TaskSpec
 
 
-def _digits(task: str, group: str, class_names: tuple[str, ...], description: str) -> TaskSpec:
+def _digits(
+    task: str, group: str, class_names: tuple[str, ...], description: str, kind: str = "single_label"
+) -> TaskSpec:
     return TaskSpec(
+        kind=kind,
         id=task,
         dataset="digits",
         num_classes=len(class_names),
@@ -37,5 +40,13 @@ RECORDS = (
         "structured",
         tuple(f"row{cell // 4}_col{cell % 4}" for cell in range(16)),
         "A small handwritten digit in one of 4 x 4 cells, black elsewhere: in which cell is it?",
+    ),
+    _digits(
+        "digits_masks",
+        "dense",
+        ("background", *_DIGIT_NAMES),
+        "Five handwritten digits of different sizes that cover each other in part: which pixels belong to "
+        "which digit?",
+        "segmentation",
     ),
 )

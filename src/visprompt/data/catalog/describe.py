@@ -12,7 +12,7 @@ Generated from the catalog (`src/visprompt/data/catalog/`) by `make docs`: chang
 
 `python src/prepare.py tasks=vtab_natural` downloads, checks and decodes; `verify=true` reports missing data
 and checks the rest. `tasks=` takes ids, aliases and suites (vtab_natural, vtab_specialized, vtab_structured,
-vtab_all, fgvc, all); `data=` takes a config, `data=vtab/cifar` for example.
+vtab_all, fgvc, all, segmentation); `data=` takes a config, `data=vtab/cifar` for example.
 
 A VTAB task has up to three sources, chosen by `data.source`:
 
@@ -53,6 +53,7 @@ def markdown() -> str:
     for family, title in (
         ("vtab", "VTAB-1k"),
         ("fgvc", "Fine-grained (FGVC)"),
+        ("segmentation", "Segmentation"),
         ("demo", "Demo"),
         ("other", "Other"),
     ):
@@ -110,8 +111,7 @@ def _section(spec: TaskSpec) -> Iterator[str]:
 
 
 def _proof(file: SourceFile) -> str:
-    kinds = [f"{kind} `{value}`" for kind, value in (("sha256", file.sha256), ("md5", file.md5)) if value]
-    return ", ".join(kinds) or "no published checksum"
+    return ", ".join(f"{kind} `{value}`" for kind, value in file.checksums.items()) or "no published checksum"
 
 
 def _size(spec: TaskSpec) -> str:

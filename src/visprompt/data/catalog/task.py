@@ -37,6 +37,7 @@ class SourceFile:
         roughly: Estimate in bytes, where the size is unknown.
         sha256: Checksum in hex, "" where it is unknown.
         md5: Checksum in hex, "" where it is unknown; compared only where there is no sha256.
+        sha1: Likewise.
     """
 
     name: str
@@ -45,6 +46,13 @@ class SourceFile:
     roughly: int | None = None
     sha256: str = ""
     md5: str = ""
+    sha1: str = ""
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """Return the known checksums in hex by kind, the strongest first."""
+        kinds = {"sha256": self.sha256, "sha1": self.sha1, "md5": self.md5}
+        return {kind: value for kind, value in kinds.items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +105,9 @@ class TaskSpec:
     Attributes:
         id: The name in configs, folders, results and tables.
         aliases: Other names in use, which `tasks=` accepts; the prepared folder may use them, too.
-        group: "natural", "specialized" or "structured" (VTAB's groups), or "fine-grained".
-        family: Folder of its config below `configs/data/`: "vtab", "fgvc", "demo" or "other".
+        group: "natural", "specialized" or "structured" (VTAB's groups), "fine-grained", or "dense".
+        kind: The kind of its labels, a name of `models.kind.KINDS`.
+        family: Folder of its config below `configs/data/`: "vtab", "fgvc", "segmentation", "demo" or "other".
         dataset: Dataset of its images; tasks of one dataset share raw files and decoded pixels.
         num_classes: Number of classes.
         class_names: In the order of the labels; empty where only the data's files have them.
@@ -126,6 +135,7 @@ class TaskSpec:
     id: str
     aliases: tuple[str, ...] = ()
     group: str
+    kind: str = "single_label"
     family: str
     dataset: str = ""
     num_classes: int

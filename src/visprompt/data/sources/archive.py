@@ -111,6 +111,27 @@ def members(path: Path, stream: IO[bytes] | None = None) -> Iterator[Member]:
                 yield from kind(path, file)
 
 
+@contextmanager
+def by_name(path: Path) -> Iterator[dict[str, Member]]:
+    """Open a zip archive or a folder whose files are read in any order, and from several threads.
+
+    Args:
+        path: Archive or folder.
+
+    Yields:
+        Name -> file; valid in the `with`.
+
+    Raises:
+        UserError: The archive is missing, truncated or damaged; a member's `read` may raise it too.
+    """
+    with readable(path):
+        if path.is_dir():
+            yield {member.name: member for member in _folder_members(path)}
+            return
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            yield {member.name: member for member in _members_of(path, archive)}
+
+
 def _member(path: Path, name: str, opener: Callable[[], IO[bytes]]) -> Member:
     def read() -> bytes:
         with readable(path), opener() as file:
@@ -133,10 +154,14 @@ def _open(path: Path) -> IO[bytes]:
 
 def _zip_members(path: Path, stream: IO[bytes]) -> Iterator[Member]:
     with zipfile.ZipFile(stream) as archive:
-        for info in archive.infolist():
-            name = _clean(info.filename)
-            if not name.endswith("/") and not stat.S_ISLNK(info.external_attr >> 16):
-                yield _member(path, name, partial(archive.open, info))
+        yield from _members_of(path, archive)
+
+
+def _members_of(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
+    for info in archive.infolist():
+        name = _clean(info.filename)
+        if not name.endswith("/") and not stat.S_ISLNK(info.external_attr >> 16):
+            yield _member(path, name, partial(archive.open, info))
 
 
 class _Bytes:

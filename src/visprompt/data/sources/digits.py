@@ -1,15 +1,15 @@
-"""The demo tasks: scikit-learn's 1,797 handwritten digits, composed into three tasks of 64 x 64 pixels.
+"""The demo tasks: scikit-learn's 1,797 handwritten digits, composed into four tasks of 64 x 64 pixels.
 
 They show and test the whole program on real scans without a download; there are no published scores. Every
 choice is derived from md5 values, so the pixels are the same on every machine and for every seed.
 """
 
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from visprompt.data.catalog import SUITES
 from visprompt.data.splits import md5_int, md5_order
 from visprompt.errors import unknown
 
@@ -59,20 +59,20 @@ def compose(task: str, split_set: str) -> tuple[np.ndarray, np.ndarray, tuple[st
     """Compose the images and labels of one split set.
 
     Args:
-        task: "digits", "digits_crowded" or "digits_loc".
+        task: "digits", "digits_crowded", "digits_loc" or "digits_masks".
         split_set: "train800", "val200" or "test".
 
     Returns:
-        Images (uint8 [n, 3, 64, 64], grey repeated), labels (int64 [n]) and keys (the rows of load_digits, as
-        text).
+        Images (uint8 [n, 3, 64, 64], grey repeated), labels (int64 [n], or [n, 64, 64] of pixels) and keys
+        (the rows of load_digits, as text).
 
     Raises:
         UserError: There is no such task or split set.
     """
-    if task not in SUITES["demo"]:
-        raise unknown("demo task", task, SUITES["demo"])
+    if task not in _COMPOSED:
+        raise unknown("demo task", task, _COMPOSED)
     rows = split_rows(split_set)
-    grey, labels = {"digits": _plain, "digits_crowded": _crowded, "digits_loc": _located}[task](rows)
+    grey, labels = _COMPOSED[task](rows)
     return np.repeat(grey[:, None], 3, axis=1), labels, tuple(str(row) for row in rows)
 
 
@@ -107,3 +107,50 @@ def _located(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         top, left = 16 * (cell // 4), 16 * (cell % 4)
         image[top : top + 16, left : left + 16] = scans[row]
     return images, labels
+
+
+@cache
+def _regions(side: int) -> np.ndarray:
+    """Return the pixels of all enlarged scans that have ink or are at most three pixels from it, bool."""
+    inked = (Image.fromarray(scan >= _INK).convert("L") for scan in _scans(side))
+    return np.stack([np.asarray(mask.filter(ImageFilter.MaxFilter(7))) > 0 for mask in inked])
+
+
+def _masked(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Place a scan in each quarter, moved by up to 6 pixels, so that they cover each other.
+
+    A pixel has the label of the last digit that has ink there or three pixels from it, plus 1; 0 elsewhere.
+
+    Scans, sizes, places and the order of drawing are md5 values of "digits_masks/<row>/<quarter>/<what>".
+    """
+    digits, scans = _raw()[1], {side: _scans(side) for side in _SIDES}
+    regions = {side: _regions(side) for side in _SIDES}
+    images = np.zeros((len(rows), SIDE, SIDE), np.uint8)
+    labels = np.zeros((len(rows), SIDE, SIDE), np.int64)
+    for image, mask, row in zip(images, labels, rows, strict=True):
+        draws = [
+            [md5_int(f"digits_masks/{row}/{quarter}/{what}") for what in range(5)] for quarter in range(4)
+        ]
+        for quarter in sorted(range(4), key=lambda quarter: draws[quarter][0]):
+            _, what, side, down, right = draws[quarter]
+            scan, side = rows[what % len(rows)], _SIDES[side % len(_SIDES)]
+            middles = [
+                16 + 32 * half + draw % 13 - 6
+                for half, draw in zip(divmod(quarter, 2), (down, right), strict=True)
+            ]
+            top, left = (min(max(0, middle - side // 2), SIDE - side) for middle in middles)
+            ink, around = scans[side][scan], regions[side][scan]
+            window = np.s_[top : top + side, left : left + side]
+            image[window] = np.where(around, ink, np.maximum(image[window], ink))
+            mask[window][around] = digits[scan] + 1
+    return images, labels
+
+
+_SIDES = (28, 32, 36)  # of the scans in an image of digits_masks, in pixels
+_INK = 48  # the least value of a pixel with ink
+_COMPOSED: Mapping[str, Callable[[tuple[int, ...]], tuple[np.ndarray, np.ndarray]]] = {
+    "digits": _plain,
+    "digits_crowded": _crowded,
+    "digits_loc": _located,
+    "digits_masks": _masked,
+}

@@ -134,7 +134,8 @@ def _checksum(file: SourceFile, path: Path) -> str:
     if file.size not in (None, size := path.stat().st_size):
         raise _Unusable(f"{size:,} bytes instead of {file.size:,}")
     checksums = {}
-    for kind in ("sha256",) if file.sha256 or not file.md5 else ("sha256", "md5"):
+    weaker = () if file.sha256 else tuple(file.checksums)
+    for kind in ("sha256", *weaker):
         with _progress() as bar, bar.open(path, "rb", description=f"checking {file.name}") as stream:
             checksums[kind] = hashlib.file_digest(cast(Any, stream), kind).hexdigest()
         expected = getattr(file, kind)

@@ -1,17 +1,20 @@
 """Open the source of a task: download and unpack missing files, or say how to get them."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from visprompt.data.catalog.task import SourceFile, in_bytes
+from visprompt.data.sources.ade20k import ade20k
 from visprompt.data.sources.archive import unpack, unpacked
 from visprompt.data.sources.content import Content
 from visprompt.data.sources.download import obtain
 from visprompt.data.sources.fgvc import fgvc, fgvc_root
 from visprompt.data.sources.hf import hub
 from visprompt.data.sources.images import ImageFolder
+from visprompt.data.sources.masked_images import MaskedImages
 from visprompt.data.sources.prepared import prepared
 from visprompt.data.sources.readers import read_original
 from visprompt.data.stores.plan import Plan, has_json
@@ -76,6 +79,27 @@ def list_images(plan: Plan) -> tuple[ImageFolder, str]:
         except OSError as error:
             raise explained(error, plan.files_dir, "data_dir") from error
     return fgvc(plan.files_dir, plan.spec), "json" if has_json(plan) else "lists"
+
+
+@contextmanager
+def open_masked(plan: Plan) -> Iterator[MaskedImages]:
+    """Open the images and masks of a dataset for segmentation, which are read from its archive or its folder.
+
+    Args:
+        plan: The dataset and the folders.
+
+    Yields:
+        Its images with their masks.
+
+    Raises:
+        UserError: A file is missing, wrong or damaged.
+    """
+    if not (plan.files_dir / "images").is_dir():
+        for file in plan.spec.files:
+            if unpacked(plan.files_dir / file.name) == plan.files_dir / file.name:
+                _obtained(plan, file)
+    with ade20k(plan.files_dir, plan.spec) as images:
+        yield images
 
 
 def _unpack_all(plan: Plan) -> None:

@@ -43,15 +43,39 @@ def check(
     else:
         both = {}
     return [
-        *_sizes(spec, keys),
+        *check_keys(spec, keys, ordered=ordered),
         *_range(spec, labels),
-        *(_disjoint(keys, "") if ordered else _disjoint(_names(keys), ", by name")),
         *(
             found
             for name, golden in spec.golden.items()
             if name in labels or name in both
             for found in _golden(name, golden, keys.get(name, []), {**both, **labels}[name], ordered)
         ),
+    ]
+
+
+def check_keys(spec: TaskSpec, keys: Mapping[str, list[str]], *, ordered: bool = True) -> list[Check]:
+    """Check the number of images of each split set, and that no image is in two of them; see `check`."""
+    disjoint = _disjoint(keys, "") if ordered else _disjoint(_names(keys), ", by name")
+    return [*_sizes(spec, keys), *disjoint]
+
+
+def check_pixels(spec: TaskSpec, pixels: Mapping[str, np.ndarray]) -> list[Check]:
+    """Check that each split set has pixels of each class; where it has not, it is only reported.
+
+    Args:
+        spec: The record.
+        pixels: Split set -> the number of pixels of each class.
+    """
+    missing = {name: [spec.class_names[row] for row in np.flatnonzero(pixels[name] == 0)] for name in pixels}
+    return [
+        Check(
+            f"classes with pixels in {name}",
+            not lost,
+            f"{spec.num_classes - len(lost)}" + (f", without {', '.join(lost[:5])}" if lost else ""),
+            fatal=False,
+        )
+        for name, lost in missing.items()
     ]
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from visprompt.data.catalog.task import TaskSpec
 from visprompt.data.stores.manifest import check_place, whole
+from visprompt.data.stores.masked import MaskStore, read_masks
 from visprompt.data.stores.ragged import RaggedStore, read_store
 from visprompt.data.stores.square import SquareStore, read_square
 from visprompt.data.transforms import check_resizing
 from visprompt.errors import UserError, unknown
 
+AnyStore = SquareStore | RaggedStore | MaskStore
 SOURCES = ("raw", "prepared", "hf")
 _ASPECT = 4 / 3  # long side over short side of a photograph, where it is not known
 # of the stores' folders
@@ -30,8 +32,9 @@ class Plan:
         data_dir: Folder with `raw/<dataset>/` (original files) and `vtab-1k/`.
         root: Folder of the source's files, where it is not below `data_dir`.
         store_dir: Folder of the stores.
-        source: "raw", "prepared" or "hf"; FGVC has only "raw".
-        size: Side of the stored squares (VTAB) or length of the short side (FGVC), in pixels.
+        source: "raw", "prepared" or "hf"; FGVC and segmentation have only "raw".
+        size: Side of the stored squares (VTAB) or length of the short side (FGVC), in pixels; images with
+            masks are stored as their files, in any size.
         interpolation: "bilinear" or "bicubic".
         resampling: A name of `transforms.RESAMPLINGS`; always "pillow" for FGVC.
         download: Whether missing files may be downloaded.
@@ -59,6 +62,11 @@ class Plan:
             raise UserError(
                 f"{self.spec.id} has no source {self.source!r}: FGVC datasets are read with source=raw"
             )
+        if self.spec.family == "segmentation" and self.source != "raw":
+            raise UserError(
+                f"{self.spec.id} has no source {self.source!r}: segmentation datasets are read with "
+                "source=raw"
+            )
         if self.spec.family == "other" and self.source == "prepared":
             raise UserError(f"{self.spec.id} is not in the vtab-1k folder in circulation: use source=raw")
         if self.source == "hf" and self.spec.mirror is None:
@@ -75,6 +83,7 @@ class Plan:
     def folder(self) -> Path:
         """Return the folder of the store."""
         kind = f"{self.size}-{self.interpolation}{_SUFFIXES[self.resampling]}"
+        kind = "files" if self.spec.family == "segmentation" else kind
         parts = [self.source, "native" if self.native else kind]
         if self.root or self.revision:  # another folder or commit may hold other data
             given = f"{self.root.resolve() if self.root else ''} {self.revision}"
@@ -93,7 +102,12 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Return the size of the store in bytes; an estimate for FGVC, which assumes photographs of 4 : 3."""
+        """Return the size of the store in bytes; an estimate for FGVC, which assumes photographs of 4 : 3.
+
+        For segmentation it is about that of the original files.
+        """
+        if self.spec.family == "segmentation":
+            return sum(file.size or file.roughly or 0 for file in self.spec.files)
         count = sum(self.spec.split_sizes.values())
         if self.spec.family == "fgvc":
             return photographs(count, self.size)
@@ -102,7 +116,7 @@ class Plan:
 
     def others(self) -> list[Path]:
         """Return the stores of the same images and size that were resized in another way."""
-        if self.native or self.spec.family == "fgvc":
+        if self.native or self.spec.family in ("fgvc", "segmentation"):
             return []
         found = self.folder.parent.glob(f"{self.source}-{self.size}-*/manifest.json")
         return sorted(path.parent for path in found if path.parent != self.folder)
@@ -121,7 +135,7 @@ class Plan:
         words |= {"source": self.source} if self.source != "raw" else {}
         words |= {"root": str(self.root)} if self.root else {}
         words |= {"revision": self.revision} if self.revision else {}
-        if self.spec.family != "fgvc" and not self.native:
+        if self.spec.family not in ("fgvc", "segmentation") and not self.native:
             words |= {"image_size": str(self.size)} if self.size != 224 else {}
             words |= (
                 {"preprocessing.interpolation": self.interpolation}
@@ -142,19 +156,21 @@ def has_json(plan: Plan) -> bool:
     return any(True for pattern in ("train.json", "*/train.json") for _ in plan.files_dir.glob(pattern))
 
 
-def find(plan: Plan) -> SquareStore | RaggedStore | None:
+def find(plan: Plan) -> AnyStore | None:
     """Return a task's store, or None where it is missing or damaged; damage is logged."""
-    store: SquareStore | RaggedStore | None = whole(lambda: load(plan))
+    store: AnyStore | None = whole(lambda: load(plan))
     return store
 
 
-def load(plan: Plan) -> SquareStore | RaggedStore | None:
+def load(plan: Plan) -> AnyStore | None:
     """Open a task's store; return None if it is missing, or an FGVC store made from other lists.
 
     Raises:
         DamagedRecord: The store is damaged.
         UserError: The folder holds the store of another plan.
     """
+    if plan.spec.family == "segmentation":
+        return _load_masked(plan)
     return _load_ragged(plan) if plan.spec.family == "fgvc" else _load_square(plan)
 
 
@@ -178,4 +194,11 @@ def _load_ragged(plan: Plan) -> RaggedStore | None:
         return None
     side = store.short_side
     check_place(plan.folder, store.made_for if side == plan.size else f"of short side {side}", plan.place)
+    return store
+
+
+def _load_masked(plan: Plan) -> MaskStore | None:
+    store = read_masks(plan.folder)
+    if store is not None:
+        check_place(plan.folder, store.made_for, plan.place)
     return store

@@ -15,11 +15,12 @@ from visprompt.data.catalog.task import TaskSpec
 from visprompt.data.sources.content import Content, Found
 from visprompt.data.sources.decoders import DECODERS
 from visprompt.data.sources.images import BadImage, ImageFolder
-from visprompt.data.sources.open_source import list_images, open_source
+from visprompt.data.sources.open_source import list_images, open_masked, open_source
 from visprompt.data.splits import md5_order
-from visprompt.data.stores.checks import Check, check
+from visprompt.data.stores.checks import Check, check, check_keys
 from visprompt.data.stores.manifest import adopt
-from visprompt.data.stores.plan import Plan, find
+from visprompt.data.stores.masked import MaskStore, open_masks
+from visprompt.data.stores.plan import AnyStore, Plan, find
 from visprompt.data.stores.ragged import RaggedStore, open_store
 from visprompt.data.stores.square import Selection, SquareStore, write_square
 from visprompt.data.transforms import squash
@@ -53,7 +54,19 @@ def prepare_ragged(plan: Plan) -> RaggedStore:
     return cast(RaggedStore, _prepare(plan, _make_ragged))
 
 
-def _prepare(plan: Plan, make: Callable[[Plan], None]) -> SquareStore | RaggedStore:
+def prepare_masked(plan: Plan) -> MaskStore:
+    """Open the store of a dataset for segmentation; write it first where it is missing."""
+    return cast(MaskStore, _prepare(plan, _make_masked))
+
+
+def prepare(plan: Plan) -> AnyStore:
+    """Open the store of any task; write it first where it is missing."""
+    if plan.spec.family == "segmentation":
+        return prepare_masked(plan)
+    return prepare_ragged(plan) if plan.spec.family == "fgvc" else prepare_square(plan)
+
+
+def _prepare(plan: Plan, make: Callable[[Plan], None]) -> AnyStore:
     store = find(plan) or _made(plan, make)
     if store.chunks is None:  # of an older version: it gets its checksums now
         adopt(plan.folder, plan.place)
@@ -61,7 +74,7 @@ def _prepare(plan: Plan, make: Callable[[Plan], None]) -> SquareStore | RaggedSt
     return store
 
 
-def _made(plan: Plan, make: Callable[[Plan], None]) -> SquareStore | RaggedStore:
+def _made(plan: Plan, make: Callable[[Plan], None]) -> AnyStore:
     try:
         with alone(plan.folder.with_name(f".{plan.folder.name}.lock"), f"preparing {plan.name}"):
             store = find(plan)  # another process may have written it by now
@@ -112,6 +125,15 @@ def _make_ragged(plan: Plan) -> None:
         origin=origin,
         made_for=plan.place,
     )
+
+
+def _make_masked(plan: Plan) -> None:
+    with open_masked(plan) as images:
+        listed = {name: [i.key for i in images.items if i.split == name] for name in plan.spec.split_sizes}
+        _refuse(plan, check_keys(plan.spec, listed))
+        open_masks(
+            images, plan.folder, advice="get the dataset's files again", origin="raw", made_for=plan.place
+        )
 
 
 def warn_lossy(plan: Plan, store: SquareStore) -> None:

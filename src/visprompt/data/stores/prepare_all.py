@@ -11,9 +11,10 @@ from visprompt.data.catalog.task import SourceFile, in_bytes
 from visprompt.data.sources.archive import unpacked
 from visprompt.data.sources.images import ImageFolder, Item
 from visprompt.data.sources.open_source import CIRCULATED
-from visprompt.data.stores.checks import Check, check
-from visprompt.data.stores.plan import Plan, find, load
-from visprompt.data.stores.prepare import check_folder, prepare_ragged, prepare_square, warn_lossy
+from visprompt.data.stores.checks import Check, check, check_keys, check_pixels
+from visprompt.data.stores.masked import MaskStore
+from visprompt.data.stores.plan import AnyStore, Plan, find, load
+from visprompt.data.stores.prepare import check_folder, prepare, warn_lossy
 from visprompt.data.stores.ragged import RaggedStore
 from visprompt.data.stores.square import SquareStore
 from visprompt.errors import UserError
@@ -37,7 +38,7 @@ def prepare_all(plans: Sequence[Plan]) -> None:
         started = time.monotonic()
         try:
             there = find(plan) is not None
-            store = prepare_ragged(plan) if plan.spec.family == "fgvc" else prepare_square(plan)
+            store = prepare(plan)
         except UserError as error:
             failed.append(f"{plan.spec.id}: {error}")
             console.print(f"{plan.spec.id}: left undone")
@@ -61,7 +62,7 @@ def verify_all(plans: Sequence[Plan]) -> None:
     Raises:
         UserError: A store fails a check.
     """
-    stores: list[tuple[Plan, SquareStore | RaggedStore | None]] = []
+    stores: list[tuple[Plan, AnyStore | None]] = []
     wrong = []
     for plan in plans:
         try:
@@ -118,9 +119,7 @@ def _say_how(plan: Plan) -> None:
     lines = [f"{plan.spec.id}: {plan.spec.source}", f"  {plan.spec.homepage}"]
     for file in _files(plan):
         urls = " or ".join(file.urls) if file.urls else "to be fetched by hand"
-        proof = (
-            f"sha256 {file.sha256}" if file.sha256 else f"md5 {file.md5}" if file.md5 else "no known checksum"
-        )
+        proof = next((f"{kind} {value}" for kind, value in file.checksums.items()), "no known checksum")
         lines.append(f"  {file.name} ({_sum([file])}, {proof}) into {_place(plan)}: {urls}")
     if plan.source == "hf" and plan.spec.mirror:
         lines.append(f"  https://huggingface.co/datasets/{plan.spec.mirror.repo}")
@@ -145,7 +144,7 @@ def _sum(files: Sequence[SourceFile]) -> str:
     return total if all(file.size for file in files) else f"about {total}" if total[0].isdigit() else total
 
 
-def _check_pixels(store: SquareStore | RaggedStore) -> Check:
+def _check_pixels(store: AnyStore) -> Check:
     """Check all pixels of a store against their checksums."""
     name = "pixels unchanged"
     if store.chunks is None:
@@ -158,7 +157,10 @@ def _check_pixels(store: SquareStore | RaggedStore) -> Check:
     )
 
 
-def _check_store(plan: Plan, store: SquareStore | RaggedStore) -> list[Check]:
+def _check_store(plan: Plan, store: AnyStore) -> list[Check]:
+    if isinstance(store, MaskStore):
+        listed = {name: list(np.array(store.keys)[store.splits == name]) for name in plan.spec.split_sizes}
+        return [*check_keys(plan.spec, listed), *check_pixels(plan.spec, store.pixels_of)]
     if isinstance(store, RaggedStore):
         rows = zip(store.keys, store.labels.tolist(), store.splits.tolist(), strict=True)
         items = tuple(Item(Path(key), key, label, split) for key, label, split in rows)

@@ -7,12 +7,13 @@ Its manifest has a digest, compared whenever it is opened, and checksums of the 
 original files may be deleted.
 """
 
+import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,12 +30,13 @@ from visprompt.data.stores.manifest import (
 from visprompt.data.stores.threads import in_threads
 from visprompt.data.transforms import resize_short_side
 from visprompt.errors import UserError
-from visprompt.files import DamagedRecord, publish
+from visprompt.files import DamagedRecord, alone, explained, publish
 
 SCHEMA = 2
 _NAMES = frozenset({"schema", "fingerprint", "class_names", "origin", "images", "bad"})
 
 _log = logging.getLogger(__name__)
+_S = TypeVar("_S")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ def open_store(
 ) -> RaggedStore:
     """Open the store of some images; write it first where it is missing or damaged.
 
-    Any number of processes may call this at once: all use the store of the first that is ready.
+    Any number of processes may call this at once: one decodes, the others wait for its store.
 
     Args:
         images: The images.
@@ -149,14 +151,42 @@ def open_store(
         adopt(folder, made_for)
         store = usable()
     if store is None:
-        _log.info("decoding %d images once, into %s", len(images.items), folder)
-        publish(folder, write, lambda: usable() is not None)
-        store = usable()
+        store = written(folder, len(images.items), write, usable)
     if store is None:
         raise UserError(f"the store {folder} vanished while it was opened: start again")
     if store.bad:
-        _log.warning("%d of %d images left out: %s", len(store.bad), len(images.items), _named(store.bad))
+        _log.warning("%d of %d images left out: %s", len(store.bad), len(images.items), named(store.bad))
     return store
+
+
+def written(
+    folder: Path, count: int, write: Callable[[Path], None], usable: Callable[[], _S | None]
+) -> _S | None:
+    """Write a store, unless another process has written it while this one waited, and return it.
+
+    Args:
+        folder: The store's folder.
+        count: Number of its images, for the log.
+        write: Fills the temporary folder that it is given.
+        usable: Returns the store, or None where it is missing or not the right one.
+
+    Raises:
+        UserError: The disk is full, or the place cannot be written to.
+    """
+    try:
+        # the ranks that srun or torchrun starts come here together
+        with alone(folder.with_name(f".{folder.name}.decoding.lock"), f"decoding images into {folder}"):
+            if (store := usable()) is not None:
+                return store
+            _log.info("decoding %d images once, into %s", count, folder)
+            publish(folder, write, lambda: usable() is not None)
+            return usable()
+    except OSError as error:
+        # no locks here: each process decodes, and the first store to be ready is taken
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+            publish(folder, write, lambda: usable() is not None)
+            return usable()
+        raise explained(error, folder.parent) from error
 
 
 def read_store(folder: Path) -> RaggedStore | None:
@@ -214,10 +244,11 @@ def _write(
                 images.append((item.key, item.label, item.split, result.shape[0], result.shape[1]))
                 file.write(np.ascontiguousarray(result).data)
     if bad and (not skip_bad or not images):
-        raise UserError(f"{len(bad)} of {len(items)} images cannot be used ({_named(bad)}): {advice}")
+        raise UserError(f"{len(bad)} of {len(items)} images cannot be used ({named(bad)}): {advice}")
     known = {"schema": SCHEMA, "fingerprint": source.fingerprint, "class_names": source.class_names}
     return {**known, "images": images, "bad": bad}
 
 
-def _named(bad: Sequence[tuple[str, str]]) -> str:
+def named(bad: Sequence[tuple[str, str]]) -> str:
+    """Return the keys and reasons of up to five files that cannot be used, as text."""
     return "; ".join(f"{key} {reason}" for key, reason in bad[:5]) + ("; ..." if len(bad) > 5 else "")

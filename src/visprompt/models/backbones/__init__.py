@@ -1,7 +1,10 @@
 """Backbones by name: the demo ViT and timm's models, with weights from a file, a local cache or the hub."""
 
+import hashlib
+import json
 import textwrap
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from visprompt.models.backbones.family import Family
 from visprompt.models.backbones.options import check_kwargs
 from visprompt.models.backbones.weights.hub import hub_file
 from visprompt.models.backbones.weights.loading import find_file, load_file
+from visprompt.models.digests import digest_once, state_of
 from visprompt.models.tensors import hash_tensors
 
 DEMO = "vit64_tiny_imagenet_100"
@@ -108,6 +112,7 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
     check_name(spec.name)
     check_kwargs(spec.kwargs)
     file = _weights_file(spec)  # first: a large model takes a minute to build
+    state = "" if file is None else state_of(file)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -135,8 +140,24 @@ def build_backbone(spec: BackboneSpec, seed: int = 0) -> Backbone:
         )
     config = model.pretrained_cfg if spec.name != DEMO else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     module.mean, module.std = tuple(config["mean"]), tuple(config["std"])
-    digest = hash_tensors(model.state_dict())
+    digest = hash_tensors(model.state_dict()) if file is None else _digest(file, state, spec, model)
     return Backbone(module, spec, digest, module.image_size, module.mean, module.std)
+
+
+def _digest(file: Path, state: str, spec: BackboneSpec, model: nn.Module) -> str:
+    """Return the hash of a model that was loaded from a file, which then was in the given state."""
+    built = {name: value for name, value in asdict(spec).items() if name != "weights"}
+    versions = [timm.__version__, torch.__version__, _code()]
+    what = json.dumps([built, *versions], sort_keys=True, default=str)
+    return digest_once(file, what, lambda: hash_tensors(model.state_dict()), state)
+
+
+@lru_cache
+def _code() -> str:
+    """Return the sha256 (hex) of the code that turns a file of weights into a model."""
+    here = Path(__file__).parent
+    sources = [Path(__file__), *sorted((here / "weights").glob("*.py"))]
+    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _replace_final_norm(model: Any) -> None:

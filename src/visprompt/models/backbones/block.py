@@ -157,7 +157,7 @@ def combine(
         keys, values = [*keys, _for_images(rows[0])], [*values, _for_images(rows[1])]
     dtype, size = values[0].dtype, (read.shape[0], -1, -1, -1)
     all_keys, all_values = (
-        torch.cat([p.to(dtype).expand(size) for p in parts], 2) for parts in (keys, values)
+        _joined([part.to(dtype).expand(size) for part in parts]) for parts in (keys, values)
     )
     shown = None if mask is None else mask[:, None, None]
     out = F.scaled_dot_product_attention(q, all_keys, all_values, attn_mask=shown, scale=attn.scale)
@@ -165,6 +165,11 @@ def combine(
     if attn.gate is not None:
         out = out * attn.gate(read).sigmoid()
     return cast(Tensor, attn.proj_drop(attn.proj(out)))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return keys or values as one tensor; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
 
 
 def _for_images(rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ before the tuned ones can be computed once. A frozen backbone stays in evaluatio
 keep their statistics.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -106,10 +107,27 @@ class ConvNet(Family):
             x = x.unflatten(2, side_of(x.shape[2], self.grids[start]))
         return self.pool(self._through(x, start, self.num_blocks))
 
-    def _through(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def maps_from(
+        self, start: int, x: Tensor, method: Method, blocks: Sequence[int], normed: bool
+    ) -> list[Tensor]:
+        """Return the maps of blocks; see `Family.maps`."""
+        if x.ndim == 3:
+            x = x.unflatten(2, side_of(x.shape[2], self.grids[start]))
+        outputs: dict[int, Tensor] = {}
+        self._through(x, start, blocks[-1] + 1, outputs)
+        maps = [outputs[i] for i in blocks]
+        return [*maps[:-1], self.norm(maps[-1])] if normed else maps
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply the norm after the last block, if there is one, to each position of [B, width, h, w]."""
+        return x
+
+    def _through(self, x: Tensor, start: int, stop: int, outputs: dict[int, Tensor] | None = None) -> Tensor:
         """Run blocks `start` to `stop` - 1, and what is between them, on the maps before block `start`."""
         for i in range(start, stop):
             x = self.model.get_submodule(self.block_names[i])(x)
+            if outputs is not None:
+                outputs[i] = x
             between = self.between_names[i + 1] if i + 1 < self.num_blocks else None
             if between is not None:
                 x = self.model.get_submodule(between)(x)
@@ -155,6 +173,11 @@ class ConvNeXt(ConvNet):
         self.check_size(images, method)
         maps = self.model.stem(method.pixels(images))
         return cast(Tensor, cast(Any, self.model.stages[0]).downsample(maps))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply timm's norms before and after the pooling; the head is without its pooling here."""
+        x = self.model.norm_pre(x)
+        return cast(Any, self.model.head).norm(x) if "head.norm" in self.final_names else x
 
     def pool(self, x: Tensor) -> Tensor:
         """Return features [B, width] from the last block's maps."""

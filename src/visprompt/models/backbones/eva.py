@@ -11,7 +11,7 @@ in every family.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers import AttentionRope, apply_rot_embed_cat
@@ -25,6 +25,8 @@ from visprompt.models.backbones.family import side_of
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.contract import Method
 from visprompt.models.layers import split_heads
+
+_Out = TypeVar("_Out")
 
 
 class EVA(ViT):
@@ -98,6 +100,13 @@ class EVA(ViT):
         rotations = self._rotations(x.shape[1])
         return self._with_rotations(rotations, partial(super().from_block, start, x, method))
 
+    def maps_from(
+        self, start: int, x: Tensor, method: Method, blocks: Sequence[int], normed: bool
+    ) -> list[Tensor]:
+        """Return the maps of blocks from image tokens [B, n, width] before block `start`."""
+        run = partial(super().maps_from, start, x, method, blocks, normed)
+        return self._with_rotations(self._rotations(x.shape[1]), run)
+
     def drive(
         self, index: int, x: Tensor, num_image: int, rows: slice, entering: Tensor | None, method: Method
     ) -> Tensor:
@@ -146,7 +155,7 @@ class EVA(ViT):
                 f"{self.grids[0][0]} x {self.grids[0][1]} patches"
             )
 
-    def _with_rotations(self, rotations: Tensor | None, run: Callable[[], Tensor]) -> Tensor:
+    def _with_rotations(self, rotations: Tensor | None, run: Callable[[], _Out]) -> _Out:
         """Call `run`, whose blocks all use these rotations, computed once for the forward."""
         self._current_rotations = rotations
         try:

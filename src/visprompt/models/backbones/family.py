@@ -7,6 +7,7 @@ forward on all tokens ("carry" them).
 """
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -123,6 +124,29 @@ class Family(nn.Module):
 
     def from_block(self, start: int, x: Tensor, method: Method) -> Tensor:
         """Return pooled features [B, width] of what `to_block` returned for block `start`."""
+        raise NotImplementedError
+
+    def maps(self, images: Tensor, method: Method, blocks: Sequence[int], normed: bool) -> list[Tensor]:
+        """Return the outputs of blocks as maps, for heads that read every patch.
+
+        Blocks after the last of them are not run, and outputs that are neither read here nor by the next
+        block (class token, prompts) are not computed.
+
+        Args:
+            images: Normalised images [B, 3, H, W] of the backbone's own size.
+            method: The method.
+            blocks: Indices of the blocks, in ascending order.
+            normed: Whether the norm after the last block is applied to the last of the maps.
+
+        Returns:
+            For each block [B, width, height, width of the map].
+        """
+        return self.maps_from(0, self.embed(images, method), method, blocks, normed)
+
+    def maps_from(
+        self, start: int, x: Tensor, method: Method, blocks: Sequence[int], normed: bool
+    ) -> list[Tensor]:
+        """Return the `maps` of blocks from what `to_block` returned for block `start`."""
         raise NotImplementedError
 
     def check_size(self, images: Tensor, method: Method) -> None:

@@ -172,6 +172,10 @@ class Swin(TokenFamily):
             return slice(0, num_image), False
         return slice(num_image if pool == "prompt" else 0, None), True  # default: both, as in the paper
 
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply the final norm to each token."""
+        return cast(Tensor, self.model.norm(x))
+
     def pool(self, x: Tensor, pool: str | None) -> Tensor:
         """Apply the final norm to the rows chosen by `pooled_rows`, and pool them, as timm does."""
         # as a map of one column: timm pools over height and width, so the arrangement does not matter

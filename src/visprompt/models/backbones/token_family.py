@@ -168,12 +168,32 @@ class TokenFamily(Family):
         pooled = partial(self.pooled_rows, pool=method.pool)
         return self.pool(self.through(start, x, method, pooled), method.pool)
 
+    def maps_from(
+        self, start: int, x: Tensor, method: Method, blocks: Sequence[int], normed: bool
+    ) -> list[Tensor]:
+        """Return the maps of blocks from image tokens [B, n, width] before block `start`; see `maps`."""
+        outputs: dict[int, Tensor] = {}
+        self.through(start, x, method, partial(self.pooled_rows, pool="image"), blocks, outputs)
+        if normed:
+            outputs[blocks[-1]] = self.norm(outputs[blocks[-1]])
+        return [outputs[i].transpose(1, 2).unflatten(2, self.grids[i]) for i in blocks]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply the norm after the last block, before or after the pooling, to each token [B, n, width]."""
+        raise NotImplementedError
+
     def run(self, images: Tensor, method: Method, pooled: Callable[[int], tuple[slice, bool]]) -> Tensor:
         """Run all blocks on normalised images [B, 3, H, W]; see `through`."""
         return self.through(0, self.embed(images, method), method, pooled)
 
     def through(
-        self, start: int, x: Tensor, method: Method, pooled: Callable[[int], tuple[slice, bool]]
+        self,
+        start: int,
+        x: Tensor,
+        method: Method,
+        pooled: Callable[[int], tuple[slice, bool]],
+        blocks: Sequence[int] = (),
+        outputs: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """Run all blocks from `start` on.
 
@@ -182,13 +202,16 @@ class TokenFamily(Family):
             x: Image tokens before it, [B, n, width].
             method: The method.
             pooled: Number of image tokens after the last block -> `pooled_rows`.
+            blocks: Indices of blocks whose patches are read too; blocks after the last of them are not run.
+            outputs: Gets the patches [B, n, width] of these blocks.
 
         Returns:
             The rows of the last block's output that are pooled, [B, rows, width].
         """
+        end = blocks[-1] + 1 if blocks else self.num_blocks
         flow, num_image = method.token_flow(), x.shape[1]
         entered = x[:, num_image:]  # prompts that last entered a block
-        for i in range(start, self.num_blocks):
+        for i in range(start, end):
             prompt_outputs = x[:, num_image:]
             if flow[i] is not Flow.KEEP:
                 x = x[:, :num_image]
@@ -201,7 +224,7 @@ class TokenFamily(Family):
                 last = (entered, prompt_outputs) if flow[i] is Flow.MIX else None
                 # cast: the whole backbone may be in a 16-bit dtype
                 entering = entered = method.tokens(i, x, last).to(x.dtype)
-            if i + 1 == self.num_blocks:
+            if i + 1 == end:
                 rows, with_prompts = pooled(num_image)
             else:
                 with_prompts = flow[i + 1] in (Flow.KEEP, Flow.MIX)
@@ -209,7 +232,9 @@ class TokenFamily(Family):
             if entering is not None and with_prompts:
                 x, entering = torch.cat([x, entering.expand(x.shape[0], -1, -1)], dim=1), None
             x = self._run_block(i, x, num_image, rows, entering, method)
-            if i + 1 < self.num_blocks:
+            if outputs is not None and i in blocks:
+                outputs[i] = x if i + 1 == end else x[:, self.num_prefix : num_image]
+            if i + 1 < end:
                 x, num_image = self.between(i + 1, x, num_image)
         return x
 

@@ -134,6 +134,10 @@ class ViT(TokenFamily):
         """Return whether a pooling over tokens reads class and register tokens with the patches."""
         return self.model.pool_include_prefix
 
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply the final norms to each token; timm has one of them before and one after the pooling."""
+        return cast(Tensor, self.model.fc_norm(self.model.norm(x)))
+
     def pool(self, x: Tensor, pool: str | None) -> Tensor:
         """Apply the final norm to the rows chosen by `pooled_rows`, and pool them, as timm does."""
         model = self.model

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from hashlib import sha256
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -11,6 +10,7 @@ from typing import Any, get_args, get_origin
 
 from visprompt.errors import UserError, unknown
 from visprompt.models.contract import Flow, Geometry, Method, Place
+from visprompt.models.digests import file_digest
 from visprompt.models.methods.adapters import Adapter, AdapterPlus, AdaptFormer
 from visprompt.models.methods.baselines import MLP, Full, Linear, Partial
 from visprompt.models.methods.convpass import Convpass
@@ -105,7 +105,7 @@ def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def hashed_file(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a method, with the hash of a file of weights in place of its path."""
     if (file := options.get("weights")) and Path(file).expanduser().is_file():
-        return options | {"weights": f"sha256:{sha256(Path(file).expanduser().read_bytes()).hexdigest()}"}
+        return options | {"weights": f"sha256:{file_digest(Path(file).expanduser())}"}
     return options
 
 

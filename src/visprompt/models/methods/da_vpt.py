@@ -146,6 +146,11 @@ class DAVPT(Method):
         self._sums = self._counts = torch.zeros(())  # of this epoch's features, by class
 
     @property
+    def exact_modules(self) -> Iterable[nn.Module]:
+        """The attentions whose queries the loss computes."""
+        return [block.attn for block in self._blocks[self._first :]]
+
+    @property
     def needs_images(self) -> bool:
         """Whether there are more classes than prompts, so that k-means over features has to assign them."""
         return len(self.mapping) > self.guided.shape[1]

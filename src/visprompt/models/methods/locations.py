@@ -131,10 +131,10 @@ def pad(images: Tensor, prompts: Tensor, resize: bool, patch_size: int) -> Tenso
     if resize:
         small = F.interpolate(images.float(), size=(side - 2 * width,) * 2, mode="bilinear", antialias=True)
         images = small.to(images.dtype)  # resized in float32: not every device has a 16-bit kernel
-    mean, std = (
-        prompts.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    strips = F.pad((prompts - mean) / std, (0, width, 0, side - width))
+    scales = zip(prompts.unbind(1), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, strict=True)
+    # plain numbers, because a GPU would wait for the copy of a tensor
+    normalised = torch.stack([(channel - mean) / std for channel, mean, std in scales], dim=1)
+    strips = F.pad(normalised, (0, width, 0, side - width))
     # strip k is at the top at first; k counter-clockwise quarter turns move it to its side of the frame
     frame = torch.stack([torch.rot90(strip, turns, (1, 2)) for turns, strip in enumerate(strips)]).sum(0)
     cut = side if resize else side // patch_size * patch_size

@@ -28,6 +28,7 @@ this is our choice: register tokens are treated like class tokens; with more tha
 on reading X; P_0 passes a norm before the blocks if X_0 does; and other poolings read P as they read X.
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -158,11 +159,18 @@ class SA2VP(Method):
             return task_loss
         (backbone,) = self._backbone
         rows, _ = backbone.pooled_rows(prompts.shape[1], None)
-        dtype = next(backbone.parameters()).dtype
-        features = backbone.pool(prompts[:, rows].to(dtype), None)
-        logits = head(features.to(next(head.parameters()).dtype)).float()
+        # the type of the head, not of autocast, in which frozen weights may be
+        features = backbone.pool(prompts[:, rows].to(next(head.parameters()).dtype), None)
+        logits = head(features).float()
         prompt_loss = F.cross_entropy(logits.expand(len(labels), -1), labels, reduction="none")
         return (1 - self.prompt_weight) * task_loss + self.prompt_weight * prompt_loss
+
+    @property
+    def exact_modules(self) -> Iterable[nn.Module]:
+        """The attention that pools, if the backbone has one; the loss pools the prompts with it."""
+        (backbone,) = self._backbone
+        pooling = getattr(backbone.model, "attn_pool", None)
+        return [] if pooling is None else [pooling]
 
     @property
     def _scores_prompts(self) -> bool:

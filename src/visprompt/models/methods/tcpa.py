@@ -126,8 +126,10 @@ class TCPA(Method):
             distance between tokens and chosen keys [B].
         """
         similarity = F.normalize(x.float(), dim=-1) @ F.normalize(self.keys[block, pool].float(), dim=-1).T
-        at_random = self.training and self.epochs < self.random_epochs
-        scores = torch.rand_like(similarity) if at_random else similarity
+        scores = similarity
+        if self.training and self.random_epochs:  # a tensor decides: to ask its value would halt a GPU
+            at_random = self.epochs < self.random_epochs
+            scores = torch.where(at_random, torch.rand_like(similarity), similarity)
         chosen = scores.topk(self.chosen, dim=-1).indices
         distance = (1 - similarity.gather(-1, chosen)).mean(dim=(1, 2))
         seen = torch.zeros_like(similarity).scatter(-1, chosen, 1.0)

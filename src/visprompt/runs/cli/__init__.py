@@ -15,7 +15,7 @@ from visprompt.errors import UserError, unknown
 from visprompt.models.recipe import Recipe
 from visprompt.runs import compose, memory, signals
 from visprompt.runs.cli import arguments, flags, points, words
-from visprompt.runs.cli.show import job_as_yaml
+from visprompt.runs.cli.show import help_text, job_as_yaml
 from visprompt.runs.paths import check_writable
 from visprompt.text import visible
 
@@ -29,14 +29,14 @@ def check_words(config_name: str) -> None:
 
     The config is composed here as Hydra will compose it (under `-m` for every job of the multirun), so that a
     misspelt word gives one sentence with the nearest valid word. Flags may be before, between and after the
-    settings. `--cfg job` is answered here.
+    settings. `--help` and `--cfg job` are answered here.
 
     Args:
         config_name: The entry point's primary config.
 
     Raises:
-        SystemExit: A flag, key, option or value is wrong, and the error has been printed; or `--cfg job` has
-            been answered.
+        SystemExit: A flag, key, option or value is wrong, and the error has been printed; or `--help` or
+            `--cfg job` has been answered.
     """
     with one_sentence_errors():
         line = flags.split(sys.argv[1:])
@@ -68,6 +68,9 @@ def _checked(script: str, line: flags.CommandLine) -> list[str]:
             _check_values_of(cfg, given)
             if number == 0 and line.runs:
                 _check_folder(cfg, Path(full.hydra.sweep.dir if line.multirun else full.hydra.run.dir))
+        if line.options.help:
+            print(help_text(script, full, line.options.resolve))
+            raise SystemExit(0)
         if line.options.cfg == "job":
             print(job_as_yaml(config_name, cfg, [*settings, *data], line.options.package), end="")
             raise SystemExit(0)

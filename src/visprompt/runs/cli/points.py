@@ -8,6 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 
 from visprompt.errors import UserError
+from visprompt.runs.cli.words import options
 
 # the most combinations (0.1 to 0.3 s each) and values of one setting (15 ms each) that are checked
 _COMBINATIONS, _VALUES = 25, 200
@@ -50,8 +51,7 @@ def axes(overrides: Sequence[Override]) -> list[Axis]:
             settings = _values(override, key)
         else:
             settings = (str(override.input_line),)
-        group = override.key_or_group
-        is_group = bool(loader.get_group_options(group))
+        is_group = bool(options(override.key_or_group))
         axes_by_key.pop(key, None)
         axes_by_key[key] = Axis(key, settings, is_group)
     return list(axes_by_key.values())

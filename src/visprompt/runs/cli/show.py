@@ -1,11 +1,40 @@
-"""Show the config that a command line composes: `--cfg job`."""
+"""Show the config that a command line composes, `--cfg job`, or with the options of all groups, `--help`."""
 
-from collections.abc import Sequence
+import string
+from collections.abc import Iterator, Sequence
 
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from visprompt.errors import unknown
 from visprompt.runs import compose, paths
+from visprompt.runs.cli import words
+
+
+def help_text(script: str, full: DictConfig, resolve: bool) -> str:
+    """Return the help of an entry point, from the template in its config as Hydra would write it.
+
+    Args:
+        script: The entry point.
+        full: The composed config, including `hydra`.
+        resolve: Whether references such as `${task}` are replaced by their values.
+    """
+    with open_dict(full):
+        full.hydra.job.name = script
+    groups = (f"{group}: {', '.join(sorted(words.options(group)))}\n" for group in sorted(_groups()))
+    config = OmegaConf.to_yaml(words.without_hydra(full), resolve=resolve)
+    return string.Template(full.hydra.help.template).safe_substitute(
+        APP_CONFIG_GROUPS="".join(groups), CONFIG=config
+    )
+
+
+def _groups(parent: str = "") -> Iterator[str]:
+    """Yield the config groups that have options, without Hydra's."""
+    for name in words.options(parent, ObjectType.GROUP):
+        group = f"{parent}/{name}" if parent else name
+        if group != "hydra":
+            yield from [group] if words.options(group) else []
+            yield from _groups(group)
 
 
 def job_as_yaml(config_name: str, cfg: DictConfig, settings: Sequence[str], package: str | None) -> str:

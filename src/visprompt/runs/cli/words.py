@@ -1,9 +1,11 @@
 """Find the word of a command line that Hydra does not know, and suggest similar ones."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,7 +47,11 @@ def composed(config_name: str, settings: Sequence[str]) -> DictConfig:
         return hydra_compose(config_name, list(settings), return_hydra_config=True)
     except MissingConfigException as error:
         raise _unknown_option(error) from error
-    except ValueError as error:  # the option of a group is a number or a mapping
+    except ValueError as error:  # the option of a group is null, a number or a mapping
+        for setting in _choices(settings):
+            if setting.partition("=")[2] == "null":
+                choices = ", ".join(options(_group(setting)))
+                raise UserError(f"{setting} names no option: give one of {choices}") from error
         raise UserError(f"{in_one_line(error)}: {' '.join(_choices(settings))}") from error
     except TypeError as error:  # the option is a list of lists, which Hydra tries to join to a path
         raise UserError(
@@ -84,12 +90,20 @@ def is_config(name: str) -> bool:
 
 def configs() -> list[str]:
     """List the primary configs, including those of `--config-dir`."""
-    names = GlobalHydra.instance().config_loader().get_group_options("")
+    names = options("")
     return [name for name in names if not name.startswith("_")]  # Hydra adds one for internal use
 
 
 def _is_group(name: str) -> bool:
-    return bool(name) and bool(GlobalHydra.instance().config_loader().get_group_options(name))
+    return bool(name) and bool(options(name))
+
+
+def options(group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
+    """Return the options of a config group, or the groups below it."""
+    loader: Any = GlobalHydra.instance().config_loader()
+    # the loader's own function copies all its sources at each call
+    found: list[str] = loader.repository.get_group_options(group, kind)
+    return found
 
 
 def _group(setting: str) -> str:
@@ -119,17 +133,17 @@ def _unknown_option(error: MissingConfigException) -> UserError:
 def _unknown_key(config_name: str, settings: Sequence[str], error: Exception) -> UserError:
     choices = _choices(settings)
     try:
-        hydra = hydra_compose(config_name, return_hydra_config=True).hydra
-    except HydraException as bare:  # without any setting
+        bare = hydra_compose(config_name, return_hydra_config=True)
+    except HydraException as bare_error:  # without any setting
         hint = "configs/local/default.yaml may set values, but cannot choose options of config groups"
-        return UserError(f"the files in configs cannot be composed: {in_one_line(bare)}; {hint}")
-    groups = [str(group) for group in hydra.runtime.choices]
+        return UserError(f"the files in configs cannot be composed: {in_one_line(bare_error)}; {hint}")
+    groups = [str(group) for group in bare.hydra.runtime.choices]
     for choice in choices:
         if _group(choice) not in groups:
             others = [name for name in groups if not name.startswith("hydra")]
             return _of_another_script(config_name, _group(choice)) or unknown("key", _group(choice), others)
     try:
-        cfg = hydra_compose(config_name, choices, return_hydra_config=True)
+        cfg = hydra_compose(config_name, choices, return_hydra_config=True) if choices else bare
     except HydraException as choice_error:  # a choice itself is wrong, such as backbone={a:b}
         return UserError(in_one_line(choice_error))
     keys = {

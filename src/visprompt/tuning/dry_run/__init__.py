@@ -6,7 +6,7 @@ as they would be without `dry_run=true`.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +16,14 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from visprompt.data.catalog.task import in_bytes
-from visprompt.data.datamodule import no_images
 from visprompt.data.sampler import GlobalBatches
 from visprompt.errors import UserError
 from visprompt.runs import compose
 from visprompt.runs.job import Job
 from visprompt.runs.result import Result, read_result
 from visprompt.runs.run import build_classifier, prepare
-from visprompt.runs.run_all import Outcome, check_sweeper, local_devices
+from visprompt.runs.run_all import check_sweeper
+from visprompt.runs.unit import local_devices
 from visprompt.text import Terminal
 from visprompt.tuning import protocol, pruning, pruning_chain
 from visprompt.tuning.dry_run.needs import Needs, offline
@@ -128,15 +128,9 @@ class DryRun:
 
     def add_protocol(self, job: Job, seeds: Sequence[int]) -> None:
         """Add a line for the protocol of one method on one task."""
-        steps: list[list[Job]] = []  # jobs of the grid, then of the final runs
-
-        def look_up(jobs: Iterable[Job]) -> list[Outcome]:
-            steps.append(list(jobs))
-            return [Outcome(each.name, self.stored(each)) for each in steps[-1]]
-
-        outcomes = protocol.tune_one(job, seeds, look_up)
+        steps, outcomes = protocol.looked_up(job, seeds, self.stored)
         grid = steps[0]
-        points = {json.dumps(self._numbers(each)): each for each in grid}.values()  # equal points are one run
+        points = {json.dumps(self.numbers(each)): each for each in grid}.values()  # equal points are one run
         runs = [Planned(each, each) for each in points]
         if len(steps) > 1:  # all runs of the grid are finished, so that the choice is known
             runs += [run for final in steps[1] for run in self.planned(final)]
@@ -221,7 +215,7 @@ class DryRun:
             accumulate=accumulate,
             training=True,
         )
-        return int(job.recipe.epochs) * (len(batches) // accumulate)
+        return job.recipe.steps(len(batches) // accumulate)
 
     def _rows(self, job: Job) -> int:
         """Return the number of training images; nearly, because data.fraction rounds for each class."""
@@ -231,20 +225,22 @@ class DryRun:
     def _count(self, job: Job, split_set: str) -> int:
         sizes = self.needs.facts(job).sizes
         if split_set not in sizes:
-            raise no_images(self.needs.facts(job).datamodule.task, split_set)
+            raise self.needs.facts(job).datamodule.no_images(split_set)
         return sizes[split_set]
 
     def _shape(self, job: Job) -> list[Any]:
         """Return the settings that decide the time of a step."""
-        parts: list[Any] = [dict(job.backbone), dict(job.method)]
-        parts += [job.recipe.batch_size, job.recipe.optimizer, job.precision, job.trainer.accelerator]
+        head = [job.recipe.head, self.needs.facts(job).datamodule.kind]
+        parts: list[Any] = [dict(job.backbone), dict(job.method), head]
+        parts += [job.recipe.batch_size, job.recipe.optimizer, job.recipe.fused, job.trainer.accelerator]
+        parts += [job.precision, job.matmul_precision]
         return [*parts, _devices(job), job.trainer.accumulate_grad_batches, self._varies(job)]
 
     def _varies(self, job: Job) -> bool:
         """Return whether training images differ between epochs."""
         return self.needs.facts(job).datamodule.augments or job.recipe.mixes
 
-    def _numbers(self, job: Job) -> list[Any]:
+    def numbers(self, job: Job) -> list[Any]:
         """Return the settings in which the runs of a grid can differ."""
         return [job.recipe.model_dump(), dict(job.method)]
 
@@ -252,16 +248,23 @@ class DryRun:
         # the number of classes is not in the key, because the head takes almost no time
         facts, key = self.needs.facts(job), json.dumps(self._shape(job))
         if key not in self.paces:
-            args = facts.backbone, facts.classes, _devices(job), self._varies(job)
-            self.paces[key] = measure_pace(job, *args)
+            kind, args = facts.datamodule.kind, (_devices(job), self._varies(job))
+            self.paces[key] = measure_pace(job, facts.backbone, facts.classes, *args, kind)
         return self.paces[key]
 
     def _state(self, job: Job) -> int:
         facts = self.needs.facts(job)
-        key = json.dumps([*self._shape(job)[:2], facts.classes])
+        key = json.dumps([*self._shape(job)[:3], facts.classes])
         if key not in self.states:
-            self.states[key] = state_bytes(build_classifier(job, facts.backbone, facts.classes))
+            args = facts.backbone, facts.classes, facts.datamodule.kind
+            self.states[key] = state_bytes(build_classifier(job, *args))
         return self.states[key]
+
+    def seconds_alone(self, job: Job) -> float | None:
+        """Return the seconds that a run takes in a separate process; None if they cannot be measured."""
+        self.frozen.clear()
+        pace = self._pace(job)
+        return None if pace.why else self._cost(job, pace)
 
     def _cost(self, job: Job, pace: Pace) -> float:
         """Return the seconds that a run takes."""
@@ -276,7 +279,7 @@ class DryRun:
             self.frozen.add(key)
             seconds += (self._rows(job) + watched) * pace.frozen
         times = job.recipe.epochs // job.trainer.check_val_every_n_epoch
-        return seconds + (tested * pace.image + times * watched * pace.kept) / _devices(job)
+        return seconds + facts.windows * (tested * pace.image + times * watched * pace.kept) / _devices(job)
 
     def say(self) -> float:
         """Print the table, the time and what is missing.
@@ -318,7 +321,8 @@ class DryRun:
             "not included"
         )
         limits = [f"{', '.join(sorted(self.limits))} would make it less"] if self.limits else []
-        return "; ".join([estimate, *limits, *why])
+        faster = [pace.faster for pace in paces if pace.faster][:1]
+        return "; ".join([estimate, *limits, *why, *faster])
 
     def _disk(self) -> str:
         parts = self.needs.disk() | ({"results": self.results + self.resume} if self.results else {})

@@ -1,6 +1,7 @@
 """Find out which data and weights jobs lack, without downloading or preparing anything."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ from huggingface_hub import constants
 
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.data.datamodule import TaskDataModule
-from visprompt.data.folder_datamodule import FolderDataModule
+from visprompt.data.own_datamodule import OwnDataModule
+from visprompt.data.segmentation_datamodule import SegmentationDataModule
 from visprompt.data.splits import SPLITS
-from visprompt.data.stores.plan import Plan, find, photographs
+from visprompt.data.stores.plan import Plan, find
 from visprompt.errors import UserError
 from visprompt.models.backbones import Backbone, BackboneSpec, build_backbone
+from visprompt.models.windows import places
 from visprompt.runs.job import Job
 from visprompt.runs.paths import ROOT
 from visprompt.runs.run import build_data, load_backbone
@@ -40,6 +43,15 @@ class Facts:
     classes: int
     ready: bool
 
+    @property
+    def windows(self) -> int:
+        """Return how often a classifier runs for one image in evaluation; photographs are taken to be 4:3."""
+        if not isinstance(self.datamodule, SegmentationDataModule):
+            return 1
+        window, short = self.datamodule.image_size, self.datamodule.short_side
+        sides = (max(window, side) for side in (short, short * 4 // 3))
+        return math.prod(len(places(side, window)) for side in sides)
+
 
 @contextmanager
 def offline() -> Iterator[None]:
@@ -55,7 +67,7 @@ class Needs:
     """Data and weights that are missing for the jobs passed to `facts`.
 
     Attributes:
-        stores: Bytes of decoded images to write, by the store's folder; photographs are assumed to be 4:3.
+        stores: Bytes of images to write, by the store's folder; photographs are assumed to be 4:3.
         originals: Bytes of original files to download, by their path.
         commands: Tasks that are not prepared, by the command that prepares them.
         weights: Bytes of missing weights, by a sentence that says how to get them.
@@ -83,7 +95,7 @@ class Needs:
         backbone, loaded = self._backbone(job)
         datamodule = build_data(job, backbone)
         plan: Plan | None = getattr(datamodule, "plan", None)
-        if isinstance(datamodule, FolderDataModule):
+        if isinstance(datamodule, OwnDataModule):
             datamodule.check_sets()
             return Facts(backbone, datamodule, self._own_images(datamodule), datamodule.num_classes, loaded)
         if plan is None or find(plan) is not None:
@@ -102,10 +114,10 @@ class Needs:
             self.weights[_how_to_get(str(error), options["name"])] = size
             return backbone, False
 
-    def _own_images(self, datamodule: FolderDataModule) -> dict[str, int]:
+    def _own_images(self, datamodule: OwnDataModule) -> dict[str, int]:
         images = datamodule.images
         if not datamodule.store_folder.is_dir():
-            self.stores[datamodule.store_folder] = photographs(len(images.items), datamodule.short_side)
+            self.stores[datamodule.store_folder] = datamodule.store_bytes
         splits = [item.split for item in images.items]
         return {split: splits.count(split) for split in SPLITS if split in splits}
 
@@ -130,8 +142,8 @@ class Needs:
         """Yield one sentence for each missing thing, which says how to get it."""
         for command, tasks in self.commands.items():
             suite = next((name for name, ids in SUITES.items() if set(ids) == set(tasks)), None)
-            value = suite or (tasks[0] if len(tasks) == 1 else f"'[{','.join(tasks)}]'")
-            by_hand = [task for task in tasks if TASKS[task].how_to_get and "source=" not in command]
+            value = tasks[0] if len(tasks) == 1 else suite or f"'[{','.join(tasks)}]'"
+            by_hand = [task for task in tasks if not _downloads(task) and "source=" not in command]
             note = f" ({', '.join(by_hand)}: by hand, verify=true says how)" if by_hand else ""
             yield f"missing: the data of {', '.join(tasks)}: {command.replace('TASKS', value)}{note}"
         for sentence in self.weights:
@@ -140,15 +152,20 @@ class Needs:
             yield "runs that lack data or weights are counted as not done"
 
     def disk(self) -> dict[str, int]:
-        """Return the bytes to write: {"decoded images": 120000000, "weights": 343000000}."""
+        """Return the bytes to write: {"stored images": 120000000, "weights": 343000000}."""
         sizes = [sum(self.stores.values()), sum(self.originals.values()), sum(self.weights.values())]
-        names = ("decoded images", "original files", "weights")
+        names = ("stored images", "original files", "weights")
         return {name: size for name, size in zip(names, sizes, strict=True) if size}
 
 
 @lru_cache(maxsize=1)
 def _random(spec: str) -> Backbone:
     return build_backbone(BackboneSpec(**json.loads(spec)))
+
+
+def _downloads(task: str) -> bool:
+    """Return whether all files of a task can be downloaded without the user's hands."""
+    return all(file.urls for file in TASKS[task].files)
 
 
 def _how_to_get(error: str, name: str) -> str:

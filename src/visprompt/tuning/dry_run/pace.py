@@ -12,13 +12,17 @@ from torch import Tensor
 
 from visprompt.models.backbones import Backbone
 from visprompt.models.classifier import Classifier
+from visprompt.models.frozen_weights import cast_for
+from visprompt.models.kind import MULTI_LABEL, SINGLE_LABEL
 from visprompt.models.optim import build_optimizer
 from visprompt.runs.job import Job
+from visprompt.runs.matmul import matmul_precision
 from visprompt.runs.run import build_classifier
 
 PATIENCE = 5.0  # seconds; the time of a step that would take longer is estimated from a step on a few images
 _FEW = 4  # images
 _TIMED = 3  # timed calls, of which the median is taken
+_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
 
@@ -35,6 +39,7 @@ class Pace:
             that output is not cached.
         frozen: Seconds that one image takes in the frozen layers; 0 if their output is not cached.
         whole: Whether the step was measured on a device's whole share, not estimated from a few images.
+        faster: Which precision would be faster on this device; "" if none is known.
     """
 
     device: str = ""
@@ -44,9 +49,17 @@ class Pace:
     kept: float = 0.0
     frozen: float = 0.0
     whole: bool = True
+    faster: str = ""
 
 
-def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augments: bool) -> Pace:
+def measure_pace(
+    job: Job,
+    backbone: Backbone,
+    classes: int,
+    devices: int,
+    augments: bool,
+    kind: str = SINGLE_LABEL.name,
+) -> Pace:
     """Measure the times of a job without reading or writing data, and without compiling anything.
 
     Args:
@@ -55,6 +68,7 @@ def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augme
         classes: Number of classes.
         devices: Number of devices that share a batch.
         augments: Whether training images differ between epochs, so that no output of layers can be cached.
+        kind: The kind of the task.
 
     Returns:
         The times, or why they could not be measured.
@@ -63,7 +77,7 @@ def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augme
         UserError: A setting of the job is wrong, or its method does not fit its backbone.
     """
     dtype = _DTYPES[job.precision.partition("-")[0]]
-    classifier = build_classifier(job, backbone, classes)
+    classifier = build_classifier(job, backbone, classes, kind)
     device = _device(str(job.trainer.accelerator))
     if device is None:
         return Pace(why=f"trainer.accelerator={job.trainer.accelerator} has no device on this machine")
@@ -75,14 +89,27 @@ def measure_pace(job: Job, backbone: Backbone, classes: int, devices: int, augme
     mixed = job.precision.endswith("mixed")
     context = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
     try:
-        with context:
-            bench = Bench(job, classifier.to(device, torch.float32 if mixed else dtype), augments)
-            return Pace(device=name, **bench.figures(-(-job.recipe.batch_size // devices)))
+        with context, matmul_precision(job):
+            classifier.to(device, torch.float32 if mixed else dtype)
+            cast_for(classifier, job.precision)
+            bench = Bench(job, classifier, augments)
+            faster = _faster_precision(job.precision, device)
+            return Pace(device=name, faster=faster, **bench.figures(-(-job.recipe.batch_size // devices)))
     except torch.OutOfMemoryError:
         batch = f"recipe.batch_size={job.recipe.batch_size} on {devices} device(s)"
         return Pace(
             why=f"{batch} does not fit into the memory of {name}: raise trainer.accumulate_grad_batches"
         )
+
+
+def _faster_precision(precision: str, device: torch.device) -> str:
+    """Return that a CPU is faster in bfloat16, if it multiplies bfloat16 matrices by itself; else ""."""
+    if precision != "32-true" or device.type != "cpu":
+        return ""
+    capabilities = torch.cpu.get_capabilities()
+    names = [words for name, words in _BFLOAT16.items() if capabilities.get(name)]
+    faster = "precision=bf16-mixed, another run, is usually faster on this CPU"
+    return f"{faster}, which has {names[0]}" if names else ""
 
 
 def in_time(seconds: float) -> str:
@@ -112,7 +139,7 @@ class Bench:
     def __init__(self, job: Job, classifier: Classifier, augments: bool) -> None:
         self.classifier = classifier
         self.side = int(classifier.backbone.image_size)  # type: ignore[arg-type]  # nn.Module hides the int
-        self.like = next(classifier.parameters())
+        self.like = next(classifier.tuned_parameters())[1]  # frozen ones may be in autocast's type
         self.accumulate = int(job.trainer.accumulate_grad_batches)
         self.keeps = classifier.has_frozen_part and not augments
         recipe, undecayed = job.recipe, classifier.method.undecayed
@@ -122,7 +149,9 @@ class Bench:
         """Return a function that makes an optimiser step on random images, or on cached features of them."""
         self.classifier.eval()
         inputs = self._kept(self._images(count))
-        labels = torch.zeros(count, dtype=torch.long, device=self.like.device)
+        pixels = (self.side, self.side) if self.classifier.kind.dense else ()
+        classes = (self.classifier.num_classes,) if self.classifier.kind is MULTI_LABEL else ()
+        labels = torch.zeros(count, *pixels, *classes, dtype=torch.long, device=self.like.device)
         weights = torch.ones(count, device=self.like.device)
         self.classifier.train()
 
@@ -137,7 +166,7 @@ class Bench:
     def figures(self, share: int) -> dict[str, Any]:
         """Measure the times of `Pace` for a device's share of a batch."""
         micro = -(-share // self.accumulate)
-        few = min(_FEW, micro)
+        few = min(1 if self.classifier.kind.dense else _FEW, micro)  # gigabytes for each image of 512 pixels
         part = self._seconds(self.step(few))
         whole = part * micro / few <= PATIENCE
         step = self._seconds(self.step(micro)) if whole else part * micro / few

@@ -1,9 +1,7 @@
 """Pre-trained weights that timm names: from a local cache, else downloaded from the hub."""
 
 from pathlib import Path
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import timm
 import torch
@@ -13,7 +11,7 @@ from timm.models import PretrainedCfg
 
 from visprompt.errors import UserError
 
-_TIMEOUT = 3.0  # seconds; the hub's own client retries for a minute
+_TIMEOUT = (5.0, 30.0)  # seconds to connect, and for a slow mirror to answer; the hub's client tries longer
 _NAMES = ("model.safetensors", "pytorch_model.bin")  # tried in order, if timm's config names no file
 
 
@@ -86,10 +84,10 @@ def _missing(name: str, url: str, why: str) -> UserError:
 
 def answers(address: str) -> bool:
     """Return whether a server answers at an address, through a proxy if one is set."""
+    import requests  # imported late: weights are downloaded once
+
     try:
-        urlopen(address, timeout=_TIMEOUT).close()
-    except HTTPError:
-        return True
-    except OSError:
+        requests.head(address, timeout=_TIMEOUT)
+    except (OSError, ValueError):  # no network, or no address
         return False
     return True

@@ -1,10 +1,10 @@
 """Load the weights of backbones from files in the layouts they are published in, completely or not at all.
 
 Layouts: files saved by timm and torchvision; MoCo v3, MAE, DINO, DINOv2, Swin and ConvNeXt as published by
-their authors; ViT, DINOv2 and CLIP of transformers; Google's `.npz`; and each of them as a part of a training
-checkpoint. timm's `checkpoint_filter_fn` of the architecture renames tensors and resizes position tables and
-patch embeddings, as for timm's weights. Then every tensor of the model must be in the file and every tensor
-of the file in the model, except classifiers and parts that only pre-training used.
+their authors; ViT, DINOv2, CLIP and SigLIP of transformers; Google's `.npz`; and each of them as a part of
+a training checkpoint. timm's `checkpoint_filter_fn` of the architecture renames tensors and resizes position
+tables and patch embeddings, as for timm's weights. Then every tensor of the model must be in the file and
+every tensor of the file in the model, except classifiers and parts that only pre-training used.
 """
 
 import argparse

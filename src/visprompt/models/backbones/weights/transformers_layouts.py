@@ -1,7 +1,7 @@
 """Convert vision transformers from the names of Hugging Face's transformers to timm's names.
 
-ViT (also in ViTForImageClassification and ViT-MAE), DINOv2 with and without registers, and CLIP's image
-tower, under the names in their files and under those that transformers 5 has in memory.
+ViT (also in ViTForImageClassification and ViT-MAE), DINOv2 with and without registers, and the image towers
+of CLIP and SigLIP, under the names in their files and under those that transformers 5 has in memory.
 """
 
 import json
@@ -43,6 +43,13 @@ _NAMES = (
     (_BLOCK + r"(?:intermediate\.dense|mlp\.weights_in)\.", r"blocks.\1.mlp.fc1."),
     (_BLOCK + r"(?:output\.dense|mlp\.weights_out|mlp\.down_proj)\.", r"blocks.\1.mlp.fc2."),
 )
+_POOLING = (  # SigLIP's attention pooling; timm's has the query's projection apart from key's and value's
+    (r"head\.probe", "attn_pool.latent"),
+    (r"head\.layernorm\.", "attn_pool.norm."),
+    (r"head\.attention\.out_proj\.", "attn_pool.proj."),
+    (r"head\.mlp\.", "attn_pool.mlp."),
+)
+_POOLED = "head.attention.in_proj_"
 _JOINT = {"attn.qkv.": ("attn.q.", "attn.k.", "attn.v."), "mlp.fc1.": ("mlp.gate_proj.", "mlp.up_proj.")}
 _POOLERS = ("pooler.", "classifier.")  # layers after the class token that timm's models do not have
 
@@ -56,7 +63,14 @@ def to_timm(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not any(mark in tensors for mark in _MARKS):
         return dict(tensors)
-    renamed = {_renamed(name): tensor for name, tensor in tensors.items() if not name.startswith(_POOLERS)}
+    patterns = _NAMES + (_POOLING if f"{_POOLED}weight" in tensors else ())
+    renamed = {
+        _renamed(name, patterns): tensor for name, tensor in tensors.items() if not name.startswith(_POOLERS)
+    }
+    for leaf in ("weight", "bias"):
+        if isinstance(joined := renamed.get(f"{_POOLED}{leaf}"), Tensor) and joined.shape[0] % 3 == 0:
+            query, key, value = renamed.pop(f"{_POOLED}{leaf}").chunk(3)
+            renamed |= {f"attn_pool.q.{leaf}": query, f"attn_pool.kv.{leaf}": torch.cat([key, value])}
     for joint, parts in _JOINT.items():
         for name in [name for name in renamed if parts[0] in name]:
             names = [name.replace(parts[0], part) for part in parts]
@@ -70,8 +84,8 @@ def to_timm(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _renamed(name: str) -> str:
-    for pattern, text in _NAMES:
+def _renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
+    for pattern, text in patterns:
         if match := re.match(pattern, name):
             return match.expand(text) + name[match.end() :]
     return name

@@ -26,6 +26,8 @@ _REASON = "VISPROMPT_REASON"
 # variables that SLURM sets for the only task of a job; in a rank that this process starts, Lightning would
 # conclude from them that SLURM had started it
 _SLURM_TASK = frozenset({"SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"})
+OF_A_LAUNCHER = _SLURM_TASK | {"LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"}
+"""Variables by which `started_elsewhere` takes a process for a rank that srun or torchrun has started."""
 _POLL = 0.2  # seconds between two checks of the ranks
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 
@@ -105,7 +107,7 @@ def run_ranks(command: Sequence[str], world: int) -> None:
                 ranks.append(subprocess.Popen(command, env=base | {"LOCAL_RANK": str(rank)}, process_group=0))
             code = _wait(ranks)
         except BaseException:  # Ctrl-C included: no rank outlives this process
-            _end(ranks)
+            end(ranks)
             raise
         if code:
             raise RanksFailed(reason.read_text() if reason.exists() else f"a rank ended with status {code}")
@@ -140,15 +142,15 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         failed = [code for code in codes if code]
         if failed:
             time.sleep(1.0)  # others may be failing for the same reason: let them report it
-            _end(ranks)
+            end(ranks)
             return failed[0]
         if all(code == 0 for code in codes):
             return 0
         time.sleep(_POLL)
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Send the ranks SIGTERM, and after a grace period SIGKILL to them and all their child processes."""
+def end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Send processes SIGTERM, and after a grace period SIGKILL to them and all their child processes."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(signal.SIGTERM)
