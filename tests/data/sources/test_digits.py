@@ -2,6 +2,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
+from scipy.ndimage import distance_transform_cdt
 
 from visprompt.data.catalog import SUITES, TASKS
 from visprompt.data.sources.digits import _neighbour, compose, split_rows
@@ -12,6 +13,7 @@ GOLDEN = {
     "digits": "6fa78a3629735a66f498c39a501c89f24703eb8be4300123d8515e760760aec9",
     "digits_crowded": "2feff5be43bb4868b326bcb2e3cd0633b93e4417954375e5af58a6b5f152fa24",
     "digits_loc": "e4060b7eb9306d02a312b514bcd969dfedcfedaf36639de26a2c378ed7053504",
+    "digits_masks": "3b4b399004d484ef14eac56e42637e91edb4e0a42261646ebe9d2154864f9523",
 }
 
 
@@ -63,17 +65,20 @@ def test_the_located_scan_is_in_its_cell_only():
     assert np.array_equal((light > 0).sum(axis=1), np.ones(200))
 
 
-def test_pixels_of_masks_belong_to_the_digits_that_are_drawn_last():
+def test_the_mask_is_the_digit_in_the_middle_of_a_crowded_image():
     images, labels, keys = compose("digits_masks", "val200")
+    crowded, digits, rows = compose("digits_crowded", "val200")
     assert SUITES["demo"] == ("digits", "digits_crowded", "digits_loc"), "whose scores can be averaged"
-    assert images.shape == (200, 3, 64, 64)
+    assert np.array_equal(images, crowded)
+    assert keys == rows
     assert labels.shape == (200, 64, 64)
-    ink = images[:, 0] >= 48
-    assert (labels[ink] > 0).all()
-    assert 0.65 < (labels > 0).mean() < 0.75
-    digits = [set(mask.ravel().tolist()) - {0} for mask in labels]
-    assert {len(found) for found in digits} == {2, 3, 4}  # four scans, some of the same digit
-    assert len(keys) == 200
+    middle, inked = labels[:, 16:48, 16:48], images[:, 0, 16:48, 16:48] >= 48
+    assert not labels.sum() - middle.sum(), "background around it"
+    for found, ink, digit in zip(middle, inked, digits, strict=True):
+        assert set(found.ravel().tolist()) == {0, digit + 1}
+        assert (found[ink] == digit + 1).all()
+        far = distance_transform_cdt(~ink, metric="chessboard")
+        assert np.array_equal(found > 0, far <= 3)
 
 
 def test_unknown_names():

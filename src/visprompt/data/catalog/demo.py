@@ -45,8 +45,8 @@ RECORDS = (
         "digits_masks",
         "dense",
         ("background", *_DIGIT_NAMES),
-        "Five handwritten digits of different sizes that cover each other in part: which pixels belong to "
-        "which digit?",
+        "A handwritten digit between halves of two others: which pixels belong to it, and which digit is it? "
+        "The others are background.",
         "segmentation",
     ),
 )

@@ -109,44 +109,19 @@ def _located(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-@cache
-def _regions(side: int) -> np.ndarray:
-    """Return the pixels of all enlarged scans that have ink or are at most three pixels from it, bool."""
-    inked = (Image.fromarray(scan >= _INK).convert("L") for scan in _scans(side))
-    return np.stack([np.asarray(mask.filter(ImageFilter.MaxFilter(7))) > 0 for mask in inked])
-
-
 def _masked(rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Place a scan in each quarter, moved by up to 6 pixels, so that they cover each other.
+    """Label the pixels of the digit in the middle of an image of digits_crowded; all others are background.
 
-    A pixel has the label of the last digit that has ink there or three pixels from it, plus 1; 0 elsewhere.
-
-    Scans, sizes, places and the order of drawing are md5 values of "digits_masks/<row>/<quarter>/<what>".
+    A pixel of it has ink or is at most three pixels from ink, and has the label digit + 1; 0 is background.
     """
-    digits, scans = _raw()[1], {side: _scans(side) for side in _SIDES}
-    regions = {side: _regions(side) for side in _SIDES}
-    images = np.zeros((len(rows), SIDE, SIDE), np.uint8)
-    labels = np.zeros((len(rows), SIDE, SIDE), np.int64)
-    for image, mask, row in zip(images, labels, rows, strict=True):
-        draws = [
-            [md5_int(f"digits_masks/{row}/{quarter}/{what}") for what in range(5)] for quarter in range(4)
-        ]
-        for quarter in sorted(range(4), key=lambda quarter: draws[quarter][0]):
-            _, what, side, down, right = draws[quarter]
-            scan, side = rows[what % len(rows)], _SIDES[side % len(_SIDES)]
-            middles = [
-                16 + 32 * half + draw % 13 - 6
-                for half, draw in zip(divmod(quarter, 2), (down, right), strict=True)
-            ]
-            top, left = (min(max(0, middle - side // 2), SIDE - side) for middle in middles)
-            ink, around = scans[side][scan], regions[side][scan]
-            window = np.s_[top : top + side, left : left + side]
-            image[window] = np.where(around, ink, np.maximum(image[window], ink))
-            mask[window][around] = digits[scan] + 1
+    images, digits = _crowded(rows)
+    labels = np.zeros(images.shape, np.int64)
+    for mask, row, digit in zip(labels, rows, digits, strict=True):
+        ink = Image.fromarray(_scans(32)[row] >= _INK).convert("L")
+        mask[16:-16, 16:-16][np.asarray(ink.filter(ImageFilter.MaxFilter(7))) > 0] = digit + 1
     return images, labels
 
 
-_SIDES = (28, 32, 36)  # of the scans in an image of digits_masks, in pixels
 _INK = 48  # the least value of a pixel with ink
 _COMPOSED: Mapping[str, Callable[[tuple[int, ...]], tuple[np.ndarray, np.ndarray]]] = {
     "digits": _plain,

@@ -19,7 +19,7 @@ from visprompt.files import DamagedRecord, alone, read_record, record_text
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """What an open store of either kind has.
+    """What an open store of any kind has.
 
     Attributes:
         folder: Its folder.
