@@ -83,6 +83,7 @@ def test_what_prepares_is_planned(line, folder):
 
 @frozen
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some two minutes on an idle core
 def test_what_reads_a_run_runs(folder):
     logs = folder / "logs"
     short = ("callbacks=none", "recipe.epochs=1", "recipe.warmup_epochs=0")
