@@ -232,6 +232,12 @@ class DamagedRecord(UserError):
     """
 
 
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 (hex) of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def digest_of(record: Mapping[str, Any]) -> str:
     """Return the sha256 (hex) of a record's canonical JSON, without its key "digest".
 

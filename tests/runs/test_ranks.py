@@ -17,7 +17,7 @@ import yaml
 
 from helpers.cli import ROOT, tiny_job
 from visprompt.errors import UserError
-from visprompt.runs import ranks
+from visprompt.runs import ranks, signals
 
 HEAD = f"import json, os, signal, subprocess, sys, time; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
 SLEEP = "time.sleep(60)"
@@ -135,6 +135,8 @@ def test_only_rank_0_gives_a_reason(tmp_path, monkeypatch):
     ranks.give_reason(ValueError("mine"))
     assert not (tmp_path / "reason").exists()
     monkeypatch.setenv("LOCAL_RANK", "0")
+    ranks.give_reason(signals.Ended(143))
+    assert not (tmp_path / "reason").exists(), "it ends because another rank has failed"
     ranks.give_reason(KeyboardInterrupt())
     assert (tmp_path / "reason").read_text() == "KeyboardInterrupt"
 

@@ -19,7 +19,7 @@ from visprompt.models.stacked import StackedTraining
 from visprompt.models.tuned_state import load_state
 from visprompt.runs import run, run_all, stack, stack_training
 from visprompt.runs.engine import local
-from visprompt.runs.result import is_stacked, read_result
+from visprompt.runs.result import cell, is_stacked, read_result
 from visprompt.runs.run_lock import is_free
 from visprompt.runs.signals import sentence
 
@@ -318,12 +318,59 @@ def test_final_runs_of_a_stack_that_failed_when_some_were_finished_are_not_run_s
     monkeypatch.setattr(stack_training.attempt_files, "finish", fails)
     outcomes = run_all.run_all(finals(tmp_path, [1, 2, 3]), stacks=True)
     assert {outcome.reason for outcome in outcomes} == {
-        "1 of 3 final runs that train together were finished when the others failed (OSError: no space left): "
-        "run the same command again"
+        "seeds of digits/linear were trained in a stack, which now fails for the others (OSError: no space "
+        "left): run the same command again, or all seeds singly with engine.stack=off rerun=true"
     }
     monkeypatch.undo()
     again = run_all.run_all(finals(tmp_path, [1, 2, 3]), stacks=True)
     assert all(is_stacked(outcome.result) for outcome in again)
+
+
+@pytest.mark.parametrize("why", ["no room in memory, or another device", "RuntimeError: a bug"])
+def test_a_seed_is_not_run_singly_beside_stacked_ones(tmp_path, monkeypatch, why):
+    def fails(self):
+        if "room" in why:
+            return {}
+        raise RuntimeError("a bug")
+
+    run_all.run_all(finals(tmp_path, [1, 2]), stacks=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(stack_training.Stack, "train", fails)
+        for seeds in ([1, 2, 3], [3]):
+            outcome = run_all.run_all(finals(tmp_path, seeds), stacks=True)[-1]
+            assert outcome.reason == (
+                f"seeds of digits/linear were trained in a stack, which now fails for the others ({why}): run "
+                "the same command again, or all seeds singly with engine.stack=off rerun=true"
+            )
+    assert is_stacked(run_all.run_all(finals(tmp_path, [3]), stacks=False)[0].result)
+
+
+def test_stacked_seeds_can_be_made_again_singly(tmp_path):
+    run_all.run_all(finals(tmp_path, [1, 2]), stacks=True)
+    again = [job.vary({"rerun": True}) for job in finals(tmp_path, [1, 2])]
+    outcomes = run_all.run_all(again, stacks=False)
+    assert [is_stacked(outcome.result) for outcome in outcomes] == [False, False]
+    assert len(cell(outcome.result for outcome in outcomes).scores) == 2
+
+
+def test_points_whose_validation_images_have_no_room_are_run_singly(tmp_path, monkeypatch):
+    real, kept = stack_training.keep, []
+    monkeypatch.setattr(
+        stack_training, "keep", lambda *given: kept.append(1) or (real(*given) if len(kept) == 1 else None)
+    )
+    outcomes = run_all.run_all(jobs(tmp_path, points=GRID[:2]), stacks=True)
+    assert len(kept) == 2
+    assert [outcome.result.status for outcome in outcomes] == ["finished", "finished"]
+    assert not any(is_stacked(outcome.result) for outcome in outcomes)
+
+
+def test_an_error_of_the_file_system_before_a_final_run_is_its_outcome(tmp_path, monkeypatch):
+    def fails(job):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(stack, "prepare", fails)
+    (outcome,) = run_all.run_all(finals(tmp_path, [1]), stacks=True)
+    assert (outcome.result, outcome.reason) == (None, "PermissionError: not yours")
 
 
 def test_a_stack_takes_a_part_of_the_free_memory(tmp_path, ran, monkeypatch):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from visprompt.errors import UserError
-from visprompt.files import cache_folder, write_atomically
+from visprompt.files import cache_folder, file_sha256, write_atomically
 
 _log = logging.getLogger(__name__)
 _SETTLED = 2.0  # seconds without a change
@@ -49,12 +49,7 @@ def digest_once(file: Path, what: str, compute: Callable[[], str], before: str |
 
 def file_digest(file: Path) -> str:
     """Return the SHA-256 (hex) of a file's content."""
-
-    def compute() -> str:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-
-    return digest_once(file, "content", compute)
+    return digest_once(file, "content", lambda: file_sha256(file))
 
 
 def state_of(file: Path) -> str:

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visprompt.data.datamodule import TaskDataModule
-from visprompt.files import claimed, write_atomically
+from visprompt.files import claimed, file_sha256, write_atomically
 from visprompt.models.backbones import Backbone
 from visprompt.models.classifier import Classifier
 from visprompt.models.heads import head_name
@@ -181,7 +180,7 @@ def finish(
                 folder / run_folder.CLASSES, _class_rows(kind.class_scores(confusion), names, kind.unit)
             )
         listed = [folder / name for name in run_folder.LISTED if (folder / name).is_file()]
-        sums = {path.name: sha256(path.read_bytes()).hexdigest() for path in listed}
+        sums = {path.name: file_sha256(path) for path in listed}
         result = result.model_copy(update={"files": sums})
         write_result(folder, result)
     return hold.push_finished(result)

@@ -18,9 +18,9 @@ from visprompt.runs.object_store import SCHEME, ObjectStore, checked_url
 from visprompt.runs.remote_run import DamagedRun, RemoteRun
 from visprompt.runs.result import read_result
 from visprompt.runs.results_store import etag_of, finished
+from visprompt.runs.run_folder import RESULT
 
 log = logging.getLogger(__name__)
-_RESULT = "result.json"
 _TOGETHER = 16  # runs that are brought at the same time
 
 
@@ -40,24 +40,24 @@ def bring(url: str, key: str, with_states: bool) -> Path:
     """
     url = checked_url(url, key)
     store = ObjectStore(url, key)
-    etags = store.etags()
     copies = _copies()
     folder = copies / url.removeprefix(SCHEME)
-    places = [""] if _RESULT in etags else finished(etags)
-    if not places:
-        raise UserError(
-            f"{key}={url} holds no finished run: name a prefix that paths.results had, or a run's"
-        )
     try:
         with alone(copies / "lock", f"copying runs from {url}"):
-            for result in [*folder.rglob(_RESULT)]:
+            etags = store.etags()  # what another command brought until now is in it
+            places = [""] if RESULT in etags else finished(etags)
+            if not places:
+                raise UserError(
+                    f"{key}={url} holds no finished run: name a prefix that paths.results had, or a run's"
+                )
+            for result in [*folder.rglob(RESULT)]:
                 place = "" if result.parent == folder else result.parent.relative_to(folder).as_posix()
                 if place not in places:
                     shutil.rmtree(result.parent)
             newer = []
             for place in places:
                 local = folder / place
-                whole = etag_of(local / _RESULT) == etags[f"{place}/{_RESULT}".lstrip("/")]
+                whole = etag_of(local / RESULT) == etags[f"{place}/{RESULT}".lstrip("/")]
                 if not (whole and read_result(local, hashed=False, with_state=with_states)):
                     newer.append(RemoteRun(local, store.below(place) if place else store))
             with ThreadPoolExecutor(_TOGETHER) as threads:

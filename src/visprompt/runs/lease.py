@@ -42,7 +42,7 @@ class Record(BaseModel):
             that could not lock the file `lock`: then the next one need not either.
         who: The holder, for messages: "process 17 on gpu3".
         host: The holder's machine, as long as it runs without a restart.
-        lock: What is written in the file `lock` that the holder locks; "" if it locks none.
+        lock: The name of the file `lock` that the holder locks, see `run_lock`; "" if it locks none.
         life: Seconds without a sign of life after which the lease may be revoked.
         beat: Number of the sign of life.
         id: Makes the text of a lease different from that of any other.
@@ -202,8 +202,8 @@ def taken(board: Board, lock: str) -> Iterator[Lease]:
 
     Args:
         board: Where the run's leases are.
-        lock: What is written in the file `lock` that this process locks: no other process of this machine
-            that locked the same file is alive. "" if it locks none.
+        lock: The name of the file `lock` that this process locks: no other process of this machine that
+            locked the same file is alive. "" if it locks none.
 
     Raises:
         Held: Another process holds the run.

@@ -4,7 +4,6 @@ s3fs (the extra `s3`) is imported when the first object is asked for. Endpoint, 
 from the variables and files of AWS's own tools (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ~/.aws/config).
 """
 
-import hashlib
 import logging
 import os
 import time
@@ -17,6 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from visprompt.errors import UserError, in_one_line
+from visprompt.files import file_sha256
 
 SCHEME = "s3://"
 _CONNECT, _READ, _CHECK = 3, 10, 14  # seconds that are waited for a connection, an answer, the first answer
@@ -218,12 +218,6 @@ def checked_url(url: str, key: str = "paths.results") -> str:
     if url == SCHEME:
         raise UserError(f"{key}=s3:// names no bucket: give s3://BUCKET/PREFIX")
     return url
-
-
-def file_sha256(file: Path) -> str:
-    """Return the SHA-256 (hex) of a file's content."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _status(error: BaseException) -> int | None:

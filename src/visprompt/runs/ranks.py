@@ -182,6 +182,8 @@ def end_with_parent() -> None:
 def give_reason(error: BaseException) -> None:
     """In rank 0, write the reason of a failure to the file from which the parent reads it."""
     path = os.environ.get(_REASON)
+    if isinstance(error, signals.Ended):
+        return  # ended because another rank has failed
     if path is not None and os.environ.get("LOCAL_RANK") == "0":
         Path(path).write_text(str(error) or type(error).__name__)
 

@@ -25,16 +25,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from visprompt.errors import UserError
-from visprompt.files import DamagedRecord, digest_of, read_record, write_atomically
+from visprompt.files import DamagedRecord, digest_of, file_sha256, read_record, write_atomically
 from visprompt.runs import run_folder
 from visprompt.runs.board import PREFIX, numbers
-from visprompt.runs.object_store import Head, ObjectStore, file_sha256
+from visprompt.runs.object_store import Head, ObjectStore
 from visprompt.runs.result import Result, load_result, read_result
 from visprompt.runs.resume_state import progress_of, read_checkpoint
-from visprompt.runs.run_folder import COMPLETE, CONFIG, LISTED, RESUME, STATE, TUNED
+from visprompt.runs.run_folder import COMPLETE, CONFIG, LISTED, RESULT, RESUME, STATE, TUNED
 
 log = logging.getLogger(__name__)
-_RESULT = "result.json"
 _STATE = f"{RESUME}/{STATE}"
 _DIGITS = 16  # hexadecimal digits of the digest in a key
 _TRIES = 5  # readings of a run that other processes replace meanwhile
@@ -129,12 +128,12 @@ class RemoteRun:
         """
         with self._temporary() as folder:
             stored = read_result(self.folder, with_state=with_state)  # None also if a file there is damaged
-            if not self.objects.download(_RESULT, folder / _RESULT):
+            if not self.objects.download(RESULT, folder / RESULT):
                 return stored is None
             record = self._checked(folder)
             if stored and stored.attempt > record["attempt"]:
                 return False
-            if stored and (folder / _RESULT).read_bytes() == (self.folder / _RESULT).read_bytes():
+            if stored and (folder / RESULT).read_bytes() == (self.folder / RESULT).read_bytes():
                 return True
             for name, checksum in _files(record).items():
                 if name == TUNED and not with_state:
@@ -210,7 +209,7 @@ class RemoteRun:
             UserError: There is no finished run in the local folder, or it is damaged.
         """
         result, record = self._finished()
-        content = (self.folder / _RESULT).read_bytes()
+        content = (self.folder / RESULT).read_bytes()
         digest = _short(record)
         for _ in range(_TRIES):
             head, theirs = self._stored()
@@ -221,13 +220,13 @@ class RemoteRun:
                 return False
             for name in _files(record):
                 self.objects.upload(f"files/{digest}/{name}", self.folder / name)
-            if self.objects.write_if(_RESULT, content, head.etag if head else None):
+            if self.objects.write_if(RESULT, content, head.etag if head else None):
                 if theirs is not None:
                     self._remove_files(_short(theirs))
                 break
         else:
             raise UserError(
-                f"{self.objects.url}/{_RESULT} is replaced again and again by other processes: run the same "
+                f"{self.objects.url}/{RESULT} is replaced again and again by other processes: run the same "
                 "command again"
             )
         self._remove_state(result.attempt)
@@ -236,7 +235,7 @@ class RemoteRun:
     def _finished(self) -> tuple[Result, dict[str, Any]]:
         """Return the local result and its record."""
         try:
-            result, record = load_result(self.folder, hashed=False), read_record(self.folder / _RESULT)
+            result, record = load_result(self.folder, hashed=False), read_record(self.folder / RESULT)
         except DamagedRecord as error:
             raise UserError(f"{error}; run the same command again") from error
         if result is None or record is None:
@@ -250,15 +249,15 @@ class RemoteRun:
 
     def _stored(self) -> tuple[Head | None, dict[str, Any] | None]:
         """Return what the store has as result.json: its head, and its record if it can be read."""
-        head = self.objects.head(_RESULT)  # before the content: if it is replaced between, the write fails
-        content = self.objects.read(_RESULT) if head else None
+        head = self.objects.head(RESULT)  # before the content: if it is replaced between, the write fails
+        content = self.objects.read(RESULT) if head else None
         if head is None or content is None:
             return None, None
         try:
             record = json.loads(content)
             return head, record if record["digest"] == digest_of(record) and record["attempt"] >= 0 else None
         except (ValueError, TypeError, KeyError):
-            log.warning("%s/%s is damaged: it is replaced", self.objects.url, _RESULT)
+            log.warning("%s/%s is damaged: it is replaced", self.objects.url, RESULT)
             return head, None
 
     def _remove_files(self, digest: str) -> None:
@@ -273,7 +272,7 @@ class RemoteRun:
     def _checked(self, folder: Path) -> dict[str, Any]:
         """Return the record that was brought to a folder."""
         try:
-            record = read_record(folder / _RESULT)
+            record = read_record(folder / RESULT)
         except DamagedRecord as error:
             raise self._damaged(str(error).replace(f"{folder}/", "")) from error
         if not record or type(record.get("attempt")) is not int or "digest" not in record:

@@ -309,8 +309,8 @@ def cell(results: Iterable[Result]) -> Cell:
     stacked = [str(result.seed) for result in runs if is_stacked(result)]
     if 0 < len(stacked) < len(runs):
         raise UserError(
-            "runs that were trained in a stack are not averaged with single ones: run src/train.py with "
-            f"rerun=true for the stacked ones (seed {', '.join(stacked)})"
+            "runs that were trained in a stack are not averaged with single ones: run the stacked ones (seed "
+            f"{', '.join(stacked)}) singly, each with src/train.py and rerun=true"
         )
     protocols = {json.dumps(_protocol(result), sort_keys=True) for result in runs}
     scored = all(result.split == "final" and result.status == "finished" for result in runs)

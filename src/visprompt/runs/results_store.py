@@ -15,8 +15,8 @@ from visprompt.runs.job import Paths
 from visprompt.runs.object_store import ObjectStore, checked_url
 from visprompt.runs.remote_run import RemoteRun
 from visprompt.runs.result import Result, read_result
+from visprompt.runs.run_folder import RESULT
 
-_RESULT = "result.json"
 _TOGETHER = 8  # runs that are brought at the same time
 
 
@@ -60,11 +60,11 @@ class Results:
         names = [name for name in finished(etags) if "/" not in name]
 
         def read(name: str) -> Result | None:
-            if etags[f"{name}/{_RESULT}"] == etag_of(parent / name / _RESULT):
+            if etags[f"{name}/{RESULT}"] == etag_of(parent / name / RESULT):
                 return read_result(parent / name, with_state=False)
-            content = objects.read(f"{name}/{_RESULT}")
+            content = objects.read(f"{name}/{RESULT}")
             with temporary_folder("result") as folder:
-                (folder / _RESULT).write_bytes(content or b"")
+                (folder / RESULT).write_bytes(content or b"")
                 return read_result(folder, with_state=False)
 
         with ThreadPoolExecutor(_TOGETHER) as threads:
@@ -78,7 +78,7 @@ class Results:
 
 def finished(keys: Iterable[str]) -> list[str]:
     """Return the places of finished runs among the keys of a store: "dtd/linear/0123456789ab"."""
-    places = [key.removesuffix(f"/{_RESULT}") for key in keys if key.endswith(f"/{_RESULT}")]
+    places = [key.removesuffix(f"/{RESULT}") for key in keys if key.endswith(f"/{RESULT}")]
     # a key may hold anything, such as a step to the folder above
     return [place for place in places if not {"", ".", ".."} & {*place.split("/")}]
 

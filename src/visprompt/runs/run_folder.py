@@ -22,7 +22,7 @@ TUNED = "tuned.safetensors"
 CONFIG = "config.yaml"
 CURVE, CONFUSION, CLASSES = "metrics.csv", "confusion.csv", "classes.csv"
 LISTED = (CURVE, CONFUSION, CLASSES)  # the files whose sha256 the result records, if they exist
-_RESULT = "result.json"
+RESULT = "result.json"
 _PARTS = (CONFIG, *LISTED, TUNED)  # the other files of a complete attempt
 
 
@@ -73,7 +73,7 @@ def put_in_place(folder: Path) -> None:
         OSError: The folder cannot be written.
     """
     complete = folder / COMPLETE
-    record = read_record(complete / _RESULT) or {}
+    record = read_record(complete / RESULT) or {}
     for name in _PARTS:
         if (complete / name).is_file():
             (complete / name).replace(folder / name)
@@ -82,7 +82,7 @@ def put_in_place(folder: Path) -> None:
         (folder / TUNED).unlink(missing_ok=True)
     for name in set(LISTED) - set(record.get("files", {})):
         (folder / name).unlink(missing_ok=True)
-    (complete / _RESULT).replace(folder / _RESULT)
+    (complete / RESULT).replace(folder / RESULT)
     shutil.rmtree(complete)
     shutil.rmtree(folder / RESUME, ignore_errors=True)
 
@@ -93,7 +93,7 @@ def tidied(folder: Path) -> Result | None:
     owner = _owner(folder)
     # of another run's files `ResumeCheckpoint.find` will say that they do not belong here
     if complete.is_dir() and (owner is None or owner.run.startswith(folder.name)):
-        if (complete / _RESULT).is_file():
+        if (complete / RESULT).is_file():
             try:
                 put_in_place(folder)
             except DamagedRecord as error:

@@ -149,26 +149,30 @@ def _lock(folder: Path, patience: float = 0.0) -> Iterator[str | None]:
     """Lock the file `lock` of a folder.
 
     Yields:
-        What is written in it, which no other file `lock` has; None if another process locks it; "" if the
-        file system has no locks.
+        A name that no other file `lock` has; None if another process locks it; "" if the file system has no
+        locks.
     """
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    alone: bool | None = None
     try:
         limit = time.monotonic() + patience
         while (alone := _try_lock(descriptor)) is False and time.monotonic() < limit:
             time.sleep(0.02)
         yield _name_of(descriptor) if alone else "" if alone is None else None
     finally:
-        os.close(descriptor)  # unlocks it
+        if alone:  # closing does not unlock it if workers that load data have inherited it
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 def _name_of(descriptor: int) -> str:
-    """Return what is written in a file; write a name that no other has if it is empty."""
+    """Return what is written in a file, which no other has; its device and inode tell it from a copy."""
     name = os.pread(descriptor, 64, 0).decode(errors="replace")
     if not name:
         name = uuid4().hex
         os.pwrite(descriptor, name.encode(), 0)
-    return name
+    about = os.fstat(descriptor)
+    return f"{name} {about.st_dev}:{about.st_ino}"
 
 
 def _try_lock(descriptor: int) -> bool | None:

@@ -92,12 +92,17 @@ def _may_stack(job: Job) -> bool:
 
 
 class StackFailed(UserError):
-    """A stack of final runs failed when some were finished; the others may not be trained singly."""
+    """Final runs could not be trained in a stack although other seeds were; they may not be single runs."""
 
 
 def goes_on(job: Job) -> bool:
-    """Return whether a job is a final run of which other seeds have been trained in a stack."""
-    return job.split == "final" and _may_stack(job) and _has_stacked_seeds(prepare(job))
+    """Return whether a job is a final run that is trained in a stack because other seeds were.
+
+    With `rerun=true` it is a single run: so stacked seeds can be made again singly, one after the other.
+    """
+    if job.split != "final" or job.rerun or not _may_stack(job):
+        return False
+    return _has_stacked_seeds(prepare(job))
 
 
 def _has_stacked_seeds(run: Run) -> bool:
@@ -123,31 +128,37 @@ def train(jobs: Sequence[Job]) -> dict[int, tuple[Run, Result]]:
     Raises:
         AtWork: Another process is working on one of the final runs: whether the others must be stacked is
             known when it has ended.
-        StackFailed: Final runs of the stack are missing, and others are finished.
+        StackFailed: Final runs were not trained, and other seeds have been trained in a stack.
     """
-    stack = None
+    trained: dict[int, tuple[Run, Result]] = {}
+    why = "no room in memory, or another device"
     try:
         with signals.consequences(), ExitStack() as locks, matmul.matmul_precision(jobs[0]):
             stack = _open(jobs, locks)
-            return {} if stack is None else stack.train()
+            trained = {} if stack is None else stack.train()
     except AtWork:
         raise
     except UserError as error:
-        _check_none_finished(jobs, stack, error)
-        return {}  # the single runs say what is wrong
+        why = str(error)  # if there are single runs, they say what is wrong
     except Exception as error:  # no room, or a bug
-        _check_none_finished(jobs, stack, error)
-        what = f"{type(error).__name__}: {error}"
-        log.warning("%s: no stack of its points, they run one after the other (%s)", jobs[0].name, what)
-        return {}
+        why = f"{type(error).__name__}: {error}"
+        log.warning("%s: no stack of its points, they run one after the other (%s)", jobs[0].name, why)
+    if not trained and jobs[0].split == "final":
+        _check_none_stacked(jobs, why)
+    return trained
 
 
-def _check_none_finished(jobs: Sequence[Job], stack: Stack | None, error: Exception) -> None:
-    if stack is not None and stack.num_finished and jobs[0].split == "final":
+def _check_none_stacked(jobs: Sequence[Job], why: str) -> None:
+    """Refuse single runs next to seeds that were trained in a stack."""
+    try:
+        runs = _prepared(jobs)
+    except UserError:
+        return  # as will each single run
+    if any(run.job.rerun or not read_result(run.folder) for run in runs) and _has_stacked_seeds(runs[0]):
         raise StackFailed(
-            f"{stack.num_finished} of {len(stack.points)} final runs that train together were finished when "
-            f"the others failed ({type(error).__name__}: {error}): run the same command again"
-        ) from error
+            f"seeds of {jobs[0].name} were trained in a stack, which now fails for the others ({why}): run "
+            "the same command again, or all seeds singly with engine.stack=off rerun=true"
+        )
 
 
 def _open(jobs: Sequence[Job], locks: ExitStack) -> Stack | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from visprompt.data.datasets import ArrayDataset, Batch, TicketDataset
 from visprompt.data.sampler import GlobalBatches
+from visprompt.errors import UserError
 from visprompt.models.epoch_sums import NEVER
 from visprompt.models.feature_cache import free_on, has_own_memory, keep, release
 from visprompt.models.kind import KINDS
@@ -28,7 +29,7 @@ from visprompt.runs.calibrate import MOST, has_unseen_images
 from visprompt.runs.checkpoint import ResumeCheckpoint
 from visprompt.runs.result import Result
 from visprompt.runs.run import Run, build_classifier
-from visprompt.runs.run_lock import AtWork, Hold
+from visprompt.runs.run_lock import Hold
 from visprompt.runs.trainer_checks import warn_random
 from visprompt.text import Terminal
 
@@ -65,7 +66,6 @@ class Stack:
 
     def __init__(self, points: Sequence[Point], device: torch.device) -> None:
         self.points, self.device = points, device
-        self.num_finished = 0
         self.job, self.data = points[0].run.job, points[0].run.datamodule
         self.kind = KINDS[self.data.kind]
         self.classifier, self._states = _initial(points, device)
@@ -91,7 +91,8 @@ class Stack:
         if not job.backbone.pretrained:
             warn_random(job.method.name)
         images = self._images(data.train_dataset)
-        if images is None:
+        val = self._images(data.val_dataset) if images and data.validates else None
+        if images is None or (data.validates and val is None):
             return {}
         step = step_bytes(self.classifier, images.outputs[: job.recipe.batch_size])
         room = free_on(self.device) // _SHARE // step
@@ -99,18 +100,17 @@ class Stack:
             return {}
         done: dict[int, tuple[Run, Result]] = {}
         for part in np.array_split(np.arange(len(self.points)), -(-len(self.points) // room)):
-            done |= self._train([self.points[place] for place in part], images, started)
+            done |= self._train([self.points[place] for place in part], images, val, started)
             started = time.monotonic()
         return done
 
     def _train(
-        self, points: Sequence[Point], images: Images, started: float
+        self, points: Sequence[Point], images: Images, val: Images | None, started: float
     ) -> dict[int, tuple[Run, Result]]:
         """Train points that fit into memory together, and write their files."""
         job, data = self.job, self.data
         console.print(f"{job.name}: {len(points)} points are trained together", highlight=False)
         training = self._training(points, images)
-        val = self._images(data.val_dataset) if data.validates else None
         curves = [ResumeCheckpoint(point.run.folder / run_folder.RESUME) for point in points]
         scored = [Scored() for _ in points]
         diverged: dict[int, int] = {}
@@ -148,7 +148,7 @@ class Stack:
             "tags": job.tags,
         }
         done = {}
-        lost: AtWork | None = None
+        lost: UserError | None = None
         for place, point in enumerate(points):
             signals.check()
             measured["time"] = {"train_s": seconds, "last_process_s": time.monotonic() - started}
@@ -163,8 +163,8 @@ class Stack:
             files = (point.hold, run.job, curve, result, state, scored[place].confusion)
             try:
                 done[point.place] = run, attempt_files.finish(*files)
-                self.num_finished += 1
-            except AtWork as error:  # this process stood still, and another one has taken this point
+            # another process has taken this point while this one stood still, or the store gives no answer
+            except UserError as error:
                 lost = error
         if lost and data.split == "final":  # of final runs, all are stacked or none
             raise lost

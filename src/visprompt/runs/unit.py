@@ -78,9 +78,10 @@ def run_unit(jobs: Unit) -> list[Outcome]:
             given again later.
     """
     try:
-        together = len(jobs) > 1 or stack.goes_on(jobs[0])
-    except UserError as error:
-        return [Outcome(jobs[0].name, None, str(error))]
+        with memory.explained_for(jobs[0]):
+            together = len(jobs) > 1 or stack.goes_on(jobs[0])
+    except Exception as error:
+        return [_failed(jobs[0].name, error)]
     outcomes = _trained_together(jobs) if together else {}
     at_work: AtWork | None = None
     for place, job in enumerate(jobs):
@@ -122,14 +123,19 @@ def _outcome(job: Job) -> Outcome:
             result, folder = _run_chain(job)
     except AtWork:
         raise
-    except (UserError, ranks.RanksFailed) as error:
-        return Outcome(name, None, str(error))
-    except Exception as error:  # a bug, here or in a library, must not stop the other runs
-        log.exception("%s failed", name)
-        return Outcome(name, None, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        return _failed(name, error)
     finally:
         memory.give_back()
     return _ended(name, result, folder)
+
+
+def _failed(name: str, error: Exception) -> Outcome:
+    """Return the outcome of a job that failed, where the error is handled."""
+    if isinstance(error, UserError | ranks.RanksFailed):
+        return Outcome(name, None, str(error))
+    log.exception("%s failed", name)  # a bug, here or in a library, must not stop the other runs
+    return Outcome(name, None, f"{type(error).__name__}: {error}")
 
 
 def _ended(name: str, result: Result, folder: Path) -> Outcome:
@@ -155,14 +161,15 @@ def _run_chain(job: Job) -> tuple[Result, Path]:
 def _run_one(job: Job) -> tuple[Result, Path]:
     """Run one job in this process or on several devices and show the result; return it and its folder."""
     run = prepare(job)
-    run_lock.tidy(run.folder, run.remote)
+    elsewhere = ranks.started_elsewhere()
+    if not elsewhere or is_first():  # another rank would hold the folder when rank 0 begins
+        run_lock.tidy(run.folder, run.remote)
     stored = None if job.rerun else read_result(run.folder)
     if stored:
         check_same_run(stored, run.identity, run.folder)
     else:
         check_watched(job, run.datamodule)
     devices = local_devices(job.trainer)
-    elsewhere = ranks.started_elsewhere()
     if stored is None and not (run.folder / run_folder.RESUME).exists() and is_first():
         _say_other_lengths(run)
     if not elsewhere:

@@ -622,9 +622,7 @@ def test_merged_is_a_plain_swin_with_equal_logits(which, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "side"), [("vpt_deep", 44), ("vpt_shallow", 44), ("e2vpt", 32)]
-)
+@pytest.mark.parametrize(("name", "side"), [("vpt_deep", 44), ("vpt_shallow", 44), ("e2vpt", 32)])
 def test_a_compiled_classifier_gives_the_same_logits(name, side):
     classifier, x = classifier_on(tiny_swin(), name).eval(), images(2, side)
     torch.compiler.reset()

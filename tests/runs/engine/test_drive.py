@@ -14,7 +14,7 @@ from visprompt.errors import UserError
 from visprompt.runs import compose, ranks, run_lock, unit
 from visprompt.runs.engine import choose, drive, on_ray, processes, worker
 from visprompt.runs.engine.local import LocalEngine
-from visprompt.runs.engine.on_ray import _fitting, gpus_per_run
+from visprompt.runs.engine.on_ray import _at_once, _fitting, gpus_per_run
 from visprompt.runs.engine.progress import Shown
 from visprompt.runs.unit import Outcome
 
@@ -153,7 +153,7 @@ def test_each_worker_has_gpus_of_those_that_the_command_sees(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     slots = processes.slots_for([of_trainer(job, accelerator="gpu", devices=devices)], per_gpu, most)
-    threads = str(8 // len(expected))
+    threads = str(8 // len(",".join(expected).split(",")))  # each device of a run has a process
     assert slots == [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads} for gpu in expected]
 
 
@@ -289,6 +289,15 @@ def test_a_cluster_holds_as_many_runs_as_it_has_room_for():
     )
     with pytest.raises(UserError, match=sentence):
         _fitting({"num_gpus": 1, "num_cpus": 4}, {"CPU": 2.0})
+
+
+def test_more_runs_than_fit_are_for_a_cluster_that_grows():
+    takes, room = {"num_gpus": 0, "num_cpus": 4}, {"CPU": 10.0}
+    assert [_at_once(given, takes, room, grows=False) for given in (None, 1, 8)] == [2, 1, 2]
+    assert [_at_once(given, takes, room, grows=True) for given in (None, 1, 8)] == [2, 1, 8]
+    with pytest.raises(UserError, match=r"lower engine\.cpus_per_run"):
+        _at_once(4, takes, {"CPU": 2.0}, grows=False)
+    assert _at_once(4, takes, {"CPU": 2.0}, grows=True) == 4
 
 
 def test_ray_that_is_not_installed_is_one_sentence(job, monkeypatch):

@@ -151,8 +151,9 @@ def connected(
             "num_gpus": gpus_per_run(settings["gpus_per_run"], jobs, room.get("GPU", 0.0)),
             "num_cpus": settings["cpus_per_run"],
         }
-        most = settings["max_concurrent"] or _fitting(takes, room)
-        env = {"OMP_NUM_THREADS": str(settings["cpus_per_run"])}
+        most = _at_once(settings["max_concurrent"], takes, room, grows=address is not None)
+        threads = max(1, settings["cpus_per_run"] // (_devices(jobs[0].trainer) or 1))
+        env = {"OMP_NUM_THREADS": str(threads)}
         env |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         if not takes["num_gpus"]:  # Ray leaves all GPUs visible to an actor that asks for none
             env["CUDA_VISIBLE_DEVICES"] = ""
@@ -270,6 +271,18 @@ def _devices(trainer: Trainer) -> int | None:
             f"trainer.devices={len(trainer.devices)}"
         )
     return None if str(trainer.devices) in ("auto", "-1") else int(trainer.devices)
+
+
+def _at_once(given: int | None, takes: Mapping[str, float], room: Mapping[str, float], *, grows: bool) -> int:
+    """Return how many runs are made at the same time: as many as fit, or as given on a cluster that grows.
+
+    Raises:
+        UserError: There is no room for one.
+    """
+    if given and grows:
+        return given
+    fitting = _fitting(takes, room)
+    return min(given or fitting, fitting)
 
 
 def _fitting(takes: Mapping[str, float], room: Mapping[str, float]) -> int:

@@ -104,7 +104,7 @@ def slots_for(jobs: Sequence[Job], runs_per_gpu: int, most: int | None) -> list[
     devices: list[dict[str, str]] = [{_VISIBLE: ",".join(group)} for group in groups] * runs_per_gpu
     devices = devices or [{}] * max(1, cores() // (by_threads * _per_run(jobs)))
     devices = devices[:most] if groups or most is None else [{}] * most
-    share = threads or str(max(1, cores() // len(devices)))
+    share = threads or str(max(1, cores() // (len(devices) * _per_run(jobs))))  # for each device of a run
     return [each | {"OMP_NUM_THREADS": share} for each in devices]
 
 
