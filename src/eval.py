@@ -14,7 +14,7 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval")
 def main(cfg: DictConfig) -> float:
-    """Score the run, or the ensemble of runs, and return the test accuracy."""
+    """Score the run, or the ensemble of runs, and return the test score."""
     with one_sentence_errors():
         # imported late: typing errors are reported before torch is loaded
         from visprompt.runs import evaluate

@@ -14,7 +14,7 @@ from visprompt.runs.paths import expand_paths
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="tune")
 def main(cfg: DictConfig) -> float:
-    """Run the protocol and return the mean test accuracy over methods and tasks."""
+    """Run the protocol and return the mean test score over methods and tasks."""
     with one_sentence_errors():
         # imported late: typing errors are reported before torch is loaded
         from visprompt.tuning import commands, dry_run, protocol

@@ -12,7 +12,7 @@ from helpers.miniatures import write_folder
 from visprompt.errors import UserError
 from visprompt.runs import compose, run, unit
 from visprompt.runs.engine import local
-from visprompt.runs.result import read_result
+from visprompt.runs.result import Cell, read_result
 from visprompt.tuning import dry_run, protocol
 
 pytestmark = frozen
@@ -57,7 +57,7 @@ def test_a_grid_on_tune_then_seeds_on_final_with_the_chosen_point(logs, tuned):
         (
             ("train", "val"),
             ("data.test=none",),
-            r"^src/tune.py makes a table of test accuracies, but data.test=none",
+            r"^src/tune.py makes a table of test scores, but data.test=none",
         ),
     ],
 )
@@ -69,6 +69,21 @@ def test_missing_images_are_known_before_the_grid(tmp_path, splits, options, sen
         tune(tmp_path / "logs", *given, "methods=[linear]", *options, f"dry_run={dry}")
     assert not (tmp_path / "logs" / "pets").exists()
     assert not (tmp_path / "data").exists()
+
+
+def test_the_table_names_the_score_of_its_tasks():
+    cells = {("linear", "digits_masks"): Cell((0.5, 0.7)), ("bias", "digits"): Cell((0.9,))}
+    one = {("linear", "digits_masks"): cells["linear", "digits_masks"]}
+    assert protocol._table(one, {"digits_masks": "mean IoU"}).splitlines() == [
+        "| test mean IoU (%), ± sample standard deviation (n - 1) | digits_masks |",
+        "| :-- | --: |",
+        "| linear | 60.0 ± 14.1 |",
+    ]
+    both = protocol._table(cells, {"digits_masks": "mean IoU", "digits": "accuracy"}).splitlines()
+    assert both[0] == (
+        "| test score (%), ± sample standard deviation (n - 1) | digits_masks (mean IoU) | digits (accuracy) |"
+    )
+    assert both[2:] == ["| linear | 60.0 ± 14.1 | missing |", "| bias | missing | 90.0 |"]
 
 
 def test_the_table_holds_mean_and_deviation_of_the_test_scores(logs, tuned):

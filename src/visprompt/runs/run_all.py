@@ -34,7 +34,7 @@ def train(cfg: DictConfig) -> float:
 
     Raises:
         UserError: A run failed, or (outside a multirun and an agent's sweep) diverged; the error is raised
-            after all other runs. Or a sweeper would choose by the test accuracy.
+            after all other runs. Or a sweeper would choose by the test score.
     """
     check_sweeper(cfg)
     jobs = compose.jobs(cfg)
@@ -57,7 +57,7 @@ def train(cfg: DictConfig) -> float:
 
 
 def check_sweeper(cfg: DictConfig) -> None:
-    """Refuse a sweeper that would choose by the test accuracy."""
+    """Refuse a sweeper that would choose by the test score."""
     if cfg.split != "tune" and compose.has_choosing_sweeper():
         raise UserError(
             "this sweeper chooses by the score that a run returns, and no choice may read a test score: give "

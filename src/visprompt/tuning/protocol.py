@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError, unknown
 from visprompt.files import write_atomically
+from visprompt.models.kind import KINDS
 from visprompt.models.methods import METHODS
 from visprompt.runs import compose, ranks
 from visprompt.runs.engine.choose import opened
@@ -41,12 +42,12 @@ def tune(cfg: DictConfig) -> float:
         cfg: The config that `@hydra.main` composed: a training config with methods, seeds and table.
 
     Returns:
-        Mean test accuracy over all methods and tasks.
+        Mean test score over all methods and tasks.
 
     Raises:
         UserError: A list of methods or seeds is empty or has an unknown entry, a grid is malformed, a run
             failed (finished runs stay finished), or the command runs under `-m` or a W&B agent, which could
-            choose by the test accuracy.
+            choose by the test score.
     """
     jobs, seeds = asked(cfg)
     check_all(jobs)
@@ -68,6 +69,7 @@ def tune(cfg: DictConfig) -> float:
             return _mean_score(drive(engine, [_only_points(job, cfg.points) for job in jobs], stacks))
         scored_by_job = drive(engine, [tune_one(job, seeds) for job in jobs], stacks)
     cells: dict[tuple[str, str], Cell] = {}
+    scores: dict[str, str] = {}  # the score of each task in words
     failed: list[str] = []
     for job, scored in zip(jobs, scored_by_job, strict=True):
         failed += [f"{o.name}: {o.reason}" for o in scored if o.reason]
@@ -77,11 +79,12 @@ def tune(cfg: DictConfig) -> float:
         try:
             if len(results) == len(seeds):
                 cells[job.method.name, results[0].task] = cell(results)
+                scores[results[0].task] = KINDS[results[0].kind].words
         # an older run recorded its settings otherwise; other cells are not affected
         except UserError as error:
             failed.append(f"{job.name}: {error}")
     if cells:
-        table = _table(cells)
+        table = _table(cells, scores)
         console.print(f"\n{table}")
     if cells and cfg.table is not None:
         write_atomically(Path(cfg.table), lambda temporary: temporary.write_text(table, encoding="utf-8"))
@@ -120,7 +123,7 @@ def asked(cfg: DictConfig) -> tuple[list[Job], list[int]]:
     jobs = [job for method in methods for job in compose.jobs(cfg, [f"method={method}"])]
     if any(job.has_own_images and job.data.test == "none" for job in jobs):
         raise UserError(
-            "src/tune.py makes a table of test accuracies, but data.test=none has no test set: leave it out"
+            "src/tune.py makes a table of test scores, but data.test=none has no test set: leave it out"
         )
     return jobs, seeds
 
@@ -295,8 +298,11 @@ def grid_points(grid: Any) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def _table(cells: Mapping[tuple[str, str], Cell]) -> str:
+def _table(cells: Mapping[tuple[str, str], Cell], scores: Mapping[str, str]) -> str:
+    """Return the table of scores; tasks say which score they have if they differ in it."""
     methods = list(dict.fromkeys(method for method, _ in cells))
-    tasks = list(dict.fromkeys(task for _, task in cells))
-    rows = [[m, *(str(cells[m, t]) if (m, t) in cells else "missing" for t in tasks)] for m in methods]
-    return markdown_table(["test accuracy (%), ± sample standard deviation (n - 1)", *tasks], rows)
+    rows = [[m, *(str(cells[m, t]) if (m, t) in cells else "missing" for t in scores)] for m in methods]
+    same = len({*scores.values()}) == 1
+    score = next(iter(scores.values())) if same else "score"
+    tasks = scores if same else [f"{task} ({words})" for task, words in scores.items()]
+    return markdown_table([f"test {score} (%), ± sample standard deviation (n - 1)", *tasks], rows)
