@@ -166,7 +166,7 @@ def test_balanced_weights_are_those_of_scikit_learn():
 
 def test_a_wrong_number_of_weights_is_refused():
     with pytest.raises(
-        UserError, match=r"^recipe.class_weights has 2 numbers, and there are 5 classes: give one "
+        UserError, match=r"^recipe.class_weights has length 2, but there are 5 classes: give one "
     ):
         objective(class_weights=[1, 2])
 

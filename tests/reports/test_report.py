@@ -283,7 +283,7 @@ def test_a_run_is_let_go_before_the_next_is_opened(monkeypatch):
         monkeypatch.setattr(closeups.inspection, name, refuse)
     seen = closeups.look([Path("a"), Path("b")], {}, "cpu", data_dir=None, weights=None)
     whats = ("scoring", "t-SNE", "attention", "latency")
-    expected = [(name, f"{what} not shown: there is nothing to see") for name in "ab" for what in whats]
+    expected = [(name, f"{what} is not shown: there is nothing to see") for name in "ab" for what in whats]
     assert [(str(one.folder), one.why) for one in seen.left_out] == expected
     assert (seen.plots, seen.tables, seen.latency) == ((), {}, None)
 

@@ -170,8 +170,8 @@ def test_of_a_segmentation_run_pixels_are_counted_and_the_rest_is_left_out_with_
     texts = [text.get_text() for text in confusion.draw(LIGHT).axes[0].texts]
     assert sum(map(int, texts)) == pytest.approx(300, abs=5), "per cent of each of three classes"
     assert [one.why for one in found.left_out] == [
-        "t-SNE not shown: t-SNE shows one class for each image, and here each pixel has one: it is left out",
-        "attention not shown: it is drawn for the tokens that an image's class is read from, and here each "
-        "pixel has one: it is left out",
+        "t-SNE is not shown: it needs one class for each image, and here each pixel has one",
+        "attention is not shown: it is drawn for the tokens that an image's class is read from, and here each "
+        "pixel has one",
     ]
     assert found.latency is not None

@@ -97,6 +97,9 @@ def test_what_cannot_be_written_or_combined_is_one_sentence(tmp_path, photos, mo
 
     refused("state.safetensors is the state of a segmentation task, .*: give it alone", f"[{flat},{state}]")
     refused("multi_scale=true is for segmentation states, and .*flat", flat, more=("multi_scale=true",))
+    refused(
+        r"masks.CSV is the name of a table, and the masks .* go to a folder", output=tmp_path / "masks.CSV"
+    )
     refused("is a file, and the masks of a segmentation state go to a folder", output=flat)
     refused("holds other files, such as bad.jpg: give the name", output=photos, more=("overwrite=true",))
     assert (photos / "a.png").is_file()

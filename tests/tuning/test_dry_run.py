@@ -166,6 +166,9 @@ def test_the_protocol_is_counted_as_it_would_run(tmp_path, measured, capsys):
     tune(tmp_path, "seeds=[1,2]", f"table={tmp_path}/table.md", dry=False)
     assert counted() == ["2", "1, 2", "4, 4 done", "39 to 48", "0 s"]
     assert counted("recipe.epochs=4")[2] == "4, 0 done"
+    assert counted("points=[1]") == ["1", "42", "1, 1 done", "39", "0 s"], "this point alone"
+    with pytest.raises(UserError, match=r"points=\[2\] does not fit: give a list of numbers from 0 to 1"):
+        counted("points=[2]")
 
 
 def test_after_a_grid_that_diverged_nothing_follows(tmp_path, measured, capsys):

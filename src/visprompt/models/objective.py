@@ -98,7 +98,7 @@ class Objective:
         if isinstance(given, list):
             if len(given) != num_classes:
                 raise UserError(
-                    f"recipe.class_weights has {len(given)} numbers, and there are {num_classes} classes: "
+                    f"recipe.class_weights has length {len(given)}, but there are {num_classes} classes: "
                     "give one for each class, in the order of their names"
                 )
             self.class_weights = torch.tensor(given)

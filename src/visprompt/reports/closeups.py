@@ -88,7 +88,7 @@ def look(
         try:
             return show(opened, *arguments)
         except UserError as error:
-            left_out.append(LeftOut(opened.folder, f"{what} not shown: {error}"))
+            left_out.append(LeftOut(opened.folder, f"{what} is not shown: {error}"))
             return []
 
     for folder in folders:
@@ -116,7 +116,7 @@ def _maps(opened: Opened, name: str, placed: dict[bytes, np.ndarray]) -> list[Pl
     kind = KINDS[opened.result.kind]
     if kind is not SINGLE_LABEL:
         have = "each pixel has one" if kind.dense else "an image may have several"
-        raise UserError(f"t-SNE shows one class for each image, and here {have}: it is left out")
+        raise UserError(f"it needs one class for each image, and here {have}")
     found = inspection.features(opened)
     key = found.before.tobytes()
     if key not in placed:
@@ -144,8 +144,7 @@ def _maps(opened: Opened, name: str, placed: dict[bytes, np.ndarray]) -> list[Pl
 def _attention(opened: Opened, name: str) -> list[Plot]:
     if KINDS[opened.result.kind].dense:
         raise UserError(
-            "it is drawn for the tokens that an image's class is read from, and here each pixel has one: it "
-            "is left out"
+            "it is drawn for the tokens that an image's class is read from, and here each pixel has one"
         )
     rows = np.linspace(0, len(opened.dataset) - 1, _IMAGES).round().astype(int)
     found = inspection.attention(opened, sorted(set(rows.tolist())))

@@ -50,7 +50,8 @@ def _show(runs: pd.DataFrame, number: int, console: Terminal) -> None:
     table.add_column("method")
     table.add_column("settings", overflow="fold")
     table.add_column("seed", justify="right")
-    table.add_column(f"{results[0].score_name} (95 % interval)")
+    interval = " (95 % interval)" if any(result.interval for result in results) else ""
+    table.add_column(f"{results[0].score_name}{interval}")
     table.add_column("tuned + head", justify="right")
     for rank, i in enumerate(order, 1):
         result, tuned = runs["result"][i], runs["result"][i].tuned

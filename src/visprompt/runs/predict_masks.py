@@ -34,6 +34,11 @@ def check_folder(output: Path, overwrite: bool) -> None:
     Raises:
         UserError: The message says what to give.
     """
+    if output.suffix.lower() in (".csv", ".parquet"):
+        raise UserError(
+            f"output={output} is the name of a table, and the masks of a segmentation state go to a folder: "
+            "give the name of a new folder"
+        )
     if output.exists() and not output.is_dir():
         raise UserError(
             f"output={output} is a file, and the masks of a segmentation state go to a folder: give the name "

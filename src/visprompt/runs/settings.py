@@ -41,7 +41,7 @@ _MATMUL = one_of("highest", "high", "medium")
 _PRECISION = Allowed(f"one of {', '.join(_PRECISE)}", one_of(*_PRECISE, *PRECISIONS, 64, 32, 16).fits)
 
 _FACTORS = Allowed(
-    "two factors such as [0.5,2.0], the least first",
+    "two factors such as [0.5,2.0], the smaller one first",
     lambda value: (
         isinstance(value, list)
         and len(value) == 2

@@ -93,6 +93,8 @@ def _print(cfg: DictConfig, lines_of: Any) -> float:
         lines = list(lines_of(planner))
     if planner.dry.failed:
         raise UserError("; ".join(planner.dry.failed))
+    for sentence in planner.dry.needs.sentences():
+        print(sentence, file=sys.stderr)
     for line in lines:
         print(json.dumps(asdict(line) | {"shell": shlex.join(line.command)}, ensure_ascii=False))
     return math.nan

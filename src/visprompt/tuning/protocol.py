@@ -9,7 +9,7 @@ run with a separate folder, so that the protocol can be resumed.
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,6 +33,7 @@ GRID_SEED = 42
 RELEASED_SEEDS = (42, 44, 82, 100, 800)
 """Seeds of the final runs in VPT's released code; its published table of settings uses the first three."""
 console = Terminal()
+_T = TypeVar("_T")
 
 
 def tune(cfg: DictConfig) -> float:
@@ -217,7 +218,7 @@ def _only_points(job: Job, numbers: Sequence[int]) -> Steps[list[Outcome]]:
     return (yield _varied(job, [point | _tuning(job) for point in chosen]))
 
 
-def chosen_points(points: Sequence[dict[str, Any]], numbers: Sequence[int] | None) -> list[dict[str, Any]]:
+def chosen_points(points: Sequence[_T], numbers: Sequence[int] | None) -> list[_T]:
     """Return the points of a grid with some numbers, or all points if the numbers are None.
 
     Raises:

@@ -95,6 +95,15 @@ def moved_out(root):
 
 # what is done to the folder -> the error; {root} is the folder
 REFUSED = {
+    "no folder": (
+        shutil.rmtree,
+        "data.root={root} is not a folder: give the folder that holds images/, masks/ and classes.txt",
+    ),
+    "folders like splits": (
+        lambda root: [(root / "images" / name).mkdir() for name in ("Training", "my-test-set", "trees")],
+        "images/ in {root} has folders that are named like splits (Training, my-test-set): rename them to "
+        "train, val and test, there and in masks/",
+    ),
     "images and masks in other folders": (
         lambda root: (root / "masks").rename(root / "labels"),
         "data.root={root} has no folder masks: put the images into images/ and their masks into masks/, with "
@@ -111,17 +120,17 @@ REFUSED = {
     ),
     "no image": (
         lambda root: (root / "images" / "004.png").unlink(),
-        "masks/004.png in {root} is the mask of no image: add the image of the same path in images/, or "
+        "masks/004.png in {root} has no image: add the image of the same path in images/, or "
         "remove it, or set data.skip_bad=true to leave such files out",
     ),
     "no images": (
         lambda root: [(root / "images" / f"00{number}.png").unlink() for number in (4, 5)],
-        "masks/004.png in {root} (one of 2) is the mask of no image: add the image of the same path in images/, "
+        "masks/004.png in {root} (one of 2) has no image: add the image of the same path in images/, "
         "or remove it, or set data.skip_bad=true to leave such files out",
     ),
     "another format": (
         lambda root: (root / "masks" / "004.png").rename(root / "masks" / "004.jpg"),
-        "masks/004.jpg in {root} is no PNG: save masks as PNG, which loses nothing, or set data.skip_bad=true "
+        "masks/004.jpg in {root} is not a PNG: save masks as PNG, which loses nothing, or set data.skip_bad=true "
         "to leave such files out",
     ),
     "a text": (

@@ -16,6 +16,7 @@ from visprompt.data.masks import IGNORED, MOST_CLASSES
 from visprompt.data.sources.checksums import UNREADABLE, Checksums
 from visprompt.data.sources.images import EXTENSIONS
 from visprompt.data.sources.masked_images import MaskedImages, Pair
+from visprompt.data.sources.split_folders import split_of
 from visprompt.data.sources.walk import files_below, folders_in
 from visprompt.data.splits import SPLITS, stratified
 from visprompt.errors import UserError
@@ -87,6 +88,12 @@ def find_masks(
     Raises:
         UserError: The classes cannot be read, a file is not one of a pair, or there are no pairs.
     """
+    if not root.is_dir():
+        raise UserError(
+            f"data.root={root} is not a folder: give the folder that holds images/, masks/ and classes.txt"
+        )
+    left_out: Counter[str] = Counter()
+    images, masks = (_files(root, folder, left_out) for folder in ("images", "masks"))
     names = _names(root, classes)
     label_of = {value: value - (ignore is not None and ignore < value) for value in range(len(names))}
     label_of |= {} if ignore is None else {ignore: IGNORED}
@@ -96,8 +103,6 @@ def find_masks(
             f"data.root={root} has {len(kept)} classes that are not ignored: segmentation needs 2 to "
             f"{MOST_CLASSES}"
         )
-    left_out: Counter[str] = Counter()
-    images, masks = (_files(root, folder, left_out) for folder in ("images", "masks"))
     images = _supported(root, images, skip_bad, left_out)
     found = _paired(root, images, masks, skip_bad, left_out)
     split_of = _splits(root, [path.relative_to(root / "images").parts for path, _ in found])
@@ -180,9 +185,9 @@ def _paired(
     unmasked = [path for stem, path in image_of.items() if stem not in mask_of]
     alone = [path for stem, path in mask_of.items() if stem not in image_of]
     wrong = (
-        (strange, "is no PNG", "save masks as PNG, which loses nothing"),
+        (strange, "is not a PNG", "save masks as PNG, which loses nothing"),
         (unmasked, "has no mask", "add a PNG of the same path in masks/"),
-        (alone, "is the mask of no image", "add the image of the same path in images/, or remove it"),
+        (alone, "has no image", "add the image of the same path in images/, or remove it"),
     )
     for paths, what, how in wrong:
         if paths and not skip_bad:
@@ -207,9 +212,15 @@ def _splits(root: Path, paths: Sequence[tuple[str, ...]]) -> list[str] | None:
         paths: The parts of each image's path relative to `images/`.
 
     Raises:
-        UserError: Some images are in no folder of a split.
+        UserError: Some images are in no folder of a split, or folders have names like "Testing".
     """
-    if not any(folder.name in SPLITS for folder in folders_in(root / "images")):
+    folders = [folder.name for folder in folders_in(root / "images")]
+    if not {*folders} & {*SPLITS}:
+        if like_splits := [visible(name) for name in folders if split_of(name)]:
+            raise UserError(
+                f"images/ in {root} has folders that are named like splits ({', '.join(like_splits)}): "
+                "rename them to train, val and test, there and in masks/"
+            )
         return None
     for parts in paths:
         if parts[0] not in SPLITS or len(parts) == 1:

@@ -145,7 +145,7 @@ def open_masks(
         check_place(folder, store.made_for, made_for)
         return store
 
-    store = usable() or written(folder, len(images.items), write, usable)
+    store = usable() or written(folder, len(images.items), write, usable, "copying")
     if store is None:
         raise UserError(f"the store {folder} vanished while it was opened: start again")
     if store.bad:

@@ -160,7 +160,11 @@ def open_store(
 
 
 def written(
-    folder: Path, count: int, write: Callable[[Path], None], usable: Callable[[], _S | None]
+    folder: Path,
+    count: int,
+    write: Callable[[Path], None],
+    usable: Callable[[], _S | None],
+    doing: str = "decoding",
 ) -> _S | None:
     """Write a store, unless another process has written it while this one waited, and return it.
 
@@ -169,16 +173,17 @@ def written(
         count: Number of its images, for the log.
         write: Fills the temporary folder that it is given.
         usable: Returns the store, or None where it is missing or not the right one.
+        doing: What is done with the images, for the log.
 
     Raises:
         UserError: The disk is full, or the place cannot be written to.
     """
     try:
         # the ranks that srun or torchrun starts come here together
-        with alone(folder.with_name(f".{folder.name}.decoding.lock"), f"decoding images into {folder}"):
+        with alone(folder.with_name(f".{folder.name}.decoding.lock"), f"{doing} images into {folder}"):
             if (store := usable()) is not None:
                 return store
-            _log.info("decoding %d images once, into %s", count, folder)
+            _log.info("%s %d images once, into %s", doing, count, folder)
             publish(folder, write, lambda: usable() is not None)
             return usable()
     except OSError as error:

@@ -86,7 +86,7 @@ def tune(cfg: DictConfig) -> float:
     with offline():
         for job in jobs:
             with plan.line(job):
-                plan.add_protocol(job, seeds)
+                plan.add_protocol(job, seeds, cfg.points)
     return plan.say()
 
 
@@ -126,18 +126,19 @@ class DryRun:
         except UserError as error:
             self.failed.append(f"{job.name}: {error}")
 
-    def add_protocol(self, job: Job, seeds: Sequence[int]) -> None:
-        """Add a line for the protocol of one method on one task."""
+    def add_protocol(self, job: Job, seeds: Sequence[int], numbers: Sequence[int] | None = None) -> None:
+        """Add a line for the protocol of one method on one task, or for some points of its grid alone."""
         steps, outcomes = protocol.looked_up(job, seeds, self.stored)
-        grid = steps[0]
+        grid = protocol.chosen_points(steps[0], numbers)
         points = {json.dumps(self.numbers(each)): each for each in grid}.values()  # equal points are one run
         runs = [Planned(each, each) for each in points]
-        if len(steps) > 1:  # all runs of the grid are finished, so that the choice is known
+        if numbers is not None:
+            seeds = [protocol.GRID_SEED]
+        elif len(steps) > 1:  # all runs of the grid are finished, so that the choice is known
             runs += [run for final in steps[1] for run in self.planned(final)]
-        elif any(outcome.result is None for outcome in outcomes):
+        elif any(outcome.result is None for outcome in outcomes):  # not all have diverged
             finals = [job.vary({"split": "final", "seed": seed}) for seed in seeds]
             runs += [replace(run, exact=None) for final in finals for run in self.planned(final)]
-        # otherwise all runs of the grid have diverged, and there are no final runs
         self.add(job, _in_words(len(grid), len(points), job.grid), seeds, runs)
 
     def planned(self, job: Job) -> list[Planned]:
