@@ -265,7 +265,10 @@ def test_jobs_of_own_masks_are_own_images_under_another_task_than_own_photograph
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("data.scale=[2,1]", "data.scale=[2, 1] does not fit: give two factors such as [0.5,2.0], the least"),
+        (
+            "data.scale=[2,1]",
+            "data.scale=[2, 1] does not fit: give two factors such as [0.5,2.0], the smaller",
+        ),
         ("data.ignore=256", "data.ignore=256 does not fit: give a whole number from 0 to 255 or null"),
         ("data.jitter=1", "data.jitter=1 does not fit: give true or false"),
         ("data.classes=[1,2]", "data.classes=[1, 2] does not fit: give a path or a list of words or null"),

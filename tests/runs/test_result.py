@@ -64,8 +64,8 @@ def test_stacked_runs_are_not_averaged_with_single_ones():
     assert cell([make(seed=1, machine=stacked), make(seed=2, machine=stacked | {"stacked": 1})]).mean == 0.75
     with pytest.raises(
         UserError,
-        match=r"^runs that were trained in a stack are not averaged with single ones: run src/train\.py with "
-        r"rerun=true for the stacked ones \(seed 2\)$",
+        match=r"^runs that were trained in a stack are not averaged with single ones: run the stacked ones "
+        r"\(seed 2\) singly, each with src/train\.py and rerun=true$",
     ):
         cell([make(seed=1), make(seed=2, machine=stacked)])
     # a grid may hold both

@@ -51,7 +51,8 @@ def test_a_frozen_backbone_is_run_once_and_changes_no_bit(tmp_path, monkeypatch)
 
 
 def test_training_ends_after_max_steps_and_goes_on_at_the_end_of_a_pass(tmp_path):
-    words = (TASK, "recipe.epochs=9", "recipe.warmup_epochs=0", "recipe.schedule=poly", "recipe.max_steps=40")
+    length = ("recipe.epochs=9", "recipe.warmup_epochs=0", "recipe.schedule=poly", "recipe.max_steps=40")
+    words = (TASK, *length, "recipe.batch_size=64")
     whole = tiny_run(tmp_path / "whole", *words)
     begun = trained(whole)
     assert [begun.count(epoch) for epoch in range(4)] == [16, 16, 8, 0]
