@@ -195,7 +195,7 @@ class Comparison:
         return self.official("grid", self.official_words("grid"), points=self.points)
 
     def official_seed(self, seed: int, point: Figures) -> Figures:
-        """Run the released code with the chosen point and a seed, in a process of its own."""
+        """Run the released code with the chosen point and a seed, in a new process."""
         rate = point["lr"] * self.options.batch / 256  # its tune_fgvc.py scales rates, its train.py does not
         words = ["SOLVER.BASE_LR", str(rate), "SOLVER.WEIGHT_DECAY", str(point["weight_decay"])]
         output = self.official_words(f"seed{seed}")

@@ -117,7 +117,7 @@ def same(comparison: "Comparison") -> dict[str, float]:
 
 
 def job_of(comparison: "Comparison", exact: bool) -> Job:
-    """Return the job of a run of this code with a store of its own."""
+    """Return the job of a run of this code, with its own store."""
     words = [word for word in comparison.our_words("alone") if not word.startswith("data.store_dir=")]
     words += [f"data.store_dir={comparison.folder / 'alone'}", f"backbone.exact={str(exact).lower()}"]
     with compose.composing():

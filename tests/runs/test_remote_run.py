@@ -37,7 +37,7 @@ def _server():
 
 @pytest.fixture
 def machines(tmp_path):
-    """The same run as three machines see it, in a store of its own."""
+    """The same run as three machines see it, in its own store."""
     url = f"{s3_server.URL}/{next(NUMBER)}"
     stores = [Results.of(Paths(data_dir="", log_dir=str(tmp_path / name), results=url)) for name in "abc"]
     return [store.run(store.log_dir / RUN) for store in stores]

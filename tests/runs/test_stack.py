@@ -453,7 +453,7 @@ def test_the_protocol_stacks_its_grid_and_its_seeds_unless_it_is_told_not_to(tmp
 
 def test_locks_are_released_if_the_stack_is_not_trained(tmp_path):
     with ExitStack() as locks:
-        made = stack._open(jobs(tmp_path), locks)
+        made = stack._open(stack._prepared(jobs(tmp_path)), locks)
         assert not any(is_free(point.run.folder) for point in made.points)
     assert all(is_free(point.run.folder) for point in made.points)
 

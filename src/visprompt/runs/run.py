@@ -278,8 +278,8 @@ def _check_alike(trainer: L.Trainer, ckpt_path: Path | None, folder: Path) -> No
     if trainer.world_size == 1:
         return
     mine = progress_of(ckpt_path) if ckpt_path else None
-    alike = mine == trainer.strategy.broadcast(mine)  # the one that rank 0 found
-    if not trainer.strategy.reduce_boolean_decision(alike):
+    same = mine == trainer.strategy.broadcast(mine)  # the one that rank 0 found
+    if not trainer.strategy.reduce_boolean_decision(same):
         raise UserError(
             f"the ranks of this run find different resume states in {folder}: give them a folder on a file "
             "system that all machines share with paths.log_dir=..."

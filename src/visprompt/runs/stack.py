@@ -130,11 +130,13 @@ def train(jobs: Sequence[Job]) -> dict[int, tuple[Run, Result]]:
             known when it has ended.
         StackFailed: Final runs were not trained, and other seeds have been trained in a stack.
     """
+    runs: list[Run] = []
     trained: dict[int, tuple[Run, Result]] = {}
     why = "no room in memory, or another device"
     try:
         with signals.consequences(), ExitStack() as locks, matmul.matmul_precision(jobs[0]):
-            stack = _open(jobs, locks)
+            runs = _prepared(jobs)
+            stack = _open(runs, locks)
             trained = {} if stack is None else stack.train()
     except AtWork:
         raise
@@ -143,35 +145,30 @@ def train(jobs: Sequence[Job]) -> dict[int, tuple[Run, Result]]:
     except Exception as error:  # no room, or a bug
         why = f"{type(error).__name__}: {error}"
         log.warning("%s: no stack of its points, they run one after the other (%s)", jobs[0].name, why)
-    if not trained and jobs[0].split == "final":
-        _check_none_stacked(jobs, why)
+    if runs and not trained and jobs[0].split == "final":
+        _check_none_stacked(runs, why)
     return trained
 
 
-def _check_none_stacked(jobs: Sequence[Job], why: str) -> None:
+def _check_none_stacked(runs: Sequence[Run], why: str) -> None:
     """Refuse single runs next to seeds that were trained in a stack."""
-    try:
-        runs = _prepared(jobs)
-    except UserError:
-        return  # as will each single run
     if any(run.job.rerun or not read_result(run.folder) for run in runs) and _has_stacked_seeds(runs[0]):
         raise StackFailed(
-            f"seeds of {jobs[0].name} were trained in a stack, which now fails for the others ({why}): run "
-            "the same command again, or all seeds singly with engine.stack=off rerun=true"
+            f"seeds of {runs[0].job.name} were trained in a stack, which now fails for the others ({why}): "
+            "run the same command again, or all seeds singly with engine.stack=off rerun=true"
         )
 
 
-def _open(jobs: Sequence[Job], locks: ExitStack) -> Stack | None:
+def _open(runs: Sequence[Run], locks: ExitStack) -> Stack | None:
     """Lock the folders of the runs to train; return None if none is trained in a stack."""
-    runs = _prepared(jobs)
     places = _to_train(runs)
     data = runs[0].datamodule
     if not places or data.augments or KINDS[data.kind].dense:
         return None
-    device = build_trainer(jobs[0]).strategy.root_device
+    device = build_trainer(runs[0].job).strategy.root_device
     if device.type not in ("cpu", "cuda"):  # dropout of other devices has a generator of another kind
         return None
-    final, points, single = jobs[0].split == "final", [], False
+    final, points, single = runs[0].job.split == "final", [], False
     for place in places:
         run = runs[place]
         try:
