@@ -185,8 +185,8 @@ def _load(figures: dict[str, Any]) -> str:
     """Say whether the processes had the cores that they could use."""
     ours = figures["ours"]
     return (
-        f"This code, with one thread, got {ours['cpu'] / ours['wall']:.2f} of a core: for the rest of 1 it "
-        "was not running. So CPU time is the figure to read."
+        f"This code, with one thread, had the CPU for {100 * ours['cpu'] / ours['wall']:.0f} % of the wall "
+        "time: the lower that is, the more other programs were running. So compare CPU time, not wall time."
     )
 
 

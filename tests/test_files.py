@@ -198,7 +198,8 @@ def test_what_others_are_writing_is_kept(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x", slow, fresh, of_another_folder])
 
 
-def test_where_the_file_system_has_no_locks_the_age_decides(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ahead", [0, 2 * 3600])
+def test_where_the_file_system_has_no_locks_the_age_by_its_own_clock_decides(tmp_path, monkeypatch, ahead):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -206,6 +207,8 @@ def test_where_the_file_system_has_no_locks_the_age_decides(tmp_path, monkeypatc
     fresh = left_behind(tmp_path, "x.tmp-0123456789ab", 60)
     growing = left_behind(tmp_path, "x.tmp-1123456789ab", 2 * 3600, file_seconds=60)
     left_behind(tmp_path, "x.tmp-2123456789ab", 2 * 3600)
+    now = time.time
+    monkeypatch.setattr(files.time, "time", lambda: now() + ahead)
     publish(tmp_path / "x", writer("whole"), never)
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x", fresh, growing])
 

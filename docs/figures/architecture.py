@@ -1,8 +1,8 @@
 """Draw docs/figures/architecture.svg from the imports of the code: `python docs/figures/architecture.py`.
 
-A box is a package of src/visprompt, an arrow an import; what everything imports (errors, files, text) is left
-out. Rows go down from what is called first. An arrow that a longer way down makes plain is left out; a dashed
-one goes back up.
+A box is a package of src/visprompt, an arrow an import; what everything may import (errors, files, machine,
+text) is left out. Rows go down from what is called first. An arrow that a longer way down makes plain is left
+out; a dashed one goes back up.
 """
 
 import ast

@@ -116,13 +116,22 @@ def _is_abandoned(path: Path) -> bool:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return time.time() - path.stat().st_mtime > _YOUNG
+        return _clock(path.parent) - path.stat().st_mtime > _YOUNG
     except BlockingIOError:
         return False
     except OSError:
-        return time.time() - _last_write(path) > _ABANDONED
+        return _clock(path.parent) - _last_write(path) > _ABANDONED
     finally:
         os.close(handle)
+
+
+def _clock(folder: Path) -> float:
+    """Return the time by the clock of a folder's file system, which may be another machine's."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:  # read-only, or full
+        return time.time()
 
 
 def _last_write(path: Path) -> float:

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visprompt.data.datamodule import balanced
 from visprompt.data.datasets import Ticket
-from visprompt.data.sampler import GlobalBatches
+from visprompt.data.sampler import GlobalBatches, balanced
 from visprompt.errors import UserError
 
 dealings = given(

@@ -35,7 +35,7 @@ def test_rows_are_put_together_in_memory_or_in_a_file(monkeypatch, memory):
         mapped.append(original(*arguments, **options))
         return mapped[-1]
 
-    monkeypatch.setattr(feature_cache, "_free_memory", lambda: memory)
+    monkeypatch.setattr(feature_cache, "free_memory", lambda: memory)
     monkeypatch.setattr(np, "memmap", note)
     kept = keep(parts(), 10)
     assert kept.tolist() == np.arange(30).reshape(10, 3).tolist()
@@ -68,7 +68,7 @@ def test_rows_stay_on_a_device_that_has_room(monkeypatch):
 
 
 def test_no_room_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(feature_cache, "_free_memory", lambda: 100)
+    monkeypatch.setattr(feature_cache, "free_memory", lambda: 100)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: Usage(1, 1, 100))
     caplog.set_level(logging.INFO)
     assert keep(parts(), 10) is None

@@ -142,8 +142,8 @@ class Transfers(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("pins", [True, False])
-def test_batches_from_memory_are_copied_from_locked_pages_without_waiting(monkeypatch, pins):
+@pytest.mark.parametrize(("pins", "gpu"), [(True, True), (False, True), (True, False)])
+def test_batches_from_memory_are_copied_from_locked_pages_without_waiting(monkeypatch, pins, gpu):
     pages = []  # kept, so that no address is given twice
 
     def locked(tensor):
@@ -155,10 +155,11 @@ def test_batches_from_memory_are_copied_from_locked_pages_without_waiting(monkey
 
     monkeypatch.setattr(loader, "_pinned", locked)  # PyTorch locks pages for a driver alone
     monkeypatch.setattr(loader, "_empty_pinned", empty)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     datamodule = DigitsDataModule(
         batch_size=4, split="tune", seed=0, image_size=32, mean=[0.5] * 3, std=[0.5] * 3, pin_memory=pins
     )
+    strategy = SimpleNamespace(root_device=torch.device("cuda" if gpu else "cpu"))
+    datamodule.trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0, strategy=strategy)
     images = np.arange(10 * 3 * 2 * 2, dtype=np.uint8).reshape(10, 3, 2, 2)
     dataset = ArrayDataset(images, np.arange(10) % 5, [str(i) for i in range(10)])
     batches = list(datamodule.feature_dataloader(dataset))
@@ -170,7 +171,7 @@ def test_batches_from_memory_are_copied_from_locked_pages_without_waiting(monkey
     assert len(transfers.noted) == 3 * 5, "images, labels, rows, weights and scales of each batch"
     assert all(waits_not for waits_not, _ in transfers.noted)
     known = {page.untyped_storage().data_ptr() for page in pages}
-    assert [source in known for _, source in transfers.noted] == [pins] * 15
+    assert [source in known for _, source in transfers.noted] == [pins and gpu] * 15
 
 
 def test_what_a_step_copies_is_noted(monkeypatch):

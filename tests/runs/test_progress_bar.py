@@ -53,6 +53,12 @@ def test_a_run_shows_its_epoch_from_1_and_its_time_left(tmp_path, shown):
     assert told(shown[-1]) == ("epoch 3 of 3", "4/4", "0:00:00 left")
 
 
+def test_a_run_that_ends_within_an_epoch_shows_the_time_until_then(tmp_path, shown):
+    run_job(tiny_run(tmp_path, *WORDS, "recipe.max_steps=6"))
+    assert told(shown[0]) == ("epoch 1 of 2", "1/4", "0:00:50 left")
+    assert told(shown[-1]) == ("epoch 2 of 2", "2/4", "0:00:00 left")
+
+
 def test_a_run_of_several_shows_the_time_left_of_all(tmp_path, shown):
     runs = OneByOne(3)
     for seed in (1, 1, 2):  # the second finds the result of the first

@@ -4,7 +4,6 @@ The ranks here are light.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -71,7 +70,7 @@ def test_every_rank_runs_once_in_a_group_of_its_own(tmp_path):
 
 def test_cores_are_shared_among_the_ranks_where_no_threads_are_given(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(ranks, "cores", lambda: 7)
     ranks.run_ranks(script(note(tmp_path)), 2)
     assert {rank["OMP_NUM_THREADS"] for rank in noted(tmp_path)} == {"3"}
 

@@ -205,6 +205,21 @@ def test_all_seeds_of_a_final_run_are_stacked_or_none(tmp_path, ran, first):
     assert outcomes[2].result.machine.get("stacked") == (None if first == "single" else 1)
 
 
+def test_a_seed_that_cannot_be_stacked_is_refused_beside_stacked_ones(tmp_path, ran):
+    run_all.run_all(finals(tmp_path, [1, 2]), stacks=True)
+    third = finals(tmp_path, [3], "linear", "trainer.check_val_every_n_epoch=2")
+    assert run_all.run_all(third, stacks=True)[0].reason == (
+        "other seeds of digits/linear were trained in a stack, which these settings rule out (docs/runs.md lists "
+        "them: loggers other than csv, for example): leave them out, or run each seed singly with src/train.py "
+        "and rerun=true"
+    )
+    assert ran == [2]
+    other = finals(
+        tmp_path, [3], "linear", "trainer.check_val_every_n_epoch=2", "recipe.lr=0.3"
+    )  # its seeds are not stacked
+    assert not run_all.run_all(other, stacks=True)[0].reason
+
+
 def test_a_run_that_was_begun_singly_goes_on_singly(tmp_path, ran, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(run.attempt_files, "finish", interrupt)
@@ -319,7 +334,7 @@ def test_final_runs_of_a_stack_that_failed_when_some_were_finished_are_not_run_s
     outcomes = run_all.run_all(finals(tmp_path, [1, 2, 3]), stacks=True)
     assert {outcome.reason for outcome in outcomes} == {
         "seeds of digits/linear were trained in a stack, which now fails for the others (OSError: no space "
-        "left): run the same command again, or all seeds singly with engine.stack=off rerun=true"
+        "left): run the same command again, or each seed singly with src/train.py and rerun=true"
     }
     monkeypatch.undo()
     again = run_all.run_all(finals(tmp_path, [1, 2, 3]), stacks=True)
@@ -340,7 +355,7 @@ def test_a_seed_is_not_run_singly_beside_stacked_ones(tmp_path, monkeypatch, why
             outcome = run_all.run_all(finals(tmp_path, seeds), stacks=True)[-1]
             assert outcome.reason == (
                 f"seeds of digits/linear were trained in a stack, which now fails for the others ({why}): run "
-                "the same command again, or all seeds singly with engine.stack=off rerun=true"
+                "the same command again, or each seed singly with src/train.py and rerun=true"
             )
     assert is_stacked(run_all.run_all(finals(tmp_path, [3]), stacks=False)[0].result)
 

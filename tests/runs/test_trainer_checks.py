@@ -38,8 +38,11 @@ def test_two_devices_of_which_slurm_started_one_are_refused(tmp_path, monkeypatc
     assert build_trainer(tiny_job(tmp_path)).world_size == 1
 
 
-def test_one_device_of_two_processes_that_a_launcher_started_is_refused(tmp_path, monkeypatch):
-    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+@pytest.mark.parametrize(
+    "rank", ["0", "1"]
+)  # of a trainer with one device Lightning finds no device of rank 1
+def test_one_device_of_two_processes_that_a_launcher_started_is_refused(tmp_path, monkeypatch, rank):
+    for name, value in {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert refused(tmp_path) == (
         "trainer.devices=1 and trainer.num_nodes=1 ask for 1 process(es), and the launcher started 2: start "

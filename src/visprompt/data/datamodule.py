@@ -24,7 +24,7 @@ from visprompt.data.datasets import (
     as_is,
 )
 from visprompt.data.loader import GatheringLoader
-from visprompt.data.sampler import GlobalBatches
+from visprompt.data.sampler import GlobalBatches, balanced
 from visprompt.data.splits import share
 from visprompt.data.transforms import check_resizing, mean_and_std, normalise, per_channel
 from visprompt.errors import UserError, unknown
@@ -90,7 +90,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         augment: str | nn.Module = "none",
         accumulate: int = 1,
         num_workers: int = 0,
-        pin_memory: bool = False,
+        pin_memory: bool = True,
     ) -> None:
         """Check the options; no data is read yet.
 
@@ -108,7 +108,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
             augment: Augmentation of training images, see `augment`: a name, or the user's module.
             accumulate: Micro steps per optimiser step; the trainer's `accumulate_grad_batches`.
             num_workers: Processes that load data; 0 loads in the main process.
-            pin_memory: Whether batches that a GPU gets are in page-locked memory.
+            pin_memory: Whether batches for a GPU are in page-locked memory, from which copies do not wait.
 
         Raises:
             UserError: A value is not valid.
@@ -306,6 +306,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
     ) -> DataLoader[Batch]:
         trainer = None if everywhere else self.trainer
         world = trainer.world_size if trainer else 1
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         batches = GlobalBatches(
             num_rows=len(dataset),
             batch_size=world if dataset.one_by_one and not training else self.batch_size,
@@ -321,13 +322,13 @@ class TaskDataModule(L.LightningDataModule, ABC):
         )
         exactly = type(dataset) in (ArrayDataset, DeviceDataset)  # a subclass may change its pixels
         if exactly and isinstance(dataset, ArrayDataset | DeviceDataset):
-            return GatheringLoader(dataset, batches, self.pin_memory)
+            return GatheringLoader(dataset, batches, self.pin_memory and on_gpu)
         return DataLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=as_is,
             num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
+            pin_memory=self.pin_memory and on_gpu,
             persistent_workers=self.num_workers > 0,
             # or the loader would draw from the global generator, which dropout uses
             generator=torch.Generator(),
@@ -335,16 +336,3 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     def _epoch(self) -> int:
         return 0 if self.trainer is None else max(self.first_epoch, self.trainer.current_epoch)
-
-
-def balanced(labels: np.ndarray) -> np.ndarray:
-    """Return the probability of drawing each image so that all classes are equally probable.
-
-    Args:
-        labels: int64 [n].
-
-    Returns:
-        float64 [n]; the sum is 1.
-    """
-    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    return np.asarray(1 / (len(counts) * counts[classes]))

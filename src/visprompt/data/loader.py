@@ -27,14 +27,14 @@ class GatheringLoader(DataLoader[Batch]):
         Args:
             dataset: The images.
             batches: Which images each batch has.
-            pin_memory: Whether batches of images in memory are in page-locked memory, if there is a GPU.
+            pin_memory: Whether batches of images in memory are in page-locked memory, which needs a GPU.
         """
         # the generator is never used; without it, each epoch would draw from the global one, as dropout does
         super().__init__(dataset, batch_sampler=batches, generator=torch.Generator())
         images = dataset.images
         self._images = images if isinstance(images, Tensor) else torch.from_numpy(images)
         self._labels, self._batches = dataset.labels, batches
-        self._pins = pin_memory and self._images.device.type == "cpu" and torch.cuda.is_available()
+        self._pins = pin_memory and self._images.device.type == "cpu"
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # not the base class of torch's iterators
         """Yield the batches of an epoch."""

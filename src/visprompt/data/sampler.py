@@ -163,3 +163,16 @@ def _uneven(batch_size: int, world: int, accumulate: int) -> UserError:
         f"recipe.batch_size={batch_size} cannot be dealt to {world} device(s) x {accumulate} accumulation "
         f"step(s): it must be a multiple of {shares}, the nearest being {near}"
     )
+
+
+def balanced(labels: np.ndarray) -> np.ndarray:
+    """Return the probability of drawing each image so that all classes are equally probable.
+
+    Args:
+        labels: int64 [n].
+
+    Returns:
+        float64 [n]; the sum is 1.
+    """
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return np.asarray(1 / (len(counts) * counts[classes]))

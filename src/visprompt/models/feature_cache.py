@@ -7,7 +7,6 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from visprompt.data.datasets import ArrayDataset, DeviceDataset, SquareDataset, Ticket, TicketDataset
+from visprompt.machine import free_memory
 
 _log = logging.getLogger(__name__)
 _outputs: OrderedDict[tuple[Hashable, ...], Tensor] = OrderedDict()
@@ -52,7 +52,7 @@ def keep(
     size = 4 * math.prod(shape)
     if has_own_memory(first.device) and size < free_on(first.device) / 4:
         rows = torch.empty(shape, device=first.device)
-    elif copies * size < _free_memory() / 4:
+    elif copies * size < free_memory() / 4:
         rows = torch.empty(shape)
     elif copies * size < shutil.disk_usage(tempfile.gettempdir()).free / 2:
         with tempfile.TemporaryFile() as file:  # without a name, so the mapping's end frees its space
@@ -125,12 +125,4 @@ def _make_room(cache: OrderedDict[Any, Any]) -> None:
 
 def free_on(device: torch.device) -> int:
     """Return the free bytes of a GPU, or of this machine."""
-    return torch.cuda.mem_get_info(device)[0] if has_own_memory(device) else _free_memory()
-
-
-def _free_memory() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    except (OSError, StopIteration, ValueError):  # not on Linux
-        return 2**31
+    return torch.cuda.mem_get_info(device)[0] if has_own_memory(device) else free_memory()

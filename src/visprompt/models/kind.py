@@ -39,6 +39,12 @@ BINS = 15
 """Number of equally wide bins of confidence in the expected calibration error"""
 
 
+def _real(weights: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Return the rows of tensors [n, ...] whose weights [n] are above 0; waits for a device once."""
+    rows = (weights > 0).nonzero().squeeze(1)
+    return [tensor[rows] for tensor in tensors]
+
+
 class CalibrationError(MulticlassCalibrationError):
     """torchmetrics' calibration error, summed on the CPU: sums on a GPU differ from run to run."""
 
@@ -60,11 +66,10 @@ class Accuracies(MulticlassConfusionMatrix):
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:  # type: ignore[override]  # with weights
         """Add a batch; see `TaskKind.figures`."""
-        real = weights > 0
-        super().update(logits.argmax(1)[real], labels[real])
+        logits, labels = _real(weights, logits, labels)
+        super().update(logits.argmax(1), labels)
         # a diverged run, whose logits are not finite, is recognised by its loss
-        shares = _softmax(logits[real], 1.0).nan_to_num()
-        self._calibration.update(shares, labels[real])
+        self._calibration.update(_softmax(logits, 1.0).nan_to_num(), labels)
 
     def reset(self) -> None:
         """Forget what was added."""
@@ -146,10 +151,10 @@ class Precisions(MultilabelAveragePrecision):
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:  # type: ignore[override]  # with weights
         """Add a batch; see `TaskKind.figures`."""
-        real = weights > 0
+        logits, labels = _real(weights, logits, labels)
         # probabilities, because torchmetrics takes logits for them if all lie between 0 and 1; in float64, in
         # which large logits stay in their order
-        super().update(logits[real].double().sigmoid(), labels[real])
+        super().update(logits.double().sigmoid(), labels)
 
     def compute(self) -> dict[str, Any]:  # type: ignore[override]  # all figures
         """Return the figures so far.

@@ -56,7 +56,12 @@ class StackedOptimizer:
             own = [point[id(parameter)] for point in settings]
             key = tuple((float(group["initial_lr"]), float(group["weight_decay"])) for group in own)
             groups.setdefault(key, []).append(place)
-        self._groups = [(*torch.tensor(key, dtype=torch.float64).T, places) for key, places in groups.items()]
+        # once on the parameters' device, so that no step copies them or waits for them
+        device = self._parameters[0].device
+        self._groups: list[tuple[Tensor, Tensor | None, list[int]]] = []
+        for key, places in groups.items():
+            rates, decays = torch.tensor(key, dtype=torch.float64).T
+            self._groups.append((rates.to(device), decays.to(device) if decays.any() else None, places))
         self.rates = self._groups[0][0] * self._factor(0)
         self._state: list[dict[str, Tensor]] = [{} for _ in self._parameters]
 
@@ -80,10 +85,15 @@ class StackedOptimizer:
     # precision as PyTorch computes its own, so that most steps agree to the bit.
 
     def _sgd(
-        self, parameter: Tensor, state: dict[str, Tensor], gradient: Tensor, rates: Tensor, decays: Tensor
+        self,
+        parameter: Tensor,
+        state: dict[str, Tensor],
+        gradient: Tensor,
+        rates: Tensor,
+        decays: Tensor | None,
     ) -> None:
         momentum = self._like.param_groups[0]["momentum"]
-        if decays.any():
+        if decays is not None:
             gradient = torch.addcmul(gradient, parameter, _beside(decays, parameter))
         if momentum and state:
             gradient = state["momentum"].mul_(momentum).add_(gradient)
@@ -92,7 +102,12 @@ class StackedOptimizer:
         parameter.addcmul_(gradient, _beside(-rates, parameter))
 
     def _adamw(
-        self, parameter: Tensor, state: dict[str, Tensor], gradient: Tensor, rates: Tensor, decays: Tensor
+        self,
+        parameter: Tensor,
+        state: dict[str, Tensor],
+        gradient: Tensor,
+        rates: Tensor,
+        decays: Tensor | None,
     ) -> None:
         group, step = self._like.param_groups[0], self._steps
         (b1, b2), eps = group["betas"], group["eps"]
@@ -100,7 +115,7 @@ class StackedOptimizer:
             state |= {name: torch.zeros_like(gradient) for name in ("first", "second")}
         first = state["first"].lerp_(gradient, 1 - b1)
         second = state["second"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-        kept = _beside(1 - rates * decays, parameter) if decays.any() else None
+        kept = None if decays is None else _beside(1 - rates * decays, parameter)
         if isinstance(self._like, VPTAdamW):
             size = -rates * math.sqrt(1 - b2**step) / (1 - b1**step)
             parameter.add_(_beside(size, parameter) * first / second.sqrt().add_(eps))

@@ -1,5 +1,6 @@
 """Show the epoch of a run, counted from 1, and the time left of the run and of those that come after it."""
 
+import math
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.progress import ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
+from visprompt.models.tuning_module import TuningModule
 from visprompt.runs import one_by_one
 
 
@@ -25,11 +27,13 @@ class RunProgressBar(RichProgressBar):
     _since = (0.0, 0.0)  # a time, and the epochs that had been done by then
     _done = 0.0  # epochs
     _epoch_s: float | None = None  # seconds of an epoch with its validation
+    _max_steps: int | None = None  # of the recipe: `LastStep` ends the run, not Lightning
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to measure; a resumed run begins after the epochs that it has done."""
         super().on_train_start(trainer, pl_module)
         self._runs = one_by_one.current()
+        self._max_steps = pl_module.recipe.max_steps if isinstance(pl_module, TuningModule) else None
         if self._runs is not None:
             self._runs.trains()
         self._began, self._done, self._epoch_s = time.monotonic(), trainer.current_epoch, None
@@ -51,13 +55,23 @@ class RunProgressBar(RichProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def seconds_left(self) -> float | None:
-        """Estimate the seconds until the last epoch of the last run ends; None before the first step."""
-        epochs = self.trainer.max_epochs
-        if self._epoch_s is None or epochs is None or epochs < 0:
+        """Estimate the seconds until training of the last run ends; None before the first step."""
+        epochs = self._epochs()
+        if self._epoch_s is None or epochs is None:
             return None
         left = self._epoch_s * (epochs - self._done)
         this = time.monotonic() - self._began + left
         return left + (self._runs.seconds_after(this) if self._runs else 0.0)
+
+    def _epochs(self) -> float | None:
+        """Return the epochs of the run, with a part of the last one if it ends by a number of steps."""
+        trainer, epochs = self.trainer, self.trainer.max_epochs
+        if epochs is None or epochs < 0:
+            return None
+        if not self._max_steps:
+            return epochs
+        steps_of_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        return min(epochs, self._max_steps / steps_of_epoch)
 
     def time_left(self) -> str:
         """Return the time left in words: "0:04:10 left of 7 runs", or "" before the first step."""
@@ -69,8 +83,8 @@ class RunProgressBar(RichProgressBar):
         return f"{words} of {self._runs.total} runs" if self._runs and self._runs.total > 1 else words
 
     def _get_train_description(self, current_epoch: int) -> str:
-        epochs = self.trainer.max_epochs
-        of = f" of {epochs}" if epochs is not None and epochs > 0 else ""
+        epochs = self._epochs()
+        of = f" of {math.ceil(epochs)}" if epochs else ""
         runs = self._runs
         run = f"run {runs.done + 1} of {runs.total}, " if runs and runs.total > 1 else ""
         return f"{run}epoch {current_epoch + 1}{of}"

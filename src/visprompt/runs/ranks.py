@@ -19,6 +19,7 @@ from typing import Any
 
 from visprompt.errors import UserError
 from visprompt.files import temporary_folder
+from visprompt.machine import cores
 from visprompt.runs import signals
 from visprompt.runs.signals import PARENT
 
@@ -118,7 +119,7 @@ def _group_env(world: int) -> Mapping[str, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // world)))
     return {
         "WORLD_SIZE": str(world),
         "NODE_RANK": "0",

@@ -99,10 +99,21 @@ def goes_on(job: Job) -> bool:
     """Return whether a job is a final run that is trained in a stack because other seeds were.
 
     With `rerun=true` it is a single run: so stacked seeds can be made again singly, one after the other.
+
+    Raises:
+        StackFailed: Other seeds were, and the job's settings do not allow it.
     """
-    if job.split != "final" or job.rerun or not _may_stack(job):
+    if job.split != "final" or job.rerun or job.method.name not in _METHODS or "debug" in job.tags:
         return False
-    return _has_stacked_seeds(prepare(job))
+    if not _has_stacked_seeds(prepare(job)):
+        return False
+    if not _may_stack(job):
+        raise StackFailed(
+            f"other seeds of {job.name} were trained in a stack, which these settings rule out (docs/runs.md "
+            "lists them: loggers other than csv, for example): leave them out, or run each seed singly with "
+            "src/train.py and rerun=true"
+        )
+    return True
 
 
 def _has_stacked_seeds(run: Run) -> bool:
@@ -155,7 +166,7 @@ def _check_none_stacked(runs: Sequence[Run], why: str) -> None:
     if any(run.job.rerun or not read_result(run.folder) for run in runs) and _has_stacked_seeds(runs[0]):
         raise StackFailed(
             f"seeds of {runs[0].job.name} were trained in a stack, which now fails for the others ({why}): "
-            "run the same command again, or all seeds singly with engine.stack=off rerun=true"
+            "run the same command again, or each seed singly with src/train.py and rerun=true"
         )
 
 

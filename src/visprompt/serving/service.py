@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from visprompt.errors import UserError
+from visprompt.machine import cores
 from visprompt.models.attention import Weights
 from visprompt.models.bank import Bank
 from visprompt.models.prepared import Task
@@ -60,7 +60,7 @@ class Service:
             wait=limits.batch_wait_ms / 1000,
             metrics=self.metrics,
         )
-        self._pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1), thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(min(8, cores() + 1), thread_name_prefix="decode")
         self._attending = asyncio.Semaphore(1)
         self._admission = Admission(limits, lambda: self._batcher.seconds_per_image)
         self.metrics.admitted.set_function(lambda: self._admission.images)

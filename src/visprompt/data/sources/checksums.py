@@ -6,7 +6,6 @@ the last two seconds before it was read is not stored: timestamps of file system
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from visprompt.errors import UserError
 from visprompt.files import write_atomically
+from visprompt.machine import cores
 
 UNREADABLE = "unreadable"
 """Stands for the checksum of a file that cannot be read; decoding reports why"""
@@ -41,7 +41,7 @@ class Checksums:
     def of(self, paths: Sequence[Path]) -> list[str]:
         """Return the sha256 (hex) of each file's content; new and changed files are read in threads."""
         # network disks answer in parallel
-        with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        with ThreadPoolExecutor(min(16, 4 * cores())) as pool:
             found = list(pool.map(self._one, paths))
         self._new = {
             str(path): (stamp, checksum)

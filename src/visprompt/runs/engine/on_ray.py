@@ -21,9 +21,10 @@ from typing import Any
 
 from visprompt.errors import UserError, in_one_line
 from visprompt.files import temporary_folder
+from visprompt.machine import cores
 from visprompt.runs import signals
 from visprompt.runs.engine.pool import Died, Pool, Worker
-from visprompt.runs.engine.processes import cores, uses_gpus
+from visprompt.runs.engine.processes import uses_gpus
 from visprompt.runs.engine.progress import Shown
 from visprompt.runs.engine.supervisor import Supervisor
 from visprompt.runs.job import Job, Trainer

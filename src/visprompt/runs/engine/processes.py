@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from visprompt.errors import UserError
+from visprompt.machine import cores
 from visprompt.runs.engine.pool import Died, Pool, Worker
 from visprompt.runs.engine.process import WorkerDied, WorkerProcess, end
 from visprompt.runs.job import Job, Trainer
@@ -106,11 +107,6 @@ def slots_for(jobs: Sequence[Job], runs_per_gpu: int, most: int | None) -> list[
     devices = devices[:most] if groups or most is None else [{}] * most
     share = threads or str(max(1, cores() // (len(devices) * _per_run(jobs))))  # for each device of a run
     return [each | {"OMP_NUM_THREADS": share} for each in devices]
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:
