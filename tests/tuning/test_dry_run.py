@@ -129,6 +129,9 @@ def test_validation_images_count_in_every_epoch_and_frozen_parts_once(tmp_path, 
     table, _ = lines(capsys.readouterr().out)
     # 3 epochs of 13 batches; 800 + 200 images once, and these 200 three times: 39 + 20 + 0.6
     assert table["digits", "linear"] == ["-", "0", "1, 0 done", "39", "60 s"]
+    train(tmp_path, "method=linear", "split=tune", "recipe.max_steps=20")  # ends within the second epoch
+    table, _ = lines(capsys.readouterr().out)
+    assert table["digits", "linear"][-1] == dry_run.in_time(20 + 1000 * 0.02 + 2 * 200 * 0.001)
     tune(tmp_path, "methods=[linear]", "seeds=[1,2]", "recipe.grid={recipe.lr:[0.1,0.2]}")
     table, _ = lines(capsys.readouterr().out)
     # two points; two runs of 3 epochs of 16 batches, and 797 test images; 2,000 images once over all of these
@@ -151,11 +154,14 @@ def test_finished_and_diverged_runs_are_done_and_rerun_does_them_again(tmp_path,
     assert lines(capsys.readouterr().out)[0]["digits", "vpt_deep"][2] == "1, 0 done"
 
 
+GRID = ("seeds=[1,2]", "++recipe.grid={recipe.lr:[0.2,0.4]}")
+
+
 @pytest.mark.slow
 def test_the_protocol_is_counted_as_it_would_run(tmp_path, measured, capsys):
     def counted(*more):
         capsys.readouterr()
-        tune(tmp_path, "seeds=[1,2]", f"table={tmp_path}/table.md", *more)
+        tune(tmp_path, *GRID, f"table={tmp_path}/table.md", *more)
         return lines(capsys.readouterr().out)[0]["digits", "vpt_deep"]
 
     assert counted() == ["2", "1, 2", "4, 0 done", "39 to 48", "3 min"]
@@ -163,7 +169,7 @@ def test_the_protocol_is_counted_as_it_would_run(tmp_path, measured, capsys):
     assert counted()[2] == "4, 1 done"
     train(tmp_path, "seed=1", "recipe.lr=0.2", dry=False)
     assert counted()[2] == "4, 1 done", "which point is chosen is not known yet"
-    tune(tmp_path, "seeds=[1,2]", f"table={tmp_path}/table.md", dry=False)
+    tune(tmp_path, *GRID, f"table={tmp_path}/table.md", dry=False)
     assert counted() == ["2", "1, 2", "4, 4 done", "39 to 48", "0 s"]
     assert counted("recipe.epochs=4")[2] == "4, 0 done"
     assert counted("points=[1]") == ["1", "42", "1, 1 done", "39", "0 s"], "this point alone"

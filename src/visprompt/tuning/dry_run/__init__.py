@@ -186,7 +186,7 @@ class DryRun:
 
     def add(self, job: Job, grid: str, seeds: Sequence[int], runs: Sequence[Planned]) -> None:
         """Add a line to the table, and the time and disk space of its runs to the sums."""
-        steps = sorted({self._steps(run.shape) for run in runs})
+        steps = sorted({self._steps(run.shape)[0] for run in runs})
         left = [run.shape for run in runs if run.exact is None or self.stored(run.exact) is None]
         paces = [self._pace(each) for each in left]
         seconds = sum(self._cost(each, pace) for each, pace in zip(left, paces, strict=True))
@@ -206,17 +206,13 @@ class DryRun:
         listed_seeds = ", ".join(map(str, seeds))
         self.lines.append((task, str(job.method.name), grid, listed_seeds, done, steps_of_run, time))
 
-    def _steps(self, job: Job) -> int:
-        """Return the number of optimiser steps of a run."""
-        accumulate = int(job.trainer.accumulate_grad_batches)
-        batches = GlobalBatches(
-            num_rows=self._rows(job),
-            batch_size=job.recipe.batch_size,
-            world=_devices(job),
-            accumulate=accumulate,
-            training=True,
-        )
-        return job.recipe.steps(len(batches) // accumulate)
+    def _steps(self, job: Job) -> tuple[int, int]:
+        """Return the number of optimiser steps of a run, and of the epochs that they begin."""
+        rows, size, micro = self._rows(job), job.recipe.batch_size, int(job.trainer.accumulate_grad_batches)
+        given = {"num_rows": rows, "batch_size": size, "world": _devices(job), "accumulate": micro}
+        of_epoch = len(GlobalBatches(**given, training=True)) // micro
+        steps = job.recipe.steps(of_epoch)
+        return steps, math.ceil(steps / of_epoch)
 
     def _rows(self, job: Job) -> int:
         """Return the number of training images; nearly, because data.fraction rounds for each class."""
@@ -274,12 +270,13 @@ class DryRun:
         tested = self._count(job, "test") if final and job.data.get("test") != "none" else 0
         outside = val_set not in facts.datamodule.train_sets[job.split]
         watched = outside * (facts.sizes.get(val_set, 0) if final else self._count(job, val_set))
-        seconds = self._steps(job) * pace.step
+        steps, epochs = self._steps(job)
+        seconds = steps * pace.step
         key = json.dumps([job.task, job.split, *self._shape(job)])
         if key not in self.frozen:
             self.frozen.add(key)
             seconds += (self._rows(job) + watched) * pace.frozen
-        times = job.recipe.epochs // job.trainer.check_val_every_n_epoch
+        times = epochs // job.trainer.check_val_every_n_epoch
         return seconds + facts.windows * (tested * pace.image + times * watched * pace.kept) / _devices(job)
 
     def say(self) -> float:
