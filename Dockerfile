@@ -35,7 +35,7 @@ COPY configs configs
 RUN useradd --uid 1000 --create-home visprompt && install -d -o visprompt logs
 USER 1000:1000
 # at build time, so that every container answers within seconds, and all with the same states
-RUN python src/train.py experiment=demo_deep paths.log_dir=logs/serve trainer=cpu
+RUN python src/train.py tasks=demo method=vapt paths.log_dir=logs/serve trainer=cpu
 
 EXPOSE 8000
 HEALTHCHECK --start-period=60s --interval=15s --timeout=5s \

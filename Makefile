@@ -36,7 +36,7 @@ demo: $(STAMP)  ## tune prompts on the embedded backbone and the bundled digits:
 	$(RUN) src/train.py method=vapt $(ARGS)
 
 serve: $(STAMP)  ## tune prompts for the three demo tasks if that was not done, and serve them: http://127.0.0.1:8000
-	$(RUN) src/train.py experiment=demo_deep paths.log_dir=logs/serve
+	$(RUN) src/train.py tasks=demo method=vapt paths.log_dir=logs/serve
 	$(RUN) src/serve.py states=logs/serve $(ARGS)
 
 test: $(STAMP)  ## the fast tests, on all cores

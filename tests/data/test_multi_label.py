@@ -243,6 +243,17 @@ def test_lists_in_parquet_are_taken_as_they_are(tmp_path, labels, multi_label, m
         find(tmp_path, "t.parquet", multi_label=multi_label)
 
 
+def test_lists_in_columns_that_are_not_read_matter_to_nobody(tmp_path):
+    from pyarrow import parquet, table
+
+    write(tmp_path, ("red", "blue"))
+    paths = [f"images/{i:03d}.png" for i in range(2)]
+    content = {"path": paths, "label": ["a", "c"], "split": ["train"] * 2}
+    content |= {"tags": [["a;b"], [None]], "box": [[0.5, None], []]}
+    parquet.write_table(table(content), tmp_path / "t.parquet")
+    assert find(tmp_path, "t.parquet").class_names == ("a", "c")
+
+
 def test_own_images_cannot_have_the_name_of_a_task_of_the_papers(tmp_path):
     with pytest.raises(
         UserError, match=r"^dtd is the name of a task of this project, not of your own images: give"

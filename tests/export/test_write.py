@@ -18,6 +18,7 @@ from visprompt.export import describe, onnx_file, torch_file
 from visprompt.export.check import TOLERANCE, Agreement, check
 from visprompt.export.graph import Network, capture
 from visprompt.export.write import FORMATS, Request, write
+from visprompt.models.kind import MULTI_LABEL
 from visprompt.models.methods import METHODS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "export.md"
@@ -116,6 +117,17 @@ def test_a_torch_file_holds_no_pickle_and_is_read_again(tmp_path):
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(torch_file.runner(tmp_path)(images)[0], classifier(images), atol=1e-5)
+
+
+def test_images_of_several_classes_are_compared_by_their_kind(tmp_path):
+    """A file of timm gives logits; softmax would decide otherwise than each class's own probability."""
+    classifier = describe.classifier_of("lora", "ViT")
+    classifier.kind = MULTI_LABEL
+    state = replace(describe.state_of(classifier), kind=MULTI_LABEL.name)
+    pictures = [(picture, [1, 1, number % 2]) for number, (picture, _) in enumerate(drawn())]
+    images = {"split_set": "val", "images": 6, "trained_on": False}
+    card = write(tmp_path / "timm", classifier, state, Request(to="timm"), lambda: pictures, images)
+    assert card["agreement"]["same"] == 6
 
 
 def test_a_method_that_merges_is_a_folder_of_timm(tmp_path):

@@ -283,6 +283,10 @@ def test_a_file_is_decoded_as_its_task_says(banks, tmp_path):
     path, content = tmp_path / "a.jpg", (tmp_path / "a.jpg").read_bytes()
     out = bank([path, content, Image.open(path), expected], "a")
     assert all(torch.equal(logits, out[-1]) for logits in out[:-1])
+    clear = np.dstack([noise, np.arange(50 * 40, dtype=np.uint32).reshape(50, 40).astype(np.uint8)])
+    Image.fromarray(clear, "RGBA").save(tmp_path / "a.png")
+    from_file, from_picture = bank([tmp_path / "a.png", Image.open(tmp_path / "a.png")], "a")
+    assert torch.equal(from_file, from_picture), "on white, both"
 
 
 def test_a_norm_with_an_activation_behind_its_bias_keeps_it_there():

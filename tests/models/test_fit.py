@@ -185,6 +185,28 @@ def test_images_of_each_class_are_as_many_as_the_method_sees():
     assert torch.equal(torch.cat([x for x, _ in found]), images(10)[:6])
 
 
+def test_after_mixed_precision_a_classifier_is_called_as_before():
+    classifier = built()
+    before = {name: tensor.clone() for name, tensor in classifier.backbone.state_dict().items()}
+    visprompt.fit(
+        classifier, loader(), None, visprompt.Recipe(**RECIPE), **QUIET | {"precision": "bf16-mixed"}
+    )
+    after = classifier.backbone.state_dict()
+    assert all(after[name].dtype == t.dtype and torch.equal(after[name], t) for name, t in before.items())
+    assert classifier(images(2)).isfinite().all()
+
+
+def test_a_classifier_that_was_tuned_is_tuned_on():
+    """What a method computes from training images is computed once, and not over prompts that were tuned."""
+    first, again = (built(init="patch_sample") for _ in range(2))
+    fitted(first, loader(), lr=0.4)
+    tuned = {name: tensor.clone() for name, tensor in first.tuned_state().items()}
+    again.load_tuned_state(tuned)
+    for classifier in (first, again):
+        fitted(classifier, loader(), lr=0.0)
+        assert all(torch.equal(tensor, tuned[name]) for name, tensor in classifier.tuned_state().items())
+
+
 @pytest.mark.parametrize(("size", "accumulated"), [(5, 1), (4, 2)])
 def test_a_batch_size_that_is_not_that_of_a_step_is_refused(size, accumulated):
     recipe = visprompt.Recipe(**RECIPE)

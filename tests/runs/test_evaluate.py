@@ -137,7 +137,7 @@ def test_eval_on_own_images_wherever_they_lie_and_refuses_when_they_have_changed
         evaluate(one.folder, here, f"data.root={moved}")
 
 
-def test_eval_refuses_what_has_no_test_score(trained, tmp_path):
+def test_eval_refuses_what_has_no_test_score(trained, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"holds no finished run: give the folder that was printed below its table$"
     ):
@@ -147,6 +147,14 @@ def test_eval_refuses_what_has_no_test_score(trained, tmp_path):
         UserError, match=r"is a run of split=tune, which has no test set: give a run of split=final"
     ):
         evaluate(folder)
+    folder, result = trained()
+    for status, why in (("diverged", "diverged"), ("unscored", r"has no test score \(data\.test=none\)")):
+        with monkeypatch.context() as patch:
+            ended = result.model_copy(update={"status": status})
+            patch.setattr(inference, "open_result", lambda _, ended=ended: ended)
+            sentence = f"{why}, so there is nothing to repeat: give a finished run of split=final$"
+            with pytest.raises(UserError, match=sentence):
+                evaluate(folder)
     half = shutil.copytree(trained()[0], tmp_path / "half")
     (half / "result.json").unlink()
     with pytest.raises(

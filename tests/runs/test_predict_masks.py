@@ -1,6 +1,7 @@
 """Segmentation runs and states in use: folders of masks, scores of several scales, and the mean of runs."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -101,12 +102,16 @@ def test_what_cannot_be_written_or_combined_is_one_sentence(tmp_path, photos, mo
         r"masks.CSV is the name of a table, and the masks .* go to a folder", output=tmp_path / "masks.CSV"
     )
     refused("is a file, and the masks of a segmentation state go to a folder", output=flat)
-    refused("holds other files, such as bad.jpg: give the name", output=photos, more=("overwrite=true",))
+    refused("holds other files, such as a.png: give the name", output=photos, more=("overwrite=true",))
     assert (photos / "a.png").is_file()
     (tmp_path / "none").mkdir()
     refused("has no image that can be read: give an image or a folder", images=tmp_path / "none")
     assert not (tmp_path / "masks").exists()
     label(state, photos / "a.png", tmp_path / "masks")
+    corrected = tmp_path / "masks" / "a.png"  # by hand; the mask is a.png.png
+    shutil.copy(tmp_path / "masks" / "a.png.png", corrected)
+    refused("holds other files, such as a.png: give the name", more=("overwrite=true",))
+    corrected.unlink()
     refused("masks exists: give overwrite=true to replace it, or the name of a new folder")
     monkeypatch.setattr(visprompt.models.classifier.Classifier, "forward", lambda _, x: x * torch.nan)
     refused("the state gives no finite probabilities for .*/a.png", more=("overwrite=true",))

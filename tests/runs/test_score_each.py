@@ -64,6 +64,9 @@ def test_runs_of_one_test_set_are_one_group(trained):
     groups = [[one.folder for one in group] for group in by_test_set(runs)]
     own = {name: folder for name, (folder, _) in trained.items()}
     assert groups == [[own[n] for n in ("deep", "linear", "other seed", "full")], [own["other task"]]]
+    deep = runs[0]
+    state = replace(deep.state, backbone=dict(deep.state.backbone) | {"sha256": "1" * 64})
+    assert by_test_set([deep, replace(deep, state=state)]) == [[deep], [replace(deep, state=state)]]
 
 
 def rows(logs, trained, names, images, output, *arguments):

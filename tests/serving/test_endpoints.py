@@ -136,7 +136,15 @@ def test_an_image_that_cannot_be_used_is_an_error_of_the_client_in_one_sentence(
         (
             {"data": b"[" * 100_000, "headers": {"Content-Type": "application/json"}},
             400,
-            "the request is not valid",
+            "the request is not JSON",
+        ),
+        ({"json": {"images": [1] * 6}}, 413, "the request holds 6 images, more than the 5 allowed"),
+        ({"json": {"images": [1]}}, 400, "images.0 does not fit"),
+        ({"json": {f"key {i}": 1 for i in range(11)}}, 400, "give images and top_k alone"),
+        (
+            {"files": [("image", BAD)], "data": {"top_k": "000000001" + "9" * 5000}},
+            400,
+            "top_k is not a number",
         ),
         ({"data": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "the form cannot be read"),
         (

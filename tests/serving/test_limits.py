@@ -1,12 +1,17 @@
 """Limits, the room of a service, and the settings of a command line that do not fit."""
 
+import io
 import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from helpers.cli import call, composed
 from helpers.service import picture, write_state
+from visprompt.data.sources.decoders import decoder_of
+from visprompt.data.sources.images import TooLarge
 from visprompt.errors import UserError
 from visprompt.models.backbones import DEMO
 from visprompt.models.bank import Bank
@@ -61,6 +66,9 @@ def test_tokens_are_compared_whole():
     assert not any(_is_one_of(Given, token) for token in (None, "", "ope", "opens", "Open"))
     assert not _is_one_of(None, "open")
     assert Tokens("a", None).admin is None
+    sent = Given()
+    sent.credentials = "pässwort".encode().decode("latin-1")  # as Starlette reads the bytes of a header
+    assert _is_one_of(sent, "pässwort")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +90,25 @@ def test_each_form_of_an_image_gives_one_input_or_one_reason(task):
     ):
         refused = prepare(content, 7, task, bounds)
         assert (refused.status, str(refused)) == (status, sentence)
+
+
+def test_a_small_file_that_resizing_would_make_huge_is_refused(task):
+    """A strip of 16 x 3000 pixels has a short side of 72 only if it becomes 72 x 13,500."""
+    cropped = replace(task, preprocessing={**task.preprocessing, "resize": "short_side", "short_side": 72})
+    strip, bounds = np.zeros((16, 3000, 3), np.uint8), limits(image_pixels=100_000)
+    file = io.BytesIO()
+    Image.fromarray(strip).save(file, "PNG")
+    for content in (strip, file.getvalue()):
+        refused = prepare(content, 1, cropped, bounds)
+        assert (refused.status, str(refused)) == (
+            413,
+            "image 1 has more than the 100000 pixels that are decoded here",
+        )
+        assert prepare(content, 1, cropped, limits(image_pixels=1_000_000)).image.shape == (3, 64, 64)
+    with pytest.raises(
+        TooLarge, match=r"^would be resized to 13,500 x 72 pixels, more than the 100,000 allow"
+    ):
+        decoder_of(cropped.preprocessing, 100_000)(file.getvalue())
 
 
 @pytest.mark.parametrize(

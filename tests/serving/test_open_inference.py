@@ -173,6 +173,13 @@ def about(**changes):
         ),
         (about() | {"outputs": "x"}, 400, "unknown output None"),
         (
+            about() | {"outputs": [{"name": "labels"}] * 2},
+            400,
+            "the output labels is asked for twice: ask for it once",
+        ),
+        (about(datatype=[]), 400, "input images is [] of shape [1]: send BYTES [n] (image files)"),
+        (about(datatype={}, shape=[1, 2, 2, 3]), 400, "input images is {} of shape"),
+        (
             about() | {"outputs": [{"name": "labels", "parameters": {"classification": 2}}]},
             400,
             "classification=2 of labels does not fit",

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,35 @@ def test_a_list_is_named_by_files_or_by_what_runs_were_tuned_for(folder, written
             UserError, match=r"there is no tuned state at states=.*none: give a folder of states"
         ):
             source_of(nothing)
+
+
+def test_a_folder_that_may_not_be_read_is_left_out_alone(states, folder, monkeypatch, caplog):
+    (folder / "lost+found").mkdir()
+    is_file = Path.is_file
+
+    def refuses(path):
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuses)
+    for _ in range(2):
+        states.refresh()
+    assert ready(states) == ["birds", "run"]
+    assert (
+        caplog.messages.count(f"{folder}/lost+found cannot be read (Permission denied): it is left out") == 1
+    )
+
+
+def test_while_the_folder_is_away_an_unknown_name_is_unknown_and_loading_says_why(states, folder):
+    folder.rename(folder.with_name("away"))
+    with pytest.raises(Refused, match=r"^unknown task 'none'") as error:
+        states.entry("none")
+    assert error.value.status == 404
+    with pytest.raises(Refused, match=r"states=.* cannot be read \(No such file or directory\)") as error:
+        states.load("birds")
+    assert error.value.status == 503
+    assert states.entry("birds").ready
 
 
 def test_files_that_come_change_and_go(states, folder, written):

@@ -10,17 +10,18 @@ from helpers.tiny import NUM_CLASSES, RECORD, images, tiny_model
 from visprompt.errors import UserError
 from visprompt.models.backbones.vit import ViT
 from visprompt.models.classifier import Classifier
+from visprompt.models.kind import MULTI_LABEL, SINGLE_LABEL
 from visprompt.models.methods.e2vpt import E2VPT
 from visprompt.models.tuned_state import TunedState
 from visprompt.tuning import pruning
 from visprompt.tuning.pruning import Importance, Masks, Point
 
 
-def classifier(seed=1, **options):
+def classifier(seed=1, kind=SINGLE_LABEL, **options):
     torch.manual_seed(seed)
     backbone = ViT(tiny_model())
     method = E2VPT(backbone, **{"num_tokens": 3, "num_kv_tokens": 2, "num_segments": 8} | options)
-    made = Classifier(backbone, method, NUM_CLASSES)
+    made = Classifier(backbone, method, NUM_CLASSES, kind=kind)
     with torch.no_grad():
         made.method.prompts.mul_(3.0)
     return made
@@ -76,6 +77,20 @@ def test_importance_agrees_with_finite_differences():
         mean = float(sum(slopes) / 2)
         measured = found.tokens[0, token] if segment is None else found.segments[0, token, segment]
         assert float(measured) == pytest.approx(mean, rel=1e-3, abs=1e-7)
+
+
+def test_images_of_several_classes_have_the_loss_of_their_kind():
+    made = classifier(kind=MULTI_LABEL).double().eval()
+    x, labels = images(3).double(), (torch.arange(3 * NUM_CLASSES).reshape(3, -1) % 2).double()
+    found = pruning.importance(made, [(x, labels)])
+    own = []
+    for image, label in zip(x, labels, strict=True):
+        made.method.gates = torch.ones(1, made.method.depth, 3, 8, dtype=torch.float64, requires_grad=True)
+        loss = F.binary_cross_entropy_with_logits(made(image[None]), label[None])
+        (gradient,) = torch.autograd.grad(loss, made.method.gates)
+        own.append(gradient[0].sum(0).abs())
+        made.method.gates = None
+    assert torch.allclose(found.segments[0], torch.stack(own).mean(0), rtol=1e-9, atol=0)
 
 
 def test_a_norm_behind_deep_prompts_leaves_little_of_a_tokens_own_importance():

@@ -55,6 +55,17 @@ def go(logs, *arguments, run_one=once):
     return pruning_chain.run(job(logs, *arguments), run_one)
 
 
+def test_a_segmentation_task_refuses_to_prune_before_anything_is_trained(tmp_path):
+    masks = ("data=demo/digits_masks", "split=final")
+    with pytest.raises(UserError) as error:
+        go(tmp_path, *masks)
+    assert str(error.value) == (
+        "digits_masks/e2vpt: pruning scores prompts by the loss of whole images, which a segmentation task "
+        "does not have: give method.prune=false"
+    )
+    assert not pruning_chain.prunes(job(tmp_path, *masks, "method.prune=false"))
+
+
 def folders(logs):
     return sorted(path.parent for path in logs.rglob("result.json"))
 

@@ -51,6 +51,11 @@ class FGVCDataModule(RaggedDataModule):
         )
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Return the preprocessing of `RaggedDataModule`, with the decoder of the dataset's store."""
+        return {**super().preprocessing, "decode": self.plan.spec.decode}
+
+    @property
     def origin(self) -> str:
         """Return "raw:json" (the VPT authors' split files) or "raw:lists" (the datasets' official lists)."""
         return f"raw:{self.store.origin}"

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from visprompt.data.sources.decoders import decoder_of
+from visprompt.data.sources.images import to_rgb
 from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
 
@@ -43,7 +44,9 @@ def as_input(image: Picture, preprocessing: Mapping[str, Any] | None) -> Tensor:
             raise UserError(
                 f"a picture of Pillow's mode {image.mode} has more than 8 bits: give the path of its file"
             )
-        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        upright = ImageOps.exif_transpose(image)
+        on_white = preprocessing["decode"] == "upright"  # as files are decoded
+        pixels = np.asarray(to_rgb(upright) if on_white else upright.convert("RGB"))
     else:
         pixels = image
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:

@@ -58,7 +58,7 @@ class MaskFolderDataModule(OwnDataModule, SegmentationDataModule):
     @property
     def store_bytes(self) -> int:
         """Return an estimate of the size of the store: that of the files."""
-        return sum(path.stat().st_size for pair in self.images.files for path in pair)
+        return sum(path.stat().st_size for pair in self.images.files for path in pair if path.exists())
 
     @cached_property
     def store(self) -> MaskStore:

@@ -93,9 +93,8 @@ def resize_short_side(
     Returns:
         uint8 [h', w', 3].
     """
-    height, width = image.shape[:2]
-    short = min(height, width)
-    size = (int(short_side * width / short), int(short_side * height / short))
+    height, width = short_side_size(image.shape[0], image.shape[1], short_side)
+    size = (width, height)
     if resampling == "pillow":
         return np.asarray(Image.fromarray(image).resize(size, _FILTERS[interpolation]))
     planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))[None].float()
@@ -104,6 +103,12 @@ def resize_short_side(
             rows, weights = _taps(planes.shape[axis], length, interpolation, resampling)
             planes = _filter(planes, axis, rows, weights.float())
     return planes[0].clamp(0, 255).round().to(torch.uint8).numpy().transpose(1, 2, 0)
+
+
+def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Return the height and width of an image whose shorter side is resized to `short_side` pixels."""
+    short = min(height, width)
+    return int(short_side * height / short), int(short_side * width / short)
 
 
 def window_size(height: int, width: int, short_side: float) -> tuple[int, int]:

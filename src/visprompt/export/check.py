@@ -15,7 +15,7 @@ from visprompt.models.classifier import Classifier
 from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.windows import slide
 
-Runner = Callable[[Tensor], tuple[Tensor, Tensor]]
+Runner = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """The exported file, read again: input -> logits [B, C] and probabilities [B, C]"""
 Picture = tuple[np.ndarray, Any]
 """A decoded picture, uint8 [h, w, 3], and its label: a number, or a list or array of them"""
@@ -94,7 +94,8 @@ def compare(
 def _of_any_size(run: Runner, inputs: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor]:
     """Return logits and probabilities by a file; images larger than its windows are covered by them."""
     if inputs.dtype == torch.uint8 or not classifier.slides(inputs):
-        return run(inputs)
+        logits, shares = run(inputs)
+        return logits, classifier.probabilities(logits) if shares is None else shares
     logits = slide(lambda windows: run(windows)[0], inputs, *classifier.own_size)
     return logits, classifier.probabilities(logits)
 

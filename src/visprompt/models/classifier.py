@@ -118,6 +118,7 @@ class Classifier(nn.Module):
         self.origin: Origin | None = None  # set by the caller that built backbone and method
         self.class_names: tuple[str, ...] = ()
         self.temperature = 1.0  # of a tuned state, see `TunedState`
+        self.initialised = False  # whether values that methods compute from training images are in place
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self.tuned_names)
         self.train()
@@ -293,6 +294,7 @@ class Classifier(nn.Module):
         with torch.no_grad():
             for name, tensor in current.items():
                 tensor.copy_(state[name])
+        self.initialised = True
 
     def summary(self, macs: int | None = None) -> Summary:
         """Return the numbers of parameters, the size of the tuned state, and the operations of one image.

@@ -80,7 +80,6 @@ class TuningModule(L.LightningModule):
         self.per_class: list[float | None] = []
         self.confusion = torch.zeros(0, 0, dtype=torch.int64)
         self.scored_loss = math.nan
-        self._resumed = False
         # of the last step: at the end of an epoch the optimiser already has that of the next step
         self._lr = math.nan
         self._epoch = EpochSums()
@@ -100,7 +99,6 @@ class TuningModule(L.LightningModule):
     ) -> None:
         """Load a tuned state; a missing or unexpected name is an error."""
         self.classifier.load_tuned_state(state_dict)
-        self._resumed = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Tell the data module which epoch comes next: workers load it before the trainer counts on."""
@@ -122,7 +120,7 @@ class TuningModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Cast frozen weights before scoring; before training, `on_fit_start` does it."""
-        if stage != "fit":
+        if stage != "fit" and not self._is_plain:
             cast_for(self.classifier, self.trainer.precision)
 
     def on_fit_start(self) -> None:
@@ -134,10 +132,12 @@ class TuningModule(L.LightningModule):
         datamodule = self._datamodule
         self._weigh()
         self._objective.place(self.device)
-        # `_resumed`, because Lightning restores the modules before this hook, but the step only after it
-        if self.classifier.method.needs_images and not self._resumed:
+        # not of a resumed run, whose state Lightning has loaded by now, nor of a classifier that is tuned on
+        if self.classifier.method.needs_images and not self.classifier.initialised:
             self._initialise()
-        cast_for(self.classifier, self.trainer.precision)  # after the initial values
+            self.classifier.initialised = True
+        if not self._is_plain:  # a classifier of `fit` is its caller's, who goes on to call it
+            cast_for(self.classifier, self.trainer.precision)  # after the initial values
         if not self._is_plain and not datamodule.augments:
             datamodule.train_dataset = self._cached(datamodule.train_dataset, self.recipe.mixes)
             if datamodule.validates:

@@ -186,6 +186,9 @@ def _scored(folder: Path) -> Result:
     result = open_result(folder)
     if result.split != "final":
         raise UserError(f"{folder} is a run of split=tune, which has no test set: give a run of split=final")
+    if result.status != "finished":
+        why = "diverged" if result.status == "diverged" else "has no test score (data.test=none)"
+        raise UserError(f"{folder} {why}, so there is nothing to repeat: give a finished run of split=final")
     return result
 
 

@@ -47,7 +47,8 @@ def check_folder(output: Path, overwrite: bool) -> None:
     files = [path for path in output.rglob("*") if not path.is_dir()] if output.exists() else []
     if not files:
         return
-    others = [path for path in files if path.name != SHARES and not path.name.endswith((_MASK, _OVERLAY))]
+    ours = _listed(output / SHARES)
+    others = [path for path in files if path.name != SHARES and not _is_ours(path.relative_to(output), ours)]
     if others or output / SHARES not in files:
         first = min(others or files).relative_to(output)
         raise UserError(f"output={output} holds other files, such as {first}: give the name of a new folder")
@@ -55,6 +56,23 @@ def check_folder(output: Path, overwrite: bool) -> None:
         raise UserError(
             f"output={output} exists: give overwrite=true to replace it, or the name of a new folder"
         )
+
+
+def _listed(shares: Path) -> set[str]:
+    """Return the images that a table of shares lists; none if it is not one."""
+    try:
+        with shares.open(encoding="utf-8", newline="") as table:
+            return {row[0] for row in csv.reader(table) if row}
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return set()
+
+
+def _is_ours(path: Path, images: set[str]) -> bool:
+    """Return whether a file is the mask or the overlay of one of the images, and not somebody else's."""
+    return any(
+        path.name.endswith(ending) and csv_cell(str(path).removesuffix(ending)) in images
+        for ending in (_MASK, _OVERLAY)
+    )
 
 
 def predict_masks(

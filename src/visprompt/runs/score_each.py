@@ -34,7 +34,7 @@ class Finished:
 
 
 def by_test_set(runs: Sequence[Finished], precision: str | None = None) -> list[list[Finished]]:
-    """Return the runs in groups with the same test images, preprocessing and precisions, in the order given.
+    """Return the runs in groups with the same backbone, test images, preprocessing and precisions, in order.
 
     Args:
         runs: The runs.
@@ -44,7 +44,7 @@ def by_test_set(runs: Sequence[Finished], precision: str | None = None) -> list[
     for run in runs:
         images = (run.result.data["fingerprint"], run.state.class_names, repr(dict(run.state.preprocessing)))
         matmul = run.result.trainer.get("matmul_precision", "highest")
-        key = (precision or run.result.precision, matmul, *images)
+        key = (precision or run.result.precision, matmul, repr(dict(run.state.backbone)), *images)
         groups.setdefault(key, []).append(run)
     return list(groups.values())
 

@@ -52,5 +52,6 @@ class Tokens:
 
 def _is_one_of(given: HTTPAuthorizationCredentials | None, *tokens: str | None) -> bool:
     """Return whether a token is one of some, in a time that does not tell how much of it is right."""
-    sent = b"" if given is None else given.credentials.encode()
+    # headers are read as Latin-1: these are the bytes that came
+    sent = b"" if given is None else given.credentials.encode("latin-1", "replace")
     return any(hmac.compare_digest(sent, token.encode()) for token in tokens if token)

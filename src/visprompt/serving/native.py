@@ -15,7 +15,7 @@ from visprompt.serving.masks import PNG, MaskAnswer, check_one, described, png_a
 from visprompt.serving.pictures import to_png
 from visprompt.serving.reading import TOP_K, PredictRequest, read
 from visprompt.serving.refused import Refused
-from visprompt.serving.service import Service
+from visprompt.serving.service import Service, names_of
 from visprompt.serving.states import Entry
 
 
@@ -241,8 +241,8 @@ def _answer(task: Task, outcomes: Sequence[Tensor | Refused], top_k: int) -> JSO
 
     def found(outcome: Tensor) -> dict[str, Any]:
         if task.kind.dense:
-            return {"mask": described(outcome.numpy(), task.class_names, top_k)}
-        return {"classes": _top(outcome, task.class_names, top_k)}
+            return {"mask": described(outcome.numpy(), names_of(task.class_names), top_k)}
+        return {"classes": _top(outcome, names_of(task.class_names), top_k)}
 
     bad = [outcome for outcome in outcomes if isinstance(outcome, Refused)]
     if len(bad) == len(outcomes):
@@ -266,6 +266,6 @@ def _described(entry: Entry, loaded: set[str], task: Task | None = None) -> Task
     reason = "it is unloaded" if entry.unloaded else entry.reason
     answer = TaskAnswer(name=entry.name, ready=entry.ready, in_memory=entry.name in loaded, reason=reason)
     if task is not None:
-        answer.classes, answer.method, answer.bytes = [*task.class_names], dict(task.method), task.nbytes
-        answer.kind = task.kind.name
+        answer.classes, answer.method = [*names_of(task.class_names)], dict(task.method)
+        answer.bytes, answer.kind = task.nbytes, task.kind.name
     return answer

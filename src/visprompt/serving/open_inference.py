@@ -21,7 +21,7 @@ from visprompt.models.prepared import Task
 from visprompt.serving.access import Tokens
 from visprompt.serving.reading import body, take_images
 from visprompt.serving.refused import Refused
-from visprompt.serving.service import Service
+from visprompt.serving.service import Service, names_of
 from visprompt.serving.tensors import images_of, output, split
 
 INPUT, OUTPUTS, MASK = "images", ("probabilities", "labels"), ("mask",)
@@ -91,7 +91,7 @@ def router(service: Service, tokens: Tokens) -> APIRouter:
     async def index(request: Request) -> list[dict[str, str]]:
         """List all tasks with their states; with {"ready": true} only those that answer."""
         asked = await _parameters_of(request, service)
-        entries = await service.in_thread(lambda: service.states.entries)
+        entries = await service.while_loading(lambda: service.states.entries)
         return [
             {
                 "name": entry.name,
@@ -109,13 +109,13 @@ def router(service: Service, tokens: Tokens) -> APIRouter:
         asked = await _parameters_of(request, service)
         if asked.get("parameters"):
             raise Refused(400, "a task is loaded from its file in the folder of states: send no parameters")
-        await service.in_thread(service.states.load, task)
+        await service.while_loading(service.states.load, task)
         return JSONResponse({})
 
     @routes.post("/repository/models/{task}/unload", dependencies=administrator)
     async def unload(task: str) -> JSONResponse:
         """Free a task, until it is loaded again."""
-        await service.in_thread(service.states.unload, task)
+        await service.while_loading(service.states.unload, task)
         return JSONResponse({})
 
     return routes
@@ -147,7 +147,7 @@ def _metadata(task: Task) -> dict[str, Any]:
         "platform": "visprompt",
         "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
         "outputs": outputs,
-        "parameters": {"class_names": [*task.class_names], "kind": task.kind.name},
+        "parameters": {"class_names": [*names_of(task.class_names)], "kind": task.kind.name},
     }
 
 
@@ -163,12 +163,14 @@ def _wanted(asked: Mapping[str, Any], names: tuple[str, ...]) -> list[tuple[str,
     outputs = asked.get("outputs")
     if not outputs:
         return [(name, binary, 0) for name in names]
-    wanted = []
+    wanted: list[tuple[str, bool, int]] = []
     for each in outputs if isinstance(outputs, list) else [None]:
         each = each if isinstance(each, dict) else {}
         name = each.get("name")
         if name not in names:
             raise Refused(400, f"unknown output {name!r:.80}: ask for {' or '.join(names)}")
+        if name in [other for other, _, _ in wanted]:
+            raise Refused(400, f"the output {name} is asked for twice: ask for it once")
         own = each.get("parameters")
         own = own if isinstance(own, dict) else {}
         count = own.get("classification", 0)
@@ -189,7 +191,8 @@ def _answer(task: Task, shares: Tensor, identity: Any, wanted: list[tuple[str, b
         elif name in (OUTPUTS[0], *MASK):
             values, shape = shares.numpy(), [*shares.shape]
         else:
-            values, shape = [task.kind.named(row, task.class_names) for row in shares], [len(shares)]
+            names = names_of(task.class_names)
+            values, shape = [task.kind.named(row, names) for row in shares], [len(shares)]
         about, content = output(name, values, shape, binary)
         outputs.append(about)
         binaries.append(content)
@@ -207,7 +210,7 @@ def _classification(task: Task, shares: Tensor, count: int) -> tuple[list[str], 
     """Return "probability:index:label" of the most probable classes, [n, count]."""
     values, places = shares.topk(min(count, shares.shape[1]))
     texts = [
-        f"{value:f}:{place}:{task.class_names[place]}"
+        f"{value:f}:{place}:{names_of(task.class_names)[place]}"
         for row, columns in zip(values.tolist(), places.tolist(), strict=True)
         for value, place in zip(row, columns, strict=True)
     ]

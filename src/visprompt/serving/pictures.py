@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visprompt.data.sources.decoders import decoder_of
+from visprompt.data.sources.decoders import check_resized, decoder_of
 from visprompt.data.sources.images import BadImage, TooLarge
 from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
@@ -78,6 +78,7 @@ def _input(content: Content, task: Task, limits: Limits) -> Input:
             raise Refused(400, f"has the shape {list(content.shape)}, not [height, width, 3]")
         if content.shape[0] * content.shape[1] > limits.image_pixels:
             raise TooLarge
+        check_resized(content, task.preprocessing, limits.image_pixels)
         return _of_pixels(content, task)
     side = int(task.preprocessing["size"])
     if content.shape != (3, side, side):

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Annotated
@@ -17,6 +18,7 @@ from visprompt.serving.refused import Refused
 from visprompt.serving.service import Service
 
 TOP_K = 5
+_MOST_KEYS = 10
 
 
 class PredictRequest(BaseModel):
@@ -59,7 +61,7 @@ async def read(request: Request, ticket: Ticket, service: Service) -> Given:
         given = await _multipart(request, ticket, service)
     elif kind == "application/json":
         content = await body(request, ticket, service)
-        given = await service.in_thread(_json, content)
+        given = await service.in_thread(_json, content, service.limits.images)
     else:
         raise Refused(415, "send the images as multipart/form-data or as application/json")
     if not given.images:
@@ -74,9 +76,18 @@ def take_images(count: int, ticket: Ticket, service: Service) -> None:
     Raises:
         Refused: They are too many for one request, or for now.
     """
-    if count > service.limits.images:
-        raise Refused(413, f"the request holds {count} images, more than the {service.limits.images} allowed")
+    check_count(count, service.limits.images)
     ticket.take(images=count - 1)
+
+
+def check_count(count: int, most: int) -> None:
+    """Refuse more images than one request may hold.
+
+    Raises:
+        Refused: There are more than `most`.
+    """
+    if count > most:
+        raise Refused(413, f"the request holds {count} images, more than the {most} allowed")
 
 
 async def body(request: Request, ticket: Ticket, service: Service) -> bytes:
@@ -125,14 +136,23 @@ async def _multipart(request: Request, ticket: Ticket, service: Service) -> Give
             top_k = value
         else:
             raise Refused(400, f"unknown field {name!r}: send the images as files, and top_k as a number")
-    if not top_k.isdecimal() or not 1 <= int(top_k[:9]) <= 100_000:
+    if not top_k.isdecimal() or len(top_k) > 9 or not 1 <= int(top_k) <= 100_000:
         raise Refused(400, "top_k is not a number of classes: give a whole number of 1 or more")
     return Given(images, int(top_k))
 
 
-def _json(content: bytes) -> Given:
+def _json(content: bytes, most: int) -> Given:
     try:
-        asked = PredictRequest.model_validate_json(content)
+        given = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "the request is not JSON") from error
+    # before pydantic, which collects an error for each entry and key
+    if isinstance(given, dict) and len(given) > _MOST_KEYS:
+        raise Refused(400, "the request is not valid: give images and top_k alone")
+    if isinstance(given, dict) and isinstance(given.get("images"), list):
+        check_count(len(given["images"]), most)
+    try:
+        asked = PredictRequest.model_validate(given)
     except ValidationError as error:
         raise Refused(400, f"the request is not valid: {sentence(error)}") from error
     return Given([from_base64(text, number + 1) for number, text in enumerate(asked.images)], asked.top_k)

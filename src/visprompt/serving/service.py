@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from visprompt.serving.metrics import Metrics
 from visprompt.serving.pictures import Content, Input, prepare
 from visprompt.serving.refused import Refused
 from visprompt.serving.states import States
+from visprompt.text import visible
 
 _T = TypeVar("_T")
 
@@ -37,6 +38,12 @@ class _Room:
         fits = pixels <= self._left
         self._left -= pixels if fits else 0
         return fits
+
+
+@lru_cache
+def names_of(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return class names as texts that can be sent: bytes of folders' names that are not UTF-8 as escapes."""
+    return tuple(map(visible, class_names))
 
 
 class Service:
@@ -61,6 +68,8 @@ class Service:
             metrics=self.metrics,
         )
         self._pool = ThreadPoolExecutor(min(8, cores() + 1), thread_name_prefix="decode")
+        # apart from it, because requests for tasks that are being loaded wait
+        self._loading = ThreadPoolExecutor(4, thread_name_prefix="load")
         self._attending = asyncio.Semaphore(1)
         self._admission = Admission(limits, lambda: self._batcher.seconds_per_image)
         self.metrics.admitted.set_function(lambda: self._admission.images)
@@ -95,7 +104,7 @@ class Service:
         Raises:
             Refused: It does not answer.
         """
-        return await self.in_thread(self.states.task, name)
+        return await self.while_loading(self.states.task, name)
 
     async def predict(self, task: Task, contents: Sequence[Content | Refused]) -> list[Tensor | Refused]:
         """Return each image's probabilities [C], float32, or its mask, uint8 [H, W], or why it has none.
@@ -134,9 +143,14 @@ class Service:
         """Call a function that takes long, in a thread of the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
+    async def while_loading(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Call a function that may wait until a state is loaded, in a thread that no decoding needs."""
+        return await asyncio.get_running_loop().run_in_executor(self._loading, function, *arguments)
+
     def close(self) -> None:
         """End all threads, after what is in the queue."""
         self.states.close()
+        self._loading.shutdown()
         self._pool.shutdown()
         self._batcher.close()
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from threading import Event, RLock, Thread
@@ -92,13 +93,28 @@ def _in_folder(folder: Path) -> dict[str, Path]:
         for path in sorted(folder.iterdir()):
             if path.suffix == _SUFFIX and _NAME.fullmatch(path.stem):
                 found[path.stem] = path
-            elif _NAME.fullmatch(name := _as_name(path.name)) and (file := _of_run(path)) is not None:
+            elif _NAME.fullmatch(name := _as_name(path.name)) and (file := _if_readable(path)) is not None:
                 found.setdefault(name, file)
     except OSError as error:
         raise UserError(
             f"states={folder} cannot be read ({error.strerror}): give a folder of states"
         ) from error
     return found
+
+
+def _if_readable(folder: Path) -> Path | None:
+    """Return the state of a folder as `_of_run` does; None if the folder cannot be read, as lost+found."""
+    try:
+        return _of_run(folder)
+    except OSError as error:
+        _say_unreadable(folder, str(error.strerror))
+        return None
+
+
+@lru_cache
+def _say_unreadable(folder: Path, reason: str) -> None:
+    """Say once, and not at every look, that a folder is left out."""
+    _log.warning("%s cannot be read (%s): it is left out", folder, reason)
 
 
 def _as_name(text: str) -> str:
@@ -174,7 +190,8 @@ class States:
         """
         with self._lock:
             if name not in self._entries:
-                self._refresh_for_a_request()
+                with suppress(UserError):  # the folder is gone; the thread says so
+                    self._refresh_for_a_request()
             if name not in self._entries:
                 raise Refused(404, str(unknown("task", name, self._entries)))
             return self._entries[name]
@@ -186,7 +203,10 @@ class States:
             Refused: There is no such file, or it cannot be loaded; what was loaded before stays.
         """
         with self._lock:
-            self.refresh()
+            try:
+                self.refresh()
+            except UserError as error:
+                raise Refused(503, str(error)) from error
             entry = self.entry(name)
             entry.unloaded = False
             self._load(entry, _signature(entry.path))

@@ -28,9 +28,10 @@ def split(content: bytes, json_length: str | None) -> tuple[dict[str, Any], byte
     """
     end = len(content)
     if json_length is not None:
-        if not json_length.isdecimal() or int(json_length) > len(content):
+        # a number of very many digits is none to Python
+        if not json_length.isdecimal() or len(json_length) > 12 or int(json_length) > len(content):
             raise Refused(
-                400, f"Inference-Header-Content-Length={json_length} is not a length within the body"
+                400, f"Inference-Header-Content-Length={json_length:.20} is not a length within the body"
             )
         end = int(json_length)
     try:
@@ -77,7 +78,7 @@ def images_of(asked: Mapping[str, Any], binary: bytes, name: str, most: int) -> 
         if shape not in ([shape[0]], [shape[0], 1]):
             raise Refused(400, f"input {name} of BYTES has the shape {shape}, not [images]")
         return _encoded(given.get("data"), binary if size is not None else None, shape[0])
-    if kind in _TYPES and len(shape) == 4:
+    if isinstance(kind, str) and kind in _TYPES and len(shape) == 4:
         return [*_numbers(given.get("data"), binary if size is not None else None, shape, _TYPES[kind])]
     raise Refused(
         400,

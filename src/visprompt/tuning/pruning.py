@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional as F
 
 from visprompt.errors import UserError
 from visprompt.models.classifier import Classifier
@@ -104,7 +103,7 @@ def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]])
     Args:
         classifier: A trained classifier whose method is an unpruned `E2VPT` with input prompts; it is
             unchanged afterwards.
-        batches: Normalised images [B, 3, H, W] and labels [B], each image once.
+        batches: Normalised images [B, 3, H, W] and their labels, each image once.
 
     Returns:
         The importance. If the layers share their masks, gradients are summed over the layers before the
@@ -126,7 +125,7 @@ def importance(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]])
                 len(images), *shape, dtype=images.dtype, device=images.device, requires_grad=True
             )
             # a sum, so that the gradient in an image's masks is that of this image's loss alone
-            loss = F.cross_entropy(classifier(images), labels, reduction="sum")
+            loss = classifier.kind.loss(classifier(images), labels).sum()
             (gradient,) = torch.autograd.grad(loss, method.gates)
             gradient = gradient.double().cpu()
             if not method.mask_per_layer:

@@ -26,12 +26,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
 from torch import Tensor
 
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError
 from visprompt.files import DamagedRecord, read_record, write_atomically, write_record
+from visprompt.models.classifier import Classifier
+from visprompt.models.kind import KINDS, SINGLE_LABEL
 from visprompt.models.tuned_state import TunedState
 from visprompt.runs import environment
 from visprompt.runs.job import Job
@@ -57,9 +60,21 @@ RunOne = Callable[[Job], Result]
 
 
 def prunes(job: Job) -> bool:
-    """Return whether a job means a chain of runs; the chain's runs themselves name their initial values."""
+    """Return whether a job means a chain of runs; the chain's runs themselves name their initial values.
+
+    Raises:
+        UserError: The job is of a segmentation task.
+    """
     set_by_chain = ("initial", "token_mask", "segment_mask")
-    return job.method.get("prune") is True and all(job.method[name] is None for name in set_by_chain)
+    if job.method.get("prune") is not True or any(job.method[name] is not None for name in set_by_chain):
+        return False
+    kind = getattr(hydra.utils.get_object(job.data["_target_"]), "kind", SINGLE_LABEL.name)
+    if KINDS[kind].dense:
+        raise UserError(
+            f"{job.name}: pruning scores prompts by the loss of whole images, which a segmentation task does "
+            "not have: give method.prune=false"
+        )
+    return True
 
 
 def unpruned(job: Job) -> dict[str, Any]:
@@ -159,7 +174,7 @@ def _initial(job: Job, folder: Path) -> str:
         if record and pruning.has_initial(folder.parent, record["initial"]):
             return str(record["initial"])
         prepared = prepare(job)
-        classifier = build_classifier(prepared.job, prepared.backbone, prepared.datamodule.num_classes)
+        classifier = _classifier(prepared)
         state = TunedState(
             tensors=classifier.tuned_state(),
             method=prepared.identity["method"],
@@ -168,6 +183,7 @@ def _initial(job: Job, folder: Path) -> str:
             preprocessing=prepared.datamodule.preprocessing,
             backbone=prepared.backbone.record(),
             versions=environment.versions(),
+            kind=prepared.datamodule.kind,
         )
         name = pruning.store_initial(folder.parent, state)
         if results := Results.of(job.paths):
@@ -191,13 +207,18 @@ def _importance(link: Job, trained: Result, folder: Path) -> Importance:
 
 def _measure(trained: Run) -> Importance:
     """Measure importance on the images that a run was trained on, without augmentation."""
-    classifier = build_classifier(trained.job, trained.backbone, trained.datamodule.num_classes)
+    classifier = _classifier(trained)
     classifier.load_tuned_state(open_state(trained.folder).tensors)
     on_cpu = trained.job.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     devices = trained.job.trainer.devices
     index = devices[0] if isinstance(devices, list) else 0
     device = torch.device("cpu") if on_cpu else torch.device("cuda", index)
     return pruning.importance(classifier.to(device).double(), _batches(trained.datamodule, device))
+
+
+def _classifier(prepared: Run) -> Classifier:
+    data = prepared.datamodule
+    return build_classifier(prepared.job, prepared.backbone, data.num_classes, data.kind)
 
 
 def _batches(datamodule: TaskDataModule, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -54,6 +54,10 @@ def test_a_csv_without_splits_elsewhere(tmp_path):
             "path,label,split\nx/0000.png,a,train\nx/0001.png,b,\n",
             "line 3: give a split for all images or for none",
         ),
+        (
+            "path,label\nx/0000.png,Owl\nx/0001.png,Crane, sandhill\n",
+            "line 3 has more cells than the first line has columns: put names that have a comma in double quotes",
+        ),
         ("path,label\nx/0000.png,a\nx/0001.png,a\n", r"has only one class \('a'\)"),
         ("path,label,split\nx/0000.png,a,train\nx/0001.png,b,test\n", "class 'b' .* has no training image"),
     ],
@@ -67,6 +71,21 @@ def test_a_csv_that_is_none(tmp_path):
     (tmp_path / "list.csv").write_bytes(b"path,label\n\xff\xfe,a\n")
     with pytest.raises(UserError, match=r"list.csv is not a CSV in UTF-8 \(.*\): save it as one"):
         find(tmp_path, "list.csv")
+
+
+def test_empty_cells_behind_the_columns_are_a_spreadsheets(tmp_path):
+    rows = 'path,label,split\nx/0000.png,"Crane, sandhill",train,,\nx/0001.png,Owl,train,,\n'
+    assert find(table(tmp_path, rows), "images.csv").class_names == ("Crane, sandhill", "Owl")
+
+
+def test_a_csv_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuses(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    root = table(tmp_path, "path,label\n")
+    monkeypatch.setattr(Path, "open", refuses)
+    with pytest.raises(UserError, match=r"data\.csv=.*images\.csv cannot be read \(Permission denied\)$"):
+        find(root, "images.csv")
 
 
 def test_a_missing_csv(tmp_path):

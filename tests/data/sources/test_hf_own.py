@@ -155,6 +155,12 @@ def test_the_data_module_treats_them_as_own_images(tmp_path, saved):
     assert next(iter(data.val_dataloader())).labels.tolist() == [1, 0]
 
 
+def test_a_place_that_cannot_be_written_to_is_one_sentence(tmp_path, saved):
+    (tmp_path / "hf").write_text("a file")
+    with pytest.raises(UserError, match=r"paths\.data_dir"):
+        written(HubImages(str(saved)), tmp_path / "hf" / "place", download=False)
+
+
 def test_nothing_is_downloaded_unless_allowed(tmp_path):
     data = module(tmp_path, "somebody/pets", download=False)
     with pytest.raises(UserError, match=r"somebody/pets are not on this machine, and data\.download=false"):

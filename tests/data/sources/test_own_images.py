@@ -3,6 +3,7 @@ import os
 import unicodedata
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from helpers.miniatures import write_folder
 from visprompt.data.folder_datamodule import FolderDataModule
+from visprompt.data.sources import checksums
 from visprompt.data.sources.checksums import Checksums
 from visprompt.data.sources.own_images import find
 from visprompt.errors import UserError
@@ -174,6 +176,28 @@ def test_what_changed_a_moment_ago_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr("visprompt.data.sources.checksums.file_digest", None)
     with pytest.raises(TypeError):
         _ = own(tmp_path, root).fingerprint
+
+
+def test_what_changes_again_while_a_large_folder_is_read_is_read_again(tmp_path, monkeypatch):
+    """Whether a file was old enough is asked before it is read, not when all have been."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"first")
+    clock = SimpleNamespace(now=path.stat().st_mtime_ns)
+    digest = checksums.file_digest
+
+    def slow(file, name):
+        clock.now += 60 * 10**9
+        return digest(file, name)
+
+    monkeypatch.setattr(checksums.time, "time_ns", lambda: clock.now)
+    monkeypatch.setattr(checksums, "file_digest", slow)
+    memory = tmp_path / "memory.json"
+    for _ in range(2):
+        known = checksums.Checksums(memory)
+        known.of([path])
+        known.remember()
+    assert json.loads(memory.read_text())["files"].keys() == {str(path)}, "the second time it was old enough"
+    assert clock.now == path.stat().st_mtime_ns + 120 * 10**9
 
 
 def test_linked_folders_are_followed_and_cycles_guarded(tmp_path):

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 from helpers.damage import rewrite
 from helpers.miniatures import circulated, miniature
@@ -31,6 +32,7 @@ from visprompt.data.sources import open_source
 from visprompt.data.sources.archive import members, unpack
 from visprompt.data.sources.arrays import mat
 from visprompt.data.sources.content import Content
+from visprompt.data.sources.decoders import DECODERS, decoder_of
 from visprompt.data.sources.fgvc import fgvc as listed_fgvc
 from visprompt.data.sources.readers import READERS
 from visprompt.data.sources.structured import DSPRITES, SMALLNORB
@@ -996,6 +998,21 @@ def test_a_fraction_is_of_training_images_alone(written):
     assert len(tuning.val_dataset) == 8
     assert 10 <= len(tuning.train_dataset) <= 14
     assert data.fingerprint == svhn(folder).fingerprint
+
+
+def test_an_fgvc_file_is_predicted_from_the_pixels_that_were_scored(written, tmp_path):
+    """The stores are written as the papers' loader decodes: without a rotation by EXIF, alpha dropped."""
+    folder = written("cub200")
+    data = fgvc_datamodule.CUB200DataModule(
+        **FEEDING | {"data_dir": str(folder), "store_dir": str(folder / "stores")}
+    )
+    pixels = np.arange(80 * 60 * 4, dtype=np.uint32).reshape(80, 60, 4).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png", exif=exif)
+    decoded = decoder_of(data.preprocessing)(tmp_path / "a.png")
+    assert np.array_equal(decoded, pixels[..., :3])
+    assert np.array_equal(decoded, DECODERS[data.plan.spec.decode](tmp_path / "a.png"))
 
 
 def test_a_fraction_of_an_fgvc_dataset(written):

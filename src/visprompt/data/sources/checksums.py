@@ -46,7 +46,7 @@ class Checksums:
         self._new = {
             str(path): (stamp, checksum)
             for path, (stamp, checksum) in zip(paths, found, strict=True)
-            if stamp is not None and time.time_ns() - max(stamp[1:3]) > _RECENT
+            if stamp is not None
         }
         return [checksum for _, checksum in found]
 
@@ -63,9 +63,10 @@ class Checksums:
             known = self._known.get(str(path))
             if known is not None and known[0] == stamp:
                 return known
+            settled = time.time_ns() - max(stamp[1:3]) > _RECENT
             with path.open("rb") as file:
                 checksum = file_digest(file, "sha256").hexdigest()
-            return (stamp if _stamp(path) == stamp else None), checksum
+            return (stamp if settled and _stamp(path) == stamp else None), checksum
         except OSError:
             return None, UNREADABLE
 

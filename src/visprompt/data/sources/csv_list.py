@@ -85,8 +85,9 @@ def read_csv(
     names = _column_names(columns, multi_label)
     is_parquet = table.suffix.lower() == ".parquet"
     labels = names["label"]
-    rows, header = _parquet_rows(table, None if multi_label else str(labels)) if is_parquet else _rows(table)
-    read = [str(names["path"]), *(labels if isinstance(labels, list) else [str(labels)])]
+    label_columns = labels if isinstance(labels, list) else [str(labels)]
+    rows, header = _parquet_rows(table, label_columns, multi_label) if is_parquet else _rows(table)
+    read = [str(names["path"]), *label_columns]
     if not set(read) <= set(header):
         named = " and ".join(read) if isinstance(labels, str) else ", ".join(sorted({*read} - {*header}))
         raise UserError(
@@ -132,23 +133,26 @@ def _column_names(columns: Mapping[str, Any] | None, multi_label: bool) -> _Colu
     return names
 
 
-def _parquet_rows(table: Path, one_label: str | None) -> tuple[list[Row], list[str]]:
-    """Read the plain columns of a Parquet file as text; lists become names of label sets.
+def _parquet_rows(table: Path, labels: Sequence[str], multi_label: bool) -> tuple[list[Row], list[str]]:
+    """Read the plain columns of a Parquet file as text; lists of labels become names of label sets.
 
     Args:
         table: The file.
-        one_label: A column that must not hold lists.
+        labels: The columns of labels; no other column is read if it holds lists.
+        multi_label: Whether these may hold lists.
     """
     import pyarrow
     from pyarrow import parquet
 
     try:
-        plain = [field for field in parquet.read_schema(table) if _is_plain(_inner(field.type))]
-        if one_label in {field.name for field in plain if field.type != _inner(field.type)}:
+        fields = [field for field in parquet.read_schema(table) if _is_plain(_inner(field.type))]
+        lists = {field.name for field in fields if field.type != _inner(field.type)}
+        if not multi_label and not lists.isdisjoint(labels):
             raise UserError(
-                f"data.csv={table}: the column {one_label!r} holds lists: give data.kind=multi_label, by "
+                f"data.csv={table}: the column {labels[0]!r} holds lists: give data.kind=multi_label, by "
                 "which an image may have several classes"
             )
+        plain = [field for field in fields if field.name not in lists or field.name in labels]
         content = parquet.read_table(table, columns=[field.name for field in plain])
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
@@ -190,9 +194,18 @@ def _rows(table: Path) -> tuple[list[Row], list[str]]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
             reader = csv.DictReader(file, skipinitialspace=True)
-            rows = list(reader)
+            rows = []
+            for row in reader:
+                if any(row.pop(None, ())):  # cells beyond the columns; empty ones are a spreadsheet's
+                    raise UserError(
+                        f"data.csv={table}, line {reader.line_num} has more cells than the first line has "
+                        "columns: put names that have a comma in double quotes"
+                    )
+                rows.append(row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.csv={table} is not a CSV in UTF-8 ({error}): save it as one") from error
+    except OSError as error:
+        raise UserError(f"data.csv={table} cannot be read ({error.strerror})") from error
     if not rows:
         raise UserError(
             f"data.csv={table} lists no images: its first line is path,label[,split], then one per image"

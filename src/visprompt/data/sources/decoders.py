@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from visprompt.data.sources.content import decode_rgb
-from visprompt.data.sources.images import MAX_PIXELS, decode, decoding, open_image
+from visprompt.data.sources.images import MAX_PIXELS, TooLarge, decode, decoding, open_image
 from visprompt.data.sources.natural import decode_sun397
 from visprompt.data.sources.specialized import decode_retina
+from visprompt.data.transforms import short_side_size
 from visprompt.errors import UserError
 
 
@@ -62,4 +63,28 @@ def decoder_of(
         )
     white_level = preprocessing.get("white_level")
     options = {} if white_level is None else {"white_level": white_level}
-    return partial(found if white_level is None else _upright, max_pixels=max_pixels, **options)
+    decoder = partial(found if white_level is None else _upright, max_pixels=max_pixels, **options)
+
+    def decoded(source: Path | bytes) -> np.ndarray:
+        pixels = decoder(source)
+        check_resized(pixels, preprocessing, max_pixels)
+        return pixels
+
+    return decoded
+
+
+def check_resized(pixels: np.ndarray, preprocessing: Mapping[str, Any], max_pixels: int) -> None:
+    """Refuse a picture [h, w, 3] that resizing by the short side would make larger than is decoded.
+
+    A picture of 16 x 3,000,000 pixels is a small file, and its short side of 256 would need fifty gigabytes.
+
+    Raises:
+        TooLarge: It would have more than `max_pixels` pixels.
+    """
+    if preprocessing.get("resize") == "short_side" and "short_side" in preprocessing:
+        side = int(preprocessing["short_side"])
+        height, width = short_side_size(pixels.shape[0], pixels.shape[1], side)
+        if height * width > max_pixels:
+            raise TooLarge(
+                f"would be resized to {width:,} x {height:,} pixels, more than the {max_pixels:,} allowed"
+            )

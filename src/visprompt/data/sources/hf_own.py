@@ -8,6 +8,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -22,7 +23,7 @@ from visprompt.data.sources.images import FORMATS, decoding, open_image
 from visprompt.data.sources.label_sets import SEPARATOR, name_of
 from visprompt.data.splits import SPLITS
 from visprompt.errors import UserError, unknown
-from visprompt.files import publish
+from visprompt.files import explained, publish
 
 TABLE = "labels.csv"
 _ABOUT = "dataset.json"
@@ -101,8 +102,12 @@ def written(source: HubImages, place: Path, download: bool) -> Path:
                 f"the images of {source.dataset} are not on this machine, and data.download=false: give "
                 "data.download=true, or data.dataset= a local folder"
             )
-        place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place / f"{folder.name}.lock"):  # processes of one run would each write a copy
+        with ExitStack() as locks:  # processes of one run would each write a copy
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(FileLock(place / f"{folder.name}.lock"))
+            except OSError as error:
+                raise explained(error, place, "paths.data_dir") from error
             if not folder.is_dir():
                 write = partial(_write, source)
                 publish(folder, write, folder.is_dir, option="paths.data_dir")

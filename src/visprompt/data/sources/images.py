@@ -146,7 +146,7 @@ def decode(
             `max_pixels`, or smaller than `MIN_SIDE` on a side.
     """
     with decoding(), open_image(path, max_pixels) as file:
-        image = _to_rgb(ImageOps.exif_transpose(file), white_level, tops)
+        image = to_rgb(ImageOps.exif_transpose(file), white_level, tops)
     if min(image.size) < MIN_SIDE:
         raise BadImage(f"is {image.width} x {image.height} pixels, less than {MIN_SIDE} on the short side")
     return np.asarray(image)
@@ -161,7 +161,8 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _to_rgb(image: Image.Image, white_level: int | None, tops: list[int] | None) -> Image.Image:
+def to_rgb(image: Image.Image, white_level: int | None = None, tops: list[int] | None = None) -> Image.Image:
+    """Convert a picture to 8-bit RGB as `decode` does."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if tops is not None:

@@ -209,8 +209,10 @@ class DryRun:
     def _steps(self, job: Job) -> tuple[int, int]:
         """Return the number of optimiser steps of a run, and of the epochs that they begin."""
         rows, size, micro = self._rows(job), job.recipe.batch_size, int(job.trainer.accumulate_grad_batches)
-        given = {"num_rows": rows, "batch_size": size, "world": _devices(job), "accumulate": micro}
-        of_epoch = len(GlobalBatches(**given, training=True)) // micro
+        batches = GlobalBatches(
+            num_rows=rows, batch_size=size, world=_devices(job), accumulate=micro, training=True
+        )
+        of_epoch = len(batches) // micro
         steps = job.recipe.steps(of_epoch)
         return steps, math.ceil(steps / of_epoch)
 
