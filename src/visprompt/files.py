@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -135,11 +136,11 @@ def _clock(folder: Path) -> float:
 
 
 def _last_write(path: Path) -> float:
-    """Return when a file, or anything in a folder, was last written; now, if it is being renamed."""
+    """Return when a file, or anything in a folder, was last written; infinity, if it is being renamed."""
     try:
         return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
     except OSError:
-        return time.time()
+        return math.inf
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

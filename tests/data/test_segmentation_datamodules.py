@@ -110,9 +110,13 @@ def test_the_long_side_is_at_most_four_times_the_short_one(height, width, expect
     assert window_size(height, width, 512) == expected
 
 
+def trainer(**given):
+    return SimpleNamespace(**given, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+
+
 def test_training_batches_are_squares_that_are_normalised_only(root, tmp_path):
     data = own(tmp_path, root, short_side=40)
-    data.trainer = SimpleNamespace(training=True, global_rank=0, world_size=1, current_epoch=0)
+    data.trainer = trainer(training=True, global_rank=0, world_size=1, current_epoch=0)
     batch = next(iter(data.train_dataloader()))
     assert batch.images.shape == (4, 3, 32, 32)
     moved = data.on_after_batch_transfer(batch, 0)
@@ -127,7 +131,7 @@ def test_training_batches_are_the_same_on_any_number_of_ranks_and_workers(root, 
         found = {}
         for rank in range(world):
             data = own(tmp_path, root, **options)
-            data.trainer = SimpleNamespace(training=True, global_rank=rank, world_size=world, current_epoch=3)
+            data.trainer = trainer(training=True, global_rank=rank, world_size=world, current_epoch=3)
             for batch in data.train_dataloader():
                 found |= {int(row): (image, labels) for image, labels, row in zip(*batch[:3], strict=True)}
         return found
@@ -142,7 +146,7 @@ def test_each_test_image_is_scored_on_one_of_several_ranks(tmp_path):
     rows = []
     for rank in range(2):
         data = own(tmp_path, root)
-        data.trainer = SimpleNamespace(training=False, global_rank=rank, world_size=2, current_epoch=0)
+        data.trainer = trainer(training=False, global_rank=rank, world_size=2, current_epoch=0)
         batches = list(data.test_dataloader())
         assert {len(batch.images) for batch in batches} == {1}
         rows += [int(batch.rows) for batch in batches]

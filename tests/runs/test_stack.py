@@ -207,12 +207,15 @@ def test_all_seeds_of_a_final_run_are_stacked_or_none(tmp_path, ran, first):
 
 def test_a_seed_that_cannot_be_stacked_is_refused_beside_stacked_ones(tmp_path, ran):
     run_all.run_all(finals(tmp_path, [1, 2]), stacks=True)
-    third = finals(tmp_path, [3], "linear", "trainer.check_val_every_n_epoch=2")
+    watched = "trainer.check_val_every_n_epoch=2"
+    third = finals(tmp_path, [3], "linear", watched)
     assert run_all.run_all(third, stacks=True)[0].reason == (
-        "other seeds of digits/linear were trained in a stack, which these settings rule out (docs/runs.md lists "
-        "them: loggers other than csv, for example): leave them out, or run each seed singly with src/train.py "
-        "and rerun=true"
+        "other seeds of digits/linear were trained together, and this command has settings with which that is "
+        "not possible (docs/runs.md lists them: loggers other than csv, for example): leave them out, or run "
+        "each seed singly with src/train.py and rerun=true"
     )
+    finished = run_all.run_all(finals(tmp_path, [1, 2], "linear", watched), stacks=True)
+    assert all(is_stacked(outcome.result) for outcome in finished), "they are shown"
     assert ran == [2]
     other = finals(
         tmp_path, [3], "linear", "trainer.check_val_every_n_epoch=2", "recipe.lr=0.3"

@@ -140,7 +140,11 @@ def test_an_image_that_cannot_be_used_is_an_error_of_the_client_in_one_sentence(
         ),
         ({"json": {"images": [1] * 6}}, 413, "the request holds 6 images, more than the 5 allowed"),
         ({"json": {"images": [1]}}, 400, "images.0 does not fit"),
-        ({"json": {f"key {i}": 1 for i in range(11)}}, 400, "give images and top_k alone"),
+        (
+            {"json": {f"key {i}": 1 for i in range(11)}},
+            400,
+            "it has unknown keys, give only images and top_k",
+        ),
         (
             {"files": [("image", BAD)], "data": {"top_k": "000000001" + "9" * 5000}},
             400,

@@ -11,7 +11,7 @@ from PIL import Image
 from helpers.cli import call, composed
 from helpers.service import picture, write_state
 from visprompt.data.sources.decoders import decoder_of
-from visprompt.data.sources.images import TooLarge
+from visprompt.data.sources.images import TooLong
 from visprompt.errors import UserError
 from visprompt.models.backbones import DEMO
 from visprompt.models.bank import Bank
@@ -102,11 +102,11 @@ def test_a_small_file_that_resizing_would_make_huge_is_refused(task):
         refused = prepare(content, 1, cropped, bounds)
         assert (refused.status, str(refused)) == (
             413,
-            "image 1 has more than the 100000 pixels that are decoded here",
+            "image 1 would be resized to 13,500 x 72 pixels, more than the 100,000 allowed",
         )
         assert prepare(content, 1, cropped, limits(image_pixels=1_000_000)).image.shape == (3, 64, 64)
     with pytest.raises(
-        TooLarge, match=r"^would be resized to 13,500 x 72 pixels, more than the 100,000 allow"
+        TooLong, match=r"^would be resized to 13,500 x 72 pixels, more than the 100,000 allow"
     ):
         decoder_of(cropped.preprocessing, 100_000)(file.getvalue())
 

@@ -22,7 +22,7 @@ from visprompt.runs import evaluate as inference
 from visprompt.runs import run, run_all
 from visprompt.runs.result import read_result
 from visprompt.runs.trainer import without_wandb
-from visprompt.tuning import pruning, pruning_chain
+from visprompt.tuning import protocol, pruning, pruning_chain
 
 pytestmark = [
     frozen,
@@ -60,10 +60,14 @@ def test_a_segmentation_task_refuses_to_prune_before_anything_is_trained(tmp_pat
     with pytest.raises(UserError) as error:
         go(tmp_path, *masks)
     assert str(error.value) == (
-        "digits_masks/e2vpt: pruning scores prompts by the loss of whole images, which a segmentation task "
-        "does not have: give method.prune=false"
+        "pruning needs one loss for each image, and a segmentation task has one for each pixel: give "
+        "method.prune=false"
     )
-    assert not pruning_chain.prunes(job(tmp_path, *masks, "method.prune=false"))
+    pruning_chain.check(job(tmp_path, *masks, "method.prune=false"))
+    steps = protocol.tune_one(job(tmp_path, *masks), [1])
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    assert [outcome.reason for outcome in end.value.value] == [str(error.value)]
 
 
 def folders(logs):

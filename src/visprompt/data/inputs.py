@@ -21,8 +21,8 @@ def as_input(image: Picture, preprocessing: Mapping[str, Any] | None) -> Tensor:
 
     Args:
         image: A normalised tensor [3, H, W], returned as it is; or the path or the content of an image file,
-            decoded as `preprocessing` says; or a decoded picture, of Pillow (rotated by its EXIF orientation)
-            or uint8 [h, w, 3].
+            decoded as `preprocessing` says; or a decoded picture, uint8 [h, w, 3], or of Pillow (prepared as
+            its file would be).
         preprocessing: A tuned state's `preprocessing`; None for an image without a task.
 
     Raises:
@@ -44,9 +44,8 @@ def as_input(image: Picture, preprocessing: Mapping[str, Any] | None) -> Tensor:
             raise UserError(
                 f"a picture of Pillow's mode {image.mode} has more than 8 bits: give the path of its file"
             )
-        upright = ImageOps.exif_transpose(image)
-        on_white = preprocessing["decode"] == "upright"  # as files are decoded
-        pixels = np.asarray(to_rgb(upright) if on_white else upright.convert("RGB"))
+        as_own = preprocessing.get("decode") == "upright"  # else as the papers' files, whose EXIF is not read
+        pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)) if as_own else image.convert("RGB"))
     else:
         pixels = image
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:

@@ -165,10 +165,10 @@ class Bank:
             UserError: There is no such task, or its file cannot be read any more or has changed, or the task
                 does not fit in the budget beside what is pinned.
         """
-        if (task := self._used(name)) is not None:
+        if (task := self.in_memory(name)) is not None:
             return task
         with self._loading:
-            if (task := self._used(name)) is not None:  # another thread has loaded it
+            if (task := self.in_memory(name)) is not None:  # another thread has loaded it
                 return task
             with self._lock:
                 source = self._sources.get(name)
@@ -251,8 +251,12 @@ class Bank:
             finally:
                 self._batch.layers = ()  # as in `_logits`
 
-    def _used(self, name: str) -> Task | None:
-        """Return a task that is in memory, as the most recently used; None if it was evicted."""
+    def in_memory(self, name: str) -> Task | None:
+        """Return a task that is in memory, as the most recently used; None if it was evicted.
+
+        Raises:
+            UserError: There is no such task.
+        """
         with self._lock:
             if name not in self._sources:
                 raise unknown("task", name, self._sources)

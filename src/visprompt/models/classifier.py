@@ -118,7 +118,8 @@ class Classifier(nn.Module):
         self.origin: Origin | None = None  # set by the caller that built backbone and method
         self.class_names: tuple[str, ...] = ()
         self.temperature = 1.0  # of a tuned state, see `TunedState`
-        self.initialised = False  # whether values that methods compute from training images are in place
+        # whether a state was loaded, or values from training images are in place: training begins from them
+        self.initialised = False
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self.tuned_names)
         self.train()

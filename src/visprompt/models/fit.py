@@ -26,8 +26,8 @@ def fit(
     compute frozen features once, can be resumed, and write results: `python src/train.py data=folder`.
 
     Args:
-        classifier: A classifier from `visprompt.build`; one from `visprompt.load` or an earlier `fit` is
-            tuned on. It is changed in place, and in evaluation mode afterwards.
+        classifier: A classifier from `visprompt.build`; one from `visprompt.load` or an earlier `fit`
+            continues from its tuned values. It is changed in place, and in evaluation mode afterwards.
         train: A loader of pairs: images [B, 3, H, W], normalised with `classifier.backbone.mean` and `.std`,
             and labels [B], int64, or [B, C] of 0 and 1 for a multi-label classifier.
         val: A loader of images that are scored after every epoch, in the same form; None for none.

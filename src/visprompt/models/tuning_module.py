@@ -136,7 +136,7 @@ class TuningModule(L.LightningModule):
         if self.classifier.method.needs_images and not self.classifier.initialised:
             self._initialise()
             self.classifier.initialised = True
-        if not self._is_plain:  # a classifier of `fit` is its caller's, who goes on to call it
+        if not self._is_plain:  # the caller of `fit` goes on using the classifier in float32
             cast_for(self.classifier, self.trainer.precision)  # after the initial values
         if not self._is_plain and not datamodule.augments:
             datamodule.train_dataset = self._cached(datamodule.train_dataset, self.recipe.mixes)

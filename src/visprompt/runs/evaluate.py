@@ -212,6 +212,11 @@ def check_prepared(prepared: run.Run, state: TunedState, result: Result, folder:
             f"{folder} is of an older version, which did not record its {missing[0]}: run its command again"
         )
     if dict(state.preprocessing) != preprocessing:
+        if folder == source:
+            raise UserError(
+                f"{folder} is of an older version, which recorded its preprocessing otherwise: run its "
+                "command again"
+            )
         raise UserError(
             f"{folder} was tuned with other preprocessing than {source}: give runs with the same one"
         )

@@ -34,7 +34,7 @@ class Finished:
 
 
 def by_test_set(runs: Sequence[Finished], precision: str | None = None) -> list[list[Finished]]:
-    """Return the runs in groups with the same backbone, test images, preprocessing and precisions, in order.
+    """Return the runs in groups with the same backbone, test images, preprocessing and precisions.
 
     Args:
         runs: The runs.

@@ -105,26 +105,31 @@ def goes_on(job: Job) -> bool:
     """
     if job.split != "final" or job.rerun or job.method.name not in _METHODS or "debug" in job.tags:
         return False
-    if not _has_stacked_seeds(prepare(job)):
-        return False
+    run = prepare(job)
+    stacked = _stacked_seeds(run)
+    # a finished run is shown, and reports to the loggers of this command
+    if not stacked or run.folder.name in stacked or read_result(run.folder):
+        return bool(stacked) and _may_stack(job)
     if not _may_stack(job):
         raise StackFailed(
-            f"other seeds of {job.name} were trained in a stack, which these settings rule out (docs/runs.md "
-            "lists them: loggers other than csv, for example): leave them out, or run each seed singly with "
-            "src/train.py and rerun=true"
+            f"other seeds of {job.name} were trained together, and this command has settings with which that "
+            "is not possible (docs/runs.md lists them: loggers other than csv, for example): leave them out, "
+            "or run each seed singly with src/train.py and rerun=true"
         )
     return True
 
 
-def _has_stacked_seeds(run: Run) -> bool:
+def _stacked_seeds(run: Run) -> set[str]:
+    """Return the names of the folders of runs that differ from a run in the seed and were stacked."""
     here = [path.parent for path in run.folder.parent.glob("*/result.json")]
     found = [(folder.name, read_result(folder, hashed=False)) for folder in here]
     if results := Results.of(run.job.paths):
         found += results.of_group(run.folder.parent)
-    return any(
-        result and is_stacked(result) and digest({**run.identity, "seed": result.seed}) == name
+    return {
+        name
         for name, result in found
-    )
+        if result and is_stacked(result) and digest({**run.identity, "seed": result.seed}) == name
+    }
 
 
 def train(jobs: Sequence[Job]) -> dict[int, tuple[Run, Result]]:
@@ -163,7 +168,7 @@ def train(jobs: Sequence[Job]) -> dict[int, tuple[Run, Result]]:
 
 def _check_none_stacked(runs: Sequence[Run], why: str) -> None:
     """Refuse single runs next to seeds that were trained in a stack."""
-    if any(run.job.rerun or not read_result(run.folder) for run in runs) and _has_stacked_seeds(runs[0]):
+    if any(run.job.rerun or not read_result(run.folder) for run in runs) and _stacked_seeds(runs[0]):
         raise StackFailed(
             f"seeds of {runs[0].job.name} were trained in a stack, which now fails for the others ({why}): "
             "run the same command again, or each seed singly with src/train.py and rerun=true"
@@ -220,7 +225,7 @@ def _to_train(runs: Sequence[Run]) -> list[int]:
     rerun, final = runs[0].job.rerun, runs[0].job.split == "final"
     stored = {} if rerun else _stored({folder: runs[place] for folder, place in places.items()})
     begun = {folder for folder in places if (folder / run_folder.RESUME / run_folder.STATE).is_file()}
-    goes_on = final and (any(map(is_stacked, stored.values())) or _has_stacked_seeds(runs[0]))
+    goes_on = final and (any(map(is_stacked, stored.values())) or _stacked_seeds(runs[0]))
     if final and not goes_on and (stored or begun):
         return []
     left_out = {*stored} if goes_on else {*stored, *begun}

@@ -209,8 +209,9 @@ def _answer(task: Task, shares: Tensor, identity: Any, wanted: list[tuple[str, b
 def _classification(task: Task, shares: Tensor, count: int) -> tuple[list[str], list[int]]:
     """Return "probability:index:label" of the most probable classes, [n, count]."""
     values, places = shares.topk(min(count, shares.shape[1]))
+    names = names_of(task.class_names)
     texts = [
-        f"{value:f}:{place}:{names_of(task.class_names)[place]}"
+        f"{value:f}:{place}:{names[place]}"
         for row, columns in zip(values.tolist(), places.tolist(), strict=True)
         for value, place in zip(row, columns, strict=True)
     ]

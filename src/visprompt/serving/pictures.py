@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from visprompt.data.sources.decoders import check_resized, decoder_of
-from visprompt.data.sources.images import BadImage, TooLarge
+from visprompt.data.sources.images import BadImage, TooLarge, TooLong
 from visprompt.data.transforms import to_input
 from visprompt.errors import UserError
 from visprompt.models.prepared import Task
@@ -50,6 +50,8 @@ def prepare(content: Content, number: int, task: Task, limits: Limits) -> Input 
     try:
         with torch.inference_mode():
             return _input(content, task, limits)
+    except TooLong as error:
+        return Refused(413, f"image {number} {error}")
     except TooLarge:
         return Refused(
             413, f"image {number} has more than the {limits.image_pixels} pixels that are decoded here"

@@ -148,7 +148,7 @@ def _json(content: bytes, most: int) -> Given:
         raise Refused(400, "the request is not JSON") from error
     # before pydantic, which collects an error for each entry and key
     if isinstance(given, dict) and len(given) > _MOST_KEYS:
-        raise Refused(400, "the request is not valid: give images and top_k alone")
+        raise Refused(400, "the request is not valid: it has unknown keys, give only images and top_k")
     if isinstance(given, dict) and isinstance(given.get("images"), list):
         check_count(len(given["images"]), most)
     try:

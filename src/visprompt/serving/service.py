@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -104,6 +104,9 @@ class Service:
         Raises:
             Refused: It does not answer.
         """
+        with suppress(UserError):  # most requests wait for no thread
+            if (task := self.bank.in_memory(name)) is not None:
+                return task
         return await self.while_loading(self.states.task, name)
 
     async def predict(self, task: Task, contents: Sequence[Content | Refused]) -> list[Tensor | Refused]:

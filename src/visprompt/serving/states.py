@@ -103,10 +103,10 @@ def _in_folder(folder: Path) -> dict[str, Path]:
 
 
 def _if_readable(folder: Path) -> Path | None:
-    """Return the state of a folder as `_of_run` does; None if the folder cannot be read, as lost+found."""
+    """Return the state of a folder as `_of_run` does; None if it may not be read, as lost+found."""
     try:
         return _of_run(folder)
-    except OSError as error:
+    except PermissionError as error:  # other errors may pass: they end the look, and what is loaded stays
         _say_unreadable(folder, str(error.strerror))
         return None
 

@@ -173,6 +173,10 @@ def tune_one(job: Job, seeds: Sequence[int]) -> Steps[list[Outcome]]:
         UserError: The grid is malformed, has an unknown key, or has a key that the protocol itself sets.
     """
     name = job.name
+    try:
+        pruning_chain.check(job)
+    except UserError as error:  # other methods of the command go on
+        return [Outcome(name, None, str(error))]
     points = job_points(job)
     fixed = {key: value for key, value in points[0].items() if all(point[key] == value for point in points)}
     if fixed:

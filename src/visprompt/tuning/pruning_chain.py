@@ -33,8 +33,7 @@ from torch import Tensor
 from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError
 from visprompt.files import DamagedRecord, read_record, write_atomically, write_record
-from visprompt.models.classifier import Classifier
-from visprompt.models.kind import KINDS, SINGLE_LABEL
+from visprompt.models.kind import KINDS
 from visprompt.models.tuned_state import TunedState
 from visprompt.runs import environment
 from visprompt.runs.job import Job
@@ -60,21 +59,23 @@ RunOne = Callable[[Job], Result]
 
 
 def prunes(job: Job) -> bool:
-    """Return whether a job means a chain of runs; the chain's runs themselves name their initial values.
+    """Return whether a job means a chain of runs; the chain's runs themselves name their initial values."""
+    set_by_chain = ("initial", "token_mask", "segment_mask")
+    return job.method.get("prune") is True and all(job.method[name] is None for name in set_by_chain)
+
+
+def check(job: Job) -> None:
+    """Refuse to prune on a segmentation task, before its data are read.
 
     Raises:
-        UserError: The job is of a segmentation task.
+        UserError: A chain of pruning is meant, and the task has a class for each pixel.
     """
-    set_by_chain = ("initial", "token_mask", "segment_mask")
-    if job.method.get("prune") is not True or any(job.method[name] is not None for name in set_by_chain):
-        return False
-    kind = getattr(hydra.utils.get_object(job.data["_target_"]), "kind", SINGLE_LABEL.name)
-    if KINDS[kind].dense:
+    kind = getattr(hydra.utils.get_object(job.data["_target_"]), "kind", "") if prunes(job) else ""
+    if kind in KINDS and KINDS[kind].dense:
         raise UserError(
-            f"{job.name}: pruning scores prompts by the loss of whole images, which a segmentation task does "
-            "not have: give method.prune=false"
+            "pruning needs one loss for each image, and a segmentation task has one for each pixel: give "
+            "method.prune=false"
         )
-    return True
 
 
 def unpruned(job: Job) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def run(job: Job, run_one: RunOne) -> Result:
     """
     if not prunes(job):
         return run_one(job)
+    check(job)
     prepare(job)  # finds errors before anything is trained
     # else all runs would log to the agent's one W&B run
     silent = without_wandb(job) if under_agent() else job
@@ -174,16 +176,17 @@ def _initial(job: Job, folder: Path) -> str:
         if record and pruning.has_initial(folder.parent, record["initial"]):
             return str(record["initial"])
         prepared = prepare(job)
-        classifier = _classifier(prepared)
+        data = prepared.datamodule
+        classifier = build_classifier(prepared.job, prepared.backbone, data.num_classes, data.kind)
         state = TunedState(
             tensors=classifier.tuned_state(),
             method=prepared.identity["method"],
-            task=prepared.datamodule.task,
-            class_names=prepared.datamodule.class_names,
-            preprocessing=prepared.datamodule.preprocessing,
+            task=data.task,
+            class_names=data.class_names,
+            preprocessing=data.preprocessing,
             backbone=prepared.backbone.record(),
             versions=environment.versions(),
-            kind=prepared.datamodule.kind,
+            kind=data.kind,
         )
         name = pruning.store_initial(folder.parent, state)
         if results := Results.of(job.paths):
@@ -207,18 +210,14 @@ def _importance(link: Job, trained: Result, folder: Path) -> Importance:
 
 def _measure(trained: Run) -> Importance:
     """Measure importance on the images that a run was trained on, without augmentation."""
-    classifier = _classifier(trained)
+    data = trained.datamodule
+    classifier = build_classifier(trained.job, trained.backbone, data.num_classes, data.kind)
     classifier.load_tuned_state(open_state(trained.folder).tensors)
     on_cpu = trained.job.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     devices = trained.job.trainer.devices
     index = devices[0] if isinstance(devices, list) else 0
     device = torch.device("cpu") if on_cpu else torch.device("cuda", index)
-    return pruning.importance(classifier.to(device).double(), _batches(trained.datamodule, device))
-
-
-def _classifier(prepared: Run) -> Classifier:
-    data = prepared.datamodule
-    return build_classifier(prepared.job, prepared.backbone, data.num_classes, data.kind)
+    return pruning.importance(classifier.to(device).double(), _batches(data, device))
 
 
 def _batches(datamodule: TaskDataModule, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

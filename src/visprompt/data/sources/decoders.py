@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from visprompt.data.sources.content import decode_rgb
-from visprompt.data.sources.images import MAX_PIXELS, TooLarge, decode, decoding, open_image
+from visprompt.data.sources.images import MAX_PIXELS, TooLong, decode, decoding, open_image
 from visprompt.data.sources.natural import decode_sun397
 from visprompt.data.sources.specialized import decode_retina
 from visprompt.data.transforms import short_side_size
@@ -79,12 +79,12 @@ def check_resized(pixels: np.ndarray, preprocessing: Mapping[str, Any], max_pixe
     A picture of 16 x 3,000,000 pixels is a small file, and its short side of 256 would need fifty gigabytes.
 
     Raises:
-        TooLarge: It would have more than `max_pixels` pixels.
+        TooLong: It would have more than `max_pixels` pixels.
     """
     if preprocessing.get("resize") == "short_side" and "short_side" in preprocessing:
         side = int(preprocessing["short_side"])
         height, width = short_side_size(pixels.shape[0], pixels.shape[1], side)
         if height * width > max_pixels:
-            raise TooLarge(
+            raise TooLong(
                 f"would be resized to {width:,} x {height:,} pixels, more than the {max_pixels:,} allowed"
             )

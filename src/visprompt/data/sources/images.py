@@ -36,6 +36,10 @@ class TooLarge(BadImage):
     """An image of more pixels than are decoded."""
 
 
+class TooLong(TooLarge):
+    """An image so long and narrow that resizing by its short side would give more pixels than are decoded."""
+
+
 def open_image(source: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open an image file of a supported format and limited size; its pixels are not decoded yet.
 

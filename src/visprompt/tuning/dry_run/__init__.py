@@ -145,6 +145,7 @@ class DryRun:
         """Return the runs that a job means: itself, or its chain of pruning."""
         if not pruning_chain.prunes(job):
             return [Planned(job, job)]
+        pruning_chain.check(job)
         points = pruning_chain.prune_points(job)
         links = self._links(job, points) if self._has_folder(job) else [None] * (len(points) + 1)
         tune, final = (
@@ -214,7 +215,7 @@ class DryRun:
         )
         of_epoch = len(batches) // micro
         steps = job.recipe.steps(of_epoch)
-        return steps, math.ceil(steps / of_epoch)
+        return steps, math.ceil(steps / max(1, of_epoch))
 
     def _rows(self, job: Job) -> int:
         """Return the number of training images; nearly, because data.fraction rounds for each class."""
