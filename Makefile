@@ -51,7 +51,7 @@ check: $(STAMP)  ## ruff (lint and format) and mypy
 	$(RUN) -m mypy
 
 table: $(STAMP)  ## the README's table of the demo tasks: grid, choice, three seeds; goes on where it was stopped
-	$(RUN) src/tune.py experiment=demo_table $(ARGS)
+	$(RUN) src/tune.py experiment=demo_table engine=processes $(ARGS)
 
 report: $(STAMP)  ## the protocol and an ablation on the demo, then a page of tables and figures: logs/report/index.html
 	$(RUN) src/tune.py experiment=demo_report
