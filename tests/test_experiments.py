@@ -324,11 +324,13 @@ def test_what_the_user_gives_is_not_tried():
     assert grid_of("vtab/dtd", "experiment=e2vpt_prompts", own)["method.num_kv_tokens"] == [0, 5]
 
 
-def test_the_papers_have_no_grid_for_other_tasks():
+@pytest.mark.parametrize("task", SUITES["demo"])
+@pytest.mark.parametrize("method", ["vpt_deep", "linear"])  # whose recipes have grids for some of them
+def test_the_papers_have_no_grid_for_other_tasks(task, method):
     with pytest.raises(
         UserError, match=r"recipe\.grid=paper \(which is for the tasks of VTAB-1k and FGVC\) is not a grid"
     ):
-        grid_points(grid_of("demo/digits", "grid=paper"))
+        grid_points(grid_of(f"demo/{task}", "grid=paper", f"method={method}"))
 
 
 @pytest.fixture(scope="module")

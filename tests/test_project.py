@@ -206,7 +206,7 @@ def test_the_makefile_has_the_documented_targets_and_ci_calls_them():
     }
     assert set(rules) == targets
     assert rules["demo"] == "$(RUN) src/train.py method=vapt $(ARGS)"
-    assert rules["table"] == "$(RUN) src/tune.py experiment=demo_table $(ARGS)"
+    assert rules["table"] == "$(RUN) src/tune.py experiment=demo_table engine=processes $(ARGS)"
     calls = re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M)
     assert calls == ["setup", "check", "test", "test-slow"]
 

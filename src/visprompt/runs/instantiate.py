@@ -104,14 +104,23 @@ def _nested(where: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _check(where: str, target: Any, bases: tuple[type, ...]) -> None:
     """Refuse a target that is not a class derived from `bases`; import its module, but call nothing."""
-    named = _import_target(where, target)
+    named = import_target(where, target)
     if not (isinstance(named, type) and issubclass(named, bases)):
         raise UserError(
             f"{where}._target_={target} is not a class that belongs there: give a subclass of {_names(bases)}"
         )
 
 
-def _import_target(where: str, target: Any) -> Any:
+def import_target(where: str, target: Any) -> Any:
+    """Import what a config's `_target_` names.
+
+    Args:
+        where: The config, for the message.
+        target: The dotted name.
+
+    Raises:
+        UserError: There is no such object, or its module cannot be imported.
+    """
     parts = target.split(".") if isinstance(target, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise UserError(f"{where}._target_={target} is not the dotted name of a class: give module.Class")

@@ -26,7 +26,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from visprompt.files import DamagedRecord, read_record, write_atomically, write_
 from visprompt.models.kind import KINDS
 from visprompt.models.tuned_state import TunedState
 from visprompt.runs import environment
+from visprompt.runs.instantiate import import_target
 from visprompt.runs.job import Job
 from visprompt.runs.result import Result, choose, markdown_table, open_state
 from visprompt.runs.results_store import Results
@@ -70,7 +70,7 @@ def check(job: Job) -> None:
     Raises:
         UserError: A chain of pruning is meant, and the task has a class for each pixel.
     """
-    kind = getattr(hydra.utils.get_object(job.data["_target_"]), "kind", "") if prunes(job) else ""
+    kind = getattr(import_target("data", job.data["_target_"]), "kind", "") if prunes(job) else ""
     if kind in KINDS and KINDS[kind].dense:
         raise UserError(
             "pruning needs one loss for each image, and a segmentation task has one for each pixel: give "
