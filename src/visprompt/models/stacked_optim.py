@@ -79,19 +79,13 @@ class StackedOptimizer:
         update = self._sgd if isinstance(self._like, torch.optim.SGD) else self._adamw
         for rates, decays, places in self._groups:
             for place in places:
-                update(self._parameters[place], self._state[place], gradients[place], rates * factor, decays)
+                update(place, gradients[place], rates * factor, decays)
 
     # The operations below are those of PyTorch, in their order, with numbers of points computed in double
     # precision as PyTorch computes its own, so that most steps agree to the bit.
 
-    def _sgd(
-        self,
-        parameter: Tensor,
-        state: dict[str, Tensor],
-        gradient: Tensor,
-        rates: Tensor,
-        decays: Tensor | None,
-    ) -> None:
+    def _sgd(self, place: int, gradient: Tensor, rates: Tensor, decays: Tensor | None) -> None:
+        parameter, state = self._parameters[place], self._state[place]
         momentum = self._like.param_groups[0]["momentum"]
         if decays is not None:
             gradient = torch.addcmul(gradient, parameter, _beside(decays, parameter))
@@ -101,14 +95,8 @@ class StackedOptimizer:
             state["momentum"] = gradient = gradient.clone()
         parameter.addcmul_(gradient, _beside(-rates, parameter))
 
-    def _adamw(
-        self,
-        parameter: Tensor,
-        state: dict[str, Tensor],
-        gradient: Tensor,
-        rates: Tensor,
-        decays: Tensor | None,
-    ) -> None:
+    def _adamw(self, place: int, gradient: Tensor, rates: Tensor, decays: Tensor | None) -> None:
+        parameter, state = self._parameters[place], self._state[place]
         group, step = self._like.param_groups[0], self._steps
         (b1, b2), eps = group["betas"], group["eps"]
         if not state:

@@ -107,16 +107,15 @@ def goes_on(job: Job) -> bool:
         return False
     run = prepare(job)
     stacked = _stacked_seeds(run)
-    # a finished run is shown, and reports to the loggers of this command
-    if not stacked or run.folder.name in stacked or read_result(run.folder):
-        return bool(stacked) and _may_stack(job)
-    if not _may_stack(job):
-        raise StackFailed(
-            f"other seeds of {job.name} were trained together, and this command has settings with which that "
-            "is not possible (docs/runs.md lists them: loggers other than csv, for example): leave them out, "
-            "or run each seed singly with src/train.py and rerun=true"
-        )
-    return True
+    if not stacked or _may_stack(job):
+        return bool(stacked)
+    if run.folder.name in stacked or read_result(run.folder):
+        return False  # it is finished: it is shown, and reports to the loggers of this command
+    raise StackFailed(
+        f"other seeds of {job.name} were trained together, and this command has settings with which that "
+        "is not possible (docs/runs.md lists them: loggers other than csv, for example): leave them out, "
+        "or run each seed singly with src/train.py and rerun=true"
+    )
 
 
 def _stacked_seeds(run: Run) -> set[str]:

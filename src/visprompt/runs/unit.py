@@ -80,7 +80,7 @@ def run_unit(jobs: Unit) -> list[Outcome]:
     try:
         with memory.explained_for(jobs[0]):
             together = len(jobs) > 1 or stack.goes_on(jobs[0])
-    except Exception as error:  # the outcome of this job, as in `_outcome`
+    except Exception as error:  # whatever it is, this job failed, and the others go on
         return [_failed(jobs[0].name, error)]
     outcomes = _trained_together(jobs) if together else {}
     at_work: AtWork | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from visprompt.serving.pictures import Content
-from visprompt.serving.reading import from_base64
+from visprompt.serving.reading import check_count, from_base64
 from visprompt.serving.refused import Refused
 
 _LENGTH = struct.Struct("<I")
@@ -28,7 +28,7 @@ def split(content: bytes, json_length: str | None) -> tuple[dict[str, Any], byte
     """
     end = len(content)
     if json_length is not None:
-        # a number of very many digits is none to Python
+        # the length first: int() raises an error for a text of thousands of digits
         if not json_length.isdecimal() or len(json_length) > 12 or int(json_length) > len(content):
             raise Refused(
                 400, f"Inference-Header-Content-Length={json_length:.20} is not a length within the body"
@@ -69,8 +69,7 @@ def images_of(asked: Mapping[str, Any], binary: bytes, name: str, most: int) -> 
         raise Refused(400, f"the input is named {given.get('name')!r:.80}: name it {name}")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 < n < 2**31 for n in shape):
         raise Refused(400, f"the shape of input {name} is not a list of whole numbers above 0")
-    if shape[0] > most:
-        raise Refused(413, f"the request holds {shape[0]} images, more than the {most} allowed")
+    check_count(shape[0], most)
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None and (type(size) is not int or size != len(binary)):
         raise Refused(400, f"binary_data_size={size!r:.80} is not the {len(binary)} bytes behind the JSON")
