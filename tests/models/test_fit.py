@@ -226,3 +226,13 @@ def test_a_loader_without_a_batch_is_refused():
         UserError, match=r"the training loader has no batch: give more images, or drop_last=False"
     ):
         fitted(built(), empty)
+
+
+def test_several_devices_are_refused_and_one_is_the_default():
+    recipe = visprompt.Recipe(**RECIPE)
+    with pytest.raises(UserError) as error:
+        visprompt.fit(built(), loader(), None, recipe, devices=2, **QUIET)
+    assert str(error.value) == (
+        "fit trains on one device, and its options name 2: give devices=1; "
+        "`python src/train.py data=folder trainer=ddp` trains on several"
+    )

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 
 from helpers import miniatures
@@ -14,6 +15,7 @@ from visprompt.data.sources import digits
 from visprompt.models.bank import Bank
 from visprompt.models.kind import SINGLE_LABEL
 from visprompt.models.tuned_state import load_state
+from visprompt.models.tuning_module import TuningModule
 from visprompt.reports import inspection
 from visprompt.runs import attempt_files, calibrate, run
 from visprompt.runs.predict import predict
@@ -70,6 +72,18 @@ def test_a_run_that_died_after_its_last_epoch_has_the_same(tuned, tmp_path, monk
     run.run_job(tiny_run(tmp_path, "split=tune"))
     states = [(folder / "tuned.safetensors").read_bytes() for folder in (half.folder, one.folder)]
     assert states[0] == states[1]
+
+
+def test_it_is_fitted_on_the_runs_device_to_which_the_classifier_is_moved_again(tmp_path, monkeypatch):
+    """Lightning moves it to the CPU first; there, the weights that autocast for CUDA reads do not fit."""
+    events, teardown, forward = [], SingleDeviceStrategy.teardown, TuningModule.forward
+    monkeypatch.setattr(SingleDeviceStrategy, "teardown", lambda s: events.append("teardown") or teardown(s))
+    monkeypatch.setattr(TuningModule, "forward", lambda m, x: events.append("forward") or forward(m, x))
+    monkeypatch.setattr(TuningModule, "to", lambda m, device: events.append(device) or m)
+    run.run_job(tiny_run(tmp_path, "split=tune", "recipe.epochs=1", "recipe.warmup_epochs=0"))
+    after = events[events.index("teardown") + 1 :]
+    assert after[0] == torch.device("cpu")
+    assert "forward" in after
 
 
 def test_a_final_run_that_trains_on_them_has_none(tmp_path):

@@ -74,12 +74,19 @@ def test_other_errors_pass(error):
 
 
 def test_what_makes_training_take_less():
-    rest = "precision=bf16-mixed, a smaller backbone.image_size or recipe.batch_size, which make another"
-    dealt = "give trainer.accumulate_grad_batches={}, which stays the same run, or " + rest
+    rest = "give precision=bf16-mixed, a smaller backbone.image_size or recipe.batch_size, which make another"
+    dealt = (
+        "give trainer.accumulate_grad_batches={}, which stays the same run (but is refused where batch norm is "
+        "trained or a loss compares the images of a batch), or " + rest
+    )
     assert memory.of_training(64, 1) == dealt.format(2)
     assert memory.of_training(64, 4) == dealt.format(8)
     assert memory.of_training(15, 1) == dealt.format(3)
-    assert memory.of_training(8, 8) == f"give {rest}"
+    assert memory.of_training(12, 1, devices=4) == dealt.format(3), (
+        "6 images have no equal parts on 4 devices"
+    )
+    assert memory.of_training(12, 3, devices=4) == rest
+    assert memory.of_training(8, 8) == rest
 
 
 def test_a_run_that_has_not_enough_memory_fails_with_its_name_and_stops_no_other(tmp_path, monkeypatch):
@@ -94,8 +101,8 @@ def test_a_run_that_has_not_enough_memory_fails_with_its_name_and_stops_no_other
         run_all.train(cfg)
     assert str(caught.value) == (
         "digits/vpt_deep: there is not enough memory on this machine: "
-        "give trainer.accumulate_grad_batches=2, which stays the same run, or precision=bf16-mixed, "
-        "a smaller backbone.image_size or recipe.batch_size, which make another (1 of 2 runs failed)"
+        "give trainer.accumulate_grad_batches=2, which stays the same run (but is refused where batch norm is "
+        "trained or a loss compares the images of a batch), or give precision=bf16-mixed, a smaller backbone.image_size or recipe.batch_size, which make another (1 of 2 runs failed)"
     )
     assert [path.parts[-4] for path in tmp_path.rglob("result.json")] == ["digits_loc"]
 

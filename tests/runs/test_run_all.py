@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from filelock import FileLock
 
 from helpers.cli import composed, content, frozen, tiny, tiny_job
@@ -14,6 +15,7 @@ from visprompt.errors import UserError
 from visprompt.models.backbones import build_backbone
 from visprompt.models.scores import wilson
 from visprompt.runs import rank, ranks, run, run_all, unit
+from visprompt.runs.devices import local_devices
 from visprompt.runs.engine import local
 from visprompt.runs.job import Job, Trainer
 from visprompt.runs.result import read_result
@@ -246,15 +248,15 @@ def test_a_rank_runs_its_one_job_and_tells_its_reason(tmp_path, monkeypatch):
     ],
 )
 def test_number_of_local_devices(trainer, count, monkeypatch):
-    monkeypatch.setattr(unit.torch.cuda, "device_count", lambda: 4)
-    assert unit.local_devices(Trainer(**trainer)) == count
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert local_devices(Trainer(**trainer)) == count
 
 
 def test_devices_that_are_no_number_are_one_sentence():
     trainer = Trainer(devices="0,1", accelerator="gpu")
     sentence = r"trainer\.devices=0,1 is not a number: give one, auto, or a list such as \[0,1\]$"
     with pytest.raises(UserError, match=sentence):
-        unit.local_devices(trainer)
+        local_devices(trainer)
 
 
 @pytest.mark.parametrize("finishes", [False, True])

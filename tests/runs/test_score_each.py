@@ -4,6 +4,7 @@ import csv
 from dataclasses import replace
 
 import pytest
+import torch
 
 from helpers import miniatures
 from helpers.cli import composed, frozen, tiny_run
@@ -111,6 +112,18 @@ def test_runs_of_another_precision_are_scored_in_their_own(trained):
     assert [len(group) for group in by_test_set([*runs, half], "32-true")] == [5, 1]
     with pytest.raises(UserError, match=r"^run=\[\.\.\.\] names a run twice: give each run once$"):
         score(trained, ["deep", "deep"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16), ("32-true", None)]
+)
+def test_all_weights_have_the_type_of_the_precision(trained, monkeypatch, precision, dtype):
+    types, original = [], evaluate.Bank
+    monkeypatch.setattr(evaluate, "Bank", lambda *a, **k: types.append(k["dtype"]) or original(*a, **k))
+    assert score(trained, ["linear"], f"precision={precision}") == pytest.approx(
+        trained["linear"][1].score, abs=0.02
+    )
+    assert types == [dtype]
 
 
 @pytest.mark.parametrize("chosen", [[], ["deep", "deep"]])

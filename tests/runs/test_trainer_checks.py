@@ -144,13 +144,25 @@ def test_a_key_of_wandb_that_is_none_is_one_sentence(tmp_path, logins, monkeypat
             "callbacks.early_stopping watches val/acc, but this run trains on the validation images: give "
             "data.final=train",
         ),
+        *(
+            (
+                (
+                    "callbacks=[none,early_stopping]",
+                    "split=tune",
+                    f"callbacks.early_stopping.monitor={figure}",
+                ),
+                f"callbacks.early_stopping watches {figure}, but test images must not choose when a run ends: "
+                "watch a figure of val/ or train/",
+            )
+            for figure in ("leak/test_acc", "test/acc")
+        ),
         (
             ("callbacks=[none,lr_monitor]",),
             "callbacks.lr_monitor needs a logger: give logger=tensorboard or ",
         ),
     ],
 )
-def test_a_callback_that_would_read_nothing_is_refused(tmp_path, words, sentence):
+def test_a_callback_that_does_not_fit_the_run_is_refused(tmp_path, words, sentence):
     with pytest.raises(UserError) as error:
         run_all.check_all([tiny_job(tmp_path, *words)])
     assert f": {sentence}" in f": {error.value}"

@@ -31,19 +31,19 @@ def fit(
         train: A loader of pairs: images [B, 3, H, W], normalised with `classifier.backbone.mean` and `.std`,
             and labels [B], int64, or [B, C] of 0 and 1 for a multi-label classifier.
         val: A loader of images that are scored after every epoch, in the same form; None for none.
-        recipe: The settings of training; its `batch_size` is the loader's, times accumulated batches and
-            devices. `mixup` and `cutmix` mix the images of a loader's batch with each other, and
+        recipe: The settings of training; its `batch_size` is the loader's, times accumulated batches.
+            `mixup` and `cutmix` mix the images of a loader's batch with each other, and
             `class_weights="balanced"` counts the labels in one pass over the loader before training.
         seed: Seed of dropout and of what is computed from training images. The loader draws its own order.
         **trainer: Options of Lightning's `Trainer`, such as `accelerator="gpu"`, `precision="bf16-mixed"`,
-            `callbacks` or `logger`.
+            `callbacks` or `logger`. It takes one device.
 
     Returns:
         The figures of the last validation, such as "val/acc" and "val/loss"; empty without `val`.
 
     Raises:
-        UserError: The recipe's batch size is not that of the steps, there is no batch, or the recipe asks
-            for `sampling="balanced"`, which is the loader's part.
+        UserError: The recipe's batch size is not that of the steps, there is no batch, the options name
+            several devices, or the recipe asks for `sampling="balanced"`, which is the loader's part.
         Diverged: The loss is not finite.
     """
     if not len(train):
@@ -52,16 +52,20 @@ def fit(
     if val is None:  # or Lightning warns about a validation without a loader
         quiet["limit_val_batches"] = 0
     length = {"max_epochs": recipe.epochs, "max_steps": recipe.max_steps or -1}
-    options: dict[str, Any] = {**quiet, "num_sanity_val_steps": 0, **length, **trainer}
+    options: dict[str, Any] = {**quiet, "devices": 1, "num_sanity_val_steps": 0, **length, **trainer}
     module = TuningModule(classifier, recipe, seed)
     fitting = L.Trainer(**options)
+    if fitting.world_size > 1:  # a plain loader says neither which images a rank repeats nor which it sees
+        raise UserError(
+            f"fit trains on one device, and its options name {fitting.world_size}: give devices=1; "
+            "`python src/train.py data=folder trainer=ddp` trains on several"
+        )
     loaded = train.batch_size or getattr(train.batch_sampler, "batch_size", None)
-    whole = (loaded or 0) * fitting.accumulate_grad_batches * fitting.world_size
+    whole = (loaded or 0) * fitting.accumulate_grad_batches
     if whole not in (0, recipe.batch_size):
         raise UserError(
             f"recipe.batch_size={recipe.batch_size}, by which the learning rate is scaled, is not the number "
-            f"of images of an optimiser step, {whole}: give the loader's, times accumulated batches and "
-            "devices"
+            f"of images of an optimiser step, {whole}: give the loader's, times accumulated batches"
         )
     fitting.fit(module, train, val)
     classifier.eval()

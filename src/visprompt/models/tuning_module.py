@@ -22,6 +22,7 @@ from visprompt.models.feature_cache import has_own_memory, keep, on_device
 from visprompt.models.fit_checks import check_batch_norm, check_comparison
 from visprompt.models.frozen_weights import cast_for
 from visprompt.models.methods.inits import MAX_IMAGES, initialise
+from visprompt.models.methods.ranks import share_from_first
 from visprompt.models.objective import Objective, check_method
 from visprompt.models.optim import Recipe, build_optimizer
 from visprompt.models.seeds import epoch_seed
@@ -87,8 +88,7 @@ class TuningModule(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, C] of normalised images [B, 3, H, W], or of a result of `Classifier.frozen`."""
         images = with_any_batch(self.classifier, images.to(self.dtype))  # pixels may be in another precision
-        out: Tensor = self.classifier(images)
-        return out
+        return cast(Tensor, self.classifier(images))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form for all
         """Return the tuned state: a frozen backbone is never written."""
@@ -135,6 +135,7 @@ class TuningModule(L.LightningModule):
         # not of a resumed run, whose state Lightning has loaded by now, nor of a classifier that is tuned on
         if self.classifier.method.needs_images and not self.classifier.initialised:
             self._initialise()
+            share_from_first(self.classifier.method)
             self.classifier.initialised = True
         if not self._is_plain:  # the caller of `fit` goes on using the classifier in float32
             cast_for(self.classifier, self.trainer.precision)  # after the initial values
@@ -166,8 +167,7 @@ class TuningModule(L.LightningModule):
             )
         if plain and balances:
             counts = plain_counts(self._plain_loader(), self.kind, self.classifier.num_classes)
-            counts = torch.as_tensor(self.trainer.strategy.reduce(counts.to(self.device), reduce_op="sum"))
-            self._objective.balance(counts)
+            self._objective.balance(counts.to(self.device))
         if not plain:
             self._objective.weigh(self._datamodule)
 

@@ -30,6 +30,8 @@ class Temperature(L.Callback):
         if not trainer.is_global_zero or not has_unseen_images(data) or pl_module.kind.dense:
             return
         module, dataset = pl_module, data.val_dataset
+        # Lightning has moved it to the CPU; not `on_train_end`, which a run that resumes at its end skips
+        module.to(trainer.strategy.root_device)
         if len(dataset) > MOST:
             rows = np.random.default_rng(0).permutation(len(dataset))[:MOST]
             dataset = dataset.subset(np.sort(rows))
@@ -41,6 +43,7 @@ class Temperature(L.Callback):
                 logits.append(module(moved.images).float().cpu())
             labels.append(batch.labels.cpu())
         module.classifier.train()
+        module.cpu()
         self.value = module.kind.fit_temperature(torch.cat(logits), torch.cat(labels))
 
 

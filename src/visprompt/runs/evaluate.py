@@ -34,6 +34,8 @@ from visprompt.runs.trainer import build_trainer
 from visprompt.text import Terminal
 
 console = Terminal()
+# by precision: of the weights of a bank, which Lightning does not convert
+_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _FILES = {CLASSES: "all classes", CONFUSION: "confusion matrix"}
 
 
@@ -164,7 +166,7 @@ def _each(runs: Sequence[Finished], cfg: DictConfig) -> float:
         trainer = build_trainer(job)
         backbone = own_backbone(prepared)
         kind = KINDS[prepared.datamodule.kind]
-        dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(job.precision)
+        dtype = _DTYPES.get(job.precision)
         bank = Bank(backbone, device=trainer.strategy.root_device, dtype=dtype)
         module = ScoreEach(bank, group, kind)
         with matmul_precision(job):

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from visprompt.errors import UserError
+from visprompt.runs.devices import all_devices
 
 if TYPE_CHECKING:  # `runs.job` takes seconds to import
     from visprompt.runs.job import Job
@@ -39,22 +40,29 @@ def explained(advice: Callable[[], str]) -> Iterator[None]:
 
 def explained_for(job: "Job") -> AbstractContextManager[None]:
     """Turn an out-of-memory error of a job into one sentence that says which settings take less memory."""
-    return explained(lambda: of_training(job.recipe.batch_size, job.trainer.accumulate_grad_batches))
+    return explained(
+        lambda: of_training(job.recipe.batch_size, job.trainer.accumulate_grad_batches, all_devices(job))
+    )
 
 
-def of_training(batch_size: int, parts: int) -> str:
+def of_training(batch_size: int, parts: int, devices: int = 1) -> str:
     """Return which settings make training take less memory.
 
     Args:
         batch_size: The recipe's batch size.
         parts: The number of accumulation steps into which each batch is divided now.
+        devices: The number of devices, over which each part is divided.
     """
-    more = next((n for n in range(parts + 1, batch_size + 1) if batch_size % n == 0), None)
+    most = batch_size // devices
+    more = next((n for n in range(parts + 1, most + 1) if batch_size % (n * devices) == 0), None)
     accumulate = (
-        f"give trainer.accumulate_grad_batches={more}, which stays the same run, or " if more else "give "
+        f"give trainer.accumulate_grad_batches={more}, which stays the same run (but is refused where batch "
+        "norm is trained or a loss compares the images of a batch), or "
+        if more
+        else ""
     )
     return (
-        f"{accumulate}precision=bf16-mixed, a smaller backbone.image_size or recipe.batch_size, "
+        f"{accumulate}give precision=bf16-mixed, a smaller backbone.image_size or recipe.batch_size, "
         "which make another"
     )
 

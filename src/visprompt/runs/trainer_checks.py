@@ -12,7 +12,7 @@ from visprompt.data.datamodule import TaskDataModule
 from visprompt.errors import UserError, in_one_line, unknown
 from visprompt.models.kind import KINDS
 from visprompt.runs import ranks
-from visprompt.runs.job import Job
+from visprompt.runs.job import DEFAULT_MODULE, Job
 
 log = logging.getLogger(__name__)
 
@@ -78,20 +78,26 @@ def check_login(job: Job) -> None:
 
 
 def check_callbacks(job: Job) -> None:
-    """Refuse a callback of Lightning that would find nothing to read, before the data are opened.
+    """Refuse a callback of Lightning that does not fit the job, before the data are opened.
 
     Raises:
-        UserError: Early stopping watches a validation figure in a run that trains on the validation images,
-            or a `LearningRateMonitor` has no logger.
+        UserError: Early stopping watches a test figure, or a validation figure in a run that trains on the
+            validation images, or a `LearningRateMonitor` has no logger.
     """
     for name, config in (job.callbacks or {}).items():
         target = "" if config is None else str(config.get("_target_")).rpartition(".")[2]
+        watched = _watched(config)
         # VTAB-1k and the demo have no `data.final`: their final runs train on all 1,000 images
-        if job.split == "final" and job.data.get("final") != "train" and _watched(config):
+        if job.split == "final" and job.data.get("final") != "train" and watched.startswith("val/"):
             instead = "data.final=train" if "final" in job.data else "split=tune"
             raise UserError(
-                f"callbacks.{name} watches {_watched(config)}, but this run trains on the validation images: "
+                f"callbacks.{name} watches {watched}, but this run trains on the validation images: "
                 f"give {instead}"
+            )
+        if watched.startswith(("test/", "leak/")):
+            raise UserError(
+                f"callbacks.{name} watches {watched}, but test images must not choose when a run ends: watch "
+                "a figure of val/ or train/"
             )
         if target == "LearningRateMonitor" and not job.logger:
             raise UserError(
@@ -101,28 +107,30 @@ def check_callbacks(job: Job) -> None:
 
 
 def check_watched(job: Job, datamodule: TaskDataModule) -> None:
-    """Refuse early stopping by a validation figure that is not logged.
+    """Refuse early stopping by a figure that is not logged; a LightningModule of one's own may log others.
 
     Raises:
         UserError: There are no validation images, or their kind of labels has no such figure.
     """
     kind = KINDS[datamodule.kind]
-    figures = [f"val/{figure}" for figure in (*kind.shares, "loss")]
+    figures = [f"val/{figure}" for figure in (*kind.shares, "loss")] + ["train/loss", f"train/{kind.hit}"]
+    is_own = dict(job.lightning_module) != DEFAULT_MODULE
     for name, config in (job.callbacks or {}).items():
-        if (watched := _watched(config)) and not datamodule.validates:
+        watched = _watched(config)
+        if watched.startswith("val/") and not datamodule.validates:
             raise UserError(
                 f"callbacks.{name} watches {watched}, but {datamodule.task} has no val images: add them, or "
                 "leave the callback out"
             )
-        if watched and watched not in figures:
+        if watched and watched not in figures and not is_own:
             raise unknown(f"callbacks.{name}.monitor", watched, figures)
 
 
 def _watched(config: Mapping[str, Any] | None) -> str:
-    """Return the validation figure that a callback's config makes early stopping watch, or ""."""
-    stops = config is not None and str(config.get("_target_")).rpartition(".")[2] == "EarlyStopping"
-    monitor = str(config.get("monitor")) if config is not None and stops else ""
-    return monitor if monitor.startswith("val/") else ""
+    """Return the figure that a callback's config makes early stopping watch, or ""."""
+    if config is None or str(config.get("_target_")).rpartition(".")[2] != "EarlyStopping":
+        return ""
+    return str(config.get("monitor", ""))
 
 
 @lru_cache

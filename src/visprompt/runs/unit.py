@@ -17,7 +17,8 @@ from visprompt.files import temporary_folder
 from visprompt.models.kind import KINDS
 from visprompt.models.scores import in_percent
 from visprompt.runs import environment, memory, other_lengths, ranks, run_folder, run_lock, signals, stack
-from visprompt.runs.job import Job, Trainer
+from visprompt.runs.devices import local_devices
+from visprompt.runs.job import Job
 from visprompt.runs.result import Result, check_same_run, read_result
 from visprompt.runs.run import Run, prepare, run_job
 from visprompt.runs.run_lock import AtWork
@@ -215,21 +216,6 @@ def _run_ranks(run: Run, devices: int) -> Result:
 def is_first() -> bool:
     """Return whether this process is rank 0 of a process group, or not in a group at all."""
     return not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
-
-
-def local_devices(trainer: Trainer) -> int:
-    """Return the number of devices of this machine that a trainer config asks for."""
-    devices = trainer.devices
-    if isinstance(devices, list):
-        return len(devices)
-    if str(devices) in ("auto", "-1"):
-        return 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
-    try:
-        return int(devices)
-    except (TypeError, ValueError):
-        raise UserError(
-            f"trainer.devices={devices} is not a number: give one, auto, or a list such as [0,1]"
-        ) from None
 
 
 def _say_other_lengths(run: Run) -> None:

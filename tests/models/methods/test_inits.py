@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_info
 
 from helpers.tiny import images, tiny_classifier, tiny_model
 from visprompt.errors import UserError
@@ -73,6 +75,18 @@ def test_centres_lie_in_the_middle_of_what_is_nearest_to_them():
         nearest = torch.cdist(rows, prompts[i]).argmin(1)
         means = torch.stack([rows[nearest == k].mean(0) for k in range(3)])
         assert torch.allclose(prompts[i], means, atol=1e-3)
+
+
+def test_centres_are_computed_by_one_thread_as_several_add_in_any_order(monkeypatch):
+    threads, fit = [], KMeans.fit
+
+    def noted(self, rows):
+        threads.extend(pool["num_threads"] for pool in threadpool_info())
+        return fit(self, rows)
+
+    monkeypatch.setattr(KMeans, "fit", noted)
+    initialised("patch_kmeans")
+    assert set(threads) == {1}
 
 
 @pytest.mark.parametrize("init", KINDS)

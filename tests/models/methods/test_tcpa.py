@@ -99,11 +99,19 @@ def test_logits_loss_and_gradients_are_those_of_the_equations(kind, exact, optio
 
 
 def test_only_the_matching_loss_moves_the_keys():
-    model = classifier(match_weight=0.0)
-    loss = (model.losses(model(images(3)), LABELS, EVEN) * EVEN).sum()
+    model = classifier()
+    loss = F.cross_entropy(model(images(3)), LABELS)
     prompts, keys = torch.autograd.grad(loss, [model.method.prompts, model.method.keys], allow_unused=True)
     assert prompts.abs().max() > 0
     assert keys is None
+
+
+def test_without_the_matching_loss_the_keys_are_saved_but_not_tuned():
+    """DDP waits for the gradient of every parameter."""
+    model, without = classifier(), classifier(match_weight=0.0)
+    loss = (without.losses(without(images(3)), LABELS, EVEN) * EVEN).sum()
+    assert "method.keys" not in gradients(without, loss)
+    assert torch.equal(without.tuned_state()["keys"], model.method.keys)
 
 
 def test_first_epochs_choose_at_random_and_only_in_training():

@@ -156,6 +156,8 @@ def _pooled(tokens: Tensor, count: int) -> Tensor:
 def _centres(tokens: Tensor, count: int, seed: int) -> Tensor:
     """Return the k-means centres [count, d] of tokens [n, d]."""
     from sklearn.cluster import KMeans  # imported here: scikit-learn is not needed otherwise
+    from threadpoolctl import threadpool_limits
 
-    kmeans = KMeans(count, n_init=1, max_iter=100, random_state=seed).fit(tokens.float().numpy())
+    with threadpool_limits(1):  # the order of sums over several threads varies
+        kmeans = KMeans(count, n_init=1, max_iter=100, random_state=seed).fit(tokens.float().numpy())
     return torch.from_numpy(kmeans.cluster_centers_).to(tokens.dtype)

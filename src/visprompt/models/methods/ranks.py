@@ -1,9 +1,9 @@
-"""Collectives for a loss over the global batch: a differentiable all-gather, and a sum over ranks."""
+"""Collectives of methods: a differentiable all-gather, a sum over ranks, a broadcast of the first rank's."""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 
@@ -52,3 +52,11 @@ def summed(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+@torch.no_grad()
+def share_from_first(method: nn.Module) -> None:
+    """Give every rank the first rank's values of a method: what each computed may differ by rounding."""
+    if is_spread():
+        for tensor in (*method.parameters(), *method.buffers()):
+            dist.broadcast(tensor, 0)

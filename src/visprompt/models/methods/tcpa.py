@@ -51,7 +51,7 @@ class TCPA(Method):
     Attributes:
         prompts: [blocks, pools, pool_size, length, width], U(-1, 1); the class token's pool, then the
             patches'.
-        keys: [blocks, pools, pool_size, width], U(-1, 1).
+        keys: [blocks, pools, pool_size, width], U(-1, 1); a buffer, if `match_weight` is 0.
         epochs: Number of finished epochs, int64 []; a buffer, so that a resumed run goes on with it.
 
     Raises:
@@ -63,6 +63,7 @@ class TCPA(Method):
     tokenwise: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
 
+    keys: Tensor
     epochs: Tensor
 
     def __init__(
@@ -87,7 +88,11 @@ class TCPA(Method):
         self.dropout, self._prefix = nn.Dropout(dropout), backbone.num_prefix
         pools = (self.num_blocks, 2 if self._prefix else 1, pool_size)
         self.prompts = nn.Parameter(torch.empty(*pools, length, backbone.width).uniform_(-1, 1))
-        self.keys = nn.Parameter(torch.empty(*pools, backbone.width).uniform_(-1, 1))
+        keys = torch.empty(*pools, backbone.width).uniform_(-1, 1)
+        if match_weight:
+            self.keys = nn.Parameter(keys)
+        else:  # nothing trains them, and DDP waits for the gradient of each parameter
+            self.register_buffer("keys", keys)
         self.register_buffer("epochs", torch.tensor(0))
         # in a tuple, so that torch does not register the backbone's parameters as this method's
         self._backbone: tuple[Any, ...] = ()

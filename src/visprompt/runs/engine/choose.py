@@ -9,12 +9,12 @@ from typing import Any
 
 from visprompt.errors import UserError, unknown
 from visprompt.runs import ranks
+from visprompt.runs.devices import local_devices
 from visprompt.runs.engine.drive import Engine
 from visprompt.runs.engine.local import LocalEngine
 from visprompt.runs.engine.progress import Shown
 from visprompt.runs.job import Job
 from visprompt.runs.trainer import under_agent
-from visprompt.runs.unit import local_devices
 
 ENGINES = ("local", "processes", "ray")
 

@@ -14,10 +14,10 @@ import torch
 
 from visprompt.errors import UserError
 from visprompt.machine import cores
+from visprompt.runs.devices import local_devices
 from visprompt.runs.engine.pool import Died, Pool, Worker
 from visprompt.runs.engine.process import WorkerDied, WorkerProcess, end
 from visprompt.runs.job import Job, Trainer
-from visprompt.runs.unit import local_devices
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 

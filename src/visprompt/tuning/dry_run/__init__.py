@@ -19,11 +19,11 @@ from visprompt.data.catalog.task import in_bytes
 from visprompt.data.sampler import GlobalBatches
 from visprompt.errors import UserError
 from visprompt.runs import compose
+from visprompt.runs.devices import all_devices
 from visprompt.runs.job import Job
 from visprompt.runs.result import Result, read_result
 from visprompt.runs.run import build_classifier, prepare
 from visprompt.runs.run_all import check_sweeper
-from visprompt.runs.unit import local_devices
 from visprompt.text import Terminal
 from visprompt.tuning import protocol, pruning, pruning_chain
 from visprompt.tuning.dry_run.needs import Needs, offline
@@ -211,7 +211,7 @@ class DryRun:
         """Return the number of optimiser steps of a run, and of the epochs that they begin."""
         rows, size, micro = self._rows(job), job.recipe.batch_size, int(job.trainer.accumulate_grad_batches)
         batches = GlobalBatches(
-            num_rows=rows, batch_size=size, world=_devices(job), accumulate=micro, training=True
+            num_rows=rows, batch_size=size, world=all_devices(job), accumulate=micro, training=True
         )
         of_epoch = len(batches) // micro
         steps = job.recipe.steps(of_epoch)
@@ -234,7 +234,7 @@ class DryRun:
         parts: list[Any] = [dict(job.backbone), dict(job.method), head]
         parts += [job.recipe.batch_size, job.recipe.optimizer, job.recipe.fused, job.trainer.accelerator]
         parts += [job.precision, job.matmul_precision]
-        return [*parts, _devices(job), job.trainer.accumulate_grad_batches, self._varies(job)]
+        return [*parts, all_devices(job), job.trainer.accumulate_grad_batches, self._varies(job)]
 
     def _varies(self, job: Job) -> bool:
         """Return whether training images differ between epochs."""
@@ -248,7 +248,7 @@ class DryRun:
         # the number of classes is not in the key, because the head takes almost no time
         facts, key = self.needs.facts(job), json.dumps(self._shape(job))
         if key not in self.paces:
-            kind, args = facts.datamodule.kind, (_devices(job), self._varies(job))
+            kind, args = facts.datamodule.kind, (all_devices(job), self._varies(job))
             self.paces[key] = measure_pace(job, facts.backbone, facts.classes, *args, kind)
         return self.paces[key]
 
@@ -280,7 +280,8 @@ class DryRun:
             self.frozen.add(key)
             seconds += (self._rows(job) + watched) * pace.frozen
         times = epochs // job.trainer.check_val_every_n_epoch
-        return seconds + facts.windows * (tested * pace.image + times * watched * pace.kept) / _devices(job)
+        scored = facts.windows * (tested * pace.image + times * watched * pace.kept)
+        return seconds + scored / all_devices(job)
 
     def say(self) -> float:
         """Print the table, the time and what is missing.
@@ -344,7 +345,3 @@ def _in_words(points: int, runs: int, grid: Mapping[str, Any] | None) -> str:
     sizes = [f"{len(values)} {key!s}" for key, values in (grid or {}).items() if len(values) > 1]
     factors = f": {' x '.join(sizes)}" if len(sizes) > 1 else ""
     return f"{points}{factors}" + (f", {runs} of them different" if runs < points else "")
-
-
-def _devices(job: Job) -> int:
-    return local_devices(job.trainer) * int(job.trainer.num_nodes)
