@@ -86,15 +86,18 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def temporary_folder(purpose: str) -> Iterator[Path]:
+def temporary_folder(purpose: str, longest: int | None = None) -> Iterator[Path]:
     """Make a temporary folder, and remove those that killed processes left for the same purpose.
 
     Args:
         purpose: Part of the folder's name: "ranks" gives /tmp/visprompt-ranks-x3k9q0.
+        longest: The number of bytes that the path of $TMPDIR may have; instead of a longer one /tmp is taken.
     """
-    prefix = f"visprompt-{purpose}-"
-    sweep(Path(tempfile.gettempdir()).glob(f"{prefix}*"))
-    with tempfile.TemporaryDirectory(prefix=prefix) as name, claimed(Path(name)):
+    prefix, parent = f"visprompt-{purpose}-", tempfile.gettempdir()
+    if longest is not None and len(os.fsencode(parent)) > longest:
+        parent = "/tmp"  # the folder in it has a random name, and its owner alone may enter it
+    sweep(Path(parent).glob(f"{prefix}*"))
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name, claimed(Path(name)):
         yield Path(name)
 
 

@@ -191,6 +191,8 @@ def test_a_run_that_was_ended_early_and_then_killed_trains_no_further(tmp_path, 
 def test_early_stopping_by_a_figure_that_is_not_logged_names_those_that_are(tmp_path, pets):
     for figure in ("val/map", "train/accuracy"):
         given = ("callbacks=[early_stopping]", f"callbacks.early_stopping.monitor={figure}")
-        sentence = rf"^unknown callbacks\.early_stopping\.monitor '{figure}': .*train/acc, train/loss, val/acc"
+        sentence = (
+            rf"^unknown callbacks\.early_stopping\.monitor '{figure}': .*train/acc, train/loss, val/acc"
+        )
         with pytest.raises(UserError, match=sentence):
             unit._run_one(own_run(tmp_path, pets, *given).job)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from helpers.cli import composed, content, frozen, tiny, tiny_job
 from helpers.leases import at_work
@@ -219,6 +220,22 @@ def test_ranks_that_fail_or_leave_nothing_are_failed_runs(tmp_path, monkeypatch)
 
     monkeypatch.setattr(ranks, "run_ranks", fails)
     assert run_all.run_all([job])[0].reason == "a rank ended with status -9"
+
+
+def test_what_rank_0_cannot_write_is_refused_in_all_ranks_together(tmp_path, monkeypatch):
+    sent = []
+
+    def refuse(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(
+        SingleDeviceStrategy, "broadcast", lambda self, value, src=0: sent.append(value) or value
+    )
+    monkeypatch.setattr(run.attempt_files, "finish", refuse)
+    with pytest.raises(UserError, match=r"^the disk is full$"):
+        run.run_job(run.prepare(tiny_job(tmp_path, *SHORT)))
+    refusals = [each[1] for each in sent if isinstance(each, tuple) and isinstance(each[1], UserError)]
+    assert [str(error) for error in refusals] == ["the disk is full"]
 
 
 def test_a_rank_runs_its_one_job_and_tells_its_reason(tmp_path, monkeypatch):

@@ -88,6 +88,8 @@ def test_what_is_finished_is_left_out_and_the_choice_is_known_then(tmp_path, cap
         next(path.parent for path in tmp_path.rglob(f"{folder.rpartition('/')[2]}/result.json"))
     )
     assert planned("tune", tmp_path, capsys, *given) == []
+    (tmp_path / "table.md").write_text("of another command")
+    assert [line["what"] for line in planned("tune", tmp_path, capsys, *given)] == ["table"]
 
 
 def test_a_chain_of_pruning_is_one_command(tmp_path, capsys, untimed):
@@ -132,6 +134,30 @@ def test_commands_run_from_any_folder(tmp_path, capsys, untimed, monkeypatch):
     assert line["folder"].startswith(f"{tmp_path}/my logs/digits/linear/")
 
 
+def test_a_path_of_one_task_is_not_in_the_commands_of_others(tmp_path, capsys, untimed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ("method=linear", "tasks=[dtd,digits]", "paths.data_dir=mine", "seeds=[1]")
+    lines = planned("tune", tmp_path, capsys, *given)
+    assert len({line["id"].partition("/")[0] for line in lines[:-1]}) == 2
+    for line in lines:
+        assert [word for word in line["command"] if "data_dir" in word] == [
+            f"paths.data_dir='{tmp_path}/mine'"
+        ]
+        assert not any(word.startswith("data.store_dir") for word in line["command"])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_data_set_that_is_a_folder_here_is_absolute_and_one_of_the_hub_is_not(tmp_path, monkeypatch, there):
+    if there:
+        (tmp_path / "sets" / "birds").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    words = arguments("tune", tmp_path, "data=hf", "data.dataset=sets/birds")
+    with composed("tune", *[word for word in words if not word.startswith("data=demo")]) as cfg:
+        command = commands._Planner(cfg).command({})
+    absolute = f"data.dataset='{tmp_path}/sets/birds'"
+    assert (absolute if there else "data.dataset=sets/birds") in command
+
+
 def test_a_time_that_cannot_be_measured_is_null(tmp_path, capsys):
     lines = planned("train", tmp_path, capsys, "method=linear", "trainer.accelerator=gpu")
     assert lines[0]["seconds"] is None
@@ -142,6 +168,10 @@ def test_plans_that_make_no_sense_are_one_sentence(tmp_path, capsys, untimed):
         planned("train", tmp_path, capsys, mode="MULTIRUN")
     with pytest.raises(UserError, match=r"^points=\.\.\. and plan=json ask for different things"):
         planned("tune", tmp_path, capsys, "points=[0]")
+    with pytest.raises(UserError, match=r"^a trainer setting cuts every run short"):
+        planned("tune", tmp_path, capsys, "+trainer.limit_train_batches=2")
+    with pytest.raises(UserError, match=r"^digits_masks/e2vpt: .*prun.*segmentation"):
+        planned("tune", tmp_path, capsys, "data=demo/digits_masks", "method=e2vpt")
     with pytest.raises(UserError, match=r"^digits/vpt_deep: unknown option of .* 'colour'"):
         planned("train", tmp_path, capsys, "+method.colour=red")
 

@@ -4,6 +4,7 @@ Mistakes on the command line itself are reported by `visprompt.runs.cli`.
 """
 
 import os
+import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT))
-OmegaConf.register_new_resolver("pid", os.getpid)
+# in containers, whose processes often have number 1, the host's name tells them apart
+OmegaConf.register_new_resolver("process", lambda: f"{platform.node()}-{os.getpid()}")
 OmegaConf.register_new_resolver("expanduser", paths.expanduser)
 
 

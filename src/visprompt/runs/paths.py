@@ -30,6 +30,9 @@ PATHS = (
 )
 """Keys of all entry points whose values are paths; `paths.*` are first, because others refer to them."""
 
+MAYBE_PATHS = ("data.dataset", "data.classes")
+"""Keys whose values may be the path of a folder or file, or something else."""
+
 LISTS = ("run", "runs", "inspect", "state", "states")
 """Keys whose values may be a list of paths."""
 
@@ -62,9 +65,11 @@ def expand_paths(cfg: DictConfig) -> None:
     """
     chdir = HydraConfig.initialized() and HydraConfig.get().job.chdir
     start = Path(HydraConfig.get().runtime.cwd) if chdir else Path()
-    for key in PATHS:
+    for key in (*PATHS, *MAYBE_PATHS):
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if value is None:
+            continue
+        if key in MAYBE_PATHS and not (isinstance(value, str) and (start / expanduser(value)).exists()):
             continue
         # a report reads tuned states only to look into runs
         with_states = key != "runs" or OmegaConf.select(cfg, "inspect") is not None

@@ -226,7 +226,7 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int,
     temperature = Temperature()
     if "debug" not in job.tags:  # a debug run may be limited to a few batches
         trainer.callbacks.append(temperature)  # type: ignore[attr-defined]  # a list
-    status = "failed"
+    status, refused = "failed", None
     if trainer.is_global_zero and datamodule.described:
         datamodule.prepare_data()  # finds the images that cannot be decoded, which `described` lists
         for line in datamodule.described:
@@ -258,14 +258,20 @@ def _train(run: Run, trainer: L.Trainer, resume: ResumeCheckpoint, attempt: int,
             tuned_state = attempt_files.tuned_state(
                 module.classifier, result, datamodule, run.backbone, temperature.value
             )
-            result = attempt_files.finish(hold, job, resume, result, tuned_state, module.confusion)
+            try:
+                result = attempt_files.finish(hold, job, resume, result, tuned_state, module.confusion)
+            except UserError as error:  # raised in all ranks, which go on with the next run together
+                refused = error
         # a diverged run counts as failed, so that a sweep does not take its last figure for a score
-        status = "failed" if result.status == "diverged" else "success"
+        status = "failed" if refused or result.status == "diverged" else "success"
     finally:
         for logger in trainer.loggers:
             close(logger, status, run.folder)
     # rank 0's result has the checksum of the file that it wrote
-    finished: Result = trainer.strategy.broadcast(result)
+    finished: Result
+    finished, refused = trainer.strategy.broadcast((result, refused))
+    if refused:
+        raise refused
     return finished
 
 

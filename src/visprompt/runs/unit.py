@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from visprompt.errors import UserError
+from visprompt.errors import UserError, in_one_line
 from visprompt.files import temporary_folder
 from visprompt.models.kind import KINDS
 from visprompt.models.scores import in_percent
@@ -131,10 +131,24 @@ def _outcome(job: Job) -> Outcome:
     return _ended(name, result, folder)
 
 
+class DeviceLost(UserError):
+    """A GPU failed under a run: after such an error CUDA does nothing more in this process."""
+
+
 def _failed(name: str, error: Exception) -> Outcome:
-    """Return the outcome of a job that failed, where the error is handled."""
+    """Return the outcome of a job that failed, where the error is handled.
+
+    Raises:
+        DeviceLost: The error ends the use of the GPU in this process, so that all other runs would fail.
+    """
     if isinstance(error, UserError | ranks.RanksFailed):
         return Outcome(name, None, str(error))
+    if "CUDA error" in str(error):  # missing memory is a UserError by now
+        log.exception("%s failed", name)
+        raise DeviceLost(
+            f"{name}: the GPU failed ({in_one_line(error)}): run the same command again, and look at "
+            "nvidia-smi and the system's log if it fails again"
+        ) from error
     log.exception("%s failed", name)  # a bug, here or in a library, must not stop the other runs
     return Outcome(name, None, f"{type(error).__name__}: {error}")
 

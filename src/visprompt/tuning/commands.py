@@ -30,8 +30,9 @@ from omegaconf import DictConfig, OmegaConf
 from visprompt.errors import UserError
 from visprompt.runs import compose
 from visprompt.runs.job import Job
-from visprompt.runs.paths import PATHS, ROOT, expand_paths
+from visprompt.runs.paths import MAYBE_PATHS, PATHS, ROOT, expand_paths
 from visprompt.runs.run import prepare
+from visprompt.runs.unit import Outcome
 from visprompt.tuning import protocol, pruning_chain
 from visprompt.tuning.dry_run import DryRun
 from visprompt.tuning.dry_run.needs import offline
@@ -112,10 +113,12 @@ def _runs(planner: "_Planner", jobs: Iterable[Job]) -> Iterator[Line]:
 def _protocol(planner: "_Planner", jobs: Iterable[Job], seeds: Sequence[int]) -> Iterator[Line]:
     """Yield the lines of `tune.py`; that of the table is the last one."""
     cfg, finals = planner.cfg, []
+    found: list[tuple[Job, list[Outcome]]] = []
     for job in jobs:
         with planner.dry.line(job):
             of_method = {} if cfg.methods is None else {"methods": f"[{job.method.name}]"}
             steps, outcomes = protocol.looked_up(job, seeds, planner.dry.stored)
+            found.append((job, outcomes))
             points = {
                 json.dumps(planner.dry.numbers(each)): n for n, each in reversed([*enumerate(steps[0])])
             }
@@ -134,8 +137,14 @@ def _protocol(planner: "_Planner", jobs: Iterable[Job], seeds: Sequence[int]) ->
                     words = of_method | {"seeds": f"[{seed}]", "table": "null"}
                     shape = final or job.vary({"split": "final", "seed": seed})
                     yield planner.line(finals[-1], what, ids, job, shape, words, known=final is not None)
-    if cfg.table is not None and (finals or not Path(cfg.table).is_file()):
+    _, table, _ = protocol.tabulated([job for job, _ in found], seeds, [outcomes for _, outcomes in found])
+    if cfg.table is not None and (finals or (table and not _holds(Path(cfg.table), table))):
         yield Line(str(cfg.table), "table", finals, 0.0, None, planner.command({}))
+
+
+def _holds(file: Path, text: str) -> bool:
+    """Return whether a file holds a text: another command may have written its table there."""
+    return file.is_file() and file.read_text(encoding="utf-8") == text
 
 
 class _Planner:
@@ -188,9 +197,14 @@ class _Planner:
         hydra = HydraConfig.get()
         given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
         kept = {compose.key_of(word): word for word in given if self._is_kept(word, words)}
-        for key in PATHS:
+        for key in (*PATHS, *MAYBE_PATHS):
             value = OmegaConf.select(self.cfg, key, throw_on_missing=False)
-            if isinstance(value, str) and value and key not in words and not Path(value).is_absolute():
+            if not isinstance(value, str) or not value or key in words:
+                continue
+            if key in MAYBE_PATHS and not Path(value).exists():
+                continue
+            # an interpolation follows from `paths.*`, and other tasks may lack it
+            if key in kept or not (Path(value).is_absolute() or OmegaConf.is_interpolation(self.cfg, key)):
                 prefix = kept.get(key, "").partition(key)[0]
                 text = QuotedString(str(Path(value).absolute()), Quote.single).with_quotes()
                 kept[key] = f"{prefix}{key}={text}"

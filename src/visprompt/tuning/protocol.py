@@ -52,11 +52,6 @@ def tune(cfg: DictConfig) -> float:
     """
     jobs, seeds = asked(cfg)
     check_all(jobs)
-    if "debug" in jobs[0].tags:
-        raise UserError(
-            "a trainer setting cuts every run short, and src/tune.py makes results, which such runs are "
-            "not: leave it out, or debug src/train.py"
-        )
     total = 0
     for job in jobs:
         points = job_points(job)  # finds errors in the grid before anything is trained
@@ -69,6 +64,27 @@ def tune(cfg: DictConfig) -> float:
         if cfg.points is not None:
             return _mean_score(drive(engine, [_only_points(job, cfg.points) for job in jobs], stacks))
         scored_by_job = drive(engine, [tune_one(job, seeds) for job in jobs], stacks)
+    cells, table, failed = tabulated(jobs, seeds, scored_by_job)
+    if cells:
+        console.print(f"\n{table}")
+    if cells and cfg.table is not None:
+        write_atomically(Path(cfg.table), lambda temporary: temporary.write_text(table, encoding="utf-8"))
+        console.print(f"written to {cfg.table}")
+    if failed:
+        raise UserError("; ".join(failed) + (f" ({len(failed)} runs failed)" if len(failed) > 1 else ""))
+    return sum(each.mean for each in cells.values()) / len(cells)
+
+
+def tabulated(
+    jobs: Sequence[Job], seeds: Sequence[int], scored_by_job: Sequence[Sequence[Outcome]]
+) -> tuple[dict[tuple[str, str], Cell], str, list[str]]:
+    """Return the cells of the table by method and task, the table, and the reasons of what is missing.
+
+    Args:
+        jobs: The jobs of the protocol.
+        seeds: The seeds of their final runs.
+        scored_by_job: What `tune_one` returned for each job.
+    """
     cells: dict[tuple[str, str], Cell] = {}
     scores: dict[str, str] = {}  # the score of each task in words
     failed: list[str] = []
@@ -84,15 +100,7 @@ def tune(cfg: DictConfig) -> float:
         # an older run recorded its settings otherwise; other cells are not affected
         except UserError as error:
             failed.append(f"{job.name}: {error}")
-    if cells:
-        table = _table(cells, scores)
-        console.print(f"\n{table}")
-    if cells and cfg.table is not None:
-        write_atomically(Path(cfg.table), lambda temporary: temporary.write_text(table, encoding="utf-8"))
-        console.print(f"written to {cfg.table}")
-    if failed:
-        raise UserError("; ".join(failed) + (f" ({len(failed)} runs failed)" if len(failed) > 1 else ""))
-    return sum(each.mean for each in cells.values()) / len(cells)
+    return cells, _table(cells, scores) if cells else "", failed
 
 
 def asked(cfg: DictConfig) -> tuple[list[Job], list[int]]:
@@ -125,6 +133,11 @@ def asked(cfg: DictConfig) -> tuple[list[Job], list[int]]:
     if any(job.has_own_images and job.data.test == "none" for job in jobs):
         raise UserError(
             "src/tune.py makes a table of test scores, but data.test=none has no test set: leave it out"
+        )
+    if "debug" in jobs[0].tags:
+        raise UserError(
+            "a trainer setting cuts every run short, and src/tune.py makes results, which such runs are "
+            "not: leave it out, or debug src/train.py"
         )
     return jobs, seeds
 
@@ -204,10 +217,16 @@ def looked_up(
     Returns:
         The jobs of the grid and, if all of them are finished, those of the final runs; and what `tune_one`
         returns if a run that is not finished counts as failed.
+
+    Raises:
+        UserError: The job's runs would be refused.
     """
     steps: list[list[Job]] = []
     sequence = tune_one(job, seeds)
-    named = next(sequence)
+    try:
+        named = next(sequence)
+    except StopIteration as end:
+        raise UserError(end.value[0].reason) from None
     while True:
         steps.append([each for _, each in named])
         try:

@@ -2,7 +2,9 @@
 
 import json
 import socket
+import tempfile
 from multiprocessing import Pipe
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from helpers.cli import composed, tiny, tiny_job
 from helpers.written_runs import result
 from visprompt.errors import UserError
+from visprompt.files import temporary_folder
 from visprompt.runs import compose, ranks, run_lock, unit
 from visprompt.runs.engine import choose, drive, on_ray, processes, worker
 from visprompt.runs.engine.local import LocalEngine
@@ -191,6 +194,44 @@ def test_gpus_that_cannot_be_given_out_are_one_sentence(job, monkeypatch, device
         processes.slots_for([of_trainer(job, accelerator="gpu", devices=devices)], 1, None)
 
 
+def test_no_gpu_where_one_is_asked_for_is_one_sentence_before_workers_are_started(job, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError) as error:
+        processes.slots_for([of_trainer(job, accelerator="gpu")], 1, None)
+    assert str(error.value) == (
+        "trainer.accelerator=gpu asks for a GPU, and this command sees none (CUDA_VISIBLE_DEVICES=): give "
+        "trainer=default, or start it where there is one"
+    )
+
+
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_an_engine_that_is_named_without_its_settings_is_one_sentence(job, name):
+    with pytest.raises(UserError) as error:
+        choose.opened({"name": name, "stack": "auto"}, [job], 1).__enter__()
+    assert str(error.value) == f"engine.name={name} lacks the settings of that engine: give engine={name}"
+
+
+def test_a_temporary_folder_whose_path_would_be_too_long_is_in_tmp(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_folder("long") as own, temporary_folder("long", 10) as short:
+        assert own.parent == tmp_path
+        assert short.parent == Path("/tmp")
+
+
+def test_a_gpu_that_fails_ends_its_worker_so_that_its_other_runs_go_elsewhere(job, monkeypatch):
+    def fails(job):
+        raise RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(unit, "_run_chain", fails)
+    ours, theirs = Pipe()
+    ours.send_bytes(json.dumps({"jobs": [job.as_yaml()]}).encode())
+    with pytest.raises(unit.DeviceLost, match=r"^digits/vpt_deep: the GPU failed \(CUDA error: device-side"):
+        worker.serve(theirs)
+    assert json.loads(ours.recv_bytes()) == {"ready": True}
+    assert not ours.poll()
+
+
 def test_an_engine_is_chosen_by_its_name(job):
     with choose.opened(LOCAL, [job], 1) as engine:
         assert isinstance(engine, LocalEngine)
@@ -284,6 +325,9 @@ def test_gpus_that_do_not_agree_with_the_trainer(job, given, accelerator, device
 def test_a_cluster_holds_as_many_runs_as_it_has_room_for():
     assert _fitting({"num_gpus": 0.25, "num_cpus": 1}, {"GPU": 2.0, "CPU": 64.0}) == 8
     assert _fitting({"num_gpus": 0, "num_cpus": 4}, {"CPU": 10.0}) == 2
+    room = {"GPU": 2.0, "CPU": 64.0}
+    shares = (0.1, 0.2, 0.4, 0.6, 1, 2)
+    assert [_fitting({"num_gpus": share}, room) for share in shares] == [20, 10, 4, 2, 2, 1]
     sentence = (
         r"^a run takes 4 CPUs and 1 GPUs, and the Ray cluster has 2 and 0: lower engine.cpus_per_run or"
     )

@@ -1,6 +1,7 @@
 """Open the engine that `engine=` names."""
 
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from visprompt.runs.job import Job
 from visprompt.runs.trainer import under_agent
 
 ENGINES = ("local", "processes", "ray")
+_OWN = {"local": set(), "processes": {"runs_per_gpu"}, "ray": {"address", "gpus_per_run"}}  # settings
 
 
 @contextmanager
@@ -40,6 +42,8 @@ def opened(
     name = settings["name"]
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
+    if not settings.keys() >= _OWN[name]:
+        raise UserError(f"engine.name={name} lacks the settings of that engine: give engine={name}")
     if name == "local":
         yield LocalEngine(wait, total)
         return
@@ -81,8 +85,8 @@ def _check(name: str, jobs: Sequence[Job]) -> None:
 
 
 def _log_folder(job: Job) -> Path:
-    """Make the folder for the output of a command's workers: logs/engine/<time>-<process>."""
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{os.getpid()}"
+    """Make the folder for the output of a command's workers: logs/engine/<time>-<host>-<process>."""
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{platform.node()}-{os.getpid()}"
     folder = Path(job.paths.log_dir).absolute() / "engine" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)

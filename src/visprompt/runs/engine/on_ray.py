@@ -40,6 +40,7 @@ _PRIVATE = {
 # of the command's environment
 _PASSED_ON = ("HF_HUB_OFFLINE", "WANDB_MODE", "OMP_NUM_THREADS", "VISPROMPT_LEASE_S")
 _ANSWER = 5.0  # seconds in which a cluster must answer
+_LONGEST = 20  # bytes of TMPDIR: below it the paths of Ray's sockets, which may have 107, take up to 87
 _GRACE = 12.0  # seconds in which workers clean up; `ranks` kills them after ten
 
 
@@ -140,7 +141,7 @@ def connected(
         options: dict[str, Any] = {"address": address, "runtime_env": path, "log_to_driver": False}
         if address is None:
             shown.say("starting Ray on this machine: this takes up to half a minute")
-            temporary = stack.enter_context(temporary_folder("ray"))  # removed after Ray has ended
+            temporary = stack.enter_context(temporary_folder("ray", _LONGEST))  # removed after Ray has ended
             options |= {"address": "local", "num_cpus": cores(), "include_dashboard": False}
             options |= {"_node_ip_address": "127.0.0.1", "_temp_dir": str(temporary)}
         else:
@@ -219,7 +220,7 @@ def _connect(ray: Any, options: Mapping[str, Any]) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(configure_logging=False, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         signals.check()
         where = "on this machine" if options["address"] in ("local", "auto") else f"at {options['address']}"
         raise _no_cluster(where, error) from error
@@ -293,7 +294,7 @@ def _fitting(takes: Mapping[str, float], room: Mapping[str, float]) -> int:
         UserError: It has no room for one.
     """
     has = {"num_gpus": room.get("GPU", 0.0), "num_cpus": room.get("CPU", 0.0)}
-    most = min(int(has[name] // count) for name, count in takes.items() if count)
+    most = min(_times(has[name], count) for name, count in takes.items() if count)
     if most < 1:
         raise UserError(
             f"a run takes {takes['num_cpus']} CPUs and {takes['num_gpus']} GPUs, and the Ray cluster has "
@@ -301,3 +302,9 @@ def _fitting(takes: Mapping[str, float], room: Mapping[str, float]) -> int:
             "engine.gpus_per_run"
         )
     return most
+
+
+def _times(has: float, count: float) -> int:
+    """Return how often a run's share fits; Ray divides single GPUs, so that a share lies on one."""
+    rounding = 1e-6
+    return int(has) * int(1 / count + rounding) if count < 1 else int(has / count + rounding)

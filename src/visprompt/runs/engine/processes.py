@@ -130,6 +130,11 @@ def _per_run(jobs: Sequence[Job]) -> int:
 
 def _groups(gpus: Sequence[str], jobs: Sequence[Job]) -> list[list[str]]:
     """Divide GPUs into groups of as many as a run takes; [] if the runs take none."""
+    if not gpus and any(job.trainer.accelerator in ("gpu", "cuda") for job in jobs):
+        raise UserError(
+            f"trainer.accelerator=gpu asks for a GPU, and this command sees none ({_VISIBLE}="
+            f"{os.environ.get(_VISIBLE, 'not set')}): give trainer=default, or start it where there is one"
+        )
     if not gpus or not any(uses_gpus(job.trainer) for job in jobs):
         return []
     for job in jobs:
