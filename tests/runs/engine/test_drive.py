@@ -348,7 +348,7 @@ def test_ray_that_is_not_installed_is_one_sentence(job, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, "0")  # put back at the end
-    settings = {"name": "ray", "address": "nowhere:1"}
+    settings = {"name": "ray", "address": "nowhere:1", "gpus_per_run": None}
     with pytest.raises(UserError) as error:
         choose.opened(settings, [job], 1).__enter__()
     assert str(error.value) == "engine=ray needs Ray: pip install '.[ray]', or give engine=processes"
