@@ -1,5 +1,7 @@
-"""What this process may use of the machine: cores, and memory that is free."""
+"""What this process may use of the machine: cores, and memory that is free; and its name."""
 
+import os
+import platform
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -21,6 +23,11 @@ def cores() -> int:
     from joblib import cpu_count  # imported late: it takes a third of a second
 
     return int(cpu_count())
+
+
+def process_name() -> str:
+    """Return a name for files of this process; the host tells apart containers, all of whose first is 1."""
+    return f"{platform.node()}-{os.getpid()}"
 
 
 def free_memory() -> int:

@@ -12,6 +12,8 @@ from visprompt.models.classifier import Classifier
 
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Types of autocast by Lightning's precision."""
+TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+"""Types of all weights by Lightning's precision, where they are not float32."""
 _CASTING = (nn.Linear, nn.Conv2d)  # subclasses may read their weights elsewhere than in the product
 
 

@@ -3,8 +3,6 @@
 Mistakes on the command line itself are reported by `visprompt.runs.cli`.
 """
 
-import os
-import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueE
 
 from visprompt.data import catalog
 from visprompt.errors import UserError, in_one_line
+from visprompt.machine import process_name
 from visprompt.runs import paths, recipe_rows, settings
 from visprompt.runs.job import OWN_DATA, Job, check_effect
 from visprompt.runs.paths import CONFIGS, ROOT
@@ -32,8 +31,7 @@ if TYPE_CHECKING:
 
 
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT))
-# in containers, whose processes often have number 1, the host's name tells them apart
-OmegaConf.register_new_resolver("process", lambda: f"{platform.node()}-{os.getpid()}")
+OmegaConf.register_new_resolver("process", process_name)
 OmegaConf.register_new_resolver("expanduser", paths.expanduser)
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError
@@ -17,6 +16,7 @@ from visprompt.models.bank import Bank
 from visprompt.models.classifier import Classifier
 from visprompt.models.dense_prediction import MultiScale
 from visprompt.models.ensemble import Ensemble
+from visprompt.models.frozen_weights import TRUE
 from visprompt.models.kind import KINDS
 from visprompt.models.scores import in_percent
 from visprompt.models.task_kind import TaskKind
@@ -34,8 +34,6 @@ from visprompt.runs.trainer import build_trainer
 from visprompt.text import Terminal
 
 console = Terminal()
-# by precision: of the weights of a bank, which Lightning does not convert
-_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _FILES = {CLASSES: "all classes", CONFUSION: "confusion matrix"}
 
 
@@ -166,8 +164,8 @@ def _each(runs: Sequence[Finished], cfg: DictConfig) -> float:
         trainer = build_trainer(job)
         backbone = own_backbone(prepared)
         kind = KINDS[prepared.datamodule.kind]
-        dtype = _DTYPES.get(job.precision)
-        bank = Bank(backbone, device=trainer.strategy.root_device, dtype=dtype)
+        # Lightning does not convert the weights of a bank
+        bank = Bank(backbone, device=trainer.strategy.root_device, dtype=TRUE.get(job.precision))
         module = ScoreEach(bank, group, kind)
         with matmul_precision(job):
             trainer.test(module, datamodule=prepared.datamodule, verbose=False)

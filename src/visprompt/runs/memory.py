@@ -53,8 +53,7 @@ def of_training(batch_size: int, parts: int, devices: int = 1) -> str:
         parts: The number of accumulation steps into which each batch is divided now.
         devices: The number of devices, over which each part is divided.
     """
-    most = batch_size // devices
-    more = next((n for n in range(parts + 1, most + 1) if batch_size % (n * devices) == 0), None)
+    more = next((n for n in range(parts + 1, batch_size + 1) if batch_size % (n * devices) == 0), None)
     accumulate = (
         f"give trainer.accumulate_grad_batches={more}, which stays the same run (but is refused where batch "
         "norm is trained or a loss compares the images of a batch), or "

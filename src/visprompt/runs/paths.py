@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ PATHS = (
 )
 """Keys of all entry points whose values are paths; `paths.*` are first, because others refer to them."""
 
-MAYBE_PATHS = ("data.dataset", "data.classes")
-"""Keys whose values may be the path of a folder or file, or something else."""
+_MAYBE = ("data.dataset", "data.classes")  # keys whose values may be paths, or something else
 
 LISTS = ("run", "runs", "inspect", "state", "states")
 """Keys whose values may be a list of paths."""
@@ -65,12 +65,7 @@ def expand_paths(cfg: DictConfig) -> None:
     """
     chdir = HydraConfig.initialized() and HydraConfig.get().job.chdir
     start = Path(HydraConfig.get().runtime.cwd) if chdir else Path()
-    for key in (*PATHS, *MAYBE_PATHS):
-        value = OmegaConf.select(cfg, key, throw_on_missing=False)
-        if value is None:
-            continue
-        if key in MAYBE_PATHS and not (isinstance(value, str) and (start / expanduser(value)).exists()):
-            continue
+    for key, value in given(cfg, start):
         # a report reads tuned states only to look into runs
         with_states = key != "runs" or OmegaConf.select(cfg, "inspect") is not None
         expanded: Any = (
@@ -80,6 +75,22 @@ def expand_paths(cfg: DictConfig) -> None:
         )
         if expanded != value:
             OmegaConf.update(cfg, key, expanded)
+
+
+def given(cfg: DictConfig, start: Path = Path()) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a config whose values are paths, with their values; each is read when its turn comes.
+
+    Args:
+        cfg: The config of any entry point.
+        start: The folder that relative paths are relative to.
+    """
+    for key in (*PATHS, *_MAYBE):
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        is_something_else = key in _MAYBE and not (
+            isinstance(value, str) and (start / expanduser(value)).exists()
+        )
+        if value is not None and not is_something_else:
+            yield key, value
 
 
 def _opened(value: Any, key: str, start: Path, with_states: bool) -> Any:

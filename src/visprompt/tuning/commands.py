@@ -28,9 +28,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from visprompt.errors import UserError
-from visprompt.runs import compose
+from visprompt.runs import compose, paths
 from visprompt.runs.job import Job
-from visprompt.runs.paths import MAYBE_PATHS, PATHS, ROOT, expand_paths
 from visprompt.runs.run import prepare
 from visprompt.runs.unit import Outcome
 from visprompt.tuning import protocol, pruning_chain
@@ -88,7 +87,7 @@ def tune(cfg: DictConfig) -> float:
 def _print(cfg: DictConfig, lines_of: Any) -> float:
     if compose.in_multirun():
         raise UserError("plan=json lists the runs of one command, and -m makes several: leave -m out")
-    expand_paths(cfg)
+    paths.expand_paths(cfg)
     with _stdout_for_lines_alone(), offline():
         planner = _Planner(cfg)
         lines = list(lines_of(planner))
@@ -197,11 +196,8 @@ class _Planner:
         hydra = HydraConfig.get()
         given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
         kept = {compose.key_of(word): word for word in given if self._is_kept(word, words)}
-        for key in (*PATHS, *MAYBE_PATHS):
-            value = OmegaConf.select(self.cfg, key, throw_on_missing=False)
+        for key, value in paths.given(self.cfg):
             if not isinstance(value, str) or not value or key in words:
-                continue
-            if key in MAYBE_PATHS and not Path(value).exists():
                 continue
             # an interpolation follows from `paths.*`, and other tasks may lack it
             if key in kept or not (Path(value).is_absolute() or OmegaConf.is_interpolation(self.cfg, key)):
@@ -216,7 +212,7 @@ class _Planner:
         name = str(hydra.job.config_name)
         script = "tune" if "methods" in self.cfg else "train"
         flags += [] if name == script else [f"--config-name={name}"]
-        program = [sys.executable, str(ROOT / "src" / f"{script}.py")]
+        program = [sys.executable, str(paths.ROOT / "src" / f"{script}.py")]
         return [*program, *flags, *kept.values(), *(f"{key}={value}" for key, value in words.items())]
 
     def _is_kept(self, word: str, words: Mapping[str, str]) -> bool:

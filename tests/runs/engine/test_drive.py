@@ -203,6 +203,8 @@ def test_no_gpu_where_one_is_asked_for_is_one_sentence_before_workers_are_starte
         "trainer.accelerator=gpu asks for a GPU, and this command sees none (CUDA_VISIBLE_DEVICES=): give "
         "trainer=default, or start it where there is one"
     )
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert processes.slots_for([of_trainer(job, accelerator="gpu")], 1, 2) == [{"OMP_NUM_THREADS": "1"}] * 2
 
 
 @pytest.mark.parametrize("name", ["processes", "ray"])

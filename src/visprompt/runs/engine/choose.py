@@ -1,7 +1,5 @@
 """Open the engine that `engine=` names."""
 
-import os
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from visprompt.errors import UserError, unknown
+from visprompt.machine import process_name
 from visprompt.runs import ranks
 from visprompt.runs.devices import local_devices
 from visprompt.runs.engine.drive import Engine
@@ -17,8 +16,12 @@ from visprompt.runs.engine.progress import Shown
 from visprompt.runs.job import Job
 from visprompt.runs.trainer import under_agent
 
-ENGINES = ("local", "processes", "ray")
-_OWN = {"local": set(), "processes": {"runs_per_gpu"}, "ray": {"address", "gpus_per_run"}}  # settings
+# by name: settings that no other engine has
+_ENGINES: dict[str, set[str]] = {
+    "local": set(),
+    "processes": {"runs_per_gpu"},
+    "ray": {"address", "gpus_per_run"},
+}
 
 
 @contextmanager
@@ -40,9 +43,9 @@ def opened(
         UserError: A setting does not fit, or another program has started this process as one rank of a run.
     """
     name = settings["name"]
-    if name not in ENGINES:
-        raise unknown("engine", name, ENGINES)
-    if not settings.keys() >= _OWN[name]:
+    if name not in _ENGINES:
+        raise unknown("engine", name, _ENGINES)
+    if not settings.keys() >= _ENGINES[name]:
         raise UserError(f"engine.name={name} lacks the settings of that engine: give engine={name}")
     if name == "local":
         yield LocalEngine(wait, total)
@@ -86,7 +89,7 @@ def _check(name: str, jobs: Sequence[Job]) -> None:
 
 def _log_folder(job: Job) -> Path:
     """Make the folder for the output of a command's workers: logs/engine/<time>-<host>-<process>."""
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{platform.node()}-{os.getpid()}"
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{process_name()}"
     folder = Path(job.paths.log_dir).absolute() / "engine" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)

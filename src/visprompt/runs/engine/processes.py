@@ -130,7 +130,8 @@ def _per_run(jobs: Sequence[Job]) -> int:
 
 def _groups(gpus: Sequence[str], jobs: Sequence[Job]) -> list[list[str]]:
     """Divide GPUs into groups of as many as a run takes; [] if the runs take none."""
-    if not gpus and any(job.trainer.accelerator in ("gpu", "cuda") for job in jobs):
+    on_apple = torch.backends.mps.is_available()  # whose GPU accelerator=gpu takes too
+    if not (gpus or on_apple) and any(job.trainer.accelerator in ("gpu", "cuda") for job in jobs):
         raise UserError(
             f"trainer.accelerator=gpu asks for a GPU, and this command sees none ({_VISIBLE}="
             f"{os.environ.get(_VISIBLE, 'not set')}): give trainer=default, or start it where there is one"

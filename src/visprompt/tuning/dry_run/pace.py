@@ -12,7 +12,7 @@ from torch import Tensor
 
 from visprompt.models.backbones import Backbone
 from visprompt.models.classifier import Classifier
-from visprompt.models.frozen_weights import cast_for
+from visprompt.models.frozen_weights import MIXED, TRUE, cast_for
 from visprompt.models.kind import MULTI_LABEL, SINGLE_LABEL
 from visprompt.models.optim import build_optimizer
 from visprompt.runs.job import Job
@@ -23,7 +23,6 @@ PATIENCE = 5.0  # seconds; the time of a step that would take longer is estimate
 _FEW = 4  # images
 _TIMED = 3  # timed calls, of which the median is taken
 _BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
-_DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def measure_pace(
     Raises:
         UserError: A setting of the job is wrong, or its method does not fit its backbone.
     """
-    dtype = _DTYPES[job.precision.partition("-")[0]]
+    dtype = (MIXED | TRUE).get(job.precision, torch.float32)
     classifier = build_classifier(job, backbone, classes, kind)
     device = _device(str(job.trainer.accelerator))
     if device is None:
